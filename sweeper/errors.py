@@ -1,0 +1,32 @@
+"""Errors a user can put right. Each is one line: what was wrong, where, and what would have been right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SweeperError(Exception):
+    """Base of every error that is the user's to mend; printed as one line, without a traceback."""
+
+
+class SpecError(SweeperError):
+    """A configuration value that cannot be used."""
+
+
+class DataError(SweeperError):
+    """A dataset that is missing, malformed or empty."""
+
+
+class ModelError(SweeperError):
+    """A base model that cannot be loaded or whose structure is unknown."""
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> str:
+    """One line for a name that is not among the choices, with the nearest one suggested.
+
+    >>> unknown("placement", "atn", ["attn", "ff"])
+    'placement=atn: no such placement. Choose from attn, ff. Did you mean attn?'
+    """
+    listed = sorted(choices)
+    line = f"{what}={name}: no such {what}. Choose from {', '.join(listed)}."
+    near = difflib.get_close_matches(name, listed, n=1)
+    return f"{line} Did you mean {near[0]}?" if near else line

@@ -1,0 +1,257 @@
+"""The resolved, frozen description of one run. Everything behind `train.py` reads this and nothing of Hydra."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import dacite
+
+from sweeper.errors import SpecError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Layers = str | tuple[int, ...]
+
+Spec = TypeVar("Spec")
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """A base model: where its weights come from and, for unknown architectures, the roles of its modules.
+
+    `location` is a hub id (source hub), a folder (path), `package:file` inside an installed package (gguf),
+    or a transformers model type (random, built from `config`).
+    """
+
+    name: str
+    source: Literal["hub", "path", "gguf", "random"]
+    location: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    roles: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlacementSpec:
+    """Which module roles are adapted, and in which layers. `patterns` replaces roles for placement=custom."""
+
+    name: str
+    roles: tuple[str, ...] = ()
+    layers: Layers = "all"
+    patterns: tuple[str, ...] = ()
+    embeddings: bool = False
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.roles) == bool(self.patterns) and not (self.embeddings or self.head):
+            raise SpecError(
+                f"placement={self.name} needs either roles or patterns (placement=custom: "
+                "'placement.patterns=[mlp\\.c_proj]'), got " + ("both" if self.roles else "neither")
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllocationSpec:
+    """How rank is spread over the placed modules."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodSpec:
+    """What is trained on the frozen base."""
+
+    name: str
+    dropout: float = 0.0
+    rank_stabilised: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise SpecError(f"method.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSpec:
+    """A task: its family (a module of `sweeper.tasks`), sizes, template and family-specific options.
+
+    `max_length` is in tokens, prompt and response together.
+    """
+
+    name: str
+    family: str
+    path: str | None = None
+    train_examples: int | None = None
+    validation_examples: int = 200
+    test_examples: int = 200
+    max_length: int = 256
+    split_seed: int = 0
+    template: str = "chat"
+    system: str | None = None
+    metrics: tuple[str, ...] = ("exact_match",)
+    max_new_tokens: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("validation_examples", 1), ("test_examples", 1), ("max_length", 8)):
+            if getattr(self, name) < least:
+                raise SpecError(f"dataset.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.train_examples is not None and self.train_examples < 1:
+            raise SpecError(f"dataset.train_examples must be at least 1 or null for all, got {self.train_examples}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimSpec:
+    """AdamW and its schedule. `max_grad_norm` null switches clipping off; it is always a norm of one run."""
+
+    lr: float
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    schedule: str = "cosine"
+    warmup_fraction: float = 0.1
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise SpecError(f"optim.lr must be a positive number, got {self.lr}")
+        if not 0 <= self.warmup_fraction < 1:
+            raise SpecError(f"optim.warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+        if self.weight_decay < 0:
+            raise SpecError(f"optim.weight_decay must be at least 0, got {self.weight_decay}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise SpecError(f"optim.beta1 and optim.beta2 must be in [0, 1), got {self.beta1}, {self.beta2}")
+        if self.schedule not in SCHEDULES:
+            raise SpecError(f"optim.schedule={self.schedule}: no such schedule. Choose from {', '.join(SCHEDULES)}.")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise SpecError(f"optim.max_grad_norm must be positive or null, got {self.max_grad_norm}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerSpec:
+    """Length and shape of training. A step sees `batch_size * accumulation` examples."""
+
+    max_steps: int
+    batch_size: int
+    accumulation: int = 1
+    precision: Precision = "auto"
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_steps", 0), ("batch_size", 1), ("accumulation", 1)):
+            if getattr(self, name) < least:
+                raise SpecError(f"trainer.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSpec:
+    """What is measured, when. `every_steps` 0 means only before and after training."""
+
+    name: str
+    splits: tuple[str, ...] = ("validation", "test")
+    before: bool = True
+    every_steps: int = 0
+    generate: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """One training job. Equal specs are the same run; `run_id` is its identity."""
+
+    model: ModelSpec
+    dataset: DatasetSpec
+    method: MethodSpec
+    placement: PlacementSpec
+    allocation: AllocationSpec
+    rank: int
+    alpha: float
+    optim: OptimSpec
+    trainer: TrainerSpec
+    evaluation: EvaluationSpec
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise SpecError(f"rank must be at least 1, got {self.rank}")
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise SpecError(f"alpha must be a positive number, got {self.alpha}")
+        if not 0 <= self.seed < 2**31:
+            raise SpecError(f"seed must be in [0, 2**31), got {self.seed}")
+
+    @property
+    def run_id(self) -> str:
+        """First 12 hex digits of the SHA-256 of the canonical JSON of this spec."""
+        return hashlib.sha256(canonical_json(self).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How and where runs are executed: nothing in here changes a result, so nothing of it is part of `run_id`.
+
+    `max_pack` 0 lets the planner choose the number of runs trained together; `compile` auto means on CUDA only.
+    """
+
+    study: str
+    output_root: str = "outputs"
+    device: str = "auto"
+    tracking: str = "none"
+    tracking_options: dict[str, Any] = field(default_factory=dict)
+    dry_run: bool = False
+    max_pack: int = 0
+    compile: Literal["auto", "on", "off"] = "auto"
+    calibrate: bool = True
+    retry_failed: bool = True
+
+
+def canonical_json(spec: RunSpec) -> str:
+    """Sorted, compact JSON of a spec; floats that are whole numbers and ints of the same field give the same text."""
+    return json.dumps(to_mapping(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def to_mapping(spec: Any) -> dict[str, Any]:
+    """Plain dict, list, str, number and None of a spec dataclass."""
+    return json.loads(json.dumps(dataclasses.asdict(spec)))
+
+
+def from_mapping(kind: type[Spec], mapping: Mapping[str, Any]) -> Spec:
+    """Builds a spec dataclass from plain data, with every field's type checked and unknown keys refused.
+
+    Raises:
+        SpecError: one line naming the field, what was given and what would have been right.
+    """
+    config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _to_float, int: _to_int})
+    try:
+        return dacite.from_dict(kind, dict(mapping), config)
+    except dacite.UnexpectedDataError as error:
+        raise SpecError(f"no such field: {', '.join(sorted(error.keys))}") from None
+    except dacite.MissingValueError as error:
+        raise SpecError(f"{error.field_path} is required") from None
+    except dacite.WrongTypeError as error:
+        wanted = getattr(error.field_type, "__name__", str(error.field_type))
+        raise SpecError(f"{error.field_path} must be of type {wanted}, got {error.value!r}") from None
+
+
+def run_spec(mapping: Mapping[str, Any]) -> RunSpec:
+    """A `RunSpec` from plain data; `alpha` null becomes twice the rank."""
+    filled = dict(mapping)
+    if filled.get("alpha") is None and isinstance(filled.get("rank"), int):
+        filled["alpha"] = 2 * filled["rank"]
+    return from_mapping(RunSpec, filled)
+
+
+def _to_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _to_int(value: Any) -> Any:
+    # bool is an int in Python: rank=true must not become rank 1
+    return value if not isinstance(value, bool) else str(value).lower()
