@@ -1,11 +1,44 @@
 """Errors a user can put right. Each is one line: what was wrong, where, and what would have been right."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SweeperError(Exception):
     """Base of every error that is the user's to mend; printed as one line, without a traceback."""
+
+    exit_code = 2
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return (str(self),)
+
+
+class Problems(SweeperError):
+    """Everything wrong with a command, one line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(dict.fromkeys(problems))
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type["Problems"], tuple[Sequence[str]]]:
+        return type(self), (self.problems,)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return self.problems
+
+
+class RunsFailed(SweeperError):
+    """Training ended, but not every run of the command completed."""
+
+    exit_code = 1
+
+
+class Interrupted(SweeperError):
+    """Stopped on request before every run was done."""
+
+    exit_code = 130
 
 
 class SpecError(SweeperError):

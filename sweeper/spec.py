@@ -6,7 +6,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import dacite
 
@@ -222,8 +223,10 @@ def to_mapping(spec: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(spec)))
 
 
-def from_mapping(kind: type[Spec], mapping: Mapping[str, Any]) -> Spec:
+def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = "") -> Spec:
     """Builds a spec dataclass from plain data, with every field's type checked and unknown keys refused.
+
+    `prefix` (such as "optim.") goes before the field names in messages.
 
     Raises:
         SpecError: one line naming the field, what was given and what would have been right.
@@ -232,12 +235,14 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any]) -> Spec:
     try:
         return dacite.from_dict(kind, dict(mapping), config)
     except dacite.UnexpectedDataError as error:
-        raise SpecError(f"no such field: {', '.join(sorted(error.keys))}") from None
+        known = ", ".join(f"{prefix}{item.name}" for item in dataclasses.fields(kind))  # type: ignore[arg-type]
+        names = ", ".join(f"{prefix}{key}" for key in sorted(error.keys))
+        raise SpecError(f"{names}: no such field. Choose from {known}.") from None
     except dacite.MissingValueError as error:
-        raise SpecError(f"{error.field_path} is required") from None
+        raise SpecError(f"{prefix}{error.field_path} is required: give {prefix}{error.field_path}=...") from None
     except dacite.WrongTypeError as error:
-        wanted = getattr(error.field_type, "__name__", str(error.field_type))
-        raise SpecError(f"{error.field_path} must be of type {wanted}, got {error.value!r}") from None
+        wanted, given = _in_words(error.field_type), _as_typed(error.value)
+        raise SpecError(f"{prefix}{error.field_path} must be {wanted}, got {given}") from None
 
 
 def run_spec(mapping: Mapping[str, Any]) -> RunSpec:
@@ -255,3 +260,23 @@ def _to_float(value: Any) -> Any:
 def _to_int(value: Any) -> Any:
     # bool is an int in Python: rank=true must not become rank 1
     return value if not isinstance(value, bool) else str(value).lower()
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def _in_words(kind: Any) -> str:
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(kind))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_in_words(choice) for choice in get_args(kind))
+    return "a mapping" if get_origin(kind) is dict else "a list"
+
+
+def _as_typed(value: Any) -> str:
+    """A value the way it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)

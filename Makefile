@@ -1,0 +1,49 @@
+# Two commands matter: `make sweep` and `make test`. Each needs python3.11 or newer, make and a package index.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# The first interpreter that starts and is new enough; `make PYTHON=/path/to/python3 sweep` chooses another.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TEST ?= tests
+# Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
+ARGS ?=
+
+.PHONY: help install sweep test lint format clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## make the virtual environment with every version pinned (the other targets do it when needed)
+
+$(STAMP): pyproject.toml constraints.txt constraints-data.txt
+	@test -n "$(PYTHON)" || { echo "error: no python3.11 or newer found; name one with make PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,search,analysis,hub,tracking,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r constraints-data.txt
+	@touch $@
+
+sweep: $(STAMP)  ## train the placement x rank grid on the default model and data, print and save its table
+	$(BIN)/python train.py -m placement=attn,ff,full rank=4,8,16 $(ARGS)
+
+test: $(STAMP)  ## run the whole test suite
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST)
+
+lint: $(STAMP)  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches; outputs stay
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
