@@ -1,0 +1,127 @@
+"""Which examples a run sees at which step, and how the lanes of a pack become one rectangular batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WINDOW = 32  # batches that are sorted by length together
+
+
+class Tokens(Protocol):
+    """A tokenised example: loss falls on `input_ids[prompt_length:]`."""
+
+    input_ids: tuple[int, ...]
+    prompt_length: int
+
+
+class DataOrder:
+    """The examples of each batch, from the seed, the lengths and the batch size alone.
+
+    Every epoch is a fresh permutation. Within a window of batches the examples are sorted by length and the batches
+    then visited in an order that is the same for every seed, so batches are short on padding and the runs of a pack
+    meet batches of like length at the same step.
+
+    Args:
+        lengths: tokens of each example. batch_size: examples of one forward pass. seed: the run's seed.
+        bucketed: False keeps the plain permutation.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, bucketed: bool = True) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.seed, self.bucketed = batch_size, seed, bucketed
+        self._window = lru_cache(maxsize=2)(self._make_window)
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    def batch(self, index: int) -> list[int]:
+        """Positions of the examples of the `index`-th batch of the run, counted over accumulation and epochs."""
+        window, place = divmod(index, WINDOW)
+        return self._window(window)[place]
+
+    def _make_epoch(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+
+    def _make_window(self, window: int) -> list[list[int]]:
+        size, total = WINDOW * self.batch_size, len(self.lengths)
+        stream = np.arange(window * size, (window + 1) * size)
+        chosen = np.array([self._epoch(int(n // total))[n % total] for n in stream])
+        if self.bucketed:
+            chosen = chosen[np.argsort(self.lengths[chosen], kind="stable")]
+        batches = chosen.reshape(WINDOW, self.batch_size)
+        order = np.random.default_rng([0, window]).permutation(WINDOW) if self.bucketed else range(WINDOW)
+        return [batches[place].tolist() for place in order]
+
+
+@dataclass
+class Batch:
+    """One rectangular batch of a pack.
+
+    ids [L*R, T] token ids, each lane R sequences; index [L, K] flat positions (into L*R*T) whose next token is a target;
+    targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step).
+    """
+
+    ids: Tensor
+    index: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Lanes, sequences a lane, padded length, padded targets a lane."""
+        lanes, targets = self.index.shape
+        return lanes, self.ids.shape[0] // lanes, self.ids.shape[1], targets
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in (self.ids, self.index, self.targets, self.weights)))
+
+    def copy_(self, other: "Batch") -> None:
+        for name in ("ids", "index", "targets", "weights"):
+            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+
+
+def supervised(examples: Sequence[Tokens]) -> int:
+    """Target tokens of some examples."""
+    return sum(len(example.input_ids) - example.prompt_length for example in examples)
+
+
+def collate(lanes: Sequence[Sequence[Tokens]], totals: Sequence[int], *, fixed: bool) -> Batch:
+    """Right-padded batch of every lane's examples; causal attention never looks at what follows, so no mask is needed.
+
+    Args:
+        lanes: for each lane the same number of examples.
+        totals: for each lane the target tokens that its loss is the mean over; 0 gives sums (weights of 1).
+        fixed: round lengths up to few distinct values, for compiled and captured steps.
+    """
+    rows = len(lanes[0])
+    length = _round(max(len(e.input_ids) for lane in lanes for e in lane), fixed)
+    count = max(supervised(lane) for lane in lanes)
+    count = _round(max(count, 1), fixed) if fixed else max(count, 1)
+    ids = np.zeros((len(lanes) * rows, length), dtype=np.int64)
+    index = np.zeros((len(lanes), count), dtype=np.int64)
+    targets = np.zeros((len(lanes), count), dtype=np.int64)
+    weights = np.zeros((len(lanes), count), dtype=np.float32)
+    for lane, (examples, total) in enumerate(zip(lanes, totals, strict=True)):
+        filled = 0
+        for row, example in enumerate(examples, start=lane * rows):
+            tokens, prompt = example.input_ids, example.prompt_length
+            ids[row, : len(tokens)] = tokens
+            part = slice(filled, filled + len(tokens) - prompt)
+            index[lane, part] = row * length + np.arange(prompt - 1, len(tokens) - 1)
+            targets[lane, part] = tokens[prompt:]
+            filled = part.stop
+        weights[lane, :filled] = 1 / total if total else 1
+    return Batch(*map(torch.from_numpy, (ids, index, targets, weights)))
+
+
+def _round(value: int, fixed: bool) -> int:
+    # eager: multiples of 8. Fixed: at most a quarter of waste, and a handful of shapes over a whole sweep
+    if not fixed:
+        return -(-value // 8) * 8
+    step = 16
+    while step * 4 < value:
+        step *= 2
+    return -(-value // step) * step

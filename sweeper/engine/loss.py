@@ -1,0 +1,110 @@
+"""Token NLL of every lane without the float32 logits of the whole pack.
+
+The head is frozen, so its gradient is never needed: logits are made chunk by chunk, turned in place into their own
+gradient, and only the gradient of the hidden states is kept.
+
+Shapes: L lanes, K target tokens a lane (padded), D hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+CHUNK_LOGITS = 1 << 28  # logits held at once, in values
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per target token, [L, K]: NLL in nats (float32) and whether the target is the most likely token."""
+
+    nll: Tensor
+    correct: Tensor
+
+
+class _FrozenHead(torch.autograd.Function):
+    """weight * NLL of each target token, through a frozen output matrix."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, weights, softcap, divisor):
+        grad = ctx.needs_input_grad[0]
+        nll = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        correct = torch.empty(targets.shape, dtype=torch.bool, device=hidden.device)
+        dhidden = torch.empty_like(hidden) if grad else None
+        size = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, hidden.shape[0], size):
+            part = slice(start, start + size)
+            logits = torch.mm(hidden[part], weight.t()) if bias is None else torch.addmm(bias, hidden[part], weight.t())
+            if divisor != 1.0:
+                logits /= divisor
+            nll[part], correct[part] = token_loss(logits, targets[part], weights[part], softcap, grad=grad)
+            if grad:
+                torch.mm(logits, weight, out=dhidden[part])
+        if grad and divisor != 1.0:
+            dhidden /= divisor
+        ctx.save_for_backward(dhidden)
+        ctx.mark_non_differentiable(nll, correct)
+        return torch.where(weights == 0, 0.0, weights * nll), nll, correct
+
+    @staticmethod
+    def backward(ctx, dweighted, _nll, _correct):
+        (dhidden,) = ctx.saved_tensors
+        # the rows already carry their weights
+        return dhidden * dweighted[:, None].to(dhidden.dtype), None, None, None, None, None, None
+
+
+def token_loss(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float | None, *, grad: bool):
+    """NLL and argmax correctness [K] of logits [K, V]; with `grad`, the logits become weight * d NLL / d logits."""
+    if logits.is_cuda:
+        from sweeper.engine import kernels
+
+        return kernels.token_loss(logits, targets, weights, softcap, grad=grad)
+    capped = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+    log_p = functional.log_softmax(capped, dim=-1)
+    nll = functional.nll_loss(log_p, targets, reduction="none")
+    correct = capped.argmax(-1) == targets
+    if grad:
+        gradient = log_p.exp_()
+        gradient[torch.arange(len(targets)), targets] -= 1
+        gradient *= weights[:, None]
+        if softcap is not None:
+            gradient *= 1 - (capped / softcap).square()
+        # a row of weight 0 is padding and must stay 0 even where its logits overflow
+        logits.copy_(torch.where(weights[:, None] == 0, 0.0, gradient))
+    return nll, correct
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model turns hidden states into logits: output matrix, soft cap (Gemma 2) and divisor (Granite)."""
+
+    module: nn.Module
+    softcap: float | None = None
+    divisor: float = 1.0
+
+    def scores(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, TokenScores]:
+        """Loss [L] = sum of weight * NLL, and the token scores.
+
+        Args:
+            hidden: [L*K, D] states that predict the targets. targets: [L, K] token ids.
+            weights: [L, K] float32; 0 for padding.
+        """
+        adapted = getattr(self.module, "group", None)
+        if adapted is None:
+            weighted, nll, correct = _FrozenHead.apply(
+                hidden, self.module.weight, self.module.bias, targets.flatten(), weights.flatten(),
+                self.softcap, self.divisor,
+            )  # fmt: skip
+        else:
+            logits = self.logits(hidden)
+            nll = functional.cross_entropy(logits, targets.flatten(), reduction="none")
+            correct = logits.argmax(-1) == targets.flatten()
+            weighted = torch.where(weights.flatten() == 0, 0.0, weights.flatten() * nll)
+        return weighted.view(targets.shape).sum(1), TokenScores(nll.detach().view(targets.shape), correct.view(targets.shape))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [..., V] of hidden states [..., D], as the stock model computes them."""
+        logits = self.module(hidden).float() / self.divisor
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+

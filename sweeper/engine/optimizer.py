@@ -1,0 +1,96 @@
+"""AdamW for every slot of a pack at once: each run has its own learning rate, decay, clipping norm and step count.
+
+Shapes: F values of the flat store, J slots, 64 values a block.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sweeper.engine.adapters import BLOCK, AdapterBank
+from sweeper.spec import OptimSpec
+
+# columns of the hyperparameter table [J, 8]; a row of NaN marks an idle slot
+LR, WEIGHT_DECAY, BETA1, BETA2, EPS, CORRECTION1, CORRECTION2, MAX_NORM = range(8)
+
+
+def learning_rate(optim: OptimSpec, step: int, max_steps: int) -> float:
+    """Learning rate of step `step` (from 0): linear warm-up from 0, then the schedule, as transformers' schedulers."""
+    warmup = math.ceil(max_steps * optim.warmup_fraction)
+    if step < warmup:
+        return optim.lr * step / max(1, warmup)
+    progress = (step - warmup) / max(1, max_steps - warmup)
+    if optim.schedule == "linear":
+        return optim.lr * max(0.0, 1 - progress)
+    if optim.schedule == "cosine":
+        return optim.lr * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    return optim.lr
+
+
+def hyperparameters(optim: OptimSpec, step: int, max_steps: int) -> list[float]:
+    """A slot's row of the table for its own step `step`, from 0."""
+    t = step + 1
+    return [
+        learning_rate(optim, step, max_steps),
+        optim.weight_decay,
+        optim.beta1,
+        optim.beta2,
+        optim.eps,
+        1 - optim.beta1**t,
+        math.sqrt(1 - optim.beta2**t),
+        optim.max_grad_norm or math.inf,
+    ]
+
+
+@dataclass
+class PackedAdamW:
+    """AdamW (Loshchilov & Hutter 2019) over an `AdapterBank`, clipped by each run's own gradient norm.
+
+    A slot whose gradient norm is not finite, or whose learning-rate row is NaN (idle), keeps its parameters and moments.
+    """
+
+    bank: AdapterBank
+
+    def __post_init__(self) -> None:
+        slots = len(self.bank.capacities)
+        device = self.bank.params.device
+        self.table = torch.full((slots, 8), math.nan, device=device)
+        self.norms = torch.zeros(slots, device=device)
+
+    def set(self, rows: dict[int, list[float]]) -> None:
+        """Loads the hyperparameters of the coming step; slots that are not named stay idle."""
+        idle = [math.nan] * 8
+        values = torch.tensor([rows.get(slot, idle) for slot in range(len(self.table))])
+        self.table.copy_(values, non_blocking=True)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """One update of every slot that is set. Returns gradient norms [J] before clipping, and zeroes the gradients."""
+        bank = self.bank
+        if bank.params.is_cuda:
+            from sweeper.engine import kernels
+
+            kernels.adamw(bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq, bank.block_slot, self.table, self.norms)
+            return self.norms
+        blocks = bank.grads.view(-1, BLOCK)
+        squares = torch.linalg.vector_norm(blocks, dim=1).square()
+        self.norms.zero_().index_add_(0, bank.block_slot, squares).sqrt_()
+        row = self.table.clone()
+        live = torch.isfinite(self.norms) & torch.isfinite(row[:, LR])
+        clip = (row[:, MAX_NORM] / (self.norms + 1e-6)).clamp(max=1)
+        for slot in live.nonzero().flatten().tolist():
+            self._update(slot, row[slot].tolist(), float(clip[slot]))
+        bank.grads.zero_()
+        return self.norms
+
+    def _update(self, slot: int, row: list[float], clip: float) -> None:
+        bank = self.bank
+        for start, stop in bank.spans[slot]:
+            p, g, m, v = (s[start:stop] for s in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq))
+            g = g * clip
+            p.mul_(1 - row[LR] * row[WEIGHT_DECAY])
+            m.lerp_(g, 1 - row[BETA1])
+            v.mul_(row[BETA2]).addcmul_(g, g, value=1 - row[BETA2])
+            p.addcdiv_(m, v.sqrt().div_(row[CORRECTION2]).add_(row[EPS]), value=-row[LR] / row[CORRECTION1])

@@ -1,0 +1,297 @@
+"""Runs that train together on one frozen base: slots, lanes and the step.
+
+The rows of the runs lie one after another in the batch; every frozen module runs once over all of them, an adapted one
+adds each run's own low-rank product. Losses are per run and their sum is backpropagated; adapters are disjoint, so
+the gradients are those of runs alone.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sweeper.engine.adapters import AdapterBank, AdapterSpec
+from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
+from sweeper.engine.capture import CapturedStep
+from sweeper.engine.loss import Head
+from sweeper.engine.optimizer import PackedAdamW, hyperparameters
+from sweeper.errors import ModelError
+from sweeper.models import BaseModel
+from sweeper.spec import OptimSpec
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What the engine must know to train one run in a slot. `order` counts forward passes, `steps` optimiser steps."""
+
+    run_id: str
+    adapter: AdapterSpec
+    optim: OptimSpec
+    steps: int
+    seed: int
+    examples: Sequence[Tokens]
+    order: DataOrder
+    done: int = 0
+    tokens: int = 0
+    state: dict[str, tuple[Tensor, ...]] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.steps
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimiser step of one run: `loss` is the mean NLL over the response tokens of the step."""
+
+    job: Job
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+
+
+@dataclass
+class _Pending:
+    jobs: list[tuple[int, Job, int, float, int]]
+    losses: Tensor
+    norms: Tensor
+
+
+class Pack:
+    """Slots on one base model.
+
+    Args:
+        base: the frozen model; its modules are wrapped until `close`.
+        capacities: for each slot, module name -> the highest rank it may hold.
+        batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
+        compiled: compile the layers and capture whole steps as CUDA graphs. Needs CUDA.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        capacities: Sequence[Mapping[str, int]],
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        compiled: bool = False,
+        checkpointing: bool = False,
+    ) -> None:
+        self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
+        self.model, self.device = base.model, next(base.model.parameters()).device
+        self.head = verified_head(base)
+        self.bank = AdapterBank(self.model, base.targets, capacities, self.device)
+        self.bank.install()
+        self.head = Head(self.model.get_output_embeddings(), self.head.softcap, self.head.divisor)
+        self.optimizer = PackedAdamW(self.bank)
+        self.jobs: list[Job | None] = [None] * len(capacities)
+        self.pending: list[_Pending] = []
+        self._lane_slots: dict[int, Tensor] = {}
+        self.compiled = compiled and self.device.type == "cuda" and self.bank.graphable
+        self.checkpointing = checkpointing
+        self._checkpoint_activations(checkpointing)
+        if self.compiled:
+            _compile_layers(self.model)
+        self.captured = CapturedStep(self._forward_backward) if self.compiled else None
+        self.model.train()
+
+    def close(self) -> None:
+        """Gives the base model back as it was."""
+        self.captured = None
+        if self.compiled:
+            _uncompile_layers(self.model)
+        self._checkpoint_activations(False)
+        self.bank.uninstall()
+        self.model.eval()
+
+    def __enter__(self) -> "Pack":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def active(self) -> list[tuple[int, Job]]:
+        return [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
+
+    def free_slot(self, adapter: AdapterSpec) -> int | None:
+        """A slot that is empty and can hold an adapter of these ranks, or None."""
+        for slot, job in enumerate(self.jobs):
+            if job is None and self.bank.fits(slot, adapter):
+                return slot
+        return None
+
+    def add(self, job: Job, slot: int | None = None) -> int:
+        """Puts a run in a slot, fresh or from `job.state`. The other slots are not touched."""
+        slot = self.free_slot(job.adapter) if slot is None else slot
+        if slot is None or self.jobs[slot] is not None or not self.bank.fits(slot, job.adapter):
+            raise ValueError(f"no free slot can hold run {job.run_id}")
+        self.bank.assign(slot, job.adapter)
+        if job.state is not None:
+            self.restore(slot, job)
+        self.jobs[slot] = job
+        return slot
+
+    def remove(self, slot: int) -> Job:
+        """Takes the run out of its slot."""
+        job = self.jobs[slot]
+        assert job is not None
+        self.jobs[slot] = None
+        self.bank.release(slot)
+        return job
+
+    @torch.no_grad()
+    def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
+        """Module name -> A, B, and their Adam moments, on the host: with `job.done`, all that resuming needs."""
+        job = self.jobs[slot]
+        assert job is not None
+        stores = (self.bank.params, self.bank.exp_avg, self.bank.exp_avg_sq)
+        parts = [self.bank.adapter(slot, job.adapter, store) for store in stores]
+        return {name: tuple(t.to("cpu", copy=True) for part in parts for t in part[name]) for name in parts[0]}
+
+    @torch.no_grad()
+    def restore(self, slot: int, job: Job) -> None:
+        stores = (self.bank.params, self.bank.exp_avg, self.bank.exp_avg_sq)
+        assert job.state is not None
+        for place, store in enumerate(stores):
+            for name, views in self.bank.adapter(slot, job.adapter, store).items():
+                for view, saved in zip(views, job.state[name][2 * place : 2 * place + 2], strict=True):
+                    view.copy_(saved)
+
+    def step(self) -> None:
+        """One optimiser step of every run that is not finished. Results come from `drain`."""
+        moving = [(slot, job) for slot, job in self.active if not job.finished]
+        if not moving:
+            return
+        chosen = [[self._examples(job, micro) for _, job in moving] for micro in range(self.accumulation)]
+        totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
+        self.use_lanes([slot for slot, _ in moving])
+        losses = None
+        for micro, lanes in enumerate(chosen):
+            self._seed_dropout(moving, micro)
+            batch = collate(lanes, totals, fixed=self.compiled)
+            part = self._micro_step(batch)
+            losses = part if losses is None else losses + part
+        rows = {slot: hyperparameters(job.optim, job.done, job.steps) for slot, job in moving}
+        self.optimizer.set(rows)
+        norms = self.optimizer.step().clone()
+        entries = []
+        for (slot, job), total in zip(moving, totals, strict=True):
+            job.done += 1
+            job.tokens += total
+            entries.append((slot, job, job.done, rows[slot][0], total))
+        assert losses is not None
+        self.pending.append(_Pending(entries, losses, norms))
+
+    def drain(self) -> Iterator[StepResult]:
+        """Results of the steps since the last call, in order. Waits for the device."""
+        pending, self.pending = self.pending, []
+        for entry in pending:
+            losses, norms = entry.losses.tolist(), entry.norms.tolist()
+            for lane, (slot, job, step, lr, tokens) in enumerate(entry.jobs):
+                yield StepResult(job, step, losses[lane], lr, norms[slot], tokens)
+
+    def use_lanes(self, slots: Sequence[int], *, tokens: int | None = None) -> None:
+        """Says which slot each lane of the coming batch belongs to; -1 is the bare base model."""
+        lanes = self.bank.lanes
+        if tuple(slots) != lanes.host_slots:
+            lanes.host_slots = tuple(slots)
+            # one tensor for each number of lanes: a captured step goes on reading the one it was recorded with
+            held = self._lane_slots.setdefault(
+                len(slots), torch.empty(len(slots), dtype=torch.int32, device=self.device)
+            )
+            lanes.slots = held.copy_(torch.tensor(list(slots), dtype=torch.int32), non_blocking=True)
+        if tokens is not None:
+            lanes.tokens = tokens
+
+    def hidden(self, ids: Tensor, **kwargs: Any) -> Tensor:
+        """Last hidden states [rows, T, D] of right-padded token ids [rows, T]."""
+        self.bank.lanes.tokens = ids.shape[1]
+        return self.model.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+
+    def _forward_backward(self, batch: Batch) -> Tensor:
+        hidden = self.hidden(batch.ids)
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
+        losses, _ = self.head.scores(rows, batch.targets, batch.weights)
+        losses.sum().backward()
+        return losses.detach()
+
+    def _micro_step(self, batch: Batch) -> Tensor:
+        if self.captured is not None:
+            return self.captured(batch, key=(self.bank.lanes.drop,))
+        return self._forward_backward(batch.to(self.device))
+
+    def _examples(self, job: Job, micro: int) -> list[Tokens]:
+        return [job.examples[i] for i in job.order.batch(job.done * self.accumulation + micro)]
+
+    def _seed_dropout(self, moving: Sequence[tuple[int, Job]], micro: int) -> None:
+        if not self.bank.lanes.drop:
+            return
+        seeds = [0] * len(self.jobs)
+        for slot, job in moving:
+            key = f"{job.seed}/{job.done}/{micro}".encode()
+            seeds[slot] = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
+        self.bank.lanes.seeds.copy_(torch.tensor(seeds), non_blocking=True)
+
+    def _checkpoint_activations(self, on: bool) -> None:
+        if on:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif self.checkpointing:
+            self.model.gradient_checkpointing_disable()
+
+
+def verified_head(base: BaseModel) -> Head:
+    """The model's head as `Head`, checked once against the logits of the stock forward pass.
+
+    Raises:
+        ModelError: the stock model does something to its logits that `Head` does not know.
+    """
+    known = getattr(base, "head", None)
+    if known is not None:
+        return known
+    model, config = base.model, base.model.config
+    head = Head(
+        model.get_output_embeddings(),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        divisor=float(getattr(config, "logits_scaling", None) or 1.0),
+    )
+    ids = torch.arange(12, device=next(model.parameters()).device).view(1, -1) % config.vocab_size
+    with torch.no_grad(), eager():
+        stock = model(input_ids=ids, use_cache=False).logits.float()
+        ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    if not torch.allclose(stock, ours, rtol=tolerance, atol=tolerance * max(1.0, float(stock.abs().max()))):
+        raise ModelError(
+            f"model={base.spec.name}: {type(model).__name__} turns hidden states into logits in a way the engine does "
+            "not know (known: an output matrix, final_logit_softcapping, logits_scaling)"
+        )
+    base.head = head
+    return head
+
+
+def eager():
+    """Runs compiled layers uncompiled inside the `with` block."""
+    return torch.compiler.set_stance("force_eager") if torch.cuda.is_available() else contextlib.nullcontext()
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks of the model: the longest ModuleList."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return list(max(lists, key=len, default=[]))
+
+
+def _compile_layers(model: torch.nn.Module) -> None:
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for layer in decoder_layers(model):
+        layer.compile()
+
+
+def _uncompile_layers(model: torch.nn.Module) -> None:
+    for layer in decoder_layers(model):
+        layer._compiled_call_impl = None
