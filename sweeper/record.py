@@ -125,6 +125,16 @@ def records(study: Path) -> Iterator[Record]:
         yield read_record(path.parent)
 
 
+def status(folder: Path) -> Status | None:
+    """The status in a run folder's record; None where there is no record of a schema this version knows."""
+    try:
+        plain = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    known = isinstance(plain, dict) and plain.get("schema") == SCHEMA_VERSION
+    return plain.get("status") if known else None
+
+
 def finished_run_ids(study: Path, *, statuses: Iterable[Status] = ("completed", "pruned", "diverged")) -> set[str]:
     """Ids of the runs of a study that ended with one of `statuses`. An unreadable record counts as not finished."""
     wanted, done = set(statuses), set()

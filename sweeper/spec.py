@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -212,6 +214,21 @@ class Settings:
     calibrate: bool = True
     retry_failed: bool = True
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", self.study):
+            raise SpecError(
+                f"study={self.study}: not a folder name. Use letters, digits, '-', '_' and '.'; '/' for a folder in it."
+            )
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise SpecError(f"trainer.device={self.device}: no such device. Choose from auto, cpu, cuda, cuda:N.")
+        if self.max_pack < 0:
+            raise SpecError(f"sweep.max_pack must be at least 0 (0: chosen for you), got {self.max_pack}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the study's run folders lie."""
+        return Path(self.output_root) / self.study
+
 
 def canonical_json(spec: RunSpec) -> str:
     """Sorted, compact JSON of a spec; floats that are whole numbers and ints of the same field give the same text."""
@@ -220,7 +237,8 @@ def canonical_json(spec: RunSpec) -> str:
 
 def to_mapping(spec: Any) -> dict[str, Any]:
     """Plain dict, list, str, number and None of a spec dataclass."""
-    return json.loads(json.dumps(dataclasses.asdict(spec)))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(spec)))
+    return plain
 
 
 def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = "") -> Spec:

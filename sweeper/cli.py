@@ -1,0 +1,131 @@
+"""How a command ends: one line an error, an exit code, no traceback for what is the user's to mend."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from sweeper.errors import Problems, SweeperError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from sweeper.compose import Composer
+
+FULL = "HYDRA_FULL_ERROR"
+
+
+class Quit(SystemExit):
+    """Carries an error of a single run past Hydra, which would print about it, to `run`."""
+
+    def __init__(self, error: SweeperError) -> None:
+        super().__init__(error.exit_code)
+        self.error = error
+
+
+def run(main: Callable[[], object]) -> int:
+    """Calls Hydra's main and returns the exit code: 0, 1 runs failed, 2 bad input, 130 interrupted.
+
+    Set HYDRA_FULL_ERROR=1 for tracebacks.
+    """
+    if os.environ.get(FULL) == "1":
+        main()
+        return 0
+    os.environ[FULL] = "1"  # makes Hydra raise instead of printing its own account
+    try:
+        main()
+    except Quit as quit_:
+        return _report(quit_.error)
+    except SweeperError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        print("error: stopped at once; the same command trains what is missing", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _from_hydra(error):
+            raise
+        return _report(_explain(error, sys.argv[1:]))
+    finally:
+        del os.environ[FULL]
+    return 0
+
+
+def train(cfg: "DictConfig") -> float | None:
+    """The job of one configuration; returns its objective, the validation NLL after training."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from sweeper import compose, launch
+
+    try:
+        return launch.train_one(*compose.from_config(cfg))
+    except SweeperError as error:
+        if HydraConfig.get().mode == RunMode.RUN:
+            raise Quit(error) from None
+        raise
+
+
+def _from_hydra(error: BaseException) -> bool:
+    """Whether Hydra or OmegaConf raised this about the command, rather than a part of ours about itself."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.split(".")[0] in ("hydra", "omegaconf", "antlr4")
+
+
+def _report(error: SweeperError) -> int:
+    for line in error.lines:
+        print(f"error: {line}", file=sys.stderr)
+    return error.exit_code
+
+
+def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
+    """Everything wrong with the command, in place of Hydra's account of the first thing."""
+    from hydra._internal.utils import get_args
+    from hydra.core.global_hydra import GlobalHydra
+
+    from sweeper import compose
+
+    parsed = get_args(arguments)
+    lines: list[str] = []
+    GlobalHydra.instance().clear()
+    try:
+        composer = _composer(parsed.config_dir)
+        if not parsed.multirun:
+            lines += _grid_without_multirun(parsed.overrides, composer)
+        compose.expand(parsed.overrides, composer)
+    except Problems as problems:
+        lines += problems.lines
+    except Exception:  # the first error is what counts, not what happened while explaining it
+        lines = []
+    return Problems(lines or [compose.one_line(error)])
+
+
+def _composer(config_dir: str | None) -> "Composer":
+    from pathlib import Path
+
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+
+    from sweeper.compose import Composer
+
+    search_path = create_config_search_path(str(Path(sys.argv[0]).resolve().parent / "conf"))
+    if config_dir:
+        folder = f"file://{Path(config_dir).resolve()}"
+        search_path.prepend(provider="command-line", path=folder, anchor=SearchPathQuery(provider="schema"))
+    return Composer(loader=Hydra.create_main_hydra2("train", search_path).config_loader)
+
+
+def _grid_without_multirun(overrides: Sequence[str], composer: "Composer") -> list[str]:
+    lines = []
+    for line in overrides:
+        try:
+            override = composer.parse(line)
+        except Exception:  # named by expand
+            continue
+        if override.is_sweep_override():
+            key, values = line.split("=", 1)
+            lines.append(f"{line}: several values need -m (train.py -m ...); a list as one value is '{key}=[{values}]'")
+    return lines

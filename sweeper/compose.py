@@ -1,0 +1,451 @@
+"""The border: command-line overrides become frozen specs here, and nothing behind this module imports Hydra.
+
+Hydra needs about 40 ms to compose one configuration. A grid is therefore composed once per combination of group
+options; plain values (rank, seed, optim.lr, ...) are set directly on the composed result.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sweeper.errors import Problems, SpecError, SweeperError, unknown
+from sweeper.spec import RunSpec, Settings, from_mapping
+
+Plain = dict[str, Any]
+
+SCALARS = ("rank", "alpha", "seed")
+SECTIONS = {name: kind for name, kind in get_type_hints(RunSpec).items() if name not in SCALARS}
+_MISSING = "???"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Composition:
+    """The runs of a command, each once, in grid order; `overrides` of a run would compose it alone."""
+
+    specs: tuple[RunSpec, ...]
+    settings: Settings
+    overrides: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """One swept field or group: every value once as Hydra reads it and once as it is typed."""
+
+    key: str
+    values: tuple[Any, ...]
+    typed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Composer:
+    """Hydra's configuration loader, bound to the primary configuration and the hydra.* overrides of the command."""
+
+    loader: Any
+    config_name: str = "config"
+    hydra_overrides: tuple[str, ...] = ()
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """The configuration of one job, without its hydra node."""
+        try:
+            cfg = self.loader.load_configuration(self.config_name, [*self.hydra_overrides, *overrides], RunMode.RUN)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise SpecError(one_line(error)) from error
+        OmegaConf.set_struct(cfg, False)
+        cfg.pop("hydra")
+        OmegaConf.set_struct(cfg, True)
+        return cast(DictConfig, cfg)
+
+    def is_group(self, key: str) -> bool:
+        return bool(self.loader.repository.group_exists(key))
+
+    def has_option(self, group: str, option: str) -> bool:
+        return bool(self.loader.repository.config_exists(f"{group}/{option}"))
+
+    def options(self, group: str) -> list[str]:
+        return list(self.loader.get_group_options(group))
+
+    def parse(self, override: str) -> Override:
+        return OverridesParser.create(config_loader=self.loader).parse_override(override)
+
+
+def from_config(cfg: DictConfig) -> tuple[RunSpec, Settings]:
+    """The run a composed configuration describes.
+
+    Raises:
+        Problems: a line for each value that cannot be used.
+    """
+    problems: list[str] = []
+    plain = _plain(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), problems)
+    settings = _settings(plain, problems)
+    run = _Builder(problems).run(plain, {})
+    if problems or run is None or settings is None:
+        raise Problems(problems)
+    return run, settings
+
+
+def expand(overrides: Sequence[str], composer: Composer) -> Composition:
+    """Every combination of a command's grid, exactly once.
+
+    A comma list, choice(), range() and glob() are axes. Specs that come out equal are one run.
+
+    Raises:
+        Problems: everything wrong anywhere in the grid, one line each.
+    """
+    problems: list[str] = []
+    grid = _read(overrides, composer, problems)
+    builder = _Builder(problems)
+    runs: dict[str, tuple[RunSpec, tuple[str, ...]]] = {}
+    found: list[Settings] = []
+    cells = dict(_cells(grid, composer, problems))
+    for cell in cells.values():
+        settings = _settings(cell.plain, problems)
+        if settings is not None and settings not in found:
+            found.append(settings)
+    for choice in itertools.product(*(range(len(axis.values)) for axis in grid.axes)):
+        chosen = list(zip(grid.axes, choice, strict=True))
+        cell_key = tuple(index for axis, index in chosen if axis.key in grid.groups)
+        if cell_key not in cells:
+            continue
+        values = {axis.key: axis.values[index] for axis, index in chosen if axis.key not in grid.groups}
+        run = cells[cell_key].run(values, builder)
+        if run is not None:
+            typed = tuple(f"{axis.key}={axis.typed[index]}" for axis, index in chosen)
+            runs.setdefault(run.run_id, (run, (*grid.fixed, *typed)))
+    if len(found) > 1:
+        problems.append(_differing(found))
+    if problems:
+        raise Problems(problems)
+    return Composition(
+        specs=tuple(run for run, _ in runs.values()),
+        settings=found[0],
+        overrides=tuple(typed for _, typed in runs.values()),
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """The gist of a Hydra or OmegaConf message, which may have many lines."""
+    cause = error.__cause__ if not str(error).strip() and error.__cause__ is not None else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith(("Error merging override", "Could not")):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(cause).__name__
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Grid:
+    fixed: tuple[str, ...]
+    axes: tuple[Axis, ...]
+    groups: frozenset[str]
+
+
+def _read(overrides: Sequence[str], composer: Composer, problems: list[str]) -> _Grid:
+    fixed: dict[str, str] = {}
+    axes: dict[str, Axis] = {}
+    groups: set[str] = set()
+    for line in overrides:
+        try:
+            override = composer.parse(line)
+        except HydraException:
+            problems.append(f"{line}: cannot be read. Write field=value; quote values with commas, brackets or spaces.")
+            continue
+        if override.is_hydra_override():
+            if composer.is_group(override.key_or_group) and not override.is_sweep_override():
+                _known_options(override, [override.value()], composer, problems)
+            continue
+        key = override.get_key_element()
+        fixed.pop(key, None)
+        group = composer.is_group(override.key_or_group) and not isinstance(override.value(), dict)
+        if not override.is_sweep_override():
+            options = _known_options(override, [override.value()], composer, problems) if group else [line]
+            if options:
+                axes.pop(key, None)
+                fixed[key] = line
+            continue
+        axis = _axis(override, problems)
+        if axis is None:
+            continue
+        if group:
+            kept = _known_options(override, axis.values, composer, problems)
+            places = [place for place, value in enumerate(axis.values) if value in kept]
+            if not places:
+                continue
+            axis = Axis(
+                key=key,
+                values=tuple(axis.values[place] for place in places),
+                typed=tuple(axis.typed[place] for place in places),
+            )
+            groups.add(key)
+        axes[key] = axis
+    return _Grid(fixed=tuple(fixed.values()), axes=tuple(axes.values()), groups=frozenset(groups & axes.keys()))
+
+
+def _axis(override: Override, problems: list[str]) -> Axis | None:
+    key, line = override.get_key_element(), override.input_line
+    tags: set[str] = getattr(override.value(), "tags", set())
+    if override.is_interval_sweep() or "tune" in tags:
+        problems.append(f"{line}: tuned fields need a search, which this sweeper does not do. Give a list: {key}=a,b,c")
+        return None
+    found = list(override.sweep_iterator(transformer=Transformer.identity))
+    if not found:
+        problems.append(f"{line}: there is no value in this axis. Give a list: {key}=a,b,c")
+        return None
+    if _is_setting(override.key_or_group):
+        problems.append(f"{line}: {key} does not change a result, so it is no axis of a grid. Give one value.")
+        return None
+    return Axis(
+        key=key,
+        values=tuple(Override._convert_value(value) for value in found),
+        typed=tuple(Transformer.str(value) for value in found),
+    )
+
+
+def _known_options(override: Override, values: Sequence[Any], composer: Composer, problems: list[str]) -> list[Any]:
+    """Those of `values` that are options of the override's group; a line for each other."""
+    group, kept = override.key_or_group, []
+    for value in values:
+        names = [str(name) for name in value] if isinstance(value, list) else [str(value)]
+        strange = [name for name in names if not composer.has_option(group, name)]
+        if value is None or override.is_delete() or (not strange and not isinstance(value, int | float)):
+            kept.append(value)
+        problems.extend(unknown(group, name, composer.options(group)) for name in strange if value is not None)
+    return kept
+
+
+@dataclass(kw_only=True, slots=True)
+class _Cell:
+    """One combination of group options: its composed configuration, ready to take plain values."""
+
+    cfg: DictConfig
+    plain: Plain
+    live: bool
+    sections: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def run(self, values: Mapping[str, Any], builder: "_Builder") -> RunSpec | None:
+        if self.live or not all(_is_simple(self.plain, key, value) for key, value in values.items()):
+            plain = self._through_omegaconf(values, builder.problems)
+            return None if plain is None else builder.run(plain, {})
+        plain = dict(self.plain)
+        for key, value in values.items():
+            _put(plain, key, value)
+        return builder.run(plain, self.sections, values)
+
+    def _through_omegaconf(self, values: Mapping[str, Any], problems: list[str]) -> Plain | None:
+        cfg = copy.deepcopy(self.cfg)
+        for key, value in values.items():
+            name, add = key.lstrip("+"), key.startswith("+")
+            try:
+                OmegaConf.update(cfg, name, value, merge=True, force_add=add)
+            except OmegaConfBaseException:
+                problems.append(_no_such_field(name, self.plain))
+                return None
+        return _plain(cfg, problems)
+
+
+def _cells(grid: _Grid, composer: Composer, problems: list[str]) -> Iterator[tuple[tuple[int, ...], _Cell]]:
+    axes = [axis for axis in grid.axes if axis.key in grid.groups]
+    for choice in itertools.product(*(range(len(axis.values)) for axis in axes)):
+        chosen = [f"{axis.key}={axis.typed[index]}" for axis, index in zip(axes, choice, strict=True)]
+        cfg = _compose(grid.fixed, chosen, composer, problems)
+        if cfg is not None:
+            live = _has_interpolation(OmegaConf.to_container(cfg, resolve=False), (*SECTIONS, *SCALARS))
+            yield choice, _Cell(cfg=cfg, plain=_plain(cfg, problems), live=live)
+
+
+def _compose(fixed: Sequence[str], chosen: Sequence[str], composer: Composer, problems: list[str]) -> DictConfig | None:
+    try:
+        return composer.compose([*fixed, *chosen])
+    except SpecError as error:
+        whole = error
+    # Which override is to blame? Leave each out in turn, so that the others are still checked.
+    good: list[str] = []
+    for line in (*fixed, *chosen):
+        try:
+            composer.compose([*good, line])
+        except SpecError as error:
+            problems.append(_blame(composer.parse(line), composer, good, error))
+        else:
+            good.append(line)
+    if len(good) == len(fixed) + len(chosen):
+        problems.append(str(whole))
+    try:
+        return composer.compose(good)
+    except SpecError as error:
+        problems.append(str(error))
+        return None
+
+
+def _blame(override: Override, composer: Composer, good: Sequence[str], error: SpecError) -> str:
+    if "Could not override" in str(error):
+        return _no_such_field(override.key_or_group, _plain(composer.compose(good), []))
+    return str(error)
+
+
+def _no_such_field(key: str, plain: Plain) -> str:
+    """Names the fields of the deepest part of `key` that exists."""
+    *parents, leaf = key.split(".")
+    node: Any = plain
+    path: list[str] = []
+    for part in parents:
+        if not isinstance(node, dict) or not isinstance(node.get(part), dict):
+            leaf = part
+            break
+        node = node[part]
+        path.append(part)
+    choices = [".".join([*path, name]) for name in node if name != "options"]
+    return unknown("field", ".".join([*path, leaf]), choices).replace("field=", "", 1)
+
+
+class _Builder:
+    """Makes specs of plain data, section by section, and keeps a line for everything that cannot be used."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+
+    def run(
+        self, plain: Plain, cache: dict[tuple[str, str], Any], values: Mapping[str, Any] | None = None
+    ) -> RunSpec | None:
+        """`cache` holds sections already built for the same cell, by the swept values inside them."""
+        parts: Plain = {}
+        for name, kind in SECTIONS.items():
+            key = (name, repr([(k, v) for k, v in (values or {}).items() if k.startswith(f"{name}.")]))
+            if key not in cache:
+                cache[key] = self._section(name, kind, plain)
+            parts[name] = cache[key]
+        scalars = {name: plain.get(name) for name in SCALARS}
+        if scalars["alpha"] is None and isinstance(scalars["rank"], int):
+            scalars["alpha"] = 2 * max(scalars["rank"], 1)
+        if all(parts.values()):
+            try:
+                return from_mapping(RunSpec, {**parts, **scalars})
+            except SpecError:
+                pass
+        for name in SCALARS:
+            if name != "alpha" or plain.get("alpha") is not None:
+                self._check(lambda name=name: from_mapping(RunSpec, {**_probe(), name: scalars[name]}))  # type: ignore[misc]
+        return None
+
+    def _section(self, name: str, kind: type, plain: Plain) -> Any:
+        mapping = plain.get(name)
+        if not isinstance(mapping, dict):
+            self.problems.append(f"{name} is required: choose an option of the group {name}")
+            return None
+        for key in _missing(mapping):
+            self.problems.append(f"{name}.{key} is required for {name}={mapping.get('name')}: give {name}.{key}=...")
+        if any(_missing(mapping)):
+            return None
+        if name == "trainer":
+            mapping = {key: value for key, value in mapping.items() if key != "device"}
+        return self._check(lambda: from_mapping(kind, mapping, prefix=f"{name}."))
+
+    def _check(self, build: Callable[[], Any]) -> Any:
+        try:
+            return build()
+        except SweeperError as error:
+            self.problems.extend(error.lines)
+            return None
+
+
+def _probe() -> Plain:
+    """A run whose every field is fine, to check one field at a time."""
+    return {
+        "model": {"name": "-", "source": "random", "location": "-"},
+        "dataset": {"name": "-", "family": "-"},
+        "method": {"name": "-"},
+        "placement": {"name": "-", "roles": ["-"]},
+        "allocation": {"name": "-"},
+        "optim": {"lr": 1.0},
+        "trainer": {"max_steps": 1, "batch_size": 1},
+        "evaluation": {"name": "-"},
+        "rank": 1,
+        "alpha": 1.0,
+        "seed": 0,
+    }
+
+
+def _settings(plain: Plain, problems: list[str]) -> Settings | None:
+    tracking = dict(plain.get("tracking") or {"name": "none"})
+    trainer = plain.get("trainer")
+    mapping = {
+        "study": plain.get("study"),
+        "output_root": plain.get("output_root"),
+        "device": trainer.get("device", "auto") if isinstance(trainer, dict) else "auto",
+        "tracking": tracking.pop("name", "none"),
+        "tracking_options": tracking,
+        **(plain.get("sweep") or {}),
+    }
+    if isinstance(mapping.get("compile"), bool):  # YAML reads on and off as booleans
+        mapping["compile"] = "on" if mapping["compile"] else "off"
+    try:
+        return from_mapping(Settings, mapping)
+    except SpecError as error:
+        problems.append(str(error))
+        return None
+
+
+def _is_setting(key: str) -> bool:
+    return key in ("study", "output_root", "trainer.device") or key.split(".")[0] in ("tracking", "sweep")
+
+
+def _differing(found: Sequence[Settings]) -> str:
+    names = [name for name in Settings.__slots__ if len({repr(getattr(one, name)) for one in found}) > 1]
+    return f"{', '.join(names)}: must be the same over the whole grid; run the command once for each value"
+
+
+def _plain(cfg: DictConfig, problems: list[str]) -> Plain:
+    try:
+        return cast(Plain, OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        problems.append(one_line(error))
+        return cast(Plain, OmegaConf.to_container(cfg, resolve=False))
+
+
+def _has_interpolation(node: Any, names: Sequence[str] | None = None) -> bool:
+    if isinstance(node, dict):
+        return any(_has_interpolation(value) for key, value in node.items() if names is None or key in names)
+    if isinstance(node, list):
+        return any(_has_interpolation(value) for value in node)
+    return isinstance(node, str) and "${" in node
+
+
+def _missing(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            yield from _missing(value, f"{prefix}{key}.")
+        elif value == _MISSING:
+            yield f"{prefix}{key}"
+
+
+def _is_simple(plain: Plain, key: str, value: Any) -> bool:
+    """Whether `key` names an existing field that `value` replaces whole and as it is."""
+    node: Any = plain
+    *parents, leaf = key.split(".")
+    for part in parents:
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return (
+        isinstance(node, dict)
+        and leaf in node
+        and not isinstance(value, dict)
+        and not isinstance(node[leaf], dict | ListConfig)
+        and not _has_interpolation(value)
+    )
+
+
+def _put(plain: Plain, key: str, value: Any) -> None:
+    """Sets a dotted key, copying only the mappings on the way; `plain` itself is changed."""
+    node = plain
+    *parents, leaf = key.split(".")
+    for part in parents:
+        node[part] = dict(node[part])
+        node = node[part]
+    node[leaf] = value

@@ -1,0 +1,46 @@
+"""What tells runs apart, in the words people type: for the live view, the tables and the trackers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# a group's name stands for the group; what its options also say is shown only where it varies by itself
+GROUPS = ("model", "dataset", "method", "placement", "allocation", "evaluation")
+
+
+def flat(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted field -> value of a spec's plain mapping; the name of a group is under the group itself."""
+    found: dict[str, Any] = {}
+
+    def walk(node: Mapping[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            if key == "name" and prefix.rstrip(".") in GROUPS:
+                found[prefix.rstrip(".")] = value
+            elif isinstance(value, Mapping) and value:
+                walk(value, f"{prefix}{key}.")
+            else:
+                found[f"{prefix}{key}"] = value
+
+    walk(spec, "")
+    return found
+
+
+def varying(specs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Fields that differ between specs and do not follow from the others, besides placement and rank."""
+    rows = [flat(spec) for spec in specs]
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    differing = [key for key in fields if len({repr(row.get(key)) for row in rows}) > 1]
+    return [key for key in differing if key not in ("placement", "rank") and not _follows(key, rows, differing)]
+
+
+def label(spec: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """A short name such as "attn r8 seed=1"; `fields` as from `varying`."""
+    row = flat(spec)
+    return " ".join([f"{row['placement']} r{row['rank']}", *(f"{key.split('.')[-1]}={row.get(key)}" for key in fields)])
+
+
+def _follows(key: str, rows: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> bool:
+    leader = "rank" if key == "alpha" else key.split(".")[0]
+    if leader == key or leader not in differing or leader not in (*GROUPS, "rank"):
+        return False
+    pairs = {(repr(row.get(leader)), repr(row.get(key))) for row in rows}
+    return len(pairs) == len({first for first, _ in pairs})

@@ -1,0 +1,55 @@
+"""The default sweeper: every combination of the grid, exactly once. Thin, for Hydra imports it at every start."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class AblationSweeperConf:
+    """`params` are axes as on the command line, for overlays; the command line wins."""
+
+    _target_: str = "hydra_plugins.lora_sweeper.ablation_sweeper.AblationSweeper"
+    _recursive_: bool = False
+    params: dict[str, str] | None = None
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="ablation", node=AblationSweeperConf, provider="lora_sweeper")
+
+
+class AblationSweeper(Sweeper):
+    """Expands and checks the whole grid, then hands it to our launcher at once, or to any other a run a job."""
+
+    def __init__(self, params: Mapping[str, str] | None = None) -> None:
+        self.params = dict(params or {})
+        self.config: DictConfig | None = None
+        self.hydra_context: HydraContext | None = None
+        self.launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from hydra.core.plugins import Plugins
+
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from sweeper import compose, launch
+
+        assert self.config is not None
+        assert self.hydra_context is not None
+        assert self.launcher is not None
+        composer = compose.Composer(
+            loader=self.hydra_context.config_loader,
+            config_name=self.config.hydra.job.config_name,
+            hydra_overrides=tuple(self.config.hydra.overrides.hydra),
+        )
+        lines: Sequence[str] = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        return launch.sweep(compose.expand(lines, composer), self.launcher)

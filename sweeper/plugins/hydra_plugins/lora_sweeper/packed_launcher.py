@@ -1,0 +1,53 @@
+"""The default launcher: all runs in this process, packed on one base model. Thin: Hydra imports it at every start."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class PackedLauncherConf:
+    _target_: str = "hydra_plugins.lora_sweeper.packed_launcher.PackedLauncher"
+    _recursive_: bool = False
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="lora_sweeper")
+
+
+class PackedLauncher(Launcher):
+    """Our sweeper calls `run_all`; `launch` does the same for the jobs of any other sweeper."""
+
+    def __init__(self) -> None:
+        self.config: DictConfig | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.hydra_context = config, hydra_context
+
+    def run_all(self, composition: Any) -> Any:
+        """Trains what is missing of a `sweeper.compose.Composition`; returns the records by run id."""
+        from sweeper import launch
+
+        return launch.train(composition.specs, composition.settings)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from sweeper import compose, launch
+
+        assert self.config is not None
+        assert self.hydra_context is not None
+        jobs = [
+            compose.from_config(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides)))
+            for overrides in job_overrides
+        ]
+        found = launch.train([spec for spec, _ in jobs], jobs[0][1])
+        values = [launch.objective(found.get(spec.run_id)) for spec, _ in jobs]
+        return [
+            JobReturn(overrides=list(overrides), _return_value=value, status=JobStatus.COMPLETED)
+            for overrides, value in zip(job_overrides, values, strict=True)
+        ]

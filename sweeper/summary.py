@@ -1,0 +1,200 @@
+"""The table at the end of a command, on screen and as summary.csv and summary.md in the study folder."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sweeper import naming
+from sweeper.display import number
+from sweeper.record import Record, Score, perplexity, write_atomically
+
+BASE = "none (base model)"
+SPLIT = "validation"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """`read` gives the raw value of a row's dict; `show` gives its text for people."""
+
+    key: str
+    title: str
+    show: Callable[[Any], str] = str
+
+
+def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A dict a run, and first one for each base model as it was before training. Absent values are None."""
+    fields = naming.varying([record.spec for record in records])
+    metric = _metric(records)
+    found = [_run_row(record, fields, metric) for record in records]
+    return [*_base_rows(records, fields, metric), *found]
+
+
+def show(records: Sequence[Record], console: Console, *, title: str | None = None) -> None:
+    """Prints the table."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    content, columns = rows(records), _columns(records)
+    for column in columns:
+        text = column.key in ("placement", "status", "model", "dataset", "method", "allocation")
+        table.add_column(column.title, justify="left" if text else "right", no_wrap=True)
+    for row in content:
+        table.add_row(*(_text(column, row) for column in columns))
+    console.print(table)
+    for line in notes(records):
+        console.print(line, style="dim")
+
+
+def write(study: Path, records: Sequence[Record]) -> tuple[Path, Path]:
+    """Writes summary.csv (raw values) and summary.md (the printed table) to the study folder."""
+    content, columns = rows(records), _columns(records)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, _csv_fields(content), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(content)
+    lines = [
+        "| " + " | ".join(column.title for column in columns) + " |",
+        "| " + " | ".join("---" for _ in columns) + " |",
+        *("| " + " | ".join(_text(column, row).replace("|", "\\|") for column in columns) + " |" for row in content),
+        "",
+        *(f"{line}\n" for line in notes(records)),
+    ]
+    return write_atomically(study / "summary.csv", buffer.getvalue()), write_atomically(
+        study / "summary.md", "\n".join(lines)
+    )
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """What a reader must know to read the seconds and the memory right."""
+    lines = [f"NLL in nats per response token on {SPLIT}; perplexity = exp(NLL)."]
+    if any(record.efficiency.pack_runs > 1 for record in records):
+        lines.append("Seconds: a run's share of its pack. Memory: alone where calibrated, else the pack's.")
+    return lines
+
+
+def _columns(records: Sequence[Record]) -> list[Column]:
+    fields, metric = naming.varying([record.spec for record in records]), _metric(records)
+    columns = [
+        Column(key="placement", title="placement"),
+        Column(key="rank", title="rank"),
+        *(Column(key=key, title=key, show=_plain) for key in fields),
+        Column(key="trainable_parameters", title="trainable", show="{:,}".format),
+        Column(key="trainable_percent", title="%", show="{:.3f}".format),
+        Column(key="nll", title=f"{SPLIT} NLL", show=lambda value: number(value, 4)),
+        Column(key="perplexity", title="perplexity", show=number),
+    ]
+    if metric is not None:
+        columns.append(Column(key="metric_change", title=f"{_TITLES.get(metric, metric)} before → after"))
+    columns += [
+        Column(key="seconds", title="seconds", show="{:.1f}".format),
+        Column(key="peak_memory_bytes", title="peak memory", show=size),
+    ]
+    if any(record.status != "completed" for record in records):
+        columns.append(Column(key="status", title="status"))
+    return columns
+
+
+_TITLES = {"exact_match": "accuracy"}
+
+
+def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[str, Any]:
+    flat = naming.flat(record.spec)
+    moments = record.scores.get(SPLIT, {})
+    cost = record.efficiency
+    share = record.trainable_parameters / record.total_parameters if record.total_parameters else None
+    row = {
+        "run_id": record.run_id,
+        "status": record.status,
+        "placement": flat["placement"],
+        "rank": flat["rank"],
+        **{key: flat.get(key) for key in fields},
+        "trainable_parameters": record.trainable_parameters or None,
+        "trainable_percent": None if share is None or record.status == "failed" else 100 * share,
+        **_scores(moments.get("after")),
+    }
+    if metric is not None:
+        before, after = (_value(moments.get(moment), metric) for moment in ("before", "after"))
+        row |= {f"{metric}_before": before, f"{metric}_after": after, "metric_change": _change(before, after)}
+    row |= {
+        "seconds": cost.train_seconds_amortised,
+        "peak_memory_bytes": cost.peak_memory_solo_bytes or cost.pack_peak_memory_bytes,
+    }
+    return row
+
+
+def _base_rows(records: Sequence[Record], fields: Sequence[str], metric: str | None) -> list[dict[str, Any]]:
+    """One row for each model and dataset: the scores before training, with everything about training absent."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        score = record.scores.get(SPLIT, {}).get("before")
+        if score is None:
+            continue
+        flat = naming.flat(record.spec)
+        key = repr((record.spec["model"], record.spec["dataset"]))
+        row: dict[str, Any] = {"run_id": None, "status": None, "placement": BASE, "rank": None}
+        row |= {name: flat.get(name) if name.split(".")[0] in ("model", "dataset") else None for name in fields}
+        row |= {"trainable_parameters": 0, "trainable_percent": 0.0, **_scores(score)}
+        if metric is not None:
+            value = _value(score, metric)
+            row |= {f"{metric}_before": value, f"{metric}_after": None, "metric_change": number(value)}
+        found.setdefault(key, row | {"seconds": None, "peak_memory_bytes": None})
+    return list(found.values())
+
+
+def _metric(records: Sequence[Record]) -> str | None:
+    """The task metric to show: the first that any run has on the validation split."""
+    for record in records:
+        for score in record.scores.get(SPLIT, {}).values():
+            for name in score.metrics:
+                return name
+    return None
+
+
+def _scores(score: Score | None) -> dict[str, float | None]:
+    return {"nll": None if score is None else score.nll, "perplexity": None if score is None else perplexity(score.nll)}
+
+
+def _value(score: Score | None, metric: str) -> float | None:
+    return None if score is None else score.metrics.get(metric)
+
+
+def _change(before: float | None, after: float | None) -> str | None:
+    return None if before is None and after is None else f"{number(before)} → {number(after)}"
+
+
+def _csv_fields(content: Iterable[dict[str, Any]]) -> list[str]:
+    fields = list(dict.fromkeys(key for row in content for key in row if key != "metric_change"))
+    for row in content:
+        row.pop("metric_change", None)
+    return fields
+
+
+def _text(column: Column, row: dict[str, Any]) -> str:
+    value = row.get(column.key)
+    return "-" if value is None else column.show(value)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def amount(count: float) -> str:
+    """A large count for people: 1.23 T."""
+    for unit in ("", " k", " M", " G", " T", " P"):
+        if abs(count) < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} E"
