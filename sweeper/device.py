@@ -1,0 +1,73 @@
+"""What a run computes on, and in which precision."""
+
+import functools
+import time
+from typing import TYPE_CHECKING
+
+from sweeper.errors import SpecError
+from sweeper.spec import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+# bfloat16 is taken on a CPU only where it is clearly faster, so that a rerun does not flip on noise
+CPU_BFLOAT16_GAIN = 1.5
+
+
+def device_for(text: str) -> "torch.device":
+    """The device that `trainer.device` names: auto takes the first CUDA device, else the CPU.
+
+    Raises:
+        SpecError: there is no such device here.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = {"auto": "cuda:0" if count else "cpu", "cpu": "cpu"}
+    if count:
+        devices["cuda"] = "cuda:0"
+    devices.update({f"cuda:{index}": f"cuda:{index}" for index in range(count)})
+    if text not in devices:
+        why = "" if count or not text.startswith("cuda") else " (torch finds no CUDA GPU)"
+        raise SpecError(f"trainer.device={text}: no such device here{why}. Choose from {', '.join(devices)}.")
+    return torch.device(devices[text])
+
+
+def precision_for(device: "torch.device", wanted: Precision) -> "torch.dtype":
+    """The dtype of the base model: auto is bfloat16 on CUDA and on CPUs that multiply it clearly faster than float32.
+
+    Raises:
+        SpecError: bfloat16 on a CUDA GPU that has none.
+    """
+    import torch
+
+    if wanted == "float32":
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        if wanted == "bfloat16":
+            raise SpecError("trainer.precision=bfloat16: this GPU has no bfloat16. Choose from auto, float32.")
+        return torch.float32
+    if device.type == "cuda" or wanted == "bfloat16" or cpu_gain() > CPU_BFLOAT16_GAIN:
+        return torch.bfloat16
+    return torch.float32
+
+
+@functools.cache
+def cpu_gain(budget_seconds: float = 0.2) -> float:
+    """Time of a float32 matrix product over that of a bfloat16 one on this CPU: best of several, taken in turns."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    pair = [torch.randn(size, generator=generator) for size in ((128, 576), (576, 1536))]
+    pairs = {dtype: [matrix.to(dtype) for matrix in pair] for dtype in (torch.float32, torch.bfloat16)}
+    best = dict.fromkeys(pairs, float("inf"))
+    deadline = time.perf_counter() + budget_seconds
+    for turn in range(20):
+        for dtype, (left, right) in pairs.items():
+            start = time.perf_counter()
+            left @ right
+            if turn:  # the first turn warms up
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+        if turn and time.perf_counter() > deadline:
+            break
+    return best[torch.float32] / best[torch.bfloat16]

