@@ -83,13 +83,11 @@ def _report(error: SweeperError) -> int:
 def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
     """Everything wrong with the command, in place of Hydra's account of the first thing."""
     from hydra._internal.utils import get_args
-    from hydra.core.global_hydra import GlobalHydra
 
     from sweeper import compose
 
     parsed = get_args(arguments)
     lines: list[str] = []
-    GlobalHydra.instance().clear()
     try:
         composer = _composer(parsed.config_dir)
         if not parsed.multirun:
@@ -108,9 +106,11 @@ def _composer(config_dir: str | None) -> "Composer":
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_config_search_path
     from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
 
     from sweeper.compose import Composer
 
+    GlobalHydra.instance().clear()
     search_path = create_config_search_path(str(Path(sys.argv[0]).resolve().parent / "conf"))
     if config_dir:
         folder = f"file://{Path(config_dir).resolve()}"

@@ -8,6 +8,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -57,7 +58,7 @@ class Composer:
         """The configuration of one job, without its hydra node."""
         try:
             cfg = self.loader.load_configuration(self.config_name, [*self.hydra_overrides, *overrides], RunMode.RUN)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise SpecError(one_line(error)) from error
         OmegaConf.set_struct(cfg, False)
         cfg.pop("hydra")
@@ -74,7 +75,7 @@ class Composer:
         return list(self.loader.get_group_options(group))
 
     def parse(self, override: str) -> Override:
-        return OverridesParser.create(config_loader=self.loader).parse_override(override)
+        return OverridesParser.create(config_loader=self.loader).parse_overrides([override])[0]
 
 
 def from_config(cfg: DictConfig) -> tuple[RunSpec, Settings]:
@@ -211,12 +212,16 @@ def _axis(override: Override, problems: list[str]) -> Axis | None:
 def _known_options(override: Override, values: Sequence[Any], composer: Composer, problems: list[str]) -> list[Any]:
     """Those of `values` that are options of the override's group; a line for each other."""
     group, kept = override.key_or_group, []
+    if override.is_delete():
+        return list(values)
     for value in values:
-        names = [str(name) for name in value] if isinstance(value, list) else [str(value)]
-        strange = [name for name in names if not composer.has_option(group, name)]
-        if value is None or override.is_delete() or (not strange and not isinstance(value, int | float)):
+        names = value if isinstance(value, list) else [value]
+        strange = [name for name in names if not isinstance(name, str) or not composer.has_option(group, name)]
+        if not strange:
             kept.append(value)
-        problems.extend(unknown(group, name, composer.options(group)) for name in strange if value is not None)
+        problems.extend(
+            unknown(group, "null" if name is None else str(name), composer.options(group)) for name in strange
+        )
     return kept
 
 
@@ -224,9 +229,10 @@ def _known_options(override: Override, values: Sequence[Any], composer: Composer
 class _Cell:
     """One combination of group options: its composed configuration, ready to take plain values."""
 
-    cfg: DictConfig
+    compose: Callable[[], DictConfig]
     plain: Plain
     live: bool
+    working: DictConfig | None = None
     sections: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def run(self, values: Mapping[str, Any], builder: "_Builder") -> RunSpec | None:
@@ -239,7 +245,9 @@ class _Cell:
         return builder.run(plain, self.sections, values)
 
     def _through_omegaconf(self, values: Mapping[str, Any], problems: list[str]) -> Plain | None:
-        cfg = copy.deepcopy(self.cfg)
+        if self.working is None or any(isinstance(value, dict) for value in values.values()):
+            self.working = copy.deepcopy(self.compose())
+        cfg = self.working  # every run of a cell sets the same keys, so nothing of another run stays
         for key, value in values.items():
             name, add = key.lstrip("+"), key.startswith("+")
             try:
@@ -251,13 +259,51 @@ class _Cell:
 
 
 def _cells(grid: _Grid, composer: Composer, problems: list[str]) -> Iterator[tuple[tuple[int, ...], _Cell]]:
+    """The composed configuration of each combination of group options, by the options' places."""
     axes = [axis for axis in grid.axes if axis.key in grid.groups]
-    for choice in itertools.product(*(range(len(axis.values)) for axis in axes)):
-        chosen = [f"{axis.key}={axis.typed[index]}" for axis, index in zip(axes, choice, strict=True)]
-        cfg = _compose(grid.fixed, chosen, composer, problems)
-        if cfg is not None:
+    cells: dict[tuple[int, ...], _Cell] = {}
+
+    def cell(choice: tuple[int, ...]) -> _Cell | None:
+        if choice not in cells:
+            chosen = [f"{axis.key}={axis.typed[place]}" for axis, place in zip(axes, choice, strict=True)]
+            cfg = _compose(grid.fixed, chosen, composer, problems)
+            if cfg is None:
+                return None
             live = _has_interpolation(OmegaConf.to_container(cfg, resolve=False), (*SECTIONS, *SCALARS))
-            yield choice, _Cell(cfg=cfg, plain=_plain(cfg, problems), live=live)
+            cells[choice] = _Cell(compose=lambda: cfg, plain=_plain(cfg, problems), live=live)
+        return cells[choice]
+
+    sections = _separable(axes, cell)
+    for choice in itertools.product(*(range(len(axis.values)) for axis in axes)):
+        if sections is None or choice in cells:
+            found = cell(choice)
+        else:
+            chosen = [f"{axis.key}={axis.typed[place]}" for axis, place in zip(axes, choice, strict=True)]
+            parts = {axis.key: sections[axis.key][place] for axis, place in zip(axes, choice, strict=True)}
+            found = _Cell(
+                compose=partial(composer.compose, [*grid.fixed, *chosen]),
+                plain={**cells[(0,) * len(axes)].plain, **parts},
+                live=False,
+            )
+        if found is not None:
+            yield choice, found
+
+
+def _separable(axes: Sequence[Axis], cell: Callable[[tuple[int, ...]], _Cell | None]) -> dict[str, list[Plain]] | None:
+    """Each group's section for each of its options, where options of one group change no other part; else None.
+
+    Then composing each option once is enough, instead of each combination of options.
+    """
+    if len(axes) < 2:
+        return None
+    sections: dict[str, list[Plain]] = {}
+    for number, axis in enumerate(axes):
+        found = [cell((0,) * number + (place,) + (0,) * (len(axes) - number - 1)) for place in range(len(axis.values))]
+        rests = [{key: value for key, value in one.plain.items() if key != axis.key} for one in found if one]
+        if any(one is None or one.live for one in found) or any(rest != rests[0] for rest in rests):
+            return None
+        sections[axis.key] = [one.plain[axis.key] for one in found if one is not None]
+    return sections
 
 
 def _compose(fixed: Sequence[str], chosen: Sequence[str], composer: Composer, problems: list[str]) -> DictConfig | None:

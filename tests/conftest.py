@@ -1,8 +1,23 @@
 """Fixtures of the whole suite."""
 
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sweeper import record
+from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.record import Efficiency, Module, Record, Score
+from sweeper.spec import RunSpec, Settings, run_spec, to_mapping
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def root() -> Path:
+    return ROOT
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +44,117 @@ def tiny_llama() -> Any:
         },
     )
     return models.load(spec, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def make_spec() -> Callable[..., RunSpec]:
+    """A small valid run; keyword arguments replace top-level fields, a dict updates a section."""
+
+    def make(**changes: Any) -> RunSpec:
+        plain: dict[str, Any] = {
+            "model": {"name": "tiny_llama", "source": "random", "location": "llama"},
+            "dataset": {"name": "jsonl", "family": "jsonl"},
+            "method": {"name": "lora"},
+            "placement": {"name": "attn", "roles": ["attn_q", "attn_k", "attn_v", "attn_o"]},
+            "allocation": {"name": "uniform"},
+            "rank": 4,
+            "optim": {"lr": 1e-3},
+            "trainer": {"max_steps": 4, "batch_size": 2},
+            "evaluation": {"name": "default"},
+        }
+        for key, value in changes.items():
+            plain[key] = plain[key] | value if isinstance(value, dict) else value
+        return run_spec(plain)
+
+    return make
+
+
+@pytest.fixture
+def make_record(make_spec: Callable[..., RunSpec]) -> Callable[..., Record]:
+    """A completed record of a spec; NLL falls with the rank so that rows can be told apart."""
+
+    def make(spec: RunSpec | None = None, **changes: Any) -> Record:
+        spec = spec or make_spec()
+        scores = {
+            "before": Score(nll=5.0, tokens=100, examples=10, metrics={"exact_match": 0.0}),
+            "after": Score(nll=1.0 / spec.rank, tokens=100, examples=10, metrics={"exact_match": 0.75}),
+        }
+        plain: dict[str, Any] = {
+            "run_id": spec.run_id,
+            "study": "test",
+            "status": "completed",
+            "spec": to_mapping(spec),
+            "modules": (Module(name="q", role="attn_q", layer=0, rank=spec.rank, parameters=100 * spec.rank),),
+            "trainable_parameters": 100 * spec.rank,
+            "total_parameters": 100_000,
+            "steps": spec.trainer.max_steps,
+            "scores": {"validation": scores, "test": scores},
+            "efficiency": Efficiency(train_seconds_amortised=1.5, pack_runs=1, pack_peak_memory_bytes=3 << 20),
+        }
+        return Record(**(plain | changes))
+
+    return make
+
+
+class FakeEngine:
+    """Has the engine's signature, writes records and yields events, trains nothing.
+
+    `fail` are run ids whose runs fail; `stop_after` calls `interrupt` after so many steps.
+    """
+
+    def __init__(self, make_record: Callable[..., Record]) -> None:
+        self.make_record = make_record
+        self.fail: set[str] = set()
+        self.trained: list[str] = []
+        self.stop_after: int | None = None
+        self.interrupt: Callable[[], None] = lambda: None
+
+    def __call__(
+        self, requests: Sequence[Any], settings: Settings, *, should_stop: Callable[[], bool]
+    ) -> Iterator[Event]:
+        yield Stage(message="loading tiny_llama")
+        steps = 0
+        for request in requests:
+            spec, run_id = request.spec, request.run_id
+            yield RunStarted(run_id=run_id, steps=spec.trainer.max_steps)
+            done = self.make_record(spec, study=settings.study)
+            if run_id in self.fail:
+                error = {"class": "OutOfMemoryError", "message": "no room"}
+                done = self.make_record(spec, status="failed", scores={}, error=error)
+            else:
+                yield Evaluated(
+                    run_id=run_id, split="validation", moment="before", score=done.scores["validation"]["before"]
+                )
+                for step in range(1, spec.trainer.max_steps + 1):
+                    yield Step(run_id=run_id, step=step, loss=5 / step, lr=1e-3, grad_norm=1.0, tokens=50, seconds=0.1)
+                    steps += 1
+                    if steps == self.stop_after:
+                        self.interrupt()
+                    if should_stop():
+                        return
+                yield Evaluated(
+                    run_id=run_id, split="validation", moment="after", score=done.scores["validation"]["after"]
+                )
+            record.write_record(request.folder, done)
+            self.trained.append(run_id)
+            yield RunFinished(record=done)
+
+
+@pytest.fixture
+def engine(make_record: Callable[..., Record]) -> FakeEngine:
+    return FakeEngine(make_record)
+
+
+@pytest.fixture
+def composer(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The project's own configuration, loaded the way `train.py` does."""
+    from sweeper import cli
+
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py")])
+    return cli._composer(None)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Settings:
+    """Settings whose study folder is empty and temporary."""
+    return Settings(study="test", output_root=str(tmp_path))

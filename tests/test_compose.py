@@ -1,0 +1,168 @@
+"""From overrides to specs: the grid, its identity, its errors and its speed."""
+
+import itertools
+import time
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from sweeper import compose
+from sweeper.errors import Problems
+
+BASE = ["model=tiny_llama"]
+
+
+def cells(found: compose.Composition) -> list[tuple[str, int]]:
+    return [(spec.placement.name, spec.rank) for spec in found.specs]
+
+
+def problems(overrides: list[str], composer: Any) -> tuple[str, ...]:
+    with pytest.raises(Problems) as caught:
+        compose.expand([*BASE, *overrides], composer)
+    return caught.value.lines
+
+
+def test_comma_lists_are_every_combination_once(composer: Any) -> None:
+    found = compose.expand([*BASE, "placement=attn,ff,full", "rank=4,8,16"], composer)
+    assert cells(found) == list(itertools.product(["attn", "ff", "full"], [4, 8, 16]))
+    assert len({spec.run_id for spec in found.specs}) == 9
+
+
+@pytest.mark.parametrize(
+    ("axis", "ranks"),
+    [
+        ("rank=choice(2,4)", [2, 4]),
+        ("rank=range(1,4)", [1, 2, 3]),
+        ("rank=8,8,4", [8, 4]),
+        ("rank=range(start=4,stop=9,step=4)", [4, 8]),
+    ],
+)
+def test_discrete_sweeps_are_axes(axis: str, ranks: list[int], composer: Any) -> None:
+    assert [spec.rank for spec in compose.expand([*BASE, axis], composer).specs] == ranks
+
+
+def test_glob_picks_options(composer: Any) -> None:
+    found = compose.expand([*BASE, "placement=glob(ff*)"], composer)
+    assert [spec.placement.name for spec in found.specs] == ["ff", "ff_in", "ff_out"]
+
+
+def test_group_options_compose_as_alone(composer: Any) -> None:
+    """Sections put together for a grid equal those Hydra composes one by one."""
+    axes = ["placement=attn,ff,full", "model=tiny_llama,tiny_gpt2", "rank=4,8", "optim.lr=1e-3,1e-4"]
+    found = compose.expand(axes, composer)
+    assert len(found.specs) == 24
+    for spec, overrides in zip(found.specs, found.overrides, strict=True):
+        assert compose.from_config(composer.compose(overrides))[0] == spec
+
+
+def test_an_overlay_can_be_an_axis_with_groups(composer: Any) -> None:
+    found = compose.expand(["experiment=smoke", "placement=attn,ff", "optim.lr=1e-3,1e-2"], composer)
+    assert {spec.model.name for spec in found.specs} == {"tiny_llama"}
+    assert found.settings.study == "smoke"
+    assert len(found.specs) == 4
+
+
+def test_default_written_or_not_is_the_same_run(composer: Any) -> None:
+    plain, written = (
+        compose.expand([*BASE, *extra], composer).specs[0] for extra in ([], ["rank=8", "alpha=16", "seed=0"])
+    )
+    assert plain.run_id == written.run_id
+    assert plain.alpha == 16
+
+
+def test_alpha_follows_the_rank_unless_given(composer: Any) -> None:
+    assert [s.alpha for s in compose.expand([*BASE, "rank=4,8"], composer).specs] == [8, 16]
+    assert [s.alpha for s in compose.expand([*BASE, "rank=4,8", "alpha=32"], composer).specs] == [32, 32]
+
+
+def test_device_tracking_and_study_leave_the_run_alone(composer: Any) -> None:
+    extra = ["trainer.device=cuda:1", "tracking=tensorboard", "study=other", "sweep.max_pack=2"]
+    found = compose.expand([*BASE, *extra], composer)
+    assert found.specs == compose.expand(BASE, composer).specs
+    assert (found.settings.device, found.settings.tracking, found.settings.study) == ("cuda:1", "tensorboard", "other")
+
+
+def test_layers_can_be_a_list_or_a_name(composer: Any) -> None:
+    found = compose.expand([*BASE, "placement.layers=[0,2],first:2,all"], composer)
+    assert [spec.placement.layers for spec in found.specs] == [(0, 2), "first:2", "all"]
+
+
+def test_interpolated_values_follow_the_axis(composer: Any) -> None:
+    found = compose.expand([*BASE, "optim.lr=1e-3,1e-4", "optim.weight_decay=${optim.lr}", "rank=4,8"], composer)
+    assert [spec.optim.weight_decay for spec in found.specs] == [1e-3, 1e-3, 1e-4, 1e-4]
+
+
+def test_added_fields_are_axes_too(composer: Any) -> None:
+    found = compose.expand([*BASE, "+method.options.note=a,b"], composer)
+    assert [spec.method.options for spec in found.specs] == [{"note": "a"}, {"note": "b"}]
+
+
+def test_the_last_word_counts(composer: Any) -> None:
+    assert [s.rank for s in compose.expand([*BASE, "rank=1,2", "rank=3"], composer).specs] == [3]
+    assert [s.rank for s in compose.expand([*BASE, "rank=3", "rank=1,2"], composer).specs] == [1, 2]
+
+
+def test_everything_wrong_is_told_at_once(composer: Any) -> None:
+    lines = problems(
+        ["placement=attn,atn", "rank=0,abc,4", "optim.lrr=3", "seed=-1", "trainer.precision=fp16"], composer
+    )
+    text = "\n".join(lines)
+    assert "placement=atn: no such placement. Choose from attn, " in text
+    assert "Did you mean attn?" in text
+    assert "rank must be at least 1, got 0" in lines
+    assert "rank must be a whole number, got abc" in lines
+    assert "optim.lrr: no such field. Choose from optim.beta1" in text
+    assert "trainer.precision must be one of auto, float32, bfloat16, got fp16" in lines
+    assert any(line.startswith("seed must be in") for line in lines)
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["rnk=4,8"], "rnk: no such field. Choose from"),
+        (["rank=["], "rank=[: cannot be read"),
+        (["method=3"], "method=3: no such method. Choose from lora"),
+        (["optim.lr=interval(1,2)"], "tuned fields need a search"),
+        (["optim.lr=tag(tune,choice(1,2))"], "tuned fields need a search"),
+        (["study=a,b"], "is no axis of a grid"),
+        (["trainer.device=cpu,cuda"], "is no axis of a grid"),
+        (["study=../up"], "study=../up: not a folder name"),
+        (["study=/abs"], "not a folder name"),
+        (["trainer.device=gpu"], "Choose from auto, cpu, cuda, cuda:N"),
+        (["dataset=jsonl"], "dataset.path is required for dataset=jsonl: give dataset.path=..."),
+        (["model=path"], "model.location is required for model=path"),
+        (["experiment=null"], "experiment=null: no such experiment. Choose from placement_grid, smoke."),
+        (["rank=true"], "rank must be a whole number, got true"),
+        (["rank=range(3,3)"], "there is no value in this axis"),
+        (["hydra/launcher=nope"], "hydra/launcher=nope: no such hydra/launcher. Choose from basic"),
+    ],
+)
+def test_each_mistake_has_its_line(overrides: list[str], line: str, composer: Any) -> None:
+    found = problems(overrides, composer)
+    assert len(found) == 1
+    assert line in found[0]
+    assert "\n" not in found[0]
+
+
+def test_overlays_must_agree_on_settings(composer: Any) -> None:
+    overlays = "experiment=smoke,placement_grid"
+    assert len(compose.expand([overlays, "model=tiny_llama", "study=one"], composer).specs) == 2
+    assert "must be the same over the whole grid" in problems([overlays], composer)[0]
+
+
+def test_a_job_configuration_gives_the_same_run(composer: Any) -> None:
+    cfg = composer.compose([*BASE, "rank=4"])
+    with_hydra = OmegaConf.merge({"hydra": {"job": {"id": "???"}}}, cfg)
+    spec, settings = compose.from_config(with_hydra)  # type: ignore[arg-type]
+    assert spec == compose.expand([*BASE, "rank=4"], composer).specs[0]
+    assert settings.study == "default"
+
+
+def test_ten_thousand_runs_in_seconds(composer: Any) -> None:
+    start = time.perf_counter()
+    axes = ["placement=attn,ff,full,attn_q,attn_qv", "rank=range(1,11)", "optim.lr=1e-4,3e-4,1e-3,3e-3"]
+    found = compose.expand([*BASE, *axes, "seed=range(0,50)"], composer)
+    assert len({spec.run_id for spec in found.specs}) == 10_000
+    assert time.perf_counter() - start < 10
