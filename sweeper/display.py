@@ -237,8 +237,8 @@ class LineDisplay:
 
     def _due(self, view: RunView) -> bool:
         now = self.board.clock()
-        quarter = max(view.steps // 4, 1)
-        due = view.step % quarter == 0 or now - max(view.said, view.first_step or now) >= self.quiet_seconds
+        silent = now - max(view.said, now if view.first_step is None else view.first_step)
+        due = view.step % max(view.steps // 4, 1) == 0 or silent >= self.quiet_seconds
         if due:
             view.said = now
         return due

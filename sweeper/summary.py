@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ def write(study: Path, records: Sequence[Record]) -> tuple[Path, Path]:
     """Writes summary.csv (raw values) and summary.md (the printed table) to the study folder."""
     content, columns = rows(records), _columns(records)
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, _csv_fields(content), lineterminator="\n")
+    fields = dict.fromkeys(key for row in content for key in row if key != "metric_change")
+    writer = csv.DictWriter(buffer, list(fields), lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(content)
     lines = [
@@ -164,13 +165,6 @@ def _value(score: Score | None, metric: str) -> float | None:
 
 def _change(before: float | None, after: float | None) -> str | None:
     return None if before is None and after is None else f"{number(before)} → {number(after)}"
-
-
-def _csv_fields(content: Iterable[dict[str, Any]]) -> list[str]:
-    fields = list(dict.fromkeys(key for row in content for key in row if key != "metric_change"))
-    for row in content:
-        row.pop("metric_change", None)
-    return fields
 
 
 def _text(column: Column, row: dict[str, Any]) -> str:

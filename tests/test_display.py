@@ -1,0 +1,122 @@
+"""The live view and the lines: what they say about a sweep, and that they never stop it."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sweeper import display
+from sweeper.engine.events import RunFinished, RunStarted, Stage, Step
+from sweeper.plan import Plan, PlannedRun
+from sweeper.record import Record
+from sweeper.spec import RunSpec
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def plan(make_spec: Callable[..., RunSpec], tmp_path: Path) -> Plan:
+    specs = [make_spec(rank=rank, trainer={"max_steps": 8}) for rank in (4, 8, 16)]
+    runs = [PlannedRun(run_id=s.run_id, spec=s, folder=tmp_path / s.run_id, status=None) for s in specs]
+    return Plan(study=tmp_path, runs=tuple(runs))
+
+
+def step(run_id: str, number: int, **changes: Any) -> Step:
+    values: dict[str, Any] = {"loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100, "seconds": 0.5}
+    return Step(run_id=run_id, step=number, **(values | changes))
+
+
+def test_pace_gives_speed_and_eta(plan: Plan) -> None:
+    clock = Clock()
+    board = display.Board.of(plan, clock)
+    run_id = plan.runs[0].run_id
+    board.take(RunStarted(run_id=run_id, steps=8))
+    for number in (1, 2, 3):
+        clock.now += 2.0
+        board.take(step(run_id, number))
+    view = board.views[run_id]
+    assert view.speed == pytest.approx(200)
+    assert view.eta() == pytest.approx(5 * 2.0)
+    assert board.counts() == {"training": 1, "waiting": 2}
+    assert "1 training, 2 waiting" in board.headline()
+    assert board.eta() is not None
+
+
+def test_nothing_is_known_before_the_first_step(plan: Plan) -> None:
+    board = display.Board.of(plan, Clock())
+    assert board.eta() is None
+    assert board.speed() is None
+    assert board.headline() == "3 waiting · 0:00 so far"
+
+
+def test_lines_come_at_quarters_and_at_the_end(plan: Plan, make_record: Callable[..., Record]) -> None:
+    out, clock = io.StringIO(), Clock()
+    view = display.LineDisplay(display.Board.of(plan, clock), Console(file=out, width=200))
+    run = plan.runs[0]
+    with view:
+        view(Stage(message="loading [tiny]"))
+        view(RunStarted(run_id=run.run_id, steps=8))
+        for number in range(1, 9):
+            clock.now += 1
+            view(step(run.run_id, number))
+        view(RunFinished(record=make_record(run.spec)))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "[0:00] loading [tiny]"
+    assert sum("tokens/s" in line and "run 1/3 attn r4: step" in line for line in lines) == 4
+    assert lines[-2].endswith("run 1/3 attn r4: completed")
+    assert "1 completed, 2 waiting" in lines[-1]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_slow_steps_are_told_between_quarters(plan: Plan) -> None:
+    out, clock = io.StringIO(), Clock()
+    view = display.LineDisplay(display.Board.of(plan, clock), Console(file=out, width=200), quiet_seconds=30)
+    run_id = plan.runs[0].run_id
+    view(step(run_id, 1))
+    clock.now = 31
+    view(step(run_id, 3))
+    assert "step 3/8" in out.getvalue()
+
+
+def test_the_live_table_has_a_line_a_run(plan: Plan, make_record: Callable[..., Record]) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=30, record=True)
+    live = display.LiveDisplay(display.Board.of(plan), console)
+    first, second, _ = plan.runs
+    with live:
+        live(RunStarted(run_id=first.run_id, steps=8))
+        live(step(first.run_id, 1))
+        live(step(first.run_id, 2))
+        live(RunFinished(record=make_record(second.spec, status="failed", error={"class": "E", "message": "why"})))
+        console.print(live.render())
+    text = console.export_text()
+    assert "attn r4" in text
+    assert "2/8" in text
+    assert "E: why" in text
+    assert "1 failed, 1 training, 1 waiting" in text
+
+
+def test_more_runs_than_lines_shows_those_that_train(plan: Plan) -> None:
+    board = display.Board.of(plan)
+    views = list(board.views.values())
+    views[2].state = "training"
+    assert display._visible(views, 2) == [views[0], views[2]]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (1.23456, "1.235"), (float("nan"), "nan"), (float("inf"), "inf"), (1e6, "1e+06")]
+)
+def test_numbers(value: float | None, text: str) -> None:
+    assert display.number(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (5, "0:05"), (65, "1:05"), (3661, "1:01:01")])
+def test_times(seconds: float | None, text: str) -> None:
+    assert display.clock_time(seconds) == text

@@ -1,0 +1,31 @@
+"""What tells runs apart is named once, in the words people type."""
+
+from collections.abc import Callable
+
+from sweeper import naming
+from sweeper.spec import RunSpec, to_mapping
+
+Make = Callable[..., RunSpec]
+
+
+def test_only_what_varies_by_itself_is_named(make_spec: Make) -> None:
+    specs = [
+        to_mapping(make_spec(placement={"name": name, "roles": [role]}, rank=rank, seed=seed))
+        for name, role in (("q", "attn_q"), ("k", "attn_k"))
+        for rank in (4, 8)
+        for seed in (0, 1)
+    ]
+    assert naming.varying(specs) == ["seed"]
+    assert naming.label(specs[1], ["seed"]) == "q r4 seed=1"
+
+
+def test_a_field_that_varies_inside_a_group_is_named(make_spec: Make) -> None:
+    specs = [to_mapping(make_spec(placement={"layers": layers})) for layers in ("all", "lower_half")]
+    assert naming.varying(specs) == ["placement.layers"]
+    specs = [to_mapping(make_spec(optim={"lr": lr}, alpha=alpha)) for lr in (1e-3, 1e-4) for alpha in (8, 16)]
+    assert naming.varying(specs) == ["alpha", "optim.lr"]
+
+
+def test_equal_runs_have_nothing_to_name(make_spec: Make) -> None:
+    assert naming.varying([to_mapping(make_spec())]) == []
+    assert naming.varying([]) == []

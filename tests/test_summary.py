@@ -1,0 +1,77 @@
+"""The table says what the records say, with the base model beside them."""
+
+import csv
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from sweeper import summary
+from sweeper.record import Record
+from sweeper.spec import RunSpec
+
+Make = Callable[..., RunSpec]
+MakeRecord = Callable[..., Record]
+
+
+def test_rows_hold_the_base_model_and_every_run(make_spec: Make, make_record: MakeRecord) -> None:
+    rows = summary.rows([make_record(make_spec(rank=rank)) for rank in (4, 8)])
+    assert [row["placement"] for row in rows] == [summary.BASE, "attn", "attn"]
+    base, first, _ = rows
+    assert (base["nll"], base["trainable_parameters"], base["exact_match_before"]) == (5.0, 0, 0.0)
+    assert (first["nll"], first["rank"], first["trainable_percent"]) == (0.25, 4, 0.4)
+    assert (first["exact_match_before"], first["exact_match_after"]) == (0.0, 0.75)
+    assert first["seconds"] == 1.5
+
+
+def test_one_base_row_for_each_model(make_spec: Make, make_record: MakeRecord) -> None:
+    specs = [make_spec(model={"name": name, "location": name}, rank=r) for name in ("llama", "gpt2") for r in (4, 8)]
+    rows = summary.rows([make_record(spec) for spec in specs])
+    assert [row["model"] for row in rows] == ["llama", "gpt2", "llama", "llama", "gpt2", "gpt2"]
+
+
+def test_files_hold_the_same_rows(tmp_path: Path, make_spec: Make, make_record: MakeRecord) -> None:
+    records = [make_record(make_spec(rank=rank, seed=seed)) for rank in (4, 8) for seed in (0, 1)]
+    table, markdown = summary.write(tmp_path, records)
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["", "0", "1", "0", "1"]
+    assert float(rows[1]["nll"]) == 0.25
+    assert "metric_change" not in rows[0]
+    lines = markdown.read_text().splitlines()
+    assert lines[0].startswith(
+        "| placement | rank | seed | trainable | % | validation NLL | perplexity | accuracy before"
+    )
+    assert "0.000 → 0.750" in lines[3]
+    assert "3 MiB" in lines[3]
+
+
+def test_what_is_absent_is_a_dash(make_spec: Make, make_record: MakeRecord) -> None:
+    failed = make_record(
+        make_spec(rank=8), status="failed", scores={}, trainable_parameters=0, error={"class": "E", "message": "m"}
+    )
+    console = Console(width=200, record=True)
+    summary.show([make_record(), failed], console)
+    last = console.export_text().splitlines()[3]
+    assert last.split() == ["attn", "8", "-", "-", "-", "-", "-", "1.5", "3", "MiB", "failed"]
+
+
+def test_no_scores_at_all_is_no_error(make_record: MakeRecord) -> None:
+    console = Console(width=200, record=True)
+    summary.show([make_record(scores={})], console)
+    assert "accuracy" not in console.export_text()
+
+
+def test_packed_seconds_are_explained(make_record: MakeRecord) -> None:
+    one = make_record()
+    packed = dataclasses.replace(one, efficiency=dataclasses.replace(one.efficiency, pack_runs=9))
+    assert not any("share" in line for line in summary.notes([one]))
+    assert any("share of its pack" in line for line in summary.notes([packed]))
+
+
+def test_sizes_and_amounts() -> None:
+    assert summary.size(3 << 20) == "3 MiB"
+    assert summary.size(5.5 * 2**30) == "5.50 GiB"
+    assert summary.amount(1234.0) == "1.23 k"
+    assert summary.amount(2.5e13) == "25 T"
