@@ -64,7 +64,7 @@ def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> Ba
             try:
                 model = AutoModelForCausalLM.from_pretrained(where, **arguments)
             except Exception as error:
-                raise ModelError(f"model={spec.name}: cannot be loaded: {first_line(error)}") from error
+                raise _failure(spec, "the model cannot be loaded", error) from error
     model.eval().requires_grad_(False)
     model.to(device)
     tokenizer = load_tokenizer(spec)
@@ -89,7 +89,7 @@ def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
-        raise ModelError(f"model={spec.name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        raise _failure(spec, "its tokenizer cannot be loaded", error) from error
     stops = _stop_ids(spec)
     if stops and tokenizer.eos_token_id not in stops:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stops[0])
@@ -160,7 +160,7 @@ def _outline(key: str) -> tuple[tuple[Target, ...], int]:
         with torch.device("meta"), quiet():
             model = _from_config(config, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
-        raise ModelError(f"model={spec.name}: {first_line(error)}") from error
+        raise _failure(spec, "the model cannot be built", error) from error
     return structure(model, spec.roles), total_parameters(model)
 
 
@@ -187,7 +187,7 @@ def _config(spec: ModelSpec) -> "PretrainedConfig":
             config: PretrainedConfig = AutoConfig.from_pretrained(where, **arguments)
             return config
     except Exception as error:
-        raise ModelError(f"model={spec.name}: its config cannot be read: {first_line(error)}") from error
+        raise _failure(spec, "its config cannot be read", error) from error
 
 
 def _settle(config: "PretrainedConfig") -> "PretrainedConfig":
@@ -214,3 +214,12 @@ def _stop_ids(spec: ModelSpec) -> tuple[int, ...]:
         if (where / "generation_config.json").is_file():
             value = GenerationConfig.from_pretrained(where).eos_token_id or value
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def _failure(spec: ModelSpec, what: str, error: Exception) -> ModelError:
+    if "custom code" in str(error) or "trust_remote_code" in str(error):
+        return ModelError(
+            f"model={spec.name}: {spec.location} brings code of its own, which is not run unless "
+            "model.trust_remote_code=true"
+        )
+    return ModelError(f"model={spec.name}: {what}: {first_line(error)}")
