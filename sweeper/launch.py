@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from sweeper import plan as planning
 from sweeper import record, scheduler, summary, tracking
@@ -26,7 +25,7 @@ def train(specs: Sequence[RunSpec], settings: Settings, *, engine: TrainRuns | N
     """
     plan, console = planning.make(specs, settings), make_console()
     if settings.dry_run:
-        show_plan(plan, console)
+        show_plan(plan, settings, console)
         return {}
     announce(plan, console)
     outcome = Outcome(records={})
@@ -54,7 +53,7 @@ def sweep(composition: Any, launcher: Any) -> Any:
     settings, console = composition.settings, make_console()
     plan = planning.make(composition.specs, settings)
     if settings.dry_run:
-        show_plan(plan, console)
+        show_plan(plan, settings, console)
         return {}
     announce(plan, console)
     typed = dict(zip((spec.run_id for spec in composition.specs), composition.overrides, strict=True))
@@ -101,35 +100,36 @@ def conclude(plan: Plan, console: Console, *, interrupted: bool = False) -> dict
     return found
 
 
-def show_plan(plan: Plan, console: Console) -> None:
+def show_plan(plan: Plan, settings: Settings, console: Console) -> None:
     """The dry run: every run with what it adapts and costs."""
     from sweeper import naming
     from sweeper.spec import to_mapping
 
     specs = [to_mapping(run.spec) for run in plan.runs]
     fields = naming.varying(specs)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    table.add_column("placement", no_wrap=True)
-    for name in ("rank", *fields, "modules", "trainable", "%", "train FLOPs", "est. memory"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    for run, spec in zip(plan.runs, specs, strict=True):
-        cost, flat = planning.cost(run.spec), naming.flat(spec)
-        table.add_row(
-            run.run_id,
-            str(flat["placement"]),
-            str(run.spec.rank),
-            *(str(flat.get(name)) for name in fields),
-            f"{cost.modules:,}",
-            f"{cost.parameters:,}",
-            f"{100 * cost.parameters / cost.total_parameters:.3f}",
-            summary.amount(cost.flops),
-            summary.size(cost.memory),
-            run.status or "to train",
+    header = ["run", "placement", "rank", *fields, "modules", "trainable", "%", "train FLOPs", "est. memory", "status"]
+    costs = planning.costs([run.spec for run in plan.runs], settings)
+    cells = []
+    for run, spec, cost in zip(plan.runs, specs, costs, strict=True):
+        flat = naming.flat(spec)
+        cells.append(
+            [
+                run.run_id,
+                str(flat["placement"]),
+                str(run.spec.rank),
+                *(str(flat.get(name)) for name in fields),
+                f"{cost.modules:,}",
+                f"{cost.parameters:,}",
+                f"{100 * cost.parameters / cost.total_parameters:.3f}",
+                summary.amount(cost.flops),
+                summary.size(cost.memory),
+                run.status or "to train",
+            ]
         )
-    console.print(table)
-    console.print(f"{len(plan.runs)} runs, {len(plan.todo)} to train; nothing was trained", soft_wrap=True)
+    console.out(summary.aligned(header, cells), highlight=False)
+    console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
+    runs = f"{len(plan.runs)} run{'' if len(plan.runs) == 1 else 's'}"
+    console.print(f"{runs}, {len(plan.todo)} to train; this was a dry run, nothing was trained", soft_wrap=True)
 
 
 def _study_records(plan: Plan, found: dict[str, Record]) -> list[Record]:

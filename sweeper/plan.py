@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What a run adapts and is expected to cost. FLOPs are floating-point operations, memory is bytes."""
+    """What a run adapts and is expected to cost, alone. FLOPs are floating-point operations, memory is bytes."""
 
     modules: int
     parameters: int
@@ -74,7 +74,7 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     """Raises `Problems` with a line for everything that would stop one of these runs."""
     if not specs:
         return
-    from sweeper import models, tasks, tracking
+    from sweeper import device, models, tasks, tracking
 
     problems: list[str] = []
 
@@ -89,7 +89,7 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     attempt(lambda: tracking.check(settings))
     attempt(lambda: _check_writable(settings.folder))
     if settings.device.startswith("cuda"):
-        attempt(lambda: models.device_for(settings.device))
+        attempt(lambda: device.device_for(settings.device))
     for dataset in _distinct(spec.dataset for spec in specs):
         attempt(partial(tasks.check, dataset))
     found = _distinct(spec.model for spec in specs)
@@ -113,6 +113,46 @@ def targets(spec: RunSpec) -> "tuple[Target, ...]":
     chosen = placement.resolve(every, spec.placement, layers=placement.number_of_layers(every))
     placement.check_rank(chosen, spec.rank)
     return chosen
+
+
+def costs(specs: Iterable[RunSpec], settings: Settings) -> list[Cost]:
+    """The cost of each run; runs that differ only in what does not matter for it are reckoned once."""
+    known: dict[str, Cost] = {}
+    found = []
+    for spec in specs:
+        key = repr((spec.model, spec.placement, spec.allocation, spec.rank, spec.dataset.max_length, spec.trainer))
+        if key not in known:
+            known[key] = cost(spec, settings)
+        found.append(known[key])
+    return found
+
+
+def cost(spec: RunSpec, settings: Settings) -> Cost:
+    """What a run adapts and, at most, costs: every example is taken to be `dataset.max_length` tokens long."""
+    from sweeper import budget, device, models
+
+    every = models.skeleton(spec.model)
+    ranks = budget.uniform(targets(spec), spec.rank)
+    total = models.total_parameters(spec.model)
+    dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision)
+    length, batch = spec.dataset.max_length, spec.trainer.batch_size
+    tokens = spec.trainer.max_steps * batch * spec.trainer.accumulation * length
+    memory = budget.memory(
+        every,
+        ranks,
+        base_parameters=total,
+        bytes_per_value=dtype.itemsize,
+        batch_size=batch,
+        length=length,
+        checkpointing=spec.trainer.activation_checkpointing,
+    )
+    return Cost(
+        modules=len(ranks),
+        parameters=budget.lora_parameters(ranks),
+        total_parameters=total,
+        flops=budget.train_flops(every, ranks, length=length, tokens=tokens),
+        memory=memory.total,
+    )
 
 
 def _check_writable(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The resolved, frozen description of one run. Everything behind `train.py` reads this and nothing of Hydra."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -237,8 +238,7 @@ def canonical_json(spec: RunSpec) -> str:
 
 def to_mapping(spec: Any) -> dict[str, Any]:
     """Plain dict, list, str, number and None of a spec dataclass."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(spec)))
-    return plain
+    return {name: _to_plain(getattr(spec, name)) for name in _field_names(type(spec))}
 
 
 def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = "") -> Spec:
@@ -269,6 +269,21 @@ def run_spec(mapping: Mapping[str, Any]) -> RunSpec:
     if filled.get("alpha") is None and isinstance(filled.get("rank"), int):
         filled["alpha"] = 2 * filled["rank"]
     return from_mapping(RunSpec, filled)
+
+
+@functools.cache
+def _field_names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(item.name for item in dataclasses.fields(kind))
+
+
+def _to_plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    if isinstance(value, Mapping):
+        return {str(key): _to_plain(item) for key, item in value.items()}
+    return [_to_plain(item) for item in value]
 
 
 def _to_float(value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from sweeper import naming
 from sweeper.display import number
@@ -16,6 +16,7 @@ from sweeper.record import Record, Score, perplexity, write_atomically
 
 BASE = "none (base model)"
 SPLIT = "validation"
+_NUMBER = re.compile(r"-|[\d.,e+→\- ]+( ?[kMGTPEB]i?B?)?|nan|inf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,18 +36,28 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [*_base_rows(records, fields, metric), *found]
 
 
-def show(records: Sequence[Record], console: Console, *, title: str | None = None) -> None:
+def show(records: Sequence[Record], console: Console) -> None:
     """Prints the table."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    content, columns = rows(records), _columns(records)
-    for column in columns:
-        text = column.key in ("placement", "status", "model", "dataset", "method", "allocation")
-        table.add_column(column.title, justify="left" if text else "right", no_wrap=True)
-    for row in content:
-        table.add_row(*(_text(column, row) for column in columns))
-    console.print(table)
+    columns = _columns(records)
+    cells = [[_text(column, row) for column in columns] for row in rows(records)]
+    console.out(aligned([column.title for column in columns], cells), highlight=False)
     for line in notes(records):
         console.print(line, style="dim")
+
+
+def aligned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Columns of text, as wide as they need to be; those of numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    numbers = [all(_NUMBER.match(text) for text in column) for column in zip(*cells, strict=True)] or [False] * len(
+        widths
+    )
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(row, widths, numbers, strict=True)
+        ).rstrip()
+        for row in (header, *cells)
+    )
 
 
 def write(study: Path, records: Sequence[Record]) -> tuple[Path, Path]:
