@@ -99,6 +99,7 @@ def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.clean_up_tokenization_spaces = False  # decoding gives back the text, spaces before commas included
     return tokenizer
 
 
