@@ -1,0 +1,110 @@
+"""The command line as a user meets it: real processes, their output and exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def train(root: Path, cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    # no coverage of start-up, colours or a user's own settings
+    env = {key: value for key, value in os.environ.items() if key not in ("HYDRA_FULL_ERROR", "COLUMNS")}
+    return subprocess.run(
+        [sys.executable, str(root / "train.py"), *arguments],
+        cwd=cwd,
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_help_lists_groups_and_common_overrides(root: Path, tmp_path: Path) -> None:
+    out = train(root, tmp_path, "--help")
+    assert out.returncode == 0
+    for word in ("placement: attn,", "model: ", "tiny_llama", "dataset: ", "rank=8", "trainer.device", "sweep.dry_run"):
+        assert word in out.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["rank=abc"], ["-m", "placement=attn,atn"]])
+def test_start_up_imports_neither_torch_nor_transformers(arguments: list[str], root: Path, tmp_path: Path) -> None:
+    code = f"import runpy, sys; sys.argv[0] = {str(root / 'train.py')!r}; sys.path.insert(0, {str(root)!r})\n"
+    code += (
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('heavy:', {'torch', 'transformers', 'peft', 'pandas'} & sys.modules.keys())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert out.stdout.splitlines()[-1] == "heavy: set()", out.stderr
+
+
+def test_cfg_job_shows_every_field(root: Path, tmp_path: Path) -> None:
+    out = train(root, tmp_path, "--cfg", "job", "placement=ff", "rank=16")
+    assert out.returncode == 0
+    assert "rank: 16" in out.stdout
+    assert "name: ff" in out.stdout
+    assert "hydra" not in out.stdout
+
+
+def test_info_plugins_names_ours(root: Path, tmp_path: Path) -> None:
+    out = train(root, tmp_path, "--info", "plugins")
+    assert "AblationSweeper" in out.stdout
+    assert "PackedLauncher" in out.stdout
+
+
+def test_shell_completion_knows_groups_and_options(root: Path, tmp_path: Path) -> None:
+    line = "train.py placement=att"
+    out = train(root, tmp_path, "-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert out.stdout.split()[:2] == ["placement=attn", "placement=attn_q"]
+    assert "complete" in train(root, tmp_path, "-sc", "install=bash").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["placement=atn"], ["placement=atn: no such placement. Choose from attn, "]),
+        (["model=tiny_lama", "rank=0"], ["model=tiny_lama: no such model", "rank must be at least 1, got 0"]),
+        (["-m", "dataset=icd11,jsonl"], ["dataset=icd11: no such dataset", "dataset.path is required"]),
+        (["rank=4,8"], ["rank=4,8: several values need -m"]),
+        (["-m", "placement=attn,atn", "rank=-1,abc,4"], ["placement=atn", "at least 1, got -1", "got abc"]),
+        (["rnk=8"], ["rnk: no such field. Choose from"]),
+        (["hydra/launcher=nope"], ["hydra/launcher=nope: no such hydra/launcher"]),
+        (["hydra.nope=1"], ["hydra.nope"]),
+        (["-cd", "/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_mistakes_are_one_line_each_and_leave_nothing(
+    arguments: list[str], lines: list[str], root: Path, tmp_path: Path
+) -> None:
+    out = train(root, tmp_path, *arguments)
+    assert out.returncode == 2
+    assert out.stdout == ""
+    told = out.stderr.splitlines()
+    assert len(told) == len(lines), out.stderr
+    for line, wanted in zip(told, lines, strict=True):
+        assert line.startswith("error: ")
+        assert wanted in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_errors_on_request(root: Path, tmp_path: Path) -> None:
+    out = train(root, tmp_path, "placement=atn", HYDRA_FULL_ERROR="1")
+    assert out.returncode == 1
+    assert "Traceback" in out.stderr
+
+
+def test_the_main_grid_is_nine_runs(root: Path, tmp_path: Path) -> None:
+    axes = ["placement=attn,ff,full", "rank=4,8,16"]
+    common = ["model=tiny_llama", "trainer.precision=float32", "sweep.dry_run=true"]
+    out = train(root, tmp_path, "-m", *axes, *common)
+    assert out.returncode == 0, out.stderr
+    assert "9 runs, 9 to train" in out.stdout
+    overlay = train(root, tmp_path, "experiment=placement_grid", *common)
+    assert overlay.stdout == out.stdout, overlay.stderr
+    assert list(tmp_path.iterdir()) == []
