@@ -1,0 +1,62 @@
+"""Tokenised splits on disk: one npz file a dataset and tokenizer, written whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sweeper.tasks.example import Encoded, EncodedSplit
+
+
+def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
+    """Writes beside `path`, then renames; a reader never sees half a file."""
+    arrays: dict[str, Any] = {"splits": np.array(list(splits))}
+    for name, split in splits.items():
+        arrays[f"{name}/ids"] = np.array([e.id for e in split.examples])
+        arrays[f"{name}/lengths"] = np.array([len(e.input_ids) for e in split.examples], dtype=np.int64)
+        arrays[f"{name}/prompts"] = np.array([e.prompt_length for e in split.examples], dtype=np.int64)
+        arrays[f"{name}/tokens"] = np.array([t for e in split.examples for t in e.input_ids], dtype=np.int32)
+        arrays[f"{name}/truncated"] = np.array(split.truncated)
+        arrays[f"{name}/dropped"] = np.array(split.dropped, dtype=np.str_)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".npz")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read(path: Path) -> dict[str, EncodedSplit] | None:
+    """What `write` wrote; None if the file is missing or damaged in any way (the zip's checksums tell)."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {str(name): _split(str(name), arrays) for name in arrays["splits"]}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+        return None
+
+
+def _split(name: str, arrays: Mapping[str, Any]) -> EncodedSplit:
+    tokens: list[int] = arrays[f"{name}/tokens"].tolist()
+    examples = []
+    start = 0
+    columns = (arrays[f"{name}/{key}"].tolist() for key in ("ids", "lengths", "prompts"))
+    for example_id, length, prompt_length in zip(*columns, strict=True):
+        examples.append(Encoded(example_id, tuple(tokens[start : start + length]), prompt_length))
+        start += length
+    if start != len(tokens):
+        raise ValueError(f"{name}: lengths and tokens disagree")
+    return EncodedSplit(
+        tuple(examples), int(arrays[f"{name}/truncated"]), tuple(map(str, arrays[f"{name}/dropped"].tolist()))
+    )

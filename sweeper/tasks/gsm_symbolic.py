@@ -1,0 +1,121 @@
+"""Grade-school maths word problems from templates (Mirzadeh et al. 2024), answered step by step up to `#### number`.
+
+Data: the generators of `gsm_symbolic` in the package reasoning-gym (Apache-2.0). Of its 100 templates the 15 that the
+package itself lists as in need of repair are left out (one raises, others give fractional people). Groups: templates,
+so a test problem tells a story that training never told. Examples are drawn from the templates in turn.
+"""
+
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import Any
+
+from sweeper.errors import DataError
+from sweeper.spec import DatasetSpec
+from sweeper.tasks.example import Example
+from sweeper.tasks.package import require
+from sweeper.tasks.split import round_robin, shuffled, sizes
+
+PACKAGE = "reasoning-gym"
+OPTIONS: dict[str, str] = {}
+HELD_OUT_TEMPLATES = 0.15
+PER_TEMPLATE = 100  # where train_examples is null; also the number of variants a template is sure to have
+NEEDS_REPAIR = frozenset({32, 35, 37, 61, 63, 65, 74, 76, 77, 79, 86, 87, 90, 97, 98})
+
+Generator = Callable[[Random, float], dict[str, Any]]
+
+
+def check(spec: DatasetSpec) -> None:
+    require("reasoning_gym", f"--no-deps {PACKAGE}", spec)
+    for split, held in _parts(spec.split_seed, range(100)).items():
+        wanted = sizes(spec)[split] or 0
+        if wanted > PER_TEMPLATE * len(held):
+            raise DataError(
+                f"dataset.{split}_examples={wanted}: the {len(held)} templates of this split give at most "
+                f"{PER_TEMPLATE * len(held)}"
+            )
+
+
+def version(spec: DatasetSpec) -> str:
+    return importlib.metadata.version(PACKAGE)
+
+
+def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
+    """Splits by template; `train_examples` null means 100 of each training template."""
+    generators = _generators()
+    splits = {}
+    for split, templates in _parts(spec.split_seed, generators).items():
+        size = sizes(spec)[split] or PER_TEMPLATE * len(templates)
+        each = -(-size // len(templates))
+        problems = [_problems(generators[t], t, each, spec.split_seed) for t in templates]
+        splits[split] = tuple(shuffled(round_robin(problems)[:size], spec.split_seed, name="id"))
+    return splits
+
+
+def _parts(seed: int, templates: Any) -> dict[str, list[int]]:
+    order = shuffled((t for t in templates if t not in NEEDS_REPAIR), seed)
+    held_out = round(HELD_OUT_TEMPLATES * len(order))
+    return {
+        "validation": order[:held_out],
+        "test": order[held_out : 2 * held_out],
+        "train": order[2 * held_out :],
+    }
+
+
+def _problems(generator: Generator, template: int, count: int, seed: int) -> list[Example]:
+    found: dict[str, Example] = {}
+    for draw in range(20 * count):
+        problem = generator(Random(f"{seed}/{template}/{draw}"), 1.0)
+        steps, _, _ = problem["metadata"]["answer_cot"].rpartition("####")
+        response = f"{steps.strip()}\n#### {problem['answer']}"
+        example = Example(f"{template}-{draw}", problem["question"].strip(), response, f"template-{template}")
+        found.setdefault(example.prompt, example)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+@cache
+def _generators() -> dict[int, Generator]:
+    modules = _template_modules()
+    found = {
+        int(name.removeprefix("generate_")): getattr(module, name)
+        for module in modules
+        for name in vars(module)
+        if name.startswith("generate_")
+    }
+    return dict(sorted(found.items()))
+
+
+def _template_modules() -> list[ModuleType]:
+    """The two files of templates, without running the package's `__init__`.
+
+    That would import every other task and with them solvers that are not installed. The files themselves need only
+    `reasoning_gym.utils`, so for the moment of their import an unexecuted `reasoning_gym` stands in `sys.modules`.
+    """
+    package = importlib.util.find_spec("reasoning_gym")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent / "arithmetic" / "gsm_symbolic"
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "reasoning_gym"}
+    sys.modules.setdefault("reasoning_gym", importlib.util.module_from_spec(package))
+    try:
+        return [_execute(folder / f"{name}.py") for name in ("generators_00_49", "generators_50_99")]
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "reasoning_gym"]:
+            if name not in before:
+                del sys.modules[name]
+
+
+def _execute(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{__name__}.{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

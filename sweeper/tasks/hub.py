@@ -1,0 +1,176 @@
+"""A Hugging Face dataset (hub id or local folder in `dataset.path`), its columns mapped by `dataset.options`.
+
+`prompt`, `response` and `group` are texts with column names in braces: `"{instruction}\\n\\n{input}"`. `splits` maps
+ours to the source's names; those it lacks are cut out of train. Published splits overlap at times: an example whose
+group or near-duplicate prompt is in test is left out of validation and train, and one in validation out of train.
+Rows whose prompt or response comes out empty are left out too. Without `revision` the newest version is read.
+"""
+
+import contextlib
+import importlib
+import json
+import string
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sweeper.errors import DataError
+from sweeper.spec import DatasetSpec
+from sweeper.tasks.example import SPLITS, Example
+from sweeper.tasks.package import require
+from sweeper.tasks.split import prompt_key, split_examples
+
+OPTIONS = {
+    "prompt": "text with {columns}",
+    "response": "text with {columns}",
+    "group": "text with {columns}; examples of one group stay in one split",
+    "splits": "ours -> the source's, for instance {train: train, test: test}",
+    "config": "the source's configuration name",
+    "revision": "commit, tag or branch",
+}
+
+# split of ours -> rows; a row is a mapping from column to value
+Tables = Mapping[str, Any]
+
+
+def check(spec: DatasetSpec) -> None:
+    """Reaches the dataset (downloading it the first time) and compares its columns with the mapping."""
+    _columns(spec, read(spec))
+
+
+def version(spec: DatasetSpec) -> str:
+    """Only what the spec says; a local folder also by the size and time of its files."""
+    folder = Path(str(spec.path)).expanduser()
+    files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
+    return json.dumps([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+
+
+def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
+    tables = read(spec)
+    _columns(spec, tables)
+    prompt, response = spec.options["prompt"], spec.options["response"]
+    group = spec.options.get("group")
+    examples: list[Example] = []
+    marked: dict[str, str] = {}
+    for split, rows in tables.items():
+        for index, row in enumerate(rows):
+            made = Example(
+                f"{split}-{index}",
+                prompt.format(**row).strip(),
+                response.format(**row).strip(),
+                group.format(**row) if group else f"{split}-{index}",
+            )
+            if made.prompt and made.response:
+                examples.append(made)
+                if split != "train":
+                    marked[made.id] = split
+    try:
+        kept = _without_overlap(examples, marked)
+        return split_examples(kept, spec, marked=marked)
+    except DataError as error:
+        raise DataError(f"dataset={spec.name} ({spec.path}): {error}") from None
+
+
+def read(spec: DatasetSpec) -> Tables:
+    """The source's splits under our names.
+
+    Raises:
+        DataError: no such dataset, configuration or split; or no network and no copy in the local cache.
+    """
+    if spec.path is None:
+        raise DataError(f"dataset={spec.name} needs dataset.path: a hub id such as openai/gsm8k, or a folder")
+    require("datasets", "datasets", spec)
+    datasets: Any = importlib.import_module("datasets")
+    with _offline_if_unreachable(spec):
+        try:
+            source = datasets.load_dataset(
+                str(Path(spec.path).expanduser()) if _is_local(spec) else spec.path,
+                spec.options.get("config"),
+                revision=None if _is_local(spec) else spec.options.get("revision"),
+            )
+        except ConnectionError:
+            raise DataError(
+                f"dataset={spec.name}: {spec.path} cannot be reached and is not in the local cache; "
+                "use a dataset that needs no network (icd10_chapter, gsm_symbolic, jsonl) or a folder as dataset.path"
+            ) from None
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"dataset={spec.name}: {spec.path} cannot be loaded: {_first_line(error)}") from None
+    names = spec.options.get("splits") or {split: split for split in SPLITS if split in source}
+    missing = [f"{ours}: {theirs}" for ours, theirs in names.items() if theirs not in source]
+    if missing or "train" not in names:
+        wrong = f"has no split {', '.join(missing)}" if missing else "needs dataset.options.splits.train"
+        raise DataError(f"dataset={spec.name}: {spec.path} {wrong}; it has {', '.join(map(str, source))}")
+    return {ours: source[theirs] for ours, theirs in names.items()}
+
+
+def _is_local(spec: DatasetSpec) -> bool:
+    return Path(str(spec.path)).expanduser().exists()
+
+
+@contextlib.contextmanager
+def _offline_if_unreachable(spec: DatasetSpec) -> Iterator[None]:
+    """One quick request first: without an answer only the local cache is asked, not the network five times over."""
+    if _is_local(spec):
+        yield
+        return
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    datasets: Any = importlib.import_module("datasets")
+    try:
+        huggingface_hub.HfApi().dataset_info(str(spec.path), revision=spec.options.get("revision"), timeout=10)
+    except HfHubHTTPError as error:
+        raise DataError(f"dataset={spec.name}: the hub refuses {spec.path}: {_first_line(error)}") from None
+    except ValueError as error:
+        raise DataError(f"dataset={spec.name}: {spec.path} is no folder and no hub id: {_first_line(error)}") from None
+    except Exception:  # whatever the HTTP library of the day raises when nothing answers
+        before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+    else:
+        yield
+
+
+def _columns(spec: DatasetSpec, tables: Tables) -> None:
+    for key in ("prompt", "response", "group"):
+        text = spec.options.get(key)
+        if text is None and key == "group":
+            continue
+        if not isinstance(text, str):
+            raise DataError(f"dataset.options.{key} is required, a text with column names in braces, got {text!r}")
+        try:
+            used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        except ValueError as error:
+            raise DataError(f"dataset.options.{key}={text!r}: {error}") from None
+        for split, rows in tables.items():
+            unknown = sorted(used - set(rows.column_names))
+            if unknown:
+                raise DataError(
+                    f"dataset.options.{key} names the column {', '.join(unknown)}, which {split} of {spec.path} "
+                    f"lacks; it has {', '.join(rows.column_names)}"
+                )
+
+
+def _without_overlap(examples: list[Example], marked: Mapping[str, str]) -> list[Example]:
+    """Test is kept whole; validation loses what test has, train what either has."""
+    seen: set[tuple[str, str]] = set()
+    kept: list[Example] = []
+    for split in ("test", "validation", "train"):
+        part = [
+            e
+            for e in examples
+            if marked.get(e.id, "train") == split
+            and ("group", e.group) not in seen
+            and ("prompt", prompt_key(e.prompt)) not in seen
+        ]
+        seen.update(("group", e.group) for e in part)
+        seen.update(("prompt", prompt_key(e.prompt)) for e in part)
+        kept += part
+    return kept
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,100 @@
+"""A user's own file: one JSON object a line with `prompt` and `response`, and optionally `id`, `group` and `split`.
+
+Examples of one group, and near-duplicate prompts, stay on one side. Splits that the file does not name are cut out of
+its training examples, at most a tenth each. Empty lines are skipped; everything else that is wrong names its line.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from sweeper.errors import DataError, unknown
+from sweeper.spec import DatasetSpec
+from sweeper.tasks.example import SPLITS, Example
+from sweeper.tasks.split import split_examples
+
+OPTIONS: dict[str, str] = {}
+REQUIRED = ("prompt", "response")
+OPTIONAL = ("id", "group", "split")
+
+
+def check(spec: DatasetSpec) -> None:
+    """Reads and splits the whole file, which for a file that trains in hours takes seconds."""
+    load(spec)
+
+
+def version(spec: DatasetSpec) -> str:
+    return hashlib.sha256(_bytes(spec)).hexdigest()
+
+
+def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
+    examples, marked = _read(spec)
+    try:
+        return split_examples(examples, spec, marked=marked)
+    except DataError as error:
+        raise DataError(f"{spec.path}: {error}") from None
+
+
+def _bytes(spec: DatasetSpec) -> bytes:
+    if spec.path is None:
+        raise DataError(f"dataset={spec.name} needs a file: dataset.path=my.jsonl, each line with prompt and response")
+    path = Path(spec.path).expanduser()
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"dataset.path={spec.path}: no such file (looked for {path.absolute()})") from None
+    except OSError as error:
+        raise DataError(f"dataset.path={spec.path}: cannot be read ({error.strerror})") from None
+
+
+def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
+    """All examples, and the split of those whose line names one."""
+    examples: list[Example] = []
+    marked: dict[str, str] = {}
+    first_line: dict[str, int] = {}
+    for number, raw in enumerate(_bytes(spec).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        where = f"{spec.path}:{number}"
+        row = _row(raw, where)
+        example_id = row.get("id", f"line-{number}")
+        if example_id in first_line:
+            raise DataError(f"{where}: id {example_id!r} was already used on line {first_line[example_id]}")
+        first_line[example_id] = number
+        examples.append(Example(example_id, row["prompt"], row["response"], row.get("group", example_id)))
+        if "split" in row:
+            if row["split"] not in SPLITS:
+                raise DataError(f"{where}: {unknown('split', row['split'], SPLITS)}")
+            marked[example_id] = row["split"]
+    if not examples:
+        raise DataError(f"{spec.path}: the file is empty; each line should be an object with prompt and response")
+    return examples, marked
+
+
+def _row(raw: bytes, where: str) -> dict[str, str]:
+    try:
+        row = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        at = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "too deeply nested"
+        raise DataError(f'{where}: not valid JSON ({at}); expected {{"prompt": ..., "response": ...}}') from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with prompt and response, got {type(row).__name__}")
+    missing = [key for key in REQUIRED if key not in row]
+    if missing:
+        have = ", ".join(map(str, row)) or "none"
+        raise DataError(f"{where}: missing {' and '.join(missing)}; this line has the keys {have}")
+    present = [key for key in (*REQUIRED, *OPTIONAL) if key in REQUIRED or row.get(key) is not None]
+    return {key: _text(row[key], key, where) for key in present}
+
+
+def _text(value: Any, key: str, where: str) -> str:
+    if key in ("id", "group") and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key} must be text, got {json.dumps(value)[:40]}")
+    if not value.strip():
+        raise DataError(f"{where}: {key} is empty")
+    return value

@@ -1,0 +1,134 @@
+"""Seeded splits that never part a group, and never put the same prompt on two sides."""
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from sweeper.errors import DataError
+from sweeper.spec import DatasetSpec
+from sweeper.tasks.example import SPLITS, Example
+
+Item = TypeVar("Item")
+
+# The most that validation and test may each take of a dataset that names no splits of its own.
+HELD_OUT_SHARE = 0.1
+
+PUNCTUATION = re.compile(r"""[.,;:!?"'()\[\]]""")
+
+
+def sizes(spec: DatasetSpec) -> dict[str, int | None]:
+    """Examples asked for by split; None means all."""
+    return {"train": spec.train_examples, "validation": spec.validation_examples, "test": spec.test_examples}
+
+
+def shuffled(items: Iterable[Item], *key: object, name: str | None = None) -> list[Item]:
+    """Items ordered by the hash of (key, item) or (key, item.<name>): the same on every machine and Python."""
+
+    def rank(item: Item) -> bytes:
+        value = item if name is None else getattr(item, name)
+        return hashlib.sha256(repr((*key, value)).encode()).digest()
+
+    return sorted(items, key=rank)
+
+
+def round_robin(queues: Iterable[Sequence[Item]]) -> list[Item]:
+    """The first of every queue, then the second of every queue, and so on until all are empty."""
+    waiting = [list(queue) for queue in queues]
+    longest = max((len(queue) for queue in waiting), default=0)
+    return [queue[turn] for turn in range(longest) for queue in waiting if turn < len(queue)]
+
+
+def prompt_key(prompt: str) -> str:
+    """A prompt without case, spacing and sentence punctuation: equal keys are near-duplicates.
+
+    >>> prompt_key("Fracture, left ulna.") == prompt_key("fracture  left ulna")
+    True
+    >>> prompt_key("2 + 3") == prompt_key("2 - 3")
+    False
+    """
+    return " ".join(PUNCTUATION.sub(" ", prompt.casefold()).split()) or prompt
+
+
+def split_examples(
+    examples: Sequence[Example], spec: DatasetSpec, *, marked: Mapping[str, str] | None = None
+) -> dict[str, tuple[Example, ...]]:
+    """Train, validation and test of a dataset in which groups and near-duplicate prompts stay together.
+
+    `marked` maps an example's id to the split its source names. A split that the source lacks is cut out of train:
+    whole clusters in an order given by `split_seed`, up to the size asked for but no more than a tenth of the
+    examples. Sizes are upper limits; `train_examples` None means all.
+
+    Raises:
+        DataError: one cluster is marked for two splits, or a split would be empty.
+    """
+    marked = marked or {}
+    clusters = _clusters(examples)
+    parts: dict[str, list[list[Example]]] = {split: [] for split in SPLITS}
+    for cluster in clusters:
+        parts[_marked_split(cluster, marked)].append(cluster)
+    limit = max(1, int(HELD_OUT_SHARE * len(examples)))
+    for split, wanted in (("validation", spec.validation_examples), ("test", spec.test_examples)):
+        if not parts[split]:
+            parts[split], parts["train"] = _cut(parts["train"], min(wanted, limit), (spec.split_seed, split))
+    empty = [split for split in SPLITS if not parts[split]]
+    if empty:
+        raise DataError(
+            f"{len(examples)} examples in {len(clusters)} distinct groups leave nothing for {', '.join(empty)}: "
+            "give at least three distinct prompts (or groups), or more of them for train"
+        )
+    return {
+        split: tuple(shuffled((e for cluster in parts[split] for e in cluster), spec.split_seed, name="id")[:size])
+        for split, size in sizes(spec).items()
+    }
+
+
+def _clusters(examples: Sequence[Example]) -> list[list[Example]]:
+    """Examples joined by a common group or a near-duplicate prompt, in order of first appearance (union-find)."""
+    parent = list(range(len(examples)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    first: dict[tuple[str, str], int] = {}
+    for index, example in enumerate(examples):
+        for key in (("group", example.group), ("prompt", prompt_key(example.prompt))):
+            a, b = root(index), root(first.setdefault(key, index))
+            parent[max(a, b)] = min(a, b)
+    members: dict[int, list[Example]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        members[root(index)].append(example)
+    return list(members.values())
+
+
+def _marked_split(cluster: list[Example], marked: Mapping[str, str]) -> str:
+    sides: dict[str, str] = {}
+    for example in cluster:
+        if example.id in marked:
+            sides.setdefault(marked[example.id], example.id)
+    if len(sides) > 1:
+        where = ", ".join(f"{split} ({example_id})" for split, example_id in sides.items())
+        raise DataError(f"the same prompt or group is marked for two splits: {where}; keep it in one")
+    return next(iter(sides), "train")
+
+
+def _cut(
+    pool: list[list[Example]], wanted: int, key: tuple[object, ...]
+) -> tuple[list[list[Example]], list[list[Example]]]:
+    """(cut, rest): whole clusters in seeded order that fit into `wanted` examples; the smallest one if none fits."""
+    by_name = {min(example.id for example in cluster): cluster for cluster in pool}
+    order = shuffled(by_name, *key)
+    cut: list[str] = []
+    room = wanted
+    for name in order:
+        if len(by_name[name]) <= room:
+            cut.append(name)
+            room -= len(by_name[name])
+    if not cut and len(pool) > 1:
+        cut = [min(order, key=lambda name: len(by_name[name]))]
+    taken = set(cut)
+    return [by_name[name] for name in cut], [by_name[name] for name in order if name not in taken]

@@ -1,0 +1,215 @@
+"""Templates, tokens and their cache."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeper import tasks
+from sweeper.errors import DataError
+from sweeper.spec import DatasetSpec
+from sweeper.tasks import FAMILIES, EncodedSplit, cache, jsonl
+from sweeper.tasks.template import PREAMBLE, TEMPLATES, tokenise
+from tests.tasks.conftest import NO_SYSTEM
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def spec(write_jsonl: Callable[..., str]) -> DatasetSpec:
+    path = write_jsonl(*[{"prompt": f"Wie heißt {i}?", "response": f"Nummer {i}"} for i in range(60)])
+    return DatasetSpec(name="mine", family="jsonl", path=path, max_length=300)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("starts", [False, True])
+@pytest.mark.parametrize("max_length", [300, 30])
+def test_prompt_is_a_prefix_and_the_response_is_whole_and_ended(
+    template: str, system: str | None, starts: bool, max_length: int, spec: DatasetSpec, make_tokenizer: Make
+) -> None:
+    spec = replace(spec, template=template, system=system, max_length=max_length)
+    tokenizer = make_tokenizer(starts=starts)
+    text = {e.id: e for part in tasks.load(spec).values() for e in part}
+    for split in tasks.encode(spec, tokenizer, model_key="m", cache=None).values():
+        for example in split.examples:
+            alone, _ = tokenise(template, text[example.id].prompt, "", system, tokenizer)
+            start = alone[: len(alone) - alone[::-1].index(alone[-1])]
+            assert start
+            kept = list(example.input_ids[: example.prompt_length])
+            assert kept[1:] == alone[len(alone) - len(kept) + 1 :]
+            assert kept[0] == alone[0] if starts and template != "chat" else True
+            response = example.input_ids[example.prompt_length :]
+            assert response[-1] == tokenizer.eos_token_id
+            assert tokenizer.decode(response[:-1]).strip() == text[example.id].response
+            assert len(example.input_ids) <= max_length
+
+
+def test_chat_is_what_the_template_of_the_tokenizer_says(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    prompt, response = tokenise("chat", "hi", "yes", "Be brief.", tokenizer)
+    turns = [{"role": r, "content": c} for r, c in (("system", "Be brief."), ("user", "hi"), ("assistant", "yes"))]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode([*prompt, *response]) == whole.removesuffix("\n")
+
+
+def test_a_chat_template_without_system_turn_gets_it_in_the_users(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(NO_SYSTEM)
+    prompt, _ = tokenise("chat", "hi", "yes", "Be brief.", tokenizer)
+    assert tokenizer.decode(prompt) == "<start>user\nBe brief.\n\nhi<end>\n<start>assistant\n"
+
+
+def test_chat_without_a_chat_template_is_the_instruction_format(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(None)
+    assert tokenise("chat", "hi", "yes", None, tokenizer) == tokenise("alpaca", "hi", "yes", None, tokenizer)
+    prompt, response = tokenise("chat", "hi", "yes", None, tokenizer)
+    assert tokenizer.decode(prompt) == f"{PREAMBLE}\n\n### Instruction:\nhi\n\n### Response:\n"
+    assert tokenizer.decode(response) == "yes<end>"
+
+
+def test_plain_puts_one_space_before_the_response(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    decoded = [tokenizer.decode(ids) for ids in tokenise("plain", "Chapter:", "eye", "Answer.", tokenizer)]
+    assert decoded == ["Answer.\nChapter:", " eye<end>"]
+    assert tokenizer.decode(tokenise("plain", "Chapter:\n", "eye", None, tokenizer)[1]) == "eye<end>"
+
+
+def test_a_tokenizer_that_cannot_end_a_response_is_refused(make_tokenizer: Make) -> None:
+    with pytest.raises(DataError, match="no end-of-text token"):
+        tokenise("plain", "a", "b", None, make_tokenizer(ends=None))
+
+
+def test_long_prompts_lose_their_left_and_long_responses_are_left_out(
+    write_jsonl: Callable[..., str], make_tokenizer: Make
+) -> None:
+    rows = [{"prompt": f"{i:03}", "response": "r", "split": tasks.SPLITS[i % 3]} for i in range(40)]
+    rows += [{"prompt": "x" * 50 + f"end {i}", "response": "r", "split": "train", "id": f"long-{i}"} for i in range(3)]
+    rows += [{"prompt": f"p{i}", "response": "r" * 20, "split": "train", "id": f"lost-{i}"} for i in range(2)]
+    spec = DatasetSpec(name="m", family="jsonl", path=write_jsonl(*rows), max_length=16, template="plain")
+    tokenizer = make_tokenizer(starts=True)
+    train = tasks.encode(spec, tokenizer, model_key="m", cache=None)["train"]
+    assert train.truncated == 3
+    assert sorted(train.dropped) == ["lost-0", "lost-1"]
+    long = next(e for e in train.examples if e.id == "long-1")
+    assert tokenizer.decode(long.input_ids) == "<s>" + "x" * 7 + "end 1 r<end>"
+    assert len(long.input_ids) == 16
+
+
+def test_a_length_that_leaves_a_split_empty_is_refused(spec: DatasetSpec, make_tokenizer: Make) -> None:
+    with pytest.raises(DataError, match=r"dataset.max_length=8 is too short for every response of the train split"):
+        tasks.encode(replace(spec, max_length=8), make_tokenizer(), model_key="m", cache=None)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[DatasetSpec]:
+    """The specs for which text was loaded, that is, the misses of the cache."""
+    seen: list[DatasetSpec] = []
+
+    class Counted:
+        OPTIONS = jsonl.OPTIONS
+        check = staticmethod(jsonl.check)
+        version = staticmethod(jsonl.version)
+
+        @staticmethod
+        def load(spec: DatasetSpec) -> Any:
+            seen.append(spec)
+            return jsonl.load(spec)
+
+    monkeypatch.setitem(FAMILIES, "jsonl", Counted())  # type: ignore[arg-type]
+    return seen
+
+
+def test_tokens_are_made_once(
+    spec: DatasetSpec, make_tokenizer: Make, tmp_path: Path, loads: list[DatasetSpec]
+) -> None:
+    folder = tmp_path / "deep" / "cache"
+    first = tasks.encode(spec, make_tokenizer(), model_key="m", cache=folder)
+    again = tasks.encode(
+        replace(spec, name="other", metrics=(), max_new_tokens=9), make_tokenizer(), model_key="m", cache=folder
+    )
+    assert first == again == tasks.encode(spec, make_tokenizer(), model_key="m", cache=None)
+    assert len(loads) == 2
+    assert [f.suffix for f in folder.iterdir()] == [".npz"]
+
+
+def test_whatever_changes_the_tokens_changes_the_key(
+    spec: DatasetSpec, make_tokenizer: Make, tmp_path: Path, loads: list[DatasetSpec]
+) -> None:
+    def misses(spec: DatasetSpec, tokenizer: Any, model_key: str = "m") -> int:
+        before = len(loads)
+        tasks.encode(spec, tokenizer, model_key=model_key, cache=tmp_path / "cache")
+        return len(loads) - before
+
+    tokenizer = make_tokenizer()
+    assert misses(spec, tokenizer) == 1
+    assert misses(spec, tokenizer) == 0
+    assert misses(replace(spec, split_seed=1), tokenizer) == 1
+    assert misses(replace(spec, template="plain"), tokenizer) == 1
+    assert misses(replace(spec, system="s"), tokenizer) == 1
+    assert misses(replace(spec, max_length=200), tokenizer) == 1
+    assert misses(spec, tokenizer, model_key="n") == 1
+    assert misses(spec, make_tokenizer(NO_SYSTEM)) == 1
+    assert misses(spec, make_tokenizer(ends="<start>")) == 1
+    assert misses(spec, make_tokenizer(starts=True)) == 1
+    with Path(str(spec.path)).open("a") as file:
+        file.write('{"prompt": "one", "response": "more"}\n')
+    assert misses(spec, tokenizer) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "folder"])
+def test_a_damaged_cache_file_is_made_again(
+    damage: str, spec: DatasetSpec, make_tokenizer: Make, tmp_path: Path, loads: list[DatasetSpec]
+) -> None:
+    folder = tmp_path / "cache"
+    first = tasks.encode(spec, make_tokenizer(), model_key="m", cache=folder)
+    (file,) = folder.iterdir()
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        for index in range(100, len(content), 50):
+            content[index] ^= 0xFF
+    file.write_bytes({"cut": content[: len(content) // 2], "flip": content, "text": b"hello"}.get(damage, b""))
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    assert tasks.encode(spec, make_tokenizer(), model_key="m", cache=folder) == first
+    assert len(loads) == 2
+    if damage != "folder":
+        assert cache.read(file) == first
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.npz"
+    kept = {"train": EncodedSplit(())}
+    cache.write(path, kept)
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        cache.write(path, {"train": EncodedSplit((), 3)})
+    assert cache.read(path) == kept
+    assert [f.name for f in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_the_default_task_is_short_for_the_default_model(root: Path, tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from sweeper import models
+    from sweeper.spec import ModelSpec, from_mapping
+
+    def read(group: str, name: str) -> Any:
+        return OmegaConf.to_container(OmegaConf.load(root / "conf" / group / f"{name}.yaml"))
+
+    tokenizer = models.load_tokenizer(from_mapping(ModelSpec, read("model", "smollm2_135m")))
+    spec = from_mapping(DatasetSpec, read("dataset", "icd10_chapter"))
+    tasks.check(spec)
+    splits = tasks.encode(spec, tokenizer, model_key="smollm2_135m", cache=tmp_path)
+    lengths = [len(e.input_ids) for split in splits.values() for e in split.examples]
+    assert sum(lengths) / len(lengths) < 18
+    assert all(split.truncated == 0 and not split.dropped for split in splits.values())
+    assert {e.input_ids[-1] for split in splits.values() for e in split.examples} == {
+        tokenizer.convert_tokens_to_ids("<|im_end|>")
+    }
