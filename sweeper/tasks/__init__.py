@@ -63,7 +63,8 @@ def check(spec: DatasetSpec) -> None:
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
     """The splits as text: "train", "validation" and "test", disjoint by group, the same for the same `split_seed`."""
     _check_names(spec)
-    return FAMILIES[spec.family].load(spec)
+    splits = FAMILIES[spec.family].load(spec)
+    return {split: splits[split] for split in SPLITS}
 
 
 def encode(
