@@ -14,6 +14,8 @@ from sweeper.placement import Target
 
 BLOCK = 64  # values; a segment starts at a multiple of it, so a block belongs to one slot
 
+MOST_MEMBERS = 3  # of a group: the kernels take that many output tensors
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSpec:
@@ -57,14 +59,17 @@ class Lanes:
 
 
 class Group(nn.Module):
-    """Frozen matrices on the same input, computed as one product with every lane's adapters."""
+    """Up to three frozen matrices on the same input, computed in one go with every lane's adapters."""
 
     def __init__(self, targets: Sequence[Target], modules: Sequence[nn.Module], lanes: Lanes) -> None:
         super().__init__()
         self.targets = tuple(targets)
-        self.widths = [target.out_features for target in targets]
         self.lanes = lanes
-        self.weight, self.bias = _join(targets, modules)
+        self.weights = [
+            module.weight.data if target.kind == "conv1d" else module.weight.data.t()
+            for target, module in zip(targets, modules, strict=True)
+        ]
+        self.biases = _biases(modules)
         self.input: Tensor | None = None
         self.parts: tuple[Tensor, ...] = ()
         self.waiting = 0
@@ -75,25 +80,24 @@ class Group(nn.Module):
         self.salts = torch.tensor(salts, dtype=torch.int64, device=params.device)
 
     def forward(self, x: Tensor, member: int) -> Tensor:
-        if len(self.widths) == 1:
-            return self.product(x)
+        """Output of one member. The first that is asked computes all; the siblings fetch theirs."""
         if self.waiting == 0 or self.input is not x:
-            self.parts = self.product(x).split(self.widths, dim=-1)
-            self.input, self.waiting = x, len(self.widths)
+            self.parts = self.products(x)
+            self.input, self.waiting = x, len(self.parts)
         part = self.parts[member]
         self.waiting -= 1
         if self.waiting == 0:
             self.input, self.parts = None, ()
         return part
 
-    def product(self, x: Tensor) -> Tensor:
+    def products(self, x: Tensor) -> tuple[Tensor, ...]:
         lanes = self.lanes
-        y, _ = adapted_linear(
-            x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.params, self.table, self.scale,
-            lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.widths, self.hidden, lanes.tokens,
+        *ys, _ = adapted_linear(
+            x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.table, self.scale,
+            lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, lanes.tokens,
             lanes.drop and self.training,
         )  # fmt: skip
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 class Adapted(nn.Module):
@@ -245,7 +249,7 @@ class AdapterBank:
         params = self.params[start:stop].detach().requires_grad_()
         params.grad = self.grads[start:stop]
         own = [segment for segment in self.segments if segment.group == index]
-        widest = max(segment.capacity for segment in own)
+        widest = -(-max(segment.capacity for segment in own) // 16) * 16
         table = torch.zeros(count, len(members), 4, dtype=torch.int32)
         for segment in own:
             row = table[segment.slot, segment.member]
@@ -328,23 +332,12 @@ def _groups(targets: Sequence[Target], used: set[str]) -> list[tuple[Target, ...
     """Targets that are computed together: those with one input, if any of them is adapted."""
     found = []
     for _, siblings in itertools.groupby(targets, key=lambda t: t.inputs if t.kind == "linear" else t.name):
-        members = tuple(siblings)
-        if any(target.name in used for target in members):
-            found.append(members)
+        together = list(siblings)
+        for start in range(0, len(together), MOST_MEMBERS):
+            members = tuple(together[start : start + MOST_MEMBERS])
+            if any(target.name in used for target in members):
+                found.append(members)
     return found
-
-
-def _join(targets: Sequence[Target], modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
-    """Weight [in, sum of out] and bias of sibling modules; their own weights become views of it, so nothing is doubled."""
-    biases = [getattr(module, "bias", None) for module in modules]
-    if len(modules) == 1:
-        weight = modules[0].weight.data
-        return (weight if targets[0].kind == "conv1d" else weight.t()), biases[0]
-    joined = torch.cat([module.weight.data for module in modules])
-    for module, part in zip(modules, joined.split([target.out_features for target in targets]), strict=True):
-        module.weight.data = part
-    bias = None if all(b is None for b in biases) else torch.cat([_bias(m) for m in modules])
-    return joined.t(), bias
 
 
 def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -357,9 +350,11 @@ def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _bias(module: nn.Module) -> Tensor:
-    weight = module.weight
-    return weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias.data
+def _biases(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Bias of every module, zero where one has none; empty where none has one."""
+    if all(getattr(module, "bias", None) is None for module in modules):
+        return []
+    return [m.weight.new_zeros(m.weight.shape[0]) if m.bias is None else m.bias.data for m in modules]
 
 
 def _base_of(module: nn.Module) -> nn.Module:

@@ -6,12 +6,14 @@ serves whatever runs hold the slots. All three kernels walk tiles that never cro
 Shapes: N rows, I in, O out, M members, J slots, L lanes, H hidden.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_ROWS = 64
+from sweeper.engine.lowrank import frozen_gradient
 
 
 @triton.jit
@@ -31,13 +33,23 @@ def _keep(seed, salt, rows, features, p):
 
 
 @triton.jit
+def _pick(member, first, second, third):
+    chosen = first
+    if member == 1:
+        chosen = second
+    if member == 2:
+        chosen = third
+    return chosen
+
+
+@triton.jit
 def _shrink(
-    z, params, table, scale, lanes, dropout, seeds, salts, starts, h,
-    share, tokens, z_stride, h_stride, width_all,
+    z0, z1, z2, width0, width1, width2, flat, table, scale, lanes, dropout, seeds, salts, h,
+    share, tokens, h_stride,
     M: tl.constexpr, B_SIDE: tl.constexpr, DROP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """h[rows of a lane, member] = scale * z[rows, columns of the member] @ (A or B of the slot)^T."""
+    """h[rows of a lane, member] = scale * z[rows] @ (A or B of the slot and member)^T."""
     tiles = tl.cdiv(share, ROWS)
     lane = tl.program_id(0) // tiles
     member = tl.program_id(1)
@@ -49,18 +61,18 @@ def _shrink(
     first = tl.program_id(2) * RANKS
     if first >= rank:
         return
+    if B_SIDE:
+        z = _pick(member, z0, z1, z2)
+        width = _pick(member, width0, width1, width2)
+        offset = tl.multiple_of(tl.load(entry + 2), 16)
+    else:
+        z = z0
+        width = width0
+        offset = tl.multiple_of(tl.load(entry + 1), 16)
     local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     inside = local < share
     row = lane.to(tl.int64) * share + local
     r = first + tl.arange(0, RANKS)
-    if B_SIDE:
-        column = tl.load(starts + member)
-        width = tl.load(starts + member + 1) - column
-        offset = tl.load(entry + 2)
-    else:
-        column = 0
-        width = width_all
-        offset = tl.load(entry + 1)
     if DROP:
         p = tl.load(dropout + slot)
         seed = tl.load(seeds + slot)
@@ -69,20 +81,18 @@ def _shrink(
     total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
     for start in range(0, width, COLS):
         c = start + tl.arange(0, COLS)
-        values = tl.load(
-            z + row[:, None] * z_stride + column + c[None, :], mask=inside[:, None] & (c[None, :] < width), other=0.0
-        )
+        values = tl.load(z + row[:, None] * width + c[None, :], mask=inside[:, None] & (c[None, :] < width), other=0.0)
         if DROP:
             if p > 0:
                 values = tl.where(_keep(seed, salt, index, c, p), values, 0.0)
         matrix = tl.load(
-            params + offset + r[None, :] * width + c[:, None], mask=(r[None, :] < rank) & (c[:, None] < width), other=0.0
+            flat + offset + r[:, None] * width + c[None, :], mask=(r[:, None] < rank) & (c[None, :] < width), other=0.0
         )
-        total = tl.dot(values, matrix.to(values.dtype), total, input_precision="ieee")
+        total = tl.dot(values, tl.trans(matrix.to(values.dtype)), total, input_precision="ieee")
     factor = tl.load(scale + slot * M + member)
     if DROP:
         factor = factor / (1 - p)
-    where = tl.load(entry + 3)
+    where = tl.multiple_of(tl.load(entry + 3), 16)
     tl.store(
         h + row[:, None] * h_stride + where + r[None, :],
         (total * factor).to(h.dtype.element_ty),
@@ -92,52 +102,60 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    h, params, table, lanes, dropout, seeds, salts, starts, out,
-    share, tokens, h_stride, out_stride, width_all,
+    h, flat, table, lanes, dropout, seeds, salts, y0, y1, y2, width0, width1, width2,
+    share, tokens, h_stride,
     M: tl.constexpr, B_SIDE: tl.constexpr, DROP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """out[rows of a lane] += h @ B, a member's columns each (B_SIDE), or += the sum over members of mask * (h @ A)."""
+    """y of each member += h @ B (B_SIDE), or y0 += the sum over members of mask * (h @ A)."""
     tiles = tl.cdiv(share, ROWS)
     lane = tl.program_id(0) // tiles
     slot = tl.load(lanes + lane)
     if slot < 0:
         return
+    if B_SIDE:
+        first_member = tl.program_id(2)
+        last_member = first_member + 1
+        y = _pick(first_member, y0, y1, y2)
+        width = _pick(first_member, width0, width1, width2)
+    else:
+        first_member = 0
+        last_member = M
+        y = y0
+        width = width0
+    if tl.program_id(1) * COLS >= width:
+        return
+    adapted = 0
+    for member in range(first_member, last_member):
+        adapted += tl.load(table + (slot * M + member) * 4)
+    if adapted == 0:
+        return
     local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     inside = local < share
     row = lane.to(tl.int64) * share + local
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    if B_SIDE:
-        first_member = tl.program_id(2)
-        last_member = first_member + 1
-        column = tl.load(starts + first_member)
-        width = tl.load(starts + first_member + 1) - column
-    else:
-        first_member = 0
-        last_member = M
-        column = 0
-        width = width_all
-    if tl.program_id(1) * COLS >= width:
-        return
-    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    adapted = 0
+    pointer = y + row[:, None] * width + c[None, :]
+    mask = inside[:, None] & (c[None, :] < width)
+    total = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
     for member in range(first_member, last_member):
         entry = table + (slot * M + member) * 4
         rank = tl.load(entry)
-        adapted += rank
         if B_SIDE:
-            offset = tl.load(entry + 2)
+            offset = tl.multiple_of(tl.load(entry + 2), 16)
         else:
-            offset = tl.load(entry + 1)
-        where = tl.load(entry + 3)
-        part = tl.zeros((ROWS, COLS), dtype=tl.float32)
+            offset = tl.multiple_of(tl.load(entry + 1), 16)
+        where = tl.multiple_of(tl.load(entry + 3), 16)
+        if DROP:
+            part = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        else:
+            part = total
         for first in range(0, rank, RANKS):
             r = first + tl.arange(0, RANKS)
             hidden = tl.load(
                 h + row[:, None] * h_stride + where + r[None, :], mask=inside[:, None] & (r[None, :] < rank), other=0.0
             )
             matrix = tl.load(
-                params + offset + r[:, None] * width + c[None, :],
+                flat + offset + r[:, None] * width + c[None, :],
                 mask=(r[:, None] < rank) & (c[None, :] < width),
                 other=0.0,
             )
@@ -148,25 +166,22 @@ def _expand(
                 index = local // tokens * 65536 + local % tokens
                 keep = _keep(tl.load(seeds + slot), tl.load(salts + member), index, c, p)
                 part = tl.where(keep, part / (1 - p), 0.0)
-        total += part
-    if adapted == 0:
-        return
-    pointer = out + row[:, None] * out_stride + column + c[None, :]
-    mask = inside[:, None] & (c[None, :] < width)
-    tl.store(pointer, (tl.load(pointer, mask=mask, other=0.0).to(tl.float32) + total).to(out.dtype.element_ty), mask=mask)
+            total += part
+        else:
+            total = part
+    tl.store(pointer, total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _outer(
-    h, z, dparams, table, lanes, dropout, seeds, salts, starts,
-    share, tokens, h_stride, z_stride, width_all,
-    M: tl.constexpr, B_SIDE: tl.constexpr, DROP: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+    h, dh, x, z0, z1, z2, fan_in, width0, width1, width2, dflat, table, lanes, dropout, seeds, salts,
+    share, tokens, h_stride,
+    M: tl.constexpr, DROP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of A or B of one slot and member: h^T @ z over the rows of the slot's lane."""
-    chunks = tl.cdiv(width_all, COLS)
-    lane = tl.program_id(0) // chunks
-    member = tl.program_id(1)
+    """Gradients of one slot and member, over the rows of its lane: h^T @ dy for B, or dh^T @ (mask * x) for A."""
+    b_side = tl.program_id(1) % 2 == 0
+    lane = tl.program_id(1) // 2 // M
+    member = tl.program_id(1) // 2 % M
     slot = tl.load(lanes + lane)
     if slot < 0:
         return
@@ -175,21 +190,25 @@ def _outer(
     first = tl.program_id(2) * RANKS
     if first >= rank:
         return
-    if B_SIDE:
-        column = tl.load(starts + member)
-        width = tl.load(starts + member + 1) - column
-        offset = tl.load(entry + 2)
-    else:
-        column = 0
-        width = width_all
-        offset = tl.load(entry + 1)
-    c = tl.program_id(0) % chunks * COLS + tl.arange(0, COLS)
-    if tl.program_id(0) % chunks * COLS >= width:
+    z = x
+    width = fan_in
+    hidden_rows = dh
+    place = entry + 1
+    if b_side:
+        z = _pick(member, z0, z1, z2)
+        width = _pick(member, width0, width1, width2)
+        hidden_rows = h
+        place = entry + 2
+    if tl.program_id(0) * COLS >= width:
         return
-    where = tl.load(entry + 3)
+    offset = tl.multiple_of(tl.load(place), 16)
+    c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    where = tl.multiple_of(tl.load(entry + 3), 16)
     r = first + tl.arange(0, RANKS)
+    p = 0.0
     if DROP:
-        p = tl.load(dropout + slot)
+        if not b_side:
+            p = tl.load(dropout + slot)
         seed = tl.load(seeds + slot)
         salt = tl.load(salts + member)
     total = tl.zeros((RANKS, COLS), dtype=tl.float32)
@@ -197,24 +216,22 @@ def _outer(
         local = start + tl.arange(0, ROWS)
         row = lane.to(tl.int64) * share + local
         hidden = tl.load(
-            h + row[None, :] * h_stride + where + r[:, None],
-            mask=(local[None, :] < share) & (r[:, None] < rank),
+            hidden_rows + row[:, None] * h_stride + where + r[None, :],
+            mask=(local[:, None] < share) & (r[None, :] < rank),
             other=0.0,
         )
         values = tl.load(
-            z + row[:, None] * z_stride + column + c[None, :],
-            mask=(local[:, None] < share) & (c[None, :] < width),
-            other=0.0,
+            z + row[:, None] * width + c[None, :], mask=(local[:, None] < share) & (c[None, :] < width), other=0.0
         )
         if DROP:
             if p > 0:
                 values = tl.where(_keep(seed, salt, local // tokens * 65536 + local % tokens, c, p), values, 0.0)
-        total = tl.dot(hidden, values, total, input_precision="ieee")
+        total = tl.dot(tl.trans(hidden), values, total, input_precision="ieee")
     if DROP:
         total = total / (1 - p)
     tl.store(
-        dparams + offset + r[:, None] * width + c[None, :],
-        total.to(dparams.dtype.element_ty),
+        dflat + offset + r[:, None] * width + c[None, :],
+        total.to(dflat.dtype.element_ty),
         mask=(r[:, None] < rank) & (c[None, :] < width),
     )
 
@@ -284,7 +301,7 @@ def _squares(grads, block_slot, norms, blocks, BLOCK: tl.constexpr, COUNT: tl.co
 
 
 @triton.jit
-def _adamw(params, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+def _adamw(flat, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """AdamW of every block with its slot's row of the table; zeroes the gradient. `norms` holds squared norms."""
     block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     inside = block < blocks
@@ -303,27 +320,27 @@ def _adamw(params, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks,
     where = block[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (tl.arange(0, BLOCK)[None, :] < BLOCK)
     gradient = tl.load(grads + where, mask=mask, other=0.0) * clip[:, None]
-    value = tl.load(params + where, mask=mask, other=0.0)
+    value = tl.load(flat + where, mask=mask, other=0.0)
     first = tl.load(exp_avg + where, mask=mask, other=0.0)
     second = tl.load(exp_avg_sq + where, mask=mask, other=0.0)
     first = first + (gradient - first) * (1 - beta1)[:, None]
     second = second * beta2[:, None] + gradient * gradient * (1 - beta2)[:, None]
     step = first / correction1[:, None] / (tl.sqrt(second) / correction2[:, None] + eps[:, None])
     value = value * (1 - lr * decay)[:, None] - lr[:, None] * step
-    tl.store(params + where, value, mask=mask)
+    tl.store(flat + where, value, mask=mask)
     tl.store(exp_avg + where, first, mask=mask)
     tl.store(exp_avg_sq + where, second, mask=mask)
     tl.store(grads + where, tl.zeros_like(value), mask=inside[:, None] & (tl.arange(0, BLOCK)[None, :] < BLOCK))
 
 
-def adamw(params, grads, exp_avg, exp_avg_sq, block_slot, table, norms) -> None:
+def adamw(flat, grads, exp_avg, exp_avg_sq, block_slot, table, norms) -> None:
     """CUDA implementation of `optimizer.PackedAdamW.step`; leaves the gradient norms [J] in `norms`."""
     blocks, count = block_slot.shape[0], 32
     block = grads.shape[0] // max(blocks, 1)
     norms.zero_()
     grid = (triton.cdiv(blocks, count),)
     _squares[grid](grads, block_slot, norms, blocks, BLOCK=block, COUNT=count)
-    _adamw[grid](params, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks, BLOCK=block, COUNT=count)
+    _adamw[grid](flat, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks, BLOCK=block, COUNT=count)
     norms.sqrt_()
 
 
@@ -338,69 +355,78 @@ def token_loss(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float 
     return nll, correct
 
 
-def _ranks(hidden: int) -> int:
-    return 16 if hidden <= 16 else 32 if hidden <= 32 else 64
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Tile sizes and warps of one kernel; what was fastest on an H200 (docs/performance.md)."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int = 3
 
 
-def _starts(widths: list[int], device: torch.device) -> Tensor:
-    key = (tuple(widths), device)
-    if key not in _STARTS:
-        starts = [0]
-        for width in widths:
-            starts.append(starts[-1] + width)
-        _STARTS[key] = torch.tensor(starts, dtype=torch.int32, device=device)
-    return _STARTS[key]
+SHRINK, EXPAND, OUTER = Tiles(32, 128, 4), Tiles(64, 128, 4, 2), Tiles(128, 64, 4, 2)
 
 
-_STARTS: dict[tuple, Tensor] = {}
+def _launch(kernel, tiles: Tiles, grid, *arguments, **constants) -> None:
+    kernel[grid](
+        *arguments, ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.warps, num_stages=tiles.stages, **constants
+    )
 
 
-def forward(x, weight, bias, params, table, scale, lanes, dropout, seeds, salts, widths, hidden, tokens, drop):
+def _three(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensors[min(i, len(tensors) - 1)] for i in range(3))
+
+
+def _geometry(x: Tensor, lanes: Tensor, hidden: int, members: int) -> tuple[int, int, int, int]:
+    """Rows of a lane, lanes, ranks of a tile and tiles of ranks."""
+    widest = hidden // members
+    ranks = 16 if widest <= 16 else 32 if widest <= 32 else 64
+    return x.shape[0] // lanes.shape[0], lanes.shape[0], ranks, triton.cdiv(widest, ranks)
+
+
+def forward(x, weights, biases, params, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop):
     """CUDA implementation of `lowrank.adapted_linear`."""
     x = x.contiguous()
-    y = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+    ys = [torch.addmm(b, x, w) for b, w in zip(biases, weights, strict=True)] if biases else [x @ w for w in weights]
     h = x.new_empty(x.shape[0], hidden)
-    members, share, starts = len(widths), x.shape[0] // lanes.shape[0], _starts(widths, x.device)
-    tiles = lanes.shape[0] * triton.cdiv(share, BLOCK_ROWS)
-    ranks = _ranks(hidden // members)
-    chunks = triton.cdiv(hidden // members, ranks)
-    constants = {"M": members, "DROP": drop, "ROWS": BLOCK_ROWS, "RANKS": ranks}
-    _shrink[(tiles, members, chunks)](
-        x, params, table, scale, lanes, dropout, seeds, salts, starts, h,
-        share, tokens, x.stride(0), h.stride(0), x.shape[1], B_SIDE=False, COLS=64, **constants,
+    members, widths = len(weights), [w.shape[1] for w in weights]
+    share, count, ranks, chunks = _geometry(x, lanes, hidden, members)
+    chance = (dropout, seeds, salts)
+    _launch(
+        _shrink, SHRINK, (count * triton.cdiv(share, SHRINK.rows), members, chunks),
+        *_three([x]), *_three([x.shape[1]]), params, table, scale, lanes, *chance, h, share, tokens, hidden,
+        M=members, B_SIDE=False, DROP=drop, RANKS=ranks,
     )  # fmt: skip
-    _expand[(tiles, triton.cdiv(max(widths), 64), members)](
-        h, params, table, lanes, dropout, seeds, salts, starts, y,
-        share, tokens, h.stride(0), y.stride(0), y.shape[1], B_SIDE=True, COLS=64, **(constants | {"DROP": False}),
+    _launch(
+        _expand, EXPAND, (count * triton.cdiv(share, EXPAND.rows), triton.cdiv(max(widths), EXPAND.cols), members),
+        h, params, table, lanes, *chance, *_three(ys), *_three(widths), share, tokens, hidden,
+        M=members, B_SIDE=True, DROP=False, RANKS=ranks,
     )  # fmt: skip
-    return y, h
+    return [*ys, h]
 
 
-def backward(dy, x, weight, params, h, table, scale, lanes, dropout, seeds, salts, widths, tokens, drop):
+def backward(dys, x, weights, params, h, table, scale, lanes, dropout, seeds, salts, tokens, drop):
     """CUDA implementation of `lowrank.adapted_linear_backward`."""
-    x, dy = x.contiguous(), dy.contiguous()
-    dx = torch.mm(dy, weight.t())
+    x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
+    dx = frozen_gradient(dys, weights)
     dh, dparams = torch.empty_like(h), torch.zeros_like(params)
-    members, share, starts = len(widths), x.shape[0] // lanes.shape[0], _starts(widths, x.device)
-    tiles = lanes.shape[0] * triton.cdiv(share, BLOCK_ROWS)
-    ranks = _ranks(h.shape[1] // members)
-    chunks = triton.cdiv(h.shape[1] // members, ranks)
-    constants = {"M": members, "ROWS": BLOCK_ROWS, "COLS": 64, "RANKS": ranks}
-    shared = (table, lanes, dropout, seeds, salts, starts)
-    _shrink[(tiles, members, chunks)](
-        dy, params, table, scale, lanes, dropout, seeds, salts, starts, dh,
-        share, tokens, dy.stride(0), dh.stride(0), dy.shape[1], B_SIDE=True, DROP=False, **constants,
+    members, widths, hidden, fan_in = len(weights), [w.shape[1] for w in weights], h.shape[1], x.shape[1]
+    share, count, ranks, chunks = _geometry(x, lanes, hidden, members)
+    chance = (dropout, seeds, salts)
+    _launch(
+        _shrink, SHRINK, (count * triton.cdiv(share, SHRINK.rows), members, chunks),
+        *_three(dys), *_three(widths), params, table, scale, lanes, *chance, dh, share, tokens, hidden,
+        M=members, B_SIDE=True, DROP=False, RANKS=ranks,
     )  # fmt: skip
-    _outer[(lanes.shape[0] * triton.cdiv(max(widths), 64), members, chunks)](
-        h, dy, dparams, *shared,
-        share, tokens, h.stride(0), dy.stride(0), max(widths), B_SIDE=True, DROP=False, **constants,
+    _launch(
+        _outer, OUTER, (triton.cdiv(max(fan_in, *widths), OUTER.cols), 2 * count * members, chunks),
+        h, dh, x, *_three(dys), fan_in, *_three(widths), dparams, table, lanes, *chance, share, tokens, hidden,
+        M=members, DROP=drop, RANKS=ranks,
     )  # fmt: skip
-    _outer[(lanes.shape[0] * triton.cdiv(x.shape[1], 64), members, chunks)](
-        dh, x, dparams, *shared,
-        share, tokens, dh.stride(0), x.stride(0), x.shape[1], B_SIDE=False, DROP=drop, **constants,
-    )  # fmt: skip
-    _expand[(tiles, triton.cdiv(x.shape[1], 64), 1)](
-        dh, params, *shared[:5], starts, dx,
-        share, tokens, dh.stride(0), dx.stride(0), x.shape[1], B_SIDE=False, DROP=drop, **constants,
+    _launch(
+        _expand, EXPAND, (count * triton.cdiv(share, EXPAND.rows), triton.cdiv(fan_in, EXPAND.cols), 1),
+        dh, params, table, lanes, *chance, *_three([dx]), *_three([fan_in]), share, tokens, hidden,
+        M=members, B_SIDE=False, DROP=drop, RANKS=ranks,
     )  # fmt: skip
     return dx, dparams

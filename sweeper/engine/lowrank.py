@@ -1,16 +1,17 @@
 """The grouped low-rank product: one frozen linear map over the rows of many runs, plus each run's own adapter.
 
 Rows of the pack lie run after run; a *lane* is the equal share of rows of one run, and `lanes[l]` names the slot
-(adapter) it meets, -1 for none. A *group* is one or more frozen matrices applied to the same input (q, k and v of a
-block), multiplied as one; each *member* of a group has its own adapter. With s = alpha / rank the output is
+(adapter) it meets, -1 for none. A *group* is up to three frozen matrices applied to the same input (q, k and v of a
+block): their low-rank kernels run as one. Each *member* of a group has its own adapter. With s = alpha / rank, its
+output is
 
     y = x W^T + bias + s (mask * x) A^T B        (Hu et al. 2021, eq. 3; B is stored transposed)
 
 Everything that distinguishes the runs (rank, scale, offsets, dropout) is data in tensors, never a shape, so a slot can
 change hands under a compiled layer or a CUDA graph.
 
-Shapes: N rows in all lanes, I in, O out (all members), F adapter values of the group, J slots, M members, H hidden
-(sum of member ranks).
+Shapes: N rows in all lanes, I in, O out (of a member), F adapter values of the group, J slots, M members, H hidden
+columns (M times the widest rank, in multiples of 16).
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ class Lane:
     slot: int
     member: int
     rows: slice
-    columns: slice
     hidden: slice
     a: Tensor  # [rank, I]
     b: Tensor  # [rank, O of the member]
@@ -71,7 +71,6 @@ def lanes_of(
     for lane, slot in enumerate(slots):
         if slot < 0:
             continue
-        column = 0
         for member, width in enumerate(widths):
             rank, a, b, hidden = entries[slot][member]
             if rank:
@@ -80,21 +79,19 @@ def lanes_of(
                         slot,
                         member,
                         slice(lane * share, (lane + 1) * share),
-                        slice(column, column + width),
                         slice(hidden, hidden + rank),
                         params[a : a + rank * in_features].view(rank, in_features),
                         params[b : b + rank * width].view(rank, width),
                     )
                 )
-            column += width
     return walked
 
 
 @torch.library.custom_op("sweeper::adapted_linear", mutates_args=())
 def adapted_linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
     params: Tensor,
     table: Tensor,
     scale: Tensor,
@@ -102,53 +99,52 @@ def adapted_linear(
     dropout: Tensor,
     seeds: Tensor,
     salts: Tensor,
-    widths: list[int],
     hidden: int,
     tokens: int,
     drop: bool,
-) -> tuple[Tensor, Tensor]:
-    """Frozen product of a group plus every lane's adapters.
+) -> list[Tensor]:
+    """Frozen products of a group plus every lane's adapters.
 
     Args:
         x: [N, I], rows of the lanes one after another, the same number for each.
-        weight: [I, O], frozen, members side by side. bias: [O] or None.
+        weights: [I, O] of each member, frozen. biases: [O] of each, or none at all.
         params: [F] float32, the group's adapters of all slots.
         table: [J, M, 4] int32 (rank, offset of A, offset of B, hidden column). scale: [J, M] float32.
         lanes: [L] int32, slot of each lane. dropout: [J] float32. seeds: [J] int64. salts: [M] int64.
-        widths: O of each member. hidden: H. tokens: padded length of a sequence. drop: whether dropout is on.
+        hidden: H. tokens: padded length of a sequence. drop: whether dropout is on.
 
     Returns:
-        y [N, O] and the scaled hidden s (mask * x) A^T [N, H], which the backward pass needs.
+        y [N, O] of each member, and the scaled hidden s (mask * x) A^T [N, H], which the backward pass needs.
     """
     if x.is_cuda:
         from sweeper.engine import kernels
 
         return kernels.forward(
-            x, weight, bias, params, table, scale, lanes, dropout, seeds, salts, widths, hidden, tokens, drop
+            x, weights, biases, params, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop
         )
-    y = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+    ys = [torch.addmm(b, x, w) for b, w in zip(biases, weights, strict=True)] if biases else [x @ w for w in weights]
     h = x.new_zeros(x.shape[0], hidden)
     scales = scale.tolist()
-    for lane in lanes_of(params, table, lanes, widths, x.shape[0], x.shape[1]):
+    for lane in lanes_of(params, table, lanes, [w.shape[1] for w in weights], x.shape[0], x.shape[1]):
         rows = x[lane.rows]
         if drop:
             rows = rows * _lane_mask(lane, dropout, seeds, salts, rows.shape[0], x.shape[1], tokens, rows)
         part = torch.mm(rows, lane.a.to(x.dtype).t()) * scales[lane.slot][lane.member]
         h[lane.rows, lane.hidden] = part
-        y[lane.rows, lane.columns].addmm_(part, lane.b.to(x.dtype))
-    return y, h
+        ys[lane.member][lane.rows].addmm_(part, lane.b.to(x.dtype))
+    return [*ys, h]
 
 
 @adapted_linear.register_fake
-def _(x, weight, bias, params, table, scale, lanes, dropout, seeds, salts, widths, hidden, tokens, drop):
-    return x.new_empty(x.shape[0], weight.shape[1]), x.new_empty(x.shape[0], hidden)
+def _(x, weights, biases, params, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop):
+    return [x.new_empty(x.shape[0], weight.shape[1]) for weight in weights] + [x.new_empty(x.shape[0], hidden)]
 
 
 @torch.library.custom_op("sweeper::adapted_linear_backward", mutates_args=())
 def adapted_linear_backward(
-    dy: Tensor,
+    dys: list[Tensor],
     x: Tensor,
-    weight: Tensor,
+    weights: list[Tensor],
     params: Tensor,
     h: Tensor,
     table: Tensor,
@@ -157,23 +153,21 @@ def adapted_linear_backward(
     dropout: Tensor,
     seeds: Tensor,
     salts: Tensor,
-    widths: list[int],
     tokens: int,
     drop: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `adapted_linear` for x [N, I] and params [F]; the frozen weight gets none."""
-    if dy.is_cuda:
+    """Gradients of `adapted_linear` for x [N, I] and params [F]; the frozen weights get none."""
+    if x.is_cuda:
         from sweeper.engine import kernels
 
-        return kernels.backward(
-            dy, x, weight, params, h, table, scale, lanes, dropout, seeds, salts, widths, tokens, drop
-        )
-    dx = torch.mm(dy, weight.t())
+        return kernels.backward(dys, x, weights, params, h, table, scale, lanes, dropout, seeds, salts, tokens, drop)
+    dx = frozen_gradient(dys, weights)
     dparams = torch.zeros_like(params)
+    widths = [w.shape[1] for w in weights]
     grads = lanes_of(dparams, table, lanes, widths, x.shape[0], x.shape[1])
     scales = scale.tolist()
     for lane, grad in zip(lanes_of(params, table, lanes, widths, x.shape[0], x.shape[1]), grads, strict=True):
-        rows, upstream = x[lane.rows], dy[lane.rows, lane.columns]
+        rows, upstream = x[lane.rows], dys[lane.member][lane.rows]
         dh = torch.mm(upstream, lane.b.to(x.dtype).t()) * scales[lane.slot][lane.member]
         back = torch.mm(dh, lane.a.to(x.dtype))
         if drop:
@@ -186,8 +180,16 @@ def adapted_linear_backward(
 
 
 @adapted_linear_backward.register_fake
-def _(dy, x, weight, params, h, table, scale, lanes, dropout, seeds, salts, widths, tokens, drop):
+def _(dys, x, weights, params, h, table, scale, lanes, dropout, seeds, salts, tokens, drop):
     return torch.empty_like(x), torch.empty_like(params)
+
+
+def frozen_gradient(dys: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Sum over members of dy W^T [N, I]."""
+    dx = torch.mm(dys[0], weights[0].t())
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        dx.addmm_(dy, weight.t())
+    return dx
 
 
 def _lane_mask(lane: Lane, dropout, seeds, salts, count: int, features: int, tokens: int, like: Tensor) -> Tensor:
@@ -198,20 +200,17 @@ def _lane_mask(lane: Lane, dropout, seeds, salts, count: int, features: int, tok
 
 
 def _setup(ctx, inputs, output):
-    x, weight, _, params, *rest = inputs
-    ctx.save_for_backward(x, weight, params, output[1], *rest[:6])
-    ctx.widths, _, ctx.tokens, ctx.drop = rest[6:]
-    ctx.set_materialize_grads(False)
+    x, weights, biases, params, *tensors, _hidden, tokens, drop = inputs
+    ctx.save_for_backward(x, params, output[-1], *tensors, *weights)
+    ctx.biases, ctx.tokens, ctx.drop = len(biases), tokens, drop
 
 
-def _backward(ctx, dy, _dh):
-    if dy is None:
-        return (None,) * 14
-    x, weight, params, h, *tensors = ctx.saved_tensors
-    dx, dparams = adapted_linear_backward(
-        dy.contiguous(), x, weight, params, h, *tensors, ctx.widths, ctx.tokens, ctx.drop
-    )
-    return dx, None, None, dparams, *([None] * 10)
+def _backward(ctx, grads):
+    x, params, h, *rest = ctx.saved_tensors
+    tensors, weights = rest[:6], rest[6:]
+    dys = [g.contiguous() for g in grads[:-1]]
+    dx, dparams = adapted_linear_backward(dys, x, weights, params, h, *tensors, ctx.tokens, ctx.drop)
+    return dx, [None] * len(weights), [None] * ctx.biases, dparams, *([None] * 9)
 
 
 adapted_linear.register_autograd(_backward, setup_context=_setup)

@@ -85,10 +85,10 @@ class Pack:
     ) -> None:
         self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
         self.model, self.device = base.model, next(base.model.parameters()).device
-        self.head = verified_head(base)
+        stock = verified_head(base)
         self.bank = AdapterBank(self.model, base.targets, capacities, self.device)
         self.bank.install()
-        self.head = Head(self.model.get_output_embeddings(), self.head.softcap, self.head.divisor)
+        self.head = Head(self.model.get_output_embeddings(), stock.softcap, stock.divisor)
         self.optimizer = PackedAdamW(self.bank)
         self.jobs: list[Job | None] = [None] * len(capacities)
         self.pending: list[_Pending] = []
@@ -210,10 +210,11 @@ class Pack:
         if tokens is not None:
             lanes.tokens = tokens
 
-    def hidden(self, ids: Tensor, **kwargs: Any) -> Tensor:
+    def hidden(self, ids: Tensor) -> Tensor:
         """Last hidden states [rows, T, D] of right-padded token ids [rows, T]."""
         self.bank.lanes.tokens = ids.shape[1]
-        return self.model.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+        with _no_padding_mask():
+            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
     def _forward_backward(self, batch: Batch) -> Tensor:
         hidden = self.hidden(batch.ids)
@@ -252,9 +253,6 @@ def verified_head(base: BaseModel) -> Head:
     Raises:
         ModelError: the stock model does something to its logits that `Head` does not know.
     """
-    known = getattr(base, "head", None)
-    if known is not None:
-        return known
     model, config = base.model, base.model.config
     head = Head(
         model.get_output_embeddings(),
@@ -271,7 +269,6 @@ def verified_head(base: BaseModel) -> Head:
             f"model={base.spec.name}: {type(model).__name__} turns hidden states into logits in a way the engine does "
             "not know (known: an output matrix, final_logit_softcapping, logits_scaling)"
         )
-    base.head = head
     return head
 
 
@@ -295,3 +292,27 @@ def _compile_layers(model: torch.nn.Module) -> None:
 def _uncompile_layers(model: torch.nn.Module) -> None:
     for layer in decoder_layers(model):
         layer._compiled_call_impl = None
+
+
+@contextlib.contextmanager
+def _no_padding_mask() -> Iterator[None]:
+    """Within it, models that attend by `sdpa` take their causal kernel and build no mask, not even while captured.
+
+    Right: rows are padded on the right, and a causal token never sees what follows. Local attention shorter than the
+    row still gets its mask.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+
+    stock = masks["sdpa"]
+
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        local, length = kwargs.get("local_size"), kwargs.get("kv_length")
+        if local is None or (length is not None and length < local):
+            return None
+        return stock(*args, **kwargs)
+
+    masks["sdpa"] = skip
+    try:
+        yield
+    finally:
+        masks["sdpa"] = stock

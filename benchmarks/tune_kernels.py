@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Times the low-rank kernels over tile sizes, for the layer shapes of two models; needs a CUDA GPU.
+
+    python -m benchmarks.tune_kernels [--lanes 9 32] [--rank 16]
+
+Prints, for each kernel and number of lanes, the time of one layer (all its groups) for the best tile choices. The
+defaults in `sweeper/engine/kernels.py` come from here.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import multiprocessing
+
+import torch
+
+GROUPS = {
+    "smollm2-135m": [(576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))],
+    "llama3.2-1b": [(2048, (2048, 512, 512)), (2048, (2048,)), (2048, (8192, 8192)), (8192, (2048,))],
+}
+CHOICES = [
+    (rows, cols, warps, stages)
+    for (rows, cols, warps), stages in itertools.product(
+        [(32, 64, 4), (32, 128, 4), (32, 256, 4), (64, 64, 4), (64, 128, 4), (64, 256, 8), (128, 64, 4), (128, 128, 4),
+         (128, 128, 8), (128, 256, 8)],
+        [2, 3, 4],
+    )
+]  # fmt: skip
+KERNELS = ("shrink A", "shrink B", "expand A", "expand B", "outer")
+
+
+def problem(fan_in: int, widths: tuple[int, ...], lanes: int, share: int, rank: int):
+    """Tensors of one group with every slot adapted."""
+    members, rows = len(widths), lanes * share
+    table = torch.zeros(lanes, members, 4, dtype=torch.int32)
+    offset = 0
+    for slot in range(lanes):
+        for member, width in enumerate(widths):
+            table[slot, member] = torch.tensor([rank, offset, offset + rank * fan_in, member * max(16, rank)])
+            offset += rank * (fan_in + width)
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    return {
+        "x": torch.randn(rows, fan_in, **bf16),
+        "ys": [torch.randn(rows, width, **bf16) for width in widths],
+        "h": torch.randn(rows, members * max(16, rank), **bf16),
+        "params": torch.randn(offset, device="cuda"),
+        "table": table.cuda(),
+        "scale": torch.ones(lanes, members, device="cuda"),
+        "lanes": torch.arange(lanes, dtype=torch.int32, device="cuda"),
+        "chance": (torch.zeros(lanes, device="cuda"), torch.zeros(lanes, dtype=torch.int64, device="cuda"),
+                   torch.zeros(members, dtype=torch.int64, device="cuda")),
+        "widths": list(widths), "share": share,
+    }  # fmt: skip
+
+
+def launch(name: str, choice: tuple[int, ...], p: dict) -> None:
+    import triton
+
+    from sweeper.engine import kernels as k
+
+    tiles, b_side = k.Tiles(*choice), name.endswith("B")
+    members, count, share, hidden = len(p["widths"]), len(p["lanes"]), p["share"], p["h"].shape[1]
+    fan_in = p["x"].shape[1]
+    zs, widths = (p["ys"], p["widths"]) if b_side else ([p["x"]], [fan_in])
+    _, _, ranks, chunks = k._geometry(p["x"], p["lanes"], hidden, members)
+    tail = {"M": members, "B_SIDE": b_side, "DROP": False, "RANKS": ranks}
+    tables = (p["table"], p["lanes"], *p["chance"])
+    rows, cols = count * triton.cdiv(share, tiles.rows), triton.cdiv(max(widths), tiles.cols)
+    z, w = k._three(zs), k._three(widths)
+    if name.startswith("shrink"):
+        k._launch(k._shrink, tiles, (rows, members, chunks), *z, *w, p["params"], p["table"], p["scale"], p["lanes"],
+                  *p["chance"], p["h"], share, share, hidden, **tail)  # fmt: skip
+    elif name.startswith("expand"):
+        k._launch(k._expand, tiles, (rows, cols, members if b_side else 1), p["h"], p["params"], *tables, *z, *w,
+                  share, share, hidden, **tail)  # fmt: skip
+    else:
+        del tail["B_SIDE"]
+        cols = triton.cdiv(max(fan_in, *p["widths"]), tiles.cols)
+        k._launch(k._outer, tiles, (cols, 2 * count * members, chunks), p["h"], p["h"], p["x"], *k._three(p["ys"]),
+                  fan_in, *k._three(p["widths"]), p["params"], *tables, share, share, hidden, **tail)  # fmt: skip
+
+
+def compile_one(task: tuple) -> None:
+    name, choice, group, rank = task
+    try:
+        launch(name, choice, problem(*group, lanes=2, share=256, rank=rank))
+        torch.cuda.synchronize()
+    except Exception:  # a choice that needs more shared memory than there is drops out when it is timed
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lanes", type=int, nargs="+", default=[9, 32])
+    parser.add_argument("--share", type=int, default=1024, help="token rows of one run")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--shapes", nargs="+", default=list(GROUPS), choices=GROUPS)
+    args = parser.parse_args()
+    from triton.testing import do_bench
+
+    groups = [group for shape in args.shapes for group in GROUPS[shape]]
+    tasks = [(n, c, g, args.rank) for n in KERNELS for c in CHOICES for g in groups[:4]]
+    with concurrent.futures.ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, tasks, chunksize=8))
+    for shape, lanes in itertools.product(args.shapes, args.lanes):
+        problems = [problem(*group, lanes=lanes, share=args.share, rank=args.rank) for group in GROUPS[shape]]
+        for name in KERNELS:
+            seconds = {}
+            for choice in CHOICES:
+                try:
+                    seconds[choice] = [
+                        1e3 * do_bench(lambda p=p, n=name, c=choice: launch(n, c, p), warmup=3, rep=12) for p in problems
+                    ]
+                except Exception:
+                    continue
+            best = sorted(seconds.items(), key=lambda item: sum(item[1]))[:4]
+            listed = "  ".join(f"{c} {sum(t):.0f} us {[round(v) for v in t]}" for c, t in best)
+            print(f"{shape} {lanes} lanes {name}: {listed}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
