@@ -202,7 +202,7 @@ class LiveDisplay:
             number(view.loss),
             f"{view.speed:,.0f}" if view.speed is not None and training else "",
             clock_time(view.eta()) if training else ("" if view.state == "waiting" else view.state),
-            _change(view) if view.before is not None or view.after is not None else (view.error or ""),
+            view.error or _change(view),
         ]
 
 

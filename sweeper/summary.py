@@ -125,7 +125,7 @@ def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[
         "rank": flat["rank"],
         **{key: flat.get(key) for key in fields},
         "trainable_parameters": record.trainable_parameters or None,
-        "trainable_percent": None if share is None or record.status == "failed" else 100 * share,
+        "trainable_percent": None if share is None else 100 * share,
         **_scores(moments.get("after")),
     }
     if metric is not None:

@@ -49,7 +49,12 @@ def test_files_hold_the_same_rows(tmp_path: Path, make_spec: Make, make_record: 
 
 def test_what_is_absent_is_a_dash(make_spec: Make, make_record: MakeRecord) -> None:
     failed = make_record(
-        make_spec(rank=8), status="failed", scores={}, trainable_parameters=0, error={"class": "E", "message": "m"}
+        make_spec(rank=8),
+        status="failed",
+        scores={},
+        trainable_parameters=0,
+        total_parameters=0,
+        error={"class": "E", "message": "m"},
     )
     console = Console(width=200, record=True)
     summary.show([make_record(), failed], console)
