@@ -201,7 +201,8 @@ class RunSpec:
 class Settings:
     """How and where runs are executed: nothing in here changes a result, so nothing of it is part of `run_id`.
 
-    `max_pack` 0 lets the planner choose the number of runs trained together; `compile` auto means on CUDA only.
+    `max_pack` 0 lets the planner choose the number of runs trained together; `compile` auto means on CUDA only; what
+    trains is checkpointed every `checkpoint_seconds`.
     """
 
     study: str
@@ -213,6 +214,7 @@ class Settings:
     max_pack: int = 0
     compile: Literal["auto", "on", "off"] = "auto"
     calibrate: bool = True
+    checkpoint_seconds: float = 300.0
     retry_failed: bool = True
 
     def __post_init__(self) -> None:
@@ -224,6 +226,9 @@ class Settings:
             raise SpecError(f"trainer.device={self.device}: no such device. Choose from auto, cpu, cuda, cuda:N.")
         if self.max_pack < 0:
             raise SpecError(f"sweep.max_pack must be at least 0 (0: chosen for you), got {self.max_pack}")
+
+        if self.checkpoint_seconds <= 0:
+            raise SpecError(f"sweep.checkpoint_seconds must be above 0, got {self.checkpoint_seconds}")
 
     @property
     def folder(self) -> Path:

@@ -29,9 +29,11 @@ class CapturedStep:
         self.pool = torch.cuda.graph_pool_handle()
         self.warm: set[Hashable] = set()
         self.recordings: dict[Hashable, _Recording] = {}
+        self.replayed = False
 
     def __call__(self, batch: Batch, *, key: Hashable = None) -> Tensor:
         shape = (batch.shape, key)
+        self.replayed = shape in self.recordings
         if shape not in self.warm:
             self.warm.add(shape)
             return self._eagerly(batch)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from sweeper.engine.batches import Tokens, collate, supervised
 from sweeper.engine.pack import Pack, eager
 from sweeper.record import Score
+from sweeper.tasks.metrics import METRICS, TEACHER_FORCED
+
+CPU_TOKENS, CUDA_TOKENS = 4096, 65536  # of one forward pass, padding included
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +67,6 @@ def _score_batch(pack: Pack, slots: Sequence[int], chosen, found: list[list[Exam
                 ExampleScore(position, float(nll[lane, part].sum()), last - first, bool(correct[lane, part].all()))
             )
             first = last
-
-
-def summarise(scores: Sequence[ExampleScore]) -> Score:
-    """Mean token NLL and mean exact match of a split."""
-    tokens = sum(s.tokens for s in scores)
-    return Score(
-        nll=sum(s.nll for s in scores) / max(tokens, 1),
-        tokens=tokens,
-        examples=len(scores),
-        metrics={"exact_match": sum(s.exact_match for s in scores) / max(len(scores), 1)},
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +140,61 @@ def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids) -> list[G
         cut = next((i for i, token in enumerate(row) if token in ends), None)
         texts.append(Generated(tuple(row[:cut]), cut is None))
     return texts
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedSplit:
+    """Score of one split and its rows for `predictions.jsonl`."""
+
+    score: Score
+    rows: list[dict[str, Any]]
+
+
+def evaluate(
+    pack: Pack, slots: Sequence[int], run: Any, split: str, *, generation: bool = True
+) -> list[EvaluatedSplit]:
+    """Scores a split of one dataset for several slots at once (-1: the base model).
+
+    Args:
+        run: a `Prepared` run of that dataset; the slots must share its dataset and evaluation.
+        generation: whether metrics that need generated text are computed, where the evaluation asks for them.
+    """
+    examples, spec = run.splits[split].examples, run.request.spec
+    budget = CUDA_TOKENS if pack.device.type == "cuda" else CPU_TOKENS
+    scored = score(pack, slots, examples, budget=budget)
+    wanted = [name for name in spec.dataset.metrics if name not in TEACHER_FORCED]
+    texts: list[list[Generated]] | None = None
+    if wanted and generation and spec.evaluation.generate:
+        texts = generate(
+            pack, slots, [e.input_ids[: e.prompt_length] for e in examples],
+            max_new_tokens=spec.dataset.max_new_tokens, stop_ids=pack.base.stop_ids,
+            rows=max(1, budget // (len(slots) * spec.dataset.max_length)),
+        )  # fmt: skip
+    return [
+        _assemble(pack, examples, scores, spec.dataset.metrics, texts[lane] if texts else None)
+        for lane, scores in enumerate(scored)
+    ]
+
+
+def _assemble(pack: Pack, examples, scores, metrics, texts: list[Generated] | None) -> EvaluatedSplit:
+    rows: list[dict[str, Any]] = []
+    for place, (example, found) in enumerate(zip(examples, scores, strict=True)):
+        row: dict[str, Any] = {"id": example.id, "nll": found.nll, "tokens": found.tokens}
+        if "exact_match" in metrics:
+            row["exact_match"] = float(found.exact_match)
+        if texts is not None:
+            decode = pack.base.tokenizer.decode
+            text = decode(texts[place].ids, skip_special_tokens=True)
+            response = decode(example.input_ids[example.prompt_length :], skip_special_tokens=True)
+            row |= {"text": text, "capped": texts[place].capped}
+            row |= {name: METRICS[name](text, response) for name in metrics if name not in TEACHER_FORCED}
+        rows.append(row)
+    tokens = sum(row["tokens"] for row in rows)
+    means = {
+        name: sum(row[name] for row in rows) / len(rows) for name in (*metrics, "capped") if rows and name in rows[0]
+    }
+    nll = sum(row["nll"] for row in rows) / max(tokens, 1)
+    return EvaluatedSplit(Score(nll=nll, tokens=tokens, examples=len(rows), metrics=means), rows)
 
 
 class _evaluating:

@@ -98,7 +98,7 @@ class Pack:
         self._checkpoint_activations(checkpointing)
         if self.compiled:
             _compile_layers(self.model)
-        self.captured = CapturedStep(self._forward_backward) if self.compiled else None
+        self.captured = CapturedStep(self.forward_backward) if self.compiled else None
         self.model.train()
 
     def close(self) -> None:
@@ -216,7 +216,19 @@ class Pack:
         with _no_padding_mask():
             return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
-    def _forward_backward(self, batch: Batch) -> Tensor:
+    def warm_up(self, steps: int) -> None:
+        """Steps whose results are thrown away, to compile and capture; meant for a pack that is only measured."""
+        for _ in range(steps):
+            self.step()
+        self.pending.clear()
+
+    @property
+    def warming(self) -> bool:
+        """Whether the last step did one-off work (compiling, capturing) and so says nothing about speed."""
+        return self.captured is not None and not self.captured.replayed
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Losses [L] of one forward pass; their gradients are added to the bank's."""
         hidden = self.hidden(batch.ids)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
         losses, _ = self.head.scores(rows, batch.targets, batch.weights)
@@ -225,8 +237,8 @@ class Pack:
 
     def _micro_step(self, batch: Batch) -> Tensor:
         if self.captured is not None:
-            return self.captured(batch, key=(self.bank.lanes.drop,))
-        return self._forward_backward(batch.to(self.device))
+            return self.captured(batch.pinned(), key=(self.bank.lanes.drop,))
+        return self.forward_backward(batch.to(self.device))
 
     def _examples(self, job: Job, micro: int) -> list[Tokens]:
         return [job.examples[i] for i in job.order.batch(job.done * self.accumulation + micro)]

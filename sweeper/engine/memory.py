@@ -1,0 +1,53 @@
+"""How many runs fit together: the base once, and every run's adapter state and activations."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from sweeper import budget
+from sweeper.engine.calibrate import Solo
+from sweeper.engine.progress import Prepared
+from sweeper.models import BaseModel
+from sweeper.spec import Settings
+
+STATE_BYTES = 16  # of one trainable parameter: value, gradient and two moments in float32
+MARGIN = 0.85  # of what is free; the rest is for fragments, work space and evaluation
+MOST = 64  # runs in a pack; more gain nothing measurable (docs/performance.md)
+
+
+def runs_that_fit(
+    base: BaseModel, runs: Sequence[tuple[Prepared, Solo | None]], settings: Settings, device: torch.device
+) -> int:
+    """Number of slots for a queue of runs, at least 1.
+
+    A run's share is what its calibration measured; without one, the closed form of `sweeper.budget`. Slots that
+    change hands must hold the largest run, so the largest share counts for all of them.
+    """
+    most = min(settings.max_pack or MOST, len(runs))
+    largest = max(run_bytes(base, run, solo) for run, solo in runs)
+    return max(1, min(most, int(free_bytes(device) * MARGIN / largest)))
+
+
+def run_bytes(base: BaseModel, run: Prepared, solo: Solo | None) -> int:
+    """Memory that one more run adds to a pack: adapter state and activations of its longest batch."""
+    if solo is not None:
+        return solo.state_bytes + solo.activation_bytes
+    trainer = run.request.spec.trainer
+    parameter = next(base.model.parameters())
+    return STATE_BYTES * budget.lora_parameters(run.ranks) + budget.activation_bytes(
+        base.targets,
+        run.ranks,
+        batch_size=trainer.batch_size,
+        length=max(len(example.input_ids) for example in run.job.examples),
+        bytes_per_value=parameter.element_size(),
+        checkpointing=trainer.activation_checkpointing,
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

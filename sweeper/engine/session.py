@@ -1,0 +1,333 @@
+"""From requests to records: loads base models, forms packs, drives them, and writes what each run leaves."""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from sweeper import allocation, methods, models, placement, tasks, weights
+from sweeper.architecture import number_of_layers
+from sweeper.device import device_for, precision_for
+from sweeper.engine import calibrate, checkpoint, environment
+from sweeper.engine.batches import DataOrder
+from sweeper.engine.evaluate import EvaluatedSplit, evaluate
+from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.engine.memory import runs_that_fit
+from sweeper.engine.pack import Job, Pack, StepResult
+from sweeper.engine.progress import Prepared, Progress
+from sweeper.engine.requests import RunRequest
+from sweeper.errors import SweeperError
+from sweeper.models import BaseModel
+from sweeper.record import Score
+from sweeper.spec import RunSpec, Settings
+
+DRAIN_SECONDS = 0.5  # how often results are fetched from a CUDA device, which must not wait for the host
+
+
+class Session:
+    """The runs of one command on one device. `train` is the whole interface."""
+
+    def __init__(self, settings: Settings, should_stop: Callable[[], bool]) -> None:
+        self.settings, self.should_stop = settings, should_stop
+        self.device = device_for(settings.device)
+        self.cache = weights.cache_folder()
+        self.base: BaseModel | None = None
+        self.encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
+        self.base_scores: dict[str, dict[str, EvaluatedSplit]] = {}
+
+    def train(self, requests: Sequence[RunRequest]) -> Iterator[Event]:
+        """Trains runs model by model, pack by pack."""
+        for _, same in itertools.groupby(sorted(requests, key=_model_key), key=_model_key):
+            group = list(same)
+            if self.should_stop():
+                return
+            yield Stage(message=models.loading_message(group[0].spec.model))
+            try:
+                dtype = precision_for(self.device, group[0].spec.trainer.precision)
+                self.base = None  # the former model's memory is free before the next one is read
+                self.base = base = models.load(group[0].spec.model, dtype=dtype, device=self.device)
+            except (SweeperError, OSError, torch.OutOfMemoryError) as error:
+                for request in group:
+                    yield self._failed(Progress(request), error)
+                continue
+            self.encoded, self.base_scores = {}, {}
+            prepared: list[Prepared] = []
+            for request in group:
+                try:
+                    prepared.append(self._prepare(base, request))
+                except (SweeperError, ValueError) as error:
+                    yield self._failed(Progress(request), error)
+            for key, members in itertools.groupby(sorted(prepared, key=self._pack_key), key=self._pack_key):
+                yield from self._train_alike(base, deque(members), dict(key))
+
+    def _prepare(self, base: BaseModel, request: RunRequest) -> Prepared:
+        spec = request.spec
+        targets = placement.resolve(base.targets, spec.placement, layers=number_of_layers(base.targets))
+        ranks = allocation.ranks(spec, targets)
+        splits = self._splits(base, spec)
+        examples = splits["train"].examples
+        lengths = [len(example.input_ids) for example in examples]
+        job = Job(
+            run_id=request.run_id, adapter=methods.adapter(spec, ranks), optim=spec.optim,
+            steps=spec.trainer.max_steps, seed=spec.seed, examples=examples,
+            order=DataOrder(lengths, spec.trainer.batch_size, spec.seed),
+        )  # fmt: skip
+        return Prepared(request=request, job=job, ranks=ranks, splits=splits)
+
+    def _splits(self, base: BaseModel, spec: RunSpec) -> dict[str, tasks.EncodedSplit]:
+        key = repr(spec.dataset)
+        if key not in self.encoded:
+            model_key = f"{spec.model.source}:{spec.model.location}@{spec.model.revision}"
+            self.encoded[key] = tasks.encode(
+                spec.dataset, base.tokenizer, model_key=model_key, cache=self.cache / "tokens"
+            )
+        return self.encoded[key]
+
+    @staticmethod
+    def _pack_key(run: Prepared) -> tuple[tuple[str, Any], ...]:
+        return pack_key(run.request.spec, [len(e.input_ids) for e in run.job.examples])
+
+    def _train_alike(self, base: BaseModel, queue: deque[Prepared], options: dict[str, Any]) -> Iterator[Event]:
+        """Trains runs that can share a pack, in as many packs as memory asks for."""
+        options = {name: value for name, value in options.items() if name != "length"}
+        options["compiled"] = self._compiles()
+        solo: dict[str, calibrate.Solo] = {}
+        if self.settings.calibrate:
+            yield from self._calibrate(base, queue, options, solo)
+        limit = runs_that_fit(base, [(run, solo.get(run.shape)) for run in queue], self.settings, self.device)
+        for run in queue:
+            run.resume()
+        while queue and not self.should_stop():
+            overfull = yield from self._train_pack(base, queue, limit, options, solo)
+            if overfull:
+                limit = max(1, overfull // 2)
+                yield Stage(message=f"out of memory with {overfull} runs together; going on with {limit}")
+
+    def _compiles(self) -> bool:
+        return self.device.type == "cuda" and self.settings.compile != "off"
+
+    def _calibrate(self, base, queue, options, solo) -> Iterator[Event]:
+        for run in queue:
+            if run.shape in solo or self.should_stop():
+                continue
+            spec = run.request.spec
+            yield Stage(message=f"measuring {spec.placement.name} rank {spec.rank} alone")
+            try:
+                solo[run.shape] = calibrate.measure(base, run.job, options, self.cache / "calibrations")
+            except torch.OutOfMemoryError:
+                continue
+
+    def _train_pack(self, base, queue: deque[Prepared], limit: int, options, solo) -> Iterator[Event]:
+        """Trains one pack until the queue is empty. Returns 0, or the number of runs that did not fit together."""
+        slots = min(limit, len(queue))
+        if len(queue) <= slots:
+            capacities = [dict(run.job.adapter.ranks) for run in queue]
+        else:  # a slot changes hands: it must hold whichever run comes next
+            capacities = [_union([run.job.adapter.ranks for run in queue])] * slots
+        running: dict[str, Progress] = {}
+        try:
+            with Pack(base, capacities, **options) as pack:
+                yield from self._fill(pack, queue, running)
+                yield from self._drive(pack, queue, running, solo)
+            return 0
+        except torch.OutOfMemoryError as error:
+            problem: Exception = error
+        except RuntimeError as error:
+            problem = error
+        return (yield from self._recover(queue, running, problem))
+
+    def _recover(self, queue: deque[Prepared], running: dict[str, Progress], error: Exception) -> Iterator[Event]:
+        """Runs of a pack that broke go back to the queue from their last good step; a run alone has failed."""
+        self._free_memory()
+        if len(running) == 1:
+            (alone,) = running.values()
+            yield self._failed(alone, error)
+            return 0
+        for progress in reversed(running.values()):
+            queue.appendleft(progress.prepared)
+        return len(running)
+
+    def _fill(self, pack: Pack, queue: deque[Prepared], running: dict[str, Progress]) -> Iterator[Event]:
+        arrived = []
+        while queue and (slot := pack.free_slot(queue[0].job.adapter)) is not None:
+            run = queue.popleft()
+            pack.add(run.job, slot)
+            running[run.request.run_id] = progress = Progress(run.request, run)
+            arrived.append(progress)
+        for progress in arrived:
+            yield RunStarted(run_id=progress.request.run_id, steps=progress.prepared.job.steps)
+        for progress in arrived:
+            yield from self._score_base(pack, progress)
+
+    def _score_base(self, pack: Pack, progress: Progress) -> Iterator[Event]:
+        """A fresh adapter is the identity, so all runs on a dataset share the base model's scores."""
+        spec = progress.request.spec
+        if not spec.evaluation.before:
+            return
+        key = repr((spec.dataset, spec.evaluation))
+        if key not in self.base_scores:
+            self.base_scores[key] = {}
+            for split in spec.evaluation.splits:
+                yield Stage(message=f"evaluating the base model on {spec.dataset.name} {split}")
+                found = evaluate(pack, [-1], progress.prepared, split)
+                self.base_scores[key][split] = found[0]
+        for split, found in self.base_scores[key].items():
+            yield self._scored(progress, split, "before", found)
+
+    def _drive(self, pack: Pack, queue, running: dict[str, Progress], solo) -> Iterator[Event]:
+        clock = _Clock(pack, running)
+        saved = time.monotonic()
+        while pack.active:
+            if self.should_stop():
+                yield from clock.collect()
+                self._checkpoint(pack, running)
+                return
+            pack.step()
+            if clock.due():
+                yield from clock.collect()
+            yield from self._evaluate_midway(pack, running, clock)
+            ended = [(slot, job) for slot, job in pack.active if job.finished or running[job.run_id].diverged]
+            if ended:
+                yield from clock.collect()
+                ended = [(slot, job) for slot, job in pack.active if job.finished or running[job.run_id].diverged]
+                yield from self._finish(pack, ended, running, solo, clock)
+                yield from self._fill(pack, queue, running)
+                clock.restart()
+            elif time.monotonic() - saved > self.settings.checkpoint_seconds:
+                yield from clock.collect()
+                self._checkpoint(pack, running)
+                saved = time.monotonic()
+                clock.restart()
+
+    def _evaluate_midway(self, pack: Pack, running: dict[str, Progress], clock: "_Clock") -> Iterator[Event]:
+        due = [
+            (slot, running[job.run_id])
+            for slot, job in pack.active
+            if not job.finished and _every(running[job.run_id].request.spec, job.done)
+        ]
+        if not due:
+            return
+        yield from clock.collect()
+        for group in _by_dataset(due):
+            found = evaluate(pack, [slot for slot, _ in group], group[0][1].prepared, "validation", generation=False)
+            for (_, progress), result in zip(group, found, strict=True):
+                yield self._scored(progress, "validation", str(progress.prepared.job.done), result)
+        clock.restart()
+
+    def _finish(self, pack: Pack, ended, running: dict[str, Progress], solo, clock: "_Clock") -> Iterator[Event]:
+        began = time.perf_counter()
+        leaving = [(slot, running[job.run_id]) for slot, job in ended]
+        for group in _by_dataset([(slot, progress) for slot, progress in leaving if not progress.diverged]):
+            for split in group[0][1].request.spec.evaluation.splits:
+                found = evaluate(pack, [slot for slot, _ in group], group[0][1].prepared, split)
+                for (_, progress), result in zip(group, found, strict=True):
+                    yield self._scored(progress, split, "after", result)
+        share = (time.perf_counter() - began) / max(len(leaving), 1)
+        size = len(running)
+        for slot, progress in leaving:
+            progress.eval_seconds += share
+            progress.pack_runs = max(progress.pack_runs, size)
+            weights_by_module = pack.bank.adapter(slot, progress.prepared.job.adapter)
+            try:
+                record = progress.write(
+                    self.settings, weights_by_module, solo.get(progress.prepared.shape), pack, self._environment(pack)
+                )
+            except OSError as error:
+                pack.remove(slot)
+                del running[progress.request.run_id]
+                yield self._failed(progress, error)
+                continue
+            pack.remove(slot)
+            del running[progress.request.run_id]
+            yield RunFinished(record=record)
+
+    def _scored(self, progress: Progress, split: str, moment: str, found: EvaluatedSplit) -> Evaluated:
+        progress.note_scores(split, moment, found)
+        score: Score = found.score
+        return Evaluated(run_id=progress.request.run_id, split=split, moment=moment, score=score)
+
+    def _checkpoint(self, pack: Pack, running: dict[str, Progress]) -> None:
+        for slot, job in pack.active:
+            progress = running[job.run_id]
+            state = pack.snapshot(slot)
+            progress.prepared.keep(state, progress)
+            checkpoint.save(progress.request.folder, state, progress.saved())
+
+    def _failed(self, progress: Progress, error: BaseException) -> RunFinished:
+        return RunFinished(record=progress.write_failure(self.settings, error, self._environment(None)))
+
+    def _environment(self, pack: Pack | None) -> dict[str, Any]:
+        return environment.describe(self.device, None if pack is None else next(pack.model.parameters()).dtype)
+
+    def _free_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Clock:
+    """Fetches step results and shares out the time that passed among the steps it went to."""
+
+    def __init__(self, pack: Pack, running: dict[str, Progress]) -> None:
+        self.pack, self.running = pack, running
+        self.restart()
+
+    def restart(self) -> None:
+        self.mark = time.perf_counter()
+
+    def due(self) -> bool:
+        if self.pack.device.type != "cuda" or self.pack.warming:
+            return True
+        return time.perf_counter() - self.mark > DRAIN_SECONDS
+
+    def collect(self) -> Iterator[Step]:
+        warming = self.pack.warming
+        results: list[StepResult] = list(self.pack.drain())
+        seconds = time.perf_counter() - self.mark
+        share = seconds / max(len(results), 1)
+        for result in results:
+            progress = self.running[result.job.run_id]
+            yield progress.note_step(result, share, warming=warming)
+        self.restart()
+
+
+def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ...]:
+    """Runs with equal keys can share a pack of the same base model: batch shape and length bucket.
+
+    The model, its precision and its quantisation are decided before: a session holds one base model at a time. The
+    bucket is the next power of two of a long example (the 90th percentile), so that short examples are not padded to
+    the length of another dataset's.
+    """
+    ordered = sorted(lengths)
+    typical = ordered[int(0.9 * (len(ordered) - 1))]
+    return (
+        ("accumulation", spec.trainer.accumulation),
+        ("batch_size", spec.trainer.batch_size),
+        ("checkpointing", spec.trainer.activation_checkpointing),
+        ("length", 1 << (typical - 1).bit_length()),
+    )
+
+
+def _model_key(request: RunRequest) -> str:
+    return repr((request.spec.model, request.spec.trainer.precision))
+
+
+def _every(spec: RunSpec, done: int) -> bool:
+    return spec.evaluation.every_steps > 0 and done % spec.evaluation.every_steps == 0
+
+
+def _by_dataset(entries: Sequence[tuple[int, Progress]]) -> list[list[tuple[int, Progress]]]:
+    def key(entry: tuple[int, Progress]) -> str:
+        return repr((entry[1].request.spec.dataset, entry[1].request.spec.evaluation))
+
+    return [list(group) for _, group in itertools.groupby(sorted(entries, key=key), key=key)]
+
+
+def _union(ranks: Sequence[Any]) -> dict[str, int]:
+    union: dict[str, int] = {}
+    for one in ranks:
+        for name, rank in one.items():
+            union[name] = max(rank, union.get(name, 0))
+    return union
