@@ -33,12 +33,17 @@ def make_console() -> Console:
 
 @dataclass(kw_only=True)
 class RunView:
-    """What is known of one run while it trains. `speed` is tokens per second, smoothed over steps."""
+    """What is known of one run while it trains.
+
+    `speed` is tokens per second, smoothed over steps. `seen` counts the steps of this command: a run that goes on from
+    a checkpoint has done more.
+    """
 
     label: str
     state: str = "waiting"
     step: int = 0
     steps: int = 0
+    seen: int = 0
     loss: float | None = None
     speed: float | None = None
     first_step: float | None = None
@@ -50,9 +55,9 @@ class RunView:
 
     def eta(self) -> float | None:
         """Seconds to the last step at the pace so far; None before there is a pace."""
-        if self.first_step is None or self.step < 2 or self.state != "training":
+        if self.first_step is None or self.seen < 2 or self.state != "training":
             return None
-        return (self.steps - self.step) * (self.last_step - self.first_step) / (self.step - 1)
+        return (self.steps - self.step) * (self.last_step - self.first_step) / (self.seen - 1)
 
 
 @dataclass(kw_only=True)
@@ -65,7 +70,6 @@ class Board:
     stage: str = ""
     tokens: int = 0
     training_since: float | None = None
-    steps_at_start: int = 0
     finished: list[str] = field(default_factory=list)
 
     @classmethod
@@ -96,6 +100,7 @@ class Board:
     def _step(self, event: Step) -> None:
         view, now = self.views[event.run_id], self.clock()
         view.step, view.loss, view.last_step = event.step, event.loss, now
+        view.seen += 1
         view.first_step = now if view.first_step is None else view.first_step
         if event.seconds > 0:
             speed = event.tokens / event.seconds
@@ -125,7 +130,7 @@ class Board:
 
     def eta(self) -> float | None:
         """Seconds left if the rest goes at the pace of all steps so far."""
-        done = sum(view.step for view in self.views.values())
+        done = sum(view.seen for view in self.views.values())
         left = sum(view.steps - view.step for view in self.views.values() if view.state in ("training", "waiting"))
         if self.training_since is None or done < 2:
             return None
@@ -231,7 +236,7 @@ class LineDisplay:
                 self._say(f"{self._where(run_id)}: {_progress(self.board.views[run_id])}")
             case RunFinished(record=record):
                 view = self.board.views[record.run_id]
-                after = view.error if view.error else _change(view)
+                after = view.error or (f"validation NLL {_change(view)}" if _change(view) else "")
                 self._say(f"{self._where(record.run_id)}: {record.status}{', ' + after if after else ''}")
                 self._say(self.board.headline())
 

@@ -108,3 +108,37 @@ def test_the_main_grid_is_nine_runs(root: Path, tmp_path: Path) -> None:
     overlay = train(root, tmp_path, "experiment=placement_grid", *common)
     assert overlay.stdout == out.stdout, overlay.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_trains_once_and_prints_its_table_again(root: Path, tmp_path: Path) -> None:
+    command = ["-m", "experiment=smoke", "placement=attn,ff", "rank=4"]
+    first = train(root, tmp_path, *command)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+    table = first.stdout[first.stdout.index("placement  ") :]
+    records = sorted((tmp_path / "outputs/smoke").glob("*/record.json"))
+    assert len(records) == 2
+    assert all((path.parent / "adapter/adapter_model.safetensors").exists() for path in records)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outputs"]
+    assert "\x1b" not in first.stdout
+    before = [path.stat().st_mtime_ns for path in records]
+    again = train(root, tmp_path, *command)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith("2 of 2 runs are done already; nothing to train\n")
+    assert table in again.stdout
+    assert [path.stat().st_mtime_ns for path in records] == before
+
+
+@pytest.mark.parametrize("parts", [["hydra/launcher=basic"], ["hydra/sweeper=basic"]])
+def test_hydras_own_sweeper_and_launcher_work_too(parts: list[str], root: Path, tmp_path: Path) -> None:
+    out = train(root, tmp_path, "-m", "experiment=smoke", "placement=attn,ff", "rank=4", *parts)
+    assert out.returncode == 0, out.stderr
+    assert len(list((tmp_path / "outputs/smoke").glob("*/record.json"))) == 2
+    assert (tmp_path / "outputs/smoke/summary.csv").read_text().count("completed") == 2
+
+
+def test_a_single_run_is_in_the_same_place_as_in_a_grid(root: Path, tmp_path: Path) -> None:
+    one = train(root, tmp_path, "experiment=smoke", "placement=attn", "rank=4")
+    assert one.returncode == 0, one.stderr
+    grid = train(root, tmp_path, "-m", "experiment=smoke", "placement=attn", "rank=4,8")
+    assert "1 of 2 runs are done already; training the other 1" in grid.stdout, grid.stderr

@@ -50,6 +50,17 @@ def test_pace_gives_speed_and_eta(plan: Plan) -> None:
     assert board.eta() is not None
 
 
+def test_steps_of_a_former_command_are_no_pace(plan: Plan) -> None:
+    clock = Clock()
+    board = display.Board.of(plan, clock)
+    run_id = plan.runs[0].run_id
+    board.take(RunStarted(run_id=run_id, steps=8))
+    for number in (5, 6):
+        clock.now += 3.0
+        board.take(step(run_id, number))
+    assert board.views[run_id].eta() == pytest.approx(2 * 3.0)
+
+
 def test_nothing_is_known_before_the_first_step(plan: Plan) -> None:
     board = display.Board.of(plan, Clock())
     assert board.eta() is None
