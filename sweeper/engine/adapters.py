@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,10 @@ class AdapterSpec:
     dropout: float
     seed: int
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """Where one slot's adapter of one module lies: A is `[rank, in]` at `a`, B `[rank, out]` at `b` of the flat store."""
+    """Where one slot's adapter of one module lies in the flat store: A `[rank, in]` at `a`, B `[rank, out]` at `b`."""
 
     target: Target
     slot: int
@@ -61,7 +63,7 @@ class Lanes:
 class Group(nn.Module):
     """Up to three frozen matrices on the same input, computed in one go with every lane's adapters."""
 
-    def __init__(self, targets: Sequence[Target], modules: Sequence[nn.Module], lanes: Lanes) -> None:
+    def __init__(self, targets: Sequence[Target], modules: Sequence[Any], lanes: Lanes) -> None:
         super().__init__()
         self.targets = tuple(targets)
         self.lanes = lanes
@@ -102,6 +104,8 @@ class Group(nn.Module):
 
 class Adapted(nn.Module):
     """Stands in for one linear module of the base; `base` is the module it replaces."""
+
+    base: Any
 
     def __init__(self, base: nn.Module, group: Group, member: int) -> None:
         super().__init__()
@@ -208,7 +212,7 @@ class AdapterBank:
         size = bounds[-1]
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
         self.block_slot = self._block_slots(size).to(device)
-        self.wrappers: dict[str, nn.Module] = {}
+        self.wrappers: dict[str, Adapted | AdaptedEmbedding] = {}
         self.groups: list[Group | AdaptedEmbedding] = []
         for index, members in enumerate(self.member_targets):
             self._attach(index, members, bounds[index], bounds[index + 1], count, device)
@@ -239,13 +243,13 @@ class AdapterBank:
 
     def _attach(self, index: int, members, start: int, stop: int, count: int, device) -> None:
         modules = [_base_of(self.model.get_submodule(target.name)) for target in members]
+        group: Group | AdaptedEmbedding
         if members[0].kind == "embedding":
-            group = AdaptedEmbedding(modules[0], members[0], self.lanes)
-            self.wrappers[members[0].name] = group
+            group = self.wrappers[members[0].name] = AdaptedEmbedding(modules[0], members[0], self.lanes)
         else:
-            group = Group(members, modules, self.lanes)
+            group = linear = Group(members, modules, self.lanes)
             for member, (target, module) in enumerate(zip(members, modules, strict=True)):
-                self.wrappers[target.name] = Adapted(module, group, member)
+                self.wrappers[target.name] = Adapted(module, linear, member)
         params = self.params[start:stop].detach().requires_grad_()
         params.grad = self.grads[start:stop]
         own = [segment for segment in self.segments if segment.group == index]
@@ -311,7 +315,7 @@ class AdapterBank:
         self.lanes.drop = bool((self.lanes.dropout > 0).any())
 
     def views(self, segment: Segment, rank: int, store: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """A [rank, in] and transposed B [rank, out] of a segment, in the parameters or another store of their layout."""
+        """A [rank, in] and transposed B [rank, out] of a segment, in the parameters or a store of their layout."""
         store = self.params if store is None else store
         fan_in, fan_out = segment.target.in_features, segment.target.out_features
         return (
@@ -350,14 +354,14 @@ def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _biases(modules: Sequence[nn.Module]) -> list[Tensor]:
+def _biases(modules: Sequence[Any]) -> list[Tensor]:
     """Bias of every module, zero where one has none; empty where none has one."""
     if all(getattr(module, "bias", None) is None for module in modules):
         return []
     return [m.weight.new_zeros(m.weight.shape[0]) if m.bias is None else m.bias.data for m in modules]
 
 
-def _base_of(module: nn.Module) -> nn.Module:
+def _base_of(module: nn.Module) -> Any:
     return module.base if isinstance(module, Adapted | AdaptedEmbedding) else module
 
 

@@ -15,8 +15,11 @@ WINDOW = 32  # batches that are sorted by length together
 class Tokens(Protocol):
     """A tokenised example: loss falls on `input_ids[prompt_length:]`."""
 
-    input_ids: tuple[int, ...]
-    prompt_length: int
+    @property
+    def input_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def prompt_length(self) -> int: ...
 
 
 class DataOrder:
@@ -31,7 +34,7 @@ class DataOrder:
         bucketed: False keeps the plain permutation.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, bucketed: bool = True) -> None:
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, *, bucketed: bool = True) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.bucketed = batch_size, seed, bucketed
         self._window = lru_cache(maxsize=2)(self._make_window)
@@ -60,8 +63,8 @@ class DataOrder:
 class Batch:
     """One rectangular batch of a pack.
 
-    ids [L*R, T] token ids, each lane R sequences; index [L, K] flat positions (into L*R*T) whose next token is a target;
-    targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step).
+    ids [L*R, T] token ids, each lane R sequences; index [L, K] flat positions (into L*R*T) whose next token is a
+    target; targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step).
     """
 
     ids: Tensor

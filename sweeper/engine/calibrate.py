@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sweeper.engine.batches import collate, supervised
+from sweeper.engine.batches import DataOrder, collate, supervised
 from sweeper.engine.pack import Job, Pack
 from sweeper.models import BaseModel
 from sweeper.record import write_atomically
@@ -82,10 +82,11 @@ def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
     return Solo(seconds, results[-1].tokens, weights + state + activations, state, activations)
 
 
-class _Typical:
+class _Typical(DataOrder):
     """Data order that repeats the run's batch of median length."""
 
     def __init__(self, job: Job, accumulation: int) -> None:
+        super().__init__(job.order.lengths, job.order.batch_size, job.order.seed)
         batches = [job.order.batch(i) for i in range(accumulation * 16)]
         longest = [max(len(job.examples[i].input_ids) for i in batch) for batch in batches]
         self.chosen = batches[sorted(range(len(batches)), key=lambda i: longest[i])[len(batches) // 2]]

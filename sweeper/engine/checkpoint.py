@@ -42,4 +42,3 @@ def load(folder: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]] |
 def remove(folder: Path) -> None:
     for name in (CHECKPOINT, f".{CHECKPOINT}"):
         (folder / name).unlink(missing_ok=True)
-

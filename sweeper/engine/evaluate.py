@@ -39,7 +39,7 @@ def score(pack: Pack, slots: Sequence[int], examples: Sequence[Tokens], *, budge
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids), reverse=True)
     found: list[list[ExampleScore]] = [[] for _ in slots]
-    with _evaluating(pack):
+    with _Evaluating(pack):
         start = 0
         while start < len(order):
             longest = len(examples[order[start]].input_ids)
@@ -96,7 +96,7 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: list[dict[int, Generated]] = [{} for _ in slots]
-    with _evaluating(pack):
+    with _Evaluating(pack):
         for start in range(0, len(order), rows):
             chosen = order[start : start + rows]
             written = _decode(pack, slots, [prompts[i] for i in chosen], max_new_tokens, stop_ids)
@@ -183,8 +183,8 @@ def _assemble(pack: Pack, examples, scores, metrics, texts: list[Generated] | No
         if "exact_match" in metrics:
             row["exact_match"] = float(found.exact_match)
         if texts is not None:
-            decode = pack.base.tokenizer.decode
-            text = decode(texts[place].ids, skip_special_tokens=True)
+            decode: Any = pack.base.tokenizer.decode
+            text = decode(list(texts[place].ids), skip_special_tokens=True)
             response = decode(example.input_ids[example.prompt_length :], skip_special_tokens=True)
             row |= {"text": text, "capped": texts[place].capped}
             row |= {name: METRICS[name](text, response) for name in metrics if name not in TEACHER_FORCED}
@@ -197,7 +197,7 @@ def _assemble(pack: Pack, examples, scores, metrics, texts: list[Generated] | No
     return EvaluatedSplit(Score(nll=nll, tokens=tokens, examples=len(rows), metrics=means), rows)
 
 
-class _evaluating:
+class _Evaluating:
     """Evaluation mode, layers uncompiled; training mode again afterwards."""
 
     def __init__(self, pack: Pack) -> None:

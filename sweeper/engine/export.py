@@ -51,7 +51,8 @@ def _config(spec: RunSpec, targets: Sequence[Target], ranks: Mapping[str, int]) 
     common = Counter(ranks.values()).most_common(1)[0][0]
     # alpha / rank is the same in every module: a module of another rank needs an alpha of its own
     other = {name: rank for name, rank in ranks.items() if rank != common}
-    config = LoraConfig(
+    build: Any = LoraConfig  # its annotations are narrower than what it takes
+    config = build(
         r=common,
         lora_alpha=spec.alpha,
         lora_dropout=spec.method.dropout,

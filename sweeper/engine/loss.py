@@ -39,9 +39,9 @@ class _FrozenHead(torch.autograd.Function):
             if divisor != 1.0:
                 logits /= divisor
             nll[part], correct[part] = token_loss(logits, targets[part], weights[part], softcap, grad=grad)
-            if grad:
+            if dhidden is not None:
                 torch.mm(logits, weight, out=dhidden[part])
-        if grad and divisor != 1.0:
+        if dhidden is not None and divisor != 1.0:
             dhidden /= divisor
         ctx.save_for_backward(dhidden)
         ctx.mark_non_differentiable(nll, correct)
@@ -101,10 +101,10 @@ class Head:
             nll = functional.cross_entropy(logits, targets.flatten(), reduction="none")
             correct = logits.argmax(-1) == targets.flatten()
             weighted = torch.where(weights.flatten() == 0, 0.0, weights.flatten() * nll)
-        return weighted.view(targets.shape).sum(1), TokenScores(nll.detach().view(targets.shape), correct.view(targets.shape))
+        scores = TokenScores(nll.detach().view(targets.shape), correct.view(targets.shape))
+        return weighted.view(targets.shape).sum(1), scores
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., D], as the stock model computes them."""
         logits = self.module(hidden).float() / self.divisor
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-

@@ -48,7 +48,8 @@ def hyperparameters(optim: OptimSpec, step: int, max_steps: int) -> list[float]:
 class PackedAdamW:
     """AdamW (Loshchilov & Hutter 2019) over an `AdapterBank`, clipped by each run's own gradient norm.
 
-    A slot whose gradient norm is not finite, or whose learning-rate row is NaN (idle), keeps its parameters and moments.
+    A slot whose gradient norm is not finite, or whose learning-rate row is NaN (idle), keeps its parameters and
+    moments.
     """
 
     bank: AdapterBank
@@ -67,12 +68,14 @@ class PackedAdamW:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """One update of every slot that is set. Returns gradient norms [J] before clipping, and zeroes the gradients."""
+        """One update of every slot that is set. Returns gradient norms [J] before clipping; zeroes the gradients."""
         bank = self.bank
         if bank.params.is_cuda:
             from sweeper.engine import kernels
 
-            kernels.adamw(bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq, bank.block_slot, self.table, self.norms)
+            kernels.adamw(
+                bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq, bank.block_slot, self.table, self.norms
+            )
             return self.norms
         blocks = bank.grads.view(-1, BLOCK)
         squares = torch.linalg.vector_norm(blocks, dim=1).square()

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ class Session:
             except torch.OutOfMemoryError:
                 continue
 
-    def _train_pack(self, base, queue: deque[Prepared], limit: int, options, solo) -> Iterator[Event]:
+    def _train_pack(self, base, queue: deque[Prepared], limit: int, options, solo) -> Generator[Event, None, int]:
         """Trains one pack until the queue is empty. Returns 0, or the number of runs that did not fit together."""
         slots = min(limit, len(queue))
         if len(queue) <= slots:
@@ -139,7 +139,9 @@ class Session:
             problem = error
         return (yield from self._recover(queue, running, problem))
 
-    def _recover(self, queue: deque[Prepared], running: dict[str, Progress], error: Exception) -> Iterator[Event]:
+    def _recover(
+        self, queue: deque[Prepared], running: dict[str, Progress], error: Exception
+    ) -> Generator[Event, None, int]:
         """Runs of a pack that broke go back to the queue from their last good step; a run alone has failed."""
         self._free_memory()
         if len(running) == 1:
@@ -172,8 +174,7 @@ class Session:
             self.base_scores[key] = {}
             for split in spec.evaluation.splits:
                 yield Stage(message=f"evaluating the base model on {spec.dataset.name} {split}")
-                found = evaluate(pack, [-1], progress.prepared, split)
-                self.base_scores[key][split] = found[0]
+                self.base_scores[key][split] = evaluate(pack, [-1], progress.prepared, split)[0]
         for split, found in self.base_scores[key].items():
             yield self._scored(progress, split, "before", found)
 
