@@ -34,7 +34,9 @@ class DataOrder:
         bucketed: False keeps the plain permutation.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, *, bucketed: bool = True) -> None:
+    def __init__(
+        self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, *, bucketed: bool = True
+    ) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.bucketed = batch_size, seed, bucketed
         self._window = lru_cache(maxsize=2)(self._make_window)
