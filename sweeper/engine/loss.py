@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sweeper.engine.lowrank import ROW_STRIDE
+
 CHUNK_LOGITS = 1 << 28  # logits held at once, in values
 
 
@@ -97,7 +99,11 @@ class Head:
                 self.softcap, self.divisor,
             )  # fmt: skip
         else:
+            lanes = adapted.lanes
+            # these rows are targets one after another: dropout counts them as one sequence, whatever the padding
+            tokens, lanes.tokens = lanes.tokens, ROW_STRIDE
             logits = self.logits(hidden)
+            lanes.tokens = tokens
             nll = functional.cross_entropy(logits, targets.flatten(), reduction="none")
             correct = logits.argmax(-1) == targets.flatten()
             weighted = torch.where(weights.flatten() == 0, 0.0, weights.flatten() * nll)

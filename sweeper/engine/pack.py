@@ -254,9 +254,9 @@ class Pack:
 
     def _checkpoint_activations(self, on: bool) -> None:
         if on:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         elif self.checkpointing:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_disable()
 
 
 def verified_head(base: BaseModel) -> Head:
