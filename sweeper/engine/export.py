@@ -1,6 +1,7 @@
 """A slot's adapter as a PEFT folder, so that it loads with `PeftModel.from_pretrained`."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ def _config(spec: RunSpec, targets: Sequence[Target], ranks: Mapping[str, int]) 
     from peft import LoraConfig
 
     common = Counter(ranks.values()).most_common(1)[0][0]
-    # alpha / rank is the same in every module: a module of another rank needs an alpha of its own
+    # PEFT, too, takes each module's scale from its own rank and the one alpha
     other = {name: rank for name, rank in ranks.items() if rank != common}
     build: Any = LoraConfig  # its annotations are narrower than what it takes
     config = build(
@@ -59,7 +60,7 @@ def _config(spec: RunSpec, targets: Sequence[Target], ranks: Mapping[str, int]) 
         use_rslora=spec.method.rank_stabilised,
         target_modules=[target.name for target in targets],
         fan_in_fan_out=any(target.kind == "conv1d" for target in targets),
-        rank_pattern={f"^{name}".replace(".", r"\\."): rank for name, rank in other.items()},
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in other.items()},
         task_type="CAUSAL_LM",
         base_model_name_or_path=spec.model.location,
         inference_mode=True,
