@@ -127,7 +127,7 @@ def collate(lanes: Sequence[Sequence[Tokens]], totals: Sequence[int], *, fixed: 
 
 
 def _round(value: int, fixed: bool) -> int:
-    # eager: multiples of 8. Fixed: at most a quarter of waste, and a handful of shapes over a whole sweep
+    # eager: multiples of 8. Fixed: beyond 32 at most a third is padding, and a handful of shapes over a whole sweep
     if not fixed:
         return -(-value // 8) * 8
     step = 16
