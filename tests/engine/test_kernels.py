@@ -1,0 +1,220 @@
+"""The Triton kernels compute what the CPU implementation does.
+
+Needs a GPU, or Triton's interpreter and numpy < 2.4: TRITON_INTERPRET=1 pytest tests/engine/test_kernels.py.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sweeper.engine import loss, lowrank
+from sweeper.engine.adapters import AdapterBank
+from sweeper.engine.optimizer import PackedAdamW, hyperparameters
+from sweeper.spec import OptimSpec
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs CUDA, or TRITON_INTERPRET=1"),
+    # the interpreter computes with numpy, which remarks on what a row of infinities gives
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+
+@dataclass
+class Case:
+    """Arguments of `adapted_linear`: three slots, of which two members are absent here and there, and four lanes."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor]
+    params: Tensor
+    table: Tensor
+    scale: Tensor
+    lanes: Tensor
+    dropout: Tensor
+    seeds: Tensor
+    salts: Tensor
+    hidden: int
+    tokens: int
+
+    def on(self, device: torch.device) -> list[Any]:
+        values = vars(self).values()
+        return [
+            value.to(device) if isinstance(value, Tensor)
+            else [part.to(device) for part in value] if isinstance(value, list)
+            else value
+            for value in values
+        ]  # fmt: skip
+
+
+def padded(values: int) -> int:
+    return -(-values // 64) * 64
+
+
+def case(widths: tuple[int, ...], ranks: list[list[int]], *, bias: bool, fan_in: int = 40, rows: int = 15) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    widest = -(-max(map(max, ranks)) // 16) * 16
+    table = torch.zeros(len(ranks), len(widths), 4, dtype=torch.int32)
+    end = 0
+    for slot, by_member in enumerate(ranks):
+        for member, rank in enumerate(by_member):
+            b = end + padded(rank * fan_in)
+            table[slot, member] = torch.tensor([rank, end, b, member * widest])
+            end = b + padded(rank * widths[member])
+    lanes = torch.tensor([2, 0, -1, 1], dtype=torch.int32)
+    return Case(
+        x=torch.randn(len(lanes) * rows, fan_in, generator=generator),
+        weights=[torch.randn(fan_in, width, generator=generator) for width in widths],
+        biases=[torch.randn(width, generator=generator) for width in widths] if bias else [],
+        params=torch.randn(end, generator=generator),
+        table=table,
+        scale=torch.rand(len(ranks), len(widths), generator=generator) + 0.5,
+        lanes=lanes,
+        dropout=torch.tensor([0.0, 0.3, 0.5]),
+        seeds=torch.tensor([11, 22, 4_000_000_000]),
+        salts=torch.tensor([7, 8, 3_999_999_999][: len(widths)]),
+        hidden=widest * len(widths),
+        tokens=5,
+    )  # fmt: skip
+
+
+CASES = {
+    "one": lambda: case((24,), [[4], [9], [16]], bias=True),
+    "three": lambda: case((20, 12, 12), [[4, 0, 4], [40, 8, 3], [0, 5, 0]], bias=False),
+    "wide": lambda: case((150, 70), [[4, 1], [0, 0], [70, 33]], bias=True, fan_in=130, rows=70),
+}
+
+
+def assert_close(ours: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-4, atol=1e-4 * max(1.0, float(wanted.abs().max())))
+
+
+def adapted_rows(chosen: Case) -> Tensor:
+    """Where the kernels must write the scaled hidden: rows of a lane, columns of the ranks its slot has."""
+    written = torch.zeros(len(chosen.x), chosen.hidden, dtype=torch.bool)
+    share = len(chosen.x) // len(chosen.lanes)
+    for lane, slot in enumerate(chosen.lanes.tolist()):
+        if slot >= 0:
+            for rank, _, _, column in chosen.table[slot].tolist():
+                written[lane * share : (lane + 1) * share, column : column + rank] = True
+    return written
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_low_rank_products_and_their_gradients(name: str, drop: bool) -> None:
+    from sweeper.engine import kernels
+
+    chosen = CASES[name]()
+    here, there = chosen.on(torch.device("cpu")), chosen.on(DEVICE)
+    *ys, h = lowrank.adapted_linear(*here, drop)
+    *ours, ours_h = kernels.forward(*there, drop)
+    for mine, wanted in zip(ours, ys, strict=True):
+        assert_close(mine, wanted)
+    written = adapted_rows(chosen)
+    assert_close(ours_h.cpu()[written], h[written])
+
+    generator = torch.Generator().manual_seed(1)
+    dys = [torch.randn(y.shape, generator=generator) for y in ys]
+    x, weights, _, params, *tensors, _, tokens = here
+    dx, dparams = lowrank.adapted_linear_backward(dys, x, weights, params, h, *tensors, tokens, drop)
+    x, weights, _, params, *tensors, _, tokens = there
+    ours_dx, ours_dparams = kernels.backward(
+        [dy.to(DEVICE) for dy in dys], x, weights, params, ours_h, *tensors, tokens, drop
+    )
+    assert_close(ours_dx, dx)
+    assert_close(ours_dparams, dparams)
+    assert dparams.any()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("vocabulary", [50, 5000])
+def test_token_loss(vocabulary: int, softcap: float | None, grad: bool) -> None:
+    from sweeper.engine import kernels
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(6, vocabulary, generator=generator)
+    targets, weights = torch.randint(vocabulary, (6,), generator=generator), torch.rand(6, generator=generator)
+    targets[1] = logits[1].argmax()
+    weights[2] = 0
+    wanted, ours = logits.clone(), logits.clone().to(DEVICE)
+    nll, correct = loss.token_loss(wanted, targets, weights, softcap, grad=grad)
+    ours_nll, ours_correct = kernels.token_loss(ours, targets.to(DEVICE), weights.to(DEVICE), softcap, grad=grad)
+    assert_close(ours_nll, nll)
+    assert torch.equal(ours_correct.bool().cpu(), correct)
+    assert bool(correct[1])
+    torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-4, atol=1e-6)
+    assert torch.equal(wanted, logits) is not grad
+
+
+def test_a_row_without_weight_stays_zero_where_its_logits_overflow() -> None:
+    from sweeper.engine import kernels
+
+    logits = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits[1] = torch.inf
+    targets, weights = torch.tensor([3, 0], device=DEVICE), torch.tensor([1.0, 0.0], device=DEVICE)
+    kernels.token_loss(logits, targets, weights, None, grad=True)
+    assert logits[0].isfinite().all()
+    assert not logits[1].any()
+
+
+def test_adamw(load: Any, make_adapter: Any) -> None:
+    """Slot 1 is idle, slot 3's gradient is not finite."""
+    from sweeper.engine import kernels
+
+    base = load("llama")
+    adapters = [
+        make_adapter(base, "attn", 3), make_adapter(base, "full", 5, seed=1), make_adapter(base, "ff", 2, seed=2),
+        make_adapter(base, "attn", 2, seed=3),
+    ]  # fmt: skip
+    bank = AdapterBank(base.model, base.targets, [adapter.ranks for adapter in adapters], torch.device("cpu"))
+    for slot, adapter in enumerate(adapters):
+        bank.assign(slot, adapter)
+    stores = [store.clone().to(DEVICE) for store in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq)]
+    start = bank.params.clone()
+    packed = PackedAdamW(bank)
+    norms = torch.zeros(len(adapters), device=DEVICE)
+    optims = {
+        0: OptimSpec(lr=1e-2, weight_decay=0.3, max_grad_norm=0.1),
+        2: OptimSpec(lr=1e-3, max_grad_norm=None, eps=1e-3),
+        3: OptimSpec(lr=1e-2),
+    }
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        bank.grads.copy_(0.1 * torch.randn(bank.grads.shape, generator=generator))
+        bank.grads[bank.by_slot[3][0].a] = torch.inf
+        stores[1].copy_(bank.grads)
+        packed.set({slot: hyperparameters(optim, step, 5) for slot, optim in optims.items()})
+        kernels.adamw(*stores, bank.block_slot.to(DEVICE), packed.table.to(DEVICE), norms)
+        wanted = packed.step()
+        assert_close(norms, wanted)
+    for mine, store in zip(stores, (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq), strict=True):
+        torch.testing.assert_close(mine.cpu(), store, rtol=1e-5, atol=1e-6)
+    for slot, moved in enumerate((True, False, True, False)):
+        assert any(not torch.equal(bank.params[a:b], start[a:b]) for a, b in bank.spans[slot]) is moved
+
+
+def test_dropout_masks_have_the_same_bits() -> None:
+    """With A the identity and B the identity, an adapter of full rank shows its mask."""
+    from sweeper.engine import kernels
+
+    size, tokens, rows = 16, 6, 30
+    params = torch.cat([torch.eye(size).flatten(), torch.eye(size).flatten()])
+    table = torch.tensor([[[size, 0, size * size, 0]]], dtype=torch.int32)
+    arguments = [
+        torch.ones(rows, size), [torch.zeros(size, size)], [], params, table, torch.ones(1, 1),
+        torch.zeros(1, dtype=torch.int32), torch.tensor([0.25]), torch.tensor([3_333_333_333]), torch.tensor([17]),
+    ]  # fmt: skip
+    there = [[p.to(DEVICE) for p in value] if isinstance(value, list) else value.to(DEVICE) for value in arguments]
+    y, _ = kernels.forward(*there, size, tokens, True)
+    index = lowrank.row_index(rows, tokens, torch.device("cpu"))
+    mask = lowrank.keep_mask(3_333_333_333, 17, index, size, 0.25)
+    assert torch.equal(y.cpu() != 0, mask)
