@@ -71,8 +71,11 @@ def launch(name: str, choice: tuple[int, ...], p: dict) -> None:
         k._launch(k._shrink, tiles, (rows, members, chunks), *z, *w, p["params"], p["table"], p["scale"], p["lanes"],
                   *p["chance"], p["h"], share, share, hidden, **tail)  # fmt: skip
     elif name.startswith("expand"):
+        hoist = chunks == 1 and (b_side or members == 1)
+        span = k.SPAN if hoist else 1
+        rows = count * triton.cdiv(share, tiles.rows * span)
         k._launch(k._expand, tiles, (rows, cols, members if b_side else 1), p["h"], p["params"], *tables, *z, *w,
-                  share, share, hidden, **tail)  # fmt: skip
+                  share, share, hidden, HOIST=hoist, SPAN=span, **tail)  # fmt: skip
     else:
         del tail["B_SIDE"]
         cols = triton.cdiv(max(fan_in, *p["widths"]), tiles.cols)
@@ -94,22 +97,29 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, nargs="+", default=[9, 32])
     parser.add_argument("--share", type=int, default=1024, help="token rows of one run")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--span", type=int, help="tiles of rows for which the expand kernel keeps its matrix")
     parser.add_argument("--shapes", nargs="+", default=list(GROUPS), choices=GROUPS)
     args = parser.parse_args()
     from triton.testing import do_bench
 
+    from sweeper.engine import kernels
+
+    if args.span:
+        kernels.SPAN = args.span
     groups = [group for shape in args.shapes for group in GROUPS[shape]]
-    tasks = [(n, c, g, args.rank) for n in KERNELS for c in CHOICES for g in groups[:4]]
+    tasks = [(n, c, g, args.rank) for n in args.kernels for c in CHOICES for g in groups[:4]]
     with concurrent.futures.ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, tasks, chunksize=8))
     for shape, lanes in itertools.product(args.shapes, args.lanes):
         problems = [problem(*group, lanes=lanes, share=args.share, rank=args.rank) for group in GROUPS[shape]]
-        for name in KERNELS:
+        for name in args.kernels:
             seconds = {}
             for choice in CHOICES:
                 try:
                     seconds[choice] = [
-                        1e3 * do_bench(lambda p=p, n=name, c=choice: launch(n, c, p), warmup=3, rep=12) for p in problems
+                        1e3 * do_bench(lambda p=p, n=name, c=choice: launch(n, c, p), warmup=3, rep=12)
+                        for p in problems
                     ]
                 except Exception:
                     continue

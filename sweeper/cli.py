@@ -28,6 +28,8 @@ def run(main: Callable[[], object]) -> int:
 
     Set HYDRA_FULL_ERROR=1 for tracebacks.
     """
+    # threads that spin while they wait make a step many times slower on cores that are shared with other work
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if os.environ.get(FULL) == "1":
         main()
         return 0

@@ -1,7 +1,11 @@
 """What a run computes on, and in which precision."""
 
+import contextlib
 import functools
+import hashlib
+import platform
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeper.errors import SpecError
@@ -53,8 +57,30 @@ def precision_for(device: "torch.device", wanted: Precision) -> "torch.dtype":
 
 
 @functools.cache
-def cpu_gain(budget_seconds: float = 0.2) -> float:
-    """Time of a float32 matrix product over that of a bfloat16 one on this CPU: best of several, taken in turns."""
+def cpu_gain() -> float:
+    """Time of a float32 matrix product over that of a bfloat16 one on this CPU.
+
+    Measured once for a processor and a torch version and kept in the cache folder: a busy machine must not turn a
+    study that began in one precision to the other.
+    """
+    import torch
+
+    from sweeper.record import write_atomically
+    from sweeper.weights import cache_folder
+
+    key = hashlib.sha256(f"{processor()} {torch.__version__}".encode()).hexdigest()[:12]
+    path = cache_folder() / f"bfloat16-gain-{key}.txt"
+    try:
+        return float(path.read_text())
+    except (OSError, ValueError):
+        gain = _measured_gain()
+    with contextlib.suppress(OSError):  # without a cache it is measured at each start
+        write_atomically(path, f"{gain:.2f}\n")
+    return gain
+
+
+def _measured_gain(budget_seconds: float = 0.2) -> float:
+    """Best of several products, taken in turns."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -71,3 +97,13 @@ def cpu_gain(budget_seconds: float = 0.2) -> float:
         if turn and time.perf_counter() > deadline:
             break
     return best[torch.float32] / best[torch.bfloat16]
+
+
+@functools.cache
+def processor() -> str:
+    """Name of the CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from sweeper.device import processor
+
 PACKAGES = ("torch", "transformers", "peft", "hydra-core", "omegaconf", "datasets", "triton")
 
 
 def describe(device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Plain data for a record's `environment`."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "device_type": device.type,
         "precision": None if dtype is None else str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -48,14 +50,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() or None
-
-
-@functools.cache
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

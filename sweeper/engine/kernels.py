@@ -16,6 +16,9 @@ from torch import Tensor
 from sweeper.engine.lowrank import frozen_gradient
 
 
+WHOLE_ROW = 1 << 16  # logits of a row that one program holds in registers, so that they are read once
+
+
 @triton.jit
 def _mix(value):
     value = (value ^ (value >> 16)) * 0x85EBCA6B
@@ -104,11 +107,11 @@ def _shrink(
 def _expand(
     h, flat, table, lanes, dropout, seeds, salts, y0, y1, y2, width0, width1, width2,
     share, tokens, h_stride,
-    M: tl.constexpr, B_SIDE: tl.constexpr, DROP: tl.constexpr,
+    M: tl.constexpr, B_SIDE: tl.constexpr, DROP: tl.constexpr, HOIST: tl.constexpr, SPAN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """y of each member += h @ B (B_SIDE), or y0 += the sum over members of mask * (h @ A)."""
-    tiles = tl.cdiv(share, ROWS)
+    tiles = tl.cdiv(share, ROWS * SPAN)
     lane = tl.program_id(0) // tiles
     slot = tl.load(lanes + lane)
     if slot < 0:
@@ -130,46 +133,74 @@ def _expand(
         adapted += tl.load(table + (slot * M + member) * 4)
     if adapted == 0:
         return
-    local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    inside = local < share
-    row = lane.to(tl.int64) * share + local
-    c = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    pointer = y + row[:, None] * width + c[None, :]
-    mask = inside[:, None] & (c[None, :] < width)
-    total = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-    for member in range(first_member, last_member):
-        entry = table + (slot * M + member) * 4
+    if HOIST:  # one member and one tile of ranks: its matrix is read once for SPAN tiles of rows
+        entry = table + (slot * M + first_member) * 4
         rank = tl.load(entry)
         if B_SIDE:
             offset = tl.multiple_of(tl.load(entry + 2), 16)
         else:
             offset = tl.multiple_of(tl.load(entry + 1), 16)
         where = tl.multiple_of(tl.load(entry + 3), 16)
-        if DROP:
-            part = tl.zeros((ROWS, COLS), dtype=tl.float32)
-        else:
-            part = total
-        for first in range(0, rank, RANKS):
-            r = first + tl.arange(0, RANKS)
+        r = tl.arange(0, RANKS)
+        c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+        matrix = tl.load(
+            flat + offset + r[:, None] * width + c[None, :], mask=(r[:, None] < rank) & (c[None, :] < width), other=0.0
+        ).to(h.dtype.element_ty)
+        for tile in tl.range(0, SPAN, num_stages=3):
+            local = (tl.program_id(0) % tiles * SPAN + tile) * ROWS + tl.arange(0, ROWS)
+            inside = local < share
+            row = lane.to(tl.int64) * share + local
             hidden = tl.load(
                 h + row[:, None] * h_stride + where + r[None, :], mask=inside[:, None] & (r[None, :] < rank), other=0.0
             )
-            matrix = tl.load(
-                flat + offset + r[:, None] * width + c[None, :],
-                mask=(r[:, None] < rank) & (c[None, :] < width),
-                other=0.0,
-            )
-            part = tl.dot(hidden, matrix.to(hidden.dtype), part, input_precision="ieee")
-        if DROP:
-            p = tl.load(dropout + slot)
-            if p > 0:
-                index = local // tokens * 65536 + local % tokens
-                keep = _keep(tl.load(seeds + slot), tl.load(salts + member), index, c, p)
-                part = tl.where(keep, part / (1 - p), 0.0)
-            total += part
-        else:
-            total = part
-    tl.store(pointer, total.to(y.dtype.element_ty), mask=mask)
+            pointer = y + row[:, None] * width + c[None, :]
+            mask = inside[:, None] & (c[None, :] < width)
+            total = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+            total = tl.dot(hidden, matrix, total, input_precision="ieee")
+            tl.store(pointer, total.to(y.dtype.element_ty), mask=mask)
+    else:
+        local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+        inside = local < share
+        row = lane.to(tl.int64) * share + local
+        c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+        pointer = y + row[:, None] * width + c[None, :]
+        mask = inside[:, None] & (c[None, :] < width)
+        total = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+        for member in range(first_member, last_member):
+            entry = table + (slot * M + member) * 4
+            rank = tl.load(entry)
+            if B_SIDE:
+                offset = tl.multiple_of(tl.load(entry + 2), 16)
+            else:
+                offset = tl.multiple_of(tl.load(entry + 1), 16)
+            where = tl.multiple_of(tl.load(entry + 3), 16)
+            if DROP:
+                part = tl.zeros((ROWS, COLS), dtype=tl.float32)
+            else:
+                part = total
+            for first in range(0, rank, RANKS):
+                r = first + tl.arange(0, RANKS)
+                hidden = tl.load(
+                    h + row[:, None] * h_stride + where + r[None, :],
+                    mask=inside[:, None] & (r[None, :] < rank),
+                    other=0.0,
+                )
+                matrix = tl.load(
+                    flat + offset + r[:, None] * width + c[None, :],
+                    mask=(r[:, None] < rank) & (c[None, :] < width),
+                    other=0.0,
+                )
+                part = tl.dot(hidden, matrix.to(hidden.dtype), part, input_precision="ieee")
+            if DROP:
+                p = tl.load(dropout + slot)
+                if p > 0:
+                    index = local // tokens * 65536 + local % tokens
+                    keep = _keep(tl.load(seeds + slot), tl.load(salts + member), index, c, p)
+                    part = tl.where(keep, part / (1 - p), 0.0)
+                total += part
+            else:
+                total = part
+        tl.store(pointer, total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -239,47 +270,68 @@ def _outer(
 @triton.jit
 def _token_loss(
     logits, targets, weights, nll, correct, width, stride, softcap,
-    CAP: tl.constexpr, GRAD: tl.constexpr, COLS: tl.constexpr,
+    CAP: tl.constexpr, GRAD: tl.constexpr, WHOLE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Per row: NLL of the target and whether it is the argmax; overwrites the logits by weight * d NLL / d logits."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
     target = tl.load(targets + row)
-    high = -float("inf")
-    total = 0.0
-    best = -1
-    for start in range(0, width, COLS):
-        c = start + tl.arange(0, COLS)
+    if WHOLE:
+        c = tl.arange(0, COLS)
         value = tl.load(base + c, mask=c < width, other=-float("inf")).to(tl.float32)
+        slope = 1.0
         if CAP:
-            value = softcap * (2 / (1 + tl.exp(-2 * value / softcap)) - 1)
-            value = tl.where(c < width, value, -float("inf"))
-        peak = tl.max(value, 0)
-        if peak > high:
-            best = start + tl.argmax(value, 0)
-        top = tl.maximum(high, peak)
-        total = total * tl.exp(high - top) + tl.sum(tl.exp(value - top), 0)
-        high = top
-    log_total = high + tl.log(total)
-    chosen = tl.load(base + target).to(tl.float32)
-    if CAP:
-        chosen = softcap * (2 / (1 + tl.exp(-2 * chosen / softcap)) - 1)
-    tl.store(nll + row, log_total - chosen)
-    tl.store(correct + row, (best == target).to(tl.int8))
-    if GRAD:
-        weight = tl.load(weights + row)
-        for start in range(0, width, COLS):
-            c = start + tl.arange(0, COLS)
-            raw = tl.load(base + c, mask=c < width, other=0.0).to(tl.float32)
-            slope = 1.0
-            if CAP:
-                squashed = 2 / (1 + tl.exp(-2 * raw / softcap)) - 1
-                slope = 1 - squashed * squashed
-                raw = softcap * squashed
-            gradient = (tl.exp(raw - log_total) - (c == target).to(tl.float32)) * weight * slope
+            squashed = 2 / (1 + tl.exp(-2 * value / softcap)) - 1
+            slope = 1 - squashed * squashed
+            value = tl.where(c < width, softcap * squashed, -float("inf"))
+        high = tl.max(value, 0)
+        best = tl.min(tl.where(value == high, c, COLS), 0)
+        exps = tl.exp(value - high)
+        total = tl.sum(exps, 0)
+        chosen = tl.sum(tl.where(c == target, value, 0.0), 0)
+        tl.store(nll + row, high + tl.log(total) - chosen)
+        tl.store(correct + row, (best == target).to(tl.int8))
+        if GRAD:
+            weight = tl.load(weights + row)
+            gradient = (exps / total - (c == target).to(tl.float32)) * weight * slope
             # a row of weight 0 is padding and must stay 0 even where its logits overflow
             gradient = tl.where(weight == 0, 0.0, gradient)
             tl.store(base + c, gradient.to(logits.dtype.element_ty), mask=c < width)
+    else:
+        high = -float("inf")
+        total = 0.0
+        best = -1
+        for start in range(0, width, COLS):
+            c = start + tl.arange(0, COLS)
+            value = tl.load(base + c, mask=c < width, other=-float("inf")).to(tl.float32)
+            if CAP:
+                value = softcap * (2 / (1 + tl.exp(-2 * value / softcap)) - 1)
+                value = tl.where(c < width, value, -float("inf"))
+            peak = tl.max(value, 0)
+            if peak > high:
+                best = start + tl.argmax(value, 0)
+            top = tl.maximum(high, peak)
+            total = total * tl.exp(high - top) + tl.sum(tl.exp(value - top), 0)
+            high = top
+        log_total = high + tl.log(total)
+        chosen = tl.load(base + target).to(tl.float32)
+        if CAP:
+            chosen = softcap * (2 / (1 + tl.exp(-2 * chosen / softcap)) - 1)
+        tl.store(nll + row, log_total - chosen)
+        tl.store(correct + row, (best == target).to(tl.int8))
+        if GRAD:
+            weight = tl.load(weights + row)
+            for start in range(0, width, COLS):
+                c = start + tl.arange(0, COLS)
+                raw = tl.load(base + c, mask=c < width, other=0.0).to(tl.float32)
+                slope = 1.0
+                if CAP:
+                    squashed = 2 / (1 + tl.exp(-2 * raw / softcap)) - 1
+                    slope = 1 - squashed * squashed
+                    raw = softcap * squashed
+                gradient = (tl.exp(raw - log_total) - (c == target).to(tl.float32)) * weight * slope
+                gradient = tl.where(weight == 0, 0.0, gradient)
+                tl.store(base + c, gradient.to(logits.dtype.element_ty), mask=c < width)
 
 
 @triton.jit
@@ -301,7 +353,9 @@ def _squares(grads, block_slot, norms, blocks, BLOCK: tl.constexpr, COUNT: tl.co
 
 
 @triton.jit
-def _adamw(flat, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+def _adamw(
+    flat, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr
+):
     """AdamW of every block with its slot's row of the table; zeroes the gradient. `norms` holds squared norms."""
     block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     inside = block < blocks
@@ -348,9 +402,11 @@ def token_loss(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float 
     """NLL [K] and argmax correctness [K] of `logits` [K, V]; with `grad`, the logits become weight * gradient."""
     nll = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     correct = torch.empty(logits.shape[0], dtype=torch.int8, device=logits.device)
+    whole = logits.shape[1] <= WHOLE_ROW
     _token_loss[(logits.shape[0],)](
         logits, targets, weights, nll, correct, logits.shape[1], logits.stride(0), softcap or 1.0,
-        CAP=softcap is not None, GRAD=grad, COLS=min(4096, triton.next_power_of_2(logits.shape[1])), num_warps=8,
+        CAP=softcap is not None, GRAD=grad, WHOLE=whole,
+        COLS=triton.next_power_of_2(logits.shape[1]) if whole else 4096, num_warps=32 if whole else 8,
     )  # fmt: skip
     return nll, correct
 
@@ -365,6 +421,7 @@ class Tiles:
     stages: int = 3
 
 
+SPAN = 4  # tiles of rows for which `_expand` keeps its matrix
 SHRINK, EXPAND, OUTER = Tiles(32, 128, 4), Tiles(64, 128, 4, 2), Tiles(128, 64, 4, 2)
 
 
@@ -398,10 +455,11 @@ def forward(x, weights, biases, params, table, scale, lanes, dropout, seeds, sal
         *_three([x]), *_three([x.shape[1]]), params, table, scale, lanes, *chance, h, share, tokens, hidden,
         M=members, B_SIDE=False, DROP=drop, RANKS=ranks,
     )  # fmt: skip
+    span = SPAN if chunks == 1 else 1
     _launch(
-        _expand, EXPAND, (count * triton.cdiv(share, EXPAND.rows), triton.cdiv(max(widths), EXPAND.cols), members),
+        _expand, EXPAND, (count * triton.cdiv(share, EXPAND.rows * span), triton.cdiv(max(widths), EXPAND.cols), members),
         h, params, table, lanes, *chance, *_three(ys), *_three(widths), share, tokens, hidden,
-        M=members, B_SIDE=True, DROP=False, RANKS=ranks,
+        M=members, B_SIDE=True, DROP=False, HOIST=chunks == 1, SPAN=span, RANKS=ranks,
     )  # fmt: skip
     return [*ys, h]
 
@@ -424,9 +482,11 @@ def backward(dys, x, weights, params, h, table, scale, lanes, dropout, seeds, sa
         h, dh, x, *_three(dys), fan_in, *_three(widths), dparams, table, lanes, *chance, share, tokens, hidden,
         M=members, DROP=drop, RANKS=ranks,
     )  # fmt: skip
+    hoist = chunks == 1 and members == 1 and not drop
+    span = SPAN if hoist else 1
     _launch(
-        _expand, EXPAND, (count * triton.cdiv(share, EXPAND.rows), triton.cdiv(fan_in, EXPAND.cols), 1),
+        _expand, EXPAND, (count * triton.cdiv(share, EXPAND.rows * span), triton.cdiv(fan_in, EXPAND.cols), 1),
         dh, params, table, lanes, *chance, *_three([dx]), *_three([fan_in]), share, tokens, hidden,
-        M=members, B_SIDE=False, DROP=drop, RANKS=ranks,
+        M=members, B_SIDE=False, DROP=drop, HOIST=hoist, SPAN=span, RANKS=ranks,
     )  # fmt: skip
     return dx, dparams

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from sweeper.engine.adapters import AdapterBank, AdapterSpec
@@ -84,7 +85,8 @@ class Pack:
         checkpointing: bool = False,
     ) -> None:
         self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
-        self.model, self.device = base.model, next(base.model.parameters()).device
+        self.model = base.model
+        self.device, self.dtype = next(base.model.parameters()).device, next(base.model.parameters()).dtype
         stock = verified_head(base)
         self.bank = AdapterBank(self.model, base.targets, capacities, self.device)
         self.bank.install()
@@ -229,6 +231,10 @@ class Pack:
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Losses [L] of one forward pass; their gradients are added to the bank's."""
+        with _attention(self.device, self.dtype):
+            return self._forward_backward(batch)
+
+    def _forward_backward(self, batch: Batch) -> Tensor:
         hidden = self.hidden(batch.ids)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
         losses, _ = self.head.scores(rows, batch.targets, batch.weights)
@@ -304,6 +310,16 @@ def _compile_layers(model: torch.nn.Module) -> None:
 def _uncompile_layers(model: torch.nn.Module) -> None:
     for layer in decoder_layers(model):
         layer._compiled_call_impl = None
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """The attention kernel to train with: torch's choice, except where its backward pass on a CPU is the slow one.
+
+    In bfloat16 the CPU's flash kernel takes 34 ms backward for 72 rows of 24 tokens, the plain one 10 ms both ways.
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from sweeper.engine.memory import runs_that_fit
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import RunRequest
+from sweeper.engine.timeline import Timeline
 from sweeper.errors import SweeperError
 from sweeper.models import BaseModel
 from sweeper.record import Score
@@ -34,12 +35,17 @@ class Session:
         self.settings, self.should_stop = settings, should_stop
         self.device = device_for(settings.device)
         self.cache = weights.cache_folder()
+        self.timeline = Timeline()
         self.base: BaseModel | None = None
         self.encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self.base_scores: dict[str, dict[str, EvaluatedSplit]] = {}
 
     def train(self, requests: Sequence[RunRequest]) -> Iterator[Event]:
-        """Trains runs model by model, pack by pack."""
+        """Trains runs model by model, pack by pack; says at the end where the time went."""
+        yield from self._train(requests)
+        yield Stage(message=f"time: {self.timeline}")
+
+    def _train(self, requests: Sequence[RunRequest]) -> Iterator[Event]:
         for _, same in itertools.groupby(sorted(requests, key=_model_key), key=_model_key):
             group = list(same)
             if self.should_stop():
@@ -48,7 +54,8 @@ class Session:
             try:
                 dtype = precision_for(self.device, group[0].spec.trainer.precision)
                 self.base = None  # the former model's memory is free before the next one is read
-                self.base = base = models.load(group[0].spec.model, dtype=dtype, device=self.device)
+                with self.timeline.span("load"):
+                    self.base = base = models.load(group[0].spec.model, dtype=dtype, device=self.device)
             except (SweeperError, OSError, torch.OutOfMemoryError) as error:
                 for request in group:
                     yield self._failed(Progress(request), error)
@@ -57,7 +64,8 @@ class Session:
             prepared: list[Prepared] = []
             for request in group:
                 try:
-                    prepared.append(self._prepare(base, request))
+                    with self.timeline.span("data"):
+                        prepared.append(self._prepare(base, request))
                 except (SweeperError, ValueError) as error:
                     yield self._failed(Progress(request), error)
             for key, members in itertools.groupby(sorted(prepared, key=self._pack_key), key=self._pack_key):
@@ -116,7 +124,8 @@ class Session:
             spec = run.request.spec
             yield Stage(message=f"measuring {spec.placement.name} rank {spec.rank} alone")
             try:
-                solo[run.shape] = calibrate.measure(base, run.job, options, self.cache / "calibrations")
+                with self.timeline.span("measure alone"):
+                    solo[run.shape] = calibrate.measure(base, run.job, options, self.cache / "calibrations")
             except torch.OutOfMemoryError:
                 continue
 
@@ -129,7 +138,9 @@ class Session:
             capacities = [_union([run.job.adapter.ranks for run in queue])] * slots
         running: dict[str, Progress] = {}
         try:
-            with Pack(base, capacities, **options) as pack:
+            with self.timeline.span("set up"):
+                pack = Pack(base, capacities, **options)
+            with pack:
                 yield from self._fill(pack, queue, running)
                 yield from self._drive(pack, queue, running, solo)
             return 0
@@ -186,13 +197,17 @@ class Session:
                 yield from clock.collect()
                 self._checkpoint(pack, running)
                 return
-            pack.step()
-            if clock.due():
-                yield from clock.collect()
+            with self.timeline.span("train") as span:
+                pack.step()
+                span.name = "compile" if pack.warming else "train"
+                arrived = clock.collect() if clock.due() else []
+            yield from arrived
             yield from self._evaluate_midway(pack, running, clock)
             ended = [(slot, job) for slot, job in pack.active if job.finished or running[job.run_id].diverged]
             if ended:
-                yield from clock.collect()
+                with self.timeline.span("train"):
+                    arrived = clock.collect()
+                yield from arrived
                 ended = [(slot, job) for slot, job in pack.active if job.finished or running[job.run_id].diverged]
                 yield from self._finish(pack, ended, running, solo, clock)
                 yield from self._fill(pack, queue, running)
@@ -213,7 +228,10 @@ class Session:
             return
         yield from clock.collect()
         for group in _by_dataset(due):
-            found = evaluate(pack, [slot for slot, _ in group], group[0][1].prepared, "validation", generation=False)
+            with self.timeline.span("evaluate"):
+                found = evaluate(
+                    pack, [slot for slot, _ in group], group[0][1].prepared, "validation", generation=False
+                )
             for (_, progress), result in zip(group, found, strict=True):
                 yield self._scored(progress, "validation", str(progress.prepared.job.done), result)
         clock.restart()
@@ -223,7 +241,8 @@ class Session:
         leaving = [(slot, running[job.run_id]) for slot, job in ended]
         for group in _by_dataset([(slot, progress) for slot, progress in leaving if not progress.diverged]):
             for split in group[0][1].request.spec.evaluation.splits:
-                found = evaluate(pack, [slot for slot, _ in group], group[0][1].prepared, split)
+                with self.timeline.span("evaluate"):
+                    found = evaluate(pack, [slot for slot, _ in group], group[0][1].prepared, split)
                 for (_, progress), result in zip(group, found, strict=True):
                     yield self._scored(progress, split, "after", result)
         share = (time.perf_counter() - began) / max(len(leaving), 1)
@@ -233,9 +252,14 @@ class Session:
             progress.pack_runs = max(progress.pack_runs, size)
             weights_by_module = pack.bank.adapter(slot, progress.prepared.job.adapter)
             try:
-                record = progress.write(
-                    self.settings, weights_by_module, solo.get(progress.prepared.shape), pack, self._environment(pack)
-                )
+                with self.timeline.span("write"):
+                    record = progress.write(
+                        self.settings,
+                        weights_by_module,
+                        solo.get(progress.prepared.shape),
+                        pack,
+                        self._environment(pack),
+                    )
             except OSError as error:
                 pack.remove(slot)
                 del running[progress.request.run_id]
@@ -283,15 +307,13 @@ class _Clock:
             return True
         return time.perf_counter() - self.mark > DRAIN_SECONDS
 
-    def collect(self) -> Iterator[Step]:
+    def collect(self) -> list[Step]:
         warming = self.pack.warming
         results: list[StepResult] = list(self.pack.drain())
         seconds = time.perf_counter() - self.mark
         share = seconds / max(len(results), 1)
-        for result in results:
-            progress = self.running[result.job.run_id]
-            yield progress.note_step(result, share, warming=warming)
         self.restart()
+        return [self.running[result.job.run_id].note_step(result, share, warming=warming) for result in results]
 
 
 def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ...]:

@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""The placement x rank grid with Hugging Face Trainer + PEFT and as packs, on this machine, and the ratios.
+
+    python -m benchmarks.packed_vs_peft                      # what the GPU figures in docs/performance.md come from
+    python -m benchmarks.packed_vs_peft --device cpu --modes loop --steps 4 --batch 8 --length 24
+
+Each side runs in a process of its own, one after another. Training only: fixed-length random tokens, no evaluation.
+The packs are timed after warm-up (compiling and capturing, reported apart); the yardstick's own warm-up is small.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+GRID = [(placement, rank) for placement in ("attn", "ff", "full") for rank in (4, 8, 16)]
+
+
+def yardstick(mode: str, args: argparse.Namespace) -> dict:
+    script = Path(__file__).with_name("peft_today.py")
+    command = [sys.executable, str(script), "--mode", mode, "--model", args.model, "--steps", str(args.steps),
+               "--batch", str(args.batch), "--length", str(args.length), "--device", args.device]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{mode}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def packed(runs: list[tuple[str, int]], args: argparse.Namespace) -> dict:
+    """Run-steps per second of one pack that holds `runs`, after warm-up."""
+    import torch
+
+    from benchmarks.shapes import base_model, job
+    from sweeper.engine.pack import Pack
+
+    base = base_model(args.model, args.device)
+    jobs = [
+        job(base, placement, rank, steps=10**6, batch=args.batch, length=args.length, seed=seed)
+        for seed, (placement, rank) in enumerate(runs)
+    ]
+
+    def wait() -> None:
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
+    with Pack(base, [j.adapter.ranks for j in jobs], batch_size=args.batch, compiled=args.device == "cuda") as pack:
+        for j in jobs:
+            pack.add(j)
+        began = time.perf_counter()
+        for _ in range(3 if args.device == "cuda" else 1):
+            pack.step()
+        wait()
+        warm = time.perf_counter() - began
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        steps = args.packed_steps
+        began = time.perf_counter()
+        for _ in range(steps):
+            pack.step()
+        wait()
+        seconds = time.perf_counter() - began
+        losses = [result.loss for result in pack.drain()]
+    assert all(loss == loss for loss in losses)
+    memory = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
+    return {
+        "runs": len(runs), "steps": steps, "batch": args.batch, "length": args.length, "warm_up_seconds": round(warm, 2),
+        "train_seconds": round(seconds, 3), "run_steps_per_second": round(len(runs) * steps / seconds, 2),
+        "peak_memory_bytes": memory,
+    }  # fmt: skip
+
+
+def ours(runs: list[tuple[str, int]], args: argparse.Namespace) -> dict:
+    """`packed` in a fresh process, so that neither side finds the other's memory or warmth."""
+    command = [sys.executable, "-m", "benchmarks.packed_vs_peft", *sys.argv[1:], "--child", json.dumps(runs)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"packed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def alone(args: argparse.Namespace) -> dict:
+    """Every placement at rank 16 as a pack of one; the mean time of a step."""
+    singles = [ours([(placement, 16)], args) for placement in ("attn", "ff", "full")]
+    rate = len(singles) / sum(1 / single["run_steps_per_second"] for single in singles)
+    return {**singles[-1], "run_steps_per_second": round(rate, 2)}
+
+
+def device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    from sweeper.device import processor
+
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", choices=["smollm2-135m", "llama3.2-1b", "tiny"])
+    parser.add_argument("--modes", nargs="+", default=["trainer", "loop", "processes"])
+    parser.add_argument("--steps", type=int, default=30, help="of the yardstick")
+    parser.add_argument("--packed-steps", type=int, default=None, help="of the packs; default 100, on a CPU --steps")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--saturated", type=int, default=36, help="runs in the large pack; 0 leaves it out")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.device is None:
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.packed_steps = args.packed_steps or (args.steps if args.device == "cpu" else 100)
+    if args.child:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = packed([tuple(run) for run in json.loads(args.child)], args)
+        print(json.dumps(found))
+        return
+    rows = {"packed, 9 runs": ours(GRID, args), "one run alone": alone(args)}
+    if args.saturated and args.device == "cuda":
+        rows[f"packed, {args.saturated} runs"] = ours((GRID * args.saturated)[: args.saturated], args)
+    rows |= {f"PEFT {mode}": yardstick(mode, args) for mode in args.modes}
+    rate = {name: row["run_steps_per_second"] for name, row in rows.items()}
+    print(f"{device()}: {args.model}, batch {args.batch} x {args.length}, arms attn,ff,full x 4,8,16")
+    for name, value in rate.items():
+        print(f"  {name:22s} {value:9.2f} run-steps/s  {value * args.batch * args.length:12,.0f} tokens/s")
+    for mode in args.modes:
+        print(f"  packed, 9 runs / PEFT {mode}: {rate['packed, 9 runs'] / rate[f'PEFT {mode}']:.1f}x")
+    if "loop" in args.modes:
+        print(f"  one run alone / PEFT loop: {rate['one run alone'] / rate['PEFT loop']:.1f}x")
+    if args.json:
+        args.json.write_text(json.dumps({"device": device(), "model": args.model, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
