@@ -50,6 +50,10 @@ class Prepared:
         """Remembers a good state, to go on from if the pack breaks."""
         self.job.state, self.before = state, progress.saved()
 
+    def rewind(self) -> None:
+        """Back to the last good state, or to the start where there is none."""
+        self.job.done, self.job.tokens = self.before.get("done", 0), self.before.get("tokens", 0)
+
 
 class Progress:
     """What is known of one run while it holds a slot."""
@@ -93,11 +97,11 @@ class Progress:
         )  # fmt: skip
 
     def note_scores(self, split: str, moment: str, found: EvaluatedSplit) -> None:
-        self.scores.setdefault(split, {})[moment] = found.score
         self.metrics.append(
             {"step": self._done, "split": split, "moment": moment, "nll": found.score.nll, **found.score.metrics}
         )
         if moment in ("before", "after"):
+            self.scores.setdefault(split, {})[moment] = found.score
             self.predictions += [{"split": split, "moment": moment, **row} for row in found.rows]
 
     @property
@@ -109,7 +113,8 @@ class Progress:
         job = self.prepared.job
         return {
             "done": job.done, "tokens": job.tokens, "started": self.started, "train_seconds": self.train_seconds,
-            "compile_seconds": self.compile_seconds, "metrics": [row for row in self.metrics if "loss" in row],
+            "compile_seconds": self.compile_seconds,
+            "metrics": [row for row in self.metrics if row.get("moment") not in ("before", "after")],
         }  # fmt: skip
 
     def write(

@@ -16,7 +16,7 @@ from sweeper.engine.batches import DataOrder
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
 from sweeper.engine.memory import runs_that_fit
-from sweeper.engine.pack import Job, Pack, StepResult
+from sweeper.engine.pack import Job, Pack, StepResult, verified_head
 from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import RunRequest
 from sweeper.engine.timeline import Timeline
@@ -56,6 +56,7 @@ class Session:
                 self.base = None  # the former model's memory is free before the next one is read
                 with self.timeline.span("load"):
                     self.base = base = models.load(group[0].spec.model, dtype=dtype, device=self.device)
+                    verified_head(base)
             except (SweeperError, OSError, torch.OutOfMemoryError) as error:
                 for request in group:
                     yield self._failed(Progress(request), error)
@@ -111,8 +112,7 @@ class Session:
         while queue and not self.should_stop():
             overfull = yield from self._train_pack(base, queue, limit, options, solo)
             if overfull:
-                limit = max(1, overfull // 2)
-                yield Stage(message=f"out of memory with {overfull} runs together; going on with {limit}")
+                limit = overfull // 2
 
     def _compiles(self) -> bool:
         return self.device.type == "cuda" and self.settings.compile != "off"
@@ -126,14 +126,18 @@ class Session:
             try:
                 with self.timeline.span("measure alone"):
                     solo[run.shape] = calibrate.measure(base, run.job, options, self.cache / "calibrations")
-            except torch.OutOfMemoryError:
+            except RuntimeError:  # out of memory is one; training meets it again and records it
                 continue
 
     def _train_pack(self, base, queue: deque[Prepared], limit: int, options, solo) -> Generator[Event, None, int]:
-        """Trains one pack until the queue is empty. Returns 0, or the number of runs that did not fit together."""
-        slots = min(limit, len(queue))
-        if len(queue) <= slots:
-            capacities = [dict(run.job.adapter.ranks) for run in queue]
+        """Trains one pack until the queue is empty. Returns 0, or the number of runs that did not fit together.
+
+        A `limit` of 0 asks for a slot that holds the first run and nothing larger.
+        """
+        slots = min(max(limit, 1), len(queue))
+        exact = limit == 0 or len(queue) <= slots
+        if exact:
+            capacities = [dict(run.job.adapter.ranks) for run in itertools.islice(queue, slots)]
         else:  # a slot changes hands: it must hold whichever run comes next
             capacities = [_union([run.job.adapter.ranks for run in queue])] * slots
         running: dict[str, Progress] = {}
@@ -141,33 +145,46 @@ class Session:
             with self.timeline.span("set up"):
                 pack = Pack(base, capacities, **options)
             with pack:
-                yield from self._fill(pack, queue, running)
-                yield from self._drive(pack, queue, running, solo)
+                try:
+                    yield from self._fill(pack, queue, running)
+                    yield from self._drive(pack, queue, running, solo)
+                except torch.OutOfMemoryError:  # what failed moved nothing: every run goes on from where it is
+                    for result in pack.drain():
+                        yield running[result.job.run_id].note_step(result, 0.0, warming=False)
+                    self._checkpoint(pack, running)
+                    raise
             return 0
-        except torch.OutOfMemoryError as error:
-            problem: Exception = error
         except RuntimeError as error:
-            problem = error
-        return (yield from self._recover(queue, running, problem))
+            problem = error.with_traceback(None)  # its frames would keep the pack's memory
+        self._free_memory()
+        if not running and exact and slots == 1:
+            run = queue.popleft()
+            yield self._failed(Progress(run.request, run), problem)
+            return 0
+        return (yield from self._recover(queue, running, problem, slots))
 
     def _recover(
-        self, queue: deque[Prepared], running: dict[str, Progress], error: Exception
+        self, queue: deque[Prepared], running: dict[str, Progress], error: Exception, slots: int
     ) -> Generator[Event, None, int]:
         """Runs of a pack that broke go back to the queue from their last good step; a run alone has failed."""
-        self._free_memory()
         if len(running) == 1:
             (alone,) = running.values()
             yield self._failed(alone, error)
             return 0
         for progress in reversed(running.values()):
+            progress.prepared.rewind()
             queue.appendleft(progress.prepared)
-        return len(running)
+        size = len(running) or slots
+        what = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}"
+        yield Stage(message=f"{what} with {size} runs together; going on with {max(1, size // 2)}")
+        return size
 
     def _fill(self, pack: Pack, queue: deque[Prepared], running: dict[str, Progress]) -> Iterator[Event]:
         arrived = []
         while queue and (slot := pack.free_slot(queue[0].job.adapter)) is not None:
-            run = queue.popleft()
+            run = queue[0]
             pack.add(run.job, slot)
+            queue.popleft()
             running[run.request.run_id] = progress = Progress(run.request, run)
             arrived.append(progress)
         for progress in arrived:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,15 @@ import torch
 from torch import Tensor
 
 from sweeper import models, placement
+from sweeper.engine import train_runs
 from sweeper.engine.adapters import AdapterSpec
 from sweeper.engine.batches import DataOrder, Tokens
+from sweeper.engine.events import Event
 from sweeper.engine.pack import Job, Pack
+from sweeper.engine.requests import RunRequest
 from sweeper.models import BaseModel
 from sweeper.placement import PLACEMENTS, Target
-from sweeper.spec import ModelSpec, OptimSpec, PlacementSpec
+from sweeper.spec import ModelSpec, OptimSpec, PlacementSpec, RunSpec, Settings
 from sweeper.tasks import Encoded
 
 SIZES = {
@@ -186,3 +191,59 @@ def _same(ours: Trace, wanted: Trace) -> None:
 def assert_identical() -> Callable[[Trace, Trace], None]:
     """Every bit of losses, adapter and moments."""
     return _same
+
+
+@pytest.fixture
+def parity(tmp_path: Path) -> dict[str, Any]:
+    """A dataset of numbers that are even or odd, as a section of a run's spec."""
+    path = tmp_path / "parity.jsonl"
+    rows = []
+    for n in range(70):
+        split = "train" if n < 50 else "validation" if n < 60 else "test"
+        prompt = f"{(7 * n) % 90 + 10} is" + " clearly" * (n % 4)
+        rows.append({"id": str(n), "prompt": prompt, "response": "01"[n % 2], "split": split})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": "parity", "family": "jsonl", "path": str(path), "template": "plain", "max_length": 64}
+
+
+@pytest.fixture
+def make_run(make_spec: Callable[..., RunSpec], parity: dict[str, Any]) -> Callable[..., RunSpec]:
+    """A run of a few steps on a tiny random Llama: `make_run("ff", rank=8, optim={"lr": 1e-2})`."""
+
+    def make(name: str = "attn", **changes: Any) -> RunSpec:
+        plain: dict[str, Any] = {
+            "model": dataclasses.asdict(model_spec("llama")),
+            "dataset": parity,
+            "placement": {"name": name, "roles": list(PLACEMENTS[name])},
+            "trainer": {"max_steps": 5, "batch_size": 2, "precision": "float32"},
+            "optim": {"lr": 1e-2},
+        }
+        for key, value in changes.items():
+            plain[key] = plain.get(key, {}) | value if isinstance(value, dict) else value
+        return make_spec(**plain)
+
+    return make
+
+
+@pytest.fixture
+def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Event]]:
+    """Trains specs into a study of a name; returns the events. `stop_after` steps in all, it is asked to stop."""
+    monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path / "cache"))
+
+    def go(
+        specs: Sequence[RunSpec], study: str = "study", *, stop_after: float = math.inf, **settings: Any
+    ) -> list[Event]:
+        chosen = Settings(study=study, output_root=str(tmp_path), **({"device": "cpu", "calibrate": False} | settings))
+        requests = [RunRequest(run_id=s.run_id, spec=s, folder=chosen.folder / s.run_id) for s in specs]
+        events: list[Event] = []
+        steps = 0
+
+        def should_stop() -> bool:
+            return steps >= stop_after
+
+        for event in train_runs(requests, chosen, should_stop=should_stop):
+            steps += type(event).__name__ == "Step"
+            events.append(event)
+        return events
+
+    return go
