@@ -9,7 +9,10 @@ import torch
 
 from sweeper.models import BaseModel
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.filterwarnings("default"),  # the compiler remarks on precision and on its own deprecations
+]
 
 
 def moved(base: BaseModel, dtype: torch.dtype) -> BaseModel:
