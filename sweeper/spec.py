@@ -277,7 +277,7 @@ def run_spec(mapping: Mapping[str, Any]) -> RunSpec:
 
 
 @functools.cache
-def _field_names(kind: type[Any]) -> tuple[str, ...]:
+def _field_names(kind: Any) -> tuple[str, ...]:
     return tuple(item.name for item in dataclasses.fields(kind))
 
 

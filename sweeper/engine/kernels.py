@@ -16,9 +16,6 @@ from torch import Tensor
 from sweeper.engine.lowrank import frozen_gradient
 
 
-WHOLE_ROW = 1 << 16  # logits of a row that one program holds in registers, so that they are read once
-
-
 @triton.jit
 def _mix(value):
     value = (value ^ (value >> 16)) * 0x85EBCA6B
@@ -270,68 +267,46 @@ def _outer(
 @triton.jit
 def _token_loss(
     logits, targets, weights, nll, correct, width, stride, softcap,
-    CAP: tl.constexpr, GRAD: tl.constexpr, WHOLE: tl.constexpr, COLS: tl.constexpr,
+    CAP: tl.constexpr, GRAD: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Per row: NLL of the target and whether it is the argmax; overwrites the logits by weight * d NLL / d logits."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
     target = tl.load(targets + row)
-    if WHOLE:
-        c = tl.arange(0, COLS)
+    high = -float("inf")
+    total = 0.0
+    best = -1
+    for start in range(0, width, COLS):
+        c = start + tl.arange(0, COLS)
         value = tl.load(base + c, mask=c < width, other=-float("inf")).to(tl.float32)
-        slope = 1.0
         if CAP:
-            squashed = 2 / (1 + tl.exp(-2 * value / softcap)) - 1
-            slope = 1 - squashed * squashed
-            value = tl.where(c < width, softcap * squashed, -float("inf"))
-        high = tl.max(value, 0)
-        best = tl.min(tl.where(value == high, c, COLS), 0)
-        exps = tl.exp(value - high)
-        total = tl.sum(exps, 0)
-        chosen = tl.sum(tl.where(c == target, value, 0.0), 0)
-        tl.store(nll + row, high + tl.log(total) - chosen)
-        tl.store(correct + row, (best == target).to(tl.int8))
-        if GRAD:
-            weight = tl.load(weights + row)
-            gradient = (exps / total - (c == target).to(tl.float32)) * weight * slope
-            # a row of weight 0 is padding and must stay 0 even where its logits overflow
-            gradient = tl.where(weight == 0, 0.0, gradient)
-            tl.store(base + c, gradient.to(logits.dtype.element_ty), mask=c < width)
-    else:
-        high = -float("inf")
-        total = 0.0
-        best = -1
+            value = softcap * (2 / (1 + tl.exp(-2 * value / softcap)) - 1)
+            value = tl.where(c < width, value, -float("inf"))
+        peak = tl.max(value, 0)
+        if peak > high:
+            best = start + tl.argmax(value, 0)
+        top = tl.maximum(high, peak)
+        total = total * tl.exp(high - top) + tl.sum(tl.exp(value - top), 0)
+        high = top
+    log_total = high + tl.log(total)
+    chosen = tl.load(base + target).to(tl.float32)
+    if CAP:
+        chosen = softcap * (2 / (1 + tl.exp(-2 * chosen / softcap)) - 1)
+    tl.store(nll + row, log_total - chosen)
+    tl.store(correct + row, (best == target).to(tl.int8))
+    if GRAD:
+        weight = tl.load(weights + row)
         for start in range(0, width, COLS):
             c = start + tl.arange(0, COLS)
-            value = tl.load(base + c, mask=c < width, other=-float("inf")).to(tl.float32)
+            raw = tl.load(base + c, mask=c < width, other=0.0).to(tl.float32)
+            slope = 1.0
             if CAP:
-                value = softcap * (2 / (1 + tl.exp(-2 * value / softcap)) - 1)
-                value = tl.where(c < width, value, -float("inf"))
-            peak = tl.max(value, 0)
-            if peak > high:
-                best = start + tl.argmax(value, 0)
-            top = tl.maximum(high, peak)
-            total = total * tl.exp(high - top) + tl.sum(tl.exp(value - top), 0)
-            high = top
-        log_total = high + tl.log(total)
-        chosen = tl.load(base + target).to(tl.float32)
-        if CAP:
-            chosen = softcap * (2 / (1 + tl.exp(-2 * chosen / softcap)) - 1)
-        tl.store(nll + row, log_total - chosen)
-        tl.store(correct + row, (best == target).to(tl.int8))
-        if GRAD:
-            weight = tl.load(weights + row)
-            for start in range(0, width, COLS):
-                c = start + tl.arange(0, COLS)
-                raw = tl.load(base + c, mask=c < width, other=0.0).to(tl.float32)
-                slope = 1.0
-                if CAP:
-                    squashed = 2 / (1 + tl.exp(-2 * raw / softcap)) - 1
-                    slope = 1 - squashed * squashed
-                    raw = softcap * squashed
-                gradient = (tl.exp(raw - log_total) - (c == target).to(tl.float32)) * weight * slope
-                gradient = tl.where(weight == 0, 0.0, gradient)
-                tl.store(base + c, gradient.to(logits.dtype.element_ty), mask=c < width)
+                squashed = 2 / (1 + tl.exp(-2 * raw / softcap)) - 1
+                slope = 1 - squashed * squashed
+                raw = softcap * squashed
+            gradient = (tl.exp(raw - log_total) - (c == target).to(tl.float32)) * weight * slope
+            gradient = tl.where(weight == 0, 0.0, gradient)
+            tl.store(base + c, gradient.to(logits.dtype.element_ty), mask=c < width)
 
 
 @triton.jit
@@ -402,11 +377,9 @@ def token_loss(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float 
     """NLL [K] and argmax correctness [K] of `logits` [K, V]; with `grad`, the logits become weight * gradient."""
     nll = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     correct = torch.empty(logits.shape[0], dtype=torch.int8, device=logits.device)
-    whole = logits.shape[1] <= WHOLE_ROW
     _token_loss[(logits.shape[0],)](
         logits, targets, weights, nll, correct, logits.shape[1], logits.stride(0), softcap or 1.0,
-        CAP=softcap is not None, GRAD=grad, WHOLE=whole,
-        COLS=triton.next_power_of_2(logits.shape[1]) if whole else 4096, num_warps=32 if whole else 8,
+        CAP=softcap is not None, GRAD=grad, COLS=min(4096, triton.next_power_of_2(logits.shape[1])), num_warps=8,
     )  # fmt: skip
     return nll, correct
 
@@ -456,8 +429,9 @@ def forward(x, weights, biases, params, table, scale, lanes, dropout, seeds, sal
         M=members, B_SIDE=False, DROP=drop, RANKS=ranks,
     )  # fmt: skip
     span = SPAN if chunks == 1 else 1
+    grid = (count * triton.cdiv(share, EXPAND.rows * span), triton.cdiv(max(widths), EXPAND.cols), members)
     _launch(
-        _expand, EXPAND, (count * triton.cdiv(share, EXPAND.rows * span), triton.cdiv(max(widths), EXPAND.cols), members),
+        _expand, EXPAND, grid,
         h, params, table, lanes, *chance, *_three(ys), *_three(widths), share, tokens, hidden,
         M=members, B_SIDE=True, DROP=False, HOIST=chunks == 1, SPAN=span, RANKS=ranks,
     )  # fmt: skip
