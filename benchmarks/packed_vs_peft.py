@@ -67,8 +67,8 @@ def packed(runs: list[tuple[str, int]], args: argparse.Namespace) -> dict:
     memory = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
     return {
         "runs": len(runs), "steps": steps, "batch": args.batch, "length": args.length,
-        "warm_up_seconds": round(warm, 2), "train_seconds": round(seconds, 3), "run_steps_per_second": round(len(runs) * steps / seconds, 2),
-        "peak_memory_bytes": memory,
+        "warm_up_seconds": round(warm, 2), "train_seconds": round(seconds, 3),
+        "run_steps_per_second": round(len(runs) * steps / seconds, 2), "peak_memory_bytes": memory,
     }  # fmt: skip
 
 

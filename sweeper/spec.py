@@ -243,7 +243,8 @@ def canonical_json(spec: RunSpec) -> str:
 
 def to_mapping(spec: Any) -> dict[str, Any]:
     """Plain dict, list, str, number and None of a spec dataclass."""
-    return {name: _to_plain(getattr(spec, name)) for name in _field_names(type(spec))}
+    kind: Any = type(spec)
+    return {name: _to_plain(getattr(spec, name)) for name in _field_names(kind)}
 
 
 def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = "") -> Spec:
