@@ -1,0 +1,81 @@
+"""Command line: python -m analysis outputs/<study> --out paper/"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis.load import load
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the analysis; returns the exit status: 0, or 2 where there was nothing to analyse or a request was wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis", description="Records of a study -> tables, figures, report."
+    )
+    parser.add_argument("study", nargs="*", type=Path, help="folders of studies, such as outputs/default")
+    parser.add_argument("--out", type=Path, default=Path("paper"), help="where to write (default: paper/)")
+    parser.add_argument("--metric", default="nll", help="what trials are chosen by and the main figures show")
+    parser.add_argument(
+        "--tuned", action="append", default=[], metavar="FIELD", help="a field, besides optim.*, tuned inside arms"
+    )
+    parser.add_argument("--draws", type=int, default=2000, help="bootstrap draws (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--no-figures", action="store_true", help="tables and report only")
+    parser.add_argument(
+        "--export", action="append", default=[], choices=["peft", "csv", "parquet"], help="write the runs so"
+    )
+    parser.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="SOURCE",
+        help="runs from elsewhere beside ours: a folder of PEFT's method_comparison results, a published table "
+        "(.json), or wandb:entity/project",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if not options.study and not options.imports:
+        parser.error("give a study's folder, such as outputs/default, or --import")
+    try:
+        return _run(options)
+    except (FileNotFoundError, ValueError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    from analysis import exchange
+
+    imported = [row for source in options.imports for row in exchange.read(source)]
+    study = load(*options.study, rows=imported)
+    counts = ", ".join(f"{count} {name}" for name, count in study.counts().items())
+    print(f"{study.name or 'imported'}: {counts or 'no runs'}")
+    for problem in study.problems[:10]:
+        print(f"  {problem.kind}: {problem.folder}: {problem.message}")
+    if len(study.problems) > 10:
+        print(f"  and {len(study.problems) - 10} more, in tables/failures.csv")
+    if study.runs.empty:
+        print("error: no record to analyse", file=sys.stderr)
+        return 2
+    # Slow imports wait until there is something to do.
+    from analysis import report, tables
+    from analysis.analyse import analyse
+
+    found = analyse(study, metric=options.metric, tuned=options.tuned, draws=options.draws, seed=options.seed)
+    written = tables.write(found, options.out / "tables")
+    absent: dict[str, str] = {}
+    if not options.no_figures:
+        from analysis import figures
+
+        made, absent = figures.write(found, options.out / "figures")
+        written += made
+    written.append(report.write(found, options.out, absent=absent))
+    for kind in options.export:
+        written += exchange.write(found, options.out / kind, kind)
+    for name, reason in absent.items():
+        print(f"no figure {name}: {reason}")
+    for row in found.tables["checks"].to_dict("records"):
+        print(f"check: {row['check']}: {row['subject']}: {row['message']}")
+    print(f"{len(written)} files in {options.out}/; start with {options.out}/report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

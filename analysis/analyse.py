@@ -1,0 +1,238 @@
+"""The whole analysis of a study as named tables: what the files, the report and the notebook show."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import checks, compare, effects, pareto, stats
+from analysis.arms import BASE, Arm, Arrangement, Setting, arrange, higher_is_better
+from analysis.load import STATUSES, Study
+from analysis.stats import Draws
+from sweeper.record import perplexity
+
+COSTS = (
+    "train_flops", "train_seconds_solo", "peak_memory_solo_bytes", "tokens_per_second_solo", "adapter_bytes",
+    "train_seconds_amortised",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Analysis:
+    """A study, its arms and every table, by name. `arms` has a row an arm and `runs` a row a run."""
+
+    study: Study
+    found: Arrangement
+    tables: dict[str, pd.DataFrame]
+    draws: Draws
+    metric: str = "nll"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def arms(self) -> pd.DataFrame:
+        return self.tables["arms"]
+
+
+def analyse(
+    study: Study, *, metric: str = "nll", tuned: Iterable[str] = (), draws: int = 2000, seed: int = 0
+) -> Analysis:
+    """Computes every table.
+
+    Args:
+        metric: what trials are chosen by (on validation) and what the main figures show (on test).
+        tuned: dotted fields besides `optim.*` that count as tuned inside an arm.
+        draws, seed: of the bootstrap.
+    """
+    sampler = Draws(draws, seed)
+    found = arrange(study, tuned=tuned, metric=metric)
+    arms = summarise(found, draws=sampler, metric=metric)
+    tables = {
+        "arms": arms,
+        "all_tasks": across_settings(found, draws=sampler),
+        "tests": compare.tests(found, draws=sampler),
+        "matched_budget": compare.matched(found, draws=sampler),
+        "share_kept": compare.shares(found, draws=sampler),
+        "anova": effects.placement_by_rank(found, metric),
+        "slopes": effects.slopes(found, metric),
+        "importance": effects.importance(found, metric=metric, seed=seed),
+        "power": compare.power_table(found, metric=metric),
+        "hypervolume": hypervolumes(found, draws=sampler, metric=metric),
+        "tuned": tuned_table(found),
+        "failures": failures(study),
+        "checks": checks.check(study, found),
+    }
+    return Analysis(study=study, found=found, tables=tables, draws=sampler, metric=metric, notes=notes(found))
+
+
+def summarise(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd.DataFrame:
+    """A row an arm, the base model of each setting first: factors, costs (medians over replicates), every metric with
+    its interval, and whether it is on the front of trainable parameters against `metric`, with its probability.
+    """
+    rows = []
+    for setting in found.settings:
+        members = _membership(setting, metric, draws)
+        for arm in ([setting.base] if setting.base else []) + setting.arms:
+            row: dict[str, Any] = {
+                "setting": setting.name,
+                "model": setting.model,
+                "dataset": setting.dataset,
+                "arm": arm.label,
+            }
+            row |= {key: value for key, value in arm.factors.items() if key not in row} | _cost_columns(setting, arm)
+            for name in found.metrics:
+                row |= _estimates(found, arm, name, draws)
+            row |= members.get(arm.label, {})
+            row["source"] = arm.runs["source"].iloc[0] if "source" in arm.runs else "study"
+            rows.append(row | {"seeds": 0 if arm.is_base else len(arm.runs)})
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["setting", "arm", "placement", "rank", "seeds"])
+
+
+def _cost_columns(setting: Setting, arm: Arm) -> dict[str, float]:
+    row = {"trainable_parameters": arm.parameters, "trainable_percent": 100 * arm.parameters / setting.total}
+    for key in (*COSTS, *(column for column in arm.runs if column.startswith("forgetting"))):
+        if arm.is_base or key not in arm.runs:
+            row[key] = 0.0 if arm.is_base and key.startswith("forgetting") else np.nan
+        else:
+            row[key] = float(pd.to_numeric(arm.runs[key], errors="coerce").median())
+    return row
+
+
+def _estimates(found: Arrangement, arm: Arm, metric: str, draws: Draws) -> dict[str, float]:
+    scores = arm.scores.get(metric)
+    if scores is None:
+        return {}
+    one = stats.interval(scores.x_RE, scores.w_E, draws=draws)
+    robust = stats.interval(scores.x_RE, scores.w_E, draws=draws, statistic="iqm") if len(scores.x_RE) > 3 else one
+    low, high = one.low, one.high
+    if higher_is_better(metric) and scores.x_RE.min() >= 0 and scores.x_RE.max() <= 1:
+        low, high = max(low, 0.0), min(high, 1.0)
+    row = {metric: one.estimate, f"{metric}_low": low, f"{metric}_high": high, f"{metric}_iqm": robust.estimate}
+    row |= {f"{metric}_iqm_low": robust.low, f"{metric}_iqm_high": robust.high}
+    if metric == "nll":
+        row |= {"perplexity": perplexity(one.estimate)}
+        row |= {f"perplexity_{side}": perplexity(value) for side, value in (("low", low), ("high", high))}
+    return row
+
+
+def _oriented(metric: str) -> float:
+    return -1.0 if higher_is_better(metric) else 1.0
+
+
+def _membership(setting: Setting, metric: str, draws: Draws) -> dict[str, dict[str, Any]]:
+    arms = [arm for arm in setting.arms if metric in arm.scores and arm.parameters > 0]
+    if not arms:
+        return {}
+    loss_BA = _oriented(metric) * stats.joint_draws(
+        [(arm.scores[metric].x_RE, arm.scores[metric].w_E) for arm in arms], draws=draws
+    )
+    cost = np.array([arm.parameters for arm in arms])
+    means = np.array([_mean(arm, metric) for arm in arms]) * _oriented(metric)
+    chances, members = pareto.membership(cost, loss_BA), pareto.front(cost, means)
+    return {
+        arm.label: {"on_front": bool(member), "front_probability": float(chance)}
+        for arm, member, chance in zip(arms, members, chances, strict=True)
+    }
+
+
+def _mean(arm: Arm, metric: str) -> float:
+    scores = arm.scores[metric]
+    return float((scores.x_RE @ scores.w_E / scores.w_E.sum()).mean())
+
+
+def across_settings(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
+    """Mean over tasks of equal weight, by model and arm, for arms that every task of the model has."""
+    rows = []
+    models = {setting.model for setting in found.settings}
+    for model in sorted(models):
+        settings = [setting for setting in found.settings if setting.model == model]
+        if len(settings) < 2:
+            continue
+        by_label = [
+            {arm.label: arm for arm in ([one.base] if one.base else []) + one.arms if arm is not None}
+            for one in settings
+        ]
+        for label in [key for key in by_label[0] if all(key in one for one in by_label)]:
+            for metric in found.metrics:
+                scores = [one[label].scores.get(metric) for one in by_label]
+                if any(score is None for score in scores):
+                    continue
+                one = stats.combine([stats.interval(s.x_RE, s.w_E, draws=draws) for s in scores if s is not None])
+                names = {"model": model, "tasks": len(settings), "arm": label, "metric": metric}
+                rows.append(names | {"estimate": one.estimate, "low": one.low, "high": one.high})
+    return pd.DataFrame(rows, columns=["model", "tasks", "arm", "metric", "estimate", "low", "high"])
+
+
+def hypervolumes(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd.DataFrame:
+    """Hypervolume of each placement's ladder of ranks: log10 of trainable parameters against the metric, up to a fixed
+    reference (all parameters of the model, the base model's score). Percentile interval over joint draws.
+    """
+    rows = []
+    for setting in found.settings:
+        base = setting.base
+        if base is None or metric not in base.scores or not setting.total > 0:
+            continue
+        reference = (float(np.log10(setting.total)), _oriented(metric) * _mean(base, metric))
+        arms = [arm for arm in setting.arms if metric in arm.scores and arm.parameters > 0]
+        groups = {"all": arms}
+        for arm in arms:
+            groups.setdefault(str(arm.factors["placement"]), []).append(arm)
+        for name, group in groups.items():
+            if not group:
+                continue
+            cost = np.log10([arm.parameters for arm in group])
+            sign = _oriented(metric)
+            drawn = sign * stats.joint_draws(
+                [(a.scores[metric].x_RE, a.scores[metric].w_E) for a in group], draws=draws
+            )
+            volumes = [pareto.hypervolume(cost, losses, reference) for losses in drawn[:400]]
+            point = pareto.hypervolume(cost, sign * np.array([_mean(arm, metric) for arm in group]), reference)
+            low, high = np.quantile(volumes, [0.025, 0.975])
+            row: dict[str, Any] = {"setting": setting.name, "metric": metric, "placement": name, "arms": len(group)}
+            rows.append(row | {"hypervolume": point, "low": low, "high": high})
+    return pd.DataFrame(rows, columns=["setting", "metric", "placement", "arms", "hypervolume", "low", "high"])
+
+
+def tuned_table(found: Arrangement) -> pd.DataFrame:
+    """The hyperparameters that validation chose in each arm, out of how many trials, and whether one is at an edge."""
+    rows = [
+        {
+            "setting": arm.setting, "arm": arm.label, "trials": arm.tried, **arm.trial,
+            "edge": ", ".join(f"{key} {side}" for key, side in arm.edges.items()),
+            found.select: float(arm.runs[found.select].mean()) if found.select in arm.runs else np.nan,
+        }
+        for arm in found.arms
+    ]  # fmt: skip
+    columns = ["setting", "arm", "trials", *found.tuned, found.select, "edge"]
+    return pd.DataFrame(rows, columns=columns) if rows else pd.DataFrame(columns=columns)
+
+
+def failures(study: Study) -> pd.DataFrame:
+    """Every run that did not complete and every folder that could not be read. Columns: kind, where, message."""
+    rows = []
+    runs = study.runs
+    for status in [status for status in STATUSES if status != "completed"]:
+        for row in runs[runs["status"] == status].to_dict("records"):
+            error = (
+                f"{row.get('error')}: {row.get('error_message')}"
+                if row.get("error")
+                else f"after {row.get('steps')} steps"
+            )
+            where = f"{row['run_id']} {row.get('placement')} r{row.get('rank')} seed={row.get('seed')}"
+            rows.append({"kind": status, "where": where, "message": error})
+    rows += [{"kind": one.kind, "where": one.folder, "message": one.message} for one in study.problems]
+    return pd.DataFrame(rows, columns=["kind", "where", "message"])
+
+
+def notes(found: Arrangement) -> list[str]:
+    """What a reader must know to read the numbers right."""
+    lines = [
+        f"Scores are of the {found.split} split; NLL in nats per response token; perplexity = exp(NLL).",
+        "Brackets are 95% intervals: seeds and evaluation examples resampled, t quantiles for few seeds.",
+        "Seconds, memory and tokens/s are of a run alone on its device (solo calibration), never shares of a pack.",
+        f"{BASE}: the model before training, on the same examples.",
+    ]
+    if found.tuned:
+        lines.append(f"Tuned inside each arm on {found.select}: {', '.join(found.tuned)}; reported on {found.split}.")
+    return lines

@@ -1,0 +1,348 @@
+"""Runs become arms: replicates put together, the hyperparameters tuned inside an arm chosen on validation."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.load import GROUPS, Problem, Study
+from analysis.stats import Array
+
+SETTING = ("model", "dataset")
+ALWAYS = ("method", "placement", "allocation", "rank")
+TUNED = ("optim.",)
+BASE = "base model"
+FULL = "full fine-tuning"
+FULL_METHODS = ("full_ft", "full-finetuning", "full_finetuning")
+NOT_METRICS = ("perplexity", "perplexity_stated", "tokens", "examples")
+
+
+@dataclass(kw_only=True)
+class Scores:
+    """x_RE with example weights w_E, the seeds of its rows and the ids of its columns. Without per-example scores there
+    is one column and `ids` is empty."""
+
+    x_RE: Array
+    w_E: Array
+    seeds: tuple[Any, ...]
+    ids: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """A cell of the grid with its chosen trial. `factors` tell it from other arms of its setting; `trial` are the tuned
+    values that won; `runs` are the completed replicates of that trial; `tried` is how many trials there were."""
+
+    setting: str
+    label: str
+    factors: dict[str, Any]
+    trial: dict[str, Any]
+    runs: pd.DataFrame
+    tried: int = 1
+    edges: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
+    incomplete: int = 0
+
+    @property
+    def is_base(self) -> bool:
+        return self.label == BASE
+
+    @cached_property
+    def parameters(self) -> float:
+        """Trainable parameters; 0 for the base model."""
+        return 0.0 if self.is_base else float(self.runs["trainable_parameters"].median())
+
+
+@dataclass(kw_only=True)
+class Setting:
+    """What is compared: one base model on one dataset. `total` are its parameters."""
+
+    name: str
+    model: str
+    dataset: str
+    total: float
+    base: Arm | None
+    arms: list[Arm]
+
+
+@dataclass(kw_only=True)
+class Arrangement:
+    """All settings; `split` is the one that is reported, `select` the one that trials are chosen on."""
+
+    settings: list[Setting]
+    metrics: list[str]
+    split: str
+    select: str
+    runs: pd.DataFrame
+    tuned: list[str]
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [arm for setting in self.settings for arm in setting.arms]
+
+
+def higher_is_better(metric: str) -> bool:
+    """NLL, perplexity, loss and forgetting are to be low; task metrics are to be high."""
+    return not any(word in metric for word in ("nll", "perplexity", "loss", "forgetting"))
+
+
+def varying(runs: pd.DataFrame, fields: Sequence[str]) -> list[str]:
+    """Fields that differ between runs of one model and dataset (or are those), and do not follow from the option chosen
+    for their group (alpha: from rank). What only one source of runs knows does not make its runs differ.
+    """
+    if runs.empty:
+        return []
+    known = [key for key in fields if key in runs]
+    groups = runs[known].groupby([runs[key].astype(str).rename(f"_{key}") for key in SETTING])
+    counts = groups.nunique(dropna=False).max()
+    differing = [key for key in known if counts[key] > 1 or (key in SETTING and runs[key].nunique() > 1)]
+
+    def follows(key: str) -> bool:
+        leader = "rank" if key == "alpha" else key.split(".")[0]
+        if leader == key or leader not in differing or leader not in (*GROUPS, "rank"):
+            return False
+        return bool((runs.groupby(leader, dropna=False)[key].nunique(dropna=False) <= 1).all())
+
+    return [key for key in differing if not follows(key)]
+
+
+def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> Arrangement:
+    """Groups completed runs into settings and arms, chooses each arm's trial and reads its per-example scores.
+
+    A trial is chosen by the mean of `metric` on validation among the trials with the most finished replicates, and
+    reported on test. Statuses other than completed never enter a mean; they are counted in the tables.
+
+    Raises:
+        ValueError: no run has `metric`.
+    """
+    runs = study.runs.copy()
+    full = runs["method"].isin(FULL_METHODS)
+    runs["rank"] = pd.to_numeric(runs["rank"]).mask(full)  # it has no rank, and it is no placement of LoRA
+    runs["placement"] = runs["placement"].mask(full, FULL)
+    split = "test" if "test.nll" in runs and runs["test.nll"].notna().any() else "validation"
+    fields = [key for key in varying(runs, study.fields) if not key.startswith("evaluation") and key != "seed"]
+    chosen_inside = [key for key in fields if key.startswith(TUNED) or key in set(tuned)]
+    setting_fields = [*SETTING, *(k for k in fields if k.split(".")[0] in SETTING and k not in SETTING)]
+    arm_fields = [*ALWAYS, *(k for k in fields if k not in (*setting_fields, *chosen_inside, *ALWAYS))]
+    for keys, name in ((setting_fields, "setting"), (arm_fields, "arm"), (chosen_inside, "trial")):
+        runs[name] = _labels(runs, keys, fields if name != "trial" else keys)
+    runs["chosen"] = False
+    found = Arrangement(
+        settings=[], metrics=_metrics(runs, split), split=split, select=f"validation.{metric}", runs=runs,
+        tuned=chosen_inside,
+    )  # fmt: skip
+    if found.metrics and metric not in found.metrics:
+        raise ValueError(f"metric {metric}: no such score. Choose from {', '.join(found.metrics)}.")
+    for name, rows in runs.groupby("setting", sort=True):
+        arms = [
+            arm
+            for label, group in rows.groupby("arm", sort=False)
+            if (arm := _arm(study, found, str(name), str(label), group, arm_fields)) is not None
+        ]
+        arms.sort(key=lambda arm: tuple(_sortable(arm.factors[key]) for key in arm_fields))
+        for arm in arms:
+            arm.scores = _scores(study, found, arm)
+        total = rows["total_parameters"].max()
+        base = _base(study, found, str(name), rows)
+        found.settings.append(
+            Setting(
+                name=str(name), model=str(rows["model"].iloc[0]), dataset=str(rows["dataset"].iloc[0]),
+                total=float(total), base=base, arms=arms,
+            )
+        )  # fmt: skip
+    return found
+
+
+def aligned(a: Scores, b: Scores) -> tuple[Array, Array, Array] | None:
+    """Both score matrices on their shared seeds and examples, with the weights; None where nothing is shared.
+
+    A score without seeds of its own (the base model) is compared with every seed of the other.
+    """
+    if bool(a.ids) != bool(b.ids):
+        return None
+    if a.ids == b.ids:
+        columns_a = columns_b = np.arange(len(a.w_E))
+    else:
+        place = {name: i for i, name in enumerate(b.ids)}
+        columns_a = np.array([i for i, name in enumerate(a.ids) if name in place], dtype=int)
+        columns_b = np.array([place[a.ids[i]] for i in columns_a], dtype=int)
+    if not len(columns_a):
+        return None
+    seeds = [seed for seed in a.seeds if seed in b.seeds] if a.seeds and b.seeds else list(a.seeds or b.seeds)
+    if not seeds and a.seeds:
+        return None
+
+    def rows(scores: Scores) -> Array:
+        place = {seed: i for i, seed in enumerate(scores.seeds)}
+        picks = [place[seed] for seed in seeds] if scores.seeds else [0] * max(len(seeds), 1)
+        return scores.x_RE[picks]
+
+    return rows(a)[:, columns_a], rows(b)[:, columns_b], a.w_E[columns_a]
+
+
+def _labels(runs: pd.DataFrame, keys: Sequence[str], shown: Sequence[str]) -> pd.Series:
+    """A short name a row, unique to the values of `keys`: those that vary, or model and dataset if none does."""
+    if not keys:
+        return pd.Series("", index=runs.index)
+    distinct = runs[list(keys)].drop_duplicates()
+    texts = []
+    for values in distinct.to_dict("records"):
+        if "experiment" in shown and "experiment" in keys and not pd.isna(values["experiment"]):
+            words = [str(values["experiment"])]
+        elif "placement" in keys:
+            rank = "" if pd.isna(values["rank"]) else f" r{values['rank']:g}"
+            head = "" if pd.isna(values["placement"]) else f"{values['placement']}{rank}"
+            groups = [k for k in ("method", "allocation") if k in shown and values["placement"] != FULL]
+            words = [head, *(str(values[k]) for k in groups if not pd.isna(values[k]))]
+            words += [_word(k, values[k]) for k in keys if k in shown and k not in ALWAYS and not pd.isna(values[k])]
+        elif "dataset" in keys:
+            words = [str(values[k]) for k in SETTING if k in shown] or [str(values["dataset"])]
+            words += [_word(k, values[k]) for k in keys if k not in SETTING and not pd.isna(values[k])]
+        else:
+            words = [_word(k, v) for k, v in values.items()]
+        texts.append(" ".join(word for word in words if word) or "run")
+    keyed = distinct.assign(_text=texts)
+    return runs[list(keys)].merge(keyed, on=list(keys), how="left")["_text"].set_axis(runs.index)
+
+
+def _word(key: str, value: Any) -> str:
+    return f"{key.split('.')[-1]}={value:g}" if isinstance(value, float) else f"{key.split('.')[-1]}={value}"
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return (2, 0.0, "")
+    return (0, float(value), "") if isinstance(value, int | float | np.number) else (1, 0.0, str(value))
+
+
+def _metrics(runs: pd.DataFrame, split: str) -> list[str]:
+    names = [column.removeprefix(f"{split}.") for column in runs if column.startswith(f"{split}.")]
+    found = [name for name in names if "." not in name and name not in NOT_METRICS]
+    return [name for name in found if pd.api.types.is_numeric_dtype(runs[f"{split}.{name}"])]
+
+
+def _arm(
+    study: Study, found: Arrangement, setting: str, label: str, rows: pd.DataFrame, fields: Sequence[str]
+) -> Arm | None:
+    reported = [f"{found.split}.{name}" for name in found.metrics]
+    done = rows[(rows["status"] == "completed") & rows[reported].notna().any(axis=1)]
+    if done.empty:
+        message = f"{label}: none of its {len(rows)} runs completed with a score on {found.split}; it is in no table"
+        study.note(Problem(folder=setting, kind="arm without a completed run", message=message))
+        return None
+    trials: dict[str, pd.DataFrame] = dict(iter(done.groupby("trial", sort=True)))
+    name = next(iter(trials))
+    if len(trials) > 1:
+        most = max(group["seed"].nunique() for group in trials.values())
+        means = {
+            trial: group[found.select].mean()
+            for trial, group in trials.items()
+            if group["seed"].nunique() == most and found.select in group
+        }
+        means = {trial: mean for trial, mean in means.items() if not pd.isna(mean)}
+        if not means:
+            message = f"{label}: several trials and no {found.select} to choose by; left out of the tables"
+            study.note(Problem(folder=setting, kind="arm without a choice", message=message))
+            return None
+        pick = max if higher_is_better(found.select) else min
+        name = pick(means, key=lambda trial: means[trial])
+    best = trials[name].drop_duplicates("seed", keep="last").sort_values("seed")
+    found.runs.loc[best.index, "chosen"] = True
+    first = best.iloc[0]
+    return Arm(
+        setting=setting,
+        label=label,
+        factors={key: first[key] for key in fields},
+        trial={key: first[key] for key in found.tuned},
+        runs=best,
+        tried=int(rows["trial"].nunique()),
+        edges={key: side for key in found.tuned if (side := _edge(first[key], rows[key]))},
+        incomplete=int((rows.loc[rows["trial"] == name, "status"] != "completed").sum()),
+    )
+
+
+def _edge(value: Any, tried: pd.Series) -> str:
+    """Whether the chosen value is the lowest or the highest that was tried: then a better one may lie outside."""
+    values = sorted(tried.dropna().unique()) if pd.api.types.is_numeric_dtype(tried) else []
+    if len(values) < 2 or value not in (values[0], values[-1]):
+        return ""
+    return "lowest tried" if value == values[0] else "highest tried"
+
+
+def _scores(study: Study, found: Arrangement, arm: Arm) -> dict[str, Scores]:
+    seeds = tuple(arm.runs["seed"])
+    columns = [
+        study.example_columns(run_id, split=found.split, moment="after") if isinstance(folder, str) else {}
+        for run_id, folder in zip(arm.runs["run_id"], arm.runs.get("folder", seeds), strict=True)
+    ]
+    scores = {}
+    for metric in found.metrics:
+        if metric.startswith("forgetting"):
+            continue
+        examples = _matrix(columns, metric, seeds)
+        level = arm.runs[f"{found.split}.{metric}"].to_numpy(dtype=float)
+        if examples is not None:
+            scores[metric] = examples
+            _check(study, arm, metric, examples, level)
+        elif not np.isnan(level).any():
+            scores[metric] = Scores(x_RE=level[:, None], w_E=np.ones(1), seeds=seeds, ids=())
+    return scores
+
+
+def _matrix(columns: Sequence[dict[str, list[Any]]], metric: str, seeds: tuple[Any, ...]) -> Scores | None:
+    if not columns or not all(metric in one and "id" in one for one in columns):
+        return None
+    ids = [str(name) for name in columns[0]["id"]]
+    rows, weights = [], None
+    for one in columns:
+        values = np.array(one[metric], dtype=float)
+        tokens = np.array(one["tokens"], dtype=float) if metric == "nll" else np.ones(len(values))
+        if len(values) != len(ids) or [str(name) for name in one["id"]] != ids:
+            place = {str(name): i for i, name in enumerate(one["id"])}
+            if set(place) != set(ids):
+                return None
+            order = [place[name] for name in ids]
+            values, tokens = values[order], tokens[order]
+        rows.append(values / tokens if metric == "nll" else values)
+        weights = tokens if weights is None else weights
+    x_RE = np.stack(rows)
+    keep = np.isfinite(x_RE).all(axis=0)
+    if weights is None or not keep.any():
+        return None
+    # One order, whatever the order of the lines, so that a seeded bootstrap draws the same examples.
+    kept = sorted(np.flatnonzero(keep), key=lambda i: ids[i])
+    return Scores(x_RE=x_RE[:, kept], w_E=weights[kept], seeds=seeds, ids=tuple(ids[i] for i in kept))
+
+
+def _check(study: Study, arm: Arm, metric: str, scores: Scores, level: Array) -> None:
+    means = scores.x_RE @ scores.w_E / scores.w_E.sum()
+    for run_id, mean, stated in zip(arm.runs["run_id"], means, level, strict=True):
+        if not np.isnan(stated) and abs(mean - stated) > 1e-3 * max(1.0, abs(stated)):
+            message = f"{metric} of the record is {stated:.6g}, its predictions give {mean:.6g}"
+            study.note(Problem(folder=str(study.folder(run_id)), kind="predictions do not match", message=message))
+
+
+def _base(study: Study, found: Arrangement, setting: str, rows: pd.DataFrame) -> Arm | None:
+    """The model before training: the same for every run of a setting, so the first run that measured it is read."""
+    column = f"{found.split}.before.nll"
+    if column not in rows or not rows[column].notna().any():
+        return None
+    runs = rows[rows[column].notna()].iloc[:1]
+    arm = Arm(setting=setting, label=BASE, factors={"placement": BASE}, trial={}, runs=runs)
+    folder = runs["folder"].iloc[0]
+    columns = (
+        study.example_columns(runs["run_id"].iloc[0], split=found.split, moment="before")
+        if isinstance(folder, str)
+        else {}
+    )
+    for metric in found.metrics:
+        level = runs.get(f"{found.split}.before.{metric}")
+        scores = _matrix([columns], metric, ())
+        if scores is None and level is not None and not pd.isna(level.iloc[0]):
+            scores = Scores(x_RE=level.to_numpy(dtype=float)[:, None], w_E=np.ones(1), seeds=(), ids=())
+        if scores is not None:
+            arm.scores[metric] = scores
+    return arm

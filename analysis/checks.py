@@ -1,0 +1,196 @@
+"""What a reviewer would ask about: numbers that contradict each other, and comparisons that would not be fair."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from analysis.arms import Arrangement
+from analysis.load import Study
+from sweeper.record import perplexity
+
+CHECK_COLUMNS = ["check", "subject", "message"]
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "attn": ("attn_q", "attn_k", "attn_v", "attn_o"),
+    "ff": ("ff_gate", "ff_up", "ff_down"),
+}
+ROLES = {**ROLES, "full": (*ROLES["attn"], *ROLES["ff"])}
+FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ff_gate_up": ("ff_gate", "ff_up")}
+FEW_EXAMPLES = 100
+
+
+def check(study: Study, found: Arrangement) -> pd.DataFrame:
+    """All findings, those that make a number wrong first. Columns: check, subject, message."""
+    rows = [*_perplexities(study), *_parameters(study), *_fairness(found), *_costs(found)]
+    return pd.DataFrame(rows, columns=CHECK_COLUMNS)
+
+
+def _perplexities(study: Study) -> Iterator[tuple[str, str, str]]:
+    """Stated perplexities that are not exp(NLL), to 1%."""
+    for column in [name for name in study.runs if name.endswith("perplexity_stated")]:
+        prefix = column.removesuffix("perplexity_stated")
+        table = study.runs[["run_id", f"{prefix}nll", column]].dropna()
+        stated = pd.to_numeric(table[column], errors="coerce")
+        right = table[f"{prefix}nll"].map(perplexity)
+        for index in table.index[(stated - right).abs() > 0.01 * right]:
+            nll = table[f"{prefix}nll"][index]
+            yield (
+                "perplexity is not exp(NLL)", _subject(study.runs.loc[index]),
+                f"{prefix}NLL {nll:.4g} gives perplexity {right[index]:.4g}, stated is {stated[index]:.6g}",
+            )  # fmt: skip
+
+
+def _parameters(study: Study) -> Iterator[tuple[str, str, str]]:
+    """Trainable parameters and adapted roles that do not fit the placement; each kind of run is looked at once."""
+    runs = (
+        study.runs[study.runs["trainable_parameters"].notna()] if "trainable_parameters" in study.runs else study.runs
+    )
+    seen: set[tuple[Any, ...]] = set()
+    for row in runs.to_dict("records"):
+        key = tuple(
+            str(row.get(name)) for name in ("layout", "placement", "rank", "trainable_parameters", "method", "model")
+        )
+        if key in seen:
+            continue
+        seen.add(key)
+        modules = study.layouts.get(row.get("layout") or 0) or []
+        stated, name = int(row["trainable_parameters"]), "parameters do not match the placement"
+        if modules:
+            yield from ((name, _subject(row), text) for text in _against_modules(row, modules, stated))
+            continue
+        expected = expected_parameters(row)
+        if expected is not None and expected != stated:
+            likely = [other for other in ROLES if expected_parameters({**row, "placement": other}) == stated]
+            hint = f"; that is the count of {likely[0]}" if likely else ""
+            yield (
+                name,
+                _subject(row),
+                f"{row['placement']} at rank {row['rank']:g} has {expected:,}, stated is {stated:,}{hint}",
+            )
+
+
+def _against_modules(row: Mapping[str, Any], modules: list[dict[str, Any]], stated: int) -> Iterator[str]:
+    counted = sum(int(module["parameters"]) for module in modules)
+    if counted != stated and str(row.get("method")) == "lora":
+        yield f"the modules have {counted:,} trainable parameters together, the record states {stated:,}"
+    roles = [role for role in str(row.get("placement.roles") or "").split(",") if role]
+    allowed = {*roles, *(fused for fused, parts in FUSED.items() if set(parts) & set(roles))}
+    strangers = sorted({str(module["role"]) for module in modules} - allowed - {"embedding", "head"})
+    if roles and strangers:
+        yield f"placement {row['placement']} adapts {', '.join(roles)}, but {', '.join(strangers)} modules have ranks"
+
+
+def expected_parameters(row: Mapping[str, Any]) -> int | None:
+    """LoRA's count r·(in + out) summed over the placement, from the shape in `model.config.*`; None where that is not
+    known. Shapes: GPT-2 (fused query, key and value) and Llama (grouped keys and values, three feed-forward matrices).
+    """
+    roles, rank = ROLES.get(str(row.get("placement"))), row.get("rank")
+    if roles is None or rank is None or pd.isna(rank) or str(row.get("method")) not in ("lora", "rslora"):
+        return None
+    if row.get("placement.layers", "all") != "all":
+        return None
+
+    def size(name: str) -> float | None:
+        value = row.get(f"model.config.{name}")
+        return None if value is None or pd.isna(value) else float(value)
+
+    width, layers = size("n_embd"), size("n_layer")
+    if width is not None and layers is not None:
+        wide = size("n_inner") or 4 * width
+        per_layer = (4 * width + 2 * width) * ("attn_q" in roles) + 2 * (width + wide) * ("ff_down" in roles)
+        return int(rank * layers * per_layer)
+    width, layers, heads = size("hidden_size"), size("num_hidden_layers"), size("num_attention_heads")
+    inner = size("intermediate_size")
+    if width is None or layers is None or heads is None or inner is None:
+        return None
+    head = size("head_dim") or width / heads
+    groups = size("num_key_value_heads") or heads
+    per_layer = (2 * (width + heads * head) + 2 * (width + groups * head)) * ("attn_q" in roles)
+    return int(rank * layers * (per_layer + 3 * (width + inner) * ("ff_down" in roles)))
+
+
+def _fairness(found: Arrangement) -> Iterator[tuple[str, str, str]]:
+    """Too few seeds or examples, learning rates that were not tuned or not far enough, budgets that differ."""
+    arms = found.arms
+    if not arms:
+        return
+    if found.split != "test":
+        yield (
+            "no test split",
+            "study",
+            "trials are chosen and reported on validation: the reported scores are optimistic",
+        )
+    single = [arm.label for arm in arms if len(arm.runs) == 1]
+    if single:
+        text = f"{len(single)} of {len(arms)} arms have one seed: their intervals cover evaluation examples only"
+        yield "one seed", _some(single), text
+    if not any(key.endswith(".lr") for key in found.tuned):
+        yield (
+            "one learning rate",
+            "study",
+            "every arm ran at one learning rate; arms may differ in which one suits them",
+        )
+    edges = [f"{arm.label} ({key} {side})" for arm in arms for key, side in arm.edges.items()]
+    if edges:
+        text = f"the chosen value is at the edge of what was tried in {len(edges)} arms; a better one may lie outside"
+        yield "tuned to the edge", _some(edges), text
+    for setting in found.settings:
+        counts = [len(scores.ids) for arm in setting.arms for scores in arm.scores.values() if scores.ids]
+        if counts and min(counts) < FEW_EXAMPLES:
+            yield (
+                "few evaluation examples",
+                setting.name,
+                f"{min(counts)} examples on {found.split}; see the power table",
+            )
+        yield from _budgets(setting.name, setting.arms)
+        base = setting.base
+        if base is not None and "nll" in base.scores:
+            reference = float(base.scores["nll"].x_RE[0] @ base.scores["nll"].w_E / base.scores["nll"].w_E.sum())
+            worse = [arm.label for arm in setting.arms if arm.runs[f"{found.split}.nll"].mean() > reference]
+            if worse:
+                text = f"{len(worse)} arms have a higher NLL than the base model ({reference:.4g})"
+                yield "worse than the base model", f"{setting.name}: {_some(worse)}", text
+    incomplete = [arm.label for arm in arms if arm.incomplete]
+    if incomplete:
+        text = f"{len(incomplete)} arms have replicates of the chosen trial that failed, diverged or were pruned"
+        yield "missing replicates", _some(incomplete), text
+
+
+def _budgets(setting: str, arms: list[Any]) -> Iterator[tuple[str, str, str]]:
+    sizes: dict[str, list[float]] = {}
+    for arm in arms:
+        if not pd.isna(arm.factors["rank"]):
+            rest = repr({key: str(value) for key, value in arm.factors.items() if key != "placement"})
+            sizes.setdefault(rest, []).append(arm.parameters)
+    ratios = {rest: max(found) / min(found) for rest, found in sizes.items() if min(found) > 0}
+    if ratios and max(ratios.values()) > 1.05:
+        text = f"placements at equal rank differ up to {max(ratios.values()):.2f} times in trainable parameters; "
+        yield "unequal budgets", setting, text + "read the matched-budget comparison beside the tests at equal rank"
+
+
+def _costs(found: Arrangement) -> Iterator[tuple[str, str, str]]:
+    runs = found.runs[found.runs["chosen"]]
+    if runs.empty or "train_seconds_solo" not in runs:
+        return
+    missing = int(runs["train_seconds_solo"].isna().sum())
+    if missing:
+        text = f"{missing} of {len(runs)} runs have no solo calibration: seconds and memory stay empty, never a pack's"
+        yield "no solo cost", "study", text
+    devices = runs.loc[runs["train_seconds_solo"].notna(), "device"].dropna().unique() if "device" in runs else []
+    if len(devices) > 1:
+        yield (
+            "several devices",
+            ", ".join(map(str, devices)),
+            "seconds and memory come from different devices: do not compare",
+        )
+
+
+def _subject(row: Any) -> str:
+    rank = row.get("rank")
+    words = [str(row.get("experiment") or row.get("placement")), "" if rank is None or pd.isna(rank) else f"r{rank:g}"]
+    return " ".join(word for word in words if word) + f" ({row['run_id']})"
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    distinct = list(dict.fromkeys(names))
+    return ", ".join(distinct[:most]) + (f" and {len(distinct) - most} more" if len(distinct) > most else "")

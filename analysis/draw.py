@@ -1,0 +1,232 @@
+"""Drawing: each function puts one table on one Axes. Nothing here reads files or chooses colours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from analysis.style import GREY, SEQUENTIAL, Look
+
+
+def amount(value: float, _: Any = None) -> str:
+    """1.2M for 1,200,000."""
+    for unit in ("", "k", "M", "G"):
+        if abs(value) < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def scatter(
+    ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look], labels: bool = True
+) -> None:
+    """Cost against quality: an arm a point with its interval; members of the front filled, joined, labelled by rank."""
+    for placement, group in arms.groupby("placement", sort=False):
+        look = looks[str(placement)]
+        for inside, part in group.groupby(group["on_front"].fillna(False).astype(bool)):
+            errors = np.abs(part[[f"{metric}_low", f"{metric}_high"]].to_numpy().T - part[metric].to_numpy())
+            ax.errorbar(
+                part[cost], part[metric], yerr=errors, fmt=look.marker, color=look.colour, elinewidth=0.8, capsize=0,
+                markerfacecolor=look.colour if inside else "white", markeredgewidth=1.0, zorder=3,
+            )  # fmt: skip
+    members = arms[arms["on_front"].fillna(False).astype(bool)].sort_values(cost)
+    ax.step(members[cost], members[metric], where="post", color=GREY, linewidth=0.8, zorder=1)
+    _log_ticks(ax, arms[cost])
+    _room(ax, arms, metric)
+    if labels:
+        for row in (arms if len(arms) <= 12 else members).to_dict("records"):
+            if not pd.isna(row["rank"]):
+                at, offset = (row[cost], row[metric]), (5, 3)
+                ax.annotate(f"{row['rank']:g}", at, xytext=offset, textcoords="offset points", fontsize=6, color=GREY)
+
+
+def rank_lines(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look]) -> None:
+    """Score against rank, a line a placement, the 95% interval as a band."""
+    for placement, group in arms.groupby("placement", sort=False):
+        group, look = group.sort_values("rank"), looks[str(placement)]
+        if group["rank"].isna().all():  # full fine-tuning: a level to compare with
+            ax.axhline(group[metric].iloc[0], color=look.colour, linestyle=look.line, linewidth=0.9)
+            continue
+        ax.fill_between(
+            group["rank"], group[f"{metric}_low"], group[f"{metric}_high"], color=look.colour, alpha=0.15, linewidth=0
+        )
+        ax.plot(group["rank"], group[metric], color=look.colour, marker=look.marker, linestyle=look.line)
+    ax.set_xscale("log", base=2)
+    ranks = sorted(arms["rank"].dropna().unique())
+    shown = ranks if len(ranks) <= 7 else ranks[:: int(np.ceil(len(ranks) / 6))]
+    ax.xaxis.set_major_locator(FixedLocator(shown))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("rank")
+
+
+def heat(
+    ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look], *, higher: bool, digits: int = 3
+) -> None:
+    """Placement × rank with the score in each cell; lighter is better."""
+    table = arms.pivot_table(index="placement", columns="rank", values=metric, sort=False)
+    table = table.loc[[name for name in looks if name in table.index], sorted(table.columns)]
+    values = table.to_numpy(dtype=float)
+    norm = Normalize(np.nanmin(values), np.nanmax(values))
+    ax.imshow(values, cmap=SEQUENTIAL if higher else f"{SEQUENTIAL}_r", norm=norm, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isnan(value) and values.size <= 80:
+            bright = (norm(value) if higher else 1 - norm(value)) > 0.5
+            colour = "black" if bright else "white"
+            ax.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color=colour)
+    step = max(1, int(np.ceil(len(table.columns) / 8)))
+    ax.set_xticks(range(0, len(table.columns), step), [f"{rank:g}" for rank in table.columns[::step]])
+    ax.set_yticks(range(len(table)), [str(name) for name in table.index])
+    ax.grid(False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("rank")
+
+
+def learning_rates(ax: Axes, trials: pd.DataFrame, looks: Mapping[str, Look]) -> None:
+    """Validation score against learning rate, a line a placement; each seed a faint point, the chosen rate ringed.
+    Columns: placement, lr, value, chosen."""
+    for placement, group in trials.groupby("placement", sort=False):
+        look = looks[str(placement)]
+        ax.plot(
+            group["lr"], group["value"], look.marker, color=look.colour, alpha=0.3, markersize=2.5, markeredgewidth=0
+        )
+        means = group.groupby("lr")["value"].mean()
+        ax.plot(means.index, means, color=look.colour, linestyle=look.line, marker=look.marker)
+        best = group.loc[group["chosen"], "lr"]
+        if len(best):
+            ring: dict[str, Any] = {
+                "markersize": 8,
+                "markerfacecolor": "none",
+                "markeredgecolor": look.colour,
+                "markeredgewidth": 0.8,
+            }
+            ax.plot([best.iloc[0]], [means[best.iloc[0]]], "o", **ring)
+    _log_ticks(ax, trials["lr"], scientific=True)
+    low, high = trials["value"].min(), trials["value"].max()
+    if low > 0 and high / low > 8:
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def curves(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> None:
+    """Training loss over steps, smoothed; a line a placement (mean of seeds) with the range of seeds as a band.
+    Columns: placement, run_id, step, loss."""
+    for placement, group in table.groupby("placement", sort=False):
+        look = looks[str(placement)]
+        wide = group.pivot_table(index="step", columns="run_id", values="loss")
+        smooth = wide.ewm(span=max(2, len(wide) / 15)).mean()
+        ax.fill_between(
+            smooth.index, smooth.min(axis=1), smooth.max(axis=1), color=look.colour, alpha=0.15, linewidth=0
+        )
+        ax.plot(smooth.index, smooth.mean(axis=1), color=look.colour, linestyle=look.line)
+    low, high = table["loss"].min(), table["loss"].max()
+    if low > 0 and high / low > 20:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("step")
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def learn_forget(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look]) -> None:
+    """Forgetting (rise of NLL on other text) against the score on the task; larger points are larger ranks."""
+    ranks = np.log2(arms["rank"].fillna(arms["rank"].max()).astype(float))
+    sizes = 14 + 40 * (ranks - ranks.min()) / max(ranks.max() - ranks.min(), 1)
+    for placement, group in arms.groupby("placement", sort=False):
+        look = looks[str(placement)]
+        ax.scatter(
+            group["forgetting"], group[metric], s=sizes[group.index], marker=look.marker, color=look.colour,
+            edgecolors="white", linewidths=0.5, zorder=3,
+        )  # fmt: skip
+    ax.axvline(0, color=GREY, linewidth=0.6)
+    ax.set_xlabel("forgetting: rise of NLL elsewhere (nats)")
+
+
+def where_rank_went(ax: Axes, modules: pd.DataFrame, top: float) -> Any:
+    """Rank by role (rows) and layer (columns); white where nothing is adapted. Returns the image, for a colour bar."""
+    table = modules.pivot_table(index="role", columns="layer", values="rank", sort=False)
+    image = ax.imshow(table.to_numpy(dtype=float), cmap=f"{SEQUENTIAL}_r", vmin=0, vmax=top, aspect="auto")
+    ax.set_yticks(range(len(table)), [str(role) for role in table.index])
+    step = max(1, len(table.columns) // 6)
+    ax.set_xticks(range(0, len(table.columns), step), [f"{layer:g}" for layer in table.columns[::step]])
+    ax.grid(False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("layer")
+    return image
+
+
+def bars(ax: Axes, table: pd.DataFrame) -> None:
+    """Importance, most important first, with intervals. Columns: field, importance, low, high."""
+    table = table.sort_values("importance")
+    errors = np.clip(np.abs(table[["low", "high"]].to_numpy().T - table["importance"].to_numpy()), 0, None)
+    colours = ["#b8c0c8" if name == "interactions and noise" else "#0072B2" for name in table["field"]]
+    ax.barh(
+        table["field"].map(lambda name: name.removeprefix("optim.")),
+        100 * table["importance"],
+        color=colours,
+        height=0.6,
+    )
+    ax.errorbar(
+        100 * table["importance"],
+        range(len(table)),
+        xerr=100 * errors,
+        fmt="none",
+        ecolor="black",
+        elinewidth=0.8,
+        capsize=2,
+    )
+    ax.set_xlabel("variance explained (%)")
+    ax.grid(axis="y", visible=False)
+
+
+def share_kept(ax: Axes, shares: pd.DataFrame, looks: Mapping[str, Look]) -> None:
+    """Share of the reference's gain against the share of the model that is trained; the dashed line is 95%."""
+    for placement, group in shares.groupby("placement", sort=False):
+        group, look = group.sort_values("percent"), looks[str(placement)]
+        errors = 100 * np.abs(group[["low", "high"]].to_numpy().T - group["share"].to_numpy())
+        ax.errorbar(
+            group["percent"], 100 * group["share"], yerr=errors, color=look.colour, marker=look.marker,
+            linestyle=look.line, elinewidth=0.8, capsize=0,
+        )  # fmt: skip
+    ax.axhline(100, color=GREY, linewidth=0.6)
+    ax.axhline(95, color=GREY, linewidth=0.6, linestyle="--")
+    _log_ticks(ax, shares["percent"])
+    ax.set_xlabel("trained parameters (% of model)")
+
+
+def _log_ticks(ax: Axes, values: pd.Series, *, scientific: bool = False) -> None:
+    """A log axis with 1, 2, 5 ticks that are written out, even where it spans less than a decade."""
+    known = values[values > 0].dropna()
+    ratio = known.max() / known.min() if len(known) else 1.0
+    if 1 < ratio < 3 and not scientific:
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(FuncFormatter(amount))
+        ax.margins(x=0.12)
+        return
+    ax.set_xscale("log")
+    if scientific:
+        distinct = sorted(known.unique())
+        ax.xaxis.set_major_locator(FixedLocator(distinct if len(distinct) <= 5 else distinct[:: len(distinct) // 4]))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e−")))
+    else:
+        subs = (1.0, 2.0, 5.0) if ratio < 100 else (1.0,)
+        ax.xaxis.set_major_locator(LogLocator(subs=subs))
+        ax.xaxis.set_major_formatter(FuncFormatter(amount))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    if ratio < 1.01:
+        ax.set_xlim(known.min() / 2, known.max() * 2) if len(known) else None
+    else:
+        ax.set_xlim(known.min() / ratio**0.12, known.max() * ratio**0.16)
+
+
+def _room(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
+    low, high = arms[f"{metric}_low"].min(), arms[f"{metric}_high"].max()
+    if np.isfinite(low) and high > low:
+        ax.set_ylim(low - 0.08 * (high - low), high + 0.12 * (high - low))

@@ -1,0 +1,143 @@
+"""What moves the score: a fixed-effects analysis of variance of placement × rank, slopes over rank, and the importance
+of each hyperparameter."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import special
+
+from analysis.arms import Arrangement, varying
+from analysis.stats import Array
+
+NDArrayInt = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+def anova(y: Array, factors: pd.DataFrame, interactions: Sequence[tuple[str, str]] = ()) -> pd.DataFrame:
+    """Analysis of variance with categorical fixed effects, type II sums of squares (each factor after all others, an
+    interaction after the main effects; Fox 2016, chapter 8). Columns: term, ss, df, f, p, partial_eta2."""
+    names = list(factors.columns)
+    designs = {name: _dummies(factors[name]) for name in names}
+    for a, b in interactions:
+        designs[f"{a} × {b}"] = _dummies(factors[a].astype(str) + "\x1f" + factors[b].astype(str))
+    terms = [*names, *(f"{a} × {b}" for a, b in interactions)]
+    rss_all, rank_all = _fit(y, [designs[term] for term in terms])
+    free = len(y) - rank_all
+    rows = []
+    for term in terms:
+        related = [other for other in terms if other != term and not (term in names and term in other.split(" × "))]
+        without, rank_without = _fit(y, [designs[other] for other in related])
+        with_term, rank_with = _fit(y, [designs[other] for other in [*related, term]])
+        ss, df = max(without - with_term, 0.0), rank_with - rank_without
+        f = (ss / df) / (rss_all / free) if df and free > 0 and rss_all > 0 else np.nan
+        p = float(special.fdtrc(df, free, f)) if not np.isnan(f) else np.nan
+        eta = ss / (ss + rss_all) if ss + rss_all > 0 else np.nan
+        rows.append({"term": term, "ss": ss, "df": df, "f": f, "p": p, "partial_eta2": eta})
+    rows.append({"term": "residual", "ss": rss_all, "df": free, "f": np.nan, "p": np.nan, "partial_eta2": np.nan})
+    return pd.DataFrame(rows)
+
+
+def placement_by_rank(found: Arrangement, metric: str = "nll") -> pd.DataFrame:
+    """A row a term and setting: score ~ placement + rank + placement × rank, with the seed as a block."""
+    parts = []
+    for name, runs in _chosen(found, metric):
+        factors = pd.DataFrame({key: runs[key].astype(str) for key in ("placement", "rank")})
+        crossed = [("placement", "rank")] if factors.nunique().min() > 1 else []
+        factors = factors[[key for key in factors if factors[key].nunique() > 1]]
+        if runs["seed"].nunique() > 1:
+            factors["seed"] = runs["seed"].astype(str)
+        if len(factors.columns):
+            table = anova(runs[f"{found.split}.{metric}"].to_numpy(dtype=float), factors, crossed)
+            parts.append(table.assign(setting=name, metric=metric))
+    columns = ["setting", "metric", "term", "ss", "df", "f", "p", "partial_eta2"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def slopes(found: Arrangement, metric: str = "nll") -> pd.DataFrame:
+    """Change of the score for each doubling of the rank, by placement: least squares on log2(rank), t interval."""
+    rows = []
+    for name, runs in _chosen(found, metric):
+        for placement, group in runs.groupby("placement"):
+            x = np.log2(group["rank"].to_numpy(dtype=float))
+            y = group[f"{found.split}.{metric}"].to_numpy(dtype=float)
+            if len(np.unique(x)) < 2 or len(x) < 3:
+                continue
+            slope = float(np.cov(x, y)[0, 1] / np.var(x, ddof=1))
+            rest = y - y.mean() - slope * (x - x.mean())
+            error = float((rest @ rest / (len(x) - 2) / ((x - x.mean()) ** 2).sum()) ** 0.5)
+            half = float(special.stdtrit(len(x) - 2, 0.975)) * error
+            p = float(2 * special.stdtr(len(x) - 2, -abs(slope) / error)) if error > 0 else 0.0
+            values = {"slope": slope, "low": slope - half, "high": slope + half, "p": p}
+            rows.append({"setting": name, "metric": metric, "placement": placement, **values, "runs": len(x)})
+    return pd.DataFrame(rows, columns=["setting", "metric", "placement", "slope", "low", "high", "p", "runs"])
+
+
+def importance(found: Arrangement, *, metric: str = "nll", draws: int = 200, seed: int = 0) -> pd.DataFrame:
+    """Share of the variance of the validation score, over all completed runs, that each varied field explains.
+
+    The functional analysis of variance of Hutter et al. (2014), which on a grid is the classical one: type II sum of
+    squares of the main effect over the total. What is left is interactions and noise. Numbers with more than 8 values
+    are cut at their quantiles into 6. Intervals: percentile bootstrap over runs.
+    """
+    rows = []
+    rng = np.random.default_rng(seed)
+    for setting in found.settings:
+        runs = found.runs[(found.runs["setting"] == setting.name) & (found.runs["status"] == "completed")]
+        runs = runs[runs[found.select].notna()] if found.select in runs else runs.iloc[:0]
+        names = ["method", "placement", "allocation", "rank", *found.tuned, "seed"]
+        names += [key for arm in setting.arms[:1] for key in arm.factors if key not in names]
+        names = [key for key in varying(runs, names) if key in runs]
+        if len(runs) < 4 or len(names) < 2:
+            continue
+        y, codes = runs[found.select].to_numpy(dtype=float), [_codes(runs[key]) for key in names]
+        point = _explained(y, codes)
+        picks = rng.integers(0, len(y), (draws, len(y))) if len(y) <= 2000 else rng.integers(0, len(y), (draws, 2000))
+        drawn = np.array([_explained(y[pick], [code[pick] for code in codes]) for pick in picks])
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        for i, name in enumerate([*names, "interactions and noise"]):
+            rows.append(
+                {"setting": setting.name, "field": name, "importance": point[i], "low": low[i], "high": high[i]}
+            )
+    return pd.DataFrame(rows, columns=["setting", "field", "importance", "low", "high"])
+
+
+def _explained(y: Array, codes: Sequence[NDArrayInt]) -> Array:
+    """Type II main-effect shares and the remainder. Main effects need only the cell counts, so this is fast for many
+    runs: the normal equations of the dummies are sums over pairs of codes."""
+    total = float(((y - y.mean()) ** 2).sum())
+    if total == 0:
+        return np.zeros(len(codes) + 1)
+    designs = [np.eye(int(code.max()) + 1)[code][:, 1:] for code in codes]
+    rss, _ = _fit(y, designs)
+    without = [_fit(y, designs[:i] + designs[i + 1 :])[0] for i in range(len(designs))]
+    return np.array([*(max(one - rss, 0.0) / total for one in without), rss / total])
+
+
+def _codes(values: pd.Series) -> NDArrayInt:
+    if pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
+        values = pd.qcut(values, 6, duplicates="drop")
+    codes: NDArrayInt = pd.factorize(values, use_na_sentinel=False)[0]
+    return codes
+
+
+def _chosen(found: Arrangement, metric: str) -> list[tuple[str, pd.DataFrame]]:
+    runs = found.runs[found.runs["chosen"]]
+    column = f"{found.split}.{metric}"
+    runs = runs[runs[column].notna() & runs["rank"].notna()] if column in runs else runs.iloc[:0]
+    return [(str(name), group) for name, group in runs.groupby("setting")]
+
+
+def _dummies(values: pd.Series) -> Array:
+    dummies: Array = pd.get_dummies(values, drop_first=True).to_numpy(dtype=float)
+    return dummies
+
+
+def _fit(y: Array, designs: Sequence[Array]) -> tuple[float, int]:
+    """Residual sum of squares and rank of the least-squares fit with an intercept."""
+    y = y - y.mean()  # the intercept takes it up; without it the difference of squares below keeps more digits
+    x = np.column_stack([np.ones(len(y)), *designs])
+    gram = x.T @ x
+    values, vectors = np.linalg.eigh(gram)
+    keep = values > values[-1] * 1e-10
+    projected = (vectors[:, keep].T @ (x.T @ y)) / np.sqrt(values[keep])
+    return max(float(y @ y - projected @ projected), 0.0), int(keep.sum())

@@ -1,0 +1,365 @@
+"""The paper's figures: which there are, what each needs, and how they are laid out and saved."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import draw
+from analysis.analyse import Analysis
+from analysis.arms import BASE, higher_is_better
+from analysis.style import COLUMN, TEXT, Look, looks, styled
+from analysis.tables import number, title
+
+Maker = Callable[[Analysis], Figure | str]
+"""Makes a figure, or says why the study has no data for it."""
+
+MOST_SETTINGS = 6
+PANEL_HEIGHT = 1.95
+
+
+def pareto(analysis: Analysis, metric: str, cost: str = "trainable_parameters") -> Figure | str:
+    """Cost against the metric, with the front."""
+    arms = _trained(analysis, metric)
+    if cost not in arms or arms[cost].isna().all():
+        return f"no run has {cost}" + (" (solo calibration was off)" if "solo" in cost else "")
+    arms = arms[arms[cost] > 0]
+    if cost != "trainable_parameters":
+        arms = _front_by(arms, metric, cost)
+    label = {"train_seconds_solo": "training time alone (s)", "trainable_parameters": "trainable parameters"}
+    look = looks(_placements(arms))
+    figure, axes = _panels(_names(arms))
+    for name, ax in axes.items():
+        draw.scatter(ax, arms[arms["setting"] == name], metric, cost, look)
+        ax.set_xlabel(label.get(cost, cost))
+        _base_note(ax, analysis, name, metric)
+    _finish(figure, axes, look, _axis(analysis, metric))
+    return figure
+
+
+def rank_curves(analysis: Analysis, metric: str) -> Figure | str:
+    """The metric against rank, a line a placement."""
+    arms = _trained(analysis, metric)
+    if arms["rank"].nunique() < 2:
+        return "the study has one rank"
+    look = looks(_placements(arms))
+    figure, axes = _panels(_names(arms))
+    for name, ax in axes.items():
+        draw.rank_lines(ax, _simplest(analysis, arms[arms["setting"] == name]), metric, look)
+    _finish(figure, axes, look, _axis(analysis, metric))
+    return figure
+
+
+def heat_map(analysis: Analysis, metric: str) -> Figure | str:
+    """Placement × rank."""
+    arms = _trained(analysis, metric)
+    arms = arms[arms["rank"].notna()]
+    if len(arms) < 2:
+        return "fewer than two arms"
+    look = looks(_placements(arms))
+    figure, axes = _panels(_names(arms), height=0.75 + 0.28 * arms["placement"].nunique())
+    for name, ax in axes.items():
+        draw.heat(ax, _simplest(analysis, arms[arms["setting"] == name]), metric, look, higher=higher_is_better(metric))
+    for name, ax in axes.items():
+        ax.set_title(_axis(analysis, metric) if len(axes) == 1 else f"{name}: {_axis(analysis, metric)}")
+    return figure
+
+
+def learning_rate(analysis: Analysis) -> Figure | str:
+    """Sensitivity to the learning rate of each placement, at up to three ranks."""
+    found = analysis.found
+    runs = found.runs
+    if "optim.lr" not in found.tuned or found.select not in runs:
+        return "every run has the same learning rate"
+    runs = runs[(runs["status"] == "completed") & runs[found.select].notna() & (runs["source"] == "study")]
+    trials = pd.DataFrame(
+        {
+            "setting": runs["setting"], "placement": runs["placement"], "rank": runs["rank"], "lr": runs["optim.lr"],
+            "value": runs[found.select], "chosen": runs["chosen"],
+        }
+    )  # fmt: skip
+    look = looks(_placements(trials))
+    ranks = _spread(sorted(trials["rank"].dropna().unique()))
+    settings = _names(trials)[:3]
+    figure, grid = plt.subplots(
+        len(settings), len(ranks), figsize=(TEXT if len(ranks) > 1 else COLUMN, 0.5 + 1.55 * len(settings)),
+        sharex=True, sharey="row", squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for i, name in enumerate(settings):
+        for j, rank in enumerate(ranks):
+            part = trials[(trials["setting"] == name) & (trials["rank"] == rank)]
+            if len(part):
+                draw.learning_rates(grid[i][j], part, look)
+            grid[i][j].set_title(f"{name}, rank {rank:g}" if len(settings) > 1 else f"rank {rank:g}")
+            if i == len(settings) - 1:
+                grid[i][j].set_xlabel("learning rate")
+        grid[i][0].set_ylabel(f"validation {title(analysis.metric)}")
+    _legend(figure, look)
+    return figure
+
+
+def training_curves(analysis: Analysis) -> Figure | str:
+    """Training loss of the chosen trials, at up to three ranks."""
+    runs = analysis.found.runs
+    runs = runs[runs["chosen"] & runs["folder"].notna()] if "folder" in runs else runs.iloc[:0]
+    if runs.empty:
+        return "no run left a training curve"
+    ranks = _spread(sorted(runs["rank"].dropna().unique()))
+    settings = _names(runs)[:3]
+    runs = runs[runs["rank"].isin(ranks) & runs["setting"].isin(settings)]
+    runs = runs.groupby(["setting", "placement", "rank"], dropna=False).head(5)
+    table = analysis.study.curves(runs["run_id"])
+    if table.empty:
+        return "no run left a training curve"
+    table = table.merge(runs[["run_id", "setting", "placement", "rank"]], on="run_id")
+    look = looks(_placements(table))
+    figure, grid = plt.subplots(
+        len(settings), len(ranks), figsize=(TEXT if len(ranks) > 1 else COLUMN, 0.5 + 1.55 * len(settings)),
+        sharey="row", squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for i, name in enumerate(settings):
+        for j, rank in enumerate(ranks):
+            part = table[(table["setting"] == name) & (table["rank"] == rank)]
+            if len(part):
+                draw.curves(grid[i][j], part, look)
+            grid[i][j].set_title(f"{name}, rank {rank:g}" if len(settings) > 1 else f"rank {rank:g}")
+            if i < len(settings) - 1:
+                grid[i][j].set_xlabel("")
+        grid[i][0].set_ylabel("training loss (nats)")
+    _legend(figure, look)
+    return figure
+
+
+def learn_forget(analysis: Analysis) -> Figure | str:
+    """Learning against forgetting."""
+    arms = _trained(analysis, analysis.metric)
+    if "forgetting" not in arms or arms["forgetting"].isna().all():
+        return "no run was scored on text outside its task (a split besides train, validation and test)"
+    look = looks(_placements(arms))
+    figure, axes = _panels(_names(arms))
+    for name, ax in axes.items():
+        draw.learn_forget(ax, arms[arms["setting"] == name], analysis.metric, look)
+    _finish(figure, axes, look, _axis(analysis, analysis.metric))
+    return figure
+
+
+def where_rank_went(analysis: Analysis) -> Figure | str:
+    """Rank by layer and role, for up to four arms: those of uneven rank, else the highest rank of each placement."""
+    arms = [arm for arm in analysis.found.arms if analysis.study.layouts.get(arm.runs["layout"].iloc[0])]
+    arms = [arm for arm in arms if arm.setting == arms[0].setting]
+    tables = {arm.label: analysis.study.modules([arm.runs["run_id"].iloc[0]]) for arm in arms}
+    tables = {label: table[table["layer"].notna()] for label, table in tables.items() if len(table)}
+    if not any(len(table) for table in tables.values()):
+        return "no record lists its adapted modules"
+    uneven = [label for label, table in tables.items() if table["rank"].nunique() > 1]
+    last: dict[str, str] = {str(arm.factors["placement"]): arm.label for arm in arms if arm.label in tables}
+    chosen = (uneven or list(last.values()))[:4]
+    figure, grid = plt.subplots(
+        1, len(chosen), figsize=(TEXT if len(chosen) > 1 else COLUMN, 1.75), squeeze=False, layout="constrained"
+    )
+    top = max(float(tables[label]["rank"].max()) for label in chosen)
+    images = [draw.where_rank_went(ax, tables[label], top) for ax, label in zip(grid[0], chosen, strict=True)]
+    for ax, label in zip(grid[0], chosen, strict=True):
+        ax.set_title(label)
+    ticks = sorted({float(tables[label]["rank"].min()) for label in chosen} | {top})
+    figure.colorbar(images[-1], ax=list(grid[0]), label="rank", shrink=0.9, pad=0.01, ticks=ticks)
+    return figure
+
+
+def importance(analysis: Analysis) -> Figure | str:
+    """Importance of each varied field."""
+    table = analysis.tables["importance"]
+    if table.empty:
+        return "fewer than two fields vary, or fewer than four runs"
+    figure, axes = _panels(_names(table), height=0.7 + 0.22 * table["field"].nunique())
+    for name, ax in axes.items():
+        draw.bars(ax, table[table["setting"] == name])
+    _finish(figure, axes, {}, "")
+    return figure
+
+
+def share_kept(analysis: Analysis) -> Figure | str:
+    """Share of full fine-tuning's gain kept; of the full placement's where the study has no full fine-tuning."""
+    table = analysis.tables["share_kept"]
+    table = table[(table["metric"] == analysis.metric) & table["share"].notna()]
+    if table.empty:
+        return "no full fine-tuning and no full placement whose gain over the base model is clear"
+    reference = "full fine-tuning" if (table["reference"] == "full fine-tuning").any() else "full placement"
+    table = table[table["reference"] == reference]
+    look = looks(_placements(table))
+    figure, axes = _panels(_names(table))
+    for name, ax in axes.items():
+        draw.share_kept(ax, table[table["setting"] == name], look)
+    what = "full fine-tuning's" if reference == "full fine-tuning" else "the full placement's"
+    _finish(figure, axes, look, f"gain in {title(analysis.metric)} kept\n(% of {what})")
+    return figure
+
+
+def makers(analysis: Analysis) -> dict[str, Maker]:
+    """Name of each figure file -> its maker."""
+    found: dict[str, Maker] = {}
+    for metric in [analysis.metric, *(name for name in analysis.found.metrics if name != analysis.metric)][:3]:
+        found[f"pareto_{metric}"] = lambda one, metric=metric: pareto(one, metric)  # type: ignore[misc]
+        found[f"rank_{metric}"] = lambda one, metric=metric: rank_curves(one, metric)  # type: ignore[misc]
+    found["pareto_seconds"] = lambda one: pareto(one, one.metric, "train_seconds_solo")
+    found[f"heatmap_{analysis.metric}"] = lambda one: heat_map(one, one.metric)
+    return found | {
+        "share_kept": share_kept, "learning_rate": learning_rate, "training_curves": training_curves,
+        "learn_forget": learn_forget, "where_rank_went": where_rank_went, "importance": importance,
+    }  # fmt: skip
+
+
+def write(
+    analysis: Analysis, folder: Path, *, only: Sequence[str] = (), workers: int = 2
+) -> tuple[list[Path], dict[str, str]]:
+    """Saves every figure as PDF and PNG, on two processes where the system can fork. Returns the files, and for figures
+    left out the reason."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [name for name in makers(analysis) if not only or name in only]
+    with styled():  # makes the font that the processes share
+        shares = [names[i::workers] for i in range(workers)] if workers > 1 and _can_fork() else [names]
+    found: dict[str, str | None] = {}
+    if len(shares) > 1 and len(names) > 1:
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("fork"), initializer=_inherit, initargs=(analysis,)
+        ) as pool:
+            for part in pool.map(_save_inherited, shares, [folder] * len(shares)):
+                found |= part
+    else:
+        found = _save(analysis, names, folder)
+    written = [folder / f"{name}.{suffix}" for name in names if found[name] is None for suffix in ("pdf", "png")]
+    return written, {name: reason for name in names if (reason := found[name]) is not None}
+
+
+def _save(analysis: Analysis, names: Sequence[str], folder: Path) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in names:
+        with styled():
+            made = makers(analysis)[name](analysis) if analysis.found.arms else "no completed run"
+            if isinstance(made, str):
+                found[name] = made
+                for suffix in ("pdf", "png"):
+                    (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+                continue
+            made.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+            made.set_layout_engine("none")
+            made.savefig(folder / f"{name}.png", metadata={"Software": None})
+            plt.close(made)
+            found[name] = None
+    return found
+
+
+def _can_fork() -> bool:
+    return sys.platform == "linux" and threading.active_count() == 1 and (os.cpu_count() or 1) > 1
+
+
+_inherited: list[Analysis] = []
+
+
+def _inherit(analysis: Analysis) -> None:
+    _inherited.append(analysis)
+
+
+def _save_inherited(names: Sequence[str], folder: Path) -> dict[str, str | None]:
+    return _save(_inherited[0], names, folder)
+
+
+def _trained(analysis: Analysis, metric: str) -> pd.DataFrame:
+    arms = analysis.arms[analysis.arms["arm"] != BASE]
+    arms = arms[arms[metric].notna()].copy() if metric in arms else arms.iloc[:0].copy()
+    if metric != analysis.metric:
+        arms = _front_by(arms, metric, "trainable_parameters")
+    shown = sorted(arms["setting"].unique())[:MOST_SETTINGS]
+    return arms[arms["setting"].isin(shown)].reset_index(drop=True)
+
+
+def _front_by(arms: pd.DataFrame, metric: str, cost: str) -> pd.DataFrame:
+    from analysis.pareto import front
+
+    sign = -1.0 if higher_is_better(metric) else 1.0
+    arms = arms.copy()
+    for _, group in arms.groupby("setting"):
+        losses = sign * group[metric].to_numpy(dtype=float)
+        arms.loc[group.index, "on_front"] = front(group[cost].to_numpy(dtype=float), losses)
+    return arms
+
+
+def _simplest(analysis: Analysis, arms: pd.DataFrame) -> pd.DataFrame:
+    """One arm a placement and rank: the best where methods or other factors make several."""
+    best = arms.sort_values(analysis.metric, ascending=not higher_is_better(analysis.metric))
+    return best.drop_duplicates(["placement", "rank"]).sort_index()
+
+
+def _placements(table: pd.DataFrame) -> list[str]:
+    return [str(name) for name in table["placement"].drop_duplicates() if not pd.isna(name)]
+
+
+def _names(table: pd.DataFrame) -> list[str]:
+    return [str(name) for name in table["setting"].drop_duplicates().sort_values()]
+
+
+def _spread(values: list[float], most: int = 3) -> list[float]:
+    """The lowest, the middle and the highest of many."""
+    return values if len(values) <= most else [values[0], values[len(values) // 2], values[-1]]
+
+
+def _panels(names: Sequence[str], height: float = PANEL_HEIGHT) -> tuple[Figure, dict[str, Axes]]:
+    """A panel a setting: one fits a column, two or three stand side by side over both columns."""
+    columns = min(len(names), 3)
+    rows = -(-len(names) // 3)
+    width = COLUMN if len(names) == 1 else TEXT
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(width, 0.25 + height * rows), squeeze=False, layout="constrained"
+    )
+    axes = {name: grid[i // 3][i % 3] for i, name in enumerate(names)}
+    for unused in list(grid.flat)[len(names) :]:
+        unused.set_visible(False)
+    return figure, axes
+
+
+def _finish(figure: Figure, axes: dict[str, Axes], look: dict[str, Look], label: str) -> None:
+    for i, (name, ax) in enumerate(axes.items()):
+        if len(axes) > 1:
+            ax.set_title(name)
+        if i % 3 == 0 and label:
+            ax.set_ylabel(label)
+    _legend(figure, look)
+
+
+def _legend(figure: Figure, look: dict[str, Look]) -> None:
+    if len(look) < 2:
+        return
+    handles = [
+        Line2D([], [], color=one.colour, marker=one.marker, linestyle=one.line, label=name)
+        for name, one in look.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(look), 5), handlelength=2.6)
+
+
+def _axis(analysis: Analysis, metric: str) -> str:
+    unit = " (nats/token)" if metric == "nll" else ""
+    return f"{analysis.found.split} {title(metric)}{unit}"
+
+
+def _base_note(ax: Axes, analysis: Analysis, setting: str, metric: str) -> None:
+    """The base model's score: a line where it fits on the axis, else words in the corner."""
+    rows = analysis.arms[(analysis.arms["setting"] == setting) & (analysis.arms["arm"] == BASE)]
+    if metric not in rows or rows[metric].isna().all():
+        return
+    value = float(rows[metric].iloc[0])
+    low, high = ax.get_ylim()
+    if low <= value <= high:
+        ax.axhline(value, color="#5f6b76", linewidth=0.6, linestyle=":")
+    corner = (0.98, 0.03) if higher_is_better(metric) else (0.98, 0.95)
+    side = "bottom" if higher_is_better(metric) else "top"
+    text = f"base model {number(value, 3)}"
+    ax.text(*corner, text, transform=ax.transAxes, ha="right", va=side, fontsize=6.5, color="#5f6b76")

@@ -1,0 +1,192 @@
+"""report.html: one file without network, to look through a study: chart, tables, figures and checks."""
+
+import base64
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.analyse import Analysis
+from analysis.arms import BASE, higher_is_better
+from analysis.tables import TITLES, Sheet, latex, markdown, number, sheets, title
+
+_HERE = Path(__file__).parent
+_FILTERS = ("placement", "rank", "method", "allocation", "source")
+FIGURE_TEXT = {
+    "pareto": "Cost against performance with 95% intervals; the front is filled and joined",
+    "rank": "Performance against rank, a line a placement, 95% bands",
+    "heatmap": "Placement by rank",
+    "share_kept": "Share of the reference's gain kept, against the share of the model that is trained",
+    "learning_rate": "Sensitivity to the learning rate; the chosen one is ringed",
+    "training_curves": "Training loss, mean of seeds with their range",
+    "learn_forget": "Learning against forgetting; larger points are larger ranks",
+    "where_rank_went": "Rank by layer and role",
+    "importance": "Importance of each varied field",
+}
+
+
+def write(analysis: Analysis, folder: Path, *, absent: Mapping[str, str] | None = None) -> Path:
+    """Writes report.html; figures that lie in `folder`/figures are put into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = json.dumps(content(analysis, folder / "figures", absent or {}), separators=(",", ":"), allow_nan=False)
+    parts = {
+        "TITLE": html.escape(f"{analysis.study.name or 'imported runs'}: LoRA placement study"),
+        "STYLE": (_HERE / "report.css").read_text(),
+        "SCRIPT": (_HERE / "report.js").read_text(),
+        # Inside a script element only "<" could end it early or open a comment.
+        "DATA": plain.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"),
+    }
+    pieces = (_HERE / "report.html").read_text().split("@@")
+    text = "".join(parts.get(piece, piece) if i % 2 else piece for i, piece in enumerate(pieces))
+    path = folder / "report.html"
+    path.write_text(text)
+    return path
+
+
+def content(analysis: Analysis, figures: Path, absent: Mapping[str, str]) -> dict[str, Any]:
+    """What the page shows, as plain data."""
+    counts = ", ".join(f"{count:,} {name}" for name, count in analysis.study.counts().items())
+    metrics = analysis.found.metrics
+    images = sorted(figures.glob("*.png"), key=lambda path: (list(FIGURE_TEXT).index(_kind(path.stem)), path.stem))
+    titles = TITLES | {"trainable_parameters": "trainable parameters", "trainable_percent": "trained, % of model"}
+    titles |= {"train_flops": "training FLOPs", "train_seconds_solo": "training seconds alone", "seeds": "seeds"}
+    titles |= {"peak_memory_solo_bytes": "peak memory alone (bytes)", "adapter_bytes": "adapter (bytes)"}
+    titles |= {"train_seconds_amortised": "seconds, share of a pack", "tokens_per_second_solo": "tokens/s alone"}
+    return {
+        "title": f"LoRA placement study: {analysis.study.name or 'imported runs'}",
+        "counts": f"{len(analysis.study.runs):,} runs ({counts}); {len(analysis.found.arms)} arms.",
+        "metric": analysis.metric,
+        "base": BASE,
+        "higher": [metric for metric in metrics if higher_is_better(metric)] + ["tokens_per_second_solo"],
+        "titles": titles,
+        "filters": list(_FILTERS),
+        "answers": answers(analysis),
+        "notes": analysis.notes,
+        "arms": _columns(_with_runs(analysis)),
+        "runs": _columns(_runs(analysis)),
+        "sheets": [_sheet(sheet) for sheet in sheets(analysis)],
+        "figures": [{"src": _image(path), "alt": f"{_alt(path.stem)}."} for path in images],
+        "absent": [f"No figure {name}: {reason}." for name, reason in absent.items()],
+        "checks": analysis.tables["checks"].to_dict("records")
+        + [
+            {"check": row["kind"], "subject": row["where"], "message": row["message"]}
+            for row in analysis.tables["failures"].head(50).to_dict("records")
+        ],
+    }
+
+
+def answers(analysis: Analysis) -> list[str]:
+    """The findings in sentences, each with its interval or test."""
+    found = []
+    metric, arms = analysis.metric, analysis.arms
+    up = higher_is_better(metric)
+    for name, group in arms.groupby("setting", sort=False):
+        base = group[group["arm"] == BASE]
+        trained = group[(group["arm"] != BASE) & group[metric].notna()] if metric in group else group.iloc[:0]
+        if trained.empty:
+            continue
+        best = trained.loc[trained[metric].idxmax() if up else trained[metric].idxmin()]
+        before = f"; the base model has {number(float(base[metric].iloc[0]))}" if len(base) and metric in base else ""
+        found.append(
+            f"{name}: {best['arm']} has the {'highest' if up else 'lowest'} {analysis.found.split} {title(metric)}, "
+            f"{_interval(best, metric)}, with {best['trainable_percent']:.3g}% of the parameters trained{before}."
+        )
+        found += _cheapest(analysis, str(name), best, trained)
+        found += _placements(analysis, str(name))
+    return found or ["No run completed, so there is nothing to compare yet."]
+
+
+def _cheapest(analysis: Analysis, name: str, best: Any, trained: pd.DataFrame) -> list[str]:
+    shares = analysis.tables["share_kept"]
+    shares = shares[(shares["setting"] == name) & (shares["metric"] == analysis.metric) & (shares["low"] >= 0.95)]
+    if shares.empty:
+        return []
+    small = shares.loc[shares["percent"].idxmin()]
+    return [
+        f"{name}: the smallest arm that surely keeps 95% of the gain of the {small['reference']} is {small['arm']} "
+        f"({100 * small['share']:.1f}% [{100 * small['low']:.1f}, {100 * small['high']:.1f}] with "
+        f"{small['percent']:.3g}% of the model, {small['percent_of_reference']:.3g}% of the reference's parameters)."
+    ]
+
+
+def _placements(analysis: Analysis, name: str) -> list[str]:
+    lines = []
+    for table, what in (("tests", "at equal rank"), ("matched_budget", "at equal parameters")):
+        tests = analysis.tables[table]
+        tests = tests[(tests["setting"] == name) & (tests["metric"] == analysis.metric)]
+        tests = tests[tests["family"].isin(("placement", "matched budget"))]
+        if tests.empty:
+            continue
+        wins: dict[str, int] = {}
+        for arm in tests["better"]:
+            winner = str(arm).split(" r", maxsplit=1)[0] if arm else "no significant difference"
+            wins[winner] = wins.get(winner, 0) + 1
+        text = ", ".join(f"{who} in {count}" for who, count in sorted(wins.items(), key=lambda item: -item[1]))
+        lines.append(f"{name}: of {len(tests)} comparisons of placements {what}, better after Holm: {text}.")
+    return lines
+
+
+def _interval(row: Any, metric: str) -> str:
+    low, high = float(row[f"{metric}_low"]), float(row[f"{metric}_high"])
+    value = number(float(row[metric]))
+    return value if math.isnan(low) else f"{value} [{number(low)}, {number(high)}]"
+
+
+def _with_runs(analysis: Analysis) -> pd.DataFrame:
+    arms = analysis.arms.copy()
+    ids = {(arm.setting, arm.label): ", ".join(arm.runs["run_id"].head(6)) for arm in analysis.found.arms}
+    keys = zip(arms["setting"], arms["arm"], strict=True) if len(arms) else []
+    arms["run_ids"] = [ids.get(key) for key in keys] if len(arms) else []
+    return arms
+
+
+def _runs(analysis: Analysis) -> pd.DataFrame:
+    """The columns of the runs that can be axes, filters or part of a hover text, under the names that arms have."""
+    runs, split = analysis.found.runs, analysis.found.split
+    renamed = {f"{split}.{name}": name for name in (*analysis.found.metrics, "perplexity")}
+    renamed |= {f"validation.{name}": f"validation {name}" for name in analysis.found.metrics if split != "validation"}
+    wanted = [
+        "run_id", "setting", "arm", "status", "chosen", "seed", *_FILTERS, "trainable_parameters", "trainable_percent",
+        "train_flops", "train_seconds_solo", "peak_memory_solo_bytes", "tokens_per_second_solo", "adapter_bytes",
+        "train_seconds_amortised", "forgetting", *analysis.found.tuned,
+    ]  # fmt: skip
+    return runs[[key for key in (*dict.fromkeys(wanted), *renamed) if key in runs]].rename(columns=renamed)
+
+
+def _columns(table: pd.DataFrame) -> dict[str, list[Any]]:
+    return {str(name): [_plain(value) for value in values] for name, values in table.items()}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or value is pd.NA or value is pd.NaT:
+        return None
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value if isinstance(value, bool | int | str) else str(value)
+
+
+def _sheet(sheet: Sheet) -> dict[str, Any]:
+    rows = [[{"v": _plain(cell.value), "t": cell.text, "b": cell.bold} for cell in row] for row in sheet.rows]
+    plain = {"name": sheet.name, "caption": sheet.caption, "header": sheet.header, "rows": rows}
+    return plain | {"latex": latex(sheet), "markdown": markdown(sheet)}
+
+
+def _image(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind in FIGURE_TEXT if name.startswith(kind)), "importance")
+
+
+def _alt(name: str) -> str:
+    kind = _kind(name)
+    rest: Sequence[str] = [word for word in name.removeprefix(kind).split("_") if word]
+    key = "_".join(rest)
+    return FIGURE_TEXT[kind] + (f" ({title(key)})" if key else "")

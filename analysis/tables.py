@@ -1,0 +1,354 @@
+"""Tables for people: Markdown, LaTeX (booktabs), CSV. Bold marks a best value only where it is significantly best."""
+
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.analyse import Analysis
+from analysis.arms import BASE, FULL, higher_is_better
+
+TITLES = {
+    "setting": "task", "trainable_parameters": "trainable", "trainable_percent": "%", "train_flops": "FLOPs",
+    "train_seconds_solo": "seconds", "peak_memory_solo_bytes": "peak memory", "tokens_per_second_solo": "tokens/s",
+    "adapter_bytes": "adapter", "nll": "NLL", "p_holm": "Holm p", "p_permutation": "p, examples only", "effect": "d",
+    "share_improved": "improved", "front_probability": "P(front)", "partial_eta2": "partial η²",
+    "exact_match": "accuracy",
+    "percent": "% of model", "percent_of_reference": "% of reference", "seeds_needed": "seeds for 80%",
+    "examples_needed": "examples for 80%", "final_number": "accuracy", "hypervolume": "hypervolume",
+}  # fmt: skip
+CAPTIONS = {
+    "efficiency": "Cost and performance of every arm.",
+    "tests": "Paired tests between arms, B minus A, Holm-corrected within each family and metric.",
+    "matched_budget": "Placements at equal trainable parameters; an ellipsis stands between two interpolated ranks.",
+    "share_kept": "Share of the reference's gain over the base model that each arm keeps.",
+    "tuned": "Hyperparameters chosen on validation in each arm.",
+    "failures": "Runs that did not complete and folders that could not be read.",
+    "checks": "Checks: numbers that contradict each other and comparisons that may not be fair.",
+    "anova": "Analysis of variance of the score over placement and rank, seeds as blocks (type II).",
+    "slopes": "Change of the score for each doubling of the rank.",
+    "power": "Power of the paired tests, and the seeds or examples that 80% power would need.",
+    "hypervolume": "Hypervolume of each placement's ranks (log10 trainable parameters by score, up to the base model).",
+    "importance": "Share of the variance of the validation score that each field explains.",
+    "all_tasks": "Mean over tasks of equal weight.",
+}
+_BYTES = ("peak_memory_solo_bytes", "adapter_bytes")
+_COUNTS = ("trainable_parameters", "parameters_a", "parameters_b", "seeds", "examples", "trials", "runs", "df", "arms")
+_PS = ("p", "p_holm", "p_permutation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A value with its text; `value` is what sorting uses."""
+
+    value: Any
+    text: str
+    bold: bool = False
+
+
+@dataclass(kw_only=True)
+class Sheet:
+    """A table as it is shown: header and cells."""
+
+    name: str
+    caption: str
+    header: list[str]
+    rows: list[list[Cell]] = field(default_factory=list)
+
+
+def sheets(analysis: Analysis) -> list[Sheet]:
+    """Every table with at least one row, in reading order."""
+    found = [placement_rank(analysis, metric) for metric in analysis.found.metrics if analysis.found.arms]
+    found += [efficiency(analysis)] if analysis.found.arms else []
+    for name in CAPTIONS:
+        table = analysis.tables.get(name)
+        if name != "efficiency" and table is not None and len(table):
+            found.append(plain(name, table))
+    return found
+
+
+def placement_rank(analysis: Analysis, metric: str) -> Sheet:
+    """A row a placement (and method, where several), a column a rank; the base model first in each task."""
+    arms = analysis.arms
+    ranks = sorted(arms["rank"].dropna().unique())
+    arms = arms.assign(rank=pd.to_numeric(arms["rank"]))
+    extra = [key for key in _factors(analysis) if key not in ("placement", "rank", "alpha") and arms[key].nunique() > 1]
+    several = arms["setting"].nunique() > 1
+    header = [
+        *(["task"] if several else []),
+        "placement",
+        *(title(key) for key in extra),
+        *(f"r={rank:g}" for rank in ranks),
+    ]
+    best = bold_arms(analysis, metric)
+    rows: list[list[Cell]] = []
+    for setting, group in arms.groupby("setting", sort=False):
+        lead = [Cell(value=setting, text=str(setting))] if several else []
+        for row in group[group["rank"].isna()].to_dict("records"):  # the base model, full fine-tuning
+            if not ranks:
+                continue
+            blank = [Cell(value=None, text="") for _ in extra]
+            cells = [_estimate(row, metric)] + [Cell(value=None, text="") for _ in ranks[1:]]
+            name = str(row["placement"] if row["placement"] in (BASE, FULL) else row["arm"])
+            rows.append([*lead, Cell(value=name, text=name), *blank, *cells])
+        trained = group[group["rank"].notna()]
+        for keys, ladder in trained.groupby(["placement", *extra], sort=False, dropna=False):
+            by_rank = {row["rank"]: row for row in ladder.to_dict("records")}
+            cells = [
+                _estimate(by_rank[rank], metric, (setting, by_rank[rank]["arm"]) in best)
+                if rank in by_rank
+                else Cell(value=None, text="–")
+                for rank in ranks
+            ]
+            rows.append([*lead, *(Cell(value=key, text=show("", key)) for key in keys), *cells])
+    name = f"placement_rank_{metric}"
+    direction = "higher" if higher_is_better(metric) else "lower"
+    what = f"{title(metric)} on {analysis.found.split} by placement and rank"
+    caption = f"{what} ({direction} is better), ± half of the 95% interval."
+    return Sheet(name=name, caption=caption, header=header, rows=rows)
+
+
+def efficiency(analysis: Analysis) -> Sheet:
+    """A row an arm: what it costs and what it gives."""
+    arms, metrics = analysis.arms, analysis.found.metrics
+    several = arms["setting"].nunique() > 1
+    forgetting = [column for column in arms if column == "forgetting"]
+    costs = [
+        "trainable_parameters", "trainable_percent", "train_flops", "train_seconds_solo", "peak_memory_solo_bytes",
+        "tokens_per_second_solo", "adapter_bytes",
+    ]  # fmt: skip
+    costs = [key for key in costs if key in arms and arms[key].notna().any()]
+    scores = [name for metric in metrics for name in ([metric, "perplexity"] if metric == "nll" else [metric])]
+    header = [*(["task"] if several else []), "arm", *map(title, costs), *map(title, scores), *map(title, forgetting)]
+    bold = {metric: overall_best(analysis, metric) for metric in metrics}
+    rows = []
+    for row in arms.to_dict("records"):
+        cells = [Cell(value=row["setting"], text=row["setting"])] if several else []
+        cells.append(Cell(value=row["arm"], text=row["arm"]))
+        cells += [Cell(value=row[key], text=show(key, row[key])) for key in costs]
+        cells += [_estimate(row, key, (row["setting"], row["arm"]) in bold.get(key, set())) for key in scores]
+        cells += [Cell(value=row[key], text=show(key, row[key])) for key in forgetting]
+        rows.append(cells)
+    return Sheet(name="efficiency", caption=CAPTIONS["efficiency"], header=header, rows=rows)
+
+
+def plain(name: str, table: pd.DataFrame) -> Sheet:
+    """Any table as it is; an estimate and its interval become one column."""
+    columns = [key for key in table if key not in ("low", "high", "significant")]
+    if "setting" in table and table["setting"].nunique() == 1:
+        columns.remove("setting")
+    spread = "low" in table
+    center = next(
+        (key for key in ("difference", "share", "slope", "hypervolume", "estimate", "importance") if key in table), ""
+    )
+
+    def cell(row: dict[str, Any], key: str) -> Cell:
+        between = spread and key == center
+        return Cell(
+            value=row[key], text=_between(row[key], row["low"], row["high"]) if between else show(key, row[key])
+        )
+
+    rows = [[cell(row, key) for key in columns] for row in table.to_dict("records")]
+    return Sheet(name=name, caption=CAPTIONS.get(name, name), header=[title(key) for key in columns], rows=rows)
+
+
+def bold_arms(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
+    """(setting, arm) of arms that beat every other placement at their rank significantly, after Holm."""
+    tests = analysis.tables["tests"]
+    tests = tests[(tests["metric"] == metric) & (tests["family"] == "placement")]
+    found = set()
+    for setting, group in tests.groupby("setting"):
+        for arm in set(group["a"]) | set(group["b"]):
+            mine = group[(group["a"] == arm) | (group["b"] == arm)]
+            if (mine["better"] == arm).all():
+                found.add((str(setting), arm))
+    return found
+
+
+def overall_best(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
+    """(setting, arm) of the best arm where no other arm's test against it is open: all of its tests must be won, and an
+    arm without a test against it (it differs in two factors) must have an interval that does not overlap."""
+    arms = analysis.arms[analysis.arms["arm"] != BASE]
+    tests = analysis.tables["tests"]
+    found = set()
+    for setting, group in arms.groupby("setting"):
+        if metric not in group or group[metric].notna().sum() < 2:
+            continue
+        up = higher_is_better(metric)
+        best = group.loc[group[metric].idxmax() if up else group[metric].idxmin()]
+        mine = tests[(tests["setting"] == setting) & (tests["metric"] == metric)]
+        mine = mine[(mine["a"] == best["arm"]) | (mine["b"] == best["arm"])]
+        tested = set(mine["a"]) | set(mine["b"])
+        others = group[~group["arm"].isin(tested)]
+        edge = (
+            best[f"{metric}_low"] > others[f"{metric}_high"] if up else best[f"{metric}_high"] < others[f"{metric}_low"]
+        )
+        if (mine["better"] == best["arm"]).all() and bool(edge.all()):
+            found.add((str(setting), str(best["arm"])))
+    return found
+
+
+def write(analysis: Analysis, folder: Path) -> list[Path]:
+    """Writes each table as .md, .tex and .csv, the raw tables as .csv, and all.tex, which compiles them all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written, shown = [], sheets(analysis)
+    for sheet in shown:
+        written += [folder / f"{sheet.name}.md", folder / f"{sheet.name}.tex"]
+        written[-2].write_text(markdown(sheet) + "\n")
+        written[-1].write_text(latex(sheet))
+        if sheet.name.startswith("placement_rank"):
+            frame = pd.DataFrame([[cell.text for cell in row] for row in sheet.rows], columns=sheet.header)
+            written.append(folder / f"{sheet.name}.csv")
+            frame.to_csv(written[-1], index=False)
+    for name, table in analysis.tables.items():
+        written.append(folder / f"{name}.csv")
+        table.to_csv(written[-1], index=False)
+    written.append(folder / "all.tex")
+    written[-1].write_text(document(sheet.name for sheet in shown))
+    return written
+
+
+def markdown(sheet: Sheet) -> str:
+    """A Markdown table with its caption."""
+
+    def line(texts: Iterable[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
+
+    body = [line(f"**{cell.text}**" if cell.bold else cell.text for cell in row) for row in sheet.rows]
+    return "\n".join([sheet.caption, "", line(sheet.header), line("---" for _ in sheet.header), *body])
+
+
+def latex(sheet: Sheet) -> str:
+    """A booktabs table; a longtable where it does not fit on a page; scaled to the text width where it is wide."""
+    numeric = [all(_is_number(row[i].value) for row in sheet.rows) for i in range(len(sheet.header))]
+    columns = "".join("r" if right else "l" for right in numeric)
+    head = " & ".join(tex(text) for text in sheet.header) + r" \\"
+    body = [
+        " & ".join(rf"\textbf{{{tex(cell.text)}}}" if cell.bold else tex(cell.text) for cell in row) + r" \\"
+        for row in sheet.rows
+    ]
+    caption, label = tex(sheet.caption), sheet.name.replace("_", "-")
+    if len(body) > 45:
+        lines = [r"{\scriptsize\setlength{\tabcolsep}{3pt}", rf"\begin{{longtable}}{{{columns}}}"]
+        lines += [rf"\caption{{{caption}}}\label{{tab:{label}}}\\", r"\toprule", head, r"\midrule", r"\endhead"]
+        return "\n".join([*lines, r"\bottomrule", r"\endfoot", *body, r"\end{longtable}}"]) + "\n"
+    wide = max((sum(len(cell.text) + 2 for cell in row) for row in sheet.rows), default=0) > 85
+    opening, closing = (r"\resizebox{\textwidth}{!}{%", "}") if wide else ("", "")
+    lines = [r"\begin{table}[t]", r"\centering\small", rf"\caption{{{caption}}}", rf"\label{{tab:{label}}}", opening]
+    lines += [
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join([*(line for line in lines if line), *([closing] if closing else []), r"\end{table}"]) + "\n"
+
+
+def document(names: Iterable[str]) -> str:
+    """A LaTeX document with every table, to read them or to see that they compile."""
+    packages = [rf"\usepackage{{{name}}}" for name in ("booktabs", "longtable", "graphicx")]
+    inputs = [rf"\input{{{name}}}" + "\n" + r"\clearpage" for name in names]
+    head = [r"\documentclass{article}", r"\usepackage[margin=2cm]{geometry}", *packages]
+    return "\n".join([*head, r"\begin{document}", *inputs, r"\end{document}"]) + "\n"
+
+
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "…": r"\ldots{}",
+    "−": "$-$",
+    "–": "--", "η": r"$\eta$", "²": "$^2$", "→": r"$\to$", "<": "$<$", ">": "$>$", "|": r"$|$", '"': "''", "\n": " ",
+}  # fmt: skip
+
+
+def tex(text: str) -> str:
+    """Text safe in LaTeX; what pdfLaTeX has no letter for becomes its plain form or a question mark."""
+    found = []
+    for letter in text:
+        if letter in _TEX:
+            found.append(_TEX[letter])
+        elif letter.isascii():
+            found.append(letter)
+        else:
+            found.append(unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?")
+    return "".join(found)
+
+
+def title(key: str) -> str:
+    """A column's name for people."""
+    return TITLES.get(key, key.replace("_", " "))
+
+
+def show(key: str, value: Any) -> str:
+    """Text of a value; what is absent is a dash."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool) or not _is_number(value):
+        return str(value)
+    if key in _BYTES:
+        return size(float(value))
+    if key in _COUNTS:
+        return f"{value:,.0f}"
+    if key in _PS:
+        return "<0.001" if value < 0.001 else f"{value:.3f}"
+    if key == "train_flops":
+        return f"{value:.2e}" if value else "0"
+    return number(float(value))
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number with `digits` significant digits, plainly written where that is short."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if 1e-4 <= abs(value) < 1e6:
+        decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+        text = f"{value:,.{decimals}f}"
+        return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
+    return f"{value:.{digits - 1}g}".replace("-", "−")
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB" if count < 1000 else f"{count:.0f} GiB"
+
+
+def _estimate(row: dict[str, Any], metric: str, bold: bool = False) -> Cell:
+    value = row.get(metric)
+    if value is None or math.isnan(value):
+        return Cell(value=None, text="–")
+    low, high = row.get(f"{metric}_low", math.nan), row.get(f"{metric}_high", math.nan)
+    half = (high - low) / 2
+    if not math.isfinite(half) or half <= 0:
+        return Cell(value=value, text=number(value), bold=bold)
+    decimals = min(max(1 - math.floor(math.log10(half)), 0), 5)
+    return Cell(value=value, text=f"{value:,.{decimals}f} ± {half:,.{decimals}f}", bold=bold)
+
+
+def _between(value: float, low: float, high: float) -> str:
+    if math.isnan(value):
+        return "–"
+    if math.isnan(low):
+        return number(value)
+    half = (high - low) / 2
+    decimals = min(max(1 - math.floor(math.log10(half)), 0), 6) if half > 0 else 4
+    texts = [f"{one:,.{decimals}f}".replace("-", "−") for one in (value, low, high)]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
+def _factors(analysis: Analysis) -> Sequence[str]:
+    arms = analysis.found.arms
+    return list(arms[0].factors) if arms else []
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or value is pd.NA or (hasattr(value, "__float__") and not isinstance(value, str | bool))

@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import pytest
+
+from analysis import analyse, load
+from analysis.checks import expected_parameters
+from analysis.exchange import from_published
+from tests.analysis.synthetic import edit, write_study
+
+DATA = Path(__file__).parent / "data"
+GPT2_MEDIUM = {"model.config.n_layer": 24, "model.config.n_embd": 1024, "rank": 16, "method": "lora"}
+SMOLLM2 = {
+    "model.config.hidden_size": 576, "model.config.intermediate_size": 1536, "model.config.num_hidden_layers": 30,
+    "model.config.num_attention_heads": 9, "model.config.num_key_value_heads": 3, "rank": 8, "method": "lora",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "placement", "expected"),
+    [
+        (GPT2_MEDIUM, "attn", 2_359_296),
+        (GPT2_MEDIUM, "ff", 3_932_160),
+        (GPT2_MEDIUM, "full", 6_291_456),
+        (SMOLLM2, "attn", 921_600),
+        (SMOLLM2, "custom", None),
+        ({"rank": 8, "method": "lora"}, "attn", None),
+    ],
+)
+def test_expected_parameters(row: dict[str, object], placement: str, expected: int | None) -> None:
+    assert expected_parameters({**row, "placement": placement}) == expected
+
+
+def test_the_published_table_of_2025_is_contradicted() -> None:
+    found = analyse(load(rows=from_published(DATA / "published_2025.json")), draws=50).tables["checks"]
+    perplexity = found[found["check"] == "perplexity is not exp(NLL)"]["message"].to_list()
+    assert any("gives perplexity 21.96, stated is 4283" in text for text in perplexity)
+    assert any("3.481" in text and "2272" in text for text in perplexity)
+    parameters = found[found["check"] == "parameters do not match the placement"]["message"].to_list()
+    assert sorted(parameters) == [
+        "attn at rank 16 has 2,359,296, stated is 4,325,376",
+        "ff at rank 16 has 3,932,160, stated is 1,966,080",
+    ]
+
+
+def test_an_honest_study_has_no_contradictions(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), lrs=(1e-3, 3e-3, 1e-2), examples=120, steps=2)
+    assert set(analyse(load(study), draws=50).tables["checks"]["check"]) == {"unequal budgets"}
+
+
+def test_contradictions_in_records_are_found(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=120, steps=2)
+    attn, ff = (load(study).runs.set_index("placement")["folder"][name] for name in ("attn", "ff"))
+    edit(Path(attn), lambda plain: plain.update(trainable_parameters=4_325_376))
+    edit(Path(ff), lambda plain: plain["modules"][0].update(role="attn_o"))
+    found = analyse(load(study), draws=50).tables["checks"]
+    messages = " ".join(found[found["check"] == "parameters do not match the placement"]["message"])
+    assert "the record states 4,325,376" in messages
+    assert "but attn_o modules have ranks" in messages
+    assert {"one seed", "one learning rate"} <= set(found["check"])

@@ -1,0 +1,54 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from analysis import Analysis, analyse, figures, load
+from analysis.style import COLUMN, TEXT, looks
+from tests.analysis.synthetic import write_study
+
+ALL = {
+    "pareto_nll", "rank_nll", "pareto_exact_match", "rank_exact_match", "pareto_seconds", "heatmap_nll", "share_kept",
+    "learning_rate", "training_curves", "learn_forget", "where_rank_went", "importance",
+}  # fmt: skip
+
+
+def test_every_figure_as_pdf_and_png(analysis: Analysis, tmp_path: Path) -> None:
+    written, absent = figures.write(analysis, tmp_path)
+    assert {path.stem for path in written} == ALL
+    assert absent == {}
+    for name in ALL:
+        pdf = (tmp_path / f"{name}.pdf").read_bytes()
+        assert b"/FontFile2" in pdf, f"{name}: no embedded TrueType font"
+        assert b"/Type3" not in pdf
+        width = float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf)[1]) / 72  # type: ignore[index]
+        assert width in (pytest.approx(COLUMN, abs=0.01), pytest.approx(TEXT, abs=0.01))
+        image = imread(tmp_path / f"{name}.png")
+        assert image.shape[1] == pytest.approx(width * 300, abs=2)
+        assert np.std(image[..., :3]) > 0.01, f"{name} is blank"
+
+
+def test_figures_without_their_data_say_why(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=20, steps=2, modules=False)
+    written, absent = figures.write(analyse(load(study), draws=50), tmp_path / "f", workers=1)
+    assert set(absent) >= {"rank_nll", "learning_rate", "learn_forget", "where_rank_went", "importance"}
+    assert all(len(reason) > 10 for reason in absent.values())
+    assert {path.stem for path in written} | set(absent) == ALL
+
+
+def test_a_figure_of_a_former_run_does_not_stay(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=20, steps=2)
+    (tmp_path / "learn_forget.png").write_text("old")
+    figures.write(analyse(load(study), draws=50), tmp_path, only=["learn_forget"])
+    assert not (tmp_path / "learn_forget.png").exists()
+
+
+def test_placements_keep_their_look() -> None:
+    one, two = looks(["attn", "ff", "full"]), looks(["custom", "full", "attn"])
+    assert one["full"] == two["full"]
+    assert one["attn"] == two["attn"]
+    several = looks(["attn", "ff", "full", "a", "b", "c", "d"])
+    assert len({(look.colour, look.marker) for look in several.values()}) == 7
+    assert len({look.marker for look in several.values()}) == 7  # told apart without colour

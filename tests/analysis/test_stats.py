@@ -1,0 +1,172 @@
+import numpy as np
+import pytest
+from scipy import stats as reference
+
+from analysis import stats
+from analysis.compare import needed, power
+from analysis.effects import anova
+from analysis.pareto import front, hypervolume, membership
+from analysis.stats import Components, Draws
+
+
+@pytest.fixture(scope="module")
+def draws() -> Draws:
+    return Draws(4000, seed=1)
+
+
+def test_iqm_is_the_mean_of_the_middle_half() -> None:
+    assert stats.iqm(np.array([100.0, 1, 2, 3, 4, 5, 6, -100])) == pytest.approx(np.mean([2, 3, 4, 5]))
+    values = np.random.default_rng(0).normal(size=(3, 21))
+    assert stats.iqm(values, axis=1) == pytest.approx(reference.trim_mean(values, 0.25, axis=1))
+
+
+def test_interval_over_seeds_is_students(draws: Draws) -> None:
+    values = np.array([[0.11], [0.13], [0.12], [0.16], [0.10]])
+    found = stats.interval(values, draws=draws)
+    low, high = reference.t.interval(0.95, 4, values.mean(), reference.sem(values[:, 0]))
+    assert found.estimate == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((low, high), rel=0.02)
+
+
+def test_interval_of_one_seed_is_over_examples(draws: Draws) -> None:
+    values = np.random.default_rng(0).normal(size=(1, 80))
+    found = stats.interval(values, draws=draws)
+    expected = reference.t.interval(0.95, 79, values.mean(), reference.sem(values[0]))
+    assert (found.low, found.high) == pytest.approx(expected, rel=0.05)
+    assert (found.seeds, found.examples) == (1, 80)
+
+
+def test_interval_of_one_number_is_unknown(draws: Draws) -> None:
+    found = stats.interval(np.array([[0.3]]), draws=draws)
+    assert found.estimate == 0.3
+    assert np.isnan(found.low)
+    assert np.isnan(found.high)
+
+
+def test_nll_is_weighted_by_tokens(draws: Draws) -> None:
+    tokens = np.array([1.0, 3.0])
+    found = stats.interval(np.array([[4.0, 0.0]]), tokens, draws=draws)
+    assert found.estimate == 1.0
+
+
+def test_interval_is_equivariant_and_seeded(draws: Draws) -> None:
+    x_RE = np.random.default_rng(2).normal(size=(4, 50))
+    one, two = stats.interval(x_RE, draws=draws), stats.interval(10 * x_RE + 3, draws=Draws(4000, seed=1))
+    assert two.low == pytest.approx(10 * one.low + 3)
+    assert one == stats.interval(x_RE, draws=Draws(4000, seed=1))
+    assert one.low != stats.interval(x_RE, draws=Draws(4000, seed=2)).low
+
+
+def test_combining_tasks_adds_variances(draws: Draws) -> None:
+    rng = np.random.default_rng(3)
+    parts = [stats.interval(rng.normal(size=(5, 40)), draws=draws) for _ in range(2)]
+    both = stats.combine(parts)
+    assert both.estimate == pytest.approx(np.mean([one.estimate for one in parts]))
+    assert both.se == pytest.approx(np.hypot(parts[0].se, parts[1].se) / 2)
+
+
+def test_components_are_found_again() -> None:
+    rng = np.random.default_rng(4)
+    seeds, examples = rng.normal(0, 0.3, (60, 1)), rng.normal(0, 1.0, (1, 400))
+    found = stats.components(seeds + examples + rng.normal(0, 0.5, (60, 400)))
+    assert found.seeds**0.5 == pytest.approx(0.3, rel=0.2)
+    assert found.examples**0.5 == pytest.approx(1.0, rel=0.1)
+    assert found.cell**0.5 == pytest.approx(0.5, rel=0.02)
+
+
+def test_holm_on_a_worked_example() -> None:
+    # 0.01*4, 0.02*3, 0.03*2 raised to 0.06, 0.2*1
+    assert stats.holm([0.02, 0.2, 0.01, 0.03]) == pytest.approx([0.06, 0.2, 0.04, 0.06])
+    assert stats.holm([0.6, np.nan, 0.7]) == pytest.approx([1.0, np.nan, 1.0], nan_ok=True)
+    assert len(stats.holm([])) == 0
+
+
+def test_sign_flip_is_exact_for_few(draws: Draws) -> None:
+    d = np.array([1.0, 2.0, 3.0, -0.5])
+    expected = reference.permutation_test(
+        (d,), lambda x, axis=-1: x.mean(axis=axis), permutation_type="samples", n_resamples=np.inf, vectorized=True
+    ).pvalue
+    assert stats.sign_flip(d, draws=draws) == pytest.approx(expected)
+
+
+def test_sign_flip_of_many_agrees_with_t(draws: Draws) -> None:
+    d = np.random.default_rng(5).normal(0.2, 1, 200)
+    assert stats.sign_flip(d, draws=draws) == pytest.approx(reference.ttest_1samp(d, 0).pvalue, abs=0.01)
+
+
+def test_paired_of_one_seed_is_the_t_test(draws: Draws) -> None:
+    rng = np.random.default_rng(6)
+    a = rng.normal(size=(1, 150))
+    b = a + rng.normal(0.1, 0.5, (1, 150))
+    found = stats.paired(a, b, draws=draws)
+    assert found.p == pytest.approx(reference.ttest_rel(b[0], a[0]).pvalue, rel=0.15)
+    assert found.effect == pytest.approx((b - a).mean() / (b - a).std(ddof=1))
+    assert found.share == pytest.approx((b < a).mean())
+    mirrored = stats.paired(b, a, draws=draws)
+    assert mirrored.p == found.p
+    assert mirrored.difference.low == pytest.approx(-found.difference.high)
+
+
+def test_p_and_interval_agree(draws: Draws) -> None:
+    rng = np.random.default_rng(7)
+    for shift in (0.0, 0.05, 0.1, 0.2):
+        a = rng.normal(size=(3, 60))
+        found = stats.paired(a, a + rng.normal(shift, 0.4, (3, 60)), draws=draws)
+        assert (found.p < 0.05) == (found.difference.low > 0 or found.difference.high < 0)
+
+
+def test_arms_that_are_equal_do_not_differ(draws: Draws) -> None:
+    a = np.ones((3, 5))
+    assert stats.paired(a, a, draws=draws).p == 1.0
+    with pytest.raises(ValueError, match="one shape"):
+        stats.paired(a, a[:2], draws=draws)
+
+
+def test_front_and_hypervolume_on_a_drawing() -> None:
+    cost, loss = np.array([1.0, 2, 3, 2, 4, 1]), np.array([5.0, 3, 1, 4, 1, 5])
+    assert front(cost, loss).tolist() == [True, True, True, False, False, True]
+    # rectangles up to (4, 6): (4-1)(6-5) + (4-2)(5-3) + (4-3)(3-1)
+    assert hypervolume(cost, loss, (4.0, 6.0)) == pytest.approx(3 + 4 + 2)
+    assert hypervolume(cost, loss, (1.0, 1.0)) == 0.0
+
+
+def test_membership_without_noise_is_the_front() -> None:
+    rng = np.random.default_rng(8)
+    cost, loss = rng.integers(0, 6, 40).astype(float), rng.integers(0, 9, 40).astype(float)
+    assert membership(cost, loss[None, :]).astype(bool).tolist() == front(cost, loss).tolist()
+
+
+def test_anova_of_a_balanced_table() -> None:
+    import pandas as pd
+
+    y = np.array([1.0, 2, 3, 6, 7, 8, 2, 3, 4, 9, 10, 11])
+    table = pd.DataFrame({"a": list("xxxyyy") * 2, "b": ["p"] * 6 + ["q"] * 6})
+    found = anova(y, table, [("a", "b")]).set_index("term")
+    means = {key: y[table["a"] == key].mean() for key in "xy"}
+    assert found.loc["a", "ss"] == pytest.approx(6 * sum((mean - y.mean()) ** 2 for mean in means.values()))
+    assert found.loc["residual", "ss"] == pytest.approx(8.0)
+    assert found["df"].to_list() == [1, 1, 1, 8]
+    assert found["ss"].sum() == pytest.approx(((y - y.mean()) ** 2).sum())
+    one = anova(y, table[["a"]]).set_index("term")
+    assert one.loc["a", "f"] == pytest.approx(reference.f_oneway(y[table["a"] == "x"], y[table["a"] == "y"]).statistic)
+    assert one.loc["a", "p"] == pytest.approx(reference.f_oneway(y[table["a"] == "x"], y[table["a"] == "y"]).pvalue)
+
+
+def test_power_of_the_t_test() -> None:
+    # only example noise: the one-sample t test, whose power is that of the noncentral t
+    parts = Components(seeds=0.0, examples=1.0, cell=0.0)
+    found = power(0.3, parts, 1, 50)
+    critical = reference.t.ppf(0.975, 49)
+    exact = reference.nct.sf(critical, 49, 0.3 * 50**0.5) + reference.nct.cdf(-critical, 49, 0.3 * 50**0.5)
+    assert found == pytest.approx(exact, abs=2e-3)
+    assert power(0.0, parts, 1, 50) == pytest.approx(0.05, abs=1e-3)
+
+
+def test_power_rises_with_seeds_and_the_number_needed_is_the_least() -> None:
+    parts = Components(seeds=0.01, examples=0.5, cell=0.2)
+    values = [power(0.2, parts, seeds, 200) for seeds in (2, 3, 5, 10, 30)]
+    assert values == sorted(values)
+    n = needed(lambda count: power(0.2, parts, count, 200) >= 0.8, 2, 1000)
+    assert n is not None
+    assert power(0.2, parts, n, 200) >= 0.8 > power(0.2, parts, n - 1, 200)
+    assert needed(lambda count: False, 2, 1000) is None

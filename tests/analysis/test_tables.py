@@ -1,0 +1,79 @@
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import Analysis
+from analysis.tables import Cell, Sheet, latex, markdown, number, placement_rank, sheets, tex, write
+
+NASTY = "50% of $x_1$ & {a\\b} #2 ~ ^ <é> 漢 | ± × …"
+
+
+def test_every_table_is_written_in_three_forms(analysis: Analysis, tmp_path: Path) -> None:
+    written = {path.name for path in write(analysis, tmp_path)}
+    wanted = ("placement_rank_nll", "efficiency", "tests", "matched_budget", "share_kept", "tuned", "anova", "power")
+    assert {f"{name}.{suffix}" for name in wanted for suffix in ("md", "tex")} <= written
+    tests = pd.read_csv(tmp_path / "tests.csv")
+    assert len(tests) == len(analysis.tables["tests"])
+
+
+def test_the_base_model_leads_every_table_of_arms(analysis: Analysis) -> None:
+    for sheet in sheets(analysis):
+        if sheet.name.startswith("placement_rank") or sheet.name == "efficiency":
+            firsts = [row[1].text for row in sheet.rows if row[0].text == "icd10_chapter"]
+            assert firsts[0] == "base model", sheet.name
+
+
+def test_bold_only_where_significantly_best(analysis: Analysis) -> None:
+    tests = analysis.tables["tests"]
+    for metric in analysis.found.metrics:
+        sheet = placement_rank(analysis, metric)
+        for row in sheet.rows:
+            for rank, cell in zip((4, 16), row[-2:], strict=True):
+                if cell.bold:
+                    arm = f"{row[1].text} r{rank} lora"
+                    mine = tests[
+                        (tests["setting"] == row[0].text)
+                        & (tests["metric"] == metric)
+                        & (tests["family"] == "placement")
+                    ]
+                    mine = mine[(mine["a"] == arm) | (mine["b"] == arm)]
+                    assert len(mine) == 2
+                    assert set(mine["better"]) == {arm}
+    assert any(cell.bold for row in placement_rank(analysis, "nll").rows for cell in row)
+
+
+def test_text_is_escaped() -> None:
+    sheet = Sheet(name="x", caption=NASTY, header=[NASTY], rows=[[Cell(value=NASTY, text=NASTY)]])
+    assert "\\|" in markdown(sheet)
+    text = tex(NASTY)
+    for raw in ("50% ", " & ", "x_1", " #2"):
+        assert raw not in text
+    assert text.isascii()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles(analysis: Analysis, tmp_path: Path) -> None:
+    write(analysis, tmp_path)
+    nasty = Sheet(name="nasty", caption=NASTY, header=[NASTY] * 3, rows=[[Cell(value=NASTY, text=NASTY)] * 3] * 60)
+    (tmp_path / "nasty.tex").write_text(latex(nasty))
+    document = (tmp_path / "all.tex").read_text().replace("\\end{document}", "\\input{nasty}\n\\end{document}")
+    (tmp_path / "all.tex").write_text(document)
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "all.pdf").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.12345, "0.1235"), (-1.5, "−1.5"), (1234567.0, "1.23e+06"), (12345.6, "12,346"), (3e-7, "3e−07")],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert number(value) == text
