@@ -108,7 +108,8 @@ def collate(lanes: Sequence[Sequence[Tokens]], totals: Sequence[int], *, fixed: 
     rows = len(lanes[0])
     length = _round(max(len(e.input_ids) for lane in lanes for e in lane), fixed)
     count = max(supervised(lane) for lane in lanes)
-    count = _round(max(count, 1), fixed) if fixed else max(count, 1)
+    # a target costs a row of logits and no more, so its number may be rounded coarsely: fewer shapes to capture
+    count = max(32, 1 << (count - 1).bit_length()) if fixed else max(count, 1)
     ids = np.zeros((len(lanes) * rows, length), dtype=np.int64)
     index = np.zeros((len(lanes), count), dtype=np.int64)
     targets = np.zeros((len(lanes), count), dtype=np.int64)
@@ -124,6 +125,11 @@ def collate(lanes: Sequence[Sequence[Tokens]], totals: Sequence[int], *, fixed: 
             filled = part.stop
         weights[lane, :filled] = 1 / total if total else 1
     return Batch(*map(torch.from_numpy, (ids, index, targets, weights)))
+
+
+def distinct_lengths(lengths: Sequence[int]) -> int:
+    """Padded lengths that batches of these examples can take in a compiled step."""
+    return len({_round(length, True) for length in lengths})
 
 
 def _round(value: int, fixed: bool) -> int:

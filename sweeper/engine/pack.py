@@ -7,6 +7,7 @@ the gradients are those of runs alone.
 
 import contextlib
 import hashlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,7 @@ class Pack:
         capacities: for each slot, module name -> the highest rank it may hold.
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
         compiled: compile the layers and capture whole steps as CUDA graphs. Needs CUDA.
+        lengths_vary: compile once for all lengths, rather than for the first and then once more.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Pack:
         batch_size: int,
         accumulation: int = 1,
         compiled: bool = False,
+        lengths_vary: bool = False,
         checkpointing: bool = False,
     ) -> None:
         self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
@@ -99,7 +102,7 @@ class Pack:
         self.checkpointing = checkpointing
         self._checkpoint_activations(checkpointing)
         if self.compiled:
-            _compile_layers(self.model)
+            _compile_layers(self.model, dynamic=True if lengths_vary else None)
         self.captured = CapturedStep(self.forward_backward) if self.compiled else None
         self.model.train()
 
@@ -259,10 +262,13 @@ class Pack:
         self.bank.lanes.seeds.copy_(torch.tensor(seeds), non_blocking=True)
 
     def _checkpoint_activations(self, on: bool) -> None:
+        # transformers renamed this; both names must work
+        newer = hasattr(self.model, "activation_checkpointing_enable")
+        word = "activation_checkpointing" if newer else "gradient_checkpointing"
         if on:
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            getattr(self.model, f"{word}_enable")(**{f"{word}_kwargs": {"use_reentrant": False}})
         elif self.checkpointing:
-            self.model.activation_checkpointing_disable()
+            getattr(self.model, f"{word}_disable")()
 
 
 def verified_head(base: BaseModel) -> Head:
@@ -271,6 +277,9 @@ def verified_head(base: BaseModel) -> Head:
     Raises:
         ModelError: the stock model does something to its logits that `Head` does not know.
     """
+    if base.model in _VERIFIED:
+        softcap, divisor = _VERIFIED[base.model]
+        return Head(base.model.get_output_embeddings(), softcap, divisor)
     model, config = base.model, base.model.config
     head = Head(
         model.get_output_embeddings(),
@@ -287,7 +296,11 @@ def verified_head(base: BaseModel) -> Head:
             f"model={base.spec.name}: {type(model).__name__} turns hidden states into logits in a way the engine does "
             "not know (known: an output matrix, final_logit_softcapping, logits_scaling)"
         )
+    _VERIFIED[model] = (head.softcap, head.divisor)
     return head
+
+
+_VERIFIED: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[float | None, float]]" = weakref.WeakKeyDictionary()
 
 
 def eager():
@@ -301,10 +314,10 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return list(max(lists, key=len, default=[]))
 
 
-def _compile_layers(model: torch.nn.Module) -> None:
+def _compile_layers(model: torch.nn.Module, *, dynamic: bool | None) -> None:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for layer in decoder_layers(model):
-        layer.compile()
+        layer.compile(dynamic=dynamic)
 
 
 def _uncompile_layers(model: torch.nn.Module) -> None:

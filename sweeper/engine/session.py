@@ -12,7 +12,7 @@ from sweeper import allocation, methods, models, placement, tasks, weights
 from sweeper.architecture import number_of_layers
 from sweeper.device import device_for, precision_for
 from sweeper.engine import calibrate, checkpoint, environment
-from sweeper.engine.batches import DataOrder
+from sweeper.engine.batches import DataOrder, distinct_lengths
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
 from sweeper.engine.memory import runs_that_fit
@@ -103,6 +103,7 @@ class Session:
         """Trains runs that can share a pack, in as many packs as memory asks for."""
         options = {name: value for name, value in options.items() if name != "length"}
         options["compiled"] = self._compiles()
+        options["lengths_vary"] = distinct_lengths([len(e.input_ids) for run in queue for e in run.job.examples]) > 1
         solo: dict[str, calibrate.Solo] = {}
         if self.settings.calibrate:
             yield from self._calibrate(base, queue, options, solo)
