@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sweeper.engine.lowrank import frozen_gradient
-
 
 @triton.jit
 def _mix(value):
@@ -415,12 +413,11 @@ def _geometry(x: Tensor, lanes: Tensor, hidden: int, members: int) -> tuple[int,
     return x.shape[0] // lanes.shape[0], lanes.shape[0], ranks, triton.cdiv(widest, ranks)
 
 
-def forward(x, weights, biases, params, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop):
-    """CUDA implementation of `lowrank.adapted_linear`."""
+def forward(x, ys, params, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop):
+    """Adds every lane's low-rank product to the frozen products `ys` in place; returns the scaled hidden [N, H]."""
     x = x.contiguous()
-    ys = [torch.addmm(b, x, w) for b, w in zip(biases, weights, strict=True)] if biases else [x @ w for w in weights]
     h = x.new_empty(x.shape[0], hidden)
-    members, widths = len(weights), [w.shape[1] for w in weights]
+    members, widths = len(ys), [y.shape[1] for y in ys]
     share, count, ranks, chunks = _geometry(x, lanes, hidden, members)
     chance = (dropout, seeds, salts)
     _launch(
@@ -435,15 +432,14 @@ def forward(x, weights, biases, params, table, scale, lanes, dropout, seeds, sal
         h, params, table, lanes, *chance, *_three(ys), *_three(widths), share, tokens, hidden,
         M=members, B_SIDE=True, DROP=False, HOIST=chunks == 1, SPAN=span, RANKS=ranks,
     )  # fmt: skip
-    return [*ys, h]
+    return h
 
 
-def backward(dys, x, weights, params, h, table, scale, lanes, dropout, seeds, salts, tokens, drop):
-    """CUDA implementation of `lowrank.adapted_linear_backward`."""
+def backward(dys, x, dx, params, dparams, h, table, scale, lanes, dropout, seeds, salts, tokens, drop) -> None:
+    """Adds the adapters' share to `dx` in place and fills `dparams`, which must be zero."""
     x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
-    dx = frozen_gradient(dys, weights)
-    dh, dparams = torch.empty_like(h), torch.zeros_like(params)
-    members, widths, hidden, fan_in = len(weights), [w.shape[1] for w in weights], h.shape[1], x.shape[1]
+    dh = torch.empty_like(h)
+    members, widths, hidden, fan_in = len(dys), [dy.shape[1] for dy in dys], h.shape[1], x.shape[1]
     share, count, ranks, chunks = _geometry(x, lanes, hidden, members)
     chance = (dropout, seeds, salts)
     _launch(
@@ -463,4 +459,3 @@ def backward(dys, x, weights, params, h, table, scale, lanes, dropout, seeds, sa
         dh, params, table, lanes, *chance, *_three([dx]), *_three([fan_in]), share, tokens, hidden,
         M=members, B_SIDE=False, DROP=drop, HOIST=hoist, SPAN=span, RANKS=ranks,
     )  # fmt: skip
-    return dx, dparams

@@ -116,13 +116,12 @@ def adapted_linear(
     Returns:
         y [N, O] of each member, and the scaled hidden s (mask * x) A^T [N, H], which the backward pass needs.
     """
+    ys = [torch.addmm(b, x, w) for b, w in zip(biases, weights, strict=True)] if biases else [x @ w for w in weights]
     if x.is_cuda:
         from sweeper.engine import kernels
 
-        return kernels.forward(
-            x, weights, biases, params, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop
-        )
-    ys = [torch.addmm(b, x, w) for b, w in zip(biases, weights, strict=True)] if biases else [x @ w for w in weights]
+        h = kernels.forward(x, ys, params, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop)
+        return [*ys, h]
     h = x.new_zeros(x.shape[0], hidden)
     scales = scale.tolist()
     for lane in lanes_of(params, table, lanes, [w.shape[1] for w in weights], x.shape[0], x.shape[1]):
@@ -157,12 +156,13 @@ def adapted_linear_backward(
     drop: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `adapted_linear` for x [N, I] and params [F]; the frozen weights get none."""
+    dx = frozen_gradient(dys, weights)
+    dparams = torch.zeros_like(params)
     if x.is_cuda:
         from sweeper.engine import kernels
 
-        return kernels.backward(dys, x, weights, params, h, table, scale, lanes, dropout, seeds, salts, tokens, drop)
-    dx = frozen_gradient(dys, weights)
-    dparams = torch.zeros_like(params)
+        kernels.backward(dys, x, dx, params, dparams, h, table, scale, lanes, dropout, seeds, salts, tokens, drop)
+        return dx, dparams
     widths = [w.shape[1] for w in weights]
     grads = lanes_of(dparams, table, lanes, widths, x.shape[0], x.shape[1])
     scales = scale.tolist()

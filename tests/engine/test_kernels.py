@@ -115,7 +115,10 @@ def test_low_rank_products_and_their_gradients(name: str, drop: bool) -> None:
     chosen = CASES[name]()
     here, there = chosen.on(torch.device("cpu")), chosen.on(DEVICE)
     *ys, h = lowrank.adapted_linear(*here, drop)
-    *ours, ours_h = kernels.forward(*there, drop)
+    x, weights, biases, *rest = there
+    ours = [x @ w for w in weights]
+    ours = [y + b for y, b in zip(ours, biases, strict=True)] if biases else ours
+    ours_h = kernels.forward(x, ours, *rest, drop)
     for mine, wanted in zip(ours, ys, strict=True):
         assert_close(mine, wanted)
     written = adapted_rows(chosen)
@@ -126,9 +129,9 @@ def test_low_rank_products_and_their_gradients(name: str, drop: bool) -> None:
     x, weights, _, params, *tensors, _, tokens = here
     dx, dparams = lowrank.adapted_linear_backward(dys, x, weights, params, h, *tensors, tokens, drop)
     x, weights, _, params, *tensors, _, tokens = there
-    ours_dx, ours_dparams = kernels.backward(
-        [dy.to(DEVICE) for dy in dys], x, weights, params, ours_h, *tensors, tokens, drop
-    )
+    ours_dys = [dy.to(DEVICE) for dy in dys]
+    ours_dx, ours_dparams = lowrank.frozen_gradient(ours_dys, weights), torch.zeros_like(params)
+    kernels.backward(ours_dys, x, ours_dx, params, ours_dparams, ours_h, *tensors, tokens, drop)
     assert_close(ours_dx, dx)
     assert_close(ours_dparams, dparams)
     assert dparams.any()
@@ -210,11 +213,12 @@ def test_dropout_masks_have_the_same_bits() -> None:
     params = torch.cat([torch.eye(size).flatten(), torch.eye(size).flatten()])
     table = torch.tensor([[[size, 0, size * size, 0]]], dtype=torch.int32)
     arguments = [
-        torch.ones(rows, size), [torch.zeros(size, size)], [], params, table, torch.ones(1, 1),
+        torch.ones(rows, size), [torch.zeros(rows, size)], params, table, torch.ones(1, 1),
         torch.zeros(1, dtype=torch.int32), torch.tensor([0.25]), torch.tensor([3_333_333_333]), torch.tensor([17]),
     ]  # fmt: skip
     there = [[p.to(DEVICE) for p in value] if isinstance(value, list) else value.to(DEVICE) for value in arguments]
-    y, _ = kernels.forward(*there, size, tokens, True)
+    kernels.forward(*there, size, tokens, True)
+    (y,) = there[1]
     index = lowrank.row_index(rows, tokens, torch.device("cpu"))
     mask = lowrank.keep_mask(3_333_333_333, 17, index, size, 0.25)
     assert torch.equal(y.cpu() != 0, mask)
