@@ -94,9 +94,11 @@ class Group(nn.Module):
 
     def products(self, x: Tensor) -> tuple[Tensor, ...]:
         lanes = self.lanes
+        # from the shape where it can be: a plain number would be a constant of the compiled layer, one for each length
+        tokens = x.shape[1] if x.dim() == 3 else lanes.tokens
         *ys, _ = adapted_linear(
             x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.table, self.scale,
-            lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, lanes.tokens,
+            lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, tokens,
             lanes.drop and self.training,
         )  # fmt: skip
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
