@@ -120,7 +120,7 @@ class Session:
 
     def _calibrate(self, base, queue, options, solo) -> Iterator[Event]:
         for run in queue:
-            if run.shape in solo or self.should_stop():
+            if run.shape in solo or run.job.finished or self.should_stop():
                 continue
             spec = run.request.spec
             yield Stage(message=f"measuring {spec.placement.name} rank {spec.rank} alone")

@@ -244,3 +244,13 @@ def test_solo_figures_come_from_a_calibration_that_is_kept(specs: list[RunSpec],
         assert one.efficiency.peak_memory_solo_bytes > 4 * one.total_parameters + 16 * one.trainable_parameters
     # and measuring left no trace in what was trained
     alike(tmp_path / "plain", tmp_path / "one", specs[:2])
+
+
+def test_no_steps_leave_the_base_model(make_run: Any, run_all: Any, tmp_path: Path) -> None:
+    """A fresh adapter is the identity, and there is nothing to calibrate."""
+    spec = make_run("full", trainer={"max_steps": 0})
+    run_all([spec], calibrate=True)
+    (found,) = trained(tmp_path / "study", [spec])
+    assert (found.status, found.steps) == ("completed", 0)
+    for moments in found.scores.values():
+        assert moments["after"].nll == pytest.approx(moments["before"].nll, rel=1e-6)
