@@ -37,7 +37,8 @@ def main() -> None:
             total -= float(picked.double().sum())
             tokens += picked.shape[0]
     recorded, found = record.scores[args.split]["after"].nll, total / tokens
-    print(f"{args.run.name} ({spec.placement.name}, rank {spec.rank}, {record.environment['precision']}), {args.split}:")
+    arm = f"{spec.placement.name}, rank {spec.rank}, {record.environment['precision']}"
+    print(f"{args.run.name} ({arm}), {args.split}:")
     print(f"  recorded {recorded:.6f}, PEFT {found:.6f}, difference {abs(recorded - found):.2e}")
 
 
