@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -14,7 +14,7 @@ from analysis import stats
 from analysis.arms import FULL, Arm, Arrangement, Scores, Setting, aligned, higher_is_better
 from analysis.stats import Array, Components, Draws
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 TEST_COLUMNS = [
     "setting", "metric", "family", "a", "b", "difference", "low", "high", "p", "p_holm", "p_permutation", "effect",
     "share_improved", "seeds", "examples", "significant", "better",
@@ -60,11 +60,17 @@ def tests(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
             if tested is not None:
                 names = {"setting": pair.setting.name, "metric": metric, "family": pair.family}
                 rows.append({**names, "a": pair.a.label, "b": pair.b.label, **tested})
-    return corrected(pd.DataFrame(rows, columns=TEST_COLUMNS))
+    return corrected(pd.DataFrame(rows, columns=[*TEST_COLUMNS, "interval"]))
 
 
 def corrected(table: pd.DataFrame) -> pd.DataFrame:
-    """Fills p_holm over each family and metric, and with it `significant` and `better`."""
+    """Moderates the seed variances (`stats.moderated`) of each setting, family and metric, corrects over a family and
+    metric (p_holm), and says which arm is better where that is significant.
+    """
+    for _, group in table.groupby(["setting", "family", "metric"]):
+        for i, one in zip(group.index, stats.moderated(list(group["interval"])), strict=True):
+            table.loc[i, ["low", "high", "p"]] = [one.low, one.high, stats.p_value(one)]
+    table = table.drop(columns="interval")
     for _, group in table.groupby(["family", "metric"]):
         table.loc[group.index, "p_holm"] = stats.holm(group["p"].to_numpy(dtype=float))
     table["p_holm"] = table["p_holm"].astype(float)
@@ -83,7 +89,8 @@ def _tested(a: Scores | None, b: Scores | None, metric: str, draws: Draws) -> di
     found = stats.paired(a_RE, b_RE, w_E, draws=draws)
     share = 1 - found.share if higher_is_better(metric) else found.share
     return {
-        "difference": found.difference.estimate, "low": found.difference.low, "high": found.difference.high,
+        "interval": found.difference, "difference": found.difference.estimate,
+        "low": found.difference.low, "high": found.difference.high,
         "p": found.p, "p_permutation": found.p_permutation, "effect": found.effect, "share_improved": share,
         "seeds": found.difference.seeds, "examples": found.difference.examples,
     }  # fmt: skip
@@ -101,7 +108,7 @@ def matched(found: Arrangement, *, draws: Draws, tolerance: float = 0.05) -> pd.
                     continue
                 for arm in arms:
                     rows += _matched_rows(setting, found.metrics, arm, others, draws, tolerance)
-    table = pd.DataFrame(rows, columns=[*TEST_COLUMNS, "parameters_a", "parameters_b"])
+    table = pd.DataFrame(rows, columns=[*TEST_COLUMNS, "parameters_a", "parameters_b", "interval"])
     pair = table.apply(lambda row: "|".join(sorted((row["a"], row["b"]))), axis=1) if len(table) else None
     if pair is not None:
         table = table[~pd.concat([table[["setting", "metric"]], pair], axis=1).duplicated()].reset_index(drop=True)
@@ -194,30 +201,43 @@ def _kept(setting: Setting, arm: Arm, reference: Arm, metric: str, draws: Draws)
     if shared is None:
         return None
     gain_arm, gain_reference = base.x_RE - shared[0], base.x_RE - shared[1]
-    reference_gain = stats.interval(gain_reference, shared[2], draws=draws)
+    reference_gain = stats.interval(gain_reference, shared[2], draws=draws, strict=True)
     if not stats.p_value(reference_gain) < 0.05:
         return {"share": np.nan, "low": np.nan, "high": np.nan}
     share = stats.interval(gain_arm, shared[2], draws=draws).estimate / reference_gain.estimate
-    rest = stats.interval(gain_arm - share * gain_reference, shared[2], draws=draws)
+    rest = stats.interval(gain_arm - share * gain_reference, shared[2], draws=draws, strict=True)
     half = (rest.high - rest.low) / 2 / abs(reference_gain.estimate)
     return {"share": share, "low": share - half, "high": share + half}
 
 
 def power(difference: float, parts: Components, seeds: int, examples: int, level: float = 0.05) -> float:
-    """Chance that the paired test finds a true difference, given the variance components of the paired differences
-    (noncentral t with Satterthwaite's degrees of freedom; Westfall, Kenny & Judd 2014 for crossed designs)."""
+    """Chance that the paired test finds a true difference, given the variance components of the paired differences.
+
+    The estimate is normal; the test's half width depends on the estimated variances of seeds and examples, which are
+    chi-squared; both are averaged over (two-dimensional quadrature).
+    """
     cell = parts.cell / (seeds * examples)
     by_seeds, by_examples = parts.seeds / seeds + cell, parts.examples / examples + cell
-    variance = by_seeds + by_examples - cell
-    if variance <= 0:
+    sd = (by_seeds + by_examples - cell) ** 0.5
+    if sd <= 0:
         return 1.0 if difference else level
-    below = (by_seeds**2 / (seeds - 1) if seeds > 1 else 0.0) + by_examples**2 / max(examples - 1, 1)
-    df = max(variance**2 / below, 1.0)
-    shift, critical = abs(difference) / variance**0.5, float(special.stdtrit(df, 1 - level / 2))
-    # The noncentral t as a normal with its scale averaged out: scipy's nct gives NaN at 2 degrees of freedom.
-    scale = np.sqrt(2 * special.gammaincinv(df / 2, (_NODES + 1) / 2) / df)
-    tails = special.ndtr(shift - critical * scale) + special.ndtr(-critical * scale - shift)
-    return float(_WEIGHTS @ tails / 2)
+    width = np.zeros((1, 1))
+    if seeds > 1:
+        width = width + special.stdtrit(seeds - 1, 1 - level / 2) ** 2 * by_seeds * _chi2_share(seeds - 1)[:, None]
+    if examples > 1:
+        drawn = by_examples * _chi2_share(examples - 1) - cell * (seeds > 1)
+        width = width + special.stdtrit(examples - 1, 1 - level / 2) ** 2 * np.maximum(drawn, 0)
+    reach, shift = np.sqrt(width) / sd, abs(difference) / sd
+    tails = special.ndtr(shift - reach) + special.ndtr(-reach - shift)
+    rows = _WEIGHTS @ tails / 2 if seeds > 1 else tails[0]
+    return float(rows @ _WEIGHTS / 2 if examples > 1 else rows[0])
+
+
+@lru_cache(maxsize=4096)
+def _chi2_share(df: int) -> Array:
+    """Quantiles of chi-squared over its degrees of freedom, at the nodes of the quadrature."""
+    quantiles: Array = 2 * special.gammaincinv(df / 2, (_NODES + 1) / 2) / df
+    return quantiles
 
 
 def _enough(

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from analysis.style import GREY, SEQUENTIAL, Look
@@ -21,9 +22,7 @@ def amount(value: float, _: Any = None) -> str:
     return f"{value:.3g}T"
 
 
-def scatter(
-    ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look], labels: bool = True
-) -> None:
+def scatter(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look], *, higher: bool) -> None:
     """Cost against quality: an arm a point with its interval; members of the front filled, joined, labelled by rank."""
     for placement, group in arms.groupby("placement", sort=False):
         look = looks[str(placement)]
@@ -37,11 +36,16 @@ def scatter(
     ax.step(members[cost], members[metric], where="post", color=GREY, linewidth=0.8, zorder=1)
     _log_ticks(ax, arms[cost])
     _room(ax, arms, metric)
-    if labels:
-        for row in (arms if len(arms) <= 12 else members).to_dict("records"):
-            if not pd.isna(row["rank"]):
-                at, offset = (row[cost], row[metric]), (5, 3)
-                ax.annotate(f"{row['rank']:g}", at, xytext=offset, textcoords="offset points", fontsize=6, color=GREY)
+    for row in (arms if len(arms) <= 12 else members).to_dict("records"):
+        if not pd.isna(row["rank"]):
+            # No arm lies on the cheap and good side of the front, so its labels stand there; the others' opposite.
+            inside, down = bool(row["on_front"]), higher != bool(row["on_front"])
+            offset, side = (-4 if inside else 4, -3 if down else 3), ("top" if down else "bottom")
+            text = ax.annotate(
+                f"{row['rank']:g}", (row[cost], row[metric]), xytext=offset, textcoords="offset points", fontsize=6,
+                ha="right" if inside else "left", va=side,
+            )  # fmt: skip
+            text.set(color=GREY, zorder=5, path_effects=[withStroke(linewidth=1.5, foreground="white")])
 
 
 def rank_lines(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look]) -> None:

@@ -39,7 +39,7 @@ def pareto(analysis: Analysis, metric: str, cost: str = "trainable_parameters") 
     look = looks(_placements(arms))
     figure, axes = _panels(_names(arms))
     for name, ax in axes.items():
-        draw.scatter(ax, arms[arms["setting"] == name], metric, cost, look)
+        draw.scatter(ax, arms[arms["setting"] == name], metric, cost, look, higher=higher_is_better(metric))
         ax.set_xlabel(label.get(cost, cost))
         _base_note(ax, analysis, name, metric)
     _finish(figure, axes, look, _axis(analysis, metric))
@@ -238,6 +238,16 @@ def write(
         found = _save(analysis, names, folder)
     written = [folder / f"{name}.{suffix}" for name in names if found[name] is None for suffix in ("pdf", "png")]
     return written, {name: reason for name in names if (reason := found[name]) is not None}
+
+
+def make(analysis: Analysis) -> dict[str, Figure | str]:
+    """Every figure by name, to look at in a notebook; for those left out, the reason."""
+    with styled():
+        found = {name: maker(analysis) for name, maker in makers(analysis).items()}
+    for figure in found.values():
+        if not isinstance(figure, str):
+            plt.close(figure)  # so that a notebook shows it where it is asked for, and once
+    return found
 
 
 def _save(analysis: Analysis, names: Sequence[str], folder: Path) -> dict[str, str | None]:

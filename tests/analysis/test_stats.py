@@ -63,6 +63,8 @@ def test_combining_tasks_adds_variances(draws: Draws) -> None:
     both = stats.combine(parts)
     assert both.estimate == pytest.approx(np.mean([one.estimate for one in parts]))
     assert both.se == pytest.approx(np.hypot(parts[0].se, parts[1].se) / 2)
+    half = [(one.high - one.low) / 2 for one in parts]
+    assert (both.high - both.low) / 2 == pytest.approx(np.hypot(*half) / 2)
 
 
 def test_components_are_found_again() -> None:

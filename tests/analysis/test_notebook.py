@@ -1,0 +1,47 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from analysis import analyse, load, ship
+from tests.analysis.synthetic import write_study
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "paper.ipynb"
+
+
+def cells() -> list[str]:
+    plain = json.loads(NOTEBOOK.read_text())
+    return ["".join(cell["source"]) for cell in plain["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(NOTEBOOK.parent)
+    names: dict[str, object] = {}
+    for source in cells():
+        exec(compile(source, str(NOTEBOOK), "exec"), names)
+    made = names["made"]
+    assert isinstance(made, dict)
+    assert not isinstance(made["pareto_nll"], str)
+
+
+def test_outputs_are_stripped_and_only_analysis_is_called() -> None:
+    plain = json.loads(NOTEBOOK.read_text())
+    for cell in plain["cells"]:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+    imports = [line for source in cells() for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert imports == ["from pathlib import Path", "from analysis import analyse, figures, load, ship, tables"]
+
+
+def test_the_shipped_study_is_small() -> None:
+    assert (NOTEBOOK.parent / "study.tar.xz").stat().st_size < 600_000
+
+
+def test_a_packed_study_says_the_same(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0, 1), examples=30, steps=200)
+    archive = ship.pack(study, tmp_path / "one.tar.xz")
+    assert archive.read_bytes() == ship.pack(study, tmp_path / "two.tar.xz").read_bytes()
+    folder = ship.unpack(archive, tmp_path / "again")
+    before, after = analyse(load(study), draws=50).arms, analyse(load(folder), draws=50).arms
+    assert after["nll"].to_list() == pytest.approx(before["nll"].to_list(), rel=1e-5)
+    assert len(load(folder).curves(load(folder).runs["run_id"].head(1))) == 50

@@ -1,0 +1,153 @@
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import Analysis, analyse, figures, load, report
+from tests.analysis.synthetic import edit, write_study
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVIL = "</script><script>parent.broken = 1</script><img src=x onerror='parent.broken = 1'>"
+
+# A page with the report in a frame of a given width; after some clicking it writes what it saw as JSON.
+DRIVER = """<!doctype html><meta charset="utf-8"><body style="margin:0">
+<iframe id="f" style="border:0" width="@@WIDTH@@" height="900" srcdoc="@@REPORT@@"></iframe><pre id="result"></pre>
+<script>
+document.getElementById("f").addEventListener("load", () => {
+  const win = document.getElementById("f").contentWindow, doc = win.document, seen = { errors: win.errors };
+  const count = () => doc.querySelectorAll("#chart .point").length;
+  const change = (element, value) => { element.value = value; element.dispatchEvent(new win.Event("change")); };
+  try {
+    seen.wide = doc.documentElement.scrollWidth;
+    seen.points = count();
+    const filter = doc.querySelector('[data-filter="placement"][data-value="attn"]');
+    filter.click();
+    seen.filtered = count();
+    filter.click();
+    doc.querySelector("#chart .point").dispatchEvent(new win.Event("focus"));
+    seen.tip = doc.getElementById("tip").hidden ? null : doc.getElementById("tip").textContent;
+    change(doc.getElementById("choose-x"), "train_seconds_solo");
+    seen.axis = [...doc.querySelectorAll("#chart text")].map((text) => text.textContent);
+    change(doc.getElementById("choose-level"), "runs");
+    seen.runs = count();
+    const names = [...doc.querySelectorAll("#table-choice option")].map((option) => option.textContent);
+    seen.tables = names;
+    change(doc.getElementById("table-choice"), names.indexOf("efficiency"));
+    const column = (i) => [...doc.querySelectorAll("#table tbody tr")].map((row) => row.children[i].textContent);
+    seen.rows = column(0).length;
+    const heads = () => [...doc.querySelectorAll("#table th button")];
+    const nll = heads().findIndex((button) => button.textContent === "NLL");
+    heads()[nll].click();
+    seen.up = column(nll);
+    heads()[nll].click();
+    seen.down = column(nll);
+    doc.getElementById("table-search").value = "attn";
+    doc.getElementById("table-search").dispatchEvent(new win.Event("input"));
+    seen.found = doc.querySelectorAll("#table tbody tr").length;
+    doc.getElementById("copy-latex").click();
+    seen.answers = doc.querySelectorAll("#answer-list li").length;
+    seen.checks = doc.querySelectorAll("#check-list li").length;
+    seen.images = [...doc.images].map((image) => image.alt.length > 0 && image.src.startsWith("data:"));
+    seen.unnamed = [...doc.querySelectorAll("input, select")].filter((input) => !input.labels.length).length;
+    seen.title = doc.getElementById("title").textContent;
+  } catch (error) {
+    seen.errors.push(String(error.stack));
+  }
+  setTimeout(() => {
+    seen.copied = doc.getElementById("copied").textContent;
+    seen.broken = window.broken === 1;
+    document.getElementById("result").textContent = JSON.stringify(seen);
+  }, 300);
+});
+</script>"""
+WATCH = """<script>var errors = [];
+addEventListener("error", (event) => errors.push(event.message));
+addEventListener("unhandledrejection", (event) => errors.push(String(event.reason)));
+addEventListener("securitypolicyviolation", (event) => errors.push(event.violatedDirective + " " + event.blockedURI));
+console.error = (...words) => errors.push(words.join(" "));</script>"""
+
+
+def browse(path: Path, folder: Path, width: int) -> dict[str, Any]:
+    page = path.read_text().replace('<meta charset="utf-8">', '<meta charset="utf-8">' + WATCH, 1)
+    driver = folder / f"driver{width}.html"
+    driver.write_text(DRIVER.replace("@@WIDTH@@", str(width)).replace("@@REPORT@@", html.escape(page)))
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
+        "--virtual-time-budget=8000", "--window-size=1300,1000", "--dump-dom", driver.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found is not None, done.stderr[-2000:]
+    assert found[1], f"the page did not answer: {done.stderr[-2000:]}"
+    return dict(json.loads(html.unescape(found[1])))
+
+
+@pytest.fixture(scope="module")
+def page(analysis: Analysis, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("paper")
+    figures.write(analysis, folder / "figures", only=["pareto_nll", "rank_nll"])
+    return report.write(analysis, folder, absent={"learn_forget": "no data"})
+
+
+def test_one_file_without_network(page: Path) -> None:
+    text = page.read_text()
+    markup = text.replace(re.search(r'<script id="data".*?</script>', text, re.DOTALL)[0], "")  # type: ignore[index]
+    markup = markup.replace("http://www.w3.org/2000/svg", "")
+    assert "default-src 'none'" in markup
+    for word in ("http:", "https:", "@import", ' src="', "<link", "url("):
+        assert word not in markup, word
+    assert len(text) < 3_000_000
+
+
+def test_the_data_holds_every_table_with_latex(page: Path) -> None:
+    text = page.read_text()
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
+    names = [sheet["name"] for sheet in data["sheets"]]
+    assert {"placement_rank_nll", "efficiency", "tests", "matched_budget", "share_kept", "checks"} <= set(names)
+    assert all("\\toprule" in sheet["latex"] for sheet in data["sheets"])
+    assert len(data["figures"]) == 2
+    assert any("lowest test NLL" in answer for answer in data["answers"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_it_works_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
+    seen = browse(page, tmp_path, width)
+    assert seen["errors"] == []
+    assert seen["wide"] <= width  # nothing sticks out: it can be read on a phone
+    assert seen["points"] == 7
+    assert seen["filtered"] == 5
+    assert "trainable parameters" in seen["tip"]
+    assert "training seconds alone" in seen["axis"]
+    assert seen["runs"] == 2 * 3 * (6 + 1)  # both learning rates
+    assert seen["rows"] == 2 * 8
+    first = [float(text.split(" ")[0]) for text in seen["up"]]
+    assert first == sorted(first)
+    assert [float(text.split(" ")[0]) for text in seen["down"]] == sorted(first, reverse=True)
+    assert seen["found"] == 2 * 2
+    assert seen["answers"] >= 2
+    assert seen["checks"] >= 1
+    assert seen["images"] == [True, True]
+    assert seen["unnamed"] == 0
+    assert "LaTeX" in seen["copied"] or "did not allow" in seen["copied"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_text_from_records_stays_text(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0, 1), examples=20, steps=2, modules=False)
+    for folder in study.iterdir():
+        edit(folder, lambda plain: plain["spec"]["dataset"].update(name=EVIL))
+    edit(next(study.iterdir()), lambda plain: plain.update(status="failed", error={"class": EVIL, "message": EVIL}))
+    found = analyse(load(study), draws=50)
+    found.study.name = EVIL
+    seen = browse(report.write(found, tmp_path / "paper"), tmp_path, 1200)
+    assert not seen["broken"]
+    assert seen["errors"] == []
+    assert EVIL in seen["title"]
