@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep test lint format clean
+.PHONY: help install sweep paper example test lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -31,6 +31,19 @@ $(STAMP): pyproject.toml constraints.txt constraints-data.txt
 
 sweep: $(STAMP)  ## train the placement x rank grid on the default model and data, print and save its table
 	$(BIN)/python train.py -m placement=attn,ff,full rank=4,8,16 $(ARGS)
+
+paper: $(STAMP)  ## train the paper's grid (what is missing of it), then write its tables, figures and report to paper/
+	$(BIN)/python train.py -m experiment=paper $(ARGS)
+	$(BIN)/python -m analysis outputs/$(or $(patsubst study=%,%,$(filter study=%,$(ARGS))),paper) --out paper
+
+# After a new study: make example STUDY=outputs/paper
+STUDY ?= outputs/paper
+example: $(STAMP)  ## make docs/example and the notebook's study from STUDY (default outputs/paper)
+	$(BIN)/python -m analysis.ship $(STUDY) notebooks/study.tar.xz
+	$(BIN)/python -m analysis $(STUDY) --out .cache/example
+	mkdir -p docs/example
+	rm -f docs/example/*.png docs/example/*.md
+	cp .cache/example/figures/*.png .cache/example/tables/*.md docs/example/
 
 test: $(STAMP)  ## run the whole test suite
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST)
