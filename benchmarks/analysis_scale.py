@@ -1,6 +1,6 @@
 """How long the analysis takes and how much memory: python benchmarks/analysis_scale.py [runs ...] (default 100 10000)
 
-Writes synthetic studies (two tasks, five placements, ten ranks, ten learning rates; 200 examples and 60 steps a run), runs
+Writes synthetic studies (two tasks, five placements, ten ranks, ten learning rates; 200 examples, 60 steps a run), runs
 `python -m analysis` on each and prints seconds and peak memory as a table and as JSON.
 """
 
