@@ -202,7 +202,7 @@ class Pack:
             for lane, (slot, job, step, lr, tokens) in enumerate(entry.jobs):
                 yield StepResult(job, step, losses[lane], lr, norms[slot], tokens)
 
-    def use_lanes(self, slots: Sequence[int], *, tokens: int | None = None) -> None:
+    def use_lanes(self, slots: Sequence[int]) -> None:
         """Says which slot each lane of the coming batch belongs to; -1 is the bare base model."""
         lanes = self.bank.lanes
         if tuple(slots) != lanes.host_slots:
@@ -212,8 +212,6 @@ class Pack:
                 len(slots), torch.empty(len(slots), dtype=torch.int32, device=self.device)
             )
             lanes.slots = held.copy_(torch.tensor(list(slots), dtype=torch.int32), non_blocking=True)
-        if tokens is not None:
-            lanes.tokens = tokens
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Last hidden states [rows, T, D] of right-padded token ids [rows, T]."""
