@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Run-steps per second and memory against pack size, batch and length; needs a CUDA GPU.
 
-    python -m benchmarks.pack_growth --json growth.json      # measures; stops cleanly after --minutes
+    python -m benchmarks.pack_growth --json growth.json      # measures; stops after --minutes, goes on when run again
     python -m benchmarks.pack_growth --plot growth.json DIR  # table (Markdown) and figure from a measurement
 
-The arms are attn, ff and full at ranks 4, 8 and 16, repeated. The figures are of one process in which shapes follow
-one another, as in a session: the first shape is compiled for itself, the later ones share a compilation.
+The arms are attn, ff and full at ranks 4, 8 and 16, repeated, in an order whose every beginning is a fair mix. The
+figures are of one process in which shapes follow one another, as in a session: the first shape is compiled for itself,
+the later ones share a compilation. FLOP/s are by 4 N a token, N all parameters of the base.
 """
 
 import argparse
@@ -14,7 +15,18 @@ import json
 import time
 from pathlib import Path
 
-SIZES = {(4, 256): (1, 2, 4, 8, 16, 32, 64)}
+ARMS = [
+    ("full", 8),
+    ("attn", 8),
+    ("ff", 8),
+    ("attn", 16),
+    ("ff", 4),
+    ("full", 16),
+    ("full", 4),
+    ("attn", 4),
+    ("ff", 16),
+]
+SIZES = {(4, 256): (9, 1, 2, 4, 16, 32, 64, 96, 128)}
 FEW = (1, 4, 16, 64)
 SHAPES = [(4, 256), (4, 128), (4, 512), (16, 128), (16, 256), (16, 512)]
 
@@ -35,33 +47,29 @@ def bf16_peak(size: int = 8192) -> float:
     return 10 * 2 * size**3 / (start.elapsed_time(stop) / 1e3) / 1e12
 
 
-def measure(base, runs: int, batch: int, length: int, steps: int) -> dict:
+def measure(base, runs: int, batch: int, length: int, least_seconds: float) -> dict:
     import torch
 
-    from benchmarks.packed_vs_peft import GRID
     from benchmarks.shapes import job
-    from sweeper import budget
     from sweeper.engine.pack import Pack
 
-    arms = (GRID * runs)[:runs]
+    arms = (ARMS * runs)[:runs]
     jobs = [
         job(base, placement, rank, steps=10**6, batch=batch, length=length, seed=seed)
         for seed, (placement, rank) in enumerate(arms)
     ]
-    by_name = {target.name: target for target in base.targets}
-    flops = sum(
-        budget.train_flops(
-            base.targets, {by_name[n]: r for n, r in j.adapter.ranks.items()}, length=length, tokens=batch * length
-        )
-        for j in jobs
-    )
+    size = sum(p.numel() for p in base.model.parameters())
+    others = torch.cuda.memory_allocated() - 2 * size  # another base model may be there, too
     torch.cuda.reset_peak_memory_stats()
     with Pack(base, [j.adapter.ranks for j in jobs], batch_size=batch, compiled=True) as pack:
         for j in jobs:
             pack.add(j)
         for _ in range(3):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
             pack.step()
         torch.cuda.synchronize()
+        steps = min(50, max(4, round(least_seconds / (time.perf_counter() - began))))
         began = time.perf_counter()
         for _ in range(steps):
             pack.step()
@@ -69,8 +77,9 @@ def measure(base, runs: int, batch: int, length: int, steps: int) -> dict:
         seconds = (time.perf_counter() - began) / steps
     return {
         "runs": runs, "batch": batch, "length": length, "step_seconds": seconds, "run_steps_per_second": runs / seconds,
-        "tokens_per_second": runs * batch * length / seconds, "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "tflops": flops / seconds / 1e12,
+        "tokens_per_second": runs * batch * length / seconds,
+        "tflops": 4 * size * runs * batch * length / seconds / 1e12,
+        "memory_gib": (torch.cuda.max_memory_allocated() - others) / 2**30,
     }  # fmt: skip
 
 
@@ -80,23 +89,26 @@ def run(args: argparse.Namespace) -> None:
     from benchmarks.shapes import base_model
 
     deadline = time.monotonic() + 60 * args.minutes
-    found: dict = {"device": torch.cuda.get_device_name(), "peak_tflops": bf16_peak(), "torch": torch.__version__}
-    for model in args.models:
-        base = base_model(model, "cuda")
+    found = json.loads(args.json.read_text()) if args.json.exists() else {"torch": torch.__version__}
+    here = {"peak_tflops": bf16_peak(), "device": torch.cuda.get_device_name()}
+    bases = {model: base_model(model, "cuda") for model in args.models}
+    for (batch, length), (model, base) in itertools.product(SHAPES, bases.items()):
         rows = found.setdefault(model, [])
-        for batch, length in SHAPES:
-            for runs in SIZES.get((batch, length), FEW):
-                if runs * batch * length > args.most_tokens or time.monotonic() > deadline:
-                    continue
-                try:
-                    rows.append(measure(base, runs, batch, length, args.steps))
-                except torch.OutOfMemoryError:
-                    rows.append({"runs": runs, "batch": batch, "length": length, "out_of_memory": True})
-                torch.cuda.empty_cache()
-                print(model, json.dumps(rows[-1]), flush=True)
-                args.json.write_text(json.dumps(found, indent=1) + "\n")
-        del base
-        torch.cuda.empty_cache()
+        for runs in SIZES.get((batch, length), FEW):
+            known = any((row["batch"], row["length"], row["runs"]) == (batch, length, runs) for row in rows)
+            if known or runs * batch * length > args.most_tokens or time.monotonic() > deadline:
+                continue
+            try:
+                rows.append(measure(base, runs, batch, length, args.seconds) | here)
+            except torch.OutOfMemoryError:
+                rows.append({"runs": runs, "batch": batch, "length": length, "out_of_memory": True})
+            torch.cuda.empty_cache()
+            print(model, json.dumps(rows[-1]), flush=True)
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _place(row: dict) -> tuple[int, int, int]:
+    return row["batch"], row["length"], row["runs"]
 
 
 def table(found: dict) -> str:
@@ -104,12 +116,12 @@ def table(found: dict) -> str:
     for model in (name for name in found if isinstance(found[name], list)):
         lines += [f"### {model}", "", "| batch x length | runs | run-steps/s | tokens/s | GiB | of bf16 peak |",
                   "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
-        for row in found[model]:
+        for row in sorted(found[model], key=_place):
             shape = f"| {row['batch']} x {row['length']} | {row['runs']} |"
             if row.get("out_of_memory"):
                 lines.append(f"{shape} out of memory | | | |")
             else:
-                share = row["tflops"] / found["peak_tflops"]
+                share = row["tflops"] / row["peak_tflops"]
                 lines.append(
                     f"{shape} {row['run_steps_per_second']:.0f} | {row['tokens_per_second']:,.0f} "
                     f"| {row['memory_gib']:.1f} | {share:.0%} |"
@@ -126,7 +138,7 @@ def plot(found: dict, folder: Path) -> None:
         1, len(models), figsize=(4.2 * len(models), 3.2), constrained_layout=True, squeeze=False
     )
     for axis, model in zip(axes[0], models, strict=True):
-        rows = [row for row in found[model] if "tflops" in row]
+        rows = sorted((row for row in found[model] if "tflops" in row), key=_place)
         shapes = dict.fromkeys((row["batch"], row["length"]) for row in rows)
         for (batch, length), marker in zip(shapes, itertools.cycle("osD^vP"), strict=False):
             points = [row for row in rows if (row["batch"], row["length"]) == (batch, length)]
@@ -143,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("growth.json"))
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "llama3.2-1b"])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=0.7, help="time at least this long, four steps at least")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--most-tokens", type=int, default=131072, help="largest batch, in tokens")
     parser.add_argument("--plot", nargs=2, metavar=("JSON", "DIR"))

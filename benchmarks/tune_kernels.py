@@ -68,7 +68,7 @@ def launch(name: str, choice: tuple[int, ...], p: dict) -> None:
     rows, cols = count * triton.cdiv(share, tiles.rows), triton.cdiv(max(widths), tiles.cols)
     z, w = k._three(zs), k._three(widths)
     if name.startswith("shrink"):
-        k._launch(k._shrink, tiles, (rows, members, chunks), *z, *w, p["params"], p["table"], p["scale"], p["lanes"],
+        k._launch(k._shrink, tiles, (members * rows, chunks), *z, *w, p["params"], p["table"], p["scale"], p["lanes"],
                   *p["chance"], p["h"], share, share, hidden, **tail)  # fmt: skip
     elif name.startswith("expand"):
         hoist = chunks == 1 and (b_side or members == 1)

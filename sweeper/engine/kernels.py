@@ -49,14 +49,15 @@ def _shrink(
 ):  # fmt: skip
     """h[rows of a lane, member] = scale * z[rows] @ (A or B of the slot and member)^T."""
     tiles = tl.cdiv(share, ROWS)
-    lane = tl.program_id(0) // tiles
-    member = tl.program_id(1)
+    member = tl.program_id(0) % M  # members that read the same rows run side by side
+    tile = tl.program_id(0) // M
+    lane = tile // tiles
     slot = tl.load(lanes + lane)
     if slot < 0:
         return
     entry = table + (slot * M + member) * 4
     rank = tl.load(entry)
-    first = tl.program_id(2) * RANKS
+    first = tl.program_id(1) * RANKS
     if first >= rank:
         return
     if B_SIDE:
@@ -67,7 +68,7 @@ def _shrink(
         z = z0
         width = width0
         offset = tl.multiple_of(tl.load(entry + 1), 16)
-    local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    local = tile % tiles * ROWS + tl.arange(0, ROWS)
     inside = local < share
     row = lane.to(tl.int64) * share + local
     r = first + tl.arange(0, RANKS)
@@ -421,7 +422,7 @@ def forward(x, ys, params, table, scale, lanes, dropout, seeds, salts, hidden, t
     share, count, ranks, chunks = _geometry(x, lanes, hidden, members)
     chance = (dropout, seeds, salts)
     _launch(
-        _shrink, SHRINK, (count * triton.cdiv(share, SHRINK.rows), members, chunks),
+        _shrink, SHRINK, (members * count * triton.cdiv(share, SHRINK.rows), chunks),
         *_three([x]), *_three([x.shape[1]]), params, table, scale, lanes, *chance, h, share, tokens, hidden,
         M=members, B_SIDE=False, DROP=drop, RANKS=ranks,
     )  # fmt: skip
@@ -443,7 +444,7 @@ def backward(dys, x, dx, params, dparams, h, table, scale, lanes, dropout, seeds
     share, count, ranks, chunks = _geometry(x, lanes, hidden, members)
     chance = (dropout, seeds, salts)
     _launch(
-        _shrink, SHRINK, (count * triton.cdiv(share, SHRINK.rows), members, chunks),
+        _shrink, SHRINK, (members * count * triton.cdiv(share, SHRINK.rows), chunks),
         *_three(dys), *_three(widths), params, table, scale, lanes, *chance, dh, share, tokens, hidden,
         M=members, B_SIDE=True, DROP=False, RANKS=ranks,
     )  # fmt: skip
