@@ -18,8 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sweeper.arms import Arm, Dimension, Params
 from sweeper.errors import Problems, SpecError, SweeperError, unknown
-from sweeper.spec import RunSpec, Settings, from_mapping
+from sweeper.spec import RunSpec, SearchSettings, Settings, from_mapping
 
 Plain = dict[str, Any]
 
@@ -30,11 +31,19 @@ _MISSING = "???"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Composition:
-    """The runs of a command, each once, in grid order; `overrides` of a run would compose it alone."""
+    """The arms of a command, each once, in grid order, and how it is carried out."""
 
-    specs: tuple[RunSpec, ...]
+    arms: tuple[Arm, ...]
     settings: Settings
-    overrides: tuple[tuple[str, ...], ...]
+
+    @property
+    def tuned(self) -> bool:
+        return any(arm.space for arm in self.arms)
+
+    @property
+    def specs(self) -> tuple[RunSpec, ...]:
+        """Every arm with its default hyperparameters at every seed: all runs there are where nothing is tuned."""
+        return tuple(spec for arm in self.arms for spec in arm.defaults)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +105,8 @@ def from_config(cfg: DictConfig) -> tuple[RunSpec, Settings]:
 def expand(overrides: Sequence[str], composer: Composer) -> Composition:
     """Every combination of a command's grid, exactly once.
 
-    A comma list, choice(), range() and glob() are axes. Specs that come out equal are one run.
+    A comma list, choice(), range() and glob() are axes; interval() and tag(tune, ...) are tuned inside every arm; the
+    axis `seed` replicates. Arms that come out equal are one.
 
     Raises:
         Problems: everything wrong anywhere in the grid, one line each.
@@ -104,32 +114,84 @@ def expand(overrides: Sequence[str], composer: Composer) -> Composition:
     problems: list[str] = []
     grid = _read(overrides, composer, problems)
     builder = _Builder(problems)
-    runs: dict[str, tuple[RunSpec, tuple[str, ...]]] = {}
     found: list[Settings] = []
     cells = dict(_cells(grid, composer, problems))
     for cell in cells.values():
         settings = _settings(cell.plain, problems)
         if settings is not None and settings not in found:
             found.append(settings)
-    for choice in itertools.product(*(range(len(axis.values)) for axis in grid.axes)):
-        chosen = list(zip(grid.axes, choice, strict=True))
-        cell_key = tuple(index for axis, index in chosen if axis.key in grid.groups)
-        if cell_key not in cells:
-            continue
-        values = {axis.key: axis.values[index] for axis, index in chosen if axis.key not in grid.groups}
-        run = cells[cell_key].run(values, builder)
-        if run is not None:
-            typed = tuple(f"{axis.key}={axis.typed[index]}" for axis, index in chosen)
-            runs.setdefault(run.run_id, (run, (*grid.fixed, *typed)))
+    arms: dict[str, Arm] = {}
+    factors = [axis for axis in grid.axes if axis.key != "seed"]
+    seeds = next((axis.values for axis in grid.axes if axis.key == "seed"), None)
+    for choice in itertools.product(*(range(len(axis.values)) for axis in factors)):
+        chosen = list(zip(factors, choice, strict=True))
+        arm = _arm(chosen, seeds, grid, cells, builder)
+        if arm is not None:
+            arms.setdefault(arm.key, arm)
     if len(found) > 1:
         problems.append(_differing(found))
+    if not problems and grid.space:
+        _try_ends(next(iter(arms.values())), problems)
     if problems:
         raise Problems(problems)
-    return Composition(
-        specs=tuple(run for run, _ in runs.values()),
-        settings=found[0],
-        overrides=tuple(typed for _, typed in runs.values()),
-    )
+    return Composition(arms=tuple(arms.values()), settings=found[0])
+
+
+def _arm(
+    chosen: Sequence[tuple["Axis", int]], seeds: Sequence[Any] | None, grid: "_Grid",
+    cells: Mapping[tuple[int, ...], "_Cell"], builder: "_Builder",
+) -> Arm | None:  # fmt: skip
+    options = {axis.key: place for axis, place in chosen if axis.key in grid.groups}
+    values = {axis.key: axis.values[place] for axis, place in chosen if axis.key not in grid.groups}
+
+    def cell(params: Params) -> _Cell | None:
+        tuned = {axis.key: axis.values.index(params[axis.key]) if axis.key in params else 0 for axis in grid.tuned}
+        return cells.get(tuple((options | tuned)[axis.key] for axis in grid.cell_axes))
+
+    def make(params: Params, seed: int) -> RunSpec:
+        wrong: list[str] = []
+        where = cell(params)
+        plain = {key: value for key, value in params.items() if all(key != axis.key for axis in grid.tuned)}
+        run = None if where is None else where.run({**values, **plain, "seed": seed}, _Builder(wrong))
+        if run is None:
+            raise Problems(wrong)
+        return run
+
+    where = cell({})
+    if where is None:
+        return None
+    of_seeds = [values] if seeds is None else [{**values, "seed": seed} for seed in seeds]
+    defaults = {run.run_id: run for run in (where.run(one, builder) for one in of_seeds) if run is not None}
+    if not defaults:
+        return None
+    typed = tuple(f"{axis.key}={axis.typed[place]}" for axis, place in chosen)
+    return Arm(defaults=tuple(defaults.values()), space=grid.space, make=make, overrides=(*grid.fixed, *typed))
+
+
+def _try_ends(arm: Arm, problems: list[str]) -> None:
+    """A run at either end of every tuned range, so that a range no run can use is met before work starts."""
+    middle = arm.default_params or {
+        dimension.key: dimension.choices[0] if dimension.choices else dimension.low for dimension in arm.space
+    }
+    for dimension in arm.space:
+        for value in dimension.choices or (dimension.low, dimension.high):
+            try:
+                arm.make({**middle, dimension.key: value}, arm.seeds[0])
+            except SweeperError as error:
+                problems.extend(f"{dimension}: {line}" for line in error.lines)
+
+
+def search_settings(plain: Mapping[str, Any]) -> SearchSettings:
+    """The search settings that `hydra.sweeper` describes; one name stands for a list of one.
+
+    Raises:
+        SpecError: a value that cannot be used.
+    """
+    values = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in plain.items()}
+    for name in ("objectives", "direction"):
+        value = values.get(name)
+        values[name] = [] if value is None else [value] if isinstance(value, str) else value
+    return from_mapping(SearchSettings, values, prefix="hydra.sweeper.")
 
 
 def one_line(error: BaseException) -> str:
@@ -143,14 +205,23 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Grid:
+    """`tuned` are the groups whose option is tuned, as axes; `space` is all that is tuned."""
+
     fixed: tuple[str, ...]
     axes: tuple[Axis, ...]
     groups: frozenset[str]
+    space: tuple[Dimension, ...] = ()
+    tuned: tuple[Axis, ...] = ()
+
+    @property
+    def cell_axes(self) -> tuple[Axis, ...]:
+        return (*(axis for axis in self.axes if axis.key in self.groups), *self.tuned)
 
 
 def _read(overrides: Sequence[str], composer: Composer, problems: list[str]) -> _Grid:
     fixed: dict[str, str] = {}
     axes: dict[str, Axis] = {}
+    space: dict[str, Dimension] = {}
     groups: set[str] = set()
     for line in overrides:
         try:
@@ -164,6 +235,7 @@ def _read(overrides: Sequence[str], composer: Composer, problems: list[str]) -> 
             continue
         key = override.get_key_element()
         fixed.pop(key, None)
+        space.pop(key, None)
         group = composer.is_group(override.key_or_group) and not isinstance(override.value(), dict)
         if not override.is_sweep_override():
             options = _known_options(override, [override.value()], composer, problems) if group else [line]
@@ -171,6 +243,14 @@ def _read(overrides: Sequence[str], composer: Composer, problems: list[str]) -> 
                 axes.pop(key, None)
                 fixed[key] = line
             continue
+        if override.is_interval_sweep() or "tune" in getattr(override.value(), "tags", ()):
+            axes.pop(key, None)
+            dimension = _dimension(override, group, problems)
+            if dimension is None:
+                continue
+            space[key] = dimension
+            if not group:
+                continue
         axis = _axis(override, problems)
         if axis is None:
             continue
@@ -186,15 +266,37 @@ def _read(overrides: Sequence[str], composer: Composer, problems: list[str]) -> 
             )
             groups.add(key)
         axes[key] = axis
-    return _Grid(fixed=tuple(fixed.values()), axes=tuple(axes.values()), groups=frozenset(groups & axes.keys()))
+    return _Grid(
+        fixed=tuple(fixed.values()),
+        axes=tuple(axis for key, axis in axes.items() if key not in space),
+        groups=frozenset(groups & axes.keys() - space.keys()),
+        space=tuple(space.values()),
+        tuned=tuple(axes[key] for key in space if key in axes),
+    )
+
+
+def _dimension(override: Override, group: bool, problems: list[str]) -> Dimension | None:
+    key, line = override.get_key_element(), override.input_line
+    value: Any = override.value()
+    if key == "seed" or _is_setting(override.key_or_group):
+        problems.append(f"{line}: {key} is not tuned. Tune what changes how well a run learns, such as optim.lr.")
+        return None
+    if group and override.is_interval_sweep():
+        problems.append(f"{line}: {key} is a group of options. Tune among them: '{key}=tag(tune,choice(a,b))'")
+        return None
+    try:
+        if override.is_interval_sweep():
+            kind: Any = "int" if isinstance(value.start, int) and isinstance(value.end, int) else "float"
+            return Dimension(key=key, kind=kind, low=value.start, high=value.end, log="log" in value.tags)
+        choices = tuple(Override._convert_value(one) for one in override.sweep_iterator(Transformer.identity))
+        return Dimension(key=key, kind="choice", choices=tuple(dict.fromkeys(choices)))
+    except (SpecError, TypeError) as error:
+        problems.append(f"{line}: {error}" if isinstance(error, SpecError) else f"{line}: choose among plain values")
+        return None
 
 
 def _axis(override: Override, problems: list[str]) -> Axis | None:
     key, line = override.get_key_element(), override.input_line
-    tags: set[str] = getattr(override.value(), "tags", set())
-    if override.is_interval_sweep() or "tune" in tags:
-        problems.append(f"{line}: tuned fields need a search, which this sweeper does not do. Give a list: {key}=a,b,c")
-        return None
     found = list(override.sweep_iterator(transformer=Transformer.identity))
     if not found:
         problems.append(f"{line}: there is no value in this axis. Give a list: {key}=a,b,c")
@@ -260,7 +362,7 @@ class _Cell:
 
 def _cells(grid: _Grid, composer: Composer, problems: list[str]) -> Iterator[tuple[tuple[int, ...], _Cell]]:
     """The composed configuration of each combination of group options, by the options' places."""
-    axes = [axis for axis in grid.axes if axis.key in grid.groups]
+    axes = grid.cell_axes
     cells: dict[tuple[int, ...], _Cell] = {}
 
     def cell(choice: tuple[int, ...]) -> _Cell | None:

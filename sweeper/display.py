@@ -3,10 +3,10 @@
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeper import naming
-from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Stage, Step, TrialEnded
 from sweeper.plan import Plan
 from sweeper.record import Record
-from sweeper.spec import to_mapping
+from sweeper.spec import RunSpec, to_mapping
 
 Clock = Callable[[], float]
 SMOOTHING = 0.9
@@ -61,10 +61,44 @@ class RunView:
 
 
 @dataclass(kw_only=True)
+class ArmView:
+    """What is known of the search in one arm."""
+
+    label: str
+    seeds: int = 1
+    steps: int = 0
+    queued: int = 0
+    ended: int = 0
+    wanted: int | None = None
+    pruned: int = 0
+    failed: int = 0
+    best: float | None = None
+    best_params: Mapping[str, Any] = field(default_factory=dict)
+
+    def take(self, event: TrialEnded) -> None:
+        self.ended, self.wanted = event.ended, event.wanted
+        self.pruned += event.state == "pruned"
+        self.failed += event.state == "failed"
+        self.best, self.best_params = event.best, event.best_params
+
+    def steps_to_come(self) -> int:
+        """Steps of the trials that are not yet asked for."""
+        return max(0, (self.wanted or 0) * self.seeds - self.queued) * self.steps
+
+    def trials(self) -> str:
+        return f"{self.ended}" if self.wanted is None else f"{self.ended}/{self.wanted}"
+
+    def params(self) -> str:
+        return point(self.best_params)
+
+
+@dataclass(kw_only=True)
 class Board:
     """The state of a sweep, fed with events; `views` are in the plan's order."""
 
     views: dict[str, RunView]
+    arms: dict[str, "ArmView"] = field(default_factory=dict)
+    fields: Sequence[str] = ()
     clock: Clock = time.monotonic
     begun: float = 0.0
     stage: str = ""
@@ -73,19 +107,33 @@ class Board:
     finished: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, plan: Plan, clock: Clock = time.monotonic) -> "Board":
-        specs = [to_mapping(run.spec) for run in plan.todo]
-        fields = naming.varying(specs)
-        views = {
-            run.run_id: RunView(label=naming.label(spec, fields), steps=run.spec.trainer.max_steps)
-            for run, spec in zip(plan.todo, specs, strict=True)
-        }
-        return cls(views=views, clock=clock, begun=clock())
+    def of(cls, plan: Plan, clock: Clock = time.monotonic, *, wanted: int | None = None) -> "Board":
+        board = cls(views={}, fields=plan.fields, clock=clock, begun=clock())
+        for run in plan.todo:
+            board.add(run.run_id, run.spec)
+        arms = [to_mapping(arm.default) for arm in plan.arms]
+        fields = naming.varying(arms)
+        for arm, spec in zip(plan.arms, arms, strict=True):
+            if arm.space:
+                label, steps = naming.label(spec, fields), arm.default.trainer.max_steps
+                board.arms[arm.key] = ArmView(label=label, wanted=wanted, seeds=len(arm.seeds), steps=steps)
+        return board
+
+    def add(self, run_id: str, spec: RunSpec) -> None:
+        """Another run to show, or one that is trained again."""
+        label = naming.label(to_mapping(spec), self.fields)
+        self.views.setdefault(run_id, RunView(label=label, steps=spec.trainer.max_steps))
 
     def take(self, event: Event) -> None:
         match event:
             case Stage(message=message):
                 self.stage = message
+            case RunQueued(run_id=run_id, spec=spec):
+                self.add(run_id, spec)
+                if event.arm in self.arms:
+                    self.arms[event.arm].queued += 1
+            case TrialEnded():
+                self.arms[event.arm].take(event)
             case RunStarted(run_id=run_id, steps=steps):
                 self.views[run_id].state, self.views[run_id].steps = "training", steps
             case Step():
@@ -132,6 +180,7 @@ class Board:
         """Seconds left if the rest goes at the pace of all steps so far."""
         done = sum(view.seen for view in self.views.values())
         left = sum(view.steps - view.step for view in self.views.values() if view.state in ("training", "waiting"))
+        left += sum(arm.steps_to_come() for arm in self.arms.values())
         if self.training_since is None or done < 2:
             return None
         return left * (self.clock() - self.training_since) / done
@@ -157,8 +206,9 @@ class Display(Protocol):
     def __call__(self, event: Event) -> None: ...
 
 
-def make_display(plan: Plan, console: Console) -> Display:
-    board = Board.of(plan)
+def make_display(plan: Plan, console: Console, *, trials: int | None = None) -> Display:
+    """`trials` is how many each tuned arm shall have."""
+    board = Board.of(plan, wanted=trials)
     return LiveDisplay(board, console) if console.is_terminal else LineDisplay(board, console)
 
 
@@ -182,22 +232,38 @@ class LiveDisplay:
         self.board.take(event)
 
     def render(self) -> Group:
+        parts: list[Table | Text] = []
+        if self.board.arms:
+            parts += [self._arms(), Text("")]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("run", no_wrap=True)
         for name in ("step", "loss", "tokens/s", "ETA", "validation NLL"):
             table.add_column(name, justify="right", no_wrap=True)
         views = list(self.board.views.values())
-        shown = _visible(views, max(self.console.height - 5, 3))
+        if self.board.arms:  # of hundreds of trials, those that train
+            views = [view for view in views if view.state in ("training", "failed")]
+        shown = _visible(views, max(self.console.height - 5 - len(self.board.arms), 3))
         for view in shown:
             table.add_row(*self._row(view), style=_STYLES.get(view.state, ""))
         hidden = len(views) - len(shown)
-        parts: list[Table | Text] = [table]
+        parts.append(table)
         if hidden:
             parts.append(Text(f"and {hidden} more", style="dim"))
         parts.append(Text(self.board.headline()))
         if self.board.stage:
             parts.append(Text(self.board.stage, style="dim"))
         return Group(*parts)
+
+    def _arms(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("arm", no_wrap=True)
+        for name in ("trials", "pruned", "failed", "best"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("with", no_wrap=True)
+        room = max(self.console.height // 2, 3)
+        for arm in list(self.board.arms.values())[:room]:
+            table.add_row(arm.label, arm.trials(), str(arm.pruned), str(arm.failed), number(arm.best, 4), arm.params())
+        return table
 
     def _row(self, view: RunView) -> list[str]:
         training = view.state == "training"
@@ -216,6 +282,7 @@ class LineDisplay:
 
     def __init__(self, board: Board, console: Console, *, quiet_seconds: float = 30.0) -> None:
         self.board, self.console, self.quiet_seconds = board, console, quiet_seconds
+        self.said = board.clock()
 
     def __enter__(self) -> Self:
         return self
@@ -227,6 +294,9 @@ class LineDisplay:
 
     def __call__(self, event: Event) -> None:
         self.board.take(event)
+        if self.board.arms:
+            self._search(event)
+            return
         match event:
             case Stage(message=message):
                 self._say(message)
@@ -239,6 +309,24 @@ class LineDisplay:
                 after = view.error or (f"validation NLL {_change(view)}" if _change(view) else "")
                 self._say(f"{self._where(record.run_id)}: {record.status}{', ' + after if after else ''}")
                 self._say(self.board.headline())
+
+    def _search(self, event: Event) -> None:
+        """Of a search, the trials and what failed; the steps of each run would be too much."""
+        match event:
+            case Stage(message=message):
+                self._say(message)
+            case TrialEnded():
+                arm = self.board.arms[event.arm]
+                value = "" if event.value is None else f" {number(event.value, 4)}"
+                best = "" if arm.best is None else f"; best {number(arm.best, 4)} with {arm.params()}"
+                self._say(f"{arm.label} trial {arm.trials()} ({point(event.params)}): {event.state}{value}{best}")
+            case RunFinished(record=record) if record.status == "failed":
+                view = self.board.views[record.run_id]
+                self._say(f"{view.label}: failed, {view.error}")
+        now = self.board.clock()
+        if now - self.said > self.quiet_seconds:
+            self.said = now
+            self._say(self.board.headline())
 
     def _due(self, view: RunView) -> bool:
         now = self.board.clock()
@@ -290,6 +378,12 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "-"
     return f"{value:.{digits}f}" if math.isfinite(value) and abs(value) < 1e5 else f"{value:.3g}"
+
+
+def point(params: Mapping[str, Any]) -> str:
+    """Tuned values for people: "optim.lr=0.00123, rank=8"."""
+    shown = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in params.values())
+    return ", ".join(f"{key}={text}" for key, text in zip(params, shown, strict=True))
 
 
 def clock_time(seconds: float | None) -> str:

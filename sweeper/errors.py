@@ -29,8 +29,8 @@ class Problems(SweeperError):
         return self.problems
 
 
-class RunsFailed(SweeperError):
-    """Training ended, but not every run of the command completed."""
+class RunsFailed(Problems):
+    """Training ended, but not every run of the command completed; a line for each that did not."""
 
     exit_code = 1
 

@@ -1,107 +1,165 @@
-"""One command from specs to table: plan, dry run or training, summary, and how it ended."""
+"""One command from arms to table: plan, dry run or training, summary, and how it ended."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from sweeper import plan as planning
 from sweeper import record, scheduler, summary, tracking
+from sweeper.arms import Arm, single
 from sweeper.display import make_console, make_display
+from sweeper.engine.events import RunFinished
 from sweeper.errors import Interrupted, RunsFailed
 from sweeper.plan import Plan
 from sweeper.record import Record
-from sweeper.scheduler import Outcome, TrainRuns
-from sweeper.spec import RunSpec, Settings
+from sweeper.scheduler import Outcome, Scheduler, TrainRuns
+from sweeper.spec import RunSpec, SearchSettings, Settings
 
 
-def train(specs: Sequence[RunSpec], settings: Settings, *, engine: TrainRuns | None = None) -> dict[str, Record]:
-    """Trains what is missing, prints and saves the table; returns the records of all runs of the command.
+def train(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, *, engine: TrainRuns | None = None
+) -> dict[str, Record]:
+    """Trains what is missing, prints and saves the table; returns the records of all runs that stand for an arm.
 
     Raises:
         Problems: bad input; nothing was trained and nothing written.
         RunsFailed: every run was tried and some failed.
         Interrupted: stopped by Ctrl-C.
     """
-    plan, console = planning.make(specs, settings), make_console()
-    if settings.dry_run:
-        show_plan(plan, settings, console)
-        return {}
-    announce(plan, console)
-    outcome = Outcome(records={})
-    if plan.todo:
-        display, tracker = make_display(plan, console), tracking.make(plan, settings)
-        observers: list[scheduler.Observer] = [display] if tracker is None else [display, tracker]
-        try:
-            with display:
-                outcome = scheduler.run(plan, settings, observers, train=engine)
-        finally:
-            if tracker is not None:
-                tracker.close()
-    return conclude(plan, console, interrupted=outcome.interrupted)
+
+    def go(work: Scheduler) -> Outcome:
+        return scheduler.run(work, train=engine)
+
+    return _carry_out(arms, settings, search or SearchSettings(), go)
 
 
 def train_one(spec: RunSpec, settings: Settings, *, engine: TrainRuns | None = None) -> float | None:
     """Trains one run, or finds it done; returns its validation NLL after training, None where it has none."""
-    return objective(train([spec], settings, engine=engine).get(spec.run_id))
+    return objective(train([single(spec)], settings, engine=engine).get(spec.run_id))
 
 
-def sweep(composition: Any, launcher: Any) -> Any:
-    """Hands a `sweeper.compose.Composition` to a Hydra launcher: ours gets all runs at once, others a run a job."""
+def sweep(composition: Any, search: SearchSettings, launcher: Any) -> Any:
+    """Carries out a `sweeper.compose.Composition`: our launchers pack runs, other Hydra launchers get a run a job."""
     if hasattr(launcher, "run_all"):
-        return launcher.run_all(composition)
-    settings, console = composition.settings, make_console()
-    plan = planning.make(composition.specs, settings)
+        return launcher.run_all(composition, search)
+
+    def go(work: Scheduler) -> Outcome:
+        return _as_jobs(work, composition.arms, launcher)
+
+    return _carry_out(composition.arms, composition.settings, search, go)
+
+
+def _as_jobs(work: Scheduler, arms: Sequence[Arm], launcher: Any) -> Outcome:
+    """Batches of runs as Hydra jobs; a batch ends before the next is asked for, and nothing is pruned midway."""
+    by_key = {arm.key: arm for arm in arms}
+    begun = 0
+    try:
+        while kinds := work.outlook():
+            pulled = work.pull(sum(kind.most for kind in kinds), [kind.key for kind in kinds])
+            if not pulled.requests:
+                break
+            typed = [_typed(by_key[one.kind], one.spec) for one in pulled.requests]
+            launcher.launch(typed, initial_job_idx=begun)
+            begun += len(typed)
+            for request in pulled.requests:
+                if record.status(request.folder) is None:
+                    work.abandon(request.run_id, "the job left no record")
+                else:
+                    work.report(RunFinished(record=record.read_record(request.folder)))
+    finally:
+        work.close()
+    return Outcome(records=work.records)
+
+
+def _carry_out(arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Any) -> dict[str, Record]:
+    plan, console = planning.make(arms, settings, search), make_console()
     if settings.dry_run:
-        show_plan(plan, settings, console)
+        show_plan(plan, settings, search, console)
         return {}
-    announce(plan, console)
-    typed = dict(zip((spec.run_id for spec in composition.specs), composition.overrides, strict=True))
-    if plan.todo:
-        launcher.launch([list(typed[run.run_id]) for run in plan.todo], initial_job_idx=0)
-    return conclude(plan, console)
+    work = Scheduler(arms, [run.run_id for run in plan.todo], settings, search)
+    left = bool(work.outlook())
+    announce(plan, search, console, left=left)
+    outcome = Outcome(records={})
+    if left:
+        display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan, settings)
+        work.observers += [display] if tracker is None else [display, tracker]
+        try:
+            with display:
+                outcome = go(work)
+        finally:
+            if tracker is not None:
+                tracker.close()
+    return conclude(plan, work, console, outcome)
 
 
 def objective(found: Record | None) -> float | None:
-    """What a search minimises."""
+    """What a search minimises unless told otherwise."""
     score = None if found is None else found.scores.get("validation", {}).get("after")
     return None if score is None else score.nll
 
 
-def announce(plan: Plan, console: Console) -> None:
-    runs, left = len(plan.runs), len(plan.todo)
-    done = f"{runs - left} of {runs} runs {'is' if runs == 1 else 'are'} done already"
-    if not left:
+def announce(plan: Plan, search: SearchSettings, console: Console, *, left: bool) -> None:
+    if plan.tuned:
+        line = _search_line(plan, search) if left else "every trial is done already; nothing to train"
+        console.print(line, markup=False, soft_wrap=True)
+        return
+    runs, todo = len(plan.runs), len(plan.todo)
+    done = f"{runs - todo} of {runs} runs {'is' if runs == 1 else 'are'} done already"
+    if not todo:
         console.print(f"{done}; nothing to train", markup=False)
-    elif left < runs:
-        console.print(f"{done}; training the other {left}", markup=False)
+    elif todo < runs:
+        console.print(f"{done}; training the other {todo}", markup=False)
     else:
         console.print(f"{runs} run{'s' if runs > 1 else ''} to train in {plan.study}", markup=False, soft_wrap=True)
 
 
-def conclude(plan: Plan, console: Console, *, interrupted: bool = False) -> dict[str, Record]:
+def _search_line(plan: Plan, search: SearchSettings) -> str:
+    arms = [arm for arm in plan.arms if arm.space]
+    trials = f"{search.trials} trials" if search.trials else "trials until the budget is used up"
+    seeds = len(arms[0].seeds)
+    repeated = f" x {seeds} seeds" if seeds > 1 else ""
+    fields = "; ".join(str(dimension) for dimension in arms[0].space)
+    confirm = f", then the best on {len(search.confirm_seeds)} fresh seeds" if search.confirm_seeds else ""
+    arm_word = "arm" if len(arms) == 1 else "arms"
+    return f"{len(arms)} {arm_word}, {trials}{repeated} each{confirm}, in {plan.study}. Tuned: {fields}"
+
+
+def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) -> dict[str, Record]:
     """Prints the command's table, saves the study's, and raises where not every run completed."""
+    chosen = [request for requests in work.chosen().values() for request in requests]
     found: dict[str, Record] = {}
-    for run in plan.runs:
-        if record.status(run.folder) is not None:
-            found[run.run_id] = record.read_record(run.folder)
+    for request in chosen:
+        if record.status(request.folder) is not None:
+            found[request.run_id] = record.read_record(request.folder)
+    if plan.tuned:
+        summary.show_search(work.table(), console)
     if found:
         summary.show(list(found.values()), console)
         csv, markdown = summary.write(plan.study, _study_records(plan, found))
         console.print(f"saved: {csv}, {markdown}", style="dim", soft_wrap=True)
-    left = len(plan.runs) - len(found)
-    if interrupted and left:
-        raise Interrupted(
-            f"stopped with {len(found)} of {len(plan.runs)} runs done; the same command trains the other {left}"
-        )
-    failed = {run_id: one for run_id, one in found.items() if one.status == "failed"}
-    if failed or left:
-        raise RunsFailed(_failures(plan, failed, left))
+    failed = {run_id: one for run_id, one in {**outcome.records, **found}.items() if one.status == "failed"}
+    if outcome.interrupted and work.outlook():
+        raise Interrupted(_stopped(plan, found))
+    elsewhere = work.elsewhere()
+    if elsewhere:
+        console.print(f"another driver is still at work on {elsewhere} trials; the same command later sums up all")
+    left = len(chosen) - len(found)
+    if failed or (left and not elsewhere):
+        raise RunsFailed(_failures(plan, failed, left, len(outcome.records) if plan.tuned else len(chosen)))
     return found
 
 
-def show_plan(plan: Plan, settings: Settings, console: Console) -> None:
-    """The dry run: every run with what it adapts and costs."""
+def _stopped(plan: Plan, found: Mapping[str, Record]) -> str:
+    if plan.tuned:
+        return "stopped before every trial was done; the same command goes on from here"
+    left = len(plan.runs) - len(found)
+    return f"stopped with {len(found)} of {len(plan.runs)} runs done; the same command trains the other {left}"
+
+
+def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: Console) -> None:
+    """The dry run: every run (of a tuned arm, the default trial) with what it adapts and costs."""
     from sweeper import naming
     from sweeper.spec import to_mapping
 
@@ -123,13 +181,17 @@ def show_plan(plan: Plan, settings: Settings, console: Console) -> None:
                 f"{100 * cost.parameters / cost.total_parameters:.3f}",
                 summary.amount(cost.flops),
                 summary.size(cost.memory),
-                run.status or "to train",
+                run.status or ("default trial" if plan.tuned else "to train"),
             ]
         )
     console.out(summary.aligned(header, cells), highlight=False)
     console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
-    runs = f"{len(plan.runs)} run{'' if len(plan.runs) == 1 else 's'}"
-    console.print(f"{runs}, {len(plan.todo)} to train; this was a dry run, nothing was trained", soft_wrap=True)
+    if plan.tuned:
+        console.print(_search_line(plan, search), markup=False)
+    for line in planning.estimate(plan, search, settings, costs):
+        console.print(line, markup=False, soft_wrap=True)
+    runs = f"{len(plan.runs)} run{'' if len(plan.runs) == 1 else 's'}, {len(plan.todo)} to train; "
+    console.print(f"{'' if plan.tuned else runs}this was a dry run, nothing was trained", soft_wrap=True)
 
 
 def _study_records(plan: Plan, found: dict[str, Record]) -> list[Record]:
@@ -144,11 +206,32 @@ def _study_records(plan: Plan, found: dict[str, Record]) -> list[Record]:
     return [*found.values(), *others]
 
 
-def _failures(plan: Plan, failed: dict[str, Record], left: int) -> str:
-    parts = [f"{len(failed) + left} of {len(plan.runs)} runs failed"]
+def _failures(plan: Plan, failed: dict[str, Record], left: int, runs: int) -> list[str]:
+    bad = len(failed) + left
+    lines = [f"{bad} of {max(runs, bad)} runs failed; the same command trains just these again"]
     for run_id, one in failed.items():
         error = one.error or {}
-        parts.append(f"{run_id} ({error.get('class', 'error')}: {error.get('message', 'no message')})")
+        lines.append(f"{run_id}: {error.get('class', 'error')}: {error.get('message', 'no message')}")
+        repeat = _repeat(plan, one)
+        if repeat:
+            lines.append(f"  alone: {repeat}")
     if left:
-        parts.append(f"{left} left no record")
-    return "; ".join(parts) + ". The same command trains just these again."
+        lines.append(f"{left} left no record")
+    return lines
+
+
+def _repeat(plan: Plan, failed: Record) -> str | None:
+    """The command that trains one run of a plan alone."""
+    for arm in plan.arms:
+        for spec in arm.defaults:
+            if spec.run_id == failed.run_id:
+                return "python train.py " + shlex.join(_typed(arm, spec))
+    return None
+
+
+def _typed(arm: Arm, spec: RunSpec) -> list[str]:
+    from sweeper.arms import look_up
+    from sweeper.spec import to_mapping
+
+    plain = to_mapping(spec)
+    return list(arm.typed({d.key: look_up(plain, d.key) for d in arm.space}, spec.seed))

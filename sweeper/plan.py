@@ -1,5 +1,7 @@
 """What a command would train: its runs less those done, checked before any weight is loaded."""
 
+import importlib.util
+import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from sweeper import record
+from sweeper.arms import Arm
 from sweeper.errors import Problems, SpecError, SweeperError
-from sweeper.spec import RunSpec, Settings
+from sweeper.spec import RunSpec, SearchSettings, Settings, to_mapping
 
 if TYPE_CHECKING:
     from sweeper.placement import Target
@@ -31,14 +34,30 @@ class PlannedRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All runs of a command, in grid order."""
+    """All runs of a command, in grid order; of arms that are tuned, the trials with the default hyperparameters."""
 
     study: Path
     runs: tuple[PlannedRun, ...]
+    arms: tuple[Arm, ...]
     retry_failed: bool = True
 
     @property
+    def tuned(self) -> bool:
+        return any(arm.space for arm in self.arms)
+
+    @property
+    def fields(self) -> list[str]:
+        """What tells the runs of the command apart, besides placement and rank."""
+        from sweeper import naming
+
+        varying = naming.varying([to_mapping(run.spec) for run in self.runs])
+        tuned = [dimension.key for arm in self.arms[:1] for dimension in arm.space]
+        return list(dict.fromkeys([*varying, *(key for key in tuned if key not in ("rank", *naming.GROUPS))]))
+
+    @property
     def todo(self) -> tuple[PlannedRun, ...]:
+        if self.tuned:  # the search knows what it has left
+            return ()
         done = DONE if self.retry_failed else (*DONE, "failed")
         return tuple(run for run in self.runs if run.status not in done)
 
@@ -52,22 +71,64 @@ class Cost:
     total_parameters: int
     flops: float
     memory: int
+    base_memory: int
 
 
-def make(specs: Sequence[RunSpec], settings: Settings) -> Plan:
+def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None) -> Plan:
     """The plan of a command, with everything that will be trained checked.
 
     Raises:
         Problems: what is wrong, one line each. Nothing has been written.
     """
     runs = []
-    for spec in specs:
+    for spec in (spec for arm in arms for spec in arm.defaults):
         run_id = spec.run_id
         folder = settings.folder / run_id
         runs.append(PlannedRun(run_id=run_id, spec=spec, folder=folder, status=record.status(folder)))
-    plan = Plan(study=settings.folder, runs=tuple(runs), retry_failed=settings.retry_failed)
-    check([run.spec for run in (plan.runs if settings.dry_run else plan.todo)], settings)
+    plan = Plan(study=settings.folder, runs=tuple(runs), arms=tuple(arms), retry_failed=settings.retry_failed)
+    check_search(plan, search or SearchSettings())
+    check([run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)], settings)
     return plan
+
+
+def check_search(plan: Plan, search: SearchSettings) -> None:
+    """Raises `Problems` for a search that cannot do what it is asked."""
+    problems: list[str] = []
+    if not plan.tuned:
+        asked = {"n_trials": search.n_trials, "max_tokens": search.max_tokens, "max_seconds": search.max_seconds,
+                 "confirm_seeds": search.confirm_seeds or None}  # fmt: skip
+        problems += [
+            f"hydra.sweeper.{name}={value}: no field is tuned. Tune one: 'optim.lr=tag(log,interval(1e-5,1e-2))'"
+            for name, value in asked.items() if value is not None
+        ]  # fmt: skip
+    else:
+        if importlib.util.find_spec("optuna") is None:
+            raise SpecError("a search needs the package optuna: pip install '.[search]', or give lists, no ranges")
+        from sweeper.search import make_pruner, make_sampler, open_storage
+
+        first = plan.arms[0]
+        for make_one in (
+            lambda: make_sampler(search, 0), lambda: make_pruner(search, first),
+            lambda: None if search.storage is None else open_storage(search, plan.study),
+        ):  # fmt: skip
+            try:
+                make_one()
+            except SweeperError as error:
+                problems.extend(error.lines)
+        spec = first.default
+        if search.pruner != "none" and not 0 < spec.evaluation.every_steps < spec.trainer.max_steps:
+            problems.append(
+                f"hydra.sweeper.pruner={search.pruner} looks at scores while a run trains: give "
+                f"evaluation.every_steps, from 1 to {spec.trainer.max_steps - 1}"
+            )
+        used = sorted(set(search.confirm_seeds) & {seed for arm in plan.arms for seed in arm.seeds})
+        if used:
+            problems.append(
+                f"hydra.sweeper.confirm_seeds={list(search.confirm_seeds)}: trials are chosen on seed {used[0]}; "
+                "confirm on fresh ones"
+            )
+    if problems:
+        raise Problems(problems)
 
 
 def check(specs: Sequence[RunSpec], settings: Settings) -> None:
@@ -152,7 +213,66 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
         total_parameters=total,
         flops=budget.train_flops(every, ranks, length=length, tokens=tokens),
         memory=memory.total,
+        base_memory=memory.base,
     )
+
+
+def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequence[Cost]) -> list[str]:
+    """How many runs and packs there will be, and how long they take at the pace of former runs on this machine."""
+    from sweeper import device
+    from sweeper.engine.memory import MARGIN, MOST, free_bytes
+
+    where = device.device_for(settings.device)
+    by_run = dict(zip((run.run_id for run in plan.runs), costs, strict=True))
+    runs, flops = 0, 0.0
+    for arm in plan.arms:
+        trials = (search.trials or 0) if arm.space else 1
+        confirmed = len(search.confirm_seeds) if arm.space else 0
+        for run in (run for run in plan.runs if arm.defaults[0].run_id == run.run_id):
+            count = trials * len(arm.seeds) + confirmed
+            runs += count
+            flops += count * by_run[run.run_id].flops
+    if plan.tuned and search.trials is None:
+        return ["how many runs there will be depends on the budget"]
+    if not plan.tuned:
+        left = {run.run_id for run in plan.todo}
+        runs, flops = len(left), sum(by_run[run_id].flops for run_id in left)
+    if not runs:
+        return []
+    largest = max(cost.memory - cost.base_memory for cost in costs)
+    room = MARGIN * (free_bytes(where) - costs[0].base_memory)
+    slots = max(1, min(settings.max_pack or MOST, runs, int(room / max(largest, 1))))
+    lines = [f"{runs} runs, at most {slots} at a time in a pack on {where}"]
+    pace = _pace(settings)
+    if pace is None:
+        lines.append("no run is recorded under outputs yet, so there is no estimate of time")
+    else:
+        seconds = flops / pace
+        shown = (
+            f"{seconds:.0f} s"
+            if seconds < 120
+            else f"{seconds / 60:.0f} min"
+            if seconds < 7200
+            else f"{seconds / 3600:.1f} h"
+        )
+        lines.append(
+            f"about {shown} of training at most, at the pace of the runs recorded under {settings.output_root}"
+        )
+    return lines
+
+
+def _pace(settings: Settings) -> float | None:
+    """FLOP/s, a run's share of its pack counted, of the latest runs recorded under the output folder."""
+    paths = sorted(Path(settings.output_root).glob(f"**/{record.RECORD}"), key=lambda path: -path.stat().st_mtime)[:20]
+    found = []
+    for path in paths:
+        try:
+            cost = record.read_record(path.parent).efficiency
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if cost.train_seconds_amortised and cost.train_flops:
+            found.append(cost.train_flops / cost.train_seconds_amortised)
+    return statistics.median(found) if found else None
 
 
 def _check_writable(folder: Path) -> None:

@@ -17,6 +17,8 @@ PREDICTIONS = "predictions.jsonl"
 ADAPTER = "adapter"
 
 Status = Literal["completed", "pruned", "failed", "diverged"]
+COMPLETED: tuple[Status, ...] = ("completed", "diverged")
+"""Ended by themselves."""
 
 
 def perplexity(nll: float) -> float:
@@ -72,7 +74,11 @@ class Efficiency:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """Everything the analysis may know about a run. `scores` maps split -> "before"/"after" -> Score."""
+    """Everything the analysis may know about a run. `scores` maps split -> "before"/"after" -> Score.
+
+    `search` is empty for a run of a plain grid; else `arm` and `trial` say which trial it was of, and `purpose` whether
+    it was one of those tried ("trial") or a repetition of the best on fresh seeds ("confirm").
+    """
 
     run_id: str
     study: str
@@ -87,6 +93,7 @@ class Record:
     efficiency: Efficiency = field(default_factory=Efficiency)
     environment: Mapping[str, Any] = field(default_factory=dict)
     error: Mapping[str, str] | None = None
+    search: Mapping[str, Any] = field(default_factory=dict)
     started: str = ""
     finished: str = ""
     schema: int = SCHEMA_VERSION

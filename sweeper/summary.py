@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from sweeper import naming
-from sweeper.display import number
+from sweeper.display import number, point
 from sweeper.record import Record, Score, perplexity, write_atomically
 
 BASE = "none (base model)"
@@ -43,6 +43,18 @@ def show(records: Sequence[Record], console: Console) -> None:
     console.out(aligned([column.title for column in columns], cells), highlight=False)
     for line in notes(records):
         console.print(line, style="dim")
+
+
+def show_search(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Prints the table of a search: a row an arm, with its trials, the best one and what is to be said of it."""
+    header = ["arm", "trials", "pruned", "failed", "best", "with", ""]
+    cells = [
+        [row["arm"], str(row["trials"]), str(row["pruned"]), str(row["failed"]), number(row["best"], 4),
+         point(row["params"]) or "-",
+         "; ".join(f"{key} at the {end} end of its range" for key, end in row["edges"].items())]
+        for row in rows
+    ]  # fmt: skip
+    console.out(aligned(header, cells), highlight=False)
 
 
 def aligned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

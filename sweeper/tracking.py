@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from sweeper import naming
-from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Step
+from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Step
 from sweeper.errors import SpecError, unknown
 from sweeper.plan import Plan
 from sweeper.record import Record
@@ -30,16 +30,16 @@ class Tracker:
     """Feeds events to one log a run; several are open at once where runs are packed."""
 
     def __init__(self, plan: Plan, open_log: OpenLog, *, every_steps: int = 1) -> None:
-        specs = {run.run_id: to_mapping(run.spec) for run in plan.todo}
-        fields = naming.varying(list(specs.values()))
-        self.configs = specs
-        self.labels = {run_id: naming.label(spec, fields) for run_id, spec in specs.items()}
+        self.fields = plan.fields
+        self.configs: dict[str, Mapping[str, Any]] = {}
         self.open_log, self.every_steps = open_log, every_steps
         self.logs: dict[str, RunLog] = {}
         self.steps: dict[str, int] = {}
 
     def __call__(self, event: Event) -> None:
         match event:
+            case RunQueued(run_id=run_id, spec=spec):
+                self.configs[run_id] = to_mapping(spec)
             case RunStarted(run_id=run_id):
                 self._log(run_id)
             case Step(run_id=run_id, step=step):
@@ -67,7 +67,8 @@ class Tracker:
 
     def _log(self, run_id: str) -> RunLog:
         if run_id not in self.logs:
-            self.logs[run_id] = self.open_log(run_id, self.labels[run_id], self.configs[run_id])
+            config = self.configs[run_id]
+            self.logs[run_id] = self.open_log(run_id, naming.label(config, self.fields), config)
         return self.logs[run_id]
 
 

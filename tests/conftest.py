@@ -1,7 +1,7 @@
 """Fixtures of the whole suite."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 
 from sweeper import record
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.engine.requests import Source
 from sweeper.record import Efficiency, Module, Record, Score
 from sweeper.spec import RunSpec, Settings, run_spec, to_mapping
 
@@ -109,12 +110,11 @@ class FakeEngine:
         self.stop_after: int | None = None
         self.interrupt: Callable[[], None] = lambda: None
 
-    def __call__(
-        self, requests: Sequence[Any], settings: Settings, *, should_stop: Callable[[], bool]
-    ) -> Iterator[Event]:
+    def __call__(self, source: Source, settings: Settings, *, should_stop: Callable[[], bool]) -> Iterator[Event]:
         yield Stage(message="loading tiny_llama")
         steps = 0
-        for request in requests:
+        while (kinds := source.outlook()) and (pulled := source.pull(1, [kind.key for kind in kinds])).requests:
+            (request,) = pulled.requests
             spec, run_id = request.spec, request.run_id
             yield RunStarted(run_id=run_id, steps=spec.trainer.max_steps)
             done = self.make_record(spec, study=settings.study)

@@ -52,7 +52,7 @@ def test_group_options_compose_as_alone(composer: Any) -> None:
     axes = ["placement=attn,ff,full", "model=tiny_llama,tiny_gpt2", "rank=4,8", "optim.lr=1e-3,1e-4"]
     found = compose.expand(axes, composer)
     assert len(found.specs) == 24
-    for spec, overrides in zip(found.specs, found.overrides, strict=True):
+    for spec, overrides in zip(found.specs, (arm.overrides for arm in found.arms), strict=True):
         assert compose.from_config(composer.compose(overrides))[0] == spec
 
 
@@ -124,8 +124,12 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["rnk=4,8"], "rnk: no such field. Choose from"),
         (["rank=["], "rank=[: cannot be read"),
         (["method=3"], "method=3: no such method. Choose from lora"),
-        (["optim.lr=interval(1,2)"], "tuned fields need a search"),
-        (["optim.lr=tag(tune,choice(1,2))"], "tuned fields need a search"),
+        (["optim.lr=interval(2,1)"], "a range goes from a lower to a higher number, got 2 to 1"),
+        (["optim.lr=tag(log,interval(0,1))"], "a range on a log scale starts above 0, got 0"),
+        (["optim.lr=interval(-1,1)"], "optim.lr must be a positive number, got -1.0"),
+        (["seed=tag(tune,choice(1,2))"], "seed is not tuned"),
+        (["placement=interval(0,1)"], "placement is a group of options"),
+        (["placement=tag(tune,choice(attn,atn))"], "placement=atn: no such placement"),
         (["study=a,b"], "is no axis of a grid"),
         (["trainer.device=cpu,cuda"], "is no axis of a grid"),
         (["study=../up"], "study=../up: not a folder name"),

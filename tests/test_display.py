@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from sweeper import display
+from sweeper.arms import grouped
 from sweeper.engine.events import RunFinished, RunStarted, Stage, Step
 from sweeper.plan import Plan, PlannedRun
 from sweeper.record import Record
@@ -26,7 +27,7 @@ class Clock:
 def plan(make_spec: Callable[..., RunSpec], tmp_path: Path) -> Plan:
     specs = [make_spec(rank=rank, trainer={"max_steps": 8}) for rank in (4, 8, 16)]
     runs = [PlannedRun(run_id=s.run_id, spec=s, folder=tmp_path / s.run_id, status=None) for s in specs]
-    return Plan(study=tmp_path, runs=tuple(runs))
+    return Plan(study=tmp_path, runs=tuple(runs), arms=tuple(grouped(specs)))
 
 
 def step(run_id: str, number: int, **changes: Any) -> Step:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from sweeper import compose, launch, record, scheduler
-from sweeper import plan as planning
+from sweeper.arms import grouped
 from sweeper.engine.events import RunFinished, Step
 from sweeper.errors import Interrupted, RunsFailed
 from sweeper.record import Record
-from sweeper.spec import RunSpec, Settings
+from sweeper.spec import RunSpec, SearchSettings, Settings
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def specs(composer: Any) -> tuple[RunSpec, ...]:
 def test_every_run_is_trained_once_and_then_never_again(
     specs: tuple[RunSpec, ...], study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = launch.train(specs, study, engine=engine)
+    first = launch.train(grouped(specs), study, engine=engine)
     assert engine.trained == [spec.run_id for spec in specs]
     assert list(first) == engine.trained
     out = capsys.readouterr().out
     assert "4 runs to train" in out
     table = out[out.index("placement ") :]
-    again = launch.train(specs, study, engine=engine)
+    again = launch.train(grouped(specs), study, engine=engine)
     assert len(engine.trained) == 4
     assert again == first
     out = capsys.readouterr().out
@@ -42,15 +42,15 @@ def test_every_run_is_trained_once_and_then_never_again(
 def test_more_runs_extend_a_study(
     specs: tuple[RunSpec, ...], study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launch.train(specs[:3], study, engine=engine)
-    launch.train(specs, study, engine=engine)
+    launch.train(grouped(specs[:3]), study, engine=engine)
+    launch.train(grouped(specs), study, engine=engine)
     assert engine.trained == [spec.run_id for spec in specs]
     assert "3 of 4 runs are done already; training the other 1" in capsys.readouterr().out
 
 
 def test_the_saved_table_is_that_of_the_study(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
-    launch.train(specs[:3], study, engine=engine)
-    launch.train(specs[3:], study, engine=engine)
+    launch.train(grouped(specs[:3]), study, engine=engine)
+    launch.train(grouped(specs[3:]), study, engine=engine)
     with (study.folder / "summary.csv").open() as file:
         ids = {row["run_id"] for row in csv.DictReader(file)} - {""}
     assert ids == {spec.run_id for spec in specs}
@@ -60,11 +60,11 @@ def test_a_failed_run_stops_no_other_and_the_command_says_so(
     specs: tuple[RunSpec, ...], study: Settings, engine: Any
 ) -> None:
     engine.fail = {specs[1].run_id}
-    with pytest.raises(RunsFailed, match=r"1 of 4 runs failed; .*OutOfMemoryError: no room.*trains just these again"):
-        launch.train(specs, study, engine=engine)
+    with pytest.raises(RunsFailed, match=r"(?s)1 of 4 runs failed; the same command.*OutOfMemoryError: no room"):
+        launch.train(grouped(specs), study, engine=engine)
     assert len(engine.trained) == 4
     engine.fail = set()
-    launch.train(specs, study, engine=engine)
+    launch.train(grouped(specs), study, engine=engine)
     assert engine.trained[4:] == [specs[1].run_id]
 
 
@@ -79,11 +79,11 @@ def test_ctrl_c_once_stops_after_the_step_and_resumes(specs: tuple[RunSpec, ...]
     engine.interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped with 1 of 4 runs done; the same command trains the other 3"):
-        launch.train(specs, study, engine=engine)
+        launch.train(grouped(specs), study, engine=engine)
     assert signal.getsignal(signal.SIGINT) is handler
     assert engine.trained == [specs[0].run_id]
     engine.stop_after = None
-    assert len(launch.train(specs, study, engine=engine)) == 4
+    assert len(launch.train(grouped(specs), study, engine=engine)) == 4
     assert engine.trained == [spec.run_id for spec in specs]
 
 
@@ -94,14 +94,14 @@ def test_ctrl_c_twice_stops_at_once(specs: tuple[RunSpec, ...], study: Settings,
 
     engine.stop_after, engine.interrupt = 1, twice
     with pytest.raises(KeyboardInterrupt):
-        launch.train(specs, study, engine=engine)
+        launch.train(grouped(specs), study, engine=engine)
     assert engine.trained == []
 
 
 def test_a_dry_run_trains_and_writes_nothing(
     specs: tuple[RunSpec, ...], study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launch.train(specs, dataclasses.replace(study, dry_run=True), engine=engine)
+    launch.train(grouped(specs), dataclasses.replace(study, dry_run=True), engine=engine)
     out = capsys.readouterr().out
     assert all(spec.run_id in out for spec in specs)
     assert "4 runs, 4 to train; this was a dry run" in out
@@ -111,7 +111,8 @@ def test_a_dry_run_trains_and_writes_nothing(
 
 def test_observers_see_every_event_in_order(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
     seen: list[Any] = []
-    outcome = scheduler.run(planning.make(specs, study), study, [seen.append], train=engine)
+    work = scheduler.Scheduler(grouped(specs), [spec.run_id for spec in specs], study, observers=[seen.append])
+    outcome = scheduler.run(work, train=engine)
     assert [event.record.run_id for event in seen if isinstance(event, RunFinished)] == list(outcome.records)
     assert sum(isinstance(event, Step) for event in seen) == sum(spec.trainer.max_steps for spec in specs)
     assert not outcome.interrupted
@@ -145,12 +146,15 @@ def test_another_launcher_gets_a_run_a_job(composer: Any, study: Settings, make_
             record.write_record(study.folder / spec.run_id, make_record(spec))
 
     launcher = JobLauncher(job)
-    with pytest.raises(RunsFailed, match="2 left no record"):
-        launch.sweep(found, launcher)
+    with pytest.raises(RunsFailed, match="2 of 4 runs failed"):
+        launch.sweep(found, SearchSettings(), launcher)
     assert len(launcher.calls) == 4
     with pytest.raises(RunsFailed):
-        launch.sweep(found, launcher)
-    assert [call[1:] for call in launcher.calls[4:]] == [["placement=attn", "rank=8"], ["placement=ff", "rank=8"]]
+        launch.sweep(found, SearchSettings(), launcher)
+    assert [call[1:] for call in launcher.calls[4:]] == [
+        ["placement=attn", "rank=8", "seed=0"],
+        ["placement=ff", "rank=8", "seed=0"],
+    ]
 
 
 def test_a_scheduler_off_the_main_thread_needs_no_signals(
@@ -158,7 +162,8 @@ def test_a_scheduler_off_the_main_thread_needs_no_signals(
 ) -> None:
     import threading
 
-    thread = threading.Thread(target=lambda: scheduler.run(planning.make(specs, study), study, train=engine))
+    work = scheduler.Scheduler(grouped(specs), [spec.run_id for spec in specs], study)
+    thread = threading.Thread(target=lambda: scheduler.run(work, train=engine))
     thread.start()
     thread.join()
     assert len(engine.trained) == 4

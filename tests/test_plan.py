@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sweeper import compose, plan, record
+from sweeper.arms import grouped
 from sweeper.errors import Problems
 from sweeper.record import Record
 from sweeper.spec import RunSpec, Settings
@@ -24,10 +25,10 @@ def test_finished_runs_are_not_planned_again(
 ) -> None:
     for spec, status in zip(specs, ("completed", "diverged", "failed"), strict=False):
         record.write_record(study.folder / spec.run_id, make_record(spec, status=status))
-    made = plan.make(specs, study)
+    made = plan.make(grouped(specs), study)
     assert [run.status for run in made.runs] == ["completed", "diverged", "failed", None]
     assert [run.run_id for run in made.todo] == [specs[2].run_id, specs[3].run_id]
-    once = plan.make(specs, dataclasses.replace(study, retry_failed=False))
+    once = plan.make(grouped(specs), dataclasses.replace(study, retry_failed=False))
     assert [run.run_id for run in once.todo] == [specs[3].run_id]
 
 
@@ -35,14 +36,14 @@ def test_a_broken_record_counts_as_missing(specs: tuple[RunSpec, ...], study: Se
     folder = study.folder / specs[0].run_id
     folder.mkdir(parents=True)
     (folder / record.RECORD).write_text('{"schema": 1, "status"')
-    assert plan.make(specs, study).runs[0].status is None
+    assert plan.make(grouped(specs), study).runs[0].status is None
 
 
 def problems(overrides: list[str], composer: Any, study: Settings) -> tuple[str, ...]:
     found = compose.expand(["experiment=smoke", *overrides], composer)
     settings = dataclasses.replace(found.settings, output_root=study.output_root)
     with pytest.raises(Problems) as caught:
-        plan.make(found.specs, settings)
+        plan.make(found.arms, settings)
     assert not settings.folder.exists()
     return caught.value.lines
 
@@ -77,7 +78,7 @@ def test_a_folder_that_cannot_be_written_is_told(specs: tuple[RunSpec, ...], stu
     blocked = tmp_path / "file"
     blocked.write_text("mine")
     with pytest.raises(Problems, match=r"cannot be written .*choose another study"):
-        plan.make(specs, dataclasses.replace(study, output_root=str(blocked)))
+        plan.make(grouped(specs), dataclasses.replace(study, output_root=str(blocked)))
     assert blocked.read_text() == "mine"
 
 
@@ -87,7 +88,7 @@ def test_a_finished_study_needs_no_model(
     """Nothing to train, nothing to check: the data or model may be gone since."""
     spec = make_spec(model={"source": "path", "location": "/gone"})
     record.write_record(study.folder / spec.run_id, make_record(spec))
-    assert not plan.make([spec], study).todo
+    assert not plan.make(grouped([spec]), study).todo
 
 
 def test_costs_are_those_of_the_closed_forms(specs: tuple[RunSpec, ...], study: Settings) -> None:
@@ -104,6 +105,6 @@ def test_records_are_read_only_while_planning(
 ) -> None:
     path = record.write_record(study.folder / specs[0].run_id, make_record(specs[0]))
     before = path.read_text()
-    plan.make(specs, study)
+    plan.make(grouped(specs), study)
     assert path.read_text() == before
     assert json.loads(before)["status"] == "completed"

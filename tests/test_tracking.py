@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sweeper import tracking
-from sweeper.engine.events import Evaluated, RunFinished, RunStarted, Step
+from sweeper.arms import grouped
+from sweeper.engine.events import Evaluated, RunFinished, RunQueued, RunStarted, Step
 from sweeper.errors import SpecError
 from sweeper.plan import Plan, PlannedRun
 from sweeper.record import Record
@@ -19,13 +20,14 @@ from sweeper.spec import RunSpec, Settings
 def plan(make_spec: Callable[..., RunSpec], tmp_path: Path) -> Plan:
     specs = [make_spec(rank=rank) for rank in (4, 8)]
     runs = [PlannedRun(run_id=s.run_id, spec=s, folder=tmp_path / s.run_id, status=None) for s in specs]
-    return Plan(study=tmp_path / "study", runs=tuple(runs))
+    return Plan(study=tmp_path / "study", runs=tuple(runs), arms=tuple(grouped(specs)))
 
 
 def play(tracker: tracking.Tracker, plan: Plan, make_record: Callable[..., Record]) -> None:
     """Two runs in step, as in a pack; the second one is stopped."""
     first, second = plan.runs
     for run in plan.runs:
+        tracker(RunQueued(run_id=run.run_id, spec=run.spec, arm=""))
         tracker(RunStarted(run_id=run.run_id, steps=2))
     for number in (1, 2):
         for run in plan.runs:

@@ -1,20 +1,20 @@
 """Training: runs in, events out, run folders on disk. Importing it is cheap; torch is loaded when training starts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from sweeper.engine.events import Event
-from sweeper.engine.requests import RunRequest
+from sweeper.engine.requests import Source
 from sweeper.spec import Settings
 
 
 def train_runs(
-    requests: Sequence[RunRequest], settings: Settings, *, should_stop: Callable[[], bool] = lambda: False
+    source: Source, settings: Settings, *, should_stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Event]:
-    """Trains runs, together where they can share a base model, and writes a folder for each as it ends.
+    """Trains the runs of a source, together where they can share a base model; writes a folder for each as it ends.
 
     A run that fails is recorded and reported like any other; the rest go on. When `should_stop` turns true, what is
     training is checkpointed after the current step and the iterator ends.
     """
     from sweeper.engine.session import Session
 
-    return Session(settings, should_stop).train(requests)
+    return Session(settings, should_stop).train(source)

@@ -1,8 +1,11 @@
-"""What the engine yields while it works. Callers do the display, the tracking and the pruning."""
+"""What engine and scheduler say while they work. Display and trackers listen; the scheduler prunes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sweeper.record import Record, Score
+from sweeper.spec import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,4 +51,31 @@ class RunFinished:
     record: Record
 
 
-Event = Stage | RunStarted | Step | Evaluated | RunFinished
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunQueued:
+    """The scheduler has handed out a run. `arm` is the key of its arm."""
+
+    run_id: str
+    spec: RunSpec
+    arm: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialEnded:
+    """A trial of an arm was told its value: "completed", "pruned" or "failed"; `value` None where it has none.
+
+    `best` and `best_params` are the arm's best so far; `ended` of `wanted` trials have ended (None: no number is set).
+    """
+
+    arm: str
+    number: int
+    state: str
+    params: Mapping[str, Any]
+    value: float | None
+    best: float | None
+    best_params: Mapping[str, Any]
+    ended: int
+    wanted: int | None
+
+
+Event = Stage | RunQueued | RunStarted | Step | Evaluated | RunFinished | TrialEnded

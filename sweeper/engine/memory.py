@@ -17,14 +17,15 @@ MOST = 64  # runs in a pack; more gain nothing measurable (docs/performance.md)
 
 
 def runs_that_fit(
-    base: BaseModel, runs: Sequence[tuple[Prepared, Solo | None]], settings: Settings, device: torch.device
-) -> int:
-    """Number of slots for a queue of runs, at least 1.
+    base: BaseModel, runs: Sequence[tuple[Prepared, Solo | None]], settings: Settings, device: torch.device,
+    *, at_once: int,
+) -> int:  # fmt: skip
+    """Number of slots for runs like these, of which there are never more than `at_once`; at least 1.
 
     A run's share is what its calibration measured; without one, the closed form of `sweeper.budget`. Slots that
     change hands must hold the largest run, so the largest share counts for all of them.
     """
-    most = min(settings.max_pack or MOST, len(runs))
+    most = min(settings.max_pack or MOST, at_once)
     largest = max(run_bytes(base, run, solo) for run, solo in runs)
     return max(1, min(most, int(free_bytes(device) * MARGIN / largest)))
 

@@ -71,7 +71,7 @@ class Progress:
         self.predictions: list[dict[str, Any]] = []
         self.started: str = before.get("started", _now())
         self.began = time.monotonic()
-        self.diverged = False
+        self.diverged = self.pruned = False
 
     @property
     def prepared(self) -> Prepared:
@@ -130,7 +130,7 @@ class Progress:
         record = Record(
             run_id=self.request.run_id,
             study=settings.study,
-            status="diverged" if self.diverged else "completed",
+            status="diverged" if self.diverged else "pruned" if self.pruned else "completed",
             spec=to_mapping(spec),
             modules=tuple(
                 Module(
@@ -152,6 +152,7 @@ class Progress:
             },
             efficiency=self._efficiency(adapter_bytes, solo, pack),
             environment=environment,
+            search=self.request.search,
             started=self.started,
             finished=_now(),
         )  # fmt: skip
@@ -188,6 +189,7 @@ class Progress:
             spec=to_mapping(self.request.spec),
             steps=self._done,
             environment=environment,
+            search=self.request.search,
             error={"class": type(error).__name__, "message": text.splitlines()[0][:500]},
             started=self.started,
             finished=_now(),

@@ -18,18 +18,23 @@ from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Sta
 from sweeper.engine.memory import runs_that_fit
 from sweeper.engine.pack import Job, Pack, StepResult, verified_head
 from sweeper.engine.progress import Prepared, Progress
-from sweeper.engine.requests import RunRequest
+from sweeper.engine.requests import Kind, RunRequest, Source
 from sweeper.engine.timeline import Timeline
 from sweeper.errors import SweeperError
 from sweeper.models import BaseModel
 from sweeper.record import Score
 from sweeper.spec import RunSpec, Settings
 
+REFUSED_AT_ONCE = 64
 DRAIN_SECONDS = 0.5  # how often results are fetched from a CUDA device, which must not wait for the host
 
 
+IDLE_SECONDS = 0.2  # between questions for work, while others have all there is
+ASK_SECONDS = 1.0  # between questions for work for a slot that is empty while others train
+
+
 class Session:
-    """The runs of one command on one device. `train` is the whole interface."""
+    """What one device trains for one command. `train` is the whole interface."""
 
     def __init__(self, settings: Settings, should_stop: Callable[[], bool]) -> None:
         self.settings, self.should_stop = settings, should_stop
@@ -37,43 +42,89 @@ class Session:
         self.cache = weights.cache_folder()
         self.timeline = Timeline()
         self.base: BaseModel | None = None
+        self.model_key = ""
+        self.strays: list[RunRequest] = []
         self.encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self.base_scores: dict[str, dict[str, EvaluatedSplit]] = {}
 
-    def train(self, requests: Sequence[RunRequest]) -> Iterator[Event]:
-        """Trains runs model by model, pack by pack; says at the end where the time went."""
-        yield from self._train(requests)
+    def train(self, source: Source) -> Iterator[Event]:
+        """Trains what a source has, model by model, pack by pack; says at the end where the time went."""
+        yield from self._train(source)
         yield Stage(message=f"time: {self.timeline}")
 
-    def _train(self, requests: Sequence[RunRequest]) -> Iterator[Event]:
-        for _, same in itertools.groupby(sorted(requests, key=_model_key), key=_model_key):
-            group = list(same)
-            if self.should_stop():
+    def _train(self, source: Source) -> Iterator[Event]:
+        while not self.should_stop():
+            kinds = list(source.outlook())
+            specs = [*(kind.spec for kind in kinds), *(request.spec for request in self.strays)]
+            wanted = sorted({_model_key(spec) for spec in specs})
+            if not wanted:
                 return
-            yield Stage(message=models.loading_message(group[0].spec.model))
-            try:
-                dtype = precision_for(self.device, group[0].spec.trainer.precision)
-                self.base = None  # the former model's memory is free before the next one is read
-                with self.timeline.span("load"):
-                    self.base = base = models.load(group[0].spec.model, dtype=dtype, device=self.device)
-                    verified_head(base)
-            except (SweeperError, OSError, torch.OutOfMemoryError) as error:
-                for request in group:
-                    yield self._failed(Progress(request), error)
-                continue
-            self.encoded, self.base_scores = {}, {}
-            prepared: list[Prepared] = []
-            for request in group:
-                try:
-                    with self.timeline.span("data"):
-                        prepared.append(self._prepare(base, request))
-                except (SweeperError, ValueError) as error:
-                    yield self._failed(Progress(request), error)
-            for key, members in itertools.groupby(sorted(prepared, key=self._pack_key), key=self._pack_key):
-                yield from self._train_alike(base, deque(members), dict(key))
+            key = self.model_key if self.model_key in wanted else wanted[0]
+            kinds = [kind for kind in kinds if _model_key(kind.spec) == key]
+            if key != self.model_key:
+                problem = yield from self._load(key, kinds[0].spec if kinds else self._strays(key)[0].spec)
+                if problem is not None:
+                    yield from self._refuse(source, kinds, self._strays(key), problem)
+                    continue
+            groups = yield from self._alike(source, kinds, self._strays(key))
+            if groups:
+                moved = yield from self._train_alike(source, *groups[0])
+                if not moved:
+                    time.sleep(IDLE_SECONDS)
 
-    def _prepare(self, base: BaseModel, request: RunRequest) -> Prepared:
-        spec = request.spec
+    def _load(self, key: str, spec: RunSpec) -> Generator[Event, None, Exception | None]:
+        yield Stage(message=models.loading_message(spec.model))
+        try:
+            dtype = precision_for(self.device, spec.trainer.precision)
+            self.base, self.model_key = None, ""  # the former model's memory is free before the next one is read
+            with self.timeline.span("load"):
+                base = models.load(spec.model, dtype=dtype, device=self.device)
+                verified_head(base)
+        except (SweeperError, OSError, torch.OutOfMemoryError) as error:
+            return error.with_traceback(None)
+        self.base, self.model_key = base, key
+        self.encoded, self.base_scores = {}, {}
+        return None
+
+    def _refuse(
+        self, source: Source, kinds: Sequence[Kind], strays: Sequence[RunRequest], error: Exception
+    ) -> Iterator[Event]:
+        """Records every run of some kinds as failed."""
+        keys = {kind.key for kind in kinds}
+        self.strays = [request for request in self.strays if request not in strays]
+        found = list(strays)
+        while found or (found := list(source.pull(REFUSED_AT_ONCE, keys).requests)):
+            for request in found:
+                yield self._failed(Progress(request), error)
+            found = []
+
+    def _strays(self, model_key: str) -> list[RunRequest]:
+        """Runs that were handed out for a pack they could not join: a tuned batch size, say."""
+        return [request for request in self.strays if _model_key(request.spec) == model_key]
+
+    def _alike(
+        self, source: Source, kinds: Sequence[Kind], strays: Sequence[RunRequest]
+    ) -> Generator[Event, None, list[tuple[dict[str, Any], list[Kind], list[Prepared], list[Prepared]]]]:
+        """What can share a pack: options of the pack, kinds, a run prepared of each, and prepared strays."""
+        groups: dict[tuple[Any, ...], tuple[list[Kind], list[Prepared], list[Prepared]]] = {}
+        for kind in kinds:
+            probe = RunRequest(run_id=kind.spec.run_id, spec=kind.spec, folder=self.settings.folder / "-")
+            try:
+                run = self._prepare(probe)
+            except (SweeperError, ValueError) as error:
+                yield from self._refuse(source, [kind], [], error)
+                continue
+            members = groups.setdefault(self._pack_key(run), ([], [], []))
+            members[0].append(kind)
+            members[1].append(run)
+        for request in strays:
+            run = self._prepare(request)
+            groups.setdefault(self._pack_key(run), ([], [], []))[2].append(run)
+        return [(dict(key), *groups[key]) for key in sorted(groups)]
+
+    def _prepare(self, request: RunRequest) -> Prepared:
+        base, spec = self.base, request.spec
+        assert base is not None
         targets = placement.resolve(base.targets, spec.placement, layers=number_of_layers(base.targets))
         ranks = allocation.ranks(spec, targets)
         splits = self._splits(base, spec)
@@ -99,28 +150,40 @@ class Session:
     def _pack_key(run: Prepared) -> tuple[tuple[str, Any], ...]:
         return pack_key(run.request.spec, [len(e.input_ids) for e in run.job.examples])
 
-    def _train_alike(self, base: BaseModel, queue: deque[Prepared], options: dict[str, Any]) -> Iterator[Event]:
-        """Trains runs that can share a pack, in as many packs as memory asks for."""
+    def _train_alike(
+        self, source: Source, options: dict[str, Any], kinds: list[Kind], probes: list[Prepared], strays: list[Prepared]
+    ) -> Generator[Event, None, bool]:
+        """Trains runs that can share a pack, in as many packs as memory asks for; returns whether there were any."""
+        base = self.base
+        assert base is not None
+        key = tuple(options.items())
         options = {name: value for name, value in options.items() if name != "length"}
         options["compiled"] = self._compiles()
-        options["lengths_vary"] = distinct_lengths([len(e.input_ids) for run in queue for e in run.job.examples]) > 1
+        samples = [*strays, *probes]
+        options["lengths_vary"] = distinct_lengths([len(e.input_ids) for run in samples for e in run.job.examples]) > 1
+        queue = _Queue(self, source, kinds, key, strays)
+        at_once = sum(kind.most for kind in kinds) + len(strays)
         solo: dict[str, calibrate.Solo] = {}
-        if self.settings.calibrate:
-            yield from self._calibrate(base, queue, options, solo)
-        limit = runs_that_fit(base, [(run, solo.get(run.shape)) for run in queue], self.settings, self.device)
-        for run in queue:
-            run.resume()
-        while queue and not self.should_stop():
-            overfull = yield from self._train_pack(base, queue, limit, options, solo)
+        if self.settings.calibrate and queue.want(1):
+            yield from self._calibrate(base, samples, options, solo)
+        limit = runs_that_fit(
+            base, [(run, solo.get(run.shape)) for run in samples], self.settings, self.device, at_once=at_once
+        )
+        moved = False
+        while queue.want(max(limit, 1)) and not self.should_stop():
+            moved = True
+            overfull = yield from self._train_pack(base, queue, limit, options, solo, probes)
             if overfull:
                 limit = overfull // 2
+        yield from queue.problems()
+        return moved
 
     def _compiles(self) -> bool:
         return self.device.type == "cuda" and self.settings.compile != "off"
 
     def _calibrate(self, base, queue, options, solo) -> Iterator[Event]:
         for run in queue:
-            if run.shape in solo or run.job.finished or self.should_stop():
+            if run.shape in solo or run.job.steps == 0 or self.should_stop():
                 continue
             spec = run.request.spec
             yield Stage(message=f"measuring {spec.placement.name} rank {spec.rank} alone")
@@ -130,17 +193,21 @@ class Session:
             except RuntimeError:  # out of memory is one; training meets it again and records it
                 continue
 
-    def _train_pack(self, base, queue: deque[Prepared], limit: int, options, solo) -> Generator[Event, None, int]:
-        """Trains one pack until the queue is empty. Returns 0, or the number of runs that did not fit together.
+    def _train_pack(
+        self, base: BaseModel, queue: "_Queue", limit: int, options, solo, probes: Sequence[Prepared]
+    ) -> Generator[Event, None, int]:
+        """Trains one pack until nothing is left for it. Returns 0, or the number of runs that did not fit together.
 
         A `limit` of 0 asks for a slot that holds the first run and nothing larger.
         """
-        slots = min(max(limit, 1), len(queue))
-        exact = limit == 0 or len(queue) <= slots
+        waiting = queue.waiting
+        exact = limit == 0 or (len(waiting) <= limit and not queue.more)
         if exact:
-            capacities = [dict(run.job.adapter.ranks) for run in itertools.islice(queue, slots)]
+            slots = min(max(limit, 1), len(waiting))
+            capacities = [dict(run.job.adapter.ranks) for run in itertools.islice(waiting, slots)]
         else:  # a slot changes hands: it must hold whichever run comes next
-            capacities = [_union([run.job.adapter.ranks for run in queue])] * slots
+            slots = limit
+            capacities = [_union([run.job.adapter.ranks for run in (*waiting, *probes)])] * slots
         running: dict[str, Progress] = {}
         try:
             with self.timeline.span("set up"):
@@ -159,13 +226,13 @@ class Session:
             problem = error.with_traceback(None)  # its frames would keep the pack's memory
         self._free_memory()
         if not running and exact and slots == 1:
-            run = queue.popleft()
+            run = waiting.popleft()
             yield self._failed(Progress(run.request, run), problem)
             return 0
         return (yield from self._recover(queue, running, problem, slots))
 
     def _recover(
-        self, queue: deque[Prepared], running: dict[str, Progress], error: Exception, slots: int
+        self, queue: "_Queue", running: dict[str, Progress], error: Exception, slots: int
     ) -> Generator[Event, None, int]:
         """Runs of a pack that broke go back to the queue from their last good step; a run alone has failed."""
         if len(running) == 1:
@@ -174,18 +241,24 @@ class Session:
             return 0
         for progress in reversed(running.values()):
             progress.prepared.rewind()
-            queue.appendleft(progress.prepared)
+            queue.waiting.appendleft(progress.prepared)
         size = len(running) or slots
         what = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}"
         yield Stage(message=f"{what} with {size} runs together; going on with {max(1, size // 2)}")
         return size
 
-    def _fill(self, pack: Pack, queue: deque[Prepared], running: dict[str, Progress]) -> Iterator[Event]:
+    def _fill(self, pack: Pack, queue: "_Queue", running: dict[str, Progress]) -> Iterator[Event]:
+        """Puts runs into the slots that are free."""
         arrived = []
-        while queue and (slot := pack.free_slot(queue[0].job.adapter)) is not None:
-            run = queue[0]
+        free = len(pack.jobs) - len(pack.active)
+        queue.want(free)
+        yield from queue.problems()
+        for run in list(queue.waiting):
+            slot = pack.free_slot(run.job.adapter)
+            if slot is None:
+                continue
             pack.add(run.job, slot)
-            queue.popleft()
+            queue.waiting.remove(run)
             running[run.request.run_id] = progress = Progress(run.request, run)
             arrived.append(progress)
         for progress in arrived:
@@ -207,9 +280,9 @@ class Session:
         for split, found in self.base_scores[key].items():
             yield self._scored(progress, split, "before", found)
 
-    def _drive(self, pack: Pack, queue, running: dict[str, Progress], solo) -> Iterator[Event]:
+    def _drive(self, pack: Pack, queue: "_Queue", running: dict[str, Progress], solo) -> Iterator[Event]:
         clock = _Clock(pack, running)
-        saved = time.monotonic()
+        saved = asked = time.monotonic()
         while pack.active:
             if self.should_stop():
                 yield from clock.collect()
@@ -221,14 +294,20 @@ class Session:
                 arrived = clock.collect() if clock.due() else []
             yield from arrived
             yield from self._evaluate_midway(pack, running, clock)
-            ended = [(slot, job) for slot, job in pack.active if job.finished or running[job.run_id].diverged]
-            if ended:
+            for run_id in queue.source.to_prune():
+                if run_id in running and not running[run_id].prepared.job.finished:
+                    running[run_id].pruned = True
+            if _ended(pack, running):
                 with self.timeline.span("train"):
                     arrived = clock.collect()
                 yield from arrived
-                ended = [(slot, job) for slot, job in pack.active if job.finished or running[job.run_id].diverged]
-                yield from self._finish(pack, ended, running, solo, clock)
+                yield from self._finish(pack, _ended(pack, running), running, solo, clock)
                 yield from self._fill(pack, queue, running)
+                clock.restart()
+            elif queue.more and len(pack.active) < len(pack.jobs) and time.monotonic() - asked > ASK_SECONDS:
+                yield from clock.collect()
+                yield from self._fill(pack, queue, running)
+                asked = time.monotonic()
                 clock.restart()
             elif time.monotonic() - saved > self.settings.checkpoint_seconds:
                 yield from clock.collect()
@@ -257,7 +336,8 @@ class Session:
     def _finish(self, pack: Pack, ended, running: dict[str, Progress], solo, clock: "_Clock") -> Iterator[Event]:
         began = time.perf_counter()
         leaving = [(slot, running[job.run_id]) for slot, job in ended]
-        for group in _by_dataset([(slot, progress) for slot, progress in leaving if not progress.diverged]):
+        whole = [(slot, progress) for slot, progress in leaving if not (progress.diverged or progress.pruned)]
+        for group in _by_dataset(whole):
             for split in group[0][1].request.spec.evaluation.splits:
                 with self.timeline.span("evaluate"):
                     found = evaluate(pack, [slot for slot, _ in group], group[0][1].prepared, split)
@@ -334,6 +414,58 @@ class _Clock:
         return [self.running[result.job.run_id].note_step(result, share, warming=warming) for result in results]
 
 
+class _Queue:
+    """The runs that wait for a slot of packs of one key, and the source that more come from."""
+
+    def __init__(
+        self, session: Session, source: Source, kinds: Sequence[Kind], key: tuple[Any, ...], strays: Sequence[Prepared]
+    ) -> None:
+        self.session, self.source, self.key = session, source, key
+        self.kinds = {kind.key for kind in kinds}
+        self.waiting: deque[Prepared] = deque()
+        self.more = True
+        self.failures: list[tuple[RunRequest, Exception]] = []
+        taken = {run.request.run_id for run in strays}
+        session.strays = [request for request in session.strays if request.run_id not in taken]
+        for run in strays:
+            self._add(run)
+
+    def want(self, count: int) -> bool:
+        """Asks for runs until `count` wait or there are none; returns whether any waits."""
+        while len(self.waiting) < count:
+            pulled = self.source.pull(count - len(self.waiting), self.kinds)
+            self.more = pulled.more
+            if not pulled.requests:
+                break
+            for request in pulled.requests:
+                self._prepare(request)
+        return bool(self.waiting)
+
+    def problems(self) -> Iterator[Event]:
+        """Runs that could not even be prepared, as failed."""
+        while self.failures:
+            request, error = self.failures.pop()
+            yield self.session._failed(Progress(request), error)
+
+    def _prepare(self, request: RunRequest) -> None:
+        if _model_key(request.spec) != self.session.model_key:
+            self.session.strays.append(request)
+            return
+        try:
+            run = self.session._prepare(request)
+        except (SweeperError, ValueError) as error:
+            self.failures.append((request, error))
+            return
+        if self.session._pack_key(run) != self.key:
+            self.session.strays.append(request)
+        else:
+            self._add(run)
+
+    def _add(self, run: Prepared) -> None:
+        run.resume()
+        self.waiting.append(run)
+
+
 def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ...]:
     """Runs with equal keys can share a pack of the same base model: batch shape and length bucket.
 
@@ -351,8 +483,15 @@ def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ..
     )
 
 
-def _model_key(request: RunRequest) -> str:
-    return repr((request.spec.model, request.spec.trainer.precision))
+def _model_key(spec: RunSpec) -> str:
+    return repr((spec.model, spec.trainer.precision))
+
+
+def _ended(pack: Pack, running: dict[str, Progress]) -> list[tuple[int, Job]]:
+    def over(job: Job) -> bool:
+        return job.finished or running[job.run_id].diverged or running[job.run_id].pruned
+
+    return [(slot, job) for slot, job in pack.active if over(job)]
 
 
 def _every(spec: RunSpec, done: int) -> bool:

@@ -20,7 +20,7 @@ from sweeper.engine.adapters import AdapterSpec
 from sweeper.engine.batches import DataOrder, Tokens
 from sweeper.engine.events import Event
 from sweeper.engine.pack import Job, Pack
-from sweeper.engine.requests import RunRequest
+from sweeper.engine.requests import Fixed, RunRequest
 from sweeper.models import BaseModel
 from sweeper.placement import PLACEMENTS, Target
 from sweeper.spec import ModelSpec, OptimSpec, PlacementSpec, RunSpec, Settings
@@ -241,7 +241,7 @@ def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
         def should_stop() -> bool:
             return steps >= stop_after
 
-        for event in train_runs(requests, chosen, should_stop=should_stop):
+        for event in train_runs(Fixed(requests), chosen, should_stop=should_stop):
             steps += type(event).__name__ == "Step"
             events.append(event)
         return events

@@ -46,9 +46,13 @@ def test_runs_that_fit_into_what_is_free(
     """The largest run counts for every slot, and a part of what is free is left free."""
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     sizes = [solo(size) for size in (400, 700, 1000)] * 4
-    assert memory.runs_that_fit(load("llama"), list(zip(runs, sizes, strict=True)), SETTINGS, CPU) == expected
+    assert (
+        memory.runs_that_fit(load("llama"), list(zip(runs, sizes, strict=True)), SETTINGS, CPU, at_once=12) == expected
+    )
     capped = dataclasses.replace(SETTINGS, max_pack=3)
-    assert memory.runs_that_fit(load("llama"), list(zip(runs, sizes, strict=True)), capped, CPU) == min(expected, 3)
+    assert memory.runs_that_fit(load("llama"), list(zip(runs, sizes, strict=True)), capped, CPU, at_once=12) == min(
+        expected, 3
+    )
 
 
 def test_without_a_calibration_the_closed_form_counts(load: Any, runs: list[Prepared]) -> None:

@@ -1,7 +1,7 @@
-"""The default sweeper: every combination of the grid, exactly once. Thin, for Hydra imports it at every start."""
+"""The default sweeper: grid axes, fields tuned inside every arm, replicates. Thin: Hydra imports it at every start."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -13,21 +13,35 @@ from omegaconf import DictConfig
 
 @dataclass
 class AblationSweeperConf:
-    """`params` are axes as on the command line, for overlays; the command line wins."""
+    """`params` are axes as on the command line, for overlays; the command line wins. The rest is `SearchSettings`."""
 
     _target_: str = "hydra_plugins.lora_sweeper.ablation_sweeper.AblationSweeper"
     _recursive_: bool = False
     params: dict[str, str] | None = None
+    n_trials: int | None = None
+    max_tokens: int | None = None
+    max_seconds: float | None = None
+    sampler: str = "tpe"
+    sampler_options: dict[str, Any] = field(default_factory=dict)
+    pruner: str = "none"
+    pruner_options: dict[str, Any] = field(default_factory=dict)
+    objectives: Any = "validation.nll"
+    direction: Any = None
+    parallel: int | None = None
+    seed: int = 0
+    storage: str | None = None
+    confirm_seeds: list[int] = field(default_factory=list)
+    widen: int = 0
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="ablation", node=AblationSweeperConf, provider="lora_sweeper")
 
 
 class AblationSweeper(Sweeper):
-    """Expands and checks the whole grid, then hands it to our launcher at once, or to any other a run a job."""
+    """Expands and checks the whole command, then hands it to our launchers at once, or to any other a run a job."""
 
-    def __init__(self, params: Mapping[str, str] | None = None) -> None:
-        self.params = dict(params or {})
+    def __init__(self, params: Mapping[str, str] | None = None, **search: Any) -> None:
+        self.params, self.search = dict(params or {}), search
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
         self.launcher: Launcher | None = None
@@ -52,4 +66,4 @@ class AblationSweeper(Sweeper):
             hydra_overrides=tuple(self.config.hydra.overrides.hydra),
         )
         lines: Sequence[str] = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
-        return launch.sweep(compose.expand(lines, composer), self.launcher)
+        return launch.sweep(compose.expand(lines, composer), compose.search_settings(self.search), self.launcher)

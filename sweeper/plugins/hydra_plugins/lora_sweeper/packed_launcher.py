@@ -30,14 +30,15 @@ class PackedLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
 
-    def run_all(self, composition: Any) -> Any:
-        """Trains what is missing of a `sweeper.compose.Composition`; returns the records by run id."""
+    def run_all(self, composition: Any, search: Any) -> Any:
+        """Carries out a `sweeper.compose.Composition`; returns the records by run id."""
         from sweeper import launch
 
-        return launch.train(composition.specs, composition.settings)
+        return launch.train(composition.arms, composition.settings, search)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from sweeper import compose, launch
+        from sweeper.arms import grouped
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -45,7 +46,7 @@ class PackedLauncher(Launcher):
             compose.from_config(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides)))
             for overrides in job_overrides
         ]
-        found = launch.train([spec for spec, _ in jobs], jobs[0][1])
+        found = launch.train(grouped([spec for spec, _ in jobs]), jobs[0][1])
         values = [launch.objective(found.get(spec.run_id)) for spec, _ in jobs]
         return [
             JobReturn(overrides=list(overrides), _return_value=value, status=JobStatus.COMPLETED)

@@ -1,0 +1,168 @@
+"""Arms of an ablation: a cell of the grid, the seeds it is repeated over and the fields that are tuned inside it."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from sweeper.errors import SpecError
+from sweeper.spec import RunSpec, to_mapping
+
+Params = Mapping[str, Any]
+"""Dotted field -> value, one for every dimension of a space."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dimension:
+    """One tuned field: a range of floats or ints (both ends included), or a choice."""
+
+    key: str
+    kind: Literal["float", "int", "choice"]
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    choices: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind == "choice":
+            return
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise SpecError(
+                f"{self.key}: a range goes from a lower to a higher number, got {self.low:g} to {self.high:g}"
+            )
+        if self.log and self.low <= 0:
+            raise SpecError(f"{self.key}: a range on a log scale starts above 0, got {self.low:g}")
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value lies in the dimension."""
+        if self.kind == "choice":
+            return value in self.choices
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        whole = self.kind == "float" or isinstance(value, int)
+        return bool(number and whole and self.low <= value <= self.high)
+
+    def edge(self, value: Any, share: float = 0.05) -> Literal["low", "high"] | None:
+        """The end of the range that a value lies within `share` of, on the range's scale; None if none."""
+        if self.kind == "choice":
+            return None
+        place = (self._scaled(value) - self._scaled(self.low)) / (self._scaled(self.high) - self._scaled(self.low))
+        return "low" if place <= share else "high" if place >= 1 - share else None
+
+    def widened(self, end: Literal["low", "high"]) -> "Dimension":
+        """The range half as wide again beyond one end, on its own scale."""
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        more = (high - low) / 2
+        moved = low - more if end == "low" else high + more
+        value = math.exp(moved) if self.log else moved
+        value = float(f"{value:.3g}")
+        if self.kind == "int":
+            value = max(round(value), 1) if self.log else round(value)
+        elif self.low > 0 and value <= 0:
+            value = self.low / 10  # a positive field stays positive
+        return replace(self, low=value) if end == "low" else replace(self, high=value)
+
+    def _scaled(self, value: float) -> float:
+        return math.log(value) if self.log else value
+
+    def __str__(self) -> str:
+        if self.kind == "choice":
+            return f"{self.key} in {', '.join(map(str, self.choices))}"
+        return f"{self.key} from {self.low:g} to {self.high:g}{', log scale' if self.log else ''}"
+
+
+Space = tuple[Dimension, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A cell of the grid.
+
+    Attributes:
+        defaults: its spec with the default hyperparameters, for every seed; replicates never make a new arm.
+        space: what is tuned inside it; empty for a plain grid.
+        make: (tuned values, seed) -> spec. Raises SweeperError for values that cannot be used.
+        overrides: what composes the arm on the command line, without seed and tuned fields.
+    """
+
+    defaults: tuple[RunSpec, ...]
+    space: Space = ()
+    make: Callable[[Params, int], RunSpec] = field(compare=False)
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def default(self) -> RunSpec:
+        return self.defaults[0]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(spec.seed for spec in self.defaults)
+
+    @cached_property
+    def key(self) -> str:
+        """First 8 hex digits of a hash of the arm's spec without its seed and tuned fields."""
+        plain = to_mapping(self.default)
+        plain.pop("seed")
+        for dimension in self.space:
+            _forget(plain, dimension.key)
+        return short_hash(plain)
+
+    @property
+    def default_params(self) -> dict[str, Any] | None:
+        """The default hyperparameters as a point of the space; None where they lie outside of it."""
+        plain = to_mapping(self.default)
+        found = {dimension.key: look_up(plain, dimension.key) for dimension in self.space}
+        return found if all(dimension.holds(found[dimension.key]) for dimension in self.space) else None
+
+    def typed(self, params: Params, seed: int) -> tuple[str, ...]:
+        """The overrides that compose one run of the arm alone."""
+        return (*self.overrides, *(f"{key}={value}" for key, value in params.items()), f"seed={seed}")
+
+
+def single(spec: RunSpec, overrides: Sequence[str] = ()) -> Arm:
+    """An arm of one run."""
+    return Arm(defaults=(spec,), make=lambda params, seed: replace(spec, seed=seed), overrides=tuple(overrides))
+
+
+def grouped(specs: Sequence[RunSpec]) -> list[Arm]:
+    """Specs as arms of a plain grid; those that differ only in their seed are one arm."""
+    found: dict[str, list[RunSpec]] = {}
+    for spec in specs:
+        found.setdefault(single(spec).key, []).append(spec)
+    return [replace(single(same[0]), defaults=tuple(same)) for same in found.values()]
+
+
+def short_hash(content: Any) -> str:
+    """First 8 hex digits of the SHA-256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def number_of_points(space: Sequence[Dimension]) -> float:
+    """How many different points a space has; infinite with a range of floats."""
+    sizes = []
+    for dimension in space:
+        if dimension.kind == "float":
+            return math.inf
+        sizes.append(len(dimension.choices) or int(dimension.high) - int(dimension.low) + 1)
+    return math.prod(sizes)
+
+
+def _forget(plain: dict[str, Any], key: str) -> None:
+    *parents, leaf = key.split(".")
+    node: Any = plain
+    for part in parents:
+        node = node.get(part)
+        if not isinstance(node, dict):
+            return
+    node.pop(leaf, None)
+
+
+def look_up(plain: Mapping[str, Any], key: str) -> Any:
+    node: Any = plain
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return None
+        node = node[part]
+    return node.get("name") if isinstance(node, Mapping) else node

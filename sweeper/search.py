@@ -1,0 +1,517 @@
+"""The search inside one arm: an Optuna study that is asked for trials and told what became of them.
+
+Only the scheduler uses this, and only this module knows Optuna. A trial is one point of the arm's space; its runs are
+the replicates of it, and its value is their mean. Studies lie in a journal file in the study folder, or behind a
+storage URL that several drivers share.
+"""
+
+import math
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+import psutil
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from sweeper.arms import Arm, Dimension, Space, number_of_points, short_hash
+from sweeper.errors import SpecError
+from sweeper.record import COMPLETED, Record
+from sweeper.spec import SearchSettings
+
+JOURNAL = "search.journal"
+GRACE_SECONDS = 600.0  # a trial of a driver on another machine is given up after this long without a sign of life
+SIGN_SECONDS = 60.0
+MOST_REPEATS = 50  # suggestions in a row that were made before, until a space counts as used up
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+_DIRECTIONS = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MAXIMIZE}
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One point of an arm's space while it is worked on. `values` maps step -> seed -> the pruner's objective."""
+
+    arm: Arm
+    number: int
+    params: dict[str, Any]
+    optuna_trial: optuna.Trial
+    runs: dict[str, int]
+    values: dict[int, dict[int, float]] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
+    signed: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """How a trial ended: "completed", "pruned" or "failed", and its value (of the first objective)."""
+
+    state: str
+    value: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best trial of an arm: its point, value, and which dimensions it won at an end of."""
+
+    number: int
+    params: dict[str, Any]
+    value: float
+    edges: dict[str, str]
+
+
+class ArmSearch:
+    """The Optuna study of one arm.
+
+    Args:
+        find: run id -> its record, if it has one.
+    """
+
+    def __init__(
+        self, arm: Arm, settings: SearchSettings, storage: BaseStorage, find: Callable[[str], Record | None]
+    ) -> None:
+        self.arm, self.settings, self.storage, self.find = arm, settings, storage, find
+        self.space: Space = arm.space
+        self.widened = 0
+        self.running: dict[int, Trial] = {}
+        self.used_up = False
+        self._open()
+        while self.widened < settings.widen and (wider := self._wider()) is not None and self._exists(wider):
+            self.space, self.widened = wider, self.widened + 1
+            self._open()
+
+    @property
+    def name(self) -> str:
+        """Name of the Optuna study: what it searches, so that a changed space or objective starts another one."""
+        arm = self.arm.default
+        content = [repr(self.space), self.settings.objectives, self.settings.directions]
+        label = f"{arm.model.name} {arm.dataset.name} {arm.method.name} {arm.placement.name} r{arm.rank}"
+        return f"{label} {self.arm.key} {short_hash(content)}"
+
+    def _exists(self, space: Space) -> bool:
+        former, self.space = self.space, space
+        known = self.name in optuna.get_all_study_names(self.storage)
+        self.space = former
+        return known
+
+    def _open(self) -> None:
+        settings = self.settings
+        self.study = optuna.create_study(
+            storage=self.storage, study_name=self.name, load_if_exists=True,
+            directions=[_DIRECTIONS[one] for one in settings.directions],
+            sampler=NumberSeeded(settings, f"{self.arm.key}/{settings.seed}"), pruner=make_pruner(settings, self.arm),
+        )  # fmt: skip
+        if "space" not in self.study.user_attrs:
+            self.study.set_user_attr("space", [str(dimension) for dimension in self.space])
+            self.study.set_user_attr("arm", self.arm.key)
+            default = replace(self.arm, space=self.space).default_params
+            if default is not None and not self.widened:
+                self.study.enqueue_trial(default)
+
+    # -- what there is
+
+    @property
+    def asked(self) -> int:
+        return len(self._trials())
+
+    @property
+    def elsewhere(self) -> int:
+        """Trials that another driver is working on."""
+        return sum(t.state == TrialState.RUNNING and t.number not in self.running for t in self._trials())
+
+    def counts(self) -> dict[str, int]:
+        """How trials ended or stand: completed, pruned, failed, running."""
+        names = {TrialState.COMPLETE: "completed", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+        found: dict[str, int] = {}
+        for trial in self._trials():
+            name = names.get(trial.state, "running")
+            found[name] = found.get(name, 0) + 1
+        return found
+
+    def best(self) -> Best | None:
+        """The completed trial whose runs have the best mean objective; None with several objectives, or before one."""
+        if len(self.settings.objectives) > 1:
+            return None
+        sign = 1 if self.settings.directions[0] == "minimize" else -1
+        found: tuple[float, FrozenTrial] | None = None
+        for trial in self._trials():
+            if trial.state != TrialState.COMPLETE:
+                continue
+            value = self._value(trial, {d.key: _plain(trial.params[d.key]) for d in self.space})
+            if math.isfinite(value) and (found is None or sign * value < sign * found[0]):
+                found = (value, trial)
+        if found is None:
+            return None
+        value, trial = found
+        edges: dict[str, str] = {d.key: end for d in self.space if (end := d.edge(trial.params[d.key])) is not None}
+        return Best(number=trial.number, params=dict(trial.params), value=value, edges=edges)
+
+    # -- work
+
+    def next(self, now_running: int) -> Trial | None:
+        """Asks for a trial, if the arm has one left and room for it; None otherwise.
+
+        Args:
+            now_running: trials of this arm that are being trained by this driver.
+        """
+        if not self.open or now_running >= self.parallel:
+            return None
+        for _ in range(MOST_REPEATS):
+            asked = self.study.ask(distributions(self.space))
+            self._sign(asked)
+            params = {d.key: _plain(asked.params[d.key]) for d in self.space}
+            if self.wanted is not None and self._place(asked.number) >= self.wanted:
+                self._void(asked, "more than were wanted")  # another driver took the last one meanwhile
+                return None
+            if self._made_before(asked.number, asked.params):
+                self._void(asked, "repeats another")
+                continue
+            trial = Trial(arm=self.arm, number=asked.number, params=params, optuna_trial=asked, runs={})
+            self.running[asked.number] = trial
+            return trial
+        self.used_up = True
+        return None
+
+    @property
+    def parallel(self) -> int:
+        """Most trials at once."""
+        if self.settings.parallel is not None:
+            return self.settings.parallel
+        return max(1, -(-(self.settings.trials or 16) // 4))
+
+    @property
+    def wanted(self) -> int | None:
+        """How many trials there shall be; None where only other budgets end the search."""
+        trials, points = self.settings.trials, number_of_points(self.space)
+        if trials is None:
+            return None if math.isinf(points) else int(points)
+        return int(min(trials + self.widened * max(1, trials // 2), points))
+
+    @property
+    def open(self) -> bool:
+        """Whether another trial is wanted."""
+        return not self.used_up and (self.wanted is None or self.asked < self.wanted)
+
+    def report(self, trial: Trial, seed: int, step: int, value: float) -> bool:
+        """Notes an intermediate value of one replicate; returns whether the trial is to be pruned."""
+        values = trial.values.setdefault(step, {})
+        values[seed] = value
+        if time.monotonic() - trial.signed > SIGN_SECONDS:
+            trial.signed = time.monotonic()
+            self._sign(trial.optuna_trial)
+        if self.settings.pruner == "none" or len(values) < len(trial.runs):
+            return False
+        trial.optuna_trial.report(_mean(values.values()), step)
+        return bool(trial.optuna_trial.should_prune())
+
+    def tell(self, trial: Trial) -> Told:
+        """Ends a trial, all of whose runs have ended."""
+        self.running.pop(trial.number, None)
+        statuses = {record.status for record in trial.records.values()}
+        trial.optuna_trial.set_user_attr("runs", list(trial.runs))
+        if "failed" in statuses:
+            trial.optuna_trial.set_user_attr("outcome", "failed")
+            self.study.tell(trial.optuna_trial, state=TrialState.FAIL)
+            return Told(state="failed")
+        if "pruned" in statuses:
+            self.study.tell(trial.optuna_trial, state=TrialState.PRUNED)
+            return Told(state="pruned")
+        values = self._values(list(trial.records.values()))
+        self.study.tell(trial.optuna_trial, values=values)
+        return Told(state="completed", value=values[0])
+
+    def run_ids(self) -> list[str]:
+        """Ids of the runs of all trials that have ended."""
+        return [run_id for trial in self._trials() for run_id in trial.user_attrs.get("runs", ())]
+
+    def give_up(self, trial: Trial) -> None:
+        """Leaves a trial to the next command, which takes it up again with the same point."""
+        self.running.pop(trial.number, None)
+        self._void(trial.optuna_trial, "stopped")
+        self.study.enqueue_trial(dict(trial.optuna_trial.params), user_attrs={"repeats": trial.number})
+
+    def widen(self) -> str | None:
+        """Widens the range at whose end the best trial lies, if that is asked for; says what it did."""
+        wider = None if self.widened >= self.settings.widen else self._wider()
+        if wider is None:
+            return None
+        ended = (TrialState.COMPLETE, TrialState.PRUNED)
+        former = [t for t in self._trials() if t.state in ended]
+        told = ", ".join(str(new) for new, old in zip(wider, self.space, strict=True) if new != old)
+        self.space, self.widened = wider, self.widened + 1
+        self._open()
+        if not self.asked:
+            for trial in former:
+                self.study.add_trial(
+                    optuna.trial.create_trial(
+                        state=trial.state, params=trial.params, distributions=distributions(wider),
+                        values=trial.values, intermediate_values=trial.intermediate_values,
+                        user_attrs={"runs": trial.user_attrs.get("runs", [])},
+                    )
+                )  # fmt: skip
+        return told
+
+    def _wider(self) -> Space | None:
+        best = self.best()
+        if best is None or not best.edges:
+            return None
+        return tuple(d.widened(best.edges[d.key]) if d.key in best.edges else d for d in self.space)  # type: ignore[arg-type]
+
+    # -- resuming
+
+    def recover(self, *, retry_failed: bool) -> int:
+        """Fails the trials of drivers that are gone and enqueues their points again; returns how many.
+
+        With `retry_failed`, so are trials that failed. The point is the same, so its runs go on from their checkpoints.
+        """
+        again = 0
+        for trial in self._trials():
+            if trial.state == TrialState.RUNNING and trial.number not in self.running and not alive(trial):
+                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            elif not (trial.state == TrialState.FAIL and (retry_failed or "outcome" not in trial.user_attrs)):
+                continue
+            self.study.enqueue_trial(dict(trial.params), user_attrs={"repeats": trial.number})
+            again += 1
+        return again
+
+    def unfinished(self) -> list[tuple[int, dict[str, Any]]]:
+        """Completed trials of which a replicate has no record, as when seeds were added: number and point."""
+        found = []
+        for trial in self._trials():
+            if trial.state == TrialState.COMPLETE:
+                params = {d.key: _plain(trial.params[d.key]) for d in self.space}
+                if any(self.find(self.arm.make(params, seed).run_id) is None for seed in self.arm.seeds):
+                    found.append((trial.number, params))
+        return found
+
+    # -- inside
+
+    def _trials(self) -> list[FrozenTrial]:
+        """Trials that count: not those that were made void or taken up again, nor those only enqueued."""
+        found = self.study.get_trials(deepcopy=False)
+        repeated = {t.user_attrs.get("repeats") for t in found}
+        return [
+            t for t in found
+            if t.state != TrialState.WAITING and "void" not in t.user_attrs and t.number not in repeated
+        ]  # fmt: skip
+
+    def _place(self, number: int) -> int:
+        return sum(t.number < number for t in self._trials())
+
+    def _made_before(self, number: int, params: Mapping[str, Any]) -> bool:
+        return any(t.number < number and t.params == params and t.state != TrialState.FAIL for t in self._trials())
+
+    def _void(self, trial: optuna.Trial, why: str) -> None:
+        trial.set_user_attr("void", why)
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def _values(self, records: Sequence[Record]) -> list[float]:
+        signs = [1 if direction == "minimize" else -1 for direction in self.settings.directions]
+        return [
+            _mean(objective(record, name, worst=sign * math.inf) for record in records)
+            for name, sign in zip(self.settings.objectives, signs, strict=True)
+        ]
+
+    def _value(self, trial: FrozenTrial, params: Mapping[str, Any]) -> float:
+        """The mean over all replicates there are now, which may be more than when the trial ended."""
+        records = [self.find(self.arm.make(params, seed).run_id) for seed in self.arm.seeds]
+        known = [record for record in records if record is not None and record.status in COMPLETED]
+        return self._values(known)[0] if len(known) == len(records) else trial.values[0]
+
+    def _sign(self, trial: optuna.Trial) -> None:
+        trial.set_user_attr("driver", {**me(), "seen": time.time()})
+
+
+def objective(record: Record, name: str, *, worst: float = math.nan) -> float:
+    """The value of an objective in a record; `worst` where the run diverged or has no such score."""
+    if not name.startswith("validation."):
+        value = getattr(record, name, None) if name == "trainable_parameters" else getattr(record.efficiency, name)
+        return math.nan if value is None else float(value)
+    score = record.scores.get("validation", {}).get("after")
+    if record.status == "diverged" or score is None:
+        return worst
+    metric = name.removeprefix("validation.")
+    found = score.nll if metric == "nll" else score.perplexity if metric == "perplexity" else score.metrics.get(metric)
+    return worst if found is None or math.isnan(found) else float(found)
+
+
+def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
+    """The storage of a study's searches: the URL that was given, or a journal file in the study folder.
+
+    Raises:
+        SpecError: the database cannot be reached or its driver is not installed.
+    """
+    if settings.storage is None:
+        study.mkdir(parents=True, exist_ok=True)
+        path = str(study / JOURNAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return JournalStorage(JournalFileBackend(path, lock_obj=_KernelLock(path)))  # type: ignore[arg-type]
+    import sqlalchemy.exc
+
+    try:
+        return optuna.storages.RDBStorage(settings.storage)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SpecError(f"hydra.sweeper.storage: the database cannot be used ({reason})") from None
+
+
+class _KernelLock:
+    """Lets go when its process dies, however it dies; the library's own lock file stays behind after kill -9."""
+
+    def __init__(self, path: str) -> None:
+        self.lock = filelock.FileLock(f"{path}.lock")
+
+    def acquire(self) -> bool:
+        self.lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+class NumberSeeded(BaseSampler):
+    """Seeds the sampler anew for every trial, from the arm and the trial's place among those that were not repeated.
+
+    So a suggestion depends on what is known and on its place, not on how often the command was interrupted, and an
+    extended study does not repeat itself.
+    """
+
+    def __init__(self, settings: SearchSettings, salt: str) -> None:
+        self.settings, self.salt = settings, salt
+        self._inner: dict[int, BaseSampler] = {}
+
+    def _of(self, study: optuna.Study, trial: FrozenTrial) -> BaseSampler:
+        if trial.number not in self._inner:
+            earlier = study.get_trials(deepcopy=False)
+            place = sum(t.number < trial.number and "repeats" not in t.user_attrs for t in earlier)
+            salt = self.salt if self.settings.sampler == "qmc" else f"{self.salt}/{place}"  # one sequence for all
+            self._inner = {trial.number: make_sampler(self.settings, int(short_hash(salt), 16) % 2**31)}
+        return self._inner[trial.number]
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._of(study, trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._of(study, trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._of(study, trial).sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._of(study, trial).before_trial(study, trial)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        self._of(study, trial).after_trial(study, trial, state, values)
+
+
+def make_sampler(settings: SearchSettings, seed: int) -> BaseSampler:
+    """The Optuna sampler of a name.
+
+    Raises:
+        SpecError: an option that the sampler does not have, or a package that it needs and is not there.
+    """
+    samplers = optuna.samplers
+    trials = settings.trials or 16
+    startup = {"n_startup_trials": min(10, max(2, trials // 3))}  # ten of ten random trials would be no search
+    kinds: dict[str, tuple[Callable[..., BaseSampler], dict[str, Any]]] = {
+        "tpe": (samplers.TPESampler, startup),
+        "gp": (samplers.GPSampler, startup | {"warn_independent_sampling": False}),
+        "cmaes": (samplers.CmaEsSampler, {"warn_independent_sampling": False}),
+        "random": (samplers.RandomSampler, {}),
+        "qmc": (samplers.QMCSampler, {"scramble": True, "warn_independent_sampling": False}),
+        "nsga2": (samplers.NSGAIISampler, {"population_size": max(2, min(50, trials // 2))}),
+    }
+    kind, defaults = kinds[settings.sampler]
+    made: BaseSampler = _made("sampler", kind, {**defaults, **settings.sampler_options, "seed": seed})
+    return made
+
+
+def make_pruner(settings: SearchSettings, arm: Arm) -> optuna.pruners.BasePruner:
+    """The Optuna pruner of a name, with the arm's evaluation interval as its smallest resource.
+
+    Raises:
+        SpecError: an option that the pruner does not have.
+    """
+    pruners, trials = optuna.pruners, settings.trials or 16
+    every, steps = max(1, arm.default.evaluation.every_steps), max(1, arm.default.trainer.max_steps)
+    kinds: dict[str, tuple[Callable[..., optuna.pruners.BasePruner], dict[str, Any]]] = {
+        "none": (pruners.NopPruner, {}),
+        "median": (pruners.MedianPruner, {"n_startup_trials": min(5, max(2, trials // 4))}),
+        "asha": (pruners.SuccessiveHalvingPruner, {"min_resource": every, "reduction_factor": 2}),
+        "hyperband": (pruners.HyperbandPruner, {"min_resource": every, "max_resource": steps}),
+        "patient": (pruners.PatientPruner, {"wrapped_pruner": None, "patience": 2}),
+    }
+    kind, defaults = kinds[settings.pruner]
+    made: optuna.pruners.BasePruner = _made("pruner", kind, {**defaults, **settings.pruner_options})
+    return made
+
+
+def _made(what: str, kind: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return kind(**options)
+    except (TypeError, ValueError, ImportError) as error:
+        raise SpecError(f"hydra.sweeper.{what}_options: {str(error).strip().splitlines()[0]}") from None
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    return {dimension.key: _distribution(dimension) for dimension in space}
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if dimension.kind == "float":
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    if dimension.kind == "int":
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return CategoricalDistribution(dimension.choices)
+
+
+@cache
+def me() -> dict[str, Any]:
+    """This driver: machine, process and when it began, for a process number is used again."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": psutil.Process().create_time()}
+
+
+def alive(trial: FrozenTrial) -> bool:
+    """Whether the driver that a running trial belongs to still works on it."""
+    driver = trial.user_attrs.get("driver")
+    if not driver:
+        return False
+    if driver["host"] != socket.gethostname():
+        return bool(time.time() - driver["seen"] < GRACE_SECONDS)
+    try:
+        process = psutil.Process(driver["pid"])
+        return bool(abs(process.create_time() - driver["began"]) < 1 and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _mean(values: Any) -> float:
+    listed = list(values)
+    return math.inf if math.inf in listed else -math.inf if -math.inf in listed else math.fsum(listed) / len(listed)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
