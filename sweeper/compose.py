@@ -191,6 +191,8 @@ def search_settings(plain: Mapping[str, Any]) -> SearchSettings:
     for name in ("objectives", "direction"):
         value = values.get(name)
         values[name] = [] if value is None else [value] if isinstance(value, str) else value
+    for name in ("sampler_options", "pruner_options"):
+        values[name] = values.get(name) or {}
     return from_mapping(SearchSettings, values, prefix="hydra.sweeper.")
 
 

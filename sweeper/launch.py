@@ -1,5 +1,6 @@
 """One command from arms to table: plan, dry run or training, summary, and how it ended."""
 
+import importlib.util
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from sweeper import record, scheduler, summary, tracking
 from sweeper.arms import Arm, single
 from sweeper.display import make_console, make_display
 from sweeper.engine.events import RunFinished
-from sweeper.errors import Interrupted, RunsFailed
+from sweeper.errors import Interrupted, RunsFailed, SpecError
 from sweeper.plan import Plan
 from sweeper.record import Record
 from sweeper.scheduler import Outcome, Scheduler, TrainRuns
@@ -33,6 +34,18 @@ def train(
         return scheduler.run(work, train=engine)
 
     return _carry_out(arms, settings, search or SearchSettings(), go)
+
+
+def train_on_ray(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, **ray_settings: Any
+) -> dict[str, Record]:
+    """As `train`, on workers over Ray; `ray_settings` are the fields of `sweeper.workers.RaySettings`."""
+    if importlib.util.find_spec("ray") is None:
+        raise SpecError("hydra/launcher=ray needs the package ray: pip install '.[ray]'")
+    from sweeper import workers
+
+    chosen = workers.RaySettings(**ray_settings)
+    return _carry_out(arms, settings, search or SearchSettings(), lambda work: workers.run(work, chosen))
 
 
 def train_one(spec: RunSpec, settings: Settings, *, engine: TrainRuns | None = None) -> float | None:

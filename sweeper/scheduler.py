@@ -140,6 +140,17 @@ class Scheduler:
         more = any(s.ready or self._open(s) or self._waiting_for_itself(s) for s in states)
         return Pulled(requests=tuple(found), more=more)
 
+    def outstanding(self) -> int:
+        """Runs that are training or could be handed out now."""
+        count = len(self.running)
+        for state in self.states.values():
+            count += len(state.ready)
+            if state.search is not None and self._open(state):
+                room = state.search.parallel - len(state.search.running)
+                left = math.inf if state.search.wanted is None else state.search.wanted - state.search.asked
+                count += max(0, int(min(room, left))) * len(state.arm.seeds)
+        return count
+
     def to_prune(self) -> Collection[str]:
         """Runs of pruned trials that are still training."""
         return self.prune

@@ -22,9 +22,9 @@ class AblationSweeperConf:
     max_tokens: int | None = None
     max_seconds: float | None = None
     sampler: str = "tpe"
-    sampler_options: dict[str, Any] = field(default_factory=dict)
+    sampler_options: Any = None
     pruner: str = "none"
-    pruner_options: dict[str, Any] = field(default_factory=dict)
+    pruner_options: Any = None
     objectives: Any = "validation.nll"
     direction: Any = None
     parallel: int | None = None

@@ -32,9 +32,12 @@ class PackedLauncher(Launcher):
 
     def run_all(self, composition: Any, search: Any) -> Any:
         """Carries out a `sweeper.compose.Composition`; returns the records by run id."""
+        return self.train(composition.arms, composition.settings, search)
+
+    def train(self, arms: Any, settings: Any, search: Any = None) -> Any:
         from sweeper import launch
 
-        return launch.train(composition.arms, composition.settings, search)
+        return launch.train(arms, settings, search)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from sweeper import compose, launch
@@ -46,7 +49,7 @@ class PackedLauncher(Launcher):
             compose.from_config(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides)))
             for overrides in job_overrides
         ]
-        found = launch.train(grouped([spec for spec, _ in jobs]), jobs[0][1])
+        found = self.train(grouped([spec for spec, _ in jobs]), jobs[0][1])
         values = [launch.objective(found.get(spec.run_id)) for spec, _ in jobs]
         return [
             JobReturn(overrides=list(overrides), _return_value=value, status=JobStatus.COMPLETED)

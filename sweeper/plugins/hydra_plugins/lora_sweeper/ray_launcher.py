@@ -1,0 +1,34 @@
+"""hydra/launcher=ray: runs packed on one worker a GPU, over Ray. Thin: Hydra imports it at every start."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra_plugins.lora_sweeper.packed_launcher import PackedLauncher
+
+
+@dataclass
+class RayLauncherConf:
+    """See `sweeper.workers.RaySettings`."""
+
+    _target_: str = "hydra_plugins.lora_sweeper.ray_launcher.RayLauncher"
+    _recursive_: bool = False
+    address: str | None = None
+    workers: int | None = None
+    cpus_per_worker: int | None = None
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="ray", node=RayLauncherConf, provider="lora_sweeper")
+
+
+class RayLauncher(PackedLauncher):
+    """As the packed launcher, on many devices."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def train(self, arms: Any, settings: Any, search: Any = None) -> Any:
+        from sweeper import launch
+
+        return launch.train_on_ray(arms, settings, search, **self.settings)
