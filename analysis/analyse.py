@@ -196,15 +196,17 @@ def hypervolumes(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd
 
 def tuned_table(found: Arrangement) -> pd.DataFrame:
     """The hyperparameters that validation chose in each arm, out of how many trials, and whether one is at an edge."""
+    confirmed = any(arm.confirmed for arm in found.arms)
     rows = [
         {
             "setting": arm.setting, "arm": arm.label, "trials": arm.tried, **arm.trial,
             "edge": ", ".join(f"{key} {side}" for key, side in arm.edges.items()),
+            "confirmed": "on fresh seeds" if arm.confirmed else "",
             found.select: float(arm.runs[found.select].mean()) if found.select in arm.runs else np.nan,
         }
         for arm in found.arms
     ]  # fmt: skip
-    columns = ["setting", "arm", "trials", *found.tuned, found.select, "edge"]
+    columns = ["setting", "arm", "trials", *found.tuned, found.select, "edge", *(["confirmed"] if confirmed else [])]
     return pd.DataFrame(rows, columns=columns) if rows else pd.DataFrame(columns=columns)
 
 

@@ -34,7 +34,8 @@ class Scores:
 @dataclass(kw_only=True)
 class Arm:
     """A cell of the grid with its chosen trial. `factors` tell it from other arms of its setting; `trial` are the tuned
-    values that won; `runs` are the completed replicates of that trial; `tried` is how many trials there were."""
+    values that won; `runs` are the completed replicates of that trial, or those that trained it again on fresh seeds
+    (`confirmed`); `tried` is how many trials there were."""
 
     setting: str
     label: str
@@ -42,6 +43,7 @@ class Arm:
     trial: dict[str, Any]
     runs: pd.DataFrame
     tried: int = 1
+    confirmed: bool = False
     edges: dict[str, str] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
     incomplete: int = 0
@@ -113,7 +115,8 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
     """Groups completed runs into settings and arms, chooses each arm's trial and reads its per-example scores.
 
     A trial is chosen by the mean of `metric` on validation among the trials with the most finished replicates, and
-    reported on test. Statuses other than completed never enter a mean; they are counted in the tables.
+    reported on test. Where the best trial was trained again on fresh seeds, only those runs count. Statuses other than
+    completed never enter a mean; they are counted in the tables.
 
     Raises:
         ValueError: no run has `metric`.
@@ -124,10 +127,12 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
     runs["placement"] = runs["placement"].mask(full, FULL)
     split = "test" if "test.nll" in runs and runs["test.nll"].notna().any() else "validation"
     fields = [key for key in varying(runs, study.fields) if not key.startswith("evaluation") and key != "seed"]
-    chosen_inside = [key for key in fields if key.startswith(TUNED) or key in set(tuned)]
+    searched = {key for keys in runs.get("search.tuned", []) if isinstance(keys, list) for key in keys}
+    chosen_inside = [key for key in fields if key.startswith(TUNED) or key in {*tuned, *searched}]
     setting_fields = [*SETTING, *(k for k in fields if k.split(".")[0] in SETTING and k not in SETTING)]
     arm_fields = [*ALWAYS, *(k for k in fields if k not in (*setting_fields, *chosen_inside, *ALWAYS))]
-    for keys, name in ((setting_fields, "setting"), (arm_fields, "arm"), (chosen_inside, "trial")):
+    apart = [key for key in arm_fields if key not in searched]
+    for keys, name in ((setting_fields, "setting"), (apart, "arm"), (chosen_inside, "trial")):
         runs[name] = _labels(runs, keys, fields if name != "trial" else keys)
     runs["chosen"] = False
     found = Arrangement(
@@ -193,7 +198,7 @@ def _labels(runs: pd.DataFrame, keys: Sequence[str], shown: Sequence[str]) -> pd
         if "experiment" in shown and "experiment" in keys and not pd.isna(values["experiment"]):
             words = [str(values["experiment"])]
         elif "placement" in keys:
-            rank = "" if pd.isna(values["rank"]) else f" r{values['rank']:g}"
+            rank = "" if pd.isna(values.get("rank")) else f" r{values['rank']:g}"
             head = "" if pd.isna(values["placement"]) else f"{values['placement']}{rank}"
             groups = [k for k in ("method", "allocation") if k in shown and values["placement"] != FULL]
             words = [head, *(str(values[k]) for k in groups if not pd.isna(values[k]))]
@@ -233,7 +238,8 @@ def _arm(
         message = f"{label}: none of its {len(rows)} runs completed with a score on {found.split}; it is in no table"
         study.note(Problem(folder=setting, kind="arm without a completed run", message=message))
         return None
-    trials: dict[str, pd.DataFrame] = dict(iter(done.groupby("trial", sort=True)))
+    again = done[done["search.purpose"] == "confirm"] if "search.purpose" in done else done.iloc[:0]
+    trials: dict[str, pd.DataFrame] = dict(iter((done if again.empty else again).groupby("trial", sort=True)))
     name = next(iter(trials))
     if len(trials) > 1:
         most = max(group["seed"].nunique() for group in trials.values())
@@ -259,6 +265,7 @@ def _arm(
         trial={key: first[key] for key in found.tuned},
         runs=best,
         tried=int(rows["trial"].nunique()),
+        confirmed=not again.empty,
         edges={key: side for key in found.tuned if (side := _edge(first[key], rows[key]))},
         incomplete=int((rows.loc[rows["trial"] == name, "status"] != "completed").sum()),
     )

@@ -99,9 +99,8 @@ def main() -> None:
             print(f"study {study}: {kills} kills so far, {len(found)} runs; missing {len(missing)}, more than there should "
                   f"be {len(extra)}, different {len(different)}", flush=True)  # fmt: skip
             if missing or extra or different:
-                raise SystemExit(
-                    f"missing {missing}, extra {extra}, different {[(expected[r], found[r]) for r in different]}"
-                )
+                pairs = [(expected[run_id], found[run_id]) for run_id in different]
+                raise SystemExit(f"missing {missing}, extra {extra}, different {pairs}")
         print(f"{kills} kills over {study} studies and {rounds} starts: every study ended as the one left alone "
               f"({len(expected)} runs, {alone:.1f} s)")  # fmt: skip
 

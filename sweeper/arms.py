@@ -116,6 +116,15 @@ class Arm:
         found = {dimension.key: look_up(plain, dimension.key) for dimension in self.space}
         return found if all(dimension.holds(found[dimension.key]) for dimension in self.space) else None
 
+    @cached_property
+    def widest(self) -> RunSpec | None:
+        """The run with every tuned number at its highest: a slot for it holds all. None where nothing is tuned."""
+        numbers = {
+            d.key: d.high if d.kind == "float" else int(d.high) if d.kind == "int" else max(d.choices, key=_size)
+            for d in self.space
+        }
+        return self.make(numbers, self.default.seed) if numbers else None
+
     def typed(self, params: Params, seed: int) -> tuple[str, ...]:
         """The overrides that compose one run of the arm alone."""
         return (*self.overrides, *(f"{key}={value}" for key, value in params.items()), f"seed={seed}")
@@ -147,6 +156,10 @@ def number_of_points(space: Sequence[Dimension]) -> float:
             return math.inf
         sizes.append(len(dimension.choices) or int(dimension.high) - int(dimension.low) + 1)
     return math.prod(sizes)
+
+
+def _size(choice: Any) -> float:
+    return float(choice) if isinstance(choice, int | float) else 0.0
 
 
 def _forget(plain: dict[str, Any], key: str) -> None:

@@ -11,7 +11,7 @@ from sweeper import plan as planning
 from sweeper import record, scheduler, summary, tracking
 from sweeper.arms import Arm, single
 from sweeper.display import make_console, make_display
-from sweeper.engine.events import RunFinished
+from sweeper.engine.events import Event, RunFinished
 from sweeper.errors import Interrupted, RunsFailed, SpecError
 from sweeper.plan import Plan
 from sweeper.record import Record
@@ -91,15 +91,18 @@ def _carry_out(arms: Sequence[Arm], settings: Settings, search: SearchSettings, 
     if settings.dry_run:
         show_plan(plan, settings, search, console)
         return {}
-    work = Scheduler(arms, [run.run_id for run in plan.todo], settings, search)
+    early: list[Event] = []
+    work = Scheduler(arms, [run.run_id for run in plan.todo], settings, search, observers=[early.append])
     left = bool(work.outlook())
     announce(plan, search, console, left=left)
     outcome = Outcome(records={})
     if left:
         display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan, settings)
-        work.observers += [display] if tracker is None else [display, tracker]
+        work.observers = [display] if tracker is None else [display, tracker]
         try:
             with display:
+                for event in early:
+                    display(event)
                 outcome = go(work)
         finally:
             if tracker is not None:
@@ -115,7 +118,7 @@ def objective(found: Record | None) -> float | None:
 
 def announce(plan: Plan, search: SearchSettings, console: Console, *, left: bool) -> None:
     if plan.tuned:
-        line = _search_line(plan, search) if left else "every trial is done already; nothing to train"
+        line = _search_line(plan, search) if left else "every trial that the budget allows is done; nothing to train"
         console.print(line, markup=False, soft_wrap=True)
         return
     runs, todo = len(plan.runs), len(plan.todo)
@@ -146,6 +149,7 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
     for request in chosen:
         if record.status(request.folder) is not None:
             found[request.run_id] = record.read_record(request.folder)
+    several = len(work.how.objectives) > 1
     if plan.tuned:
         summary.show_search(work.table(), console)
     if found:
@@ -159,8 +163,11 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
     if elsewhere:
         console.print(f"another driver is still at work on {elsewhere} trials; the same command later sums up all")
     left = len(chosen) - len(found)
+    lines = [f"{row['arm']}: no trial completed" for row in work.table() if row["best"] is None and not several]
     if failed or (left and not elsewhere):
-        raise RunsFailed(_failures(plan, failed, left, len(outcome.records) if plan.tuned else len(chosen)))
+        lines += _failures(plan, failed, left, len(outcome.records) if plan.tuned else len(chosen))
+    if lines:
+        raise RunsFailed(lines)
     return found
 
 

@@ -76,8 +76,9 @@ class Efficiency:
 class Record:
     """Everything the analysis may know about a run. `scores` maps split -> "before"/"after" -> Score.
 
-    `search` is empty for a run of a plain grid; else `arm` and `trial` say which trial it was of, and `purpose` whether
-    it was one of those tried ("trial") or a repetition of the best on fresh seeds ("confirm").
+    `search` is empty for a run of a plain grid; else `arm` and `trial` say which trial it was of, `tuned` names the
+    tuned fields, and `purpose` says whether it was one of those tried ("trial") or the best again on fresh seeds
+    ("confirm").
     """
 
     run_id: str

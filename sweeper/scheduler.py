@@ -119,7 +119,9 @@ class Scheduler:
                 wanted = state.search.parallel * len(state.arm.seeds)
                 most = max(most, wanted)
             if most or self._waiting_for_itself(state):
-                found.append(Kind(key=state.arm.key, spec=state.arm.default, most=max(most, 1)))
+                widest = state.arm.widest
+                others = () if widest is None else (widest,)
+                found.append(Kind(key=state.arm.key, spec=state.arm.default, most=max(most, 1), others=others))
         return found
 
     def pull(self, count: int, kinds: Collection[str]) -> Pulled:
@@ -220,11 +222,9 @@ class Scheduler:
     def _chosen(self, state: _ArmState) -> list[RunRequest]:
         if state.search is None:
             return [self._request(state, spec) for spec in state.arm.defaults]
-        best = state.search.best()
-        if best is None:
-            return []
         seeds = self.how.confirm_seeds or state.arm.seeds
-        return [self._request(state, state.arm.make(best.params, seed)) for seed in seeds]
+        points = state.search.chosen()
+        return [self._request(state, state.arm.make(params, seed)) for params in points for seed in seeds]
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each tuned arm: trials, how they ended, the best one's value, point and edges."""
@@ -317,7 +317,8 @@ class Scheduler:
 
     def _request(self, state: _ArmState, spec: RunSpec, search: dict[str, Any] | None = None) -> RunRequest:
         run_id = spec.run_id
-        about = {} if search is None else {"arm": state.arm.key, **search}
+        tuned = [dimension.key for dimension in state.arm.space]
+        about = {} if search is None else {"arm": state.arm.key, "tuned": tuned, **search}
         return RunRequest(
             run_id=run_id, spec=spec, folder=self.settings.folder / run_id, kind=state.arm.key, search=about
         )

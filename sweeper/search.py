@@ -5,6 +5,7 @@ the replicates of it, and its value is their mean. Studies lie in a journal file
 storage URL that several drivers share.
 """
 
+import itertools
 import math
 import os
 import socket
@@ -34,6 +35,7 @@ from sweeper.spec import SearchSettings
 JOURNAL = "search.journal"
 GRACE_SECONDS = 600.0  # a trial of a driver on another machine is given up after this long without a sign of life
 SIGN_SECONDS = 60.0
+MOST_POINTS = 10_000  # of a space whose points are still enumerated
 MOST_REPEATS = 50  # suggestions in a row that were made before, until a space counts as used up
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -160,6 +162,15 @@ class ArmSearch:
         edges: dict[str, str] = {d.key: end for d in self.space if (end := d.edge(trial.params[d.key])) is not None}
         return Best(number=trial.number, params=dict(trial.params), value=value, edges=edges)
 
+    def chosen(self) -> list[dict[str, Any]]:
+        """The point of the best trial; with several objectives, the points that no other is better than in all."""
+        if len(self.settings.objectives) == 1:
+            best = self.best()
+            return [] if best is None else [best.params]
+        counted = {trial.number for trial in self._trials()}
+        front = [trial.params for trial in self.study.best_trials if trial.number in counted]
+        return [{d.key: _plain(params[d.key]) for d in self.space} for params in front]
+
     # -- work
 
     def next(self, now_running: int) -> Trial | None:
@@ -170,7 +181,9 @@ class ArmSearch:
         """
         if not self.open or now_running >= self.parallel:
             return None
-        for _ in range(MOST_REPEATS):
+        for repeat in range(MOST_REPEATS):
+            if repeat and not self._enqueue_unused(repeat):
+                break
             asked = self.study.ask(distributions(self.space))
             self._sign(asked)
             params = {d.key: _plain(asked.params[d.key]) for d in self.space}
@@ -185,6 +198,19 @@ class ArmSearch:
             return trial
         self.used_up = True
         return None
+
+    def _enqueue_unused(self, repeat: int) -> bool:
+        """Where suggestions repeat in a space of few points, chooses one that is left; False where none is."""
+        points = number_of_points(self.space)
+        if points > MOST_POINTS:
+            return True
+        values = [d.choices or range(int(d.low), int(d.high) + 1) for d in self.space]
+        used = {tuple(t.params[d.key] for d in self.space) for t in self._trials()}
+        left = [point for point in itertools.product(*values) if point not in used]
+        if left:
+            point = left[int(short_hash([self.name, len(used), repeat]), 16) % len(left)]
+            self.study.enqueue_trial({d.key: value for d, value in zip(self.space, point, strict=True)})
+        return bool(left)
 
     @property
     def parallel(self) -> int:
@@ -363,11 +389,21 @@ def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
             return JournalStorage(JournalFileBackend(path, lock_obj=_KernelLock(path)))  # type: ignore[arg-type]
     import sqlalchemy.exc
 
-    try:
-        return optuna.storages.RDBStorage(settings.storage)
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SpecError(f"hydra.sweeper.storage: the database cannot be used ({reason})") from None
+    for last in (False, False, True):
+        try:
+            return optuna.storages.RDBStorage(settings.storage)
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError) as error:
+            if last:
+                raise _unusable(error) from None
+            time.sleep(1)  # another driver is making the tables at this moment
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+            raise _unusable(error) from None
+    raise AssertionError
+
+
+def _unusable(error: Exception) -> SpecError:
+    reason = str(error).strip().splitlines()[0]
+    return SpecError(f"hydra.sweeper.storage: the database cannot be used ({reason})")
 
 
 class _KernelLock:

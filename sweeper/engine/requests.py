@@ -21,11 +21,16 @@ class RunRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """Runs that are asked for under one key, an arm's: `spec` is one of them, `most` how many there can be at once."""
+    """Runs that are asked for under one key, an arm's.
+
+    `spec` is one of them and `others` are those that differ from it in size, as far as that is known before; there are
+    at most `most` at once.
+    """
 
     key: str
     spec: RunSpec
     most: int
+    others: tuple[RunSpec, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

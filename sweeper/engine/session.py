@@ -1,5 +1,7 @@
 """From requests to records: loads base models, forms packs, drives them, and writes what each run leaves."""
 
+import contextlib
+import dataclasses
 import itertools
 import time
 from collections import deque
@@ -117,6 +119,9 @@ class Session:
             members = groups.setdefault(self._pack_key(run), ([], [], []))
             members[0].append(kind)
             members[1].append(run)
+            for spec in kind.others:
+                with contextlib.suppress(SweeperError, ValueError):
+                    members[1].append(self._prepare(dataclasses.replace(probe, run_id=spec.run_id, spec=spec)))
         for request in strays:
             run = self._prepare(request)
             groups.setdefault(self._pack_key(run), ([], [], []))[2].append(run)
