@@ -36,16 +36,43 @@ def scatter(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping
     ax.step(members[cost], members[metric], where="post", color=GREY, linewidth=0.8, zorder=1)
     _log_ticks(ax, arms[cost])
     _room(ax, arms, metric)
-    for row in (arms if len(arms) <= 12 else members).to_dict("records"):
-        if not pd.isna(row["rank"]):
-            # No arm lies on the cheap and good side of the front, so its labels stand there; the others' opposite.
-            inside, down = bool(row["on_front"]), higher != bool(row["on_front"])
-            offset, side = (-4 if inside else 4, -3 if down else 3), ("top" if down else "bottom")
-            text = ax.annotate(
-                f"{row['rank']:g}", (row[cost], row[metric]), xytext=offset, textcoords="offset points", fontsize=6,
-                ha="right" if inside else "left", va=side,
-            )  # fmt: skip
-            text.set(color=GREY, zorder=5, path_effects=[withStroke(linewidth=1.5, foreground="white")])
+    _rank_labels(ax, arms if len(arms) <= 12 else members, arms, metric, cost, higher=higher)
+
+
+def _rank_labels(ax: Axes, labelled: pd.DataFrame, arms: pd.DataFrame, metric: str, cost: str, *, higher: bool) -> None:
+    """The rank beside each point, where it covers neither another label nor another point; else none."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # the layout decides how far apart points are
+    point = figure.dpi / 72
+    taken = [(x - 3 * point, y - 3 * point, x + 3 * point, y + 3 * point)
+             for x, y in ax.transData.transform(arms[[cost, metric]].to_numpy(dtype=float))]  # fmt: skip
+    for row in labelled.sort_values(metric, ascending=False).to_dict(
+        "records"
+    ):  # the upper of two takes the upper side
+        if pd.isna(row["rank"]):
+            continue
+        text = f"{row['rank']:g}"
+        x, y = ax.transData.transform((row[cost], row[metric]))
+        wide, tall = 4 * len(text) * point, 6 * point
+        # No arm lies on the cheap and good side of the front, so its labels stand there; the others' opposite.
+        first, below = bool(row["on_front"]), higher != bool(row["on_front"])
+        for left, down in ((first, below), (first, not below), (not first, below), (not first, not below)):
+            x0 = x - 4 * point - wide if left else x + 4 * point
+            y0 = y - 3 * point - tall if down else y + 3 * point
+            box = (x0, y0, x0 + wide, y0 + tall)
+            if not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                label = ax.annotate(
+                    text, (row[cost], row[metric]), xytext=(-4 if left else 4, -3 if down else 3), fontsize=6,
+                    textcoords="offset points", ha="right" if left else "left", va="top" if down else "bottom",
+                )  # fmt: skip
+                label.set(color=GREY, zorder=5, path_effects=[withStroke(linewidth=1.5, foreground="white")])
+                break
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def rank_lines(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look]) -> None:
@@ -160,7 +187,10 @@ def where_rank_went(ax: Axes, modules: pd.DataFrame, top: float) -> Any:
     step = max(1, len(table.columns) // 6)
     ax.set_xticks(range(0, len(table.columns), step), [f"{layer:g}" for layer in table.columns[::step]])
     ax.grid(False)
-    ax.tick_params(length=0)
+    ax.set_xticks(np.arange(len(table.columns) + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(table) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", linewidth=0.6)  # a module a cell, also where all ranks are equal
+    ax.tick_params(which="both", length=0)
     ax.spines[:].set_visible(False)
     ax.set_xlabel("layer")
     return image

@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from analysis import draw
 from analysis.analyse import Analysis
@@ -372,4 +373,5 @@ def _base_note(ax: Axes, analysis: Analysis, setting: str, metric: str) -> None:
     corner = (0.98, 0.03) if higher_is_better(metric) else (0.98, 0.95)
     side = "bottom" if higher_is_better(metric) else "top"
     text = f"base model {number(value, 3)}"
-    ax.text(*corner, text, transform=ax.transAxes, ha="right", va=side, fontsize=6.5, color="#5f6b76")
+    note = ax.text(*corner, text, transform=ax.transAxes, ha="right", va=side, fontsize=6.5, color="#5f6b76")
+    note.set(zorder=6, path_effects=[withStroke(linewidth=2, foreground="white")])

@@ -220,57 +220,45 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
 def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequence[Cost]) -> list[str]:
     """How many runs and packs there will be, and how long they take at the pace of former runs on this machine."""
     from sweeper import device
+    from sweeper.display import clock_time
+    from sweeper.engine import environment
     from sweeper.engine.memory import MARGIN, MOST, free_bytes
 
     where = device.device_for(settings.device)
-    by_run = dict(zip((run.run_id for run in plan.runs), costs, strict=True))
-    runs, flops = 0, 0.0
-    for arm in plan.arms:
-        trials = (search.trials or 0) if arm.space else 1
-        confirmed = len(search.confirm_seeds) if arm.space else 0
-        for run in (run for run in plan.runs if arm.defaults[0].run_id == run.run_id):
-            count = trials * len(arm.seeds) + confirmed
-            runs += count
-            flops += count * by_run[run.run_id].flops
-    if plan.tuned and search.trials is None:
-        return ["how many runs there will be depends on the budget"]
-    if not plan.tuned:
+    if plan.tuned:
+        if search.trials is None:
+            return ["how many runs there will be depends on the budget"]
+        first = dict(zip((run.run_id for run in plan.runs), costs, strict=True))
+        each = [len(arm.seeds) * search.trials + len(search.confirm_seeds) for arm in plan.arms]
+        runs = sum(each)
+        flops = sum(count * first[arm.default.run_id].flops for count, arm in zip(each, plan.arms, strict=True))
+    else:
         left = {run.run_id for run in plan.todo}
-        runs, flops = len(left), sum(by_run[run_id].flops for run_id in left)
+        runs = len(left)
+        flops = sum(cost.flops for run, cost in zip(plan.runs, costs, strict=True) if run.run_id in left)
     if not runs:
         return []
     largest = max(cost.memory - cost.base_memory for cost in costs)
     room = MARGIN * (free_bytes(where) - costs[0].base_memory)
     slots = max(1, min(settings.max_pack or MOST, runs, int(room / max(largest, 1))))
     lines = [f"{runs} runs, at most {slots} at a time in a pack on {where}"]
-    pace = _pace(settings)
+    pace = _pace(settings, environment.describe(where, None)["device"])
     if pace is None:
-        lines.append("no run is recorded under outputs yet, so there is no estimate of time")
-    else:
-        seconds = flops / pace
-        shown = (
-            f"{seconds:.0f} s"
-            if seconds < 120
-            else f"{seconds / 60:.0f} min"
-            if seconds < 7200
-            else f"{seconds / 3600:.1f} h"
-        )
-        lines.append(
-            f"about {shown} of training at most, at the pace of the runs recorded under {settings.output_root}"
-        )
-    return lines
+        return [*lines, f"no run on this device is recorded in {settings.output_root}: there is no estimate of time"]
+    return [*lines, f"training takes about {clock_time(flops / pace)} at most, at the pace of the latest runs recorded"]
 
 
-def _pace(settings: Settings) -> float | None:
-    """FLOP/s, a run's share of its pack counted, of the latest runs recorded under the output folder."""
+def _pace(settings: Settings, where: str) -> float | None:
+    """FLOP/s, a run's share of its pack counted, of the latest runs of this device under the output folder."""
     paths = sorted(Path(settings.output_root).glob(f"**/{record.RECORD}"), key=lambda path: -path.stat().st_mtime)[:20]
     found = []
     for path in paths:
         try:
-            cost = record.read_record(path.parent).efficiency
+            run = record.read_record(path.parent)
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if cost.train_seconds_amortised and cost.train_flops:
+        cost = run.efficiency
+        if run.environment.get("device") == where and cost.train_seconds_amortised and cost.train_flops:
             found.append(cost.train_flops / cost.train_seconds_amortised)
     return statistics.median(found) if found else None
 

@@ -35,6 +35,7 @@ from sweeper.spec import SearchSettings
 JOURNAL = "search.journal"
 GRACE_SECONDS = 600.0  # a trial of a driver on another machine is given up after this long without a sign of life
 SIGN_SECONDS = 60.0
+STALE_SECONDS = 1.0  # between looks at what other drivers did
 MOST_POINTS = 10_000  # of a space whose points are still enumerated
 MOST_REPEATS = 50  # suggestions in a row that were made before, until a space counts as used up
 
@@ -91,6 +92,7 @@ class ArmSearch:
         self.widened = 0
         self.running: dict[int, Trial] = {}
         self.used_up = False
+        self._seen: tuple[float, list[FrozenTrial]] | None = None
         self._open()
         while self.widened < settings.widen and (wider := self._wider()) is not None and self._exists(wider):
             self.space, self.widened = wider, self.widened + 1
@@ -111,7 +113,7 @@ class ArmSearch:
         return known
 
     def _open(self) -> None:
-        settings = self.settings
+        settings, self._seen = self.settings, None
         self.study = optuna.create_study(
             storage=self.storage, study_name=self.name, load_if_exists=True,
             directions=[_DIRECTIONS[one] for one in settings.directions],
@@ -185,6 +187,7 @@ class ArmSearch:
             if repeat and not self._enqueue_unused(repeat):
                 break
             asked = self.study.ask(distributions(self.space))
+            self._seen = None
             self._sign(asked)
             params = {d.key: _plain(asked.params[d.key]) for d in self.space}
             if self.wanted is not None and self._place(asked.number) >= self.wanted:
@@ -247,6 +250,7 @@ class ArmSearch:
     def tell(self, trial: Trial) -> Told:
         """Ends a trial, all of whose runs have ended."""
         self.running.pop(trial.number, None)
+        self._seen = None
         statuses = {record.status for record in trial.records.values()}
         trial.optuna_trial.set_user_attr("runs", list(trial.runs))
         if "failed" in statuses:
@@ -266,6 +270,7 @@ class ArmSearch:
 
     def give_up(self, trial: Trial) -> None:
         """Leaves a trial to the next command, which takes it up again with the same point."""
+        self._seen = None
         self.running.pop(trial.number, None)
         self._void(trial.optuna_trial, "stopped")
         self.study.enqueue_trial(dict(trial.optuna_trial.params), user_attrs={"repeats": trial.number})
@@ -305,13 +310,14 @@ class ArmSearch:
         With `retry_failed`, so are trials that failed. The point is the same, so its runs go on from their checkpoints.
         """
         again = 0
-        for trial in self._trials():
+        for trial in self._trials(fresh=True):
             if trial.state == TrialState.RUNNING and trial.number not in self.running and not alive(trial):
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             elif not (trial.state == TrialState.FAIL and (retry_failed or "outcome" not in trial.user_attrs)):
                 continue
             self.study.enqueue_trial(dict(trial.params), user_attrs={"repeats": trial.number})
             again += 1
+        self._seen = None
         return again
 
     def unfinished(self) -> list[tuple[int, dict[str, Any]]]:
@@ -326,22 +332,30 @@ class ArmSearch:
 
     # -- inside
 
-    def _trials(self) -> list[FrozenTrial]:
-        """Trials that count: not those that were made void or taken up again, nor those only enqueued."""
+    def _trials(self, *, fresh: bool = False) -> list[FrozenTrial]:
+        """Trials that count: not those that were made void or taken up again, nor those only enqueued.
+
+        What another driver did may be `STALE_SECONDS` old, unless a `fresh` look is asked for.
+        """
+        if self._seen is not None and not fresh and time.monotonic() - self._seen[0] < STALE_SECONDS:
+            return self._seen[1]
         found = self.study.get_trials(deepcopy=False)
         repeated = {t.user_attrs.get("repeats") for t in found}
-        return [
+        counted = [
             t for t in found
             if t.state != TrialState.WAITING and "void" not in t.user_attrs and t.number not in repeated
         ]  # fmt: skip
+        self._seen = (time.monotonic(), counted)
+        return counted
 
     def _place(self, number: int) -> int:
-        return sum(t.number < number for t in self._trials())
+        return sum(t.number < number for t in self._trials(fresh=True))
 
     def _made_before(self, number: int, params: Mapping[str, Any]) -> bool:
         return any(t.number < number and t.params == params and t.state != TrialState.FAIL for t in self._trials())
 
     def _void(self, trial: optuna.Trial, why: str) -> None:
+        self._seen = None
         trial.set_user_attr("void", why)
         self.study.tell(trial, state=TrialState.FAIL)
 
