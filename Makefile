@@ -29,6 +29,11 @@ $(STAMP): pyproject.toml constraints.txt constraints-data.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-data.txt
 	@touch $@
 
+# what only the tests of clusters and databases need
+$(VENV)/.installed-test: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[ray,postgres]'
+	@touch $@
+
 sweep: $(STAMP)  ## train the placement x rank grid on the default model and data, print and save its table
 	$(BIN)/python train.py -m placement=attn,ff,full rank=4,8,16 $(ARGS)
 
@@ -45,7 +50,7 @@ example: $(STAMP)  ## make docs/example and the notebook's study from STUDY (def
 	rm -f docs/example/*.png docs/example/*.md
 	cp .cache/example/figures/*.png .cache/example/tables/*.md docs/example/
 
-test: $(STAMP)  ## run the whole test suite
+test: $(VENV)/.installed-test  ## run the whole test suite
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST)
 
 lint: $(STAMP)  ## check style, formatting and types

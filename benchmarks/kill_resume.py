@@ -96,8 +96,11 @@ def main() -> None:
             different = [
                 run_id for run_id in expected.keys() & found.keys() if not same(expected[run_id], found[run_id])
             ]
-            print(f"study {study}: {kills} kills so far, {len(found)} runs; missing {len(missing)}, more than there should "
-                  f"be {len(extra)}, different {len(different)}", flush=True)  # fmt: skip
+            print(
+                f"study {study}: {kills} kills so far, {len(found)} runs; missing {len(missing)}, "
+                f"more than there should be {len(extra)}, different {len(different)}",
+                flush=True,
+            )
             if missing or extra or different:
                 pairs = [(expected[run_id], found[run_id]) for run_id in different]
                 raise SystemExit(f"missing {missing}, extra {extra}, different {pairs}")

@@ -132,22 +132,39 @@ def table(found: dict) -> str:
 
 def plot(found: dict, folder: Path) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     models = [name for name in found if isinstance(found[name], list)]
+    measures = [("run_steps_per_second", "run-steps per second", (25, 50, 100, 200, 400, 800)),
+                ("memory_gib", "memory (GiB)", (1, 4, 16, 64, 128))]  # fmt: skip
     figure, axes = plt.subplots(
-        1, len(models), figsize=(4.2 * len(models), 3.2), constrained_layout=True, squeeze=False
+        2,
+        len(models),
+        figsize=(4.2 * len(models), 5.2),
+        constrained_layout=True,
+        squeeze=False,
+        sharex=True,
+        sharey="row",
     )
-    for axis, model in zip(axes[0], models, strict=True):
+    for column, model in enumerate(models):
         rows = sorted((row for row in found[model] if "tflops" in row), key=_place)
         shapes = dict.fromkeys((row["batch"], row["length"]) for row in rows)
         for (batch, length), marker in zip(shapes, itertools.cycle("osD^vP"), strict=False):
             points = [row for row in rows if (row["batch"], row["length"]) == (batch, length)]
-            axis.plot([row["runs"] for row in points], [row["run_steps_per_second"] for row in points],
-                      marker=marker, markersize=4, label=f"{batch} x {length}")  # fmt: skip
-        axis.set(xscale="log", yscale="log", title=model, xlabel="runs in the pack", ylabel="run-steps per second")
-        axis.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-        axis.grid(alpha=0.3)
-        axis.legend(title="batch x length", fontsize=7, title_fontsize=7)
+            for axis, (measure, _, _) in zip(axes[:, column], measures, strict=True):
+                axis.plot([row["runs"] for row in points], [row[measure] for row in points],
+                          marker=marker, markersize=4, label=f"{batch} x {length}")  # fmt: skip
+        for axis, (_, title, ticks) in zip(axes[:, column], measures, strict=True):
+            axis.set(xscale="log", yscale="log")
+            for which, values in ((axis.xaxis, (1, 4, 16, 64)), (axis.yaxis, ticks)):
+                which.set_ticks(values, [str(value) for value in values])
+                which.set_minor_locator(NullLocator())
+            axis.grid(alpha=0.3)
+            if not column:
+                axis.set_ylabel(title)
+        axes[0, column].set_title(model)
+        axes[1, column].set_xlabel("runs in the pack")
+    axes[0, 0].legend(title="batch x length", fontsize=7, title_fontsize=7)
     figure.savefig(folder / "pack_growth.png", dpi=150)
 
 

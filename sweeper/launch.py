@@ -1,5 +1,6 @@
 """One command from arms to table: plan, dry run or training, summary, and how it ended."""
 
+import dataclasses
 import importlib.util
 import shlex
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,11 @@ def _as_jobs(work: Scheduler, arms: Sequence[Arm], launcher: Any) -> Outcome:
                 if record.status(request.folder) is None:
                     work.abandon(request.run_id, "the job left no record")
                 else:
-                    work.report(RunFinished(record=record.read_record(request.folder)))
+                    found = record.read_record(request.folder)
+                    if found.search != request.search:  # a job knows nothing of the search it is part of
+                        found = dataclasses.replace(found, search=request.search)
+                        record.write_record(request.folder, found)
+                    work.report(RunFinished(record=found))
     finally:
         work.close()
     return Outcome(records=work.records)

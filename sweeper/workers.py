@@ -265,8 +265,8 @@ def run(scheduler: Scheduler, ray_settings: RaySettings) -> Outcome:
 
 def _gpus() -> int:
     """GPUs of the cluster as it is now."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return int(resources.get("GPU", 0))
+    resources: Any = ray.cluster_resources  # untyped in Ray
+    return int(resources().get("GPU", 0))
 
 
 @contextmanager
