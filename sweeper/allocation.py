@@ -1,25 +1,92 @@
-"""How rank is spread over the placed modules. One function an allocation; `ALLOCATIONS` is the table of them."""
+"""How rank is spread over the placed modules. One function an allocation; `ALLOCATIONS` is the table of them.
 
+Whatever the ranks, every module has the scale of a uniform allocation, alpha / rank of the run.
+"""
+
+import re
 from collections.abc import Callable, Mapping, Sequence
 
-from sweeper.architecture import Target
-from sweeper.budget import uniform
+from sweeper.architecture import ROLES, Target
+from sweeper.budget import lora_parameters, uniform
 from sweeper.errors import SpecError, unknown
 from sweeper.spec import RunSpec
 
-Allocate = Callable[[RunSpec, Sequence[Target]], Mapping[Target, int]]
-
-ALLOCATIONS: dict[str, Allocate] = {
-    "uniform": lambda spec, targets: uniform(targets, spec.rank),
-}
+Allocate = Callable[[RunSpec, Sequence[Target], Sequence[Target]], Mapping[Target, int]]
+GOLDEN = 0.6180339887498949
 
 
-def ranks(spec: RunSpec, targets: Sequence[Target]) -> Mapping[Target, int]:
+def ranks(spec: RunSpec, targets: Sequence[Target], every: Sequence[Target]) -> Mapping[Target, int]:
     """Rank of every placed module.
 
+    Args:
+        targets: the placed modules. every: all that the model has.
+
     Raises:
-        SpecError: there is no such allocation.
+        SpecError: there is no such allocation, or the model has no room for what it asks.
     """
     if spec.allocation.name not in ALLOCATIONS:
         raise SpecError(unknown("allocation", spec.allocation.name, ALLOCATIONS))
-    return ALLOCATIONS[spec.allocation.name](spec, targets)
+    return ALLOCATIONS[spec.allocation.name](spec, targets, every)
+
+
+def matched(spec: RunSpec, targets: Sequence[Target], every: Sequence[Target]) -> Mapping[Target, int]:
+    """The ranks whose trainable parameters come closest to a budget, as even as they can be.
+
+    The budget is `allocation.budget`; without one, what all linear modules of all layers hold at `rank`, so that
+    placements compare at equal parameters at every rank of a grid. Ranks differ by at most one, except where a module
+    is too small for more; the modules that get one more are spread evenly over the model.
+    """
+    wanted = spec.allocation.parameters
+    if wanted is None:
+        wanted = lora_parameters(uniform(_whole(every), spec.rank))
+    limits = {target: min(target.in_features, target.out_features) for target in targets}
+    least, most = lora_parameters(uniform(targets, 1)), lora_parameters(limits)
+    if not least <= wanted <= most:
+        raise SpecError(
+            f"allocation=matched: placement={spec.placement.name} has {least:,} (rank 1) to {most:,} trainable "
+            f"parameters on this model, not {wanted:,}"
+        )
+    low, high = 1, max(limits.values())
+    while low < high:  # the highest even rank within the budget
+        middle = (low + high + 1) // 2
+        held = lora_parameters({target: min(middle, limit) for target, limit in limits.items()})
+        low, high = (middle, high) if held <= wanted else (low, middle - 1)
+    chosen = {target: min(low, limit) for target, limit in limits.items()}
+    left = wanted - lora_parameters(chosen)
+    spread = sorted(enumerate(chosen), key=lambda pair: (pair[0] * GOLDEN) % 1)  # neighbours far apart
+    for _, target in spread:
+        cost = target.in_features + target.out_features
+        if chosen[target] < limits[target] and abs(left - cost) < left:
+            chosen[target] += 1
+            left -= cost
+    return chosen
+
+
+def pattern(spec: RunSpec, targets: Sequence[Target], every: Sequence[Target]) -> Mapping[Target, int]:
+    """`allocation.pattern`: role, or regular expression found in a module's name, -> rank; the last that fits counts.
+
+    What none fits has the run's rank.
+    """
+    chosen = uniform(targets, spec.rank)
+    for key, rank in spec.allocation.pattern.items():
+        fitting = [t for t in targets if (t.role == key if key in ROLES else re.search(key, t.name))]
+        if not fitting:
+            names = ", ".join(dict.fromkeys(target.role for target in targets))
+            raise SpecError(f"allocation.pattern: {key} fits none of the placed modules. Roles here: {names}.")
+        for target in fitting:
+            limit = min(target.in_features, target.out_features)
+            if not 1 <= rank <= limit:
+                raise SpecError(f"allocation.pattern: {key}: rank {rank} must be 1 to {limit} for {target.name}")
+            chosen[target] = rank
+    return chosen
+
+
+def _whole(every: Sequence[Target]) -> list[Target]:
+    return [target for target in every if target.layer is not None and target.role in ROLES]
+
+
+ALLOCATIONS: dict[str, Allocate] = {
+    "uniform": lambda spec, targets, every: uniform(targets, spec.rank),
+    "matched": matched,
+    "pattern": pattern,
+}

@@ -168,11 +168,13 @@ def targets(spec: RunSpec) -> "tuple[Target, ...]":
     Raises:
         SweeperError: the placement does not fit the model, or the rank does not fit a module.
     """
-    from sweeper import models, placement
+    from sweeper import allocation, models, placement
 
     every = models.skeleton(spec.model)
     chosen = placement.resolve(every, spec.placement, layers=placement.number_of_layers(every))
-    placement.check_rank(chosen, spec.rank)
+    if spec.allocation.name == "uniform":
+        placement.check_rank(chosen, spec.rank)
+    allocation.ranks(spec, chosen, every)
     return chosen
 
 
@@ -190,10 +192,10 @@ def costs(specs: Iterable[RunSpec], settings: Settings) -> list[Cost]:
 
 def cost(spec: RunSpec, settings: Settings) -> Cost:
     """What a run adapts and, at most, costs: every example is taken to be `dataset.max_length` tokens long."""
-    from sweeper import budget, device, models
+    from sweeper import allocation, budget, device, models
 
     every = models.skeleton(spec.model)
-    ranks = budget.uniform(targets(spec), spec.rank)
+    ranks = allocation.ranks(spec, targets(spec), every)
     total = models.total_parameters(spec.model)
     dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision)
     length, batch = spec.dataset.max_length, spec.trainer.batch_size
@@ -282,10 +284,12 @@ def _distinct(specs: Iterable[Section]) -> list[Section]:
 
 
 def _distinct_targets(specs: Iterable[RunSpec]) -> list[RunSpec]:
-    """One run for each model, placement and rank: nothing else decides whether modules can be found."""
+    """One run for each model, placement, allocation and rank: all that decides whether modules can be found."""
     texts: dict[int, str] = {}
 
     def text(section: object) -> str:
         return texts.get(id(section)) or texts.setdefault(id(section), repr(section))
 
-    return list({(text(spec.model), text(spec.placement), spec.rank): spec for spec in specs}.values())
+    return list(
+        {(text(spec.model), text(spec.placement), text(spec.allocation), spec.rank): spec for spec in specs}.values()
+    )

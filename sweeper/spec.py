@@ -62,10 +62,33 @@ class PlacementSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllocationSpec:
-    """How rank is spread over the placed modules."""
+    """How rank is spread over the placed modules.
+
+    `budget` is in trainable parameters, a number or text such as 2.4M. `pattern` maps role or regular expression to
+    rank.
+    """
 
     name: str
+    budget: int | str | None = None
+    pattern: dict[str, int] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for field_, only in (("budget", "matched"), ("pattern", "pattern")):
+            if getattr(self, field_) and self.name != only:
+                raise SpecError(f"allocation.{field_} needs allocation={only}, not {self.name}")
+        if isinstance(self.budget, str):
+            match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", self.budget)
+            if match is None:
+                raise SpecError(f"allocation.budget={self.budget}: give a number of parameters, such as 2.4M or 500k")
+            factor = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[match[2]]
+            object.__setattr__(self, "budget", round(float(match[1]) * factor))
+
+    @property
+    def parameters(self) -> int | None:
+        """The budget as a number."""
+        assert not isinstance(self.budget, str)
+        return self.budget
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

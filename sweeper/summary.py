@@ -134,7 +134,7 @@ def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[
         "run_id": record.run_id,
         "status": record.status,
         "placement": flat["placement"],
-        "rank": flat["rank"],
+        "rank": _ranks(record, flat["rank"]),
         **{key: flat.get(key) for key in fields},
         "trainable_parameters": record.trainable_parameters or None,
         "trainable_percent": None if share is None else 100 * share,
@@ -148,6 +148,14 @@ def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[
         "peak_memory_bytes": cost.peak_memory_solo_bytes or cost.pack_peak_memory_bytes,
     }
     return row
+
+
+def _ranks(record: Record, nominal: Any) -> Any:
+    """The rank of the modules, or from the lowest to the highest where an allocation spread them."""
+    found = {module.rank for module in record.modules}
+    if len(found) < 2:
+        return next(iter(found), nominal)
+    return f"{min(found)}–{max(found)}"
 
 
 def _base_rows(records: Sequence[Record], fields: Sequence[str], metric: str | None) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ CONF = Path(__file__).parent.parent / "conf"
 GROUPS = ("allocation", "dataset", "evaluation", "method", "model", "optim", "placement", "tracking", "trainer")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 NEEDS = {
+    ("allocation", "pattern"): "allocation.pattern={attn_q: 4}",
     ("dataset", "jsonl"): "dataset.path=data.jsonl",
     ("model", "path"): "model.location=folder",
     ("placement", "custom"): "placement.patterns=[q_proj]",

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sweeper.methods import lora
 from sweeper.placement import Target
 from sweeper.record import ADAPTER
 from sweeper.spec import RunSpec
@@ -50,17 +51,18 @@ def _config(spec: RunSpec, targets: Sequence[Target], ranks: Mapping[str, int]) 
     from peft import LoraConfig
 
     common = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT, too, takes each module's scale from its own rank and the one alpha
-    other = {name: rank for name, rank in ranks.items() if rank != common}
+    # PEFT takes each module's scale from its own rank and alpha
+    other = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     build: Any = LoraConfig  # its annotations are narrower than what it takes
     config = build(
         r=common,
-        lora_alpha=spec.alpha,
+        lora_alpha=lora.alpha_of(spec, common),
         lora_dropout=spec.method.dropout,
         use_rslora=spec.method.rank_stabilised,
         target_modules=[target.name for target in targets],
         fan_in_fan_out=any(target.kind == "conv1d" for target in targets),
-        rank_pattern={f"^{re.escape(name)}": rank for name, rank in other.items()},
+        rank_pattern=other,
+        alpha_pattern={name: lora.alpha_of(spec, rank) for name, rank in other.items()},
         task_type="CAUSAL_LM",
         base_model_name_or_path=spec.model.location,
         inference_mode=True,

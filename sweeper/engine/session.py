@@ -131,7 +131,7 @@ class Session:
         base, spec = self.base, request.spec
         assert base is not None
         targets = placement.resolve(base.targets, spec.placement, layers=number_of_layers(base.targets))
-        ranks = allocation.ranks(spec, targets)
+        ranks = allocation.ranks(spec, targets, base.targets)
         splits = self._splits(base, spec)
         examples = splits["train"].examples
         lengths = [len(example.input_ids) for example in examples]

@@ -1,4 +1,7 @@
-"""LoRA (Hu et al. 2021): W + s B A, with s = alpha / rank, or alpha / sqrt(rank) where rank-stabilised."""
+"""LoRA (Hu et al. 2021): W + s B A, with s = alpha / rank, or alpha / sqrt(rank) where rank-stabilised.
+
+A module whose rank is not the run's has the run's scale, so that an allocation changes ranks and nothing else.
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,16 +12,20 @@ from sweeper.spec import RunSpec
 
 
 def adapter(spec: RunSpec, ranks: Mapping[Target, int]) -> AdapterSpec:
-    """The adapter of a run; every module has the scale that its own rank gives."""
+    """The adapter of a run."""
+    scale = effective_scale(spec.alpha, spec.rank, rank_stabilised=spec.method.rank_stabilised)
     return AdapterSpec(
         ranks={target.name: rank for target, rank in ranks.items()},
-        scales={
-            target.name: effective_scale(spec.alpha, rank, rank_stabilised=spec.method.rank_stabilised)
-            for target, rank in ranks.items()
-        },
+        scales={target.name: scale for target in ranks},
         dropout=spec.method.dropout,
         seed=spec.seed,
     )
+
+
+def alpha_of(spec: RunSpec, rank: int) -> float:
+    """The alpha that gives a module of another rank the run's scale; what PEFT calls its alpha pattern."""
+    share = rank / spec.rank
+    return spec.alpha * (math.sqrt(share) if spec.method.rank_stabilised else share)
 
 
 def effective_scale(alpha: float, rank: int, *, rank_stabilised: bool) -> float:
