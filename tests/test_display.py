@@ -1,5 +1,6 @@
 """The live view and the lines: what they say about a sweep, and that they never stop it."""
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from sweeper import display
-from sweeper.arms import grouped
-from sweeper.engine.events import RunFinished, RunStarted, Stage, Step
+from sweeper.arms import Dimension, grouped
+from sweeper.engine.events import RunFinished, RunQueued, RunStarted, Stage, Step, TrialEnded
 from sweeper.plan import Plan, PlannedRun
 from sweeper.record import Record
 from sweeper.spec import RunSpec
@@ -132,3 +133,68 @@ def test_numbers(value: float | None, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (5, "0:05"), (65, "1:05"), (3661, "1:01:01")])
 def test_times(seconds: float | None, text: str) -> None:
     assert display.clock_time(seconds) == text
+
+
+@pytest.fixture
+def searched(make_spec: Callable[..., RunSpec], tmp_path: Path) -> Plan:
+    """Two arms whose learning rate is tuned."""
+    space = (Dimension(key="optim.lr", kind="float", low=1e-5, high=1e-2, log=True),)
+    arms = [dataclasses.replace(arm, space=space) for arm in grouped([make_spec(rank=rank) for rank in (4, 8)])]
+    return Plan(study=tmp_path, runs=(), arms=tuple(arms))
+
+
+def ended(plan: Plan, number: int, state: str, value: float | None) -> TrialEnded:
+    return TrialEnded(
+        arm=plan.arms[0].key, number=number, state=state, params={"optim.lr": 0.00123}, value=value, best=0.5,
+        best_params={"optim.lr": 0.001}, ended=number + 1, wanted=8,
+    )  # fmt: skip
+
+
+def test_of_a_search_the_lines_tell_trials_and_failures(searched: Plan, make_record: Callable[..., Record]) -> None:
+    out, clock = io.StringIO(), Clock()
+    view = display.LineDisplay(display.Board.of(searched, clock, wanted=8), Console(file=out, width=200))
+    spec = searched.arms[0].default
+    view(RunQueued(run_id=spec.run_id, spec=spec, arm=searched.arms[0].key))
+    view(RunStarted(run_id=spec.run_id, steps=4))
+    view(step(spec.run_id, 1))
+    view(ended(searched, 0, "completed", 0.75))
+    view(ended(searched, 1, "pruned", None))
+    view(RunFinished(record=make_record(spec, status="failed", error={"class": "E", "message": "why"})))
+    clock.now = 31
+    view(step(spec.run_id, 2))
+    lines = out.getvalue().splitlines()
+    assert lines[0].endswith("r4 trial 1/8 (optim.lr=0.00123): completed 0.7500; best 0.5000 with optim.lr=0.001")
+    assert lines[1].endswith("r4 trial 2/8 (optim.lr=0.00123): pruned; best 0.5000 with optim.lr=0.001")
+    assert lines[2].endswith("failed, E: why")
+    assert "1 failed" in lines[3]
+    assert len(lines) == 4
+
+
+def test_the_live_view_of_a_search_has_a_line_an_arm_and_one_a_running_trial(searched: Plan) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=30, record=True)
+    live = display.LiveDisplay(display.Board.of(searched, wanted=8), console)
+    spec = searched.arms[0].default
+    with live:
+        live(RunQueued(run_id=spec.run_id, spec=spec, arm=searched.arms[0].key))
+        live(RunStarted(run_id=spec.run_id, steps=4))
+        live(step(spec.run_id, 1))
+        live(ended(searched, 0, "pruned", None))
+        console.print(live.render())
+    text = console.export_text()
+    arm = [line for line in text.splitlines() if "1/8" in line][-1]
+    assert arm.split()[-3:] == ["0", "0.5000", "optim.lr=0.001"]
+    assert "lr=0.001" in text
+    assert "1/4" in text
+
+
+def test_trials_not_asked_for_yet_count_in_the_time_to_go(searched: Plan) -> None:
+    clock = Clock()
+    board = display.Board.of(searched, clock, wanted=8)
+    spec = searched.arms[0].default
+    board.take(RunQueued(run_id=spec.run_id, spec=spec, arm=searched.arms[0].key))
+    board.take(RunStarted(run_id=spec.run_id, steps=4))
+    for number in (1, 2):
+        clock.now += 1
+        board.take(step(spec.run_id, number))
+    # left are 2 steps of this trial, 7 trials of its arm and 8 of the other, of 4 steps each
+    assert board.eta() == pytest.approx((2 + 28 + 32) * 1 / 2)
