@@ -84,21 +84,27 @@ def test_templates_load_without_the_package_and_leave_no_trace(root: Path) -> No
     assert len(outputs) == 1
 
 
-@pytest.mark.parametrize("family", ["icd10_chapter", "gsm_symbolic", "hub"])
+@pytest.mark.parametrize(
+    "family",
+    ["chain_sum", "codeio", "gsm_symbolic", "hpo_term", "hub", "human_eval", "icd10_chapter", "licence_category"],
+)
 def test_a_missing_package_is_named(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"needs the Python package .*: pip install"):
-        tasks.check(DatasetSpec(name=family, family=family, path="some/where"))
+        tasks.check(DatasetSpec(name=family, family=family, path="some/where"), training=False)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"family": "icd10"}, r"dataset.family=icd10: no such dataset.family. Choose from gsm_symbolic, hub, icd10_ch"),
+        (
+            {"family": "icd10"},
+            r"dataset.family=icd10: no such dataset.family. Choose from chain_sum, codeio, gsm_symbolic",
+        ),
         ({"template": "chatt"}, r"dataset.template=chatt: .* Choose from alpaca, chat, plain. Did you mean chat\?"),
-        ({"metrics": ("accuracy",)}, r"dataset.metrics=accuracy: .* Choose from exact_match, final_number"),
+        ({"metrics": ("accuracy",)}, r"dataset.metrics=accuracy: .* Did you mean choice_accuracy\?"),
         ({"metrics": ("final_number",)}, r"final_number needs generated text: set dataset.max_new_tokens above 0"),
-        ({"options": {"x": 1}}, r"dataset.options.x: icd10_chapter has no options"),
+        ({"options": {"x": 1}}, r"dataset.options=x: no such dataset.options. Choose from stop"),
         ({"family": "hub", "options": {"promt": "{a}"}}, r"dataset.options=promt: .* Did you mean prompt\?"),
     ],
 )
