@@ -204,12 +204,19 @@ def evaluate(
     """
     spec = run.request.spec
     if split == general_text.SPLIT:
-        return evaluate_examples(pack, slots, general_text.encode(pack.base.tokenizer).examples, None)
+        return evaluate_examples(pack, slots, general_examples(pack), None)
     dataset = spec.dataset if generation else None
     return evaluate_examples(
         pack, slots, run.splits[split].examples, dataset, generation=spec.evaluation.generate,
         exact_match="exact_match" in spec.dataset.metrics,
     )  # fmt: skip
+
+
+def general_examples(pack: Pack) -> tuple[Encoded, ...]:
+    """The general text in the tokens of the pack's model."""
+    config = pack.model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    return general_text.encode(pack.base.tokenizer, longest=longest).examples
 
 
 def evaluate_examples(

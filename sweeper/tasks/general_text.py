@@ -22,6 +22,7 @@ SPLIT = "general_text"
 SHA256 = "e9048bcd282207d6f093bff92b3ad7c94689352205105c3716f0fdf5e245a25c"
 PASSAGE = 800  # characters and more, up to the end of the paragraph
 LONGEST = 1600
+MOST_TOKENS = 512  # a passage has about 250 in a vocabulary of words; only one of bytes makes more
 
 
 def check() -> None:
@@ -55,13 +56,19 @@ def passages() -> tuple[tuple[str, str], ...]:
     return tuple((found[1], found[2]) for found in cut if found is not None)
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase") -> EncodedSplit:
-    """The passages as token ids, without any template and without an end-of-text id."""
+def encode(tokenizer: "PreTrainedTokenizerBase", *, longest: int | None = None) -> EncodedSplit:
+    """The passages as token ids, without any template and without an end-of-text id.
+
+    Args:
+        longest: positions the model has; a passage is cut to them, and to `MOST_TOKENS`.
+    """
+    most = min(longest or MOST_TOKENS, MOST_TOKENS)
     made = []
     for index, (first, rest) in enumerate(passages()):
         start = list(tokenizer(first, verbose=False).input_ids)
         scored = list(tokenizer(f" {rest}", add_special_tokens=False, verbose=False).input_ids)
-        made.append(Encoded(f"{SPLIT}-{index}", (*start, *scored), len(start)))
+        if len(start) < most:
+            made.append(Encoded(f"{SPLIT}-{index}", (*start, *scored)[:most], len(start)))
     return EncodedSplit(tuple(made))
 
 
