@@ -8,13 +8,14 @@ are.
 import itertools
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import record, tasks
+from sweeper import lm_harness, record, tasks
 from sweeper.errors import DataError, Problems, SweeperError
 from sweeper.record import ADAPTER, RECORD, Score
 from sweeper.spec import DatasetSpec, EvaluationSpec, RunSpec, Settings, run_spec, to_mapping
@@ -88,7 +89,9 @@ def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: Ev
     problems: list[str] = []
     models_used = {repr(run.spec.model): run.spec.model for run in runs}
     acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in datasets]
-    acts += [partial(tasks.check_evaluation, d, evaluation) for d in datasets]
+    acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in datasets]
+    if evaluation.name == lm_harness.NAME:
+        acts.append(partial(lm_harness.check, evaluation))
     acts += [partial(models.check, model) for model in models_used.values()]
     for act in acts:
         try:
@@ -113,10 +116,7 @@ def rescore(
 
     device = device_for(settings.device)
 
-    def key(run: Saved) -> str:
-        return repr((run.spec.model, run.spec.trainer.precision))
-
-    for _, group in itertools.groupby(sorted(runs, key=key), key=key):
+    for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
         same = list(group)
         spec = same[0].spec
         base = models.load(spec.model, dtype=precision_for(device, spec.trainer.precision), device=device)
@@ -129,6 +129,48 @@ def rescore(
                     chosen = [run for run in part if datasets or run.spec.dataset == dataset]
                     slots = [part.index(run) for run in chosen]
                     yield from _on_dataset(pack, chosen, slots, dataset, evaluation, weights.cache_folder() / "tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Harnessed:
+    """What lm-eval found of one run, and of its base model, by task and metric."""
+
+    run: Saved
+    scores: Mapping[str, Mapping[str, float]]
+    base: Mapping[str, Mapping[str, float]]
+
+
+def harness(
+    runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec, settings: Settings
+) -> Iterator[Harnessed]:
+    """As `rescore`, by lm-eval on the test split; writes `RUN_FOLDER/evaluations/lm_eval.json`."""
+    from peft import PeftModel
+
+    from sweeper import models, weights
+    from sweeper.device import device_for, precision_for
+
+    device = device_for(settings.device)
+    for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
+        same = list(group)
+        spec = same[0].spec
+        base = models.load(spec.model, dtype=precision_for(device, spec.trainer.precision), device=device)
+        wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
+        asked: list[Any] = [lm_harness.as_task(d, tasks.load(d)["test"], base.tokenizer) for d in wanted]
+        asked += evaluation.options.get("tasks") or []
+        before = lm_harness.score(base.model, base.tokenizer, asked, evaluation.options)
+        for run in same:
+            with weights.quiet(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
+                adapted = PeftModel.from_pretrained(base.model, str(run.folder / ADAPTER)).eval()
+            found = lm_harness.score(adapted, base.tokenizer, asked, evaluation.options)
+            adapted.unload()
+            plain = {"run_id": run.folder.name, "before": before, "after": found}
+            record.write_atomically(run.folder / FOLDER / "lm_eval.json", json.dumps(plain, indent=1) + "\n")
+            yield Harnessed(run=run, scores=found, base=before)
+
+
+def _model_key(run: Saved) -> str:
+    return repr((run.spec.model, run.spec.trainer.precision))
 
 
 def _on_dataset(

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeper import cli, compose, rescore, summary
+from sweeper import cli, compose, lm_harness, rescore, summary
 from sweeper.display import make_console
 from sweeper.errors import SpecError
-from sweeper.rescore import Rescored
+from sweeper.rescore import Harnessed, Rescored
 from sweeper.spec import DatasetSpec, EvaluationSpec, Settings
 from sweeper.tasks.metrics import suite_score
 
@@ -41,8 +41,10 @@ def main(arguments: Sequence[str]) -> None:
     rescore.check(runs, datasets or [run.spec.dataset for run in runs], evaluation)
     console = make_console()
     console.print(f"{len(runs)} saved run{'s' if len(runs) > 1 else ''} to score", markup=False)
-    found = list(rescore.rescore(runs, datasets, evaluation, settings))
-    show(found, console)
+    if evaluation.name == lm_harness.NAME:
+        show_harness(list(rescore.harness(runs, datasets, evaluation, settings)), console)
+    else:
+        show(list(rescore.rescore(runs, datasets, evaluation, settings)), console)
 
 
 def _composed(overrides: Sequence[str]) -> tuple[list[DatasetSpec], EvaluationSpec, Settings]:
@@ -79,6 +81,17 @@ def show(found: Sequence[Rescored], console: Console) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
+def show_harness(found: Sequence[Harnessed], console: Console) -> None:
+    """A table for every task of lm-eval, with the base model as a row."""
+    for task in dict.fromkeys(name for one in found for name in one.scores):
+        names = list(dict.fromkeys(name for one in found for name in one.scores[task]))
+        bases = {one.run.spec.model.name: one.base[task] for one in found}
+        cells = [[f"base {model}", *(_number(base.get(name)) for name in names)] for model, base in bases.items()]
+        cells += [[_label(one), *(_number(one.scores[task].get(name)) for name in names)] for one in found]
+        console.print(f"{task}, by lm-eval", style="bold", markup=False)
+        console.out(summary.aligned(["run", *names], cells), highlight=False)
+
+
 def _suite(found: Sequence[Rescored]) -> list[str]:
     """One line a run: `suite_score` over the first metric of each dataset, where a run has at least two datasets."""
     lines = []
@@ -96,7 +109,7 @@ def _suite(found: Sequence[Rescored]) -> list[str]:
     return lines
 
 
-def _label(one: Rescored) -> str:
+def _label(one: Rescored | Harnessed) -> str:
     spec = one.run.spec
     return f"{one.run.folder.name} {spec.placement.name} r{spec.rank} seed {spec.seed}"
 

@@ -108,14 +108,19 @@ def check(spec: DatasetSpec, *, training: bool = True) -> None:
     FAMILIES[spec.family].check(spec)
 
 
-def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec) -> None:
+def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec, *, training: bool = True) -> None:
     """Cheap validation of what is measured: the splits, the text behind them, and that programs can be shut in.
 
     Raises:
-        SpecError: no such split.
+        SpecError: no such split, or an evaluation that is not done while training.
         DataError: general text that is missing.
         SandboxError: generated programs are to be run and cannot be, safely.
     """
+    if training and evaluation.name == "lm_eval":
+        raise SpecError(
+            "evaluation=lm_eval scores saved adapters: train with another evaluation, then "
+            f"python evaluate.py outputs/STUDY dataset={dataset.name} evaluation=lm_eval"
+        )
     for split in evaluation.splits:
         if split not in (*SPLITS, general_text.SPLIT):
             raise SpecError(unknown("evaluation.splits", split, (*SPLITS, general_text.SPLIT)))

@@ -22,6 +22,7 @@ CHAIN = DatasetSpec(
     name="chain_sum", family="chain_sum", train_examples=40, validation_examples=6, test_examples=8, max_length=64,
     template="plain",
 )  # fmt: skip
+WORDS = ("red", "blue", "yellow", "brownish")
 TEST = EvaluationSpec(name="default", splits=("test", "general_text"))
 
 
@@ -161,3 +162,50 @@ def test_the_majority_baseline_by_hand(make_example: Callable[..., Example]) -> 
 @pytest.fixture
 def make_example() -> Callable[..., Example]:
     return lambda response, choices=("yes", "no"): Example("i", "p", response, "g", choices=choices)
+
+
+def test_lm_eval_agrees_with_us(tiny: Settings, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """acc_norm of the adapters, loaded by stock PEFT, is our choice_accuracy; and generation compares alike."""
+    pytest.importorskip("lm_eval")
+    path = tmp_path / "choices.jsonl"
+    made = [{"prompt": f"Question {i}:", "response": WORDS[i % 4], "group": f"{i}"} for i in range(300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    choices = DatasetSpec(
+        name="choices", family="hub", path=str(tmp_path), train_examples=5, test_examples=30, template="plain",
+        metrics=("choice_accuracy",), max_length=64,
+        options={
+            "prompt": "{prompt}", "response": "{response}", "splits": {"train": "train"},
+            "choices": list(WORDS),
+        },
+    )  # fmt: skip
+    runs = rescore.find([tiny.folder])
+    ours = list(rescore.rescore(runs, [choices], EvaluationSpec(name="e", splits=("test",)), tiny))
+    by_them = EvaluationSpec(name="lm_eval", splits=("test",), options={"batch_size": 4})
+    rescore.check(runs, [choices], by_them)
+    theirs = list(rescore.harness(runs, [choices, CHAIN], by_them, tiny))
+    for us, them in zip(ours, theirs, strict=True):
+        assert us.run == them.run
+        assert them.scores["choices"]["acc_norm"] == pytest.approx(us.score.metrics["choice_accuracy"])
+        assert them.base["choices"]["acc_norm"] == pytest.approx(us.base.metrics["choice_accuracy"])
+        assert them.scores["chain_sum"] == {"exact_match": 0.0}
+        plain = json.loads((us.run.folder / "evaluations" / "lm_eval.json").read_text())
+        assert plain["after"] == them.scores
+    assert all(0 < us.base.metrics["choice_accuracy"] < 1 for us in ours)
+    rescore_cli.show_harness(theirs, make_console())
+    assert capsys.readouterr().out.count("by lm-eval") == 2
+
+
+def test_lm_eval_is_for_saved_adapters_and_not_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sweeper import lm_harness, tasks
+
+    by_them = EvaluationSpec(name="lm_eval", splits=("test",), options={"tsks": []})
+    with pytest.raises(SpecError, match=r"scores saved adapters: .* evaluate.py outputs/STUDY dataset=chain_sum"):
+        tasks.check_evaluation(CHAIN, by_them)
+    with pytest.raises(SpecError, match=r"evaluation.options=tsks: .* Did you mean tasks\?"):
+        lm_harness.check(by_them)
+    program = DatasetSpec(name="p", family="human_eval", metrics=("pass_at_1",), max_new_tokens=9)
+    with pytest.raises(SpecError, match="evaluation=default does that in a sandbox"):
+        lm_harness.as_task(program, [], None)  # type: ignore[arg-type]
+    monkeypatch.setattr(lm_harness, "is_installed", lambda name: False)
+    with pytest.raises(SpecError, match=r"needs the Python package lm-eval: pip install 'lora-sweeper\[lm_eval\]'"):
+        lm_harness.check(EvaluationSpec(name="lm_eval"))
