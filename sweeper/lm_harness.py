@@ -37,7 +37,7 @@ def check(evaluation: EvaluationSpec) -> None:
         if option not in OPTIONS:
             raise SpecError(unknown("evaluation.options", option, OPTIONS))
     if not is_installed("lm_eval"):
-        raise SpecError("evaluation=lm_eval needs the Python package lm-eval: pip install 'lora-sweeper[lm_eval]'")
+        raise SpecError("evaluation=lm_eval needs the Python package lm-eval: make lm-eval, or pip install lm-eval")
 
 
 def as_task(spec: DatasetSpec, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> Mapping[str, Any]:

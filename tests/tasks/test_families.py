@@ -112,3 +112,67 @@ def test_a_wrong_name_lists_the_right_ones(fields: dict[str, object], message: s
     for act in (tasks.check, tasks.load):
         with pytest.raises(SpecError, match=message):
             act(replace(ICD, **fields))
+
+
+CHAIN = DatasetSpec(name="chain_sum", family="chain_sum", train_examples=300, test_examples=40, template="plain")
+
+
+def test_sums_are_right_and_their_terms_are_never_only_swapped() -> None:
+    splits = tasks.load(replace(CHAIN, options={"max_terms": 4, "max_digits": 3}))
+    for examples in splits.values():
+        for example in examples:
+            expression = example.prompt.removesuffix(" =")
+            assert int(example.response) == sum(map(int, expression.replace("- ", "-").replace("+ ", "").split()))
+    assert {len(e.prompt.split()) for e in splits["train"]} == {4, 6, 8}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_terms": 0}, r"dataset.options.max_terms must be a whole number of at least 1, got 0"),
+        ({"max_digits": "x"}, r"dataset.options.max_digits must be a whole number of at least 1, got x"),
+        ({"min_terms": 5}, r"dataset.options.min_terms=5 is more than max_terms=3"),
+    ],
+)
+def test_sizes_of_sums_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        tasks.check(replace(CHAIN, options=options))
+    with pytest.raises(DataError, match=r"only \d+ different expressions were found; allow more"):
+        tasks.load(replace(CHAIN, train_examples=2000, options={"max_terms": 2, "max_digits": 1}))
+
+
+def test_a_definition_leads_to_its_term() -> None:
+    found = {e.id: e for part in tasks.load(DatasetSpec(name="h", family="hpo_term")).values() for e in part}
+    example = found["HP:0001634"]
+    assert example.response == "Mitral valve prolapse"
+    assert example.prompt.startswith("Definition: ")
+    assert example.prompt.endswith("\nTerm:")
+    assert "mitral" in example.prompt
+    assert len(found) > 15_000
+
+
+def test_licences_keep_their_category_and_their_versions_together() -> None:
+    spec = DatasetSpec(name="l", family="licence_category", validation_examples=40, test_examples=80)
+    splits = tasks.load(spec)
+    assert Counter(e.response for e in splits["test"]) == dict.fromkeys(splits["test"][0].choices, 20)
+    known = {"mit": "permissive", "gpl": "copyleft", "lgpl": "weak copyleft", "apache": "permissive"}
+    for example in (e for part in splits.values() for e in part):
+        assert known.get(example.group, example.response) == example.response
+        assert len(example.prompt.split()) <= 80 + 3
+
+
+def test_a_task_for_evaluation_only_is_not_trained_on() -> None:
+    spec = DatasetSpec(name="human_eval", family="human_eval", metrics=())
+    with pytest.raises(DataError, match=r"dataset=human_eval is for evaluation only .* python evaluate.py RUN_FOLDER"):
+        tasks.check(spec)
+    tasks.check(spec, training=False)
+    splits = tasks.load(spec)
+    assert [len(part) for part in splits.values()] == [0, 0, 164]
+
+
+@pytest.mark.parametrize("stop", ["x", [1], [""]])
+def test_stop_strings_are_a_list_of_texts(stop: object) -> None:
+    with pytest.raises(SpecError, match=r"dataset.options.stop must be a list of texts"):
+        tasks.check(replace(ICD, options={"stop": stop}))
+    assert tasks.stop_strings(replace(ICD, options={"stop": ["a", "b"]})) == ("a", "b")
+    assert tasks.stop_strings(ICD) == ()
