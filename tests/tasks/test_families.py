@@ -176,3 +176,24 @@ def test_stop_strings_are_a_list_of_texts(stop: object) -> None:
         tasks.check(replace(ICD, options={"stop": stop}))
     assert tasks.stop_strings(replace(ICD, options={"stop": ["a", "b"]})) == ("a", "b")
     assert tasks.stop_strings(ICD) == ()
+
+
+def test_the_family_of_the_documentation_works(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import ModuleType
+
+    text = (root / "docs" / "tasks.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    family = ModuleType("capitals")
+    exec(code, vars(family))
+    monkeypatch.setitem(tasks.FAMILIES, "capitals", family)
+    spec = DatasetSpec(name="capitals", family="capitals", options={"ask": "City"}, metrics=("choice_accuracy",))
+    tasks.check(spec)
+    found = [e for part in tasks.load(spec).values() for e in part]
+    assert len(found) == 6
+    assert all(e.prompt.startswith("City: ") and e.response in e.choices for e in found)
+
+
+def test_the_documentation_names_every_task_and_metric(root: Path) -> None:
+    text = (root / "docs" / "tasks.md").read_text()
+    names = {path.stem for path in (root / "conf" / "dataset").glob("*.yaml")}
+    assert not {name for name in (*names, *tasks.METRICS) if f"`{name}`" not in text}
