@@ -145,11 +145,19 @@ def main() -> None:
     else:
         os.chdir(task["folder"])
     limit(task)
-    # the first process of a PID namespace ignores signals it has no handler for, so the program is its child
+    # The first process of a PID namespace ignores signals it has no handler for, so the program is its child. It
+    # passes on one short outcome and ends, and everything in the namespace with it.
+    receiver, sender = os.pipe()
     program = os.fork()
     if program == 0:
-        run(task, report)
-    os.close(report)
+        os.close(report)
+        os.close(receiver)
+        run(task, sender)
+    os.close(sender)
+    outcome = os.read(receiver, 200)
+    if outcome:
+        os.write(report, outcome)
+        os._exit(0)
     _, status = os.waitpid(program, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 

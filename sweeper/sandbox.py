@@ -3,7 +3,8 @@
 A program sees no network, no process but its own, and a read-only file system but for an empty throw-away folder. CPU
 time, memory, processes, file size and wall time are limited, and the whole tree is killed when the time is over. What
 enforces that is in `sweeper/jail.py`; `ready` tries it out on this machine, and where anything is not held nothing is
-run, unless the environment variable SWEEPER_UNSAFE_EXEC=1 says that the user answers for it.
+run, unless the environment variable SWEEPER_UNSAFE_EXEC=1 says that the user answers for it. The check runs in the
+program's own process: a program that sets out to forge its verdict, rather than to do harm, can.
 """
 
 import contextlib
