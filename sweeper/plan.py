@@ -153,6 +153,8 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
         attempt(lambda: device.device_for(settings.device))
     for dataset in _distinct(spec.dataset for spec in specs):
         attempt(partial(tasks.check, dataset))
+    for dataset, evaluation in _distinct((spec.dataset, spec.evaluation) for spec in specs):
+        attempt(partial(tasks.check_evaluation, dataset, evaluation))
     found = _distinct(spec.model for spec in specs)
     loadable = {repr(model) for model in found if attempt(partial(models.check, model))}
     for spec in _distinct_targets(specs):

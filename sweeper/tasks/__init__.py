@@ -12,21 +12,50 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from sweeper import sandbox
 from sweeper.errors import DataError, SpecError, unknown
-from sweeper.spec import DatasetSpec, to_mapping
+from sweeper.spec import DatasetSpec, EvaluationSpec, to_mapping
 from sweeper.tasks import cache as _cache
-from sweeper.tasks import gsm_symbolic, hub, icd10_chapter, jsonl
-from sweeper.tasks.example import SPLITS, Encoded, EncodedSplit, Example
-from sweeper.tasks.metrics import METRICS, TEACHER_FORCED
+from sweeper.tasks import (
+    chain_sum,
+    codeio,
+    general_text,
+    gsm_symbolic,
+    hpo_term,
+    hub,
+    human_eval,
+    icd10_chapter,
+    jsonl,
+    licence_category,
+    medmcqa,
+    privacy_policy_qa,
+    pubmed,
+)
+from sweeper.tasks.example import SPLITS, Choice, Encoded, EncodedSplit, Example
+from sweeper.tasks.metrics import GENERATED, METRICS, PACKAGES, PROGRAM
+from sweeper.tasks.package import require
 from sweeper.tasks.template import TEMPLATES, adds_start, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FAMILIES", "METRICS", "SPLITS", "Encoded", "EncodedSplit", "Example", "check", "encode", "load"]
+__all__ = [
+    "FAMILIES",
+    "METRICS",
+    "SPLITS",
+    "Choice",
+    "Encoded",
+    "EncodedSplit",
+    "Example",
+    "check",
+    "check_evaluation",
+    "encode",
+    "load",
+    "stop_strings",
+]
 
 # Raise whenever the same spec and data would give other tokens, so that no stale cache file is read.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 class Family(Protocol):
@@ -41,23 +70,72 @@ class Family(Protocol):
     def load(self, spec: DatasetSpec) -> dict[str, tuple[Example, ...]]: ...
 
 
+# Options that every family takes.
+COMMON_OPTIONS = {"stop": "list of texts that end a generated text"}
+
 FAMILIES: dict[str, Family] = {
+    "chain_sum": chain_sum,
+    "codeio": codeio,
     "gsm_symbolic": gsm_symbolic,
+    "hpo_term": hpo_term,
     "hub": hub,
+    "human_eval": human_eval,
     "icd10_chapter": icd10_chapter,
     "jsonl": jsonl,
+    "licence_category": licence_category,
+    "medmcqa": medmcqa,
+    "privacy_policy_qa": privacy_policy_qa,
+    "pubmed": pubmed,
 }
 
 
-def check(spec: DatasetSpec) -> None:
+def check(spec: DatasetSpec, *, training: bool = True) -> None:
     """Cheap validation before any model is loaded: names, options, the package or file or hub set behind the task.
+
+    Args:
+        training: whether the task is to be trained on; some are for evaluation only.
 
     Raises:
         SpecError: a name or option that does not exist.
         DataError: data that is missing, malformed or too small.
     """
     _check_names(spec)
+    if training and getattr(FAMILIES[spec.family], "EVALUATION_ONLY", False):
+        raise DataError(
+            f"dataset={spec.name} is for evaluation only and has no training split: train on another dataset, then "
+            f"python evaluate.py RUN_FOLDER dataset={spec.name}"
+        )
     FAMILIES[spec.family].check(spec)
+
+
+def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec, *, training: bool = True) -> None:
+    """Cheap validation of what is measured: the splits, the text behind them, and that programs can be shut in.
+
+    Raises:
+        SpecError: no such split, or an evaluation that is not done while training.
+        DataError: general text that is missing.
+        SandboxError: generated programs are to be run and cannot be, safely.
+    """
+    if training and evaluation.name == "lm_eval":
+        raise SpecError(
+            "evaluation=lm_eval scores saved adapters: train with another evaluation, then "
+            f"python evaluate.py outputs/STUDY dataset={dataset.name} evaluation=lm_eval"
+        )
+    for split in evaluation.splits:
+        if split not in (*SPLITS, general_text.SPLIT):
+            raise SpecError(unknown("evaluation.splits", split, (*SPLITS, general_text.SPLIT)))
+    if general_text.SPLIT in evaluation.splits:
+        general_text.check()
+    if evaluation.generate and PROGRAM & set(dataset.metrics):
+        sandbox.check()
+
+
+def stop_strings(spec: DatasetSpec) -> tuple[str, ...]:
+    """The texts that end a generated text, from `dataset.options.stop`."""
+    stop = spec.options.get("stop") or ()
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise SpecError(f"dataset.options.stop must be a list of texts, got {stop}")
+    return tuple(stop)
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
@@ -99,14 +177,15 @@ def _check_names(spec: DatasetSpec) -> None:
     for metric in spec.metrics:
         if metric not in METRICS:
             raise SpecError(unknown("dataset.metrics", metric, METRICS))
-        if metric not in TEACHER_FORCED and spec.max_new_tokens < 1:
+        if metric in GENERATED and spec.max_new_tokens < 1:
             raise SpecError(f"dataset.metrics={metric} needs generated text: set dataset.max_new_tokens above 0")
+        if metric in PACKAGES:
+            require(*PACKAGES[metric], spec)
+    choices = FAMILIES[spec.family].OPTIONS | COMMON_OPTIONS
     for option in spec.options:
-        if option not in FAMILIES[spec.family].OPTIONS:
-            choices = FAMILIES[spec.family].OPTIONS
-            if not choices:
-                raise SpecError(f"dataset.options.{option}: {spec.family} has no options")
+        if option not in choices:
             raise SpecError(unknown("dataset.options", option, choices))
+    stop_strings(spec)
 
 
 def _encode_split(
@@ -114,6 +193,7 @@ def _encode_split(
 ) -> EncodedSplit:
     encoded: list[Encoded] = []
     dropped: list[str] = []
+    known: dict[tuple[str, bool], Choice] = {}
     truncated = 0
     starts = int(adds_start(tokenizer))
     for example in examples:
@@ -125,10 +205,26 @@ def _encode_split(
         if len(prompt) > room:
             truncated += 1
             prompt = prompt[:starts] + prompt[len(prompt) - room + starts :]
-        encoded.append(Encoded(example.id, (*prompt, *response), len(prompt)))
-    if not encoded:
+        choices = tuple(_choice(example.prompt, text, spec, tokenizer, known) for text in example.choices)
+        encoded.append(Encoded(example.id, (*prompt, *response), len(prompt), choices, example.check))
+    if examples and not encoded:
         raise DataError(f"dataset.max_length={spec.max_length} is too short for every response of the {name} split")
     return EncodedSplit(tuple(encoded), truncated, tuple(dropped))
+
+
+def _choice(
+    prompt: str,
+    text: str,
+    spec: DatasetSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    known: dict[tuple[str, bool], Choice],
+) -> Choice:
+    """The tokens of an answer, which depend on nothing of the prompt but whether it ends in white space."""
+    key = text, prompt[-1:].isspace()
+    if key not in known:
+        _, response = tokenise(spec.template, prompt, text, spec.system, tokenizer)
+        known[key] = Choice(text, tuple(response[:-1]))
+    return known[key]
 
 
 def _key(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", model_key: str) -> str:

@@ -1,17 +1,19 @@
 """Tokenised splits on disk: one npz file a dataset and tokenizer, written whole or not at all."""
 
 import contextlib
+import itertools
+import json
 import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sweeper.tasks.example import Encoded, EncodedSplit
+from sweeper.tasks.example import Choice, Encoded, EncodedSplit
 
 
 def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
@@ -22,6 +24,13 @@ def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
         arrays[f"{name}/lengths"] = np.array([len(e.input_ids) for e in split.examples], dtype=np.int64)
         arrays[f"{name}/prompts"] = np.array([e.prompt_length for e in split.examples], dtype=np.int64)
         arrays[f"{name}/tokens"] = np.array([t for e in split.examples for t in e.input_ids], dtype=np.int32)
+        choices = [choice for e in split.examples for choice in e.choices]
+        arrays[f"{name}/choice_counts"] = np.array([len(e.choices) for e in split.examples], dtype=np.int64)
+        arrays[f"{name}/choice_lengths"] = np.array([len(c.ids) for c in choices], dtype=np.int64)
+        arrays[f"{name}/choice_tokens"] = np.array([t for c in choices for t in c.ids], dtype=np.int32)
+        # numpy's fixed-width strings would make every text as large as the longest one
+        texts = json.dumps({"choices": [c.text for c in choices], "checks": [e.check for e in split.examples]})
+        arrays[f"{name}/texts"] = np.frombuffer(texts.encode(), dtype=np.uint8)
         arrays[f"{name}/truncated"] = np.array(split.truncated)
         arrays[f"{name}/dropped"] = np.array(split.dropped, dtype=np.str_)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,12 +60,23 @@ def _split(name: str, arrays: Mapping[str, Any]) -> EncodedSplit:
     tokens: list[int] = arrays[f"{name}/tokens"].tolist()
     examples = []
     start = 0
-    columns = (arrays[f"{name}/{key}"].tolist() for key in ("ids", "lengths", "prompts"))
-    for example_id, length, prompt_length in zip(*columns, strict=True):
-        examples.append(Encoded(example_id, tuple(tokens[start : start + length]), prompt_length))
+    columns = (arrays[f"{name}/{key}"].tolist() for key in ("ids", "lengths", "prompts", "choice_counts"))
+    texts = json.loads(arrays[f"{name}/texts"].tobytes().decode())
+    choices = _choices(name, arrays, texts["choices"])
+    for example_id, length, prompt_length, count, check in zip(*columns, texts["checks"], strict=True):
+        own = tuple(itertools.islice(choices, count))
+        examples.append(Encoded(example_id, tuple(tokens[start : start + length]), prompt_length, own, check))
         start += length
     if start != len(tokens):
         raise ValueError(f"{name}: lengths and tokens disagree")
     return EncodedSplit(
         tuple(examples), int(arrays[f"{name}/truncated"]), tuple(map(str, arrays[f"{name}/dropped"].tolist()))
     )
+
+
+def _choices(name: str, arrays: Mapping[str, Any], texts: list[str]) -> Iterator[Choice]:
+    tokens: list[int] = arrays[f"{name}/choice_tokens"].tolist()
+    start = 0
+    for text, length in zip(texts, arrays[f"{name}/choice_lengths"].tolist(), strict=True):
+        yield Choice(text, tuple(tokens[start : start + length]))
+        start += length

@@ -8,15 +8,30 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt and its response. Examples of one group (a category, a template) never lie in two splits."""
+    """One prompt and its response. Examples of one group (a category, a template) never lie in two splits.
+
+    `choices` are the answers to choose among, the response one of them; empty where the answer is free. `check` is
+    Python source that is run in the sandbox with a generated program as the text `PROGRAM`, and raises where that is
+    wrong.
+    """
 
     id: str
     prompt: str
     response: str
     group: str
+    choices: tuple[str, ...] = ()
+    check: str = ""
 
 
 Examples = Mapping[str, tuple[Example, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer to choose among: its text and its token ids, without the end-of-text id."""
+
+    text: str
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +41,8 @@ class Encoded:
     id: str
     input_ids: tuple[int, ...]
     prompt_length: int
+    choices: tuple["Choice", ...] = ()
+    check: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,19 +6,15 @@ so a test problem tells a story that training never told. Examples are drawn fro
 """
 
 import importlib.metadata
-import importlib.util
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from random import Random
-from types import ModuleType
 from typing import Any
 
 from sweeper.errors import DataError
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import Example
-from sweeper.tasks.package import require
+from sweeper.tasks.package import module_alone, require
 from sweeper.tasks.split import round_robin, shuffled, sizes
 
 PACKAGE = "reasoning-gym"
@@ -82,7 +78,8 @@ def _problems(generator: Generator, template: int, count: int, seed: int) -> lis
 
 @cache
 def _generators() -> dict[int, Generator]:
-    modules = _template_modules()
+    folder = "reasoning_gym.arithmetic.gsm_symbolic"
+    modules = [module_alone(f"{folder}.{name}") for name in ("generators_00_49", "generators_50_99")]
     found = {
         int(name.removeprefix("generate_")): getattr(module, name)
         for module in modules
@@ -90,32 +87,3 @@ def _generators() -> dict[int, Generator]:
         if name.startswith("generate_")
     }
     return dict(sorted(found.items()))
-
-
-def _template_modules() -> list[ModuleType]:
-    """The two files of templates, without running the package's `__init__`.
-
-    That would import every other task and with them solvers that are not installed. The files themselves need only
-    `reasoning_gym.utils`, so for the moment of their import an unexecuted `reasoning_gym` stands in `sys.modules`.
-    """
-    package = importlib.util.find_spec("reasoning_gym")
-    assert package is not None
-    assert package.origin is not None
-    folder = Path(package.origin).parent / "arithmetic" / "gsm_symbolic"
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "reasoning_gym"}
-    sys.modules.setdefault("reasoning_gym", importlib.util.module_from_spec(package))
-    try:
-        return [_execute(folder / f"{name}.py") for name in ("generators_00_49", "generators_50_99")]
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "reasoning_gym"]:
-            if name not in before:
-                del sys.modules[name]
-
-
-def _execute(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{__name__}.{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

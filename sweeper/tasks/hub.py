@@ -1,14 +1,19 @@
 """A Hugging Face dataset (hub id or local folder in `dataset.path`), its columns mapped by `dataset.options`.
 
-`prompt`, `response` and `group` are texts with column names in braces: `"{instruction}\\n\\n{input}"`. `splits` maps
-ours to the source's names; those it lacks are cut out of train. Published splits overlap at times: an example whose
-group or near-duplicate prompt is in test is left out of validation and train, and one in validation out of train.
-Rows whose prompt or response comes out empty are left out too. Without `revision` the newest version is read.
+`prompt`, `response` and `group` are texts with column names in braces: `"{instruction}\\n\\n{input}"`; a list in a
+column is joined by line breaks. A multiple-choice set gives `choices`, a list of such texts, and may give `answer`, a
+text that comes out as the number of the right one (from 0), in place of `response`. `check` is Python source that tests
+a generated program, the text `PROGRAM`.
+
+`splits` maps ours to the source's names; those it lacks are cut out of train. Published splits overlap at times: an
+example whose group or near-duplicate prompt is in test is left out of validation and train, and one in validation out
+of train. Rows whose prompt or response comes out empty are left out too. Without `revision` the newest version is read.
 """
 
 import contextlib
 import importlib
 import json
+import re
 import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +29,9 @@ OPTIONS = {
     "prompt": "text with {columns}",
     "response": "text with {columns}",
     "group": "text with {columns}; examples of one group stay in one split",
+    "choices": "list of texts with {columns}, the answers to choose among",
+    "answer": "text with {columns} that gives the number of the right choice, from 0",
+    "check": "Python source with {columns} that raises where the text PROGRAM is wrong",
     "splits": "ours -> the source's, for instance {train: train, test: test}",
     "config": "the source's configuration name",
     "revision": "commit, tag or branch",
@@ -48,18 +56,11 @@ def version(spec: DatasetSpec) -> str:
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
     tables = read(spec)
     _columns(spec, tables)
-    prompt, response = spec.options["prompt"], spec.options["response"]
-    group = spec.options.get("group")
     examples: list[Example] = []
     marked: dict[str, str] = {}
     for split, rows in tables.items():
         for index, row in enumerate(rows):
-            made = Example(
-                f"{split}-{index}",
-                prompt.format(**row).strip(),
-                response.format(**row).strip(),
-                group.format(**row) if group else f"{split}-{index}",
-            )
+            made = _example(f"{split}-{index}", row, spec.options)
             if made.prompt and made.response:
                 examples.append(made)
                 if split != "train":
@@ -69,6 +70,32 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
         return split_examples(kept, spec, marked=marked)
     except DataError as error:
         raise DataError(f"dataset={spec.name} ({spec.path}): {error}") from None
+
+
+class _Joining(string.Formatter):
+    """`str.format` that writes a list as lines."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return "\n".join(map(str, value)) if isinstance(value, list) else str(super().format_field(value, format_spec))
+
+
+def _example(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Example:
+    def fill(text: str) -> str:
+        return _Joining().vformat(text, (), row).strip()
+
+    choices = tuple(fill(text) for text in options.get("choices") or ())
+    group, test = options.get("group"), options.get("check")
+    if options.get("answer") is not None:
+        number = fill(options["answer"])
+        if not number.isdecimal() or int(number) >= len(choices):
+            raise DataError(f"row {name}: dataset.options.answer gives {number!r}, not a number below {len(choices)}")
+        response = choices[int(number)]
+    else:
+        response = fill(options["response"])
+    return Example(
+        name, fill(options["prompt"]), response, fill(group) if group else name,
+        choices=tuple(dict.fromkeys(choices)), check=fill(test) if test else "",
+    )  # fmt: skip
 
 
 def read(spec: DatasetSpec) -> Tables:
@@ -135,14 +162,15 @@ def _offline_if_unreachable(spec: DatasetSpec) -> Iterator[None]:
 
 
 def _columns(spec: DatasetSpec, tables: Tables) -> None:
-    for key in ("prompt", "response", "group"):
-        text = spec.options.get(key)
-        if text is None and key == "group":
+    required = ("prompt", "response" if spec.options.get("answer") is None else "answer")
+    texts = [(key, spec.options.get(key)) for key in (*required, "group", "check")]
+    for key, text in [*texts, *(("choices", text) for text in spec.options.get("choices") or ())]:
+        if text is None and key not in required:
             continue
         if not isinstance(text, str):
             raise DataError(f"dataset.options.{key} is required, a text with column names in braces, got {text!r}")
         try:
-            used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+            used = {re.split(r"[.\[]", name)[0] for _, name, _, _ in string.Formatter().parse(text) if name is not None}
         except ValueError as error:
             raise DataError(f"dataset.options.{key}={text!r}: {error}") from None
         for split, rows in tables.items():

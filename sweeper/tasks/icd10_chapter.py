@@ -15,7 +15,7 @@ from functools import cache
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.package import require
-from sweeper.tasks.split import prompt_key, round_robin, shuffled, sizes
+from sweeper.tasks.split import balanced, prompt_key, round_robin, shuffled, sizes
 
 PACKAGE = "simple-icd-10-cm"
 OPTIONS: dict[str, str] = {}
@@ -72,15 +72,7 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
         for split, names in parts.items():
             leaves = [shuffled(categories[name], spec.split_seed, name="id") for name in names]
             queues[split].append(round_robin(leaves))
-    return {split: _balanced(queues[split], size, (spec.split_seed, split)) for split, size in sizes(spec).items()}
-
-
-def _balanced(queues: list[list[Example]], size: int | None, key: tuple[object, ...]) -> tuple[Example, ...]:
-    if size is None:
-        size = len(queues) * min(len(queue) for queue in queues)
-    order = shuffled(range(len(queues)), *key)
-    chosen = round_robin([queues[index] for index in order])[:size]
-    return tuple(shuffled(chosen, *key, name="id"))
+    return {split: balanced(queues[split], size, spec.split_seed, split) for split, size in sizes(spec).items()}
 
 
 @cache
@@ -100,5 +92,6 @@ def _leaves() -> dict[str, dict[str, list[Example]]]:
             description = icd.get_description(code)
             if owner.setdefault(prompt_key(description), category) == category:
                 prompt = f"Diagnosis: {description}\nChapter:"
-                chapters[chapter][category].append(Example(code, prompt, CHAPTERS[chapter], category))
+                made = Example(code, prompt, CHAPTERS[chapter], category, choices=tuple(CHAPTERS.values()))
+                chapters[chapter][category].append(made)
     return chapters

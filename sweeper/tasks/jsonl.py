@@ -1,4 +1,6 @@
-"""A user's own file: one JSON object a line with `prompt` and `response`, and optionally `id`, `group` and `split`.
+"""A user's own file: one JSON object a line with `prompt` and `response`, and optionally `id`, `group`, `split`,
+`choices` (a list of texts, the response among them) and `check` (Python source that tests a generated program, the text
+`PROGRAM`).
 
 Examples of one group, and near-duplicate prompts, stay on one side. Splits that the file does not name are cut out of
 its training examples, at most a tenth each. Empty lines are skipped; everything else that is wrong names its line.
@@ -16,7 +18,7 @@ from sweeper.tasks.split import split_examples
 
 OPTIONS: dict[str, str] = {}
 REQUIRED = ("prompt", "response")
-OPTIONAL = ("id", "group", "split")
+OPTIONAL = ("id", "group", "split", "check")
 
 
 def check(spec: DatasetSpec) -> None:
@@ -62,7 +64,12 @@ def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
         if example_id in first_line:
             raise DataError(f"{where}: id {example_id!r} was already used on line {first_line[example_id]}")
         first_line[example_id] = number
-        examples.append(Example(example_id, row["prompt"], row["response"], row.get("group", example_id)))
+        examples.append(
+            Example(
+                example_id, row["prompt"], row["response"], row.get("group", example_id),
+                choices=row.get("choices", ()), check=row.get("check", ""),
+            )
+        )  # fmt: skip
         if "split" in row:
             if row["split"] not in SPLITS:
                 raise DataError(f"{where}: {unknown('split', row['split'], SPLITS)}")
@@ -72,7 +79,7 @@ def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
     return examples, marked
 
 
-def _row(raw: bytes, where: str) -> dict[str, str]:
+def _row(raw: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(raw.decode())
     except UnicodeDecodeError as error:
@@ -87,7 +94,19 @@ def _row(raw: bytes, where: str) -> dict[str, str]:
         have = ", ".join(map(str, row)) or "none"
         raise DataError(f"{where}: missing {' and '.join(missing)}; this line has the keys {have}")
     present = [key for key in (*REQUIRED, *OPTIONAL) if key in REQUIRED or row.get(key) is not None]
-    return {key: _text(row[key], key, where) for key in present}
+    found: dict[str, Any] = {key: _text(row[key], key, where) for key in present}
+    if row.get("choices") is not None:
+        found["choices"] = _choices(row["choices"], found["response"], where)
+    return found
+
+
+def _choices(value: Any, response: str, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) < 2:
+        raise DataError(f"{where}: choices must be a list of two texts and more, got {json.dumps(value)[:40]}")
+    found = tuple(_text(choice, "choices", where) for choice in value)
+    if response not in found or len(set(found)) < len(found):
+        raise DataError(f"{where}: choices must be different texts and have the response {response[:40]!r} among them")
+    return found
 
 
 def _text(value: Any, key: str, where: str) -> str:

@@ -1,8 +1,9 @@
 """Seeded splits that never part a group, and never put the same prompt on two sides."""
 
 import hashlib
+import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -40,6 +41,15 @@ def round_robin(queues: Iterable[Sequence[Item]]) -> list[Item]:
     return [queue[turn] for turn in range(longest) for queue in waiting if turn < len(queue)]
 
 
+def balanced(queues: Sequence[Sequence[Example]], size: int | None, *key: object) -> tuple[Example, ...]:
+    """`size` examples taken from every class's queue in turn; None takes as many of each as the smallest has."""
+    if size is None:
+        size = len(queues) * min(len(queue) for queue in queues)
+    order = shuffled(range(len(queues)), *key)
+    chosen = round_robin([queues[index] for index in order])[:size]
+    return tuple(shuffled(chosen, *key, name="id"))
+
+
 def prompt_key(prompt: str) -> str:
     """A prompt without case, spacing and sentence punctuation: equal keys are near-duplicates.
 
@@ -52,13 +62,18 @@ def prompt_key(prompt: str) -> str:
 
 
 def split_examples(
-    examples: Sequence[Example], spec: DatasetSpec, *, marked: Mapping[str, str] | None = None
+    examples: Sequence[Example],
+    spec: DatasetSpec,
+    *,
+    marked: Mapping[str, str] | None = None,
+    near_duplicates: bool = True,
 ) -> dict[str, tuple[Example, ...]]:
     """Train, validation and test of a dataset in which groups and near-duplicate prompts stay together.
 
     `marked` maps an example's id to the split its source names. A split that the source lacks is cut out of train:
     whole clusters in an order given by `split_seed`, up to the size asked for but no more than a tenth of the
-    examples. Sizes are upper limits; `train_examples` None means all.
+    examples. Sizes are upper limits; `train_examples` None means all. `near_duplicates` false leaves out what
+    `without_near_duplicates` finds.
 
     Raises:
         DataError: one cluster is marked for two splits, or a split would be empty.
@@ -78,10 +93,13 @@ def split_examples(
             f"{len(examples)} examples in {len(clusters)} distinct groups leave nothing for {', '.join(empty)}: "
             "give at least three distinct prompts (or groups), or more of them for train"
         )
-    return {
-        split: tuple(shuffled((e for cluster in parts[split] for e in cluster), spec.split_seed, name="id")[:size])
-        for split, size in sizes(spec).items()
+    found = {
+        split: tuple(shuffled((e for cluster in parts[split] for e in cluster), spec.split_seed, name="id"))
+        for split in SPLITS
     }
+    if not near_duplicates:
+        found = without_near_duplicates(found)
+    return {split: found[split][:size] for split, size in sizes(spec).items()}
 
 
 def _clusters(examples: Sequence[Example]) -> list[list[Example]]:
@@ -132,3 +150,40 @@ def _cut(
         cut = [min(order, key=lambda name: len(by_name[name]))]
     taken = set(cut)
     return [by_name[name] for name in cut], [by_name[name] for name in order if name not in taken]
+
+
+def without_near_duplicates(
+    splits: Mapping[str, tuple[Example, ...]], *, share: float = 0.8
+) -> dict[str, tuple[Example, ...]]:
+    """Splits whose training prompts share fewer than `share` of their words with any held-out prompt (Jaccard).
+
+    Validation loses what is that near to test; test is kept whole. Only prompts with a common word among the rarest
+    ones of both can be that near (prefix filtering, Chaudhuri et al. 2006), which spares most comparisons.
+    """
+    bags = {split: [words(e.prompt) for e in examples] for split, examples in splits.items()}
+    counts = Counter(word for part in bags.values() for bag in part for word in bag)
+    index: dict[str, list[frozenset[str]]] = defaultdict(list)
+
+    def rarest(bag: frozenset[str]) -> list[str]:
+        ordered = sorted(bag, key=lambda word: (counts[word], word))
+        return ordered[: len(bag) - math.ceil(share * len(bag)) + 1]
+
+    kept: dict[str, tuple[Example, ...]] = {}
+    for split in ("test", "validation", "train"):
+        near = [any(overlap(bag, other) >= share for w in rarest(bag) for other in index[w]) for bag in bags[split]]
+        kept[split] = tuple(e for e, is_near in zip(splits[split], near, strict=True) if not is_near)
+        for bag, is_near in zip(bags[split], near, strict=True):
+            if not is_near:
+                for word in rarest(bag):
+                    index[word].append(bag)
+    return {split: kept[split] for split in splits}
+
+
+def words(prompt: str) -> frozenset[str]:
+    """The words of a prompt without case and punctuation."""
+    return frozenset(re.findall(r"\w+", prompt.casefold()))
+
+
+def overlap(a: frozenset[str], b: frozenset[str]) -> float:
+    """Jaccard similarity: common words over all words; 0 where there are none."""
+    return len(a & b) / max(len(a | b), 1)

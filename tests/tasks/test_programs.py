@@ -1,0 +1,30 @@
+"""The programs that tasks come with pass their own checks."""
+
+import pytest
+
+from sweeper import sandbox, tasks
+from sweeper.spec import DatasetSpec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ready() -> None:
+    try:
+        sandbox.ready()
+    except sandbox.SandboxError as error:
+        pytest.skip(str(error))
+
+
+def test_humaneval_references_pass_and_empty_ones_do_not() -> None:
+    spec = DatasetSpec(name="h", family="human_eval", test_examples=12, metrics=())
+    problems = tasks.load(spec)["test"]
+    assert all(o.passed for o in sandbox.run_all([(e.response, e.check) for e in problems]))
+    whole = [(f"{e.prompt}{e.response}", e.check) for e in problems]
+    assert all(o.passed for o in sandbox.run_all(whole))
+    assert not any(o.passed for o in sandbox.run_all([("    return None", e.check) for e in problems]))
+
+
+def test_codeio_references_agree_with_themselves() -> None:
+    problems = tasks.load(DatasetSpec(name="c", family="codeio", metrics=()))["validation"][:8]
+    assert all(o.passed for o in sandbox.run_all([(e.response, e.check) for e in problems]))
+    wrong = "def main_solution(*given, **named):\n    return None"
+    assert not any(o.passed for o in sandbox.run_all([(wrong, e.check) for e in problems]))
