@@ -234,6 +234,8 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
         row[key] = plain.get(key)
     row |= plain.get("efficiency") or {}
     row |= score_columns(plain.get("scores") or {})
+    for split, facts in (plain.get("data") or {}).items():
+        row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
     environment = plain.get("environment") or {}
     row |= {"device": environment.get("device"), "git_commit": environment.get("git_commit")}
     row |= {f"versions.{name}": version for name, version in (environment.get("versions") or {}).items()}

@@ -60,6 +60,9 @@ class Sheet:
     rows: list[list[Cell]] = field(default_factory=list)
 
 
+COMMONEST = "commonest answer"
+
+
 def sheets(analysis: Analysis) -> list[Sheet]:
     """Every table with at least one row, in reading order."""
     found = [placement_rank(analysis, metric) for metric in analysis.found.metrics if analysis.found.arms]
@@ -72,7 +75,7 @@ def sheets(analysis: Analysis) -> list[Sheet]:
 
 
 def placement_rank(analysis: Analysis, metric: str) -> Sheet:
-    """A row a placement (and method, where several), a column a rank; the base model first in each task."""
+    """A row a placement (and method, where several), a column a rank; base model and commonest answer first."""
     arms = analysis.arms
     ranks = sorted(arms["rank"].dropna().unique())
     arms = arms.assign(rank=pd.to_numeric(arms["rank"]))
@@ -95,6 +98,11 @@ def placement_rank(analysis: Analysis, metric: str) -> Sheet:
             cells = [_estimate(row, metric)] + [Cell(value=None, text="") for _ in ranks[1:]]
             name = str(row["placement"] if row["placement"] in (BASE, FULL) else row["arm"])
             rows.append([*lead, Cell(value=name, text=name), *blank, *cells])
+        commonest = _commonest(analysis, str(setting), metric)
+        if ranks and commonest is not None:
+            empty = [Cell(value=None, text="")]
+            score, who = Cell(value=commonest, text=show(metric, commonest)), Cell(value=COMMONEST, text=COMMONEST)
+            rows.append([*lead, who, *empty * len(extra), score, *empty * (len(ranks) - 1)])
         trained = group[group["rank"].notna()]
         for keys, ladder in trained.groupby(["placement", *extra], sort=False, dropna=False):
             by_rank = {row["rank"]: row for row in ladder.to_dict("records")}
@@ -110,6 +118,15 @@ def placement_rank(analysis: Analysis, metric: str) -> Sheet:
     what = f"{title(metric)} on {analysis.found.split} by placement and rank"
     caption = f"{what} ({direction} is better), ± half of the 95% interval."
     return Sheet(name=name, caption=caption, header=header, rows=rows)
+
+
+def _commonest(analysis: Analysis, setting: str, metric: str) -> float | None:
+    """The score of always giving the commonest training answer, if the records have it."""
+    runs, column = analysis.found.runs, f"{analysis.found.split}.majority.{metric}"
+    if column not in runs:
+        return None
+    known = runs.loc[runs["setting"] == setting, column].dropna()
+    return float(known.iloc[0]) if len(known) else None
 
 
 def efficiency(analysis: Analysis) -> Sheet:

@@ -74,7 +74,8 @@ class Efficiency:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """Everything the analysis may know about a run. `scores` maps split -> "before"/"after" -> Score.
+    """Everything the analysis may know about a run. `scores` maps split -> "before"/"after" -> Score; `data`
+    has the sizes of each split and, as `majority`, what always giving the commonest training answer scores on it.
 
     `search` is empty for a run of a plain grid; else `arm` and `trial` say which trial it was of, `tuned` names the
     tuned fields, and `purpose` says whether it was one of those tried ("trial") or the best again on fresh seeds

@@ -15,6 +15,7 @@ from sweeper.display import number, point
 from sweeper.record import Record, Score, perplexity, write_atomically
 
 BASE = "none (base model)"
+MAJORITY = "none (commonest answer)"
 SPLIT = "validation"
 _NUMBER = re.compile(r"-|[\d.,e+→\- ]+( ?[kMGTPEB]i?B?)?|nan|inf")
 
@@ -159,7 +160,7 @@ def _ranks(record: Record, nominal: Any) -> Any:
 
 
 def _base_rows(records: Sequence[Record], fields: Sequence[str], metric: str | None) -> list[dict[str, Any]]:
-    """One row for each model and dataset: the scores before training, with everything about training absent."""
+    """Two rows for each model and dataset: the scores before training, and of the commonest answer where it has any."""
     found: dict[str, dict[str, Any]] = {}
     for record in records:
         score = record.scores.get(SPLIT, {}).get("before")
@@ -174,6 +175,12 @@ def _base_rows(records: Sequence[Record], fields: Sequence[str], metric: str | N
             value = _value(score, metric)
             row |= {f"{metric}_before": value, f"{metric}_after": None, "metric_change": number(value)}
         found.setdefault(key, row | {"seconds": None, "peak_memory_bytes": None})
+        commonest = record.data.get(SPLIT, {}).get("majority", {}).get(metric)
+        if commonest is not None:
+            blank = dict.fromkeys(row)
+            blank |= {name: row[name] for name in fields if name.split(".")[0] == "dataset"}
+            blank |= {f"{metric}_before": commonest, "metric_change": number(commonest), "placement": MAJORITY}
+            found.setdefault(f"{key} majority", blank | {"seconds": None, "peak_memory_bytes": None})
     return list(found.values())
 
 

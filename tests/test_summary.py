@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeper import summary
+from sweeper import record, summary
 from sweeper.record import Record
 from sweeper.spec import RunSpec
 
@@ -23,6 +23,15 @@ def test_rows_hold_the_base_model_and_every_run(make_spec: Make, make_record: Ma
     assert (first["nll"], first["rank"], first["trainable_percent"]) == (0.25, 4, 0.4)
     assert (first["exact_match_before"], first["exact_match_after"]) == (0.0, 0.75)
     assert first["seconds"] == 1.5
+
+
+def test_the_commonest_answer_has_a_row(make_spec: Make, make_record: MakeRecord, tmp_path: Path) -> None:
+    spec = make_spec()
+    data = {"validation": {"examples": 10, "majority": {"exact_match": 0.25}}}
+    record.write_record(tmp_path, make_record(spec, data=data))
+    rows = summary.rows([record.read_record(tmp_path)])
+    assert [row["placement"] for row in rows] == [summary.BASE, summary.MAJORITY, "attn"]
+    assert (rows[1]["exact_match_before"], rows[1]["nll"]) == (0.25, None)
 
 
 def test_one_base_row_for_each_model(make_spec: Make, make_record: MakeRecord) -> None:

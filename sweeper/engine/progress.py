@@ -146,7 +146,7 @@ class Progress:
             data={
                 name: {
                     "examples": len(split.examples), "truncated": split.truncated, "dropped": len(split.dropped),
-                    "tokens": sum(len(e.input_ids) for e in split.examples),
+                    "tokens": sum(len(e.input_ids) for e in split.examples), "majority": dict(split.majority),
                 }
                 for name, split in run.splits.items()
             },

@@ -6,6 +6,7 @@ data does).
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 from sweeper import sandbox
 from sweeper.errors import DataError, SpecError, unknown
 from sweeper.spec import DatasetSpec, EvaluationSpec, to_mapping
-from sweeper.tasks import cache as _cache
 from sweeper.tasks import (
+    baseline,
     chain_sum,
     codeio,
     general_text,
@@ -31,6 +32,7 @@ from sweeper.tasks import (
     privacy_policy_qa,
     pubmed,
 )
+from sweeper.tasks import cache as _cache
 from sweeper.tasks.example import SPLITS, Choice, Encoded, EncodedSplit, Example
 from sweeper.tasks.metrics import GENERATED, METRICS, PACKAGES, PROGRAM
 from sweeper.tasks.package import require
@@ -55,7 +57,7 @@ __all__ = [
 ]
 
 # Raise whenever the same spec and data would give other tokens, so that no stale cache file is read.
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 class Family(Protocol):
@@ -162,7 +164,13 @@ def encode(
     kept = _cache.read(path) if path is not None else None
     if kept is not None:
         return kept
-    splits = {name: _encode_split(name, examples, spec, tokenizer) for name, examples in load(spec).items()}
+    texts = load(spec)
+    splits = {
+        name: dataclasses.replace(
+            _encode_split(name, examples, spec, tokenizer), majority=baseline.majority(texts, name, spec.metrics)
+        )
+        for name, examples in texts.items()
+    }
     if path is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
             _cache.write(path, splits)
@@ -228,9 +236,9 @@ def _choice(
 
 
 def _key(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", model_key: str) -> str:
-    """Hash of everything the tokens depend on."""
+    """Hash of everything the tokens and the majority baseline depend on."""
     fields = to_mapping(spec)
-    for scoring_only in ("name", "metrics", "max_new_tokens"):
+    for scoring_only in ("name", "max_new_tokens"):
         del fields[scoring_only]
     return hashlib.sha256(
         json.dumps(

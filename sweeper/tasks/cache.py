@@ -29,7 +29,13 @@ def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
         arrays[f"{name}/choice_lengths"] = np.array([len(c.ids) for c in choices], dtype=np.int64)
         arrays[f"{name}/choice_tokens"] = np.array([t for c in choices for t in c.ids], dtype=np.int32)
         # numpy's fixed-width strings would make every text as large as the longest one
-        texts = json.dumps({"choices": [c.text for c in choices], "checks": [e.check for e in split.examples]})
+        texts = json.dumps(
+            {
+                "choices": [c.text for c in choices],
+                "checks": [e.check for e in split.examples],
+                "majority": dict(split.majority),
+            }
+        )
         arrays[f"{name}/texts"] = np.frombuffer(texts.encode(), dtype=np.uint8)
         arrays[f"{name}/truncated"] = np.array(split.truncated)
         arrays[f"{name}/dropped"] = np.array(split.dropped, dtype=np.str_)
@@ -69,9 +75,8 @@ def _split(name: str, arrays: Mapping[str, Any]) -> EncodedSplit:
         start += length
     if start != len(tokens):
         raise ValueError(f"{name}: lengths and tokens disagree")
-    return EncodedSplit(
-        tuple(examples), int(arrays[f"{name}/truncated"]), tuple(map(str, arrays[f"{name}/dropped"].tolist()))
-    )
+    dropped = tuple(map(str, arrays[f"{name}/dropped"].tolist()))
+    return EncodedSplit(tuple(examples), int(arrays[f"{name}/truncated"]), dropped, texts["majority"])
 
 
 def _choices(name: str, arrays: Mapping[str, Any], texts: list[str]) -> Iterator[Choice]:

@@ -47,8 +47,12 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class EncodedSplit:
-    """`truncated` examples lost the left part of their prompt; the ids in `dropped` had a response too long to keep."""
+    """`truncated` examples lost the left part of their prompt; the ids in `dropped` had a response too long to keep.
+
+    `majority` are the scores of the commonest training response (`sweeper.tasks.baseline`).
+    """
 
     examples: tuple[Encoded, ...]
     truncated: int = 0
     dropped: tuple[str, ...] = field(default=())
+    majority: Mapping[str, float] = field(default_factory=dict)

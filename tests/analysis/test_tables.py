@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from analysis import Analysis
-from analysis.tables import Cell, Sheet, latex, markdown, number, placement_rank, sheets, tex, write
+from analysis.tables import COMMONEST, Cell, Sheet, latex, markdown, number, placement_rank, sheets, tex, write
 
 NASTY = "50% of $x_1$ & {a\\b} #2 ~ ^ <é> 漢 | ± × …"
 
@@ -77,3 +77,14 @@ def test_latex_compiles(analysis: Analysis, tmp_path: Path) -> None:
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_the_commonest_answer_stands_below_the_base_model(analysis: Analysis) -> None:
+    """Only where the records have it, and only for the metrics it has."""
+    runs = analysis.found.runs
+    runs[f"{analysis.found.split}.majority.exact_match"] = 0.25
+    found = placement_rank(analysis, "exact_match")
+    place = next(place for place, row in enumerate(found.rows) if any(cell.text == COMMONEST for cell in row))
+    assert any(cell.text == "base model" for row in found.rows[:place] for cell in row)
+    assert any(cell.value == 0.25 for cell in found.rows[place])
+    assert not any(cell.text == COMMONEST for row in placement_rank(analysis, "nll").rows for cell in row)

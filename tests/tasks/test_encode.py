@@ -124,9 +124,7 @@ def test_tokens_are_made_once(
 ) -> None:
     folder = tmp_path / "deep" / "cache"
     first = tasks.encode(spec, make_tokenizer(), model_key="m", cache=folder)
-    again = tasks.encode(
-        replace(spec, name="other", metrics=(), max_new_tokens=9), make_tokenizer(), model_key="m", cache=folder
-    )
+    again = tasks.encode(replace(spec, name="other", max_new_tokens=9), make_tokenizer(), model_key="m", cache=folder)
     assert first == again == tasks.encode(spec, make_tokenizer(), model_key="m", cache=None)
     assert len(loads) == 2
     assert [f.suffix for f in folder.iterdir()] == [".npz"]
