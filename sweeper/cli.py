@@ -1,11 +1,12 @@
 """How a command ends: one line an error, an exit code, no traceback for what is the user's to mend."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from sweeper.errors import Problems, SweeperError
+from sweeper.errors import Problems, SweeperError, unknown
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -89,7 +90,7 @@ def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
     from sweeper import compose
 
     parsed = get_args(arguments)
-    lines: list[str] = []
+    lines: list[str] = _no_such_sweeper_field(str(error))
     try:
         composer = _composer(parsed.config_dir)
         if not parsed.multirun:
@@ -100,6 +101,21 @@ def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
     except Exception:  # the first error is what counts, not what happened while explaining it
         lines = []
     return Problems(lines or [compose.one_line(error)])
+
+
+def _no_such_sweeper_field(message: str) -> list[str]:
+    """A line with the fields of `hydra.sweeper` or `hydra.launcher`, if the message is about one that is not there."""
+    from dataclasses import fields
+
+    from hydra_plugins.lora_sweeper.ablation_sweeper import AblationSweeperConf
+    from hydra_plugins.lora_sweeper.ray_launcher import RayLauncherConf
+
+    match = re.search(r"hydra\.(sweeper|launcher)\.(\w+)", message)
+    if match is None or not message.startswith("Could not override"):
+        return []
+    kind = AblationSweeperConf if match[1] == "sweeper" else RayLauncherConf
+    names = [field.name for field in fields(kind) if not field.name.startswith("_")]
+    return [unknown(f"hydra.{match[1]} field", match[2], names).replace(" field=", ".", 1)]
 
 
 def _composer(config_dir: str | None) -> "Composer":
@@ -129,5 +145,8 @@ def _grid_without_multirun(overrides: Sequence[str], composer: "Composer") -> li
             continue
         if override.is_sweep_override():
             key, values = line.split("=", 1)
+            if override.is_interval_sweep():
+                lines.append(f"{line}: a range is tuned by a sweep: give -m (train.py -m ...)")
+                continue
             lines.append(f"{line}: several values need -m (train.py -m ...); a list as one value is '{key}=[{values}]'")
     return lines

@@ -188,9 +188,9 @@ def search_settings(plain: Mapping[str, Any]) -> SearchSettings:
         SpecError: a value that cannot be used.
     """
     values = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in plain.items()}
-    for name in ("objectives", "direction"):
+    for name in ("objectives", "direction", "confirm_seeds"):
         value = values.get(name)
-        values[name] = [] if value is None else [value] if isinstance(value, str) else value
+        values[name] = [] if value is None else value if isinstance(value, list) else [value]
     for name in ("sampler_options", "pruner_options"):
         values[name] = values.get(name) or {}
     return from_mapping(SearchSettings, values, prefix="hydra.sweeper.")
@@ -200,6 +200,8 @@ def one_line(error: BaseException) -> str:
     """The gist of a Hydra or OmegaConf message, which may have many lines."""
     cause = error.__cause__ if not str(error).strip() and error.__cause__ is not None else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Error merging override") and len(lines) == 1 and cause.__cause__ is not None:
+        lines.append(str(cause.__cause__).strip().splitlines()[0])
     if len(lines) > 1 and lines[0].startswith(("Error merging override", "Could not")):
         return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(cause).__name__

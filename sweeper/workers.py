@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from sweeper.spec import Settings
 
 FLUSH_SECONDS = 0.5  # how long a worker keeps steps to itself
 POLL_SECONDS = 0.5
+CONNECT_SECONDS = 5.0
 STOP_SECONDS = 120.0  # for workers to checkpoint what trains
 MOST_LOST = 8  # workers that may die for each one there is, until something is taken to be wrong with all
 
@@ -269,11 +271,23 @@ def _gpus() -> int:
     return int(resources().get("GPU", 0))
 
 
+def _reachable(address: str | None) -> None:
+    """Raises `NoWorkers` where nothing listens at host:port, which Ray itself would find out in minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise NoWorkers(f"hydra.launcher.address={address}: no Ray cluster answers there ({error})") from None
+
+
 @contextmanager
 def _connected(ray_settings: RaySettings) -> Iterator[None]:
     """Ray, started if no cluster is named, and left as it was found."""
     mine = not ray.is_initialized()
     if mine:
+        _reachable(ray_settings.address)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             ray.init(

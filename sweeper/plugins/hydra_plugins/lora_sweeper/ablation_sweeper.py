@@ -1,7 +1,7 @@
 """The default sweeper: grid axes, fields tuned inside every arm, replicates. Thin: Hydra imports it at every start."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -30,7 +30,7 @@ class AblationSweeperConf:
     parallel: int | None = None
     seed: int = 0
     storage: str | None = None
-    confirm_seeds: list[int] = field(default_factory=list)
+    confirm_seeds: Any = None
     widen: int = 0
 
 
