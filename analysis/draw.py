@@ -22,8 +22,8 @@ def amount(value: float, _: Any = None) -> str:
     return f"{value:.3g}T"
 
 
-def scatter(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look], *, higher: bool) -> None:
-    """Cost against quality: an arm a point with its interval; members of the front filled, joined, labelled by rank."""
+def scatter(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look]) -> None:
+    """Cost against quality: an arm a point with its interval; members of the front filled and joined."""
     for placement, group in arms.groupby("placement", sort=False):
         look = looks[str(placement)]
         for inside, part in group.groupby(group["on_front"].fillna(False).astype(bool)):
@@ -36,20 +36,19 @@ def scatter(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping
     ax.step(members[cost], members[metric], where="post", color=GREY, linewidth=0.8, zorder=1)
     _log_ticks(ax, arms[cost])
     _room(ax, arms, metric)
-    _rank_labels(ax, arms if len(arms) <= 12 else members, arms, metric, cost, higher=higher)
 
 
-def _rank_labels(ax: Axes, labelled: pd.DataFrame, arms: pd.DataFrame, metric: str, cost: str, *, higher: bool) -> None:
-    """The rank beside each point, where it covers neither another label nor another point; else none."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()  # the layout decides how far apart points are
-    point = figure.dpi / 72
+def rank_labels(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, *, higher: bool) -> None:
+    """The rank beside each point (of many arms: those of the front) of a `scatter` that has its final layout.
+
+    A label that would cover another one or another point in all four places is left out.
+    """
+    labelled = arms if len(arms) <= 12 else arms[arms["on_front"].fillna(False).astype(bool)]
+    point = ax.figure.dpi / 72
     taken = [(x - 3 * point, y - 3 * point, x + 3 * point, y + 3 * point)
              for x, y in ax.transData.transform(arms[[cost, metric]].to_numpy(dtype=float))]  # fmt: skip
-    for row in labelled.sort_values(metric, ascending=False).to_dict(
-        "records"
-    ):  # the upper of two takes the upper side
+    # from above, so that the upper one of two takes the upper side
+    for row in labelled.sort_values(metric, ascending=False).to_dict("records"):
         if pd.isna(row["rank"]):
             continue
         text = f"{row['rank']:g}"

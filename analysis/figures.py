@@ -40,10 +40,13 @@ def pareto(analysis: Analysis, metric: str, cost: str = "trainable_parameters") 
     look = looks(_placements(arms))
     figure, axes = _panels(_names(arms))
     for name, ax in axes.items():
-        draw.scatter(ax, arms[arms["setting"] == name], metric, cost, look, higher=higher_is_better(metric))
+        draw.scatter(ax, arms[arms["setting"] == name], metric, cost, look)
         ax.set_xlabel(label.get(cost, cost))
         _base_note(ax, analysis, name, metric)
     _finish(figure, axes, look, _axis(analysis, metric))
+    figure.draw_without_rendering()  # the layout decides how far apart points are
+    for name, ax in axes.items():
+        draw.rank_labels(ax, arms[arms["setting"] == name], metric, cost, higher=higher_is_better(metric))
     return figure
 
 
