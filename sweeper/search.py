@@ -94,23 +94,22 @@ class ArmSearch:
         self.used_up = False
         self._seen: tuple[float, list[FrozenTrial]] | None = None
         self._open()
-        while self.widened < settings.widen and (wider := self._wider()) is not None and self._exists(wider):
+        known = optuna.get_all_study_names(storage) if settings.widen else []
+        while self.widened < settings.widen and (wider := self._wider()) is not None and self._name(wider) in known:
             self.space, self.widened = wider, self.widened + 1
             self._open()
 
     @property
     def name(self) -> str:
-        """Name of the Optuna study: what it searches, so that a changed space or objective starts another one."""
+        """Name of the Optuna study."""
+        return self._name(self.space)
+
+    def _name(self, space: Space) -> str:
+        """Made of what is searched, so that a changed space or objective starts another study."""
         arm = self.arm.default
-        content = [repr(self.space), self.settings.objectives, self.settings.directions]
+        content = [repr(space), self.settings.objectives, self.settings.directions]
         label = f"{arm.model.name} {arm.dataset.name} {arm.method.name} {arm.placement.name} r{arm.rank}"
         return f"{label} {self.arm.key} {short_hash(content)}"
-
-    def _exists(self, space: Space) -> bool:
-        former, self.space = self.space, space
-        known = self.name in optuna.get_all_study_names(self.storage)
-        self.space = former
-        return known
 
     def _open(self) -> None:
         settings, self._seen = self.settings, None
