@@ -2,7 +2,7 @@
 """The placement x rank grid with Hugging Face Trainer + PEFT and as packs, on this machine, and the ratios.
 
     python -m benchmarks.packed_vs_peft                      # what the GPU figures in docs/performance.md come from
-    python -m benchmarks.packed_vs_peft --device cpu --modes loop --steps 4 --batch 8 --length 24
+    python -m benchmarks.packed_vs_peft --device cpu --modes loop --steps 4 --batch 8 --length 24 --precision bfloat16
 
 Each side runs in a process of its own, one after another. Training only: fixed-length random tokens, no evaluation.
 The packs are timed after warm-up (compiling and capturing, reported apart); the yardstick's own warm-up is small.
@@ -36,7 +36,7 @@ def packed(runs: list[tuple[str, int]], args: argparse.Namespace) -> dict:
     from benchmarks.shapes import base_model, job
     from sweeper.engine.pack import Pack
 
-    base = base_model(args.model, args.device)
+    base = base_model(args.model, args.device, getattr(torch, args.precision) if args.precision else None)
     jobs = [
         job(base, placement, rank, steps=10**6, batch=args.batch, length=args.length, seed=seed)
         for seed, (placement, rank) in enumerate(runs)
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--saturated", type=int, default=36, help="runs in the large pack; 0 leaves it out")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="of the packs; default the yardstick's")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()

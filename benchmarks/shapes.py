@@ -19,12 +19,12 @@ class Row:
     prompt_length: int = 1
 
 
-def base_model(shape: str, device: str) -> BaseModel:
-    """A frozen Llama of a named shape: bfloat16 on CUDA, float32 on the CPU, as the yardstick builds it."""
+def base_model(shape: str, device: str, dtype: torch.dtype | None = None) -> BaseModel:
+    """A frozen Llama of a named shape; unless told, bfloat16 on CUDA and float32 on the CPU, as the yardstick is."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=dtype)
     model.eval().requires_grad_(False)
