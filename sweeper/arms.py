@@ -130,9 +130,9 @@ class Arm:
         return (*self.overrides, *(f"{key}={value}" for key, value in params.items()), f"seed={seed}")
 
 
-def single(spec: RunSpec, overrides: Sequence[str] = ()) -> Arm:
+def single(spec: RunSpec) -> Arm:
     """An arm of one run."""
-    return Arm(defaults=(spec,), make=lambda params, seed: replace(spec, seed=seed), overrides=tuple(overrides))
+    return Arm(defaults=(spec,), make=lambda params, seed: replace(spec, seed=seed))
 
 
 def grouped(specs: Sequence[RunSpec]) -> list[Arm]:

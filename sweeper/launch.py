@@ -10,14 +10,14 @@ from rich.console import Console
 
 from sweeper import plan as planning
 from sweeper import record, scheduler, summary, tracking
-from sweeper.arms import Arm, single
+from sweeper.arms import Arm, look_up, single
 from sweeper.display import make_console, make_display
 from sweeper.engine.events import Event, RunFinished
 from sweeper.errors import Interrupted, RunsFailed, SpecError
 from sweeper.plan import Plan
 from sweeper.record import Record
 from sweeper.scheduler import Outcome, Scheduler, TrainRuns
-from sweeper.spec import RunSpec, SearchSettings, Settings
+from sweeper.spec import RunSpec, SearchSettings, Settings, to_mapping
 
 
 def train(
@@ -74,7 +74,7 @@ def _as_jobs(work: Scheduler, arms: Sequence[Arm], launcher: Any) -> Outcome:
             pulled = work.pull(sum(kind.most for kind in kinds), [kind.key for kind in kinds])
             if not pulled.requests:
                 break
-            typed = [_typed(by_key[one.kind], one.spec) for one in pulled.requests]
+            typed = [_typed(by_key[one.kind], to_mapping(one.spec)) for one in pulled.requests]
             launcher.launch(typed, initial_job_idx=begun)
             begun += len(typed)
             for request in pulled.requests:
@@ -186,7 +186,6 @@ def _stopped(plan: Plan, found: Mapping[str, Record]) -> str:
 def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: Console) -> None:
     """The dry run: every run (of a tuned arm, the default trial) with what it adapts and costs."""
     from sweeper import naming
-    from sweeper.spec import to_mapping
 
     specs = [to_mapping(run.spec) for run in plan.runs]
     fields = naming.varying(specs)
@@ -246,17 +245,14 @@ def _failures(plan: Plan, failed: dict[str, Record], left: int, runs: int) -> li
 
 
 def _repeat(plan: Plan, failed: Record) -> str | None:
-    """The command that trains one run of a plan alone."""
+    """The command that trains one run of a plan alone, if it is known how the run was typed."""
     for arm in plan.arms:
-        for spec in arm.defaults:
-            if spec.run_id == failed.run_id:
-                return "python train.py " + shlex.join(_typed(arm, spec))
+        mine = failed.search.get("arm") == arm.key or any(spec.run_id == failed.run_id for spec in arm.defaults)
+        if mine and arm.overrides:
+            return "python train.py " + shlex.join(_typed(arm, failed.spec))
     return None
 
 
-def _typed(arm: Arm, spec: RunSpec) -> list[str]:
-    from sweeper.arms import look_up
-    from sweeper.spec import to_mapping
-
-    plain = to_mapping(spec)
-    return list(arm.typed({d.key: look_up(plain, d.key) for d in arm.space}, spec.seed))
+def _typed(arm: Arm, spec: Mapping[str, Any]) -> list[str]:
+    """The overrides that compose a run of an arm alone, from the plain data of its spec."""
+    return list(arm.typed({dimension.key: look_up(spec, dimension.key) for dimension in arm.space}, spec["seed"]))

@@ -248,7 +248,7 @@ class Scheduler:
     def _next(self, state: _ArmState) -> RunRequest | None:
         while not state.ready and self._open(state):
             assert state.search is not None
-            trial = state.search.next(len(state.search.running))
+            trial = state.search.next()
             if trial is None:
                 break
             self._start(state, trial)

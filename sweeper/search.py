@@ -174,13 +174,9 @@ class ArmSearch:
 
     # -- work
 
-    def next(self, now_running: int) -> Trial | None:
-        """Asks for a trial, if the arm has one left and room for it; None otherwise.
-
-        Args:
-            now_running: trials of this arm that are being trained by this driver.
-        """
-        if not self.open or now_running >= self.parallel:
+    def next(self) -> Trial | None:
+        """Asks for a trial, if the arm has one left and room for it; None otherwise."""
+        if not self.open or len(self.running) >= self.parallel:
             return None
         for repeat in range(MOST_REPEATS):
             if repeat and not self._enqueue_unused(repeat):

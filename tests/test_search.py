@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -265,6 +266,18 @@ def test_a_failed_trial_is_told_and_tried_again_by_the_next_command(go: Any, bow
     bowl.fail = lambda spec: False
     go(axes, n_trials=4)
     assert len(bowl.trained) == 9
+
+
+def test_a_failed_trial_is_named_with_the_command_that_trains_it_alone(
+    go: Any, bowl: BowlEngine, composer: Any
+) -> None:
+    bowl.fail = lambda spec: spec.optim.lr != 1e-3
+    with pytest.raises(RunsFailed) as failed:
+        go(["experiment=smoke", "placement=attn", "rank=4", LR], n_trials=2)
+    (alone,) = [line.partition("train.py ")[2] for line in failed.value.lines if "alone:" in line]
+    spec, _ = compose.from_config(composer.compose(shlex.split(alone)))
+    assert spec in bowl.trained
+    assert spec.optim.lr != 1e-3
 
 
 def test_a_diverged_trial_is_the_worst_of_all(go: Any, bowl: BowlEngine, study: Settings) -> None:
