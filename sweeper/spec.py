@@ -343,8 +343,12 @@ class SearchSettings:
 
 
 def canonical_json(spec: RunSpec) -> str:
-    """Sorted, compact JSON of a spec; floats that are whole numbers and ints of the same field give the same text."""
-    return json.dumps(to_mapping(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """Sorted, compact JSON of a spec; floats that are whole numbers and ints of the same field give the same text.
+
+    A field at its default is left out, so that a field added later changes no run's identity. A default that changes
+    must therefore change its meaning under a new name.
+    """
+    return json.dumps(_distinct(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def to_mapping(spec: Any) -> dict[str, Any]:
@@ -386,6 +390,27 @@ def run_spec(mapping: Mapping[str, Any]) -> RunSpec:
 @functools.cache
 def _field_names(kind: Any) -> tuple[str, ...]:
     return tuple(item.name for item in dataclasses.fields(kind))
+
+
+@functools.cache
+def _defaults(kind: Any) -> dict[str, Any]:
+    return {
+        item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        for item in dataclasses.fields(kind)
+        if item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+    }
+
+
+def _distinct(spec: Any) -> dict[str, Any]:
+    """`to_mapping` without the fields that have their default."""
+    kind: Any = type(spec)
+    defaults = _defaults(kind)
+    plain = {}
+    for name in _field_names(kind):
+        value = getattr(spec, name)
+        if name not in defaults or value != defaults[name]:
+            plain[name] = _distinct(value) if dataclasses.is_dataclass(value) else _to_plain(value)
+    return plain
 
 
 def _to_plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from sweeper import compose
 from sweeper.errors import Problems
+from sweeper.spec import canonical_json
 
 BASE = ["model=tiny_llama"]
 
@@ -69,6 +70,14 @@ def test_default_written_or_not_is_the_same_run(composer: Any) -> None:
     )
     assert plain.run_id == written.run_id
     assert plain.alpha == 16
+
+
+def test_a_field_at_its_default_is_no_part_of_the_identity(composer: Any) -> None:
+    plain, other = (
+        compose.expand([*BASE, *extra], composer).specs[0] for extra in ([], ["trainer.activation_checkpointing=true"])
+    )
+    assert "activation_checkpointing" not in canonical_json(plain)
+    assert '"activation_checkpointing":true' in canonical_json(other)
 
 
 def test_alpha_follows_the_rank_unless_given(composer: Any) -> None:
