@@ -76,8 +76,8 @@ class Group(nn.Module):
         self.parts: tuple[Tensor, ...] = ()
         self.waiting = 0
 
-    def attach(self, params: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
-        self.params, self.table, self.scale, self.hidden = params, table, scale, hidden
+    def attach(self, params: Tensor, work: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
+        self.params, self.work, self.table, self.scale, self.hidden = params, work, table, scale, hidden
         salts = [_hash(target.name) for target in self.targets]
         self.salts = torch.tensor(salts, dtype=torch.int64, device=params.device)
 
@@ -97,8 +97,8 @@ class Group(nn.Module):
         # from the shape where it can be: a plain number would be a constant of the compiled layer, one for each length
         tokens = x.shape[1] if x.dim() == 3 else lanes.tokens
         *ys, _ = adapted_linear(
-            x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.table, self.scale,
-            lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, tokens,
+            x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.work, self.table,
+            self.scale, lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, tokens,
             lanes.drop and self.training,
         )  # fmt: skip
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
@@ -167,7 +167,7 @@ class AdaptedEmbedding(nn.Module):
     def weight(self) -> Tensor:
         return self.base.weight
 
-    def attach(self, params: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
+    def attach(self, params: Tensor, _work: Tensor, table: Tensor, scale: Tensor, _hidden: int) -> None:
         self.params, self.table, self.scale = params, table, scale
 
     def walk(self, params: Tensor, slots: Sequence[int], rows: int) -> Iterator[tuple[slice, Tensor, Tensor, float]]:
@@ -194,7 +194,8 @@ class AdapterBank:
         targets: all adaptable modules of the base.
         capacities: for each slot, module name -> highest rank it may ever hold. What is absent takes no memory.
 
-    The flat store holds, group by group, slot by slot and member by member, A `[rank, in]` then B `[rank, out]`.
+    The flat store holds, group by group, slot by slot and member by member, A `[rank, in]` then B `[rank, out]`. `work`
+    is what the products read: that store, or on CUDA its copy in the base model's precision, kept by the optimiser.
     """
 
     def __init__(
@@ -213,6 +214,9 @@ class AdapterBank:
         bounds = self._lay_out()
         size = bounds[-1]
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
+        dtype = next(model.parameters()).dtype
+        copied = device.type == "cuda" and dtype != torch.float32
+        self.work = torch.zeros(size, dtype=dtype, device=device) if copied else self.params
         self.block_slot = self._block_slots(size).to(device)
         self.wrappers: dict[str, Adapted | AdaptedEmbedding] = {}
         self.groups: list[Group | AdaptedEmbedding] = []
@@ -263,7 +267,7 @@ class AdapterBank:
             row[H_COLUMN] = segment.member * widest
         scale = torch.zeros(count, len(members), device=device)
         self.groups.append(group)
-        group.attach(params, table.to(device), scale, widest * len(members))
+        group.attach(params, self.work[start:stop], table.to(device), scale, widest * len(members))
 
     def install(self) -> None:
         """Puts the wrappers on the base model. The frozen weights are untouched."""
@@ -303,6 +307,7 @@ class AdapterBank:
                 a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
             self.groups[segment.group].table[slot, segment.member, RANK] = rank
             self.groups[segment.group].scale[slot, segment.member] = adapter.scales[segment.target.name]
+        self.refresh(slot)
         self.lanes.dropout[slot] = adapter.dropout
         self.lanes.drop = bool((self.lanes.dropout > 0).any())
 
@@ -315,6 +320,13 @@ class AdapterBank:
             self.groups[segment.group].table[slot, segment.member, RANK] = 0
         self.lanes.dropout[slot] = 0
         self.lanes.drop = bool((self.lanes.dropout > 0).any())
+
+    @torch.no_grad()
+    def refresh(self, slot: int) -> None:
+        """Brings the working copy up to date, after parameters were written by anything but the optimiser."""
+        if self.work is not self.params:
+            for start, stop in self.spans[slot]:
+                self.work[start:stop] = self.params[start:stop]
 
     def views(self, segment: Segment, rank: int, store: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A [rank, in] and transposed B [rank, out] of a segment, in the parameters or a store of their layout."""

@@ -168,6 +168,7 @@ class Pack:
             for name, views in self.bank.adapter(slot, job.adapter, store).items():
                 for view, saved in zip(views, job.state[name][2 * place : 2 * place + 2], strict=True):
                     view.copy_(saved)
+        self.bank.refresh(slot)
 
     def step(self) -> None:
         """One optimiser step of every run that is not finished. Results come from `drain`."""
