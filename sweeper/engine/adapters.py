@@ -208,6 +208,7 @@ class AdapterBank:
             torch.zeros(count, device=device),
             torch.zeros(count, dtype=torch.int64, device=device),
         )
+        self._dropout = [0.0] * count
         used = set().union(*capacities) if capacities else set()
         self.member_targets = _groups(targets, used)
         self.segments: list[Segment] = []
@@ -218,10 +219,13 @@ class AdapterBank:
         copied = device.type == "cuda" and dtype != torch.float32
         self.work = torch.zeros(size, dtype=dtype, device=device) if copied else self.params
         self.block_slot = self._block_slots(size).to(device)
+        self.tables = _Mirrored([count * len(members) * 4 for members in self.member_targets], torch.int32, device)
+        self.scales = _Mirrored([count * len(members) for members in self.member_targets], torch.float32, device)
         self.wrappers: dict[str, Adapted | AdaptedEmbedding] = {}
         self.groups: list[Group | AdaptedEmbedding] = []
         for index, members in enumerate(self.member_targets):
             self._attach(index, members, bounds[index], bounds[index + 1], count, device)
+        self._upload()
         self.by_slot = [[segment for segment in self.segments if segment.slot == slot] for slot in range(count)]
         self.spans = [_merged([(s.a, s.end) for s in own]) for own in self.by_slot]
 
@@ -260,14 +264,14 @@ class AdapterBank:
         params.grad = self.grads[start:stop]
         own = [segment for segment in self.segments if segment.group == index]
         widest = -(-max(segment.capacity for segment in own) // 16) * 16
-        table = torch.zeros(count, len(members), 4, dtype=torch.int32)
         for segment in own:
-            row = table[segment.slot, segment.member]
+            row = self.tables.host[index].view(count, len(members), 4)[segment.slot, segment.member]
             row[A_OFFSET], row[B_OFFSET] = segment.a - start, segment.b - start
             row[H_COLUMN] = segment.member * widest
-        scale = torch.zeros(count, len(members), device=device)
+        table = self.tables.device[index].view(count, len(members), 4)
+        scale = self.scales.device[index].view(count, len(members))
         self.groups.append(group)
-        group.attach(params, self.work[start:stop], table.to(device), scale, widest * len(members))
+        group.attach(params, self.work[start:stop], table, scale, widest * len(members))
 
     def install(self) -> None:
         """Puts the wrappers on the base model. The frozen weights are untouched."""
@@ -293,33 +297,52 @@ class AdapterBank:
 
         The draw depends on the run's seed and the module's name only, so arms that share a module share its start.
         """
-        self.release(slot)
+        self._empty(slot)
+        # drawn on the host into one piece: a GPU is given few long copies, not a handful for each module
+        staged = torch.zeros(sum(stop - start for start, stop in self.spans[slot]))
+        place = 0
         for segment in self.by_slot[slot]:
             rank = adapter.ranks.get(segment.target.name, 0)
-            if not rank:
-                continue
-            generator = torch.Generator().manual_seed(_hash(f"{adapter.seed}/{segment.target.name}"))
-            a, b = self.views(segment, rank)
-            if segment.target.kind == "embedding":
-                b.copy_(torch.randn(b.shape, generator=generator))
-            else:
-                bound = 1 / math.sqrt(segment.target.in_features)
-                a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-            self.groups[segment.group].table[slot, segment.member, RANK] = rank
-            self.groups[segment.group].scale[slot, segment.member] = adapter.scales[segment.target.name]
+            if rank:
+                _draw(segment, rank, staged[place:], adapter.seed)
+                self._entry(segment, rank, adapter.scales[segment.target.name])
+            place += segment.end - segment.a
+        moved, place = staged.to(self.params.device), 0
+        for start, stop in self.spans[slot]:
+            self.params[start:stop] = moved[place : place + stop - start]
+            place += stop - start
         self.refresh(slot)
-        self.lanes.dropout[slot] = adapter.dropout
-        self.lanes.drop = bool((self.lanes.dropout > 0).any())
+        self._upload()
+        self._drop(slot, adapter.dropout)
 
-    @torch.no_grad()
     def release(self, slot: int) -> None:
         """Empties a slot; the others keep every bit of their state."""
+        self._empty(slot)
+        self._upload()
+        self._drop(slot, 0.0)
+
+    @torch.no_grad()
+    def _empty(self, slot: int) -> None:
+        for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
+            for start, stop in self.spans[slot]:
+                store[start:stop] = 0
         for segment in self.by_slot[slot]:
-            for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
-                store[segment.a : segment.end] = 0
-            self.groups[segment.group].table[slot, segment.member, RANK] = 0
-        self.lanes.dropout[slot] = 0
-        self.lanes.drop = bool((self.lanes.dropout > 0).any())
+            self._entry(segment, 0, 0.0)
+
+    def _entry(self, segment: Segment, rank: int, scale: float) -> None:
+        members = len(self.member_targets[segment.group])
+        row = segment.slot * members + segment.member
+        self.tables.host[segment.group][4 * row + RANK] = rank
+        self.scales.host[segment.group][row] = scale
+
+    def _upload(self) -> None:
+        self.tables.upload()
+        self.scales.upload()
+
+    def _drop(self, slot: int, dropout: float) -> None:
+        self._dropout[slot] = dropout
+        self.lanes.dropout[slot] = dropout
+        self.lanes.drop = any(self._dropout)
 
     @torch.no_grad()
     def refresh(self, slot: int) -> None:
@@ -344,6 +367,30 @@ class AdapterBank:
             for segment in self.by_slot[slot]
             if segment.target.name in adapter.ranks
         }
+
+
+class _Mirrored:
+    """Small tensors that the host writes and the device reads, moved there all at once."""
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._host = torch.zeros(sum(sizes), dtype=dtype)
+        self._device = self._host if device.type == "cpu" else self._host.to(device)
+        self.host, self.device = self._host.split(list(sizes)), self._device.split(list(sizes))
+
+    def upload(self) -> None:
+        if self._device is not self._host:
+            self._device.copy_(self._host)
+
+
+def _draw(segment: Segment, rank: int, values: Tensor, seed: int) -> None:
+    """Fresh A and B of a segment whose memory begins at `values[0]`."""
+    fan_in, fan_out = segment.target.in_features, segment.target.out_features
+    generator = torch.Generator().manual_seed(_hash(f"{seed}/{segment.target.name}"))
+    if segment.target.kind == "embedding":
+        values[segment.b - segment.a :][: rank * fan_out].normal_(generator=generator)
+    else:
+        bound = 1 / math.sqrt(fan_in)
+        values[: rank * fan_in].uniform_(-bound, bound, generator=generator)
 
 
 def _groups(targets: Sequence[Target], used: set[str]) -> list[tuple[Target, ...]]:
