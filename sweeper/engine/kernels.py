@@ -191,9 +191,8 @@ def _expand(
             )
             pointer = y + row[:, None] * width + c[None, :]
             mask = inside[:, None] & (c[None, :] < width)
-            before = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-            # added afterwards: as the product's accumulator it would have to change its layout twice
-            total = before + tl.dot(hidden, matrix, input_precision="ieee")
+            total = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+            total = tl.dot(hidden, matrix, total, input_precision="ieee")
             tl.store(pointer, total.to(y.dtype.element_ty), mask=mask)
     else:
         local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -202,8 +201,7 @@ def _expand(
         c = tl.program_id(1) * COLS + tl.arange(0, COLS)
         pointer = y + row[:, None] * width + c[None, :]
         mask = inside[:, None] & (c[None, :] < width)
-        before = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-        total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        total = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
         for member in range(first_member, last_member):
             entry = table + (slot * M + member) * 4
             rank = tl.load(entry)
@@ -238,7 +236,7 @@ def _expand(
                 total += part
             else:
                 total = part
-        tl.store(pointer, (before + total).to(y.dtype.element_ty), mask=mask)
+        tl.store(pointer, total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
