@@ -360,6 +360,24 @@ class AdapterBank:
             store[segment.b : segment.b + rank * fan_out].view(rank, fan_out),
         )
 
+    @torch.no_grad()
+    def saved(self, slot: int, adapter: AdapterSpec) -> dict[str, tuple[Tensor, Tensor]]:
+        """As `adapter`, copied to the host all at once."""
+        spans = self.spans[slot]
+        moved = torch.cat([self.params[start:stop] for start, stop in spans] or [self.params[:0]]).cpu()
+        found, place = {}, 0
+        for segment in self.by_slot[slot]:
+            rank = adapter.ranks.get(segment.target.name, 0)
+            if rank:
+                own = moved[place : place + segment.end - segment.a]
+                fan_in, fan_out = segment.target.in_features, segment.target.out_features
+                b = own[segment.b - segment.a :]
+                found[segment.target.name] = (
+                    own[: rank * fan_in].view(rank, fan_in), b[: rank * fan_out].view(rank, fan_out)
+                )  # fmt: skip
+            place += segment.end - segment.a
+        return found
+
     def adapter(self, slot: int, adapter: AdapterSpec, store: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> (A [rank, in], B transposed [rank, out]) of the run that holds a slot; views, not copies."""
         return {
