@@ -35,6 +35,7 @@ Observer = Callable[[Event], None]
 
 # failures that the same run would meet again
 LASTING = ("OutOfMemoryError", "MemoryError", "SpecError", "DataError", "ModelError", "WorkerDied")
+SHARE_OF_PRUNED = 0.3  # of all steps are trained where a pruner ends trials (docs/performance.md)
 MOST_WORKERS_LOST = 3  # by one run, until it is taken to be the reason
 
 
@@ -133,7 +134,7 @@ class Scheduler:
             if state.search is not None and self._open(state):
                 wanted = state.search.parallel * len(state.arm.seeds)
                 most = max(most, wanted)
-            left = len(state.ready) + self._unasked(state)
+            left = len(state.ready) + self._unasked(state) * (1 if self.how.pruner == "none" else SHARE_OF_PRUNED)
             if most or self._waiting_for_itself(state):
                 widest = state.arm.widest
                 others = () if widest is None else (widest,)

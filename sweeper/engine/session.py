@@ -15,7 +15,7 @@ import torch
 from sweeper import allocation, methods, models, placement, tasks, weights
 from sweeper.architecture import number_of_layers
 from sweeper.device import device_for, precision_for
-from sweeper.engine import calibrate, checkpoint, environment
+from sweeper.engine import calibrate, checkpoint, compilation, environment
 from sweeper.engine.ahead import ahead
 from sweeper.engine.batches import DataOrder, distinct_lengths
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate
@@ -31,7 +31,6 @@ from sweeper.record import Score
 from sweeper.spec import RunSpec, Settings
 
 REFUSED_AT_ONCE = 64
-COMPILE_PAYS = 400  # forward passes of a pack from which on compiling its layers pays (docs/performance.md)
 DRAIN_SECONDS = 0.5  # how often results are fetched from a CUDA device, which must not wait for the host
 
 
@@ -40,6 +39,11 @@ Made = Event | Callable[[], Event | None]  # an event, or what the reader of eve
 
 AHEAD = 10_000  # events that may wait to be seen to; a step of a pack of 64 makes 64
 ASK_SECONDS = 0.5  # between questions for work for a slot that is empty while others train
+
+
+def in_background(device: torch.device) -> bool:
+    """Whether training has a thread of its own: on a CPU it would only compete with those that see to its events."""
+    return device.type == "cuda"
 
 
 class Session:
@@ -59,10 +63,11 @@ class Session:
     def train(self, source: Source) -> Iterator[Event]:
         """Trains what a source has, model by model, pack by pack; says at the end where the time went.
 
-        On a GPU a thread of its own does that, so that the device goes on while records are written and events seen to.
+        On a GPU it goes on training meanwhile, so that the device need not wait while records are written and trials
+        judged.
         """
         made = self._train(source)
-        for item in ahead(made, AHEAD) if self.device.type == "cuda" else made:
+        for item in ahead(made, AHEAD) if in_background(self.device) else made:
             event = item() if callable(item) else item
             if event is not None:
                 yield event
@@ -181,7 +186,7 @@ class Session:
         options["lengths_vary"] = distinct_lengths([len(e.input_ids) for run in samples for e in run.job.examples]) > 1
         queue = _Queue(self, source, kinds, key, strays)
         at_once = sum(kind.most for kind in kinds) + len(strays)
-        options |= self._compilation(kinds, strays, at_once)
+        options |= self._compilation(kinds, strays, samples, options["lengths_vary"])
         solo: dict[str, calibrate.Solo] = {}
         if self.settings.calibrate and queue.want(1):
             yield from self._calibrate(base, samples, options, solo)
@@ -197,15 +202,24 @@ class Session:
         yield from queue.problems()
         return moved
 
-    def _compilation(self, kinds: Sequence[Kind], strays: Sequence[Prepared], at_once: int) -> dict[str, bool]:
-        """Whether layers are compiled and steps captured: compiling takes as long as some hundred steps save."""
+    def _compilation(
+        self, kinds: Sequence[Kind], strays: Sequence[Prepared], samples: Sequence[Prepared], lengths_vary: bool
+    ) -> dict[str, bool]:
+        """Whether layers are compiled and steps captured, on CUDA. A run alone is measured uncompiled in any case."""
         chosen = self.settings.compile
         if self.device.type != "cuda" or chosen == "off":
             return {"compiled": False, "captured": False}
-        lengths = [kind.left * kind.spec.trainer.max_steps * kind.spec.trainer.accumulation for kind in kinds]
-        lengths += [run.job.steps * run.request.spec.trainer.accumulation for run in strays]
-        together = min(self.settings.max_pack or MOST, max(at_once, 1))
-        pays = sum(lengths) / together >= COMPILE_PAYS
+        passes = sum(kind.left * kind.spec.trainer.max_steps * kind.spec.trainer.accumulation for kind in kinds)
+        passes += sum(run.job.steps * run.request.spec.trainer.accumulation for run in strays)
+        together = max(1, min(self.settings.max_pack or MOST, sum(kind.most for kind in kinds) + len(strays)))
+        lengths = [len(example.input_ids) for run in samples for example in run.job.examples[:1000]]
+        assert self.base is not None
+        pays = compilation.pays(
+            passes / together, layers=number_of_layers(self.base.targets),
+            width=self.base.model.config.get_text_config().hidden_size,
+            tokens=together * samples[0].request.spec.trainer.batch_size * sum(lengths) / len(lengths),
+            lengths_vary=lengths_vary,
+        )  # fmt: skip
         return {"compiled": chosen == "on" or (chosen == "auto" and pays), "captured": True}
 
     def _calibrate(self, base, queue, options, solo) -> Iterator[Made]:
@@ -216,7 +230,9 @@ class Session:
             yield Stage(message=f"measuring {spec.placement.name} rank {spec.rank} alone")
             try:
                 with self.timeline.span("measure alone"):
-                    solo[run.shape] = calibrate.measure(base, run.job, options, self.cache / "calibrations")
+                    solo[run.shape] = calibrate.measure(
+                        base, run.job, options | {"compiled": False}, self.cache / "calibrations"
+                    )
             except RuntimeError:  # out of memory is one; training meets it again and records it
                 continue
 
