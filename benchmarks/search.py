@@ -6,7 +6,8 @@
 Three measurements on one machine: the search with pruning and without (the same trials, all run to the end), each as a
 user starts it, and the yardstick (`benchmarks/peft_today.py`) at the batch shape of the dataset, extrapolated to the
 same trials run to the end one after another, training alone. Busy is the mean utilisation that the driver reports,
-sampled five times a second between the first step and the last. Needs a CUDA GPU.
+sampled five times a second between the first step and the last. Each arm's best trial of either search then trains again
+on fresh seeds, beside the clock, which says how far apart their choices are against what seeds do. Needs a CUDA GPU.
 """
 
 import argparse
@@ -50,21 +51,24 @@ class Utilisation(threading.Thread):
         return self.samples
 
 
-def search(kind: str, args: argparse.Namespace) -> dict:
-    """One search, started as a user does; what its records say."""
-    study = f"search-{kind}"
-    command = [
-        sys.executable, "train.py", *COMMAND, f"hydra.sweeper.n_trials={args.trials}", f"study={study}",
+def command_of(kind: str, args: argparse.Namespace) -> list[str]:
+    return [
+        sys.executable, "train.py", *COMMAND, f"hydra.sweeper.n_trials={args.trials}", f"study=search-{kind}",
         f"hydra.sweeper.pruner={KINDS[kind]}", f"trainer.max_steps={args.steps}",
         f"evaluation.every_steps={args.every}", f"output_root={args.root}", *args.overrides,
     ]  # fmt: skip
+
+
+def search(kind: str, args: argparse.Namespace) -> dict:
+    """One search, started as a user does; what its records say."""
+    command = command_of(kind, args)
     sampler = Utilisation()
     sampler.start()
     began = time.time()
     subprocess.run(command, check=True)
     seconds = time.time() - began
     samples = sampler.stop()
-    folder = Path(args.root, study)
+    folder = Path(args.root, f"search-{kind}")
     records = [json.loads(path.read_text()) for path in folder.glob("*/record.json")]
     times = [
         row["time"] for path in folder.glob("*/metrics.jsonl") for row in map(json.loads, path.open()) if "time" in row
@@ -99,6 +103,20 @@ def chosen(records: list[dict]) -> dict[str, dict]:
     return dict(sorted(best.items()))
 
 
+def confirm(kind: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Arm -> test NLL of its chosen learning rate on each fresh seed."""
+    seeds = ",".join(map(str, args.seeds))
+    subprocess.run([*command_of(kind, args), f"hydra.sweeper.confirm_seeds=[{seeds}]"], check=True)
+    found: dict[str, list[float]] = {}
+    for path in Path(args.root, f"search-{kind}").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        if record["search"].get("purpose") == "confirm" and record["status"] == "completed":
+            spec = record["spec"]
+            arm = f"{spec['placement']['name']} r{spec['rank']}"
+            found.setdefault(arm, []).append(record["scores"]["test"]["after"]["nll"])
+    return dict(sorted(found.items()))
+
+
 def yardstick(batch: int, length: int, steps: int) -> dict:
     command = [
         sys.executable, "-m", "benchmarks.peft_today", "--mode", "trainer", "--steps", str(steps),
@@ -115,6 +133,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=8, help="of each of the nine arms")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=50, help="steps between two looks of the pruner")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[1, 2], help="fresh ones, for the chosen learning rates"
+    )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--yardstick-steps", type=int, default=20)
     parser.add_argument("overrides", nargs="*")
@@ -122,6 +143,9 @@ def main() -> None:
     found: dict = {}
     for kind in args.kinds:
         found[kind] = search(kind, args)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    for kind in args.kinds if args.seeds else ():
+        found[kind]["confirmed"] = confirm(kind, args)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     first = found[args.kinds[0]]
     length = -(-round(first["length"]) // 8) * 8
@@ -148,7 +172,25 @@ def report(found: dict, shape: str) -> None:
             f"pruned, {one['run_steps']:,} run-steps, GPU busy {one['busy']:.0%} of {one['training_seconds']:.1f} s"
         )
         for arm, best in one["chosen"].items():
-            print(f"  {arm:10} lr {best['lr']:.2e}  validation {best['validation']:.4f}  test {best['test']:.4f}")
+            seeds = "  ".join(f"{value:.4f}" for value in one.get("confirmed", {}).get(arm, ()))
+            print(
+                f"  {arm:10} lr {best['lr']:.2e}  validation {best['validation']:.4f}  test {best['test']:.4f}"
+                f"  fresh seeds {seeds}"
+            )
+    if all("confirmed" in found.get(kind, {}) for kind in KINDS):
+        compare(found["pruned"]["confirmed"], found["unpruned"]["confirmed"])
+
+
+def compare(pruned: dict[str, list[float]], unpruned: dict[str, list[float]]) -> None:
+    """Test NLL of what the two searches chose, over fresh seeds, beside the spread of seeds within an arm."""
+    means = [{arm: statistics.mean(values) for arm, values in found.items()} for found in (pruned, unpruned)]
+    gaps = [means[0][arm] - means[1][arm] for arm in means[0]]
+    spread = statistics.mean(statistics.stdev(values) for found in (pruned, unpruned) for values in found.values())
+    print(
+        f"test NLL of the choices on fresh seeds: pruned {statistics.mean(means[0].values()):.4f}, unpruned "
+        f"{statistics.mean(means[1].values()):.4f}; arm by arm {statistics.mean(gaps):+.4f} "
+        f"({min(gaps):+.4f} to {max(gaps):+.4f}); standard deviation over seeds {spread:.4f}"
+    )
 
 
 if __name__ == "__main__":
