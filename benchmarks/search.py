@@ -6,8 +6,8 @@
 Three measurements on one machine: the search with pruning and without (the same trials, all run to the end), each as a
 user starts it, and the yardstick (`benchmarks/peft_today.py`) at the batch shape of the dataset, extrapolated to the
 same trials run to the end one after another, training alone. Busy is the mean utilisation that the driver reports,
-sampled five times a second between the first step and the last. Each arm's best trial of either search then trains again
-on fresh seeds, beside the clock, which says how far apart their choices are against what seeds do. Needs a CUDA GPU.
+sampled five times a second between the first step and the last. Each arm's best trial of either search then trains
+again on fresh seeds, off the clock, which says how far apart their choices are against what seeds do. Needs a GPU.
 """
 
 import argparse
