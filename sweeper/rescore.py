@@ -248,6 +248,7 @@ def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
             for name, views in pack.bank.adapter(slot, adapter).items():
                 for view, value in zip(views, saved[name], strict=True):
                     view.copy_(value)
+        pack.bank.refresh(slot)
     return pack
 
 
