@@ -307,6 +307,7 @@ class _Evaluating:
 
     def __enter__(self) -> None:
         self.pack.model.eval()
+        self.pack.bank.derive()
         self.stance.__enter__()
 
     def __exit__(self, *raised: object) -> None:

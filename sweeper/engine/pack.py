@@ -16,9 +16,10 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from sweeper.engine.adapters import AdapterBank, AdapterSpec
+from sweeper.engine.adapters import AdapterBank
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.capture import CapturedStep
+from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.loss import Head
 from sweeper.engine.optimizer import PackedAdamW, hyperparameters
 from sweeper.errors import ModelError
@@ -70,7 +71,7 @@ class Pack:
 
     Args:
         base: the frozen model; its modules are wrapped until `close`.
-        capacities: for each slot, module name -> the highest rank it may hold.
+        capacities: for each slot, module name -> the highest rank it may hold, or what else it may hold.
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
         compiled: compile the layers and capture whole steps as CUDA graphs. Needs CUDA.
         lengths_vary: compile once for all lengths, rather than for the first and then once more.
@@ -79,7 +80,7 @@ class Pack:
     def __init__(
         self,
         base: BaseModel,
-        capacities: Sequence[Mapping[str, int]],
+        capacities: Sequence[Capacity | Mapping[str, int]],
         *,
         batch_size: int,
         accumulation: int = 1,
@@ -137,9 +138,11 @@ class Pack:
         slot = self.free_slot(job.adapter) if slot is None else slot
         if slot is None or self.jobs[slot] is not None or not self.bank.fits(slot, job.adapter):
             raise ValueError(f"no free slot can hold run {job.run_id}")
-        self.bank.assign(slot, job.adapter)
+        self.bank.assign(slot, job.adapter, fresh=job.state is None)
         if job.state is not None:
             self.restore(slot, job)
+        self.bank.set_rates(slot, job.done)
+        self.bank.derive([slot])
         self.jobs[slot] = job
         return slot
 
@@ -153,21 +156,22 @@ class Pack:
 
     @torch.no_grad()
     def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
-        """Module name -> A, B, and their Adam moments, on the host: with `job.done`, all that resuming needs."""
+        """Module name -> the parts of its adapter, then their moments, on the host: with `job.done`, all that resuming
+        needs.
+        """
         job = self.jobs[slot]
         assert job is not None
-        stores = (self.bank.params, self.bank.exp_avg, self.bank.exp_avg_sq)
-        parts = [self.bank.adapter(slot, job.adapter, store) for store in stores]
+        parts = [self.bank.adapter(slot, job.adapter, store) for store in self.bank.stores(job.adapter)]
         return {name: tuple(t.to("cpu", copy=True) for part in parts for t in part[name]) for name in parts[0]}
 
     @torch.no_grad()
     def restore(self, slot: int, job: Job) -> None:
-        stores = (self.bank.params, self.bank.exp_avg, self.bank.exp_avg_sq)
         assert job.state is not None
-        for place, store in enumerate(stores):
+        for place, store in enumerate(self.bank.stores(job.adapter)):
             for name, views in self.bank.adapter(slot, job.adapter, store).items():
-                for view, saved in zip(views, job.state[name][2 * place : 2 * place + 2], strict=True):
-                    view.copy_(saved)
+                saved = job.state[name][len(views) * place : len(views) * (place + 1)]
+                for view, value in zip(views, saved, strict=True):
+                    view.copy_(value)
 
     def step(self) -> None:
         """One optimiser step of every run that is not finished. Results come from `drain`."""
@@ -232,8 +236,11 @@ class Pack:
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Losses [L] of one forward pass; their gradients are added to the bank's."""
+        self.bank.derive()
         with _attention(self.device, self.dtype):
-            return self._forward_backward(batch)
+            losses = self._forward_backward(batch)
+        self.bank.project()
+        return losses
 
     def _forward_backward(self, batch: Batch) -> Tensor:
         hidden = self.hidden(batch.ids)
@@ -244,7 +251,7 @@ class Pack:
 
     def _micro_step(self, batch: Batch) -> Tensor:
         if self.captured is not None:
-            return self.captured(batch.pinned(), key=(self.bank.lanes.drop,))
+            return self.captured(batch.pinned(), key=self.bank.lanes.flags)
         return self.forward_backward(batch.to(self.device))
 
     def _examples(self, job: Job, micro: int) -> list[Tokens]:

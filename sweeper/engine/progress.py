@@ -37,7 +37,7 @@ class Prepared:
     def shape(self) -> str:
         """Runs of equal shape cost the same alone."""
         spec = self.request.spec
-        return repr((sorted(self.job.adapter.ranks.items()), self.job.adapter.dropout > 0, spec.trainer, spec.dataset))
+        return repr((self.job.adapter.shape(), spec.trainer, spec.dataset))
 
     def resume(self) -> None:
         """Takes up the checkpoint of a run that was cut off, if its folder holds one."""
@@ -118,7 +118,7 @@ class Progress:
         }  # fmt: skip
 
     def write(
-        self, settings: Settings, weights: Mapping[str, tuple[Tensor, Tensor]], solo: Solo | None, pack: Pack,
+        self, settings: Settings, weights: Mapping[str, tuple[Tensor, ...]], solo: Solo | None, pack: Pack,
         environment: Mapping[str, Any],
     ) -> Record:  # fmt: skip
         """Writes adapter, metrics and predictions, and last the record that refers to them."""

@@ -17,6 +17,7 @@ from sweeper.engine import calibrate, checkpoint, environment
 from sweeper.engine.batches import DataOrder, distinct_lengths
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.engine.forms import Capacity
 from sweeper.engine.memory import runs_that_fit
 from sweeper.engine.pack import Job, Pack, StepResult, verified_head
 from sweeper.engine.progress import Prepared, Progress
@@ -209,10 +210,10 @@ class Session:
         exact = limit == 0 or (len(waiting) <= limit and not queue.more)
         if exact:
             slots = min(max(limit, 1), len(waiting))
-            capacities = [dict(run.job.adapter.ranks) for run in itertools.islice(waiting, slots)]
+            capacities = [run.job.adapter.capacity for run in itertools.islice(waiting, slots)]
         else:  # a slot changes hands: it must hold whichever run comes next
             slots = limit
-            capacities = [_union([run.job.adapter.ranks for run in (*waiting, *probes)])] * slots
+            capacities = [Capacity.union(run.job.adapter.capacity for run in (*waiting, *probes))] * slots
         running: dict[str, Progress] = {}
         try:
             with self.timeline.span("set up"):
@@ -508,11 +509,3 @@ def _by_dataset(entries: Sequence[tuple[int, Progress]]) -> list[list[tuple[int,
         return repr((entry[1].request.spec.dataset, entry[1].request.spec.evaluation))
 
     return [list(group) for _, group in itertools.groupby(sorted(entries, key=key), key=key)]
-
-
-def _union(ranks: Sequence[Any]) -> dict[str, int]:
-    union: dict[str, int] = {}
-    for one in ranks:
-        for name, rank in one.items():
-            union[name] = max(rank, union.get(name, 0))
-    return union

@@ -1,9 +1,9 @@
 """What each method puts on the base. `METHODS` is the table of them; docs/methods.md shows it to readers."""
 
 from sweeper.architecture import Target
-from sweeper.engine.adapters import AdapterSpec
+from sweeper.engine.forms import AdapterSpec
 from sweeper.errors import SpecError, unknown
-from sweeper.methods import lora
+from sweeper.methods import dora, lora, lora_plus, principal, vera
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec
 
@@ -12,6 +12,12 @@ __all__ = ["METHODS", "Method", "adapter", "check", "find", "packs", "parameters
 METHODS: dict[str, Method] = {
     "lora": lora.LORA,
     "rslora": lora.RSLORA,
+    "lora_plus": lora_plus.LORA_PLUS,
+    "lora_fa": lora_plus.LORA_FA,
+    "dora": dora.DORA,
+    "pissa": principal.PISSA,
+    "olora": principal.OLORA,
+    "vera": vera.VERA,
 }
 
 

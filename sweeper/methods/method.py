@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sweeper.architecture import Target
-from sweeper.engine.adapters import AdapterSpec
+from sweeper.engine.forms import AdapterSpec
 from sweeper.errors import SpecError
 from sweeper.spec import MethodSpec, RunSpec
 
