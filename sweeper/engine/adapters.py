@@ -1,6 +1,8 @@
 """The adapters of a pack: one flat store of parameters, and the wrappers that put them on the frozen base."""
 
+import bisect
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -83,8 +85,8 @@ class Group(nn.Module):
         self.waiting = 0
         self.gain: Gain | None = None
 
-    def attach(self, params: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
-        self.params, self.table, self.scale, self.hidden = params, table, scale, hidden
+    def attach(self, params: Tensor, work: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
+        self.params, self.work, self.table, self.scale, self.hidden = params, work, table, scale, hidden
         salts = [starts.seed_of(target.name) for target in self.targets]
         self.salts = torch.tensor(salts, dtype=torch.int64, device=params.device)
 
@@ -104,8 +106,8 @@ class Group(nn.Module):
         # from the shape where it can be: a plain number would be a constant of the compiled layer, one for each length
         tokens = x.shape[1] if x.dim() == 3 else lanes.tokens
         *ys, _ = adapted_linear(
-            x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.table, self.scale,
-            lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, tokens,
+            x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.work, self.table,
+            self.scale, lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, tokens,
             lanes.drop and self.training,
         )  # fmt: skip
         if self.gain is not None and lanes.gain:
@@ -176,7 +178,7 @@ class AdaptedEmbedding(nn.Module):
     def weight(self) -> Tensor:
         return self.base.weight
 
-    def attach(self, params: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
+    def attach(self, params: Tensor, _work: Tensor, table: Tensor, scale: Tensor, _hidden: int) -> None:
         self.params, self.table, self.scale = params, table, scale
 
     def walk(self, params: Tensor, slots: Sequence[int], rows: int) -> Iterator[tuple[slice, Tensor, Tensor, float]]:
@@ -206,8 +208,8 @@ class AdapterBank:
 
     The flat store holds, group by group, slot by slot and member by member, A `[rank, in]` then B `[rank, out]`, and
     after each group, where a slot of it may hold a DoRA or VeRA, a table `[slot, values]` of their extra values.
-    `rates` is each value's learning rate over its run's (0: frozen), None where every value of every slot has its
-    run's.
+    `work` is what the products read: that store, or on CUDA its copy in the base model's precision, kept by the
+    optimiser. `rates` is each value's learning rate over its run's (0: frozen), None where all have their run's.
     """
 
     def __init__(
@@ -230,17 +232,24 @@ class AdapterBank:
         bounds = self._lay_out()
         size = bounds[-1]
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
+        dtype = next(model.parameters()).dtype
+        copied = device.type == "cuda" and dtype != torch.float32
+        self.work = torch.zeros(size, dtype=dtype, device=device) if copied else self.params
         stores = frozenset[str]().union(*(capacity.stores for capacity in self.capacities))
         self.rates = torch.ones(size, device=device) if "rates" in stores else None
         self.rated = [False] * count
         self.held: list[AdapterSpec | None] = [None] * count
         self.block_slot = self._block_slots(size).to(device)
+        self.tables = _Mirrored([count * len(members) * 4 for members in self.member_targets], torch.int32, device)
+        self.scales = _Mirrored([count * len(members) for members in self.member_targets], torch.float32, device)
         self.wrappers: dict[str, Adapted | AdaptedEmbedding] = {}
         self.groups: list[Group | AdaptedEmbedding] = []
         for index, members in enumerate(self.member_targets):
             self._attach(index, members, bounds[2 * index], bounds[2 * index + 1], count, device)
+        self._upload()
         self.by_slot = [[segment for segment in self.segments if segment.slot == slot] for slot in range(count)]
         self.spans = [_merged([span for s in own for span in _spans(s)]) for own in self.by_slot]
+        self.staging = [_Staging(own, spans) for own, spans in zip(self.by_slot, self.spans, strict=True)]
         self.shared = {
             slot: Shared.empty(
                 max(s.capacity for s in self.by_slot[slot]),
@@ -302,16 +311,16 @@ class AdapterBank:
         params.grad = self.grads[start:stop]
         own = [segment for segment in self.segments if segment.group == index]
         widest = -(-max(segment.capacity for segment in own) // 16) * 16
-        table = torch.zeros(count, len(members), 4, dtype=torch.int32)
         for segment in own:
-            row = table[segment.slot, segment.member]
+            row = self.tables.host[index].view(count, len(members), 4)[segment.slot, segment.member]
             row[A_OFFSET], row[B_OFFSET] = segment.a - start, segment.b - start
             row[H_COLUMN] = segment.member * widest
-        scale = torch.zeros(count, len(members), device=device)
+        table = self.tables.device[index].view(count, len(members), 4)
+        scale = self.scales.device[index].view(count, len(members))
         self.groups.append(group)
         if isinstance(group, Group) and any("dora" in self.capacities[segment.slot].forms for segment in own):
             group.gain = Gain(group.weights, self._magnitude(index), self.extras[index][2])
-        group.attach(params, table.to(device), scale, widest * len(members))
+        group.attach(params, self.work[start:stop], table, scale, widest * len(members))
 
     def _magnitude(self, index: int) -> Tensor:
         """The table [slot, values] of a group's extra values as a leaf of its own."""
@@ -341,32 +350,45 @@ class AdapterBank:
     @torch.no_grad()
     def assign(self, slot: int, adapter: AdapterSpec, *, fresh: bool = True) -> None:
         """Gives a slot to a run with a fresh adapter, moments zero; not `fresh`: what it holds is to be written yet."""
-        self.release(slot)
+        self._empty(slot)
         self.held[slot], self.rated[slot] = adapter, adapter.rated
+        # drawn on the host into one piece: a GPU is given few long copies, not a handful for each module
+        staged = self.staging[slot]
+        values = torch.zeros(staged.size)
         for segment in self._own(slot, adapter):
-            name = segment.target.name
-            group = self.groups[segment.group]
-            group.table[slot, segment.member, RANK] = adapter.ranks[name]
-            group.scale[slot, segment.member] = adapter.scales[name]
-            if isinstance(group, Group) and group.gain is not None:
-                group.gain.switch(slot, segment.member, adapter.form == "dora")
-        if adapter.form == "vera":
-            targets = [segment.target for segment in self._own(slot, adapter)]
-            self.shared[slot].fill(*draw(max(adapter.ranks.values()), targets, adapter.shared[1]))
+            self._entry(segment, adapter.ranks[segment.target.name], adapter.scales[segment.target.name])
+            if fresh:
+                self._begin(segment, adapter, self.parts(staged.segments[segment], adapter, values))
+        staged.move(values, self.params)
+        self._switch_forms(slot, adapter)
         self.set_rates(slot, 0)
-        if fresh:
-            for segment in self._own(slot, adapter):
-                self._begin(segment, adapter)
-        self.lanes.dropout[slot] = adapter.dropout
-        self._note_flags()
+        self.refresh(slot)
+        self._upload()
+        self._note(slot, adapter.dropout)
+
+    def _switch_forms(self, slot: int, adapter: AdapterSpec, *, on: bool = True) -> None:
+        """Readies what a DoRA or VeRA has besides values in the store, or clears it."""
+        own = self._own(slot, adapter)
+        if adapter.form == "dora":
+            for segment in own:
+                self._gain(segment).switch(slot, segment.member, on)
+        if adapter.form == "vera":
+            self.shared[slot].clear()
+            if on:
+                targets = [segment.target for segment in own]
+                self.shared[slot].fill(*draw(max(adapter.ranks.values()), targets, adapter.shared[1]))
+
+    def _gain(self, segment: Segment) -> Gain:
+        group = self.groups[segment.group]
+        assert isinstance(group, Group)
+        assert group.gain is not None
+        return group.gain
 
     def _own(self, slot: int, adapter: AdapterSpec) -> list[Segment]:
         return [segment for segment in self.by_slot[slot] if segment.target.name in adapter.ranks]
 
-    def _begin(self, segment: Segment, adapter: AdapterSpec) -> None:
-        """Writes the start of a module's adapter to its empty segment."""
-        parts = self.parts(segment, adapter)
-        group = self.groups[segment.group]
+    def _begin(self, segment: Segment, adapter: AdapterSpec, parts: tuple[Tensor, ...]) -> None:
+        """Writes the start of a module's adapter to its parts, which are zero."""
         if adapter.form == "vera":
             parts[0].fill_(adapter.shared[0])
             return
@@ -376,15 +398,13 @@ class AdapterBank:
             for part, value in zip((a, b), starts.draw(segment.target, trained, adapter.seed), strict=True):
                 part[:trained] = value
         else:
+            group = self.groups[segment.group]
             assert isinstance(group, Group)
             first = starts.principal(self.model, group.weights[segment.member], segment.target, adapter)
             for part, value, sign in zip((a, b), first, (1, -1), strict=True):
                 part[:trained], part[trained:] = value, sign * value
         if adapter.form == "dora":
-            assert isinstance(group, Group)
-            assert group.gain is not None
-            scale = group.scale[segment.slot, segment.member]
-            parts[2].copy_(group.gain.adapted_norm(segment.member, *self.views(segment, segment.capacity), scale))
+            parts[2].copy_(self._gain(segment).squares[segment.member].sqrt())
 
     @torch.no_grad()
     def set_rates(self, slot: int, step: int) -> None:
@@ -392,22 +412,22 @@ class AdapterBank:
         adapter = self.held[slot]
         if self.rates is None or adapter is None:
             return
-        for segment in self._own(slot, adapter):
-            for start, stop in _spans(segment):
-                self.rates[start:stop] = 1.0
-            if not adapter.rated:
-                continue
-            a, b = self.views(segment, adapter.ranks[segment.target.name], self.rates)
-            a.zero_(), b.zero_()
-            if adapter.form == "vera":
-                factors = self.parts(segment, adapter, self.rates)
-                factors[0].fill_(adapter.rate_a), factors[1].fill_(adapter.rate_b)
-                continue
-            trained = adapter.trained.get(segment.target.name, len(a))
-            first = trained * adapter.restarts.block(step) if adapter.restarts else 0
-            a[first : first + trained], b[first : first + trained] = adapter.rate_a, adapter.rate_b
-            if adapter.form == "dora":
-                self.parts(segment, adapter, self.rates)[2].fill_(adapter.rate_b)
+        staged = self.staging[slot]
+        rates = torch.full((staged.size,), 0.0 if adapter.rated else 1.0)
+        for segment in self._own(slot, adapter) if adapter.rated else ():
+            self._rate(adapter, segment.target.name, step, self.parts(staged.segments[segment], adapter, rates))
+        staged.move(rates, self.rates)
+
+    @staticmethod
+    def _rate(adapter: AdapterSpec, name: str, step: int, parts: tuple[Tensor, ...]) -> None:
+        """Writes the rates of a module's parts."""
+        trained = len(parts[0]) if adapter.form == "vera" else adapter.trained.get(name, len(parts[0]))
+        first = trained * adapter.restarts.block(step) if adapter.restarts else 0
+        rows = slice(None) if adapter.form == "vera" else slice(first, first + trained)
+        parts[0][rows] = adapter.rate_a
+        parts[1][rows] = adapter.rate_b
+        for magnitude in parts[2:]:
+            magnitude.fill_(adapter.rate_b)
 
     @torch.no_grad()
     def derive(self, slots: Iterable[int] | None = None) -> None:
@@ -425,6 +445,9 @@ class AdapterBank:
                 a, b = self.views(segment, segment.capacity)
                 if self.lanes.share and slot in self.shared:
                     self.shared[slot].derive(a, b, *self._factors(segment, self.params))
+                    if self.work is not self.params:
+                        for copy, value in zip(self.views(segment, segment.capacity, self.work), (a, b), strict=True):
+                            copy.copy_(value)
                 if self.lanes.gain and group.gain is not None and "dora" in self.capacities[slot].forms:
                     group.gain.measure(slot, segment.member, a, b, group.scale[slot, segment.member])
 
@@ -445,28 +468,47 @@ class AdapterBank:
         middle = segment.x + segment.capacity
         return store[segment.x : middle], store[middle : middle + segment.target.out_features]
 
-    @torch.no_grad()
     def release(self, slot: int) -> None:
         """Empties a slot; the others keep every bit of their state."""
-        self.held[slot], self.rated[slot] = None, False
-        for segment in self.by_slot[slot]:
-            for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
-                for start, stop in _spans(segment):
-                    store[start:stop] = 0
-            group = self.groups[segment.group]
-            group.table[slot, segment.member, RANK] = 0
-            if isinstance(group, Group) and group.gain is not None:
-                group.gain.switch(slot, segment.member, False)
-        if slot in self.shared:
-            self.shared[slot].clear()
-        self.lanes.dropout[slot] = 0
-        self._note_flags()
+        self._empty(slot)
+        self._upload()
+        self._note(slot, 0.0)
 
-    def _note_flags(self) -> None:
+    @torch.no_grad()
+    def _empty(self, slot: int) -> None:
+        former = self.held[slot]
+        for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
+            for start, stop in self.spans[slot]:
+                store[start:stop] = 0
+        for segment in self.by_slot[slot]:
+            self._entry(segment, 0, 0.0)
+        if former is not None:
+            self._switch_forms(slot, former, on=False)
+        self.held[slot], self.rated[slot] = None, False
+
+    def _entry(self, segment: Segment, rank: int, scale: float) -> None:
+        members = len(self.member_targets[segment.group])
+        row = segment.slot * members + segment.member
+        self.tables.host[segment.group][4 * row + RANK] = rank
+        self.scales.host[segment.group][row] = scale
+
+    def _upload(self) -> None:
+        self.tables.upload()
+        self.scales.upload()
+
+    def _note(self, slot: int, dropout: float) -> None:
+        self.lanes.dropout[slot] = dropout
         held = [adapter for adapter in self.held if adapter is not None]
         self.lanes.drop = any(adapter.dropout > 0 for adapter in held)
         self.lanes.gain = any(adapter.form == "dora" for adapter in held)
         self.lanes.share = any(adapter.form == "vera" for adapter in held)
+
+    @torch.no_grad()
+    def refresh(self, slot: int) -> None:
+        """Brings the working copy up to date, after parameters were written by anything but the optimiser."""
+        if self.work is not self.params:
+            for start, stop in self.spans[slot]:
+                self.work[start:stop] = self.params[start:stop]
 
     def stores(self, adapter: AdapterSpec) -> list[Tensor]:
         """The stores that make up the state of a run: values, moments, and what else its options keep."""
@@ -496,6 +538,42 @@ class AdapterBank:
     def adapter(self, slot: int, adapter: AdapterSpec, store: Tensor | None = None) -> dict[str, tuple[Tensor, ...]]:
         """Module name -> the parts of the adapter of the run that holds a slot; views, not copies."""
         return {segment.target.name: self.parts(segment, adapter, store) for segment in self._own(slot, adapter)}
+
+
+class _Mirrored:
+    """Small tensors that the host writes and the device reads, moved there all at once."""
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._host = torch.zeros(sum(sizes), dtype=dtype)
+        self._device = self._host if device.type == "cpu" else self._host.to(device)
+        self.host, self.device = self._host.split(list(sizes)), self._device.split(list(sizes))
+
+    def upload(self) -> None:
+        if self._device is not self._host:
+            self._device.copy_(self._host)
+
+
+class _Staging:
+    """The values of one slot in one piece: its segments as they lie there, and the way into a store."""
+
+    def __init__(self, segments: Sequence[Segment], spans: Sequence[tuple[int, int]]) -> None:
+        self.spans = tuple(spans)
+        self.starts = list(itertools.accumulate((stop - start for start, stop in spans), initial=0))
+        self.size = self.starts.pop()
+        self.segments = {
+            segment: replace(segment, a=self._at(segment.a), b=self._at(segment.b), x=self._at(segment.x))
+            for segment in segments
+        }
+
+    def _at(self, offset: int) -> int:
+        span = bisect.bisect_right(self.spans, (offset, math.inf)) - 1
+        return self.starts[span] + offset - self.spans[span][0]
+
+    def move(self, values: Tensor, store: Tensor) -> None:
+        """Writes the values of the slot to their places in a store."""
+        moved = values.to(store.device)
+        for first, (start, stop) in zip(self.starts, self.spans, strict=True):
+            store[start:stop] = moved[first : first + stop - start]
 
 
 def _groups(targets: Sequence[Target], used: set[str]) -> list[tuple[Target, ...]]:

@@ -76,6 +76,7 @@ class PackedAdamW:
 
             kernels.adamw(
                 bank.params,
+                bank.work,
                 bank.grads,
                 bank.exp_avg,
                 bank.exp_avg_sq,

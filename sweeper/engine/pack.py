@@ -172,6 +172,7 @@ class Pack:
                 saved = job.state[name][len(views) * place : len(views) * (place + 1)]
                 for view, value in zip(views, saved, strict=True):
                     view.copy_(value)
+        self.bank.refresh(slot)
 
     def step(self) -> None:
         """One optimiser step of every run that is not finished. Results come from `drain`."""

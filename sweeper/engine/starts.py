@@ -77,6 +77,6 @@ def _factors(
                 torch.manual_seed(seed_of(target.name))
                 left, values, right = torch.svd_lowrank(matrix, rank, niter=adapter.niter)
             right = right.t()
-        held[key] = (left[:, :kept].clone(), values[:kept].clone(), right[:kept].clone())
+        held[key] = (left[:, :kept].cpu().clone(), values[:kept].cpu().clone(), right[:kept].cpu().clone())
     left, values, right = held[key]
     return left, values, right
