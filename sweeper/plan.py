@@ -213,7 +213,7 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
         batch_size=batch,
         length=length,
         checkpointing=spec.trainer.activation_checkpointing,
-        trainable=methods.trainable(spec.method, ranks),
+        values=methods.held(spec, ranks),
     )
     return Cost(
         modules=len(ranks),

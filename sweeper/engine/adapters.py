@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sweeper.engine import starts
+from sweeper.engine import penalty, starts
 from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.gain import Gain
 from sweeper.engine.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK, adapted_linear
@@ -56,16 +56,19 @@ class Lanes:
     slots: Tensor
     dropout: Tensor
     seeds: Tensor
+    noise: Tensor
     tokens: int = 1
     drop: bool = False
     gain: bool = False
     share: bool = False
+    noisy: bool = False
+    penalised: tuple[int, ...] = ()
     host_slots: tuple[int, ...] = field(default=())
 
     @property
-    def flags(self) -> tuple[bool, ...]:
-        """What the layers look at on the host: a step that was captured under others does other things."""
-        return self.drop, self.gain, self.share
+    def flags(self) -> tuple[Any, ...]:
+        """What a step looks at on the host: one that was captured under other flags does other things."""
+        return self.drop, self.gain, self.share, self.noisy, self.penalised
 
 
 class Group(nn.Module):
@@ -225,7 +228,9 @@ class AdapterBank:
             torch.full((count,), -1, dtype=torch.int32, device=device),
             torch.zeros(count, device=device),
             torch.zeros(count, dtype=torch.int64, device=device),
+            torch.zeros(count, device=device),
         )
+        self.penalties = torch.zeros(count, 3, device=device)
         used = {name for capacity in self.capacities for name in capacity.ranks}
         self.member_targets = _groups(targets, used)
         self.segments: list[Segment] = []
@@ -237,6 +242,7 @@ class AdapterBank:
         self.work = torch.zeros(size, dtype=dtype, device=device) if copied else self.params
         stores = frozenset[str]().union(*(capacity.stores for capacity in self.capacities))
         self.rates = torch.ones(size, device=device) if "rates" in stores else None
+        self.copies = {name: torch.zeros(size, device=device) for name in sorted(stores - {"rates"})}
         self.rated = [False] * count
         self.held: list[AdapterSpec | None] = [None] * count
         self.block_slot = self._block_slots(size).to(device)
@@ -360,11 +366,14 @@ class AdapterBank:
             if fresh:
                 self._begin(segment, adapter, self.parts(staged.segments[segment], adapter, values))
         staged.move(values, self.params)
+        for store in self.stores(adapter)[3:]:
+            staged.move(values, store)
+        self.penalties[slot] = torch.tensor(adapter.penalties)
         self._switch_forms(slot, adapter)
         self.set_rates(slot, 0)
         self.refresh(slot)
         self._upload()
-        self._note(slot, adapter.dropout)
+        self._note(slot, adapter)
 
     def _switch_forms(self, slot: int, adapter: AdapterSpec, *, on: bool = True) -> None:
         """Readies what a DoRA or VeRA has besides values in the store, or clears it."""
@@ -383,6 +392,15 @@ class AdapterBank:
         assert isinstance(group, Group)
         assert group.gain is not None
         return group.gain
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of all that is kept of the adapters of every slot."""
+        stores = [self.params, self.grads, self.exp_avg, self.exp_avg_sq, *self.copies.values()]
+        stores += [self.work] if self.work is not self.params else []
+        stores += [self.rates] if self.rates is not None else []
+        stores += [matrix for shared in self.shared.values() for matrix in (shared.a, shared.b)]
+        return sum(store.numel() * store.element_size() for store in stores)
 
     def _own(self, slot: int, adapter: AdapterSpec) -> list[Segment]:
         return [segment for segment in self.by_slot[slot] if segment.target.name in adapter.ranks]
@@ -452,6 +470,21 @@ class AdapterBank:
                     group.gain.measure(slot, segment.member, a, b, group.scale[slot, segment.member])
 
     @torch.no_grad()
+    def penalise(self, share: float) -> None:
+        """Adds the gradients of the penalties, times `share`, of the runs that have any."""
+        for slot in self.lanes.penalised:
+            for segment in self.by_slot[slot]:
+                a, b = self.views(segment, segment.capacity)
+                live_a, live_b = a, b
+                if self.rates is not None:
+                    rate_a, rate_b = self.views(segment, segment.capacity, self.rates)
+                    live_a, live_b = (x * (r.amax(1, keepdim=True) > 0) for x, r in ((a, rate_a), (b, rate_b)))
+                scale = self.groups[segment.group].scale[slot, segment.member]
+                found = penalty.gradients(a, b, live_a, live_b, scale, self.penalties[slot] * share)
+                for gradient, more in zip(self.views(segment, segment.capacity, self.grads), found, strict=True):
+                    gradient += more
+
+    @torch.no_grad()
     def project(self) -> None:
         """Turns the gradients of VeRA's A and B into those of its factors."""
         if not self.lanes.share:
@@ -472,12 +505,12 @@ class AdapterBank:
         """Empties a slot; the others keep every bit of their state."""
         self._empty(slot)
         self._upload()
-        self._note(slot, 0.0)
+        self._note(slot, None)
 
     @torch.no_grad()
     def _empty(self, slot: int) -> None:
         former = self.held[slot]
-        for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
+        for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq, *self.copies.values()):
             for start, stop in self.spans[slot]:
                 store[start:stop] = 0
         for segment in self.by_slot[slot]:
@@ -496,12 +529,16 @@ class AdapterBank:
         self.tables.upload()
         self.scales.upload()
 
-    def _note(self, slot: int, dropout: float) -> None:
-        self.lanes.dropout[slot] = dropout
-        held = [adapter for adapter in self.held if adapter is not None]
-        self.lanes.drop = any(adapter.dropout > 0 for adapter in held)
-        self.lanes.gain = any(adapter.form == "dora" for adapter in held)
-        self.lanes.share = any(adapter.form == "vera" for adapter in held)
+    def _note(self, slot: int, adapter: AdapterSpec | None) -> None:
+        lanes = self.lanes
+        lanes.dropout[slot] = adapter.dropout if adapter else 0.0
+        lanes.noise[slot] = adapter.noise if adapter else 0.0
+        held = [one for one in self.held if one is not None]
+        lanes.drop = any(one.dropout > 0 for one in held)
+        lanes.noisy = any(one.noise > 0 for one in held)
+        lanes.gain = any(one.form == "dora" for one in held)
+        lanes.share = any(one.form == "vera" for one in held)
+        lanes.penalised = tuple(slot for slot, one in enumerate(self.held) if one is not None and any(one.penalties))
 
     @torch.no_grad()
     def refresh(self, slot: int) -> None:
@@ -512,7 +549,52 @@ class AdapterBank:
 
     def stores(self, adapter: AdapterSpec) -> list[Tensor]:
         """The stores that make up the state of a run: values, moments, and what else its options keep."""
-        return [self.params, self.exp_avg, self.exp_avg_sq]
+        wanted = {"average": adapter.average is not None, "best": adapter.keep_best}
+        kept = [self.copies[name] for name, needed in wanted.items() if needed]
+        return [self.params, self.exp_avg, self.exp_avg_sq, *kept]
+
+    def _pieces(self, slot: int, store: Tensor) -> list[Tensor]:
+        return [store[start:stop] for start, stop in self.spans[slot]]
+
+    @torch.no_grad()
+    def follow(self, slot: int, step: int) -> None:
+        """Moves the average of a slot's weights after its step `step` (from 1), if it has one.
+
+        The decay is that of the run, or (1 + step) / (10 + step) where that is less, so that the start fades soon.
+        """
+        adapter = self.held[slot]
+        if adapter is not None and adapter.average is not None:
+            decay = min(adapter.average, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self._pieces(slot, self.copies["average"]), self._pieces(slot, self.params), 1 - decay)
+
+    @torch.no_grad()
+    def swap_averages(self) -> None:
+        """Puts the averages where the weights are, and back: evaluation looks at them."""
+        for slot, adapter in enumerate(self.held):
+            if adapter is not None and adapter.average is not None:
+                now, average = self._pieces(slot, self.params), self._pieces(slot, self.copies["average"])
+                former = [piece.clone() for piece in now]
+                torch._foreach_copy_(now, average)
+                torch._foreach_copy_(average, former)
+                self.refresh(slot)
+
+    def to_save(self, slot: int) -> Tensor:
+        """The store whose weights a slot's run leaves: the average, where it has one."""
+        adapter = self.held[slot]
+        assert adapter is not None
+        return self.params if adapter.average is None else self.copies["average"]
+
+    @torch.no_grad()
+    def keep_best(self, slot: int) -> None:
+        """Remembers the weights of a slot as the best so far."""
+        torch._foreach_copy_(self._pieces(slot, self.copies["best"]), self._pieces(slot, self.to_save(slot)))
+
+    @torch.no_grad()
+    def take_best(self, slot: int) -> None:
+        """Gives a slot its best weights back."""
+        for store in (self.params, self.to_save(slot)):
+            torch._foreach_copy_(self._pieces(slot, store), self._pieces(slot, self.copies["best"]))
+        self.refresh(slot)
 
     def views(self, segment: Segment, rank: int, store: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A [rank, in] and transposed B [rank, out] of a segment, in the parameters or a store of their layout."""

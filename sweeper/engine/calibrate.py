@@ -67,7 +67,7 @@ def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
     with Pack(base, [job.adapter.capacity], **pack_options) as pack:
         pack.add(job)
         weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-        state = 16 * pack.bank.params.numel()
+        state = pack.bank.state_bytes
         activations = _activations(pack, job)
         fixed = dataclasses.replace(job, order=_Typical(job, pack.accumulation))
         pack.jobs[0] = fixed

@@ -16,6 +16,7 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
+from sweeper.engine import noise
 from sweeper.engine.adapters import AdapterBank
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.capture import CapturedStep
@@ -105,6 +106,8 @@ class Pack:
         if self.compiled:
             _compile_layers(self.model, dynamic=True if lengths_vary else None)
         self.captured = CapturedStep(self.forward_backward) if self.compiled else None
+        self._lengths: Tensor | None = None
+        self._noise = self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.model.train()
 
     def close(self) -> None:
@@ -113,6 +116,7 @@ class Pack:
         if self.compiled:
             _uncompile_layers(self.model)
         self._checkpoint_activations(False)
+        self._noise.remove()
         self.bank.uninstall()
         self.model.eval()
 
@@ -195,6 +199,7 @@ class Pack:
         for (slot, job), total in zip(moving, totals, strict=True):
             job.done += 1
             job.tokens += total
+            self.bank.follow(slot, job.done)
             entries.append((slot, job, job.done, rows[slot][0], total))
         assert losses is not None
         self.pending.append(_Pending(entries, losses, norms))
@@ -238,8 +243,11 @@ class Pack:
     def forward_backward(self, batch: Batch) -> Tensor:
         """Losses [L] of one forward pass; their gradients are added to the bank's."""
         self.bank.derive()
+        self._lengths = batch.lengths
         with _attention(self.device, self.dtype):
             losses = self._forward_backward(batch)
+        self._lengths = None
+        self.bank.penalise(1 / self.accumulation)
         self.bank.project()
         return losses
 
@@ -250,6 +258,12 @@ class Pack:
         losses.sum().backward()
         return losses.detach()
 
+    def _add_noise(self, module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        lanes = self.bank.lanes
+        if self._lengths is None or not lanes.noisy:
+            return embedded
+        return noise.add(embedded, self._lengths, lanes.noise, lanes.seeds, lanes.slots)
+
     def _micro_step(self, batch: Batch) -> Tensor:
         if self.captured is not None:
             return self.captured(batch.pinned(), key=self.bank.lanes.flags)
@@ -259,7 +273,7 @@ class Pack:
         return [job.examples[i] for i in job.order.batch(job.done * self.accumulation + micro)]
 
     def _seed_dropout(self, moving: Sequence[tuple[int, Job]], micro: int) -> None:
-        if not self.bank.lanes.drop:
+        if not (self.bank.lanes.drop or self.bank.lanes.noisy):
             return
         seeds = [0] * len(self.jobs)
         for slot, job in moving:

@@ -1,5 +1,7 @@
 """What each method puts on the base. `METHODS` is the table of them; docs/methods.md shows it to readers."""
 
+from dataclasses import replace
+
 from sweeper.architecture import Target
 from sweeper.engine.forms import AdapterSpec
 from sweeper.errors import SpecError, unknown
@@ -7,7 +9,7 @@ from sweeper.methods import dora, lora, lora_plus, principal, vera
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec
 
-__all__ = ["METHODS", "Method", "adapter", "check", "find", "packs", "parameters", "trainable"]
+__all__ = ["METHODS", "Method", "adapter", "check", "find", "held", "packs", "parameters", "trainable"]
 
 METHODS: dict[str, Method] = {
     "lora": lora.LORA,
@@ -49,6 +51,11 @@ def trainable(method: MethodSpec, ranks: Ranks) -> int:
     return sum(count(method, target, rank) for target, rank in ranks.items())
 
 
+def held(spec: RunSpec, ranks: Ranks) -> int:
+    """Values of a run's adapter that are kept with gradient and moments: what trains, and what is frozen among it."""
+    return adapter(spec, ranks).capacity.values(list(ranks)) if packs(spec) else trainable(spec.method, ranks)
+
+
 def check(spec: RunSpec) -> None:
     """Raises SpecError for a method that there is not, wrong options, or a run that the method cannot train."""
     method = find(spec.method.name)
@@ -58,6 +65,8 @@ def check(spec: RunSpec) -> None:
     if spec.placement.embeddings and not method.embeddings:
         able = ", ".join(name for name, one in METHODS.items() if one.embeddings)
         raise SpecError(f"placement.embeddings=true: method={spec.method.name} cannot adapt the embedding; {able} can")
+    if spec.optim.lr_ratio is not None and spec.method.name in ("lora_plus", "lora_fa"):
+        raise SpecError(f"optim.lr_ratio: method={spec.method.name} says itself how fast A and B learn")
     method.check(spec)
 
 
@@ -71,4 +80,16 @@ def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
     method = find(spec.method.name)
     if method.adapter is None or not method.packs(spec):
         raise SpecError(f"method={spec.method.name} does not train in packs")
-    return method.adapter(spec, ranks)
+    return _with_options(spec, method.adapter(spec, ranks))
+
+
+def _with_options(spec: RunSpec, made: AdapterSpec) -> AdapterSpec:
+    """The adapter with what the run's training options ask of its slot."""
+    return replace(
+        made,
+        rate_b=made.rate_b if spec.optim.lr_ratio is None else spec.optim.lr_ratio,
+        average=spec.trainer.ema_decay,
+        keep_best=spec.trainer.patience is not None,
+        penalties=spec.optim.penalties,
+        noise=spec.trainer.neftune_alpha,
+    )

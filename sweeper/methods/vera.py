@@ -40,6 +40,8 @@ def _parameters(method: MethodSpec, target: Target, rank: int) -> int:
 def _check(spec: RunSpec) -> None:
     if spec.method.rank_stabilised:
         raise SpecError("method.rank_stabilised=true: method=vera has no alpha to stabilise")
+    if spec.optim.orthogonality_penalty or spec.optim.norm_penalty:
+        raise SpecError("method=vera trains neither A nor B: of the penalties it takes optim.update_penalty alone")
     if key(spec) < 0:
         raise SpecError(f"method.options.projection_key must be at least 0, got {key(spec)}")
 
