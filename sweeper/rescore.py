@@ -239,7 +239,9 @@ def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     from sweeper.engine.pack import Pack
 
     targets = {target.name: target for target in base.targets}
-    adapters = [methods.adapter(run.spec, {targets[name]: rank for name, rank in run.ranks.items()}) for run in runs]
+    adapters = [
+        methods.adapter(run.spec, {targets[name]: rank for name, rank in run.ranks.items()}).settled() for run in runs
+    ]
     pack = Pack(base, [adapter.capacity for adapter in adapters], batch_size=1)
     for slot, (run, adapter) in enumerate(zip(runs, adapters, strict=True)):
         saved = read_adapter(run.folder)

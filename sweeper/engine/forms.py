@@ -8,7 +8,7 @@ vera    A and B are shared and frozen; a factor for every rank and one for every
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sweeper.architecture import Target
@@ -92,6 +92,10 @@ class AdapterSpec:
             forms=frozenset({self.form}) - {"lora"},
             stores=frozenset(name for name, needed in wanted.items() if needed),
         )
+
+    def settled(self) -> "AdapterSpec":
+        """The adapter without what only its training needs."""
+        return replace(self, average=None, keep_best=False, penalties=(0.0, 0.0, 0.0), noise=0.0)
 
     def shape(self) -> dict[str, Any]:
         """All that time and memory of a step depend on."""

@@ -246,3 +246,48 @@ def test_a_packed_run_equals_trainer_with_peft(
                 theirs.append(module.lora_magnitude_vector.default.weight)
         for mine, other in zip(parts, theirs, strict=False):
             torch.testing.assert_close(mine[: len(other)], other.data, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def study(make_run: Any) -> list[RunSpec]:
+    """A run of every method, on one placement."""
+    return [
+        make_run("attn", method={"name": name, **SECTIONS[name]}, trainer={"max_steps": 4}, rank=4, alpha=8)
+        for name in EVERY
+    ]
+
+
+def test_a_study_of_every_method_is_recorded_and_scored_again(
+    study: list[RunSpec], run_all: Any, tmp_path: Path
+) -> None:
+    from sweeper import rescore
+    from sweeper.record import read_record
+    from sweeper.spec import EvaluationSpec, Settings
+
+    events = run_all(study)
+    assert {type(event).__name__ for event in events} >= {"RunFinished", "Step"}
+    wanted = EvaluationSpec(name="e", splits=("test",))
+    runs = rescore.find([tmp_path / "study"])
+    found = list(rescore.rescore(runs, [], wanted, Settings(study="study", output_root=str(tmp_path), device="cpu")))
+    assert {one.run.spec.method.name for one in found} == set(EVERY)
+    for one in found:
+        record, name = read_record(one.run.folder), one.run.spec.method.name
+        assert record.status == "completed"
+        assert record.scores["test"]["after"].nll == pytest.approx(one.score.nll, rel=1e-5)
+        assert record.efficiency.pack_runs == len(EVERY)
+        widths = {"attn_q": (32, 32), "attn_k": (32, 16), "attn_v": (32, 16), "attn_o": (32, 32)}
+        assert record.trainable_parameters == sum(COUNTS[name](*widths[m.role]) for m in record.modules)
+        assert all(module.rank == 4 for module in record.modules)
+
+
+def test_a_study_of_every_method_goes_on_after_a_stop(study: list[RunSpec], run_all: Any, tmp_path: Path) -> None:
+    from sweeper.record import read_record
+
+    run_all(study, "whole")
+    run_all(study, "stopped", stop_after=2 * len(EVERY) + 1)
+    run_all(study, "stopped")
+    for spec in study:
+        whole, again = (read_record(tmp_path / name / spec.run_id) for name in ("whole", "stopped"))
+        assert whole.scores == again.scores
+        files = [tmp_path / name / spec.run_id / ADAPTER / "adapter_model.safetensors" for name in ("whole", "stopped")]
+        assert files[0].read_bytes() == files[1].read_bytes()
