@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sweeper.engine import penalty, starts
+from sweeper.engine import penalty, sparse, starts
 from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.gain import Gain
 from sweeper.engine.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK, adapted_linear
+from sweeper.engine.seeds import seed_of
 from sweeper.engine.shared import Shared, draw
 from sweeper.placement import Target
 
@@ -90,7 +91,7 @@ class Group(nn.Module):
 
     def attach(self, params: Tensor, work: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
         self.params, self.work, self.table, self.scale, self.hidden = params, work, table, scale, hidden
-        salts = [starts.seed_of(target.name) for target in self.targets]
+        salts = [seed_of(target.name) for target in self.targets]
         self.salts = torch.tensor(salts, dtype=torch.int64, device=params.device)
 
     def forward(self, x: Tensor, member: int) -> Tensor:
@@ -366,8 +367,8 @@ class AdapterBank:
             if fresh:
                 self._begin(segment, adapter, self.parts(staged.segments[segment], adapter, values))
         staged.move(values, self.params)
-        for store in self.stores(adapter)[3:]:
-            staged.move(values, store)
+        for name in {"average", "best"} & set(adapter.copies):
+            staged.move(values, self.copies[name])
         self.penalties[slot] = torch.tensor(adapter.penalties)
         self._switch_forms(slot, adapter)
         self.set_rates(slot, 0)
@@ -421,6 +422,9 @@ class AdapterBank:
             first = starts.principal(self.model, group.weights[segment.member], segment.target, adapter)
             for part, value, sign in zip((a, b), first, (1, -1), strict=True):
                 part[:trained], part[trained:] = value, sign * value
+        if adapter.sparsity is not None and not adapter.sparsity.learnt:
+            for part, mask in zip(parts, self._pattern(segment, adapter, 0), strict=False):
+                part *= mask
         if adapter.form == "dora":
             parts[2].copy_(self._gain(segment).squares[segment.member].sqrt())
 
@@ -433,7 +437,11 @@ class AdapterBank:
         staged = self.staging[slot]
         rates = torch.full((staged.size,), 0.0 if adapter.rated else 1.0)
         for segment in self._own(slot, adapter) if adapter.rated else ():
-            self._rate(adapter, segment.target.name, step, self.parts(staged.segments[segment], adapter, rates))
+            parts = self.parts(staged.segments[segment], adapter, rates)
+            self._rate(adapter, segment.target.name, step, parts)
+            if adapter.sparsity is not None and adapter.sparsity.settled(step):
+                for rate, mask in zip(parts, self._pattern(segment, adapter, step), strict=False):
+                    rate *= mask.cpu()
         staged.move(rates, self.rates)
 
     @staticmethod
@@ -446,6 +454,71 @@ class AdapterBank:
         parts[1][rows] = adapter.rate_b
         for magnitude in parts[2:]:
             magnitude.fill_(adapter.rate_b)
+
+    def _pattern(self, segment: Segment, adapter: AdapterSpec, step: int) -> list[Tensor]:
+        """Where A and B of a sparse adapter are not zero after some steps."""
+        sparsity, name = adapter.sparsity, segment.target.name
+        assert sparsity is not None
+        if sparsity.learnt:
+            found = self.parts(segment, adapter, self.copies["sensitivity"])[:2]
+            return [sparse.pattern(weight, sparsity.kept(weight.shape[1], step)) for weight in found]
+        return [
+            sparse.random_pattern(
+                adapter.ranks[name], width, sparsity.kept(width, step), f"{adapter.seed}/{name}/{part}"
+            )
+            for part, width in (("a", segment.target.in_features), ("b", segment.target.out_features))
+        ]
+
+    @torch.no_grad()
+    def restart(self, slot: int, step: int) -> None:
+        """Begins the next adapter of a run that merges and restarts; the one before stays, frozen (ReLoRA)."""
+        adapter = self.held[slot]
+        assert adapter is not None
+        assert adapter.restarts is not None
+        self.set_rates(slot, step)
+        block = adapter.restarts.block(step)
+        for segment in self._own(slot, adapter):
+            trained = adapter.trained[segment.target.name]
+            old, new = (slice(trained * place, trained * (place + 1)) for place in (block - 1, block))
+            first = starts.draw(segment.target, trained, adapter.seed, again=block)
+            for store in (self.params, *(self.copies[name] for name in {"average"} & set(adapter.copies))):
+                for part, value in zip(self.views(segment, trained * (block + 1), store), first, strict=True):
+                    part[new] = value.to(part.device)
+            moments = [self.views(segment, trained * (block + 1), m) for m in (self.exp_avg, self.exp_avg_sq)]
+            for mean, square in zip(*moments, strict=True):
+                keep = starts.largest(mean[old], 1 - adapter.restarts.prune)
+                for moment in (mean, square):
+                    moment[new] = moment[old] * keep
+                    moment[old] = 0
+        self.refresh(slot)
+
+    @torch.no_grad()
+    def sense(self, slot: int, step: int) -> None:
+        """Notes how sensitive the loss is to the values of a slot that learns its pattern, before its step `step`."""
+        adapter = self.held[slot]
+        if adapter is None or adapter.sparsity is None or adapter.sparsity.settled(step - 1):
+            return
+        for start, stop in self.spans[slot]:
+            found = sparse.sensitivity(self.params[start:stop], self.grads[start:stop])
+            self.copies["sensitivity"][start:stop].lerp_(found, 1 - adapter.sparsity.memory)
+
+    @torch.no_grad()
+    def prune(self, slot: int, step: int) -> None:
+        """Sets to zero what a slot that learns its pattern does without after its step `step`."""
+        adapter = self.held[slot]
+        if adapter is None or adapter.sparsity is None or not adapter.sparsity.learnt:
+            return
+        if not adapter.sparsity.first < step <= adapter.sparsity.last:
+            return
+        over = step == adapter.sparsity.last
+        for segment in self._own(slot, adapter):
+            masks = self._pattern(segment, adapter, step)
+            for store in (self.params, self.exp_avg, self.exp_avg_sq) if over else (self.params,):
+                for part, mask in zip(self.parts(segment, adapter, store), masks, strict=False):
+                    part *= mask
+        if over:
+            self.set_rates(slot, step)
+        self.refresh(slot)
 
     @torch.no_grad()
     def derive(self, slots: Iterable[int] | None = None) -> None:
@@ -549,9 +622,7 @@ class AdapterBank:
 
     def stores(self, adapter: AdapterSpec) -> list[Tensor]:
         """The stores that make up the state of a run: values, moments, and what else its options keep."""
-        wanted = {"average": adapter.average is not None, "best": adapter.keep_best}
-        kept = [self.copies[name] for name, needed in wanted.items() if needed]
-        return [self.params, self.exp_avg, self.exp_avg_sq, *kept]
+        return [self.params, self.exp_avg, self.exp_avg_sq, *(self.copies[name] for name in adapter.copies)]
 
     def _pieces(self, slot: int, store: Tensor) -> list[Tensor]:
         return [store[start:stop] for start, stop in self.spans[slot]]

@@ -22,7 +22,7 @@ from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.capture import CapturedStep
 from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.loss import Head
-from sweeper.engine.optimizer import PackedAdamW, hyperparameters
+from sweeper.engine.optimizer import LR, PackedAdamW, hyperparameters, learning_rate
 from sweeper.errors import ModelError
 from sweeper.models import BaseModel
 from sweeper.spec import OptimSpec
@@ -186,19 +186,25 @@ class Pack:
         chosen = [[self._examples(job, micro) for _, job in moving] for micro in range(self.accumulation)]
         totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
         self.use_lanes([slot for slot, _ in moving])
+        for slot, job in moving:
+            if job.adapter.restarts is not None and job.adapter.restarts.due(job.done):
+                self.bank.restart(slot, job.done)
         losses = None
         for micro, lanes in enumerate(chosen):
             self._seed_dropout(moving, micro)
             batch = collate(lanes, totals, fixed=self.compiled)
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
-        rows = {slot: hyperparameters(job.optim, job.done, job.steps) for slot, job in moving}
+        rows = {slot: _row(job) for slot, job in moving}
+        for slot, job in moving:
+            self.bank.sense(slot, job.done + 1)
         self.optimizer.set(rows)
         norms = self.optimizer.step().clone()
         entries = []
         for (slot, job), total in zip(moving, totals, strict=True):
             job.done += 1
             job.tokens += total
+            self.bank.prune(slot, job.done)
             self.bank.follow(slot, job.done)
             entries.append((slot, job, job.done, rows[slot][0], total))
         assert losses is not None
@@ -289,6 +295,15 @@ class Pack:
             getattr(self.model, f"{word}_enable")(**{f"{word}_kwargs": {"use_reentrant": False}})
         elif self.checkpointing:
             getattr(self.model, f"{word}_disable")()
+
+
+def _row(job: Job) -> list[float]:
+    """The optimiser's settings for a run's next step."""
+    row = hyperparameters(job.optim, job.done, job.steps)
+    if job.adapter.restarts is not None:
+        step, factor = job.adapter.restarts.pace(job.done)
+        row[LR] = factor * learning_rate(job.optim, step, job.steps)
+    return row
 
 
 def verified_head(base: BaseModel) -> Head:

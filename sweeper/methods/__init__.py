@@ -5,7 +5,7 @@ from dataclasses import replace
 from sweeper.architecture import Target
 from sweeper.engine.forms import AdapterSpec
 from sweeper.errors import SpecError, unknown
-from sweeper.methods import dora, lora, lora_plus, principal, vera
+from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, vera
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec
 
@@ -20,6 +20,8 @@ METHODS: dict[str, Method] = {
     "pissa": principal.PISSA,
     "olora": principal.OLORA,
     "vera": vera.VERA,
+    "relora": relora.RELORA,
+    "sparse": sparse.SPARSE,
 }
 
 
