@@ -74,7 +74,8 @@ class Pack:
         base: the frozen model; its modules are wrapped until `close`.
         capacities: for each slot, module name -> the highest rank it may hold, or what else it may hold.
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
-        compiled: compile the layers and capture whole steps as CUDA graphs. Needs CUDA.
+        compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
+            nothing without CUDA.
         lengths_vary: compile once for all lengths, rather than for the first and then once more.
     """
 
@@ -86,6 +87,7 @@ class Pack:
         batch_size: int,
         accumulation: int = 1,
         compiled: bool = False,
+        captured: bool = False,
         lengths_vary: bool = False,
         checkpointing: bool = False,
     ) -> None:
@@ -100,12 +102,13 @@ class Pack:
         self.jobs: list[Job | None] = [None] * len(capacities)
         self.pending: list[_Pending] = []
         self._lane_slots: dict[int, Tensor] = {}
-        self.compiled = compiled and self.device.type == "cuda" and self.bank.graphable
+        able = self.device.type == "cuda" and self.bank.graphable
+        self.compiled = compiled and able
         self.checkpointing = checkpointing
         self._checkpoint_activations(checkpointing)
         if self.compiled:
             _compile_layers(self.model, dynamic=True if lengths_vary else None)
-        self.captured = CapturedStep(self.forward_backward) if self.compiled else None
+        self.captured = CapturedStep(self.forward_backward) if able and (compiled or captured) else None
         self._lengths: Tensor | None = None
         self._noise = self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.model.train()
@@ -192,7 +195,7 @@ class Pack:
         losses = None
         for micro, lanes in enumerate(chosen):
             self._seed_dropout(moving, micro)
-            batch = collate(lanes, totals, fixed=self.compiled)
+            batch = collate(lanes, totals, fixed=self.captured is not None)
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
         rows = {slot: _row(job) for slot, job in moving}
