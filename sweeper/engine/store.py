@@ -44,8 +44,8 @@ class Store:
     They lie group by group, slot by slot and member by member, A `[rank, in]` then B `[rank, out]`, and after each
     group, where a slot of it may hold a DoRA or VeRA, a table `[slot, values]` of their extra values. `work` is what
     the products read: the values themselves, or on CUDA their copy in the base model's precision, kept by the
-    optimiser. `rates` is each value's learning rate over its run's (0: frozen), None where all have their run's. `copies` are
-    further stores of the same layout, which some runs need.
+    optimiser. `rates` is each value's learning rate over its run's (0: frozen), None where all have their run's.
+    `copies` are further stores of the same layout, which some runs need.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 
 from sweeper import methods
-from sweeper.engine.evaluate import score
+from sweeper.engine.evaluate import generate, score
 from sweeper.engine.export import write_adapter
 from sweeper.engine.pack import Job, Pack
 from sweeper.errors import SpecError
@@ -424,3 +424,29 @@ def test_a_study_of_every_method_goes_on_after_a_stop(study: list[RunSpec], run_
         assert whole.scores == again.scores
         files = [tmp_path / name / spec.run_id / ADAPTER / "adapter_model.safetensors" for name in ("whole", "stopped")]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_pack_of_every_method_writes_what_generate_writes_through_peft(
+    load: Any, make: Any, make_examples: Any, tmp_path: Path
+) -> None:
+    base, new = load("llama"), 8
+    prompts = [example.input_ids for example in make_examples(3, count=3)]
+    made = [make(base, name, seed=i, steps=12) for i, name in enumerate(EVERY)]
+    with Pack(base, [one.job.adapter.capacity for one in made], batch_size=4) as pack:
+        for one in made:
+            pack.add(one.job)
+        for _ in range(12):
+            pack.step()
+        ours = generate(pack, list(range(len(made))), prompts, max_new_tokens=new, stop_ids=[-7], rows=3)
+        for slot, one in enumerate(made):
+            weights = pack.bank.adapter(slot, one.job.adapter)
+            write_adapter(tmp_path / one.job.run_id, one.spec, list(one.ranks), weights)
+    for one, texts in zip(made, ours, strict=True):
+        model = PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path / one.job.run_id / ADAPTER)
+        for prompt, text in zip(prompts, texts, strict=True):
+            written = model.generate(
+                input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+            assert text.ids == tuple(written[0, len(prompt) :].tolist())
+    assert len({texts[0].ids for texts in ours}) > 3
