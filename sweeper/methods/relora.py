@@ -33,11 +33,15 @@ def _restarts(spec: RunSpec) -> Restarts:
 
 def _check(spec: RunSpec) -> None:
     restarts = RELORA.option(spec.method, "restarts")
-    if not 1 <= restarts < max(2, spec.trainer.max_steps):
-        most = spec.trainer.max_steps - 1
-        raise SpecError(f"method.options.restarts must be 1 to {most} in {most + 1} steps, got {restarts}")
+    if restarts < 1:
+        raise SpecError(f"method.options.restarts must be at least 1, got {restarts}")
+    if restarts >= spec.trainer.max_steps:
+        raise SpecError(
+            f"method.options.restarts={restarts} needs more than {restarts} steps, and trainer.max_steps is "
+            f"{spec.trainer.max_steps}"
+        )
     found = _restarts(spec)
-    if not 0 <= found.warmup < max(found.every, 1):
+    if not 0 <= found.warmup < found.every:
         raise SpecError(
             f"method.options.warmup_steps={found.warmup}: a restart every {found.every} steps leaves room for at most "
             f"{found.every - 1}"
