@@ -260,9 +260,11 @@ class AdapterBank(Store):
         if not adapter.sparsity.first < step <= adapter.sparsity.last:
             return
         over = step == adapter.sparsity.last
+        average = [self.copies["average"]] if "average" in adapter.copies else []
+        stores = [self.params, self.exp_avg, self.exp_avg_sq, *average]
         for segment in self.own(slot, adapter):
             masks = self._pattern(segment, adapter, step)
-            for store in (self.params, self.exp_avg, self.exp_avg_sq) if over else (self.params,):
+            for store in stores if over else stores[:1]:
                 for part, mask in zip(self.parts(segment, adapter, store), masks, strict=False):
                     part *= mask
         if over:

@@ -105,6 +105,10 @@ class AdapterSpec:
             stores=frozenset(name for name, needed in wanted.items() if needed),
         )
 
+    def saveable(self, step: int) -> bool:
+        """Whether the weights after some steps are such as the method is to leave: a sparse adapter must be sparse."""
+        return self.sparsity is None or self.sparsity.settled(step)
+
     def settled(self) -> "AdapterSpec":
         """The adapter without what only its training needs."""
         return replace(self, average=None, keep_best=False, penalties=(0.0, 0.0, 0.0), noise=0.0)

@@ -342,7 +342,8 @@ class Session:
                 )
             for (slot, progress), result in zip(group, found, strict=True):
                 yield self._scored(progress, "validation", str(progress.prepared.job.done), result)
-                if progress.request.spec.trainer.patience is not None and progress.judge(result.score.nll):
+                job = progress.prepared.job
+                if job.adapter.keep_best and job.adapter.saveable(job.done) and progress.judge(result.score.nll):
                     pack.bank.keep_best(slot)
         clock.restart()
 

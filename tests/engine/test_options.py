@@ -188,6 +188,23 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(
     assert (tmp_path / "study" / specs[0].run_id / ADAPTER).is_dir()
 
 
+def test_a_sparse_run_that_ends_early_or_is_averaged_is_saved_sparse(
+    make_run: Any, run_all: Any, tmp_path: Path
+) -> None:
+    """Its lowest NLL is while the adapter is still dense, which is not what the method is to leave."""
+    from sweeper.rescore import read_adapter
+
+    sparse = {"name": "sparse", "options": {"sparsity": 0.5}}
+    trainer = {"max_steps": 10, "patience": 9, "ema_decay": 0.5}
+    spec = make_run("attn", method=sparse, trainer=trainer, optim={"lr": 0.05}, evaluation={"every_steps": 1})
+    run_all([spec])
+    folder = tmp_path / "study" / spec.run_id
+    record = read_record(folder)
+    assert record.saved["step"] >= 7
+    found = read_adapter(folder)
+    assert sum(int((part != 0).sum()) for parts in found.values() for part in parts) == record.trainable_parameters
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
