@@ -260,9 +260,7 @@ class AdapterBank(Store):
     def prune(self, slot: int, step: int) -> None:
         """Sets to zero what a slot that learns its pattern does without after its step `step`."""
         adapter = self.held[slot]
-        if adapter is None or adapter.sparsity is None or not adapter.sparsity.learnt:
-            return
-        if not adapter.sparsity.first < step <= adapter.sparsity.last:
+        if adapter is None or adapter.sparsity is None or not adapter.sparsity.due(step):
             return
         over = step == adapter.sparsity.last
         average = [self.copies["average"]] if "average" in adapter.copies else []
