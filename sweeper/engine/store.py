@@ -161,6 +161,16 @@ class Store:
         """Module name -> the parts of the adapter of the run that holds a slot; views, not copies."""
         return {segment.target.name: self.parts(segment, adapter, store) for segment in self.own(slot, adapter)}
 
+    @torch.no_grad()
+    def saved(self, slot: int, adapter: AdapterSpec) -> dict[str, tuple[Tensor, ...]]:
+        """As `adapter`, of the weights that the run leaves, copied to the host all at once."""
+        staged, pieces = self.staging[slot], self.pieces(slot, self.to_save(slot))
+        moved = torch.cat(pieces or [self.params[:0]]).cpu()
+        return {
+            segment.target.name: self.parts(staged.segments[segment], adapter, moved)
+            for segment in self.own(slot, adapter)
+        }
+
     def own(self, slot: int, adapter: AdapterSpec) -> list[Segment]:
         return [segment for segment in self.by_slot[slot] if segment.target.name in adapter.ranks]
 
