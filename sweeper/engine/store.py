@@ -71,6 +71,9 @@ class Store:
         self.held: list[AdapterSpec | None] = [None] * count
         self.block_slot = self._block_slots(size).to(device)
         self.by_slot = [[segment for segment in self.segments if segment.slot == slot] for slot in range(count)]
+        self.by_group: list[list[Segment]] = [[] for _ in self.member_targets]
+        for segment in self.segments:
+            self.by_group[segment.group].append(segment)
         self.spans = [_merged([span for s in own for span in _spans(s)]) for own in self.by_slot]
         self.staging = [Staging(own, spans) for own, spans in zip(self.by_slot, self.spans, strict=True)]
 
