@@ -67,7 +67,7 @@ def test_compiled_layers_of_a_pack_of_many_methods(
     eager = train(base, jobs, capacities=capacities)
     torch._dynamo.reset()
     counters.clear()
-    for layer in packs.decoder_layers(base.model):
+    for layer in compilation.decoder_layers(base.model):
         layer.compile(backend="aot_eager", dynamic=True)
     compiled = train(base, jobs, capacities=capacities)
     assert 1 <= counters["stats"]["unique_graphs"] <= 4
