@@ -147,13 +147,18 @@ def memory(
     batch_size: int,
     length: int,
     checkpointing: bool = False,
+    values: int | None = None,
 ) -> Memory:
-    """Peak memory of one run alone, by what it is for; `bytes_per_value` is 4 for float32, 2 for bfloat16."""
+    """Peak memory of one run alone, by what it is for; `bytes_per_value` is 4 for float32, 2 for bfloat16.
+
+    `values` is the number of values that the adapter holds, where they are not those of a LoRA of these ranks.
+    """
+    values = lora_parameters(ranks) if values is None else values
     return Memory(
         base=base_parameters * bytes_per_value,
-        adapter=adapter_bytes(ranks),
-        gradients=lora_parameters(ranks) * GRADIENT_BYTES,
-        optimiser=optimiser_bytes(ranks),
+        adapter=values * ADAPTER_BYTES,
+        gradients=values * GRADIENT_BYTES,
+        optimiser=values * MOMENT_BYTES,
         activations=activation_bytes(
             targets,
             ranks,

@@ -1,255 +1,78 @@
-"""The adapters of a pack: one flat store of parameters, and the wrappers that put them on the frozen base."""
+"""The adapters of a pack: the flat store of their values, and the wrappers that put them on the frozen base."""
 
-import hashlib
-import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sweeper.engine.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK, adapted_linear
-from sweeper.placement import Target
+from sweeper.architecture import Target
+from sweeper.engine import penalty, sparse, starts
+from sweeper.engine.forms import AdapterSpec, Capacity
+from sweeper.engine.gain import Gain
+from sweeper.engine.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK
+from sweeper.engine.shared import Shared, draw
+from sweeper.engine.store import Segment, Store
+from sweeper.engine.wrappers import Adapted, AdaptedEmbedding, Group, Lanes
 
-BLOCK = 64  # values; a segment starts at a multiple of it, so a block belongs to one slot
-
-MOST_MEMBERS = 3  # of a group: the kernels take that many output tensors
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterSpec:
-    """What one run puts on the base: module name -> rank and -> scale (alpha / rank, or what the method says)."""
-
-    ranks: Mapping[str, int]
-    scales: Mapping[str, float]
-    dropout: float
-    seed: int
+__all__ = ["AdapterBank", "AdapterSpec", "Capacity"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
-    """Where one slot's adapter of one module lies in the flat store: A `[rank, in]` at `a`, B `[rank, out]` at `b`."""
-
-    target: Target
-    slot: int
-    group: int
-    member: int
-    capacity: int
-    a: int
-    b: int
-
-    @property
-    def end(self) -> int:
-        return self.b + _padded(self.capacity * self.target.out_features)
-
-
-@dataclass
-class Lanes:
-    """How the rows of the present batch are shared out; one object that every adapted module reads.
-
-    `slots` [L] int32 is the slot of each lane (-1: the bare base), `tokens` the padded length of a sequence.
-    """
-
-    slots: Tensor
-    dropout: Tensor
-    seeds: Tensor
-    tokens: int = 1
-    drop: bool = False
-    host_slots: tuple[int, ...] = field(default=())
-
-
-class Group(nn.Module):
-    """Up to three frozen matrices on the same input, computed in one go with every lane's adapters."""
-
-    def __init__(self, targets: Sequence[Target], modules: Sequence[Any], lanes: Lanes) -> None:
-        super().__init__()
-        self.targets = tuple(targets)
-        self.lanes = lanes
-        self.weights = [
-            module.weight.data if target.kind == "conv1d" else module.weight.data.t()
-            for target, module in zip(targets, modules, strict=True)
-        ]
-        self.biases = _biases(modules)
-        self.input: Tensor | None = None
-        self.parts: tuple[Tensor, ...] = ()
-        self.waiting = 0
-
-    def attach(self, params: Tensor, work: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
-        self.params, self.work, self.table, self.scale, self.hidden = params, work, table, scale, hidden
-        salts = [_hash(target.name) for target in self.targets]
-        self.salts = torch.tensor(salts, dtype=torch.int64, device=params.device)
-
-    def forward(self, x: Tensor, member: int) -> Tensor:
-        """Output of one member. The first that is asked computes all; the siblings fetch theirs."""
-        if self.waiting == 0 or self.input is not x:
-            self.parts = self.products(x)
-            self.input, self.waiting = x, len(self.parts)
-        part = self.parts[member]
-        self.waiting -= 1
-        if self.waiting == 0:
-            self.input, self.parts = None, ()
-        return part
-
-    def products(self, x: Tensor) -> tuple[Tensor, ...]:
-        lanes = self.lanes
-        # from the shape where it can be: a plain number would be a constant of the compiled layer, one for each length
-        tokens = x.shape[1] if x.dim() == 3 else lanes.tokens
-        *ys, _ = adapted_linear(
-            x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.work, self.table,
-            self.scale, lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, tokens,
-            lanes.drop and self.training,
-        )  # fmt: skip
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
-
-
-class Adapted(nn.Module):
-    """Stands in for one linear module of the base; `base` is the module it replaces."""
-
-    base: Any
-
-    def __init__(self, base: nn.Module, group: Group, member: int) -> None:
-        super().__init__()
-        self.base, self.group, self.member = base, group, member
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.group(x, self.member)
-
-
-class _EmbeddingLookup(torch.autograd.Function):
-    """Frozen embedding rows plus s * A[:, id]^T B of each lane's slot."""
-
-    @staticmethod
-    def forward(ctx, ids, weight, params, group, slots):
-        y = weight[ids]
-        hidden = []
-        for rows, a, b, scale in group.walk(params, slots, len(ids)):
-            part = (a[:, ids[rows]].t() * scale).to(y.dtype)
-            y[rows] += part @ b.to(y.dtype)
-            hidden.append(part)
-        ctx.save_for_backward(ids, params, *hidden)
-        ctx.group, ctx.slots = group, slots
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        ids, params, *hidden = ctx.saved_tensors
-        dparams = torch.zeros_like(params)
-        walk = zip(
-            ctx.group.walk(params, ctx.slots, len(ids)),
-            ctx.group.walk(dparams, ctx.slots, len(ids)),
-            hidden,
-            strict=True,
-        )
-        for (rows, _, b, scale), (_, grad_a, grad_b, _), part in walk:
-            grad_b.copy_(part.t() @ dy[rows])
-            grad_a.index_add_(1, ids[rows], (dy[rows] @ b.to(dy.dtype).t() * scale).t().to(grad_a.dtype))
-        return None, None, dparams, None, None
-
-
-class AdaptedEmbedding(nn.Module):
-    """Stands in for the token embedding. Its lanes are walked on the host, so such a pack runs without CUDA graphs."""
-
-    def __init__(self, base: nn.Embedding, target: Target, lanes: Lanes) -> None:
-        super().__init__()
-        self.base, self.target, self.lanes = base, target, lanes
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    def attach(self, params: Tensor, _work: Tensor, table: Tensor, scale: Tensor, _hidden: int) -> None:
-        self.params, self.table, self.scale = params, table, scale
-
-    def walk(self, params: Tensor, slots: Sequence[int], rows: int) -> Iterator[tuple[slice, Tensor, Tensor, float]]:
-        share = rows // len(slots)
-        for lane, slot in enumerate(slots):
-            rank, a, b, _ = self.table[slot, 0].tolist() if slot >= 0 else (0, 0, 0, 0)
-            if rank:
-                yield (
-                    slice(lane * share, (lane + 1) * share),
-                    params[a : a + rank * self.target.in_features].view(rank, -1),
-                    params[b : b + rank * self.target.out_features].view(rank, -1),
-                    float(self.scale[slot, 0]),
-                )
-
-    def forward(self, ids: Tensor) -> Tensor:
-        flat = _EmbeddingLookup.apply(ids.reshape(-1), self.base.weight, self.params, self, self.lanes.host_slots)
-        return flat.view(*ids.shape, -1) * getattr(self.base, "embed_scale", 1.0)
-
-
-class AdapterBank:
-    """Parameters, gradients and Adam moments of every slot, and the wrappers on the base model.
+class AdapterBank(Store):
+    """The store of every slot, and the wrappers on the base model.
 
     Args:
         targets: all adaptable modules of the base.
-        capacities: for each slot, module name -> highest rank it may ever hold. What is absent takes no memory.
-
-    The flat store holds, group by group, slot by slot and member by member, A `[rank, in]` then B `[rank, out]`. `work`
-    is what the products read: that store, or on CUDA its copy in the base model's precision, kept by the optimiser.
+        capacities: for each slot, module name -> highest rank it may ever hold, or what else it may hold. What is
+            absent takes no memory.
     """
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[Target], capacities: Sequence[Mapping[str, int]], device: torch.device
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        capacities: Sequence[Capacity | Mapping[str, int]],
+        device: torch.device,
     ) -> None:
-        self.model, self.capacities = model, tuple(dict(capacity) for capacity in capacities)
-        count = len(capacities)
+        super().__init__(targets, capacities, next(model.parameters()).dtype, device)
+        self.model, count = model, len(capacities)
         self.lanes = Lanes(
             torch.full((count,), -1, dtype=torch.int32, device=device),
             torch.zeros(count, device=device),
             torch.zeros(count, dtype=torch.int64, device=device),
+            torch.zeros(count, device=device),
         )
-        self._dropout = [0.0] * count
-        used = set().union(*capacities) if capacities else set()
-        self.member_targets = _groups(targets, used)
-        self.segments: list[Segment] = []
-        bounds = self._lay_out()
-        size = bounds[-1]
-        self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
-        dtype = next(model.parameters()).dtype
-        copied = device.type == "cuda" and dtype != torch.float32
-        self.work = torch.zeros(size, dtype=dtype, device=device) if copied else self.params
-        self.block_slot = self._block_slots(size).to(device)
+        self.penalties = torch.zeros(count, 3, device=device)
         self.tables = _Mirrored([count * len(members) * 4 for members in self.member_targets], torch.int32, device)
         self.scales = _Mirrored([count * len(members) for members in self.member_targets], torch.float32, device)
         self.wrappers: dict[str, Adapted | AdaptedEmbedding] = {}
         self.groups: list[Group | AdaptedEmbedding] = []
         for index, members in enumerate(self.member_targets):
-            self._attach(index, members, bounds[index], bounds[index + 1], count, device)
+            self._attach(index, members, self.bounds[2 * index], self.bounds[2 * index + 1], count, device)
         self._upload()
-        self.by_slot = [[segment for segment in self.segments if segment.slot == slot] for slot in range(count)]
-        self.spans = [_merged([(s.a, s.end) for s in own]) for own in self.by_slot]
+        self.shared = {
+            slot: Shared.empty(
+                max(s.capacity for s in self._linear(slot)), [s.target for s in self._linear(slot)], device
+            )
+            for slot, own in enumerate(self.capacities)
+            if "vera" in own.forms
+        }
+        self.places = {
+            slot: torch.tensor(
+                [[s.a, s.b, s.x, s.target.in_features, s.target.out_features, s.capacity] for s in self._linear(slot)],
+                device=device,
+            )
+            for slot in self.shared
+        }
 
-    def _lay_out(self) -> list[int]:
-        bounds, offset = [0], 0
-        for group, members in enumerate(self.member_targets):
-            for slot, capacity in enumerate(self.capacities):
-                for member, target in enumerate(members):
-                    rank = capacity.get(target.name, 0)
-                    if not rank:
-                        continue
-                    a, b = offset, offset + _padded(rank * target.in_features)
-                    offset = b + _padded(rank * target.out_features)
-                    self.segments.append(
-                        Segment(target=target, slot=slot, group=group, member=member, capacity=rank, a=a, b=b)
-                    )
-            bounds.append(offset)
-        return bounds
-
-    def _block_slots(self, size: int) -> Tensor:
-        slots = torch.zeros(size // BLOCK, dtype=torch.int64)
-        for segment in self.segments:
-            slots[segment.a // BLOCK : segment.end // BLOCK] = segment.slot
-        return slots
+    @property
+    def state_bytes(self) -> int:
+        """Memory of all that is kept of the adapters of every slot."""
+        stores = [self.params, self.grads, self.exp_avg, self.exp_avg_sq, *self.copies.values()]
+        stores += [self.work] if self.work is not self.params else []
+        stores += [self.rates] if self.rates is not None else []
+        stores += [matrix for shared in self.shared.values() for matrix in (shared.a, shared.b)]
+        return sum(store.numel() * store.element_size() for store in stores)
 
     def _attach(self, index: int, members, start: int, stop: int, count: int, device) -> None:
         modules = [_base_of(self.model.get_submodule(target.name)) for target in members]
@@ -262,7 +85,7 @@ class AdapterBank:
                 self.wrappers[target.name] = Adapted(module, linear, member)
         params = self.params[start:stop].detach().requires_grad_()
         params.grad = self.grads[start:stop]
-        own = [segment for segment in self.segments if segment.group == index]
+        own = self.by_group[index]
         widest = -(-max(segment.capacity for segment in own) // 16) * 16
         for segment in own:
             row = self.tables.host[index].view(count, len(members), 4)[segment.slot, segment.member]
@@ -271,7 +94,17 @@ class AdapterBank:
         table = self.tables.device[index].view(count, len(members), 4)
         scale = self.scales.device[index].view(count, len(members))
         self.groups.append(group)
+        if isinstance(group, Group) and any("dora" in self.capacities[segment.slot].forms for segment in own):
+            group.gain = Gain(group.weights, self._magnitude(index), self.extras[index][2])
         group.attach(params, self.work[start:stop], table, scale, widest * len(members))
+
+    def _magnitude(self, index: int) -> Tensor:
+        """The table [slot, values] of a group's extra values as a leaf of its own."""
+        start, width, _ = self.extras[index]
+        part = slice(start, start + width * len(self.capacities))
+        magnitude = self.params[part].view(-1, width).detach().requires_grad_()
+        magnitude.grad = self.grads[part].view(-1, width)
+        return magnitude
 
     def install(self) -> None:
         """Puts the wrappers on the base model. The frozen weights are untouched."""
@@ -287,47 +120,254 @@ class AdapterBank:
     def graphable(self) -> bool:
         return not any(isinstance(group, AdaptedEmbedding) for group in self.groups)
 
-    def fits(self, slot: int, adapter: AdapterSpec) -> bool:
-        capacity = self.capacities[slot]
-        return all(rank <= capacity.get(name, 0) for name, rank in adapter.ranks.items())
-
     @torch.no_grad()
-    def assign(self, slot: int, adapter: AdapterSpec) -> None:
-        """Gives a slot to a run with a fresh adapter: A uniform as PEFT draws it, B zero, moments zero.
-
-        The draw depends on the run's seed and the module's name only, so arms that share a module share its start.
-        """
+    def assign(self, slot: int, adapter: AdapterSpec, *, fresh: bool = True) -> None:
+        """Gives a slot to a run with a fresh adapter, moments zero; not `fresh`: what it holds is to be written yet."""
         self._empty(slot)
+        self.held[slot] = adapter
         # drawn on the host into one piece: a GPU is given few long copies, not a handful for each module
-        staged = torch.zeros(sum(stop - start for start, stop in self.spans[slot]))
-        place = 0
-        for segment in self.by_slot[slot]:
-            rank = adapter.ranks.get(segment.target.name, 0)
-            if rank:
-                _draw(segment, rank, staged[place:], adapter.seed)
-                self._entry(segment, rank, adapter.scales[segment.target.name])
-            place += segment.end - segment.a
-        moved, place = staged.to(self.params.device), 0
-        for start, stop in self.spans[slot]:
-            self.params[start:stop] = moved[place : place + stop - start]
-            place += stop - start
+        staged = self.staging[slot]
+        values = torch.zeros(staged.size)
+        for segment in self.own(slot, adapter):
+            self._entry(segment, adapter.ranks[segment.target.name], adapter.scales[segment.target.name])
+            if fresh:
+                self._begin(segment, adapter, self.parts(staged.segments[segment], adapter, values))
+        staged.move(values, self.params)
+        for name in {"average", "best"} & set(adapter.copies):
+            staged.move(values, self.copies[name])
+        self.penalties[slot] = torch.tensor(adapter.penalties)
+        self._switch_forms(slot, adapter)
+        self.set_rates(slot, 0)
         self.refresh(slot)
         self._upload()
-        self._drop(slot, adapter.dropout)
+        self._note(slot, adapter)
+
+    def _switch_forms(self, slot: int, adapter: AdapterSpec, *, on: bool = True) -> None:
+        """Readies what a DoRA or VeRA has besides values in the store, or clears it."""
+        own = self.own(slot, adapter)
+        if adapter.form == "dora":
+            for segment in own:
+                self._gain(segment).switch(slot, segment.member, on)
+        if adapter.form == "vera":
+            self.shared[slot].clear()
+            if on:
+                targets = [segment.target for segment in own]
+                self.shared[slot].fill(*draw(max(adapter.ranks.values()), targets, adapter.shared[1]))
+
+    def _gain(self, segment: Segment) -> Gain:
+        group = self.groups[segment.group]
+        assert isinstance(group, Group)
+        assert group.gain is not None
+        return group.gain
+
+    def _begin(self, segment: Segment, adapter: AdapterSpec, parts: tuple[Tensor, ...]) -> None:
+        """Writes the start of a module's adapter to its parts, which are zero."""
+        if adapter.form == "vera":
+            parts[0].fill_(adapter.shared[0])
+            return
+        a, b = parts[:2]
+        trained = adapter.trained.get(segment.target.name, len(a))
+        if adapter.start == "uniform":
+            for part, value in zip((a, b), starts.draw(segment.target, trained, adapter.seed), strict=True):
+                part[:trained] = value
+        else:
+            group = self.groups[segment.group]
+            assert isinstance(group, Group)
+            first = starts.principal(self.model, group.weights[segment.member], segment.target, adapter)
+            for part, value, sign in zip((a, b), first, (1, -1), strict=True):
+                part[:trained], part[trained:] = value, sign * value
+        if adapter.sparsity is not None and not adapter.sparsity.learnt:
+            for part, mask in zip(parts, self._pattern(segment, adapter, 0), strict=False):
+                part *= mask
+        if adapter.form == "dora":
+            parts[2].copy_(self._gain(segment).squares[segment.member].sqrt())
+
+    @torch.no_grad()
+    def set_rates(self, slot: int, step: int) -> None:
+        """Says which values of a slot train from a step (from 0) on, and at which rate over the run's."""
+        adapter = self.held[slot]
+        if self.rates is None or adapter is None:
+            return
+        staged = self.staging[slot]
+        rates = torch.full((staged.size,), 0.0 if adapter.rated else 1.0)
+        for segment in self.own(slot, adapter) if adapter.rated else ():
+            parts = self.parts(staged.segments[segment], adapter, rates)
+            self._rate(adapter, segment.target.name, step, parts)
+            if adapter.sparsity is not None and adapter.sparsity.settled(step):
+                for rate, mask in zip(parts, self._pattern(segment, adapter, step), strict=False):
+                    rate *= mask.cpu()
+        staged.move(rates, self.rates)
+
+    @staticmethod
+    def _rate(adapter: AdapterSpec, name: str, step: int, parts: tuple[Tensor, ...]) -> None:
+        """Writes the rates of a module's parts."""
+        trained = len(parts[0]) if adapter.form == "vera" else adapter.trained.get(name, len(parts[0]))
+        first = trained * adapter.restarts.block(step) if adapter.restarts else 0
+        rows = slice(None) if adapter.form == "vera" else slice(first, first + trained)
+        parts[0][rows] = adapter.rate_a
+        parts[1][rows] = adapter.rate_b
+        for magnitude in parts[2:]:
+            magnitude.fill_(adapter.rate_b)
+
+    def _pattern(self, segment: Segment, adapter: AdapterSpec, step: int) -> list[Tensor]:
+        """Where A and B of a sparse adapter are not zero after some steps."""
+        sparsity, name = adapter.sparsity, segment.target.name
+        assert sparsity is not None
+        if sparsity.learnt:
+            found = self.parts(segment, adapter, self.copies["sensitivity"])[:2]
+            return [sparse.pattern(weight, sparsity.kept(weight.shape[1], step)) for weight in found]
+        return [
+            sparse.random_pattern(
+                adapter.ranks[name], width, sparsity.kept(width, step), f"{adapter.seed}/{name}/{part}"
+            )
+            for part, width in (("a", segment.target.in_features), ("b", segment.target.out_features))
+        ]
+
+    @torch.no_grad()
+    def restart(self, slot: int, step: int) -> None:
+        """Begins the next adapter of a run that merges and restarts; the one before stays, frozen (ReLoRA)."""
+        adapter = self.held[slot]
+        assert adapter is not None
+        assert adapter.restarts is not None
+        self.set_rates(slot, step)
+        block = adapter.restarts.block(step)
+        for segment in self.own(slot, adapter):
+            trained = adapter.trained[segment.target.name]
+            old, new = (slice(trained * place, trained * (place + 1)) for place in (block - 1, block))
+            first = starts.draw(segment.target, trained, adapter.seed, again=block)
+            for store in (self.params, *(self.copies[name] for name in {"average"} & set(adapter.copies))):
+                for part, value in zip(self.views(segment, trained * (block + 1), store), first, strict=True):
+                    part[new] = value.to(part.device)
+            moments = [self.views(segment, trained * (block + 1), m) for m in (self.exp_avg, self.exp_avg_sq)]
+            for mean, square in zip(*moments, strict=True):
+                keep = starts.largest(mean[old], 1 - adapter.restarts.prune)
+                for moment in (mean, square):
+                    moment[new] = moment[old] * keep
+                    moment[old] = 0
+        self.refresh(slot)
+
+    @torch.no_grad()
+    def sense(self, slot: int, step: int) -> None:
+        """Notes how sensitive the loss is to the values of a slot that learns its pattern, before its step `step`."""
+        adapter = self.held[slot]
+        if adapter is None or adapter.sparsity is None or adapter.sparsity.settled(step - 1):
+            return
+        for start, stop in self.spans[slot]:
+            found = sparse.sensitivity(self.params[start:stop], self.grads[start:stop])
+            self.copies["sensitivity"][start:stop].lerp_(found, 1 - adapter.sparsity.memory)
+
+    @torch.no_grad()
+    def prune(self, slot: int, step: int) -> None:
+        """Sets to zero what a slot that learns its pattern does without after its step `step`."""
+        adapter = self.held[slot]
+        if adapter is None or adapter.sparsity is None or not adapter.sparsity.due(step):
+            return
+        over = step == adapter.sparsity.last
+        average = [self.copies["average"]] if "average" in adapter.copies else []
+        stores = [self.params, self.exp_avg, self.exp_avg_sq, *average]
+        for segment in self.own(slot, adapter):
+            masks = self._pattern(segment, adapter, step)
+            for store in stores if over else stores[:1]:
+                for part, mask in zip(self.parts(segment, adapter, store), masks, strict=False):
+                    part *= mask
+        if over:
+            self.set_rates(slot, step)
+        self.refresh(slot)
+
+    @torch.no_grad()
+    def derive(self, slots: Iterable[int] | None = None) -> None:
+        """Brings up to date what follows from the parameters: DoRA's norms and VeRA's A and B; of all slots, or some.
+
+        Without a wait for the device, and the same work whatever the slots hold, so that a captured step may do it.
+        """
+        if not (self.lanes.gain or self.lanes.share):
+            return
+        chosen = range(len(self.capacities)) if slots is None else tuple(slots)
+        if self.lanes.share:
+            for slot in chosen:
+                if slot in self.shared:
+                    self._fill_shared(slot)
+        if self.lanes.gain:
+            for index, group in enumerate(self.groups):
+                if isinstance(group, Group) and group.gain is not None:
+                    self._measure(index, group, group.gain, chosen)
+
+    def _fill_shared(self, slot: int) -> None:
+        """A and B of a VeRA, from the shared matrices and its factors."""
+        shared = self.shared[slot]
+        if self.params.is_cuda:
+            from sweeper.engine import form_kernels
+
+            form_kernels.derive(self.params, self.work, shared, self.places[slot])
+            return
+        for segment in self._linear(slot):
+            shared.derive(*self.views(segment, segment.capacity), *self.factors(segment, self.params))
+
+    def _measure(self, index: int, group: Group, gain: Gain, slots: Sequence[int]) -> None:
+        """Norms of the DoRAs of a group."""
+        if self.params.is_cuda:
+            from sweeper.engine import form_kernels
+
+            if group.hidden // len(group.targets) <= form_kernels.MOST_RANKS:
+                form_kernels.norms(
+                    gain.weights, gain.squares, gain.columns, gain.on, gain.norm, group.params, group.table, group.scale
+                )
+                return
+        for segment in self.by_group[index]:
+            if segment.slot in slots and "dora" in self.capacities[segment.slot].forms:
+                pair = self.views(segment, segment.capacity)
+                gain.measure(segment.slot, segment.member, *pair, group.scale[segment.slot, segment.member])
+
+    def _linear(self, slot: int) -> list[Segment]:
+        return [segment for segment in self.by_slot[slot] if segment.target.kind != "embedding"]
+
+    @torch.no_grad()
+    def penalise(self, share: float) -> None:
+        """Adds the gradients of the penalties, times `share`, of the runs that have any."""
+        for slot in self.lanes.penalised:
+            for segment in self.by_slot[slot]:
+                a, b = self.views(segment, segment.capacity)
+                live_a, live_b = a, b
+                if self.rates is not None:
+                    rate_a, rate_b = self.views(segment, segment.capacity, self.rates)
+                    live_a, live_b = (x * (r.amax(1, keepdim=True) > 0) for x, r in ((a, rate_a), (b, rate_b)))
+                scale = self.groups[segment.group].scale[slot, segment.member]
+                found = penalty.gradients(a, b, live_a, live_b, scale, self.penalties[slot] * share)
+                for gradient, more in zip(self.views(segment, segment.capacity, self.grads), found, strict=True):
+                    gradient += more
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Turns the gradients of VeRA's A and B into those of its factors."""
+        if not self.lanes.share:
+            return
+        for slot, shared in self.shared.items():
+            if self.grads.is_cuda:
+                from sweeper.engine import form_kernels
+
+                form_kernels.project(self.grads, shared, self.places[slot])
+                continue
+            for segment in self._linear(slot):
+                a, b = self.views(segment, segment.capacity, self.grads)
+                shared.project(a, b, *self.factors(segment, self.grads))
 
     def release(self, slot: int) -> None:
         """Empties a slot; the others keep every bit of their state."""
         self._empty(slot)
         self._upload()
-        self._drop(slot, 0.0)
+        self._note(slot, None)
 
     @torch.no_grad()
     def _empty(self, slot: int) -> None:
-        for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
+        former = self.held[slot]
+        for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq, *self.copies.values()):
             for start, stop in self.spans[slot]:
                 store[start:stop] = 0
         for segment in self.by_slot[slot]:
             self._entry(segment, 0, 0.0)
+        if former is not None:
+            self._switch_forms(slot, former, on=False)
+        self.held[slot] = None
 
     def _entry(self, segment: Segment, rank: int, scale: float) -> None:
         members = len(self.member_targets[segment.group])
@@ -339,52 +379,16 @@ class AdapterBank:
         self.tables.upload()
         self.scales.upload()
 
-    def _drop(self, slot: int, dropout: float) -> None:
-        self._dropout[slot] = dropout
-        self.lanes.dropout[slot] = dropout
-        self.lanes.drop = any(self._dropout)
-
-    @torch.no_grad()
-    def refresh(self, slot: int) -> None:
-        """Brings the working copy up to date, after parameters were written by anything but the optimiser."""
-        if self.work is not self.params:
-            for start, stop in self.spans[slot]:
-                self.work[start:stop] = self.params[start:stop]
-
-    def views(self, segment: Segment, rank: int, store: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """A [rank, in] and transposed B [rank, out] of a segment, in the parameters or a store of their layout."""
-        store = self.params if store is None else store
-        fan_in, fan_out = segment.target.in_features, segment.target.out_features
-        return (
-            store[segment.a : segment.a + rank * fan_in].view(rank, fan_in),
-            store[segment.b : segment.b + rank * fan_out].view(rank, fan_out),
-        )
-
-    @torch.no_grad()
-    def saved(self, slot: int, adapter: AdapterSpec) -> dict[str, tuple[Tensor, Tensor]]:
-        """As `adapter`, copied to the host all at once."""
-        spans = self.spans[slot]
-        moved = torch.cat([self.params[start:stop] for start, stop in spans] or [self.params[:0]]).cpu()
-        found, place = {}, 0
-        for segment in self.by_slot[slot]:
-            rank = adapter.ranks.get(segment.target.name, 0)
-            if rank:
-                own = moved[place : place + segment.end - segment.a]
-                fan_in, fan_out = segment.target.in_features, segment.target.out_features
-                b = own[segment.b - segment.a :]
-                found[segment.target.name] = (
-                    own[: rank * fan_in].view(rank, fan_in), b[: rank * fan_out].view(rank, fan_out)
-                )  # fmt: skip
-            place += segment.end - segment.a
-        return found
-
-    def adapter(self, slot: int, adapter: AdapterSpec, store: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module name -> (A [rank, in], B transposed [rank, out]) of the run that holds a slot; views, not copies."""
-        return {
-            segment.target.name: self.views(segment, adapter.ranks[segment.target.name], store)
-            for segment in self.by_slot[slot]
-            if segment.target.name in adapter.ranks
-        }
+    def _note(self, slot: int, adapter: AdapterSpec | None) -> None:
+        lanes = self.lanes
+        lanes.dropout[slot] = adapter.dropout if adapter else 0.0
+        lanes.noise[slot] = adapter.noise if adapter else 0.0
+        held = [one for one in self.held if one is not None]
+        lanes.drop = any(one.dropout > 0 for one in held)
+        lanes.noisy = any(one.noise > 0 for one in held)
+        lanes.gain = any(one.form == "dora" for one in held)
+        lanes.share = any(one.form == "vera" for one in held)
+        lanes.penalised = tuple(slot for slot, one in enumerate(self.held) if one is not None and any(one.penalties))
 
 
 class _Mirrored:
@@ -400,46 +404,6 @@ class _Mirrored:
             self._device.copy_(self._host)
 
 
-def _draw(segment: Segment, rank: int, values: Tensor, seed: int) -> None:
-    """Fresh A and B of a segment whose memory begins at `values[0]`."""
-    fan_in, fan_out = segment.target.in_features, segment.target.out_features
-    generator = torch.Generator().manual_seed(_hash(f"{seed}/{segment.target.name}"))
-    if segment.target.kind == "embedding":
-        values[segment.b - segment.a :][: rank * fan_out].normal_(generator=generator)
-    else:
-        bound = 1 / math.sqrt(fan_in)
-        values[: rank * fan_in].uniform_(-bound, bound, generator=generator)
-
-
-def _groups(targets: Sequence[Target], used: set[str]) -> list[tuple[Target, ...]]:
-    """Targets that are computed together: those with one input, if any of them is adapted."""
-    found = []
-    for _, siblings in itertools.groupby(targets, key=lambda t: t.inputs if t.kind == "linear" else t.name):
-        together = list(siblings)
-        for start in range(0, len(together), MOST_MEMBERS):
-            members = tuple(together[start : start + MOST_MEMBERS])
-            if any(target.name in used for target in members):
-                found.append(members)
-    return found
-
-
-def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Adjoining spans joined, so that a slot is updated in few long strides."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(spans):
-        if merged and merged[-1][1] == start:
-            start = merged.pop()[0]
-        merged.append((start, stop))
-    return merged
-
-
-def _biases(modules: Sequence[Any]) -> list[Tensor]:
-    """Bias of every module, zero where one has none; empty where none has one."""
-    if all(getattr(module, "bias", None) is None for module in modules):
-        return []
-    return [m.weight.new_zeros(m.weight.shape[0]) if m.bias is None else m.bias.data for m in modules]
-
-
 def _base_of(module: nn.Module) -> Any:
     return module.base if isinstance(module, Adapted | AdaptedEmbedding) else module
 
@@ -447,11 +411,3 @@ def _base_of(module: nn.Module) -> Any:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def _padded(values: int) -> int:
-    return -(-values // BLOCK) * BLOCK
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

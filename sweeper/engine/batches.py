@@ -66,13 +66,15 @@ class Batch:
     """One rectangular batch of a pack.
 
     ids [L*R, T] token ids, each lane R sequences; index [L, K] flat positions (into L*R*T) whose next token is a
-    target; targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step).
+    target; targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step);
+    lengths [L*R] tokens of each sequence.
     """
 
     ids: Tensor
     index: Tensor
     targets: Tensor
     weights: Tensor
+    lengths: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -84,19 +86,23 @@ class Batch:
         """This batch of one lane for several."""
         rows = torch.arange(lanes)[:, None] * self.ids.numel()
         return Batch(
-            self.ids.repeat(lanes, 1), self.index + rows, self.targets.repeat(lanes, 1), self.weights.repeat(lanes, 1)
-        )
+            self.ids.repeat(lanes, 1), self.index + rows, self.targets.repeat(lanes, 1), self.weights.repeat(lanes, 1),
+            self.lengths.repeat(lanes),
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.ids, self.index, self.targets, self.weights)))
+        return Batch(*(t.to(device, non_blocking=True) for t in self._tensors()))
 
     def pinned(self) -> "Batch":
         """In page-locked memory, from where a copy to the GPU does not wait for what the GPU is doing."""
-        return Batch(*(t.pin_memory() for t in (self.ids, self.index, self.targets, self.weights)))
+        return Batch(*(t.pin_memory() for t in self._tensors()))
 
     def copy_(self, other: "Batch") -> None:
-        for name in ("ids", "index", "targets", "weights"):
-            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+        for mine, new in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(new, non_blocking=True)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.ids, self.index, self.targets, self.weights, self.lengths
 
 
 def supervised(examples: Sequence[Tokens]) -> int:
@@ -124,6 +130,8 @@ def collate(
     index = np.zeros((lanes_in_all, width), dtype=np.int64)
     targets = np.zeros((lanes_in_all, width), dtype=np.int64)
     weights = np.zeros((lanes_in_all, width), dtype=np.float32)
+    lengths = np.ones(lanes_in_all * rows, dtype=np.int64)
+    lengths[: len(lanes) * rows] = [len(example.input_ids) for examples in lanes for example in examples]
     for lane, (examples, total) in enumerate(zip(lanes, totals, strict=True)):
         filled = 0
         for row, example in enumerate(examples, start=lane * rows):
@@ -134,7 +142,7 @@ def collate(
             targets[lane, part] = tokens[prompt:]
             filled = part.stop
         weights[lane, :filled] = 1 / total if total else 1
-    return Batch(*map(torch.from_numpy, (ids, index, targets, weights)))
+    return Batch(*map(torch.from_numpy, (ids, index, targets, weights, lengths)))
 
 
 def distinct_lengths(lengths: Sequence[int]) -> int:

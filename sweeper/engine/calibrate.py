@@ -45,8 +45,8 @@ def key_of(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> str:
     device = torch.cuda.get_device_name(model.device) if model.is_cuda else f"cpu x {torch.get_num_threads()}"
     lengths = sorted(len(example.input_ids) for example in job.examples)
     described = [
-        dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, sorted(job.adapter.ranks.items()),
-        job.adapter.dropout > 0, pack_options, lengths[len(lengths) // 2], lengths[-1],
+        dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, job.adapter.shape(),
+        pack_options, lengths[len(lengths) // 2], lengths[-1],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -64,10 +64,10 @@ def measure(base: BaseModel, job: Job, pack_options: dict[str, Any], cache: Path
 
 
 def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
-    with Pack(base, [job.adapter.ranks], **pack_options) as pack:
+    with Pack(base, [job.adapter.capacity], **pack_options) as pack:
         pack.add(job)
         weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-        state = 16 * pack.bank.params.numel()
+        state = pack.bank.state_bytes
         activations = _activations(pack, job)
         fixed = dataclasses.replace(job, order=_Typical(job, pack.accumulation))
         pack.jobs[0] = fixed

@@ -9,16 +9,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CHECKPOINT = "checkpoint.safetensors"
-_PARTS = ("a", "b", "exp_avg_a", "exp_avg_b", "exp_avg_sq_a", "exp_avg_sq_b")
 
 
 def save(folder: Path, state: dict[str, tuple[Tensor, ...]], progress: dict[str, Any]) -> None:
-    """Replaces the checkpoint of a run: adapter and moments by module, and its progress (steps, metrics so far)."""
+    """Replaces the checkpoint of a run: adapter and moments by module (`Pack.snapshot`), and its progress."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{name}/{part}": tensor.contiguous()
-        for name, parts in state.items()
-        for part, tensor in zip(_PARTS, parts, strict=True)
+        f"{name}/{place:02}": tensor.contiguous() for name, parts in state.items() for place, tensor in enumerate(parts)
     }
     temporary = folder / f".{CHECKPOINT}"
     save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
@@ -33,8 +30,10 @@ def load(folder: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]] |
     try:
         with safe_open(path, framework="pt") as file:
             progress = json.loads((file.metadata() or {})["progress"])
-            names = dict.fromkeys(key.rpartition("/")[0] for key in file.keys())  # noqa: SIM118 (no mapping)
-            return {name: tuple(file.get_tensor(f"{name}/{part}") for part in _PARTS) for name in names}, progress
+            state: dict[str, list[Tensor]] = {}
+            for key in sorted(file.keys()):
+                state.setdefault(key.rpartition("/")[0], []).append(file.get_tensor(key))
+            return {name: tuple(parts) for name, parts in state.items()}, progress
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
 

@@ -349,13 +349,14 @@ def _token_loss(
 
 
 @triton.jit
-def _squares(grads, block_slot, norms, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+def _squares(grads, rates, block_slot, norms, blocks, RATED: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """Adds every block's sum of squares to its slot: one atomic where all blocks of a program are of one slot."""
     block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     inside = block < blocks
-    values = tl.load(
-        grads + block[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :], mask=inside[:, None], other=0.0
-    )
+    where = block[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    values = tl.load(grads + where, mask=inside[:, None], other=0.0)
+    if RATED:
+        values = tl.where(tl.load(rates + where, mask=inside[:, None], other=0.0) > 0, values, 0.0)
     squares = tl.sum(values * values, 1)
     first = tl.load(block_slot + tl.program_id(0) * COUNT)
     slot = tl.load(block_slot + block, mask=inside, other=0)
@@ -368,8 +369,8 @@ def _squares(grads, block_slot, norms, blocks, BLOCK: tl.constexpr, COUNT: tl.co
 
 @triton.jit
 def _adamw(
-    flat, work, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks,
-    COPY: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
+    flat, work, grads, exp_avg, exp_avg_sq, rates, block_slot, table, norms, blocks,
+    COPY: tl.constexpr, RATED: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """AdamW of every block with its slot's row of the table; zeroes the gradient. `norms` holds squared norms."""
     block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
@@ -390,12 +391,17 @@ def _adamw(
     mask = live[:, None] & (tl.arange(0, BLOCK)[None, :] < BLOCK)
     gradient = tl.load(grads + where, mask=mask, other=0.0) * clip[:, None]
     value = tl.load(flat + where, mask=mask, other=0.0)
+    rate = lr[:, None]
+    if RATED:
+        share = tl.load(rates + where, mask=mask, other=0.0)
+        gradient = tl.where(share > 0, gradient, 0.0)
+        rate = rate * share
     first = tl.load(exp_avg + where, mask=mask, other=0.0)
     second = tl.load(exp_avg_sq + where, mask=mask, other=0.0)
     first = first + (gradient - first) * (1 - beta1)[:, None]
     second = second * beta2[:, None] + gradient * gradient * (1 - beta2)[:, None]
     step = first / correction1[:, None] / (tl.sqrt(second) / correction2[:, None] + eps[:, None])
-    value = value * (1 - lr * decay)[:, None] - lr[:, None] * step
+    value = value * (1 - rate * decay[:, None]) - rate * step
     tl.store(flat + where, value, mask=mask)
     if COPY:
         tl.store(work + where, value.to(work.dtype.element_ty), mask=mask)
@@ -404,16 +410,21 @@ def _adamw(
     tl.store(grads + where, tl.zeros_like(value), mask=inside[:, None] & (tl.arange(0, BLOCK)[None, :] < BLOCK))
 
 
-def adamw(flat, work, grads, exp_avg, exp_avg_sq, block_slot, table, norms) -> None:
-    """CUDA implementation of `optimizer.PackedAdamW.step`; leaves the gradient norms [J] in `norms`."""
+def adamw(flat, work, grads, exp_avg, exp_avg_sq, rates, block_slot, table, norms) -> None:
+    """CUDA implementation of `optimizer.PackedAdamW.step`; leaves the gradient norms [J] in `norms`.
+
+    Without `rates` every value learns at its run's own rate.
+    """
+    rated = rates is not None
+    rates = rates if rated else flat
     blocks, count = block_slot.shape[0], 32
     block = grads.shape[0] // max(blocks, 1)
     norms.zero_()
     grid = (triton.cdiv(blocks, count),)
-    _squares[grid](grads, block_slot, norms, blocks, BLOCK=block, COUNT=count)
+    _squares[grid](grads, rates, block_slot, norms, blocks, RATED=rated, BLOCK=block, COUNT=count)
     _adamw[grid](
-        flat, work, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks,
-        COPY=work is not flat, BLOCK=block, COUNT=count,
+        flat, work, grads, exp_avg, exp_avg_sq, rates, block_slot, table, norms, blocks,
+        COPY=work is not flat, RATED=rated, BLOCK=block, COUNT=count,
     )  # fmt: skip
     norms.sqrt_()
 

@@ -43,13 +43,13 @@ def keep_mask(seed: int, salt: int, rows: Tensor, features: int, p: float) -> Te
     Depends on the run's own seed (with its step), the module's salt, the row's own index and the feature only, so the
     mask is the same whoever shares the pack. Two rounds of the 32-bit finaliser of MurmurHash3.
     """
-    row_key = _mix((rows.to(torch.int64) ^ seed) & 0xFFFFFFFF)
+    row_key = mix((rows.to(torch.int64) ^ seed) & 0xFFFFFFFF)
     feature = torch.arange(features, device=rows.device, dtype=torch.int64) * 0x9E3779B1 & 0xFFFFFFFF
-    bits = _mix((row_key[:, None] ^ feature[None, :] ^ salt) & 0xFFFFFFFF)
+    bits = mix((row_key[:, None] ^ feature[None, :] ^ salt) & 0xFFFFFFFF)
     return bits >= int(p * 2**32)
 
 
-def _mix(value: Tensor) -> Tensor:
+def mix(value: Tensor) -> Tensor:
     value = ((value ^ (value >> 16)) * MIX_1) & 0xFFFFFFFF
     value = ((value ^ (value >> 13)) * MIX_2) & 0xFFFFFFFF
     return value ^ (value >> 16)

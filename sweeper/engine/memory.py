@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from sweeper import budget
+from sweeper import budget, methods
 from sweeper.device import free_bytes
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.progress import Prepared
 from sweeper.models import BaseModel
 from sweeper.spec import Settings
 
-STATE_BYTES = 16  # of one trainable parameter: value, gradient and two moments in float32
+STATE_BYTES = 16  # of one value of an adapter: itself, gradient and two moments in float32
 MARGIN = 0.85  # of what is free; the rest is for fragments, work space and evaluation
 MOST = 64  # runs in a pack; more gain nothing measurable (docs/performance.md)
 
@@ -36,7 +36,7 @@ def run_bytes(base: BaseModel, run: Prepared, solo: Solo | None) -> int:
         return solo.state_bytes + solo.activation_bytes
     trainer = run.request.spec.trainer
     parameter = next(base.model.parameters())
-    return STATE_BYTES * budget.lora_parameters(run.ranks) + budget.activation_bytes(
+    return STATE_BYTES * methods.held(run.request.spec, run.ranks) + budget.activation_bytes(
         base.targets,
         run.ranks,
         batch_size=trainer.batch_size,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sweeper.engine.adapters import BLOCK, AdapterBank
+from sweeper.engine.adapters import AdapterBank
+from sweeper.engine.store import BLOCK
 from sweeper.spec import OptimSpec
 
 # columns of the hyperparameter table [J, 8]; a row of NaN marks an idle slot
@@ -49,7 +50,8 @@ class PackedAdamW:
     """AdamW (Loshchilov & Hutter 2019) over an `AdapterBank`, clipped by each run's own gradient norm.
 
     A slot whose gradient norm is not finite, or whose learning-rate row is NaN (idle), keeps its parameters and
-    moments.
+    moments. A value's rate (`bank.rates`) multiplies the learning rate of its run; one of rate 0 is frozen: it is part
+    of no norm and has no moments.
     """
 
     bank: AdapterBank
@@ -79,11 +81,16 @@ class PackedAdamW:
                 bank.grads,
                 bank.exp_avg,
                 bank.exp_avg_sq,
+                bank.rates,
                 bank.block_slot,
                 self.table,
                 self.norms,
             )
             return self.norms
+        for slot, rated in enumerate(bank.rated):
+            if rated and bank.rates is not None:
+                for start, stop in bank.spans[slot]:
+                    bank.grads[start:stop].masked_fill_(bank.rates[start:stop] == 0, 0.0)
         blocks = bank.grads.view(-1, BLOCK)
         squares = torch.linalg.vector_norm(blocks, dim=1).square()
         self.norms.zero_().index_add_(0, bank.block_slot, squares).sqrt_()
@@ -97,10 +104,17 @@ class PackedAdamW:
 
     def _update(self, slot: int, row: list[float], clip: float) -> None:
         bank = self.bank
+        rates = bank.rates if bank.rated[slot] else None
         for start, stop in bank.spans[slot]:
             p, g, m, v = (s[start:stop] for s in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq))
             g = g * clip
-            p.mul_(1 - row[LR] * row[WEIGHT_DECAY])
             m.lerp_(g, 1 - row[BETA1])
             v.mul_(row[BETA2]).addcmul_(g, g, value=1 - row[BETA2])
-            p.addcdiv_(m, v.sqrt().div_(row[CORRECTION2]).add_(row[EPS]), value=-row[LR] / row[CORRECTION1])
+            scale = v.sqrt().div_(row[CORRECTION2]).add_(row[EPS])
+            if rates is None:
+                p.mul_(1 - row[LR] * row[WEIGHT_DECAY])
+                p.addcdiv_(m, scale, value=-row[LR] / row[CORRECTION1])
+            else:
+                rate = rates[start:stop]
+                p.mul_(1 - row[LR] * row[WEIGHT_DECAY] * rate)
+                p.addcdiv_(m * rate, scale, value=-row[LR] / row[CORRECTION1])

@@ -16,12 +16,14 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from sweeper.engine.adapters import AdapterBank, AdapterSpec
+from sweeper.engine import noise
+from sweeper.engine.adapters import AdapterBank
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.capture import CapturedStep, lanes_for
 from sweeper.engine.compilation import compile_layers, eager, uncompile_layers
+from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.loss import Head
-from sweeper.engine.optimizer import PackedAdamW, hyperparameters
+from sweeper.engine.optimizer import LR, PackedAdamW, hyperparameters, learning_rate
 from sweeper.errors import ModelError
 from sweeper.models import BaseModel
 from sweeper.spec import OptimSpec
@@ -71,7 +73,7 @@ class Pack:
 
     Args:
         base: the frozen model; its modules are wrapped until `close`.
-        capacities: for each slot, module name -> the highest rank it may hold.
+        capacities: for each slot, module name -> the highest rank it may hold, or what else it may hold.
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
         compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
             nothing without CUDA.
@@ -81,7 +83,7 @@ class Pack:
     def __init__(
         self,
         base: BaseModel,
-        capacities: Sequence[Mapping[str, int]],
+        capacities: Sequence[Capacity | Mapping[str, int]],
         *,
         batch_size: int,
         accumulation: int = 1,
@@ -109,6 +111,8 @@ class Pack:
             compile_layers(self.model, dynamic=True if lengths_vary else None)
         self.captured = CapturedStep(self.forward_backward) if able and (compiled or captured) else None
         self.captured_scores = None if self.captured is None else CapturedStep(self._scores)
+        self._lengths: Tensor | None = None
+        self._noise = self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.model.train()
 
     def close(self) -> None:
@@ -117,6 +121,7 @@ class Pack:
         if self.compiled:
             uncompile_layers(self.model)
         self._checkpoint_activations(False)
+        self._noise.remove()
         self.bank.uninstall()
         self.model.eval()
 
@@ -142,9 +147,11 @@ class Pack:
         slot = self.free_slot(job.adapter) if slot is None else slot
         if slot is None or self.jobs[slot] is not None or not self.bank.fits(slot, job.adapter):
             raise ValueError(f"no free slot can hold run {job.run_id}")
-        self.bank.assign(slot, job.adapter)
+        self.bank.assign(slot, job.adapter, fresh=job.state is None)
         if job.state is not None:
             self.restore(slot, job)
+        self.bank.set_rates(slot, job.done)
+        self.bank.derive([slot])
         self.jobs[slot] = job
         return slot
 
@@ -158,21 +165,22 @@ class Pack:
 
     @torch.no_grad()
     def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
-        """Module name -> A, B, and their Adam moments, on the host: with `job.done`, all that resuming needs."""
+        """Module name -> the parts of its adapter, then their moments, on the host: with `job.done`, all that resuming
+        needs.
+        """
         job = self.jobs[slot]
         assert job is not None
-        stores = (self.bank.params, self.bank.exp_avg, self.bank.exp_avg_sq)
-        parts = [self.bank.adapter(slot, job.adapter, store) for store in stores]
+        parts = [self.bank.adapter(slot, job.adapter, store) for store in self.bank.stores(job.adapter)]
         return {name: tuple(t.to("cpu", copy=True) for part in parts for t in part[name]) for name in parts[0]}
 
     @torch.no_grad()
     def restore(self, slot: int, job: Job) -> None:
-        stores = (self.bank.params, self.bank.exp_avg, self.bank.exp_avg_sq)
         assert job.state is not None
-        for place, store in enumerate(stores):
+        for place, store in enumerate(self.bank.stores(job.adapter)):
             for name, views in self.bank.adapter(slot, job.adapter, store).items():
-                for view, saved in zip(views, job.state[name][2 * place : 2 * place + 2], strict=True):
-                    view.copy_(saved)
+                saved = job.state[name][len(views) * place : len(views) * (place + 1)]
+                for view, value in zip(views, saved, strict=True):
+                    view.copy_(value)
         self.bank.refresh(slot)
 
     def step(self) -> None:
@@ -190,13 +198,19 @@ class Pack:
             batch = collate(lanes, totals, fixed=self.captured is not None, count=count)
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
-        rows = {slot: hyperparameters(job.optim, job.done, job.steps) for slot, job in moving}
+        rows = {slot: _row(job) for slot, job in moving}
+        for slot, job in moving:
+            self.bank.sense(slot, job.done + 1)
         self.optimizer.set(rows)
         norms = self.optimizer.step().clone()
         entries = []
         for (slot, job), total in zip(moving, totals, strict=True):
             job.done += 1
             job.tokens += total
+            self.bank.prune(slot, job.done)
+            self.bank.follow(slot, job.done)
+            if job.adapter.restarts is not None and job.adapter.restarts.due(job.done):
+                self.bank.restart(slot, job.done)
             entries.append((slot, job, job.done, rows[slot][0], total))
         assert losses is not None
         self.pending.append(_Pending(entries, losses, norms))
@@ -234,7 +248,7 @@ class Pack:
     def scores(self, batch: Batch) -> Tensor:
         """NLL of every target token, and 1 where it is the likeliest, [2, L, K] float32; no gradients, no dropout."""
         if self.captured_scores is not None:
-            return self.captured_scores(batch.pinned())
+            return self.captured_scores(batch.pinned(), key=self.bank.lanes.flags)
         return self._scores(batch.to(self.device))
 
     def _scores(self, batch: Batch) -> Tensor:
@@ -256,8 +270,14 @@ class Pack:
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Losses [L] of one forward pass; their gradients are added to the bank's."""
+        self.bank.derive()
+        self._lengths = batch.lengths
         with _attention(self.device, self.dtype):
-            return self._forward_backward(batch)
+            losses = self._forward_backward(batch)
+        self._lengths = None
+        self.bank.penalise(1 / self.accumulation)
+        self.bank.project()
+        return losses
 
     def _forward_backward(self, batch: Batch) -> Tensor:
         hidden = self.hidden(batch.ids)
@@ -266,16 +286,22 @@ class Pack:
         losses.sum().backward()
         return losses.detach()
 
+    def _add_noise(self, module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        lanes = self.bank.lanes
+        if self._lengths is None or not (lanes.noisy and self.model.training):
+            return embedded
+        return noise.add(embedded, self._lengths, lanes.noise, lanes.seeds, lanes.slots)
+
     def _micro_step(self, batch: Batch) -> Tensor:
         if self.captured is not None:
-            return self.captured(batch.pinned(), key=(self.bank.lanes.drop,))
+            return self.captured(batch.pinned(), key=self.bank.lanes.flags)
         return self.forward_backward(batch.to(self.device))
 
     def _examples(self, job: Job, micro: int) -> list[Tokens]:
         return [job.examples[i] for i in job.order.batch(job.done * self.accumulation + micro)]
 
     def _seed_dropout(self, moving: Sequence[tuple[int, Job]], micro: int) -> None:
-        if not self.bank.lanes.drop:
+        if not (self.bank.lanes.drop or self.bank.lanes.noisy):
             return
         seeds = [0] * len(self.jobs)
         for slot, job in moving:
@@ -291,6 +317,15 @@ class Pack:
             getattr(self.model, f"{word}_enable")(**{f"{word}_kwargs": {"use_reentrant": False}})
         elif self.checkpointing:
             getattr(self.model, f"{word}_disable")()
+
+
+def _row(job: Job) -> list[float]:
+    """The optimiser's settings for a run's next step."""
+    row = hyperparameters(job.optim, job.done, job.steps)
+    if job.adapter.restarts is not None:
+        step, factor = job.adapter.restarts.pace(job.done)
+        row[LR] = factor * learning_rate(job.optim, step, job.steps)
+    return row
 
 
 def verified_head(base: BaseModel) -> Head:

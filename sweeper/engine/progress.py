@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sweeper import budget
+from sweeper import budget, methods
 from sweeper.architecture import Target
 from sweeper.engine import checkpoint
 from sweeper.engine.calibrate import Solo
@@ -37,7 +37,7 @@ class Prepared:
     def shape(self) -> str:
         """Runs of equal shape cost the same alone."""
         spec = self.request.spec
-        return repr((sorted(self.job.adapter.ranks.items()), self.job.adapter.dropout > 0, spec.trainer, spec.dataset))
+        return repr((self.job.adapter.shape(), spec.trainer, spec.dataset))
 
     def resume(self) -> None:
         """Takes up the checkpoint of a run that was cut off, if its folder holds one."""
@@ -71,7 +71,9 @@ class Progress:
         self.predictions: list[dict[str, Any]] = []
         self.started: str = before.get("started", _now())
         self.began = time.monotonic()
-        self.diverged = self.pruned = False
+        self.diverged = self.pruned = self.stopped = False
+        self.best: tuple[float, int] | None = tuple(before["best"]) if before.get("best") else None
+        self.waited: int = before.get("waited", 0)
 
     @property
     def prepared(self) -> Prepared:
@@ -104,6 +106,17 @@ class Progress:
             self.scores.setdefault(split, {})[moment] = found.score
             self.predictions += [{"split": split, "moment": moment, **row} for row in found.rows]
 
+    def judge(self, nll: float) -> bool:
+        """Notes a validation NLL of a run that may end early; returns whether it is the lowest so far."""
+        patience = self.request.spec.trainer.patience
+        better = self.best is None or nll < self.best[0]
+        if better:
+            self.best, self.waited = (nll, self._done), 0
+        else:
+            self.waited += 1
+            self.stopped = patience is not None and self.waited >= patience and not self.prepared.job.finished
+        return better
+
     @property
     def _done(self) -> int:
         return 0 if self._prepared is None else self._prepared.job.done
@@ -113,12 +126,12 @@ class Progress:
         job = self.prepared.job
         return {
             "done": job.done, "tokens": job.tokens, "started": self.started, "train_seconds": self.train_seconds,
-            "compile_seconds": self.compile_seconds,
+            "compile_seconds": self.compile_seconds, "best": self.best, "waited": self.waited,
             "metrics": [row for row in self.metrics if row.get("moment") not in ("before", "after")],
         }  # fmt: skip
 
     def write(
-        self, settings: Settings, weights: Mapping[str, tuple[Tensor, Tensor]], solo: Solo | None, pack: Pack,
+        self, settings: Settings, weights: Mapping[str, tuple[Tensor, ...]], solo: Solo | None, pack: Pack,
         environment: Mapping[str, Any],
     ) -> Record:  # fmt: skip
         """Writes adapter, metrics and predictions, and last the record that refers to them."""
@@ -135,11 +148,11 @@ class Progress:
             modules=tuple(
                 Module(
                     name=target.name, role=target.role, layer=target.layer, rank=rank,
-                    parameters=budget.lora_parameters({target: rank}),
+                    parameters=methods.parameters(spec.method, target, rank),
                 )
                 for target, rank in run.ranks.items()
             ),
-            trainable_parameters=budget.lora_parameters(run.ranks),
+            trainable_parameters=methods.trainable(spec.method, run.ranks),
             total_parameters=sum(p.numel() for p in pack.base.model.parameters()),
             steps=run.job.done,
             scores=self.scores,
@@ -153,6 +166,10 @@ class Progress:
             efficiency=self._efficiency(adapter_bytes, solo, pack),
             environment=environment,
             search=self.request.search,
+            saved={
+                "step": run.job.done if self.best is None else self.best[1], "stopped_early": self.stopped,
+                "average": spec.trainer.ema_decay is not None,
+            },
             started=self.started,
             finished=_now(),
         )  # fmt: skip

@@ -49,3 +49,26 @@ def test_compiled_layers_are_eager_ones_and_share_their_compilation(
     for job in jobs:
         assert compiled[job.run_id].losses == pytest.approx(eager[job.run_id].losses, rel=1e-5)
         assert compiled[job.run_id].norms == pytest.approx(eager[job.run_id].norms, rel=1e-4)
+
+
+def test_compiled_layers_with_gains_are_eager_ones_and_share_their_compilation(
+    load: Any, make_job: Any, make_adapter: Any, make_examples: Any, train: Any
+) -> None:
+    base = load("gpt2")
+    base = dataclasses.replace(base, model=copy.deepcopy(base.model))
+    adapters = {
+        "lora": make_adapter(base, "attn", 4),
+        "dora": dataclasses.replace(make_adapter(base, "attn", 4, seed=1), form="dora"),
+    }
+    jobs = [make_job(name, adapter, make_examples(0), lr=3e-3, steps=3) for name, adapter in adapters.items()]
+    capacities = [job.adapter.capacity for job in jobs]
+    eager = train(base, jobs, capacities=capacities)
+    torch._dynamo.reset()
+    counters.clear()
+    for layer in compilation.decoder_layers(base.model):
+        layer.compile(backend="aot_eager", dynamic=True)
+    compiled = train(base, jobs, capacities=capacities)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    for job in jobs:
+        assert compiled[job.run_id].losses == pytest.approx(eager[job.run_id].losses, rel=1e-5)
+        assert compiled[job.run_id].norms == pytest.approx(eager[job.run_id].norms, rel=1e-4)
