@@ -1,0 +1,311 @@
+"""A run that has a model to itself: any torch parameters, in the place that a pack gives to its adapters.
+
+What a method trains is a twin of the base model: modules of its own over the weights of the base, so that whatever is
+put on it or changed in it, the base stays as it is and can be scored beside it. The trained parameters lie in one flat
+float32 store with gradients and Adam moments, as those of a pack do, and the loop, the loss and the optimiser are the
+pack's. Where the base is in bfloat16 a trained weight of it is a working copy of its float32 value.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sweeper.engine.adapters import BLOCK, Lanes
+from sweeper.engine.optimizer import LR, MAX_NORM, WEIGHT_DECAY, PackedAdamW
+from sweeper.models import BaseModel
+
+Changed = Mapping[str, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AloneSpec:
+    """What one run trains by itself.
+
+    Attributes:
+        key: equal for runs that cost the same, which are those that can use one another's compiled model.
+        build: puts the method on a twin of the base model; draws from torch's generator, which is seeded.
+        ranks: module name -> rank. dropout: of the adapters; above 0 the run draws random numbers while it trains.
+    """
+
+    key: str
+    build: Callable[[BaseModel], "Trainee"]
+    ranks: Mapping[str, int]
+    dropout: float
+    seed: int
+
+
+class Trainee:
+    """A twin with what a method trains on it: its parameters that require a gradient. Methods extend it.
+
+    Attributes:
+        model: the twin. graphable: whether a step can be compiled and captured as a CUDA graph.
+        importance: whether `updated` looks at gradients.
+        spares_vectors: whether biases and norms are spared weight decay, as Hugging Face's Trainer spares them.
+    """
+
+    graphable = False
+    importance = False
+    spares_vectors = False
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def decoder(self) -> Callable[..., Any]:
+        """Called as the base's inner model is, and gives the last hidden state of every token that it was given."""
+        decoder: Callable[..., Any] = self.model.base_model
+        return decoder
+
+    def fresh(self) -> Mapping[str, Tensor] | None:
+        """The value each trained parameter starts from, for another run with this twin; None where it cannot serve."""
+        return None
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of a step."""
+        return None
+
+    def updated(self, step: int) -> None:
+        """Called after optimiser step `step`, from 1, with the clipped gradients still in place if `importance`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What resuming needs besides the parameters and their moments."""
+        return {}
+
+    def resume(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Takes up a `state` saved after `step` steps."""
+
+    def ranks(self) -> dict[str, int]:
+        """Effective rank of each module, where it is not the one the run began with."""
+        return {}
+
+    def save(self, folder: Path) -> int:
+        """Writes what was trained to a folder; returns its bytes."""
+        raise NotImplementedError
+
+    def read(self, folder: Path) -> None:
+        """Takes up what `save` wrote."""
+        raise NotImplementedError
+
+
+def twin(model: nn.Module) -> Any:
+    """Modules of their own over the weights of `model`: nothing put on or replaced in the twin is seen by it."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter
+        # another object on the same storage; a quantised one carries its own state and is shared as it is
+        memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if plain else parameter
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            memo[id(state)] = state
+    return copy.deepcopy(model, memo)
+
+
+_STATE = "state:"
+
+
+class Alone:
+    """The one slot of a run that trains by itself; to a `Pack` it is what an `AdapterBank` is.
+
+    Attributes:
+        capacities: of the one slot. lanes: which of the two is served, slot 0 or, as -1, the base model.
+        names: the trained parameters, in the order of the store.
+    """
+
+    mixes = False
+
+    def __init__(self, base: BaseModel, spec: AloneSpec, device: torch.device) -> None:
+        self.base, self.spec = base, spec
+        self.capacities: tuple[dict[str, int], ...] = (dict(spec.ranks),)
+        with torch.random.fork_rng():
+            torch.manual_seed(spec.seed)
+            self.trainee = spec.build(base)
+        self.model = self.trainee.model
+        self.lanes = Lanes(
+            torch.full((1,), -1, dtype=torch.int32, device=device),
+            torch.zeros(1, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        self.draw: int | None = None
+        self.taken = False
+        self.step = 0
+        self._lay_out({name: p for name, p in self.model.named_parameters() if p.requires_grad}, device)
+
+    @torch.no_grad()
+    def _lay_out(self, trained: Mapping[str, nn.Parameter], device: torch.device) -> None:
+        bounds, size = {}, 0
+        for name, parameter in trained.items():
+            bounds[name] = (size, size + parameter.numel())
+            size += -(-parameter.numel() // BLOCK) * BLOCK
+        self.trained, self.bounds = dict(trained), bounds
+        self.spans = [[(0, size)]]
+        self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
+        self.block_slot = torch.zeros(size // BLOCK, dtype=torch.int64, device=device)
+        self.working: list[nn.Parameter] = []
+        for name, parameter in trained.items():
+            master, gradient = self.view(name), self.view(name, self.grads)
+            master.copy_(parameter)
+            if parameter.dtype == torch.float32:
+                parameter.data, parameter.grad = master, gradient
+            else:
+                parameter.data = parameter.data.clone()
+                parameter.register_post_accumulate_grad_hook(_collect(gradient))
+                self.working.append(parameter)
+        self.masters = [self.view(name) for name, p in trained.items() if p.dtype != torch.float32]
+
+    def view(self, name: str, store: Tensor | None = None) -> Tensor:
+        """A trained parameter in the store, or in one of the same layout."""
+        start, stop = self.bounds[name]
+        return (self.params if store is None else store)[start:stop].view(self.trained[name].shape)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of values, gradients and moments, beyond the weights of the model itself."""
+        shared = sum(p.numel() for p in self.trained.values() if p.dtype == torch.float32)
+        return 16 * self.trainable - 4 * shared
+
+    @property
+    def trainable(self) -> int:
+        return sum(parameter.numel() for parameter in self.trained.values())
+
+    @property
+    def graphable(self) -> bool:
+        return self.trainee.graphable
+
+    @property
+    def serving(self) -> Any:
+        """The model of the present lanes: the twin, or the base itself for lane -1."""
+        return self.base.model if self.lanes.host_slots == (-1,) else self.model
+
+    @property
+    def decoder(self) -> Callable[..., Any]:
+        return self.base.model.base_model if self.lanes.host_slots == (-1,) else self.trainee.decoder
+
+    def install(self) -> None:
+        """Nothing is put on the base model."""
+
+    def uninstall(self) -> None:
+        self.base.model.eval()
+
+    def fits(self, slot: int, adapter: Any) -> bool:
+        same = isinstance(adapter, AloneSpec) and adapter.key == self.spec.key
+        return same and (not self.taken or self.trainee.fresh() is not None)
+
+    @torch.no_grad()
+    def assign(self, slot: int, adapter: Any) -> None:
+        """Gives the twin to a run. The first finds it as it was built, a later one as `Trainee.fresh` says."""
+        if self.taken:
+            start = self.trainee.fresh()
+            assert start is not None
+            for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
+                store.zero_()
+            for name, value in start.items():
+                self.view(name).copy_(value)
+            self.publish()
+        self.taken, self.step = True, 0
+
+    def release(self, slot: int) -> None:
+        """The weights stay until the twin is given to another run."""
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Brings the working copies up to date."""
+        if self.working:
+            torch._foreach_copy_(self.working, self.masters)
+
+    def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
+        """Parameter name -> value and Adam moments, and what else the method remembers, on the host."""
+        stores = (self.params, self.exp_avg, self.exp_avg_sq)
+        found = {name: tuple(self.view(name, s).to("cpu", copy=True) for s in stores) for name in self.trained}
+        return found | {f"{_STATE}{key}": (value.cpu(),) for key, value in self.trainee.state().items()}
+
+    @torch.no_grad()
+    def restore(self, slot: int, state: Changed, step: int) -> None:
+        for place, store in enumerate((self.params, self.exp_avg, self.exp_avg_sq)):
+            for name in self.trained:
+                self.view(name, store).copy_(state[name][place])
+        self.step = step
+        own = {name.removeprefix(_STATE): parts[0] for name, parts in state.items() if name.startswith(_STATE)}
+        self.trainee.resume(own, step)
+        self.publish()
+
+    def knows(self, state: Changed) -> bool:
+        """Whether a snapshot is of these parameters."""
+        return {name for name in state if not name.startswith(_STATE)} == set(self.trained)
+
+    def seed(self, slot: int, seed: int) -> None:
+        """The seed of the coming forward pass. A step that is captured draws nothing."""
+        self.draw = None if self.graphable else seed
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Random numbers of torch modules come from the run's own seed within it."""
+        if self.draw is None:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.draw)
+            yield
+
+    def penalty(self) -> Tensor | None:
+        return self.trainee.penalty()
+
+    def make_optimizer(self) -> "AloneAdamW":
+        return AloneAdamW(self)
+
+    def decayed(self) -> Iterator[Tensor]:
+        """Views of what weight decay falls on: all but biases and norms, as in Hugging Face's Trainer."""
+        for name, parameter in self.trained.items():
+            if parameter.dim() > 1 or not self.trainee.spares_vectors:
+                yield self.view(name)
+
+
+@dataclass
+class AloneAdamW(PackedAdamW):
+    """AdamW over the store of `Alone`, whose weight decay falls on what `Alone.decayed` gives."""
+
+    bank: Any
+    shrink: float = 0.0
+
+    def set(self, rows: dict[int, list[float]]) -> None:
+        row = list(rows[0])
+        self.shrink, self.most = row[LR] * row[WEIGHT_DECAY], row[MAX_NORM]
+        row[WEIGHT_DECAY] = 0.0
+        super().set({0: row})
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        bank = self.bank
+        kept = None
+        if self.shrink or bank.trainee.importance:
+            norm = torch.linalg.vector_norm(bank.grads)
+            if self.shrink:
+                factor = torch.where(norm.isfinite(), 1 - self.shrink, 1.0)
+                torch._foreach_mul_(list(bank.decayed()), factor)
+            if bank.trainee.importance:
+                kept = bank.grads * (self.most / (norm + 1e-6)).clamp(max=1)
+        norms = super().step()
+        bank.step += 1
+        if kept is not None:
+            bank.grads.copy_(kept)
+        bank.trainee.updated(bank.step)
+        if kept is not None:
+            bank.grads.zero_()
+        bank.publish()
+        return norms
+
+
+def _collect(gradient: Tensor) -> Callable[[Tensor], None]:
+    """Adds a working copy's gradient to the store and lets go of it."""
+
+    def hook(parameter: Tensor) -> None:
+        gradient.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook
