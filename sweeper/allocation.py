@@ -6,8 +6,9 @@ Whatever the ranks, every module has the scale of a uniform allocation, alpha / 
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from sweeper import methods
 from sweeper.architecture import ROLES, Target
-from sweeper.budget import lora_parameters, uniform
+from sweeper.budget import uniform
 from sweeper.errors import SpecError, unknown
 from sweeper.spec import RunSpec
 
@@ -26,21 +27,31 @@ def ranks(spec: RunSpec, targets: Sequence[Target], every: Sequence[Target]) -> 
     """
     if spec.allocation.name not in ALLOCATIONS:
         raise SpecError(unknown("allocation", spec.allocation.name, ALLOCATIONS))
-    return ALLOCATIONS[spec.allocation.name](spec, targets, every)
+    chosen = ALLOCATIONS[spec.allocation.name](spec, targets, every)
+    if methods.find(spec.method.name).even and len(set(chosen.values())) > 1:
+        found = ", ".join(map(str, sorted(set(chosen.values()))))
+        raise SpecError(f"method={spec.method.name} has one rank for all modules; allocation.pattern gives {found}")
+    return chosen
 
 
 def matched(spec: RunSpec, targets: Sequence[Target], every: Sequence[Target]) -> Mapping[Target, int]:
     """The ranks whose trainable parameters come closest to a budget, as even as they can be.
 
-    The budget is `allocation.budget`; without one, what all linear modules of all layers hold at `rank`, so that
-    placements compare at equal parameters at every rank of a grid. Ranks differ by at most one, except where a module
-    is too small for more; the modules that get one more are spread evenly over the model.
+    Parameters are counted as the method counts them. The budget is `allocation.budget`; without one, what all linear
+    modules of all layers hold at `rank`, so that placements compare at equal parameters at every rank of a grid. Ranks
+    differ by at most one, except where a module is too small for more; the modules that get one more are spread evenly
+    over the model.
     """
+    method = spec.method
     wanted = spec.allocation.parameters
+
+    def count(target: Target, rank: int) -> int:
+        return methods.parameters(method, target, rank)
+
     if wanted is None:
-        wanted = lora_parameters(uniform(_whole(every), spec.rank))
+        wanted = methods.trainable(method, uniform(_whole(every), spec.rank))
     limits = {target: min(target.in_features, target.out_features) for target in targets}
-    least, most = lora_parameters(uniform(targets, 1)), lora_parameters(limits)
+    least, most = methods.trainable(method, uniform(targets, 1)), methods.trainable(method, limits)
     if not least <= wanted <= most:
         raise SpecError(
             f"allocation=matched: placement={spec.placement.name} has {least:,} (rank 1) to {most:,} trainable "
@@ -49,13 +60,15 @@ def matched(spec: RunSpec, targets: Sequence[Target], every: Sequence[Target]) -
     low, high = 1, max(limits.values())
     while low < high:  # the highest even rank within the budget
         middle = (low + high + 1) // 2
-        held = lora_parameters({target: min(middle, limit) for target, limit in limits.items()})
+        held = methods.trainable(method, {target: min(middle, limit) for target, limit in limits.items()})
         low, high = (middle, high) if held <= wanted else (low, middle - 1)
     chosen = {target: min(low, limit) for target, limit in limits.items()}
-    left = wanted - lora_parameters(chosen)
+    if methods.find(method.name).even:
+        return chosen
+    left = wanted - methods.trainable(method, chosen)
     spread = sorted(enumerate(chosen), key=lambda pair: (pair[0] * GOLDEN) % 1)  # neighbours far apart
     for _, target in spread:
-        cost = target.in_features + target.out_features
+        cost = count(target, chosen[target] + 1) - count(target, chosen[target])
         if chosen[target] < limits[target] and abs(left - cost) < left:
             chosen[target] += 1
             left -= cost

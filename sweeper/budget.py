@@ -147,13 +147,18 @@ def memory(
     batch_size: int,
     length: int,
     checkpointing: bool = False,
+    trainable: int | None = None,
 ) -> Memory:
-    """Peak memory of one run alone, by what it is for; `bytes_per_value` is 4 for float32, 2 for bfloat16."""
+    """Peak memory of one run alone, by what it is for; `bytes_per_value` is 4 for float32, 2 for bfloat16.
+
+    `trainable` is the number of trainable parameters, for a method that does not count them as LoRA.
+    """
+    trainable = lora_parameters(ranks) if trainable is None else trainable
     return Memory(
         base=base_parameters * bytes_per_value,
-        adapter=adapter_bytes(ranks),
-        gradients=lora_parameters(ranks) * GRADIENT_BYTES,
-        optimiser=optimiser_bytes(ranks),
+        adapter=trainable * ADAPTER_BYTES,
+        gradients=trainable * GRADIENT_BYTES,
+        optimiser=trainable * MOMENT_BYTES,
         activations=activation_bytes(
             targets,
             ranks,

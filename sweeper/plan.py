@@ -135,7 +135,7 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     """Raises `Problems` with a line for everything that would stop one of these runs."""
     if not specs:
         return
-    from sweeper import device, models, tasks, tracking
+    from sweeper import device, methods, models, tasks, tracking
 
     problems: list[str] = []
 
@@ -155,10 +155,11 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
         attempt(partial(tasks.check, dataset))
     for dataset, evaluation in _distinct((spec.dataset, spec.evaluation) for spec in specs):
         attempt(partial(tasks.check_evaluation, dataset, evaluation))
+    sound = {text for text, spec in _by_method(specs) if attempt(partial(methods.check, spec))}
     found = _distinct(spec.model for spec in specs)
     loadable = {repr(model) for model in found if attempt(partial(models.check, model))}
     for spec in _distinct_targets(specs):
-        if repr(spec.model) in loadable:
+        if repr(spec.model) in loadable and _method_text(spec) in sound:
             attempt(partial(targets, spec))
     if problems:
         raise Problems(problems)
@@ -185,7 +186,9 @@ def costs(specs: Iterable[RunSpec], settings: Settings) -> list[Cost]:
     known: dict[str, Cost] = {}
     found = []
     for spec in specs:
-        key = repr((spec.model, spec.placement, spec.allocation, spec.rank, spec.dataset.max_length, spec.trainer))
+        key = repr(
+            (spec.model, spec.method, spec.placement, spec.allocation, spec.rank, spec.dataset.max_length, spec.trainer)
+        )
         if key not in known:
             known[key] = cost(spec, settings)
         found.append(known[key])
@@ -194,7 +197,7 @@ def costs(specs: Iterable[RunSpec], settings: Settings) -> list[Cost]:
 
 def cost(spec: RunSpec, settings: Settings) -> Cost:
     """What a run adapts and, at most, costs: every example is taken to be `dataset.max_length` tokens long."""
-    from sweeper import allocation, budget, device, models
+    from sweeper import allocation, budget, device, methods, models
 
     every = models.skeleton(spec.model)
     ranks = allocation.ranks(spec, targets(spec), every)
@@ -210,10 +213,11 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
         batch_size=batch,
         length=length,
         checkpointing=spec.trainer.activation_checkpointing,
+        trainable=methods.trainable(spec.method, ranks),
     )
     return Cost(
         modules=len(ranks),
-        parameters=budget.lora_parameters(ranks),
+        parameters=methods.trainable(spec.method, ranks),
         total_parameters=total,
         flops=budget.train_flops(every, ranks, length=length, tokens=tokens),
         memory=memory.total,
@@ -285,13 +289,25 @@ def _distinct(specs: Iterable[Section]) -> list[Section]:
     return list({repr(spec): spec for spec in sections.values()}.values())
 
 
+def _method_text(spec: RunSpec) -> str:
+    """All that a method's check looks at."""
+    return repr((spec.method, spec.placement, spec.allocation, spec.optim, spec.trainer, spec.evaluation.every_steps))
+
+
+def _by_method(specs: Iterable[RunSpec]) -> list[tuple[str, RunSpec]]:
+    return list({_method_text(spec): spec for spec in specs}.items())
+
+
 def _distinct_targets(specs: Iterable[RunSpec]) -> list[RunSpec]:
-    """One run for each model, placement, allocation and rank: all that decides whether modules can be found."""
+    """One run for each model, method, placement, allocation and rank: what decides whether modules can be found."""
     texts: dict[int, str] = {}
 
     def text(section: object) -> str:
         return texts.get(id(section)) or texts.setdefault(id(section), repr(section))
 
     return list(
-        {(text(spec.model), text(spec.placement), text(spec.allocation), spec.rank): spec for spec in specs}.values()
+        {
+            (text(spec.model), text(spec.method), text(spec.placement), text(spec.allocation), spec.rank): spec
+            for spec in specs
+        }.values()
     )

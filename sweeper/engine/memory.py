@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sweeper import budget
+from sweeper import budget, methods
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.progress import Prepared
 from sweeper.models import BaseModel
@@ -36,7 +36,7 @@ def run_bytes(base: BaseModel, run: Prepared, solo: Solo | None) -> int:
         return solo.state_bytes + solo.activation_bytes
     trainer = run.request.spec.trainer
     parameter = next(base.model.parameters())
-    return STATE_BYTES * budget.lora_parameters(run.ranks) + budget.activation_bytes(
+    return STATE_BYTES * methods.trainable(run.request.spec.method, run.ranks) + budget.activation_bytes(
         base.targets,
         run.ranks,
         batch_size=trainer.batch_size,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sweeper import budget
+from sweeper import budget, methods
 from sweeper.architecture import Target
 from sweeper.engine import checkpoint
 from sweeper.engine.calibrate import Solo
@@ -135,11 +135,11 @@ class Progress:
             modules=tuple(
                 Module(
                     name=target.name, role=target.role, layer=target.layer, rank=rank,
-                    parameters=budget.lora_parameters({target: rank}),
+                    parameters=methods.parameters(spec.method, target, rank),
                 )
                 for target, rank in run.ranks.items()
             ),
-            trainable_parameters=budget.lora_parameters(run.ranks),
+            trainable_parameters=methods.trainable(spec.method, run.ranks),
             total_parameters=sum(p.numel() for p in pack.base.model.parameters()),
             steps=run.job.done,
             scores=self.scores,

@@ -4,14 +4,14 @@ A module whose rank is not the run's has the run's scale, so that an allocation 
 """
 
 import math
-from collections.abc import Mapping
 
-from sweeper.architecture import Target
 from sweeper.engine.adapters import AdapterSpec
+from sweeper.errors import SpecError
+from sweeper.methods.method import Method, Ranks
 from sweeper.spec import RunSpec
 
 
-def adapter(spec: RunSpec, ranks: Mapping[Target, int]) -> AdapterSpec:
+def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
     """The adapter of a run."""
     scale = effective_scale(spec.alpha, spec.rank, rank_stabilised=spec.method.rank_stabilised)
     return AdapterSpec(
@@ -31,3 +31,12 @@ def alpha_of(spec: RunSpec, rank: int) -> float:
 def effective_scale(alpha: float, rank: int, *, rank_stabilised: bool) -> float:
     """Factor on B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023, eq. 4)."""
     return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+
+
+def _check_rslora(spec: RunSpec) -> None:
+    if not spec.method.rank_stabilised:
+        raise SpecError("method=rslora is method=lora with method.rank_stabilised=true; it cannot be false")
+
+
+LORA = Method(adapter=adapter, embeddings=True)
+RSLORA = Method(adapter=adapter, embeddings=True, check=_check_rslora)

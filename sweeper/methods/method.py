@@ -1,0 +1,67 @@
+"""What a method is to the planner, the engine and the record: an entry of the table `sweeper.methods.METHODS`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sweeper.architecture import Target
+from sweeper.engine.adapters import AdapterSpec
+from sweeper.errors import SpecError
+from sweeper.spec import MethodSpec, RunSpec
+
+Ranks = Mapping[Target, int]
+
+
+def lora_parameters(method: MethodSpec, target: Target, rank: int) -> int:
+    """Trainable parameters of one module: A is rank x in, B is out x rank (Hu et al. 2021)."""
+    return rank * (target.in_features + target.out_features)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """One method.
+
+    Attributes:
+        parameters: trainable parameters of a placed module at a rank, as the method's paper counts them.
+        adapter: the adapter of a run that packs; None for a method that the engine trains by itself alone.
+        packs: whether a run packs, for methods where that depends on its other fields.
+        options: name -> default of what `method.options` may hold; a default of None takes anything.
+        check: raises SpecError for a run that the method cannot train.
+        ranked: whether the method has a rank at all.
+        even: whether every module must have the same rank.
+        embeddings: whether it can adapt the token embedding.
+    """
+
+    parameters: Callable[[MethodSpec, Target, int], int] = lora_parameters
+    adapter: Callable[[RunSpec, Ranks], AdapterSpec] | None = None
+    packs: Callable[[RunSpec], bool] = lambda spec: True
+    options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[RunSpec], None] = lambda spec: None
+    ranked: bool = True
+    even: bool = False
+    embeddings: bool = False
+
+    def option(self, method: MethodSpec, name: str) -> Any:
+        """A run's value of an option, or its default."""
+        return method.options.get(name, self.options[name])
+
+    def check_options(self, method: MethodSpec) -> None:
+        """Raises SpecError for an option that there is not, or whose type is wrong."""
+        for name, value in method.options.items():
+            if name not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise SpecError(f"method.options.{name}: method={method.name} has no such option. Options: {known}.")
+            default = self.options[name]
+            if default is not None and not _like(value, default):
+                kind = _KINDS[type(default)]
+                raise SpecError(f"method.options.{name} must be {kind}, such as {default}, got {value}")
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list",
+          dict: "a mapping"}  # fmt: skip
+
+
+def _like(value: Any, default: Any) -> bool:
+    if isinstance(value, bool) or isinstance(default, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    return isinstance(value, (int, float) if isinstance(default, float) else type(default))
