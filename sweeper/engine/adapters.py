@@ -1,17 +1,21 @@
 """The adapters of a pack: one flat store of parameters, and the wrappers that put them on the frozen base."""
 
+import contextlib
 import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sweeper.engine.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK, adapted_linear
 from sweeper.placement import Target
+
+if TYPE_CHECKING:
+    from sweeper.engine.optimizer import PackedAdamW
 
 BLOCK = 64  # values; a segment starts at a multiple of it, so a block belongs to one slot
 
@@ -197,6 +201,8 @@ class AdapterBank:
     The flat store holds, group by group, slot by slot and member by member, A `[rank, in]` then B `[rank, out]`.
     """
 
+    mixes = True
+
     def __init__(
         self, model: nn.Module, targets: Sequence[Target], capacities: Sequence[Mapping[str, int]], device: torch.device
     ) -> None:
@@ -275,13 +281,62 @@ class AdapterBank:
         for name, wrapper in self.wrappers.items():
             _replace(self.model, name, wrapper.base)
 
+    def make_optimizer(self) -> "PackedAdamW":
+        from sweeper.engine.optimizer import PackedAdamW
+
+        return PackedAdamW(self)
+
+    @property
+    def serving(self) -> Any:
+        """The model that the present lanes run through."""
+        return self.model
+
+    @property
+    def decoder(self) -> Any:
+        """Its inner model, which gives hidden states."""
+        return self.model.base_model
+
+    @property
+    def state_bytes(self) -> int:
+        """Of adapters, gradients and moments."""
+        return 16 * self.params.numel()
+
+    @property
+    def draws(self) -> bool:
+        """Whether the coming step draws random numbers."""
+        return self.lanes.drop
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Each slot's seed for the coming forward pass."""
+        self.lanes.seeds.copy_(torch.tensor(seeds), non_blocking=True)
+
+    def drawing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # masks are counter-based: nothing is drawn from torch's generator
+
+    def penalty(self) -> Tensor | None:
+        return None
+
+    @torch.no_grad()
+    def snapshot(self, slot: int, adapter: AdapterSpec) -> dict[str, tuple[Tensor, ...]]:
+        """Module name -> A, B, and their Adam moments, on the host."""
+        parts = [self.adapter(slot, adapter, store) for store in (self.params, self.exp_avg, self.exp_avg_sq)]
+        return {name: tuple(t.to("cpu", copy=True) for part in parts for t in part[name]) for name in parts[0]}
+
+    @torch.no_grad()
+    def restore(self, slot: int, adapter: AdapterSpec, state: Mapping[str, tuple[Tensor, ...]], step: int) -> None:
+        """Puts a snapshot, taken after `step` steps, back into a slot."""
+        for place, store in enumerate((self.params, self.exp_avg, self.exp_avg_sq)):
+            for name, views in self.adapter(slot, adapter, store).items():
+                for view, saved in zip(views, state[name][2 * place : 2 * place + 2], strict=True):
+                    view.copy_(saved)
+
     @property
     def graphable(self) -> bool:
         return not any(isinstance(group, AdaptedEmbedding) for group in self.groups)
 
-    def fits(self, slot: int, adapter: AdapterSpec) -> bool:
+    def fits(self, slot: int, adapter: Any) -> bool:
         capacity = self.capacities[slot]
-        return all(rank <= capacity.get(name, 0) for name, rank in adapter.ranks.items())
+        return isinstance(adapter, AdapterSpec) and all(rank <= capacity.get(name, 0) for name, rank in adapter.ranks.items())
 
     @torch.no_grad()
     def assign(self, slot: int, adapter: AdapterSpec) -> None:

@@ -8,6 +8,7 @@ pack's. Where the base is in bfloat16 a trained weight of it is a working copy o
 
 import contextlib
 import copy
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from sweeper.engine.adapters import BLOCK, Lanes
 from sweeper.engine.optimizer import LR, MAX_NORM, WEIGHT_DECAY, PackedAdamW
 from sweeper.models import BaseModel
+from sweeper.record import ADAPTER
 
 Changed = Mapping[str, tuple[Tensor, ...]]
 
@@ -44,17 +46,22 @@ class Trainee:
     """A twin with what a method trains on it: its parameters that require a gradient. Methods extend it.
 
     Attributes:
-        model: the twin. graphable: whether a step can be compiled and captured as a CUDA graph.
+        model: the twin. steps: optimiser steps done. folder: of a run's, where it is saved. graphable: whether a step can be compiled and captured as a CUDA graph.
         importance: whether `updated` looks at gradients.
         spares_vectors: whether biases and norms are spared weight decay, as Hugging Face's Trainer spares them.
     """
 
+    folder = ADAPTER
     graphable = False
     importance = False
     spares_vectors = False
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model, self.steps = model, 0
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def decoder(self) -> Callable[..., Any]:
@@ -134,16 +141,16 @@ class Alone:
         )
         self.draw: int | None = None
         self.taken = False
-        self.step = 0
-        self._lay_out({name: p for name, p in self.model.named_parameters() if p.requires_grad}, device)
+        self._lay_out(device)
 
     @torch.no_grad()
-    def _lay_out(self, trained: Mapping[str, nn.Parameter], device: torch.device) -> None:
+    def _lay_out(self, device: torch.device) -> None:
+        self.trained = trained = self.trainee.trained()
         bounds, size = {}, 0
         for name, parameter in trained.items():
             bounds[name] = (size, size + parameter.numel())
             size += -(-parameter.numel() // BLOCK) * BLOCK
-        self.trained, self.bounds = dict(trained), bounds
+        self.bounds = bounds
         self.spans = [[(0, size)]]
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
         self.block_slot = torch.zeros(size // BLOCK, dtype=torch.int64, device=device)
@@ -208,7 +215,7 @@ class Alone:
             for name, value in start.items():
                 self.view(name).copy_(value)
             self.publish()
-        self.taken, self.step = True, 0
+        self.taken, self.trainee.steps = True, 0
 
     def release(self, slot: int) -> None:
         """The weights stay until the twin is given to another run."""
@@ -219,29 +226,31 @@ class Alone:
         if self.working:
             torch._foreach_copy_(self.working, self.masters)
 
-    def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
+    def snapshot(self, slot: int, adapter: Any) -> dict[str, tuple[Tensor, ...]]:
         """Parameter name -> value and Adam moments, and what else the method remembers, on the host."""
         stores = (self.params, self.exp_avg, self.exp_avg_sq)
         found = {name: tuple(self.view(name, s).to("cpu", copy=True) for s in stores) for name in self.trained}
         return found | {f"{_STATE}{key}": (value.cpu(),) for key, value in self.trainee.state().items()}
 
     @torch.no_grad()
-    def restore(self, slot: int, state: Changed, step: int) -> None:
+    def restore(self, slot: int, adapter: Any, state: Changed, step: int) -> None:
+        if {name for name in state if not name.startswith(_STATE)} != set(self.trained):
+            raise RuntimeError("the checkpoint is of other parameters than this version of the method trains")
         for place, store in enumerate((self.params, self.exp_avg, self.exp_avg_sq)):
             for name in self.trained:
                 self.view(name, store).copy_(state[name][place])
-        self.step = step
+        self.trainee.steps = step
         own = {name.removeprefix(_STATE): parts[0] for name, parts in state.items() if name.startswith(_STATE)}
         self.trainee.resume(own, step)
         self.publish()
 
-    def knows(self, state: Changed) -> bool:
-        """Whether a snapshot is of these parameters."""
-        return {name for name in state if not name.startswith(_STATE)} == set(self.trained)
+    @property
+    def draws(self) -> bool:
+        """A step that can be captured draws nothing."""
+        return not self.graphable
 
-    def seed(self, slot: int, seed: int) -> None:
-        """The seed of the coming forward pass. A step that is captured draws nothing."""
-        self.draw = None if self.graphable else seed
+    def seed(self, seeds: Sequence[int]) -> None:
+        (self.draw,) = seeds
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
@@ -255,6 +264,19 @@ class Alone:
 
     def penalty(self) -> Tensor | None:
         return self.trainee.penalty()
+
+    def export(self, folder: Path) -> int:
+        """Writes what was trained to a run's folder, whole or not at all; returns its bytes."""
+        final, temporary = folder / self.trainee.folder, folder / f".{self.trainee.folder}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        size = self.trainee.save(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        if any(temporary.iterdir()):
+            temporary.rename(final)
+        else:
+            temporary.rmdir()
+        return size
 
     def make_optimizer(self) -> "AloneAdamW":
         return AloneAdamW(self)
@@ -291,10 +313,10 @@ class AloneAdamW(PackedAdamW):
             if bank.trainee.importance:
                 kept = bank.grads * (self.most / (norm + 1e-6)).clamp(max=1)
         norms = super().step()
-        bank.step += 1
+        bank.trainee.steps += 1
         if kept is not None:
             bank.grads.copy_(kept)
-        bank.trainee.updated(bank.step)
+        bank.trainee.updated(bank.trainee.steps)
         if kept is not None:
             bank.grads.zero_()
         bank.publish()

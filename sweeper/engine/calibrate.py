@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sweeper.engine.batches import DataOrder, collate, supervised
-from sweeper.engine.pack import Job, Pack
-from sweeper.models import BaseModel
+from sweeper.engine.pack import Job, Pack, open_pack
+from sweeper.models import BaseModel, held_bytes
 from sweeper.record import write_atomically
 
 TIMED_STEPS = 2
@@ -46,7 +46,7 @@ def key_of(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> str:
     lengths = sorted(len(example.input_ids) for example in job.examples)
     described = [
         dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, sorted(job.adapter.ranks.items()),
-        job.adapter.dropout > 0, pack_options, lengths[len(lengths) // 2], lengths[-1],
+        job.adapter.dropout > 0, getattr(job.adapter, "key", ""), pack_options, lengths[len(lengths) // 2], lengths[-1],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -64,10 +64,10 @@ def measure(base: BaseModel, job: Job, pack_options: dict[str, Any], cache: Path
 
 
 def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
-    with Pack(base, [job.adapter.ranks], **pack_options) as pack:
+    with open_pack(base, [job.adapter], **pack_options) as pack:
         pack.add(job)
-        weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-        state = 16 * pack.bank.params.numel()
+        weights = held_bytes(pack.model)
+        state = pack.bank.state_bytes
         activations = _activations(pack, job)
         fixed = dataclasses.replace(job, order=_Typical(job, pack.accumulation))
         pack.jobs[0] = fixed

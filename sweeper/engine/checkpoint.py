@@ -1,6 +1,8 @@
 """A running slot saved to its run folder, so that a crash costs the steps since, and no more."""
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CHECKPOINT = "checkpoint.safetensors"
-_PARTS = ("a", "b", "exp_avg_a", "exp_avg_b", "exp_avg_sq_a", "exp_avg_sq_b")
 
 
 def save(folder: Path, state: dict[str, tuple[Tensor, ...]], progress: dict[str, Any]) -> None:
-    """Replaces the checkpoint of a run: adapter and moments by module, and its progress (steps, metrics so far)."""
+    """Replaces the checkpoint of a run: its slot's snapshot, and its progress (steps, metrics so far)."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{name}/{part}": tensor.contiguous()
-        for name, parts in state.items()
-        for part, tensor in zip(_PARTS, parts, strict=True)
+        f"{name}/{place}": tensor.contiguous() for name, parts in state.items() for place, tensor in enumerate(parts)
     }
     temporary = folder / f".{CHECKPOINT}"
     save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
@@ -33,10 +32,17 @@ def load(folder: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]] |
     try:
         with safe_open(path, framework="pt") as file:
             progress = json.loads((file.metadata() or {})["progress"])
-            names = dict.fromkeys(key.rpartition("/")[0] for key in file.keys())  # noqa: SIM118 (no mapping)
-            return {name: tuple(file.get_tensor(f"{name}/{part}") for part in _PARTS) for name in names}, progress
+            keys = set(file.keys())
+            names = {key.rpartition("/")[0] for key in keys}
+            return {
+                name: tuple(file.get_tensor(f"{name}/{place}") for place in _places(name, keys)) for name in names
+            }, progress
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
+
+
+def _places(name: str, keys: set[str]) -> Iterator[int]:
+    return itertools.takewhile(lambda place: f"{name}/{place}" in keys, itertools.count())
 
 
 def remove(folder: Path) -> None:

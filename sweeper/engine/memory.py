@@ -8,7 +8,7 @@ import torch
 from sweeper import budget, methods
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.progress import Prepared
-from sweeper.models import BaseModel
+from sweeper.models import BaseModel, total_parameters
 from sweeper.spec import Settings
 
 STATE_BYTES = 16  # of one trainable parameter: value, gradient and two moments in float32
@@ -36,7 +36,8 @@ def run_bytes(base: BaseModel, run: Prepared, solo: Solo | None) -> int:
         return solo.state_bytes + solo.activation_bytes
     trainer = run.request.spec.trainer
     parameter = next(base.model.parameters())
-    return STATE_BYTES * methods.trainable(run.request.spec.method, run.ranks) + budget.activation_bytes(
+    trained = methods.trainable(run.request.spec.method, run.ranks, total=total_parameters(base.model))
+    return STATE_BYTES * trained + budget.activation_bytes(
         base.targets,
         run.ranks,
         batch_size=trainer.batch_size,

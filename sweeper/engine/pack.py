@@ -17,10 +17,12 @@ import torch.nn.attention
 from torch import Tensor
 
 from sweeper.engine.adapters import AdapterBank, AdapterSpec
+from sweeper.engine.alone import Alone, AloneSpec
+from sweeper.engine.bank import Bank
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.capture import CapturedStep
 from sweeper.engine.loss import Head
-from sweeper.engine.optimizer import PackedAdamW, hyperparameters
+from sweeper.engine.optimizer import hyperparameters
 from sweeper.errors import ModelError
 from sweeper.models import BaseModel
 from sweeper.spec import OptimSpec
@@ -31,7 +33,7 @@ class Job:
     """What the engine must know to train one run in a slot. `order` counts forward passes, `steps` optimiser steps."""
 
     run_id: str
-    adapter: AdapterSpec
+    adapter: AdapterSpec | AloneSpec
     optim: OptimSpec
     steps: int
     seed: int
@@ -70,7 +72,7 @@ class Pack:
 
     Args:
         base: the frozen model; its modules are wrapped until `close`.
-        capacities: for each slot, module name -> the highest rank it may hold.
+        capacities: for each slot, module name -> the highest rank it may hold; or the one run that trains alone.
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
         compiled: compile the layers and capture whole steps as CUDA graphs. Needs CUDA.
         lengths_vary: compile once for all lengths, rather than for the first and then once more.
@@ -79,7 +81,7 @@ class Pack:
     def __init__(
         self,
         base: BaseModel,
-        capacities: Sequence[Mapping[str, int]],
+        capacities: Sequence[Mapping[str, int]] | AloneSpec,
         *,
         batch_size: int,
         accumulation: int = 1,
@@ -88,14 +90,17 @@ class Pack:
         checkpointing: bool = False,
     ) -> None:
         self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
-        self.model = base.model
         self.device, self.dtype = next(base.model.parameters()).device, next(base.model.parameters()).dtype
-        stock = verified_head(base)
-        self.bank = AdapterBank(self.model, base.targets, capacities, self.device)
+        self.stock = verified_head(base)
+        self.bank: Bank
+        if isinstance(capacities, AloneSpec):
+            self.bank = Alone(base, capacities, self.device)
+        else:
+            self.bank = AdapterBank(base.model, base.targets, capacities, self.device)
         self.bank.install()
-        self.head = Head(self.model.get_output_embeddings(), stock.softcap, stock.divisor)
-        self.optimizer = PackedAdamW(self.bank)
-        self.jobs: list[Job | None] = [None] * len(capacities)
+        self.model = self.bank.model
+        self.optimizer = self.bank.make_optimizer()
+        self.jobs: list[Job | None] = [None] * len(self.bank.capacities)
         self.pending: list[_Pending] = []
         self._lane_slots: dict[int, Tensor] = {}
         self.compiled = compiled and self.device.type == "cuda" and self.bank.graphable
@@ -125,7 +130,12 @@ class Pack:
     def active(self) -> list[tuple[int, Job]]:
         return [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
 
-    def free_slot(self, adapter: AdapterSpec) -> int | None:
+    @property
+    def head(self) -> Head:
+        """The head of the model that the present lanes run through."""
+        return Head(self.bank.serving.get_output_embeddings(), self.stock.softcap, self.stock.divisor)
+
+    def free_slot(self, adapter: AdapterSpec | AloneSpec) -> int | None:
         """A slot that is empty and can hold an adapter of these ranks, or None."""
         for slot, job in enumerate(self.jobs):
             if job is None and self.bank.fits(slot, adapter):
@@ -151,23 +161,15 @@ class Pack:
         self.bank.release(slot)
         return job
 
-    @torch.no_grad()
     def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
-        """Module name -> A, B, and their Adam moments, on the host: with `job.done`, all that resuming needs."""
+        """What the run of a slot has learnt, on the host: with `job.done`, all that resuming needs."""
         job = self.jobs[slot]
         assert job is not None
-        stores = (self.bank.params, self.bank.exp_avg, self.bank.exp_avg_sq)
-        parts = [self.bank.adapter(slot, job.adapter, store) for store in stores]
-        return {name: tuple(t.to("cpu", copy=True) for part in parts for t in part[name]) for name in parts[0]}
+        return self.bank.snapshot(slot, job.adapter)
 
-    @torch.no_grad()
     def restore(self, slot: int, job: Job) -> None:
-        stores = (self.bank.params, self.bank.exp_avg, self.bank.exp_avg_sq)
         assert job.state is not None
-        for place, store in enumerate(stores):
-            for name, views in self.bank.adapter(slot, job.adapter, store).items():
-                for view, saved in zip(views, job.state[name][2 * place : 2 * place + 2], strict=True):
-                    view.copy_(saved)
+        self.bank.restore(slot, job.adapter, job.state, job.done)
 
     def step(self) -> None:
         """One optimiser step of every run that is not finished. Results come from `drain`."""
@@ -217,7 +219,7 @@ class Pack:
         """Last hidden states [rows, T, D] of right-padded token ids [rows, T]."""
         self.bank.lanes.tokens = ids.shape[1]
         with _no_padding_mask():
-            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            return self.bank.decoder(input_ids=ids, use_cache=False).last_hidden_state
 
     def warm_up(self, steps: int) -> None:
         """Steps whose results are thrown away, to compile and capture; meant for a pack that is only measured."""
@@ -232,14 +234,15 @@ class Pack:
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Losses [L] of one forward pass; their gradients are added to the bank's."""
-        with _attention(self.device, self.dtype):
+        with _attention(self.device, self.dtype), self.bank.drawing():
             return self._forward_backward(batch)
 
     def _forward_backward(self, batch: Batch) -> Tensor:
         hidden = self.hidden(batch.ids)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
         losses, _ = self.head.scores(rows, batch.targets, batch.weights)
-        losses.sum().backward()
+        penalty = self.bank.penalty()
+        (losses.sum() if penalty is None else losses.sum() + penalty / self.accumulation).backward()
         return losses.detach()
 
     def _micro_step(self, batch: Batch) -> Tensor:
@@ -251,13 +254,13 @@ class Pack:
         return [job.examples[i] for i in job.order.batch(job.done * self.accumulation + micro)]
 
     def _seed_dropout(self, moving: Sequence[tuple[int, Job]], micro: int) -> None:
-        if not self.bank.lanes.drop:
+        if not self.bank.draws:
             return
         seeds = [0] * len(self.jobs)
         for slot, job in moving:
             key = f"{job.seed}/{job.done}/{micro}".encode()
             seeds[slot] = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
-        self.bank.lanes.seeds.copy_(torch.tensor(seeds), non_blocking=True)
+        self.bank.seed(seeds)
 
     def _checkpoint_activations(self, on: bool) -> None:
         # transformers renamed this; both names must work
@@ -267,6 +270,15 @@ class Pack:
             getattr(self.model, f"{word}_enable")(**{f"{word}_kwargs": {"use_reentrant": False}})
         elif self.checkpointing:
             getattr(self.model, f"{word}_disable")()
+
+
+def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | AloneSpec], **options: Any) -> Pack:
+    """A pack whose slots hold exactly these, in order; one that trains alone is given alone."""
+    (first, *_) = adapters
+    if isinstance(first, AloneSpec):
+        assert len(adapters) == 1
+        return Pack(base, first, **options)
+    return Pack(base, [dict(adapter.ranks) for adapter in adapters], **options)
 
 
 def verified_head(base: BaseModel) -> Head:
@@ -346,7 +358,8 @@ def _no_padding_mask() -> Iterator[None]:
 
     def skip(*args: Any, **kwargs: Any) -> Any:
         local, length = kwargs.get("local_size"), kwargs.get("kv_length")
-        if local is None or (length is not None and length < local):
+        behind = length is not None and kwargs.get("q_length", length) != length  # tokens that came before these
+        if not behind and (local is None or (length is not None and length < local)):
             return None
         return stock(*args, **kwargs)
 

@@ -9,15 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from sweeper import budget, methods
+from sweeper import methods
 from sweeper.architecture import Target
 from sweeper.engine import checkpoint
+from sweeper.engine.alone import Alone, AloneSpec
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit
 from sweeper.engine.events import Step
 from sweeper.engine.export import write_adapter
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.requests import RunRequest
+from sweeper.models import total_parameters
 from sweeper.record import METRICS, PREDICTIONS, Efficiency, Module, Record, Score, write_lines, write_record
 from sweeper.spec import Settings, to_mapping
 from sweeper.tasks import EncodedSplit
@@ -36,13 +38,17 @@ class Prepared:
     @property
     def shape(self) -> str:
         """Runs of equal shape cost the same alone."""
-        spec = self.request.spec
-        return repr((sorted(self.job.adapter.ranks.items()), self.job.adapter.dropout > 0, spec.trainer, spec.dataset))
+        spec, adapter = self.request.spec, self.job.adapter
+        alone = methods.alone_key(spec)
+        return repr((sorted(adapter.ranks.items()), adapter.dropout > 0, spec.trainer, spec.dataset, alone))
 
     def resume(self) -> None:
         """Takes up the checkpoint of a run that was cut off, if its folder holds one."""
         found = checkpoint.load(self.request.folder)
-        if found is not None and set(found[0]) == set(self.job.adapter.ranks) and self.job.done == 0:
+        adapter = self.job.adapter
+        if found is None or self.job.done > 0:
+            return
+        if isinstance(adapter, AloneSpec) or set(found[0]) == set(adapter.ranks):
             self.job.state, self.before = found
             self.job.done, self.job.tokens = self.before["done"], self.before["tokens"]
 
@@ -118,13 +124,15 @@ class Progress:
         }  # fmt: skip
 
     def write(
-        self, settings: Settings, weights: Mapping[str, tuple[Tensor, Tensor]], solo: Solo | None, pack: Pack,
-        environment: Mapping[str, Any],
-    ) -> Record:  # fmt: skip
+        self, settings: Settings, pack: Pack, slot: int, solo: Solo | None, environment: Mapping[str, Any]
+    ) -> Record:
         """Writes adapter, metrics and predictions, and last the record that refers to them."""
         run, folder, spec = self.prepared, self.request.folder, self.request.spec
         folder.mkdir(parents=True, exist_ok=True)
-        adapter_bytes = write_adapter(folder, spec, list(run.ranks), weights)
+        adapter_bytes = self._export(pack, slot)
+        alone = pack.bank if isinstance(pack.bank, Alone) else None
+        ranks = {} if alone is None else alone.trainee.ranks()
+        total = total_parameters(pack.base.model)
         write_lines(folder / METRICS, self.metrics)
         write_lines(folder / PREDICTIONS, self.predictions)
         record = Record(
@@ -134,13 +142,13 @@ class Progress:
             spec=to_mapping(spec),
             modules=tuple(
                 Module(
-                    name=target.name, role=target.role, layer=target.layer, rank=rank,
+                    name=target.name, role=target.role, layer=target.layer, rank=ranks.get(target.name, rank),
                     parameters=methods.parameters(spec.method, target, rank),
                 )
                 for target, rank in run.ranks.items()
             ),
-            trainable_parameters=methods.trainable(spec.method, run.ranks),
-            total_parameters=sum(p.numel() for p in pack.base.model.parameters()),
+            trainable_parameters=methods.trainable(spec.method, run.ranks) if alone is None else alone.trainable,
+            total_parameters=total,
             steps=run.job.done,
             scores=self.scores,
             data={
@@ -160,6 +168,15 @@ class Progress:
         checkpoint.remove(folder)
         return record
 
+    def _export(self, pack: Pack, slot: int) -> int:
+        """Writes what the run has learnt; returns its bytes."""
+        run, folder = self.prepared, self.request.folder
+        if isinstance(pack.bank, Alone):
+            return pack.bank.export(folder)
+        return write_adapter(
+            folder, self.request.spec, list(run.ranks), pack.bank.adapter(slot, run.job.adapter)
+        )
+
     def _efficiency(self, adapter_bytes: int, solo: Solo | None, pack: Pack) -> Efficiency:
         run = self.prepared
         seen = [run.job.examples[i] for n in range(run.job.done * pack.accumulation) for i in run.job.order.batch(n)]
@@ -172,7 +189,9 @@ class Progress:
             peak_memory_solo_bytes=None if solo is None else solo.peak_memory_bytes,
             tokens_per_second_solo=None if solo is None else tokens / max(run.job.done, 1) / solo.step_seconds,
             train_tokens=tokens,
-            train_flops=budget.train_flops(pack.base.targets, run.ranks, length=mean_length, tokens=tokens),
+            train_flops=methods.train_flops(
+                run.request.spec.method, pack.base.targets, run.ranks, length=mean_length, tokens=tokens
+            ),
             adapter_bytes=adapter_bytes,
             pack_runs=self.pack_runs,
             pack_seconds=time.monotonic() - self.began,

@@ -1,17 +1,32 @@
 """What each method puts on the base. `METHODS` is the table of them; docs/methods.md shows it to readers."""
 
-from sweeper.architecture import Target
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sweeper import budget
+from sweeper.architecture import HEAD, Target
 from sweeper.engine.adapters import AdapterSpec
+from sweeper.engine.alone import AloneSpec
 from sweeper.errors import SpecError, unknown
-from sweeper.methods import lora
+from sweeper.methods import lora, tuners, weights
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from sweeper.models import BaseModel
 
 __all__ = ["METHODS", "Method", "adapter", "check", "find", "packs", "parameters", "trainable"]
 
 METHODS: dict[str, Method] = {
     "lora": lora.LORA,
     "rslora": lora.RSLORA,
+    "full_ft": weights.FULL_FT,
+    "bitfit": weights.BITFIT,
+    "adalora": tuners.ADALORA,
+    "qlora": tuners.QLORA,
+    "peft": tuners.PEFT,
 }
 
 
@@ -37,8 +52,10 @@ def parameters(method: MethodSpec, target: Target, rank: int) -> int:
     return find(method.name).parameters(method, target, rank)
 
 
-def trainable(method: MethodSpec, ranks: Ranks) -> int:
-    """Trainable parameters of a run."""
+def trainable(method: MethodSpec, ranks: Ranks, *, total: int = 0) -> int:
+    """Trainable parameters of a run on a model of `total` parameters."""
+    if find(method.name).whole(method):
+        return total
     count = find(method.name).parameters
     return sum(count(method, target, rank) for target, rank in ranks.items())
 
@@ -55,14 +72,58 @@ def check(spec: RunSpec) -> None:
     method.check(spec)
 
 
-def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
-    """The adapter of a run that packs, with a rank for every placed module.
+def train_flops(method: MethodSpec, targets: Sequence[Target], ranks: Ranks, *, length: int, tokens: int) -> float:
+    """Operations of a run that sees `tokens` tokens (padding included) in sequences of `length`."""
+    found = find(method.name)
+    if found.work == "product":
+        products = {target: found.inner_rank(method, rank) for target, rank in ranks.items()}
+        return budget.train_flops(targets, products, length=length, tokens=tokens)
+    dense = tuple(ranks) if found.work == "weight" else ()
+    return budget.train_flops(targets, dict.fromkeys(ranks, 0), length=length, tokens=tokens, dense=dense)
+
+
+def placed(method: MethodSpec, targets: Sequence[Target], every: Sequence[Target], *, tied: bool) -> tuple[Target, ...]:
+    """The modules whose weights a run trains or adapts: those placed, or all that the model has.
+
+    Args:
+        every: all modules of the model. tied: whether its head is its embedding.
+    """
+    if not find(method.name).whole(method):
+        return tuple(targets)
+    return tuple(target for target in every if not (tied and target.role == HEAD))
+
+
+def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec | AloneSpec:
+    """What a run trains: the adapter of one that packs, with a rank for every placed module, or what trains alone.
 
     Raises:
         SpecError: there is no such method, or it cannot train this run.
     """
     check(spec)
     method = find(spec.method.name)
-    if method.adapter is None or not method.packs(spec):
-        raise SpecError(f"method={spec.method.name} does not train in packs")
-    return method.adapter(spec, ranks)
+    if method.adapter is not None and method.packs(spec):
+        return method.adapter(spec, ranks)
+    assert method.alone is not None, f"method={spec.method.name} neither packs nor trains alone"
+    return method.alone(spec, ranks)
+
+
+def load_base(spec: RunSpec, *, dtype: "torch.dtype", device: "torch.device") -> "BaseModel":
+    """The base model of a run, quantised where its method asks for it.
+
+    Raises:
+        ModelError: as `models.load`.
+        SpecError: the model cannot be quantised here.
+    """
+    from sweeper import models
+    from sweeper.methods import qlora
+
+    base = models.load(spec.model, dtype=dtype, device=device)
+    return qlora.quantised(base, device) if find(spec.method.name).quantised else base
+
+
+def alone_key(spec: RunSpec) -> str:
+    """Equal for runs that train alone and can use one another's model; empty for runs that pack."""
+    if packs(spec):
+        return ""
+    ranked = (spec.allocation, spec.rank, spec.alpha, spec.trainer.max_steps) if find(spec.method.name).ranked else ()
+    return repr((spec.method, spec.placement, *ranked))
