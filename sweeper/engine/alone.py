@@ -130,7 +130,8 @@ class Alone:
     def __init__(self, base: BaseModel, spec: AloneSpec, device: torch.device) -> None:
         self.base, self.spec = base, spec
         self.capacities: tuple[dict[str, int], ...] = (dict(spec.ranks),)
-        with torch.random.fork_rng():
+        self.drawn_on = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(self.drawn_on):
             torch.manual_seed(spec.seed)
             self.trainee = spec.build(base)
         self.model = self.trainee.model
@@ -180,6 +181,11 @@ class Alone:
     @property
     def trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.trained.values())
+
+    def parameters_of(self, module: str) -> int:
+        """Trained parameters in or on one module."""
+        own = [p for name, p in self.trained.items() if f"{module}." in name]
+        return sum(parameter.numel() for parameter in own)
 
     @property
     def graphable(self) -> bool:
@@ -258,7 +264,7 @@ class Alone:
         if self.draw is None:
             yield
             return
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(self.drawn_on):
             torch.manual_seed(self.draw)
             yield
 
@@ -277,6 +283,11 @@ class Alone:
         else:
             temporary.rmdir()
         return size
+
+    def read(self, folder: Path) -> None:
+        """Takes up what `export` wrote, to be scored and not trained on."""
+        self.trainee.read(folder / self.trainee.folder)
+        self.model = self.trainee.model.eval()
 
     def make_optimizer(self) -> "AloneAdamW":
         return AloneAdamW(self)

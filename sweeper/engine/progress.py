@@ -131,8 +131,6 @@ class Progress:
         folder.mkdir(parents=True, exist_ok=True)
         adapter_bytes = self._export(pack, slot)
         alone = pack.bank if isinstance(pack.bank, Alone) else None
-        ranks = {} if alone is None else alone.trainee.ranks()
-        total = total_parameters(pack.base.model)
         write_lines(folder / METRICS, self.metrics)
         write_lines(folder / PREDICTIONS, self.predictions)
         record = Record(
@@ -140,15 +138,9 @@ class Progress:
             study=settings.study,
             status="diverged" if self.diverged else "pruned" if self.pruned else "completed",
             spec=to_mapping(spec),
-            modules=tuple(
-                Module(
-                    name=target.name, role=target.role, layer=target.layer, rank=ranks.get(target.name, rank),
-                    parameters=methods.parameters(spec.method, target, rank),
-                )
-                for target, rank in run.ranks.items()
-            ),
+            modules=self._modules(alone),
             trainable_parameters=methods.trainable(spec.method, run.ranks) if alone is None else alone.trainable,
-            total_parameters=total,
+            total_parameters=total_parameters(pack.base.model),
             steps=run.job.done,
             scores=self.scores,
             data={
@@ -167,6 +159,20 @@ class Progress:
         write_record(folder, record)
         checkpoint.remove(folder)
         return record
+
+    def _modules(self, alone: Alone | None) -> tuple[Module, ...]:
+        """What was trained by module; a run alone says itself what it put where, and which rank that has in the end."""
+        method, ranks = self.request.spec.method, self.prepared.ranks
+        found = dict(ranks) if alone is None else {t: alone.trainee.ranks().get(t.name, r) for t, r in ranks.items()}
+        modules = [
+            Module(
+                name=target.name, role=target.role, layer=target.layer, rank=rank,
+                parameters=methods.parameters(method, target, ranks[target])
+                if alone is None else alone.parameters_of(target.name),
+            )
+            for target, rank in found.items()
+        ]  # fmt: skip
+        return tuple(module for module in modules if module.parameters or alone is None)
 
     def _export(self, pack: Pack, slot: int) -> int:
         """Writes what the run has learnt; returns its bytes."""

@@ -37,6 +37,7 @@ class Method:
             own matrix, or nothing that is counted.
         inner_rank: the rank of a low-rank product while it trains, where that is not the run's.
         quantised: whether the base is quantised to 4 bits.
+        ranges: tuned field -> lowest and highest value, where those that suit LoRA do not suit this method.
     """
 
     parameters: Callable[[MethodSpec, Target, int], int] = lora_parameters
@@ -52,6 +53,7 @@ class Method:
     work: Literal["product", "weight", "none"] = "product"
     inner_rank: Callable[[MethodSpec, int], int] = lambda method, rank: rank
     quantised: bool = False
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def option(self, method: MethodSpec, name: str) -> Any:
         """A run's value of an option, or its default."""

@@ -5,10 +5,8 @@ quantised once more (double quantisation); embedding, head and norms stay as the
 model of its own: what it scores before training is its own loss.
 """
 
-import contextlib
 import importlib
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,10 @@ if TYPE_CHECKING:
 
     from sweeper.models import BaseModel
     from sweeper.spec import RunSpec
+
+
+# a note that optional kernels are missing, printed whenever anything imports the library on some CPUs
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def check(spec: "RunSpec") -> None:
@@ -34,7 +36,7 @@ def quantised(base: "BaseModel", device: "torch.device") -> "BaseModel":
     Raises:
         SpecError: bitsandbytes cannot quantise on this device.
     """
-    bnb = _library()
+    bnb: Any = importlib.import_module("bitsandbytes")
     model: Any = base.model
     for target in base.targets:
         if target.layer is None or target.kind not in ("linear", "conv1d"):
@@ -65,18 +67,3 @@ def _four_bit(bnb: Any, module: Any, transposed: bool, device: "torch.device") -
     return made.to(device).requires_grad_(False)
 
 
-def _library() -> Any:
-    with _quiet("bitsandbytes"):
-        return importlib.import_module("bitsandbytes")
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Without the library's note that it found no optional kernels."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

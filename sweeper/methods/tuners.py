@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import re
@@ -49,7 +50,7 @@ class Tuned(Trainee):
         import peft
 
         try:
-            with quiet(), _unwarned():
+            with quiet(), _unwarned(), contextlib.redirect_stderr(io.StringIO()):  # some draw progress bars
                 self.peft = make(peft)
         except (ValueError, TypeError, NotImplementedError, AssertionError, KeyError, AttributeError) as error:
             raise SpecError(f"PEFT refuses: {first_line(error)}") from error
@@ -214,8 +215,10 @@ def _tuner_config(spec: RunSpec, ranks: Ranks, base: BaseModel) -> Any:
     fields = {field.name for field in dataclasses.fields(kind)}
     given = {"r": spec.rank, "alpha": spec.alpha, "lora_alpha": spec.alpha, "task_type": "CAUSAL_LM"}
     given |= {name: spec.method.dropout for name in fields if name.endswith("dropout") and spec.method.dropout}
-    if "target_modules" in fields:
+    if "target_modules" in fields and kind.__name__ not in OWN_PLACES:
         given |= _places(ranks)
+    # (IA)3 scales what goes into these rather than what comes out
+    given["feedforward_modules"] = [target.name for target in ranks if target.role == "ff_down"]
     chosen = {name: value for name, value in given.items() if name in fields} | arguments
     try:
         with _unwarned():
@@ -279,9 +282,16 @@ def _unwarned() -> Iterator[None]:
         yield
 
 
+# configurations whose target_modules are no linear modules: PEFT's own choice for the architecture, or `arguments`
+OWN_PLACES = ("LNTuningConfig", "AdaptionPromptConfig", "TrainableTokensConfig")
 # why a tuner of PEFT trains no causal language model here
 UNABLE = {
-    "LORA": "method=lora is this, and packs",
+    "LORA": "method=lora is this tuner, and packs",
+    "ADALORA": "method=adalora is this tuner with its schedule",
+    "CPT": "its loss is over the examples in its prompt, weighted by their place, and not the NLL of the response",
+    "POLY": "it routes by the task that each row is of, and a run has one",
+    "SHADOW": "it runs a second model beside the base in a forward pass of its own",
+    "XLORA": "it mixes adapters that must have been trained before",
 }
 
 ADALORA = Method(
