@@ -132,7 +132,7 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
     [
         (["rnk=4,8"], "rnk: no such field. Choose from"),
         (["rank=["], "rank=[: cannot be read"),
-        (["method=3"], "method=3: no such method. Choose from lora"),
+        (["method=3"], "method=3: no such method. Choose from"),
         (["optim.lr=interval(2,1)"], "a range goes from a lower to a higher number, got 2 to 1"),
         (["optim.lr=tag(log,interval(0,1))"], "a range on a log scale starts above 0, got 0"),
         (["optim.lr=interval(-1,1)"], "optim.lr must be a positive number, got -1.0"),
