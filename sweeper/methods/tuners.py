@@ -39,12 +39,8 @@ class Tuned(Trainee):
 
     def __init__(self, base: BaseModel, config: Any, *, cast: bool = False) -> None:
         super().__init__(twin(base.model))
-        self.base = base
+        self.base, self.cast = base, cast
         self._wrap(lambda peft: peft.get_peft_model(self.model, config, autocast_adapter_dtype=not cast))
-        if cast:
-            dtype = next(base.model.parameters()).dtype
-            for parameter in self.trained().values():
-                parameter.data = parameter.data.to(dtype)
 
     def _wrap(self, make: Callable[[Any], Any]) -> None:
         import peft
@@ -55,6 +51,11 @@ class Tuned(Trainee):
         except (ValueError, TypeError, NotImplementedError, AssertionError, KeyError, AttributeError) as error:
             raise SpecError(f"PEFT refuses: {first_line(error)}") from error
         self.config = self.peft.peft_config[NAME]
+        if self.cast:
+            dtype = next(self.base.model.parameters()).dtype
+            for name, parameter in self.peft.named_parameters():
+                if f".{NAME}." in name:
+                    parameter.data = parameter.data.to(dtype)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
@@ -78,7 +79,11 @@ class Tuned(Trainee):
 
     def read(self, folder: Path) -> None:
         self.model = twin(self.base.model)
-        self._wrap(lambda peft: peft.PeftModel.from_pretrained(self.model, str(folder)))
+        self._wrap(
+            lambda peft: peft.PeftModel.from_pretrained(
+                self.model, str(folder), autocast_adapter_dtype=not self.cast
+            )
+        )
 
 
 class AdaptiveRanks(Tuned):
