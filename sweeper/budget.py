@@ -155,18 +155,18 @@ def memory(
     batch_size: int,
     length: int,
     checkpointing: bool = False,
-    trainable: int | None = None,
+    values: int | None = None,
 ) -> Memory:
     """Peak memory of one run alone, by what it is for; `bytes_per_value` is 4 for float32, 2 for bfloat16.
 
-    `trainable` is the number of trainable parameters, for a method that does not count them as LoRA.
+    `values` is the number of values that the adapter holds, where they are not those of a LoRA of these ranks.
     """
-    trainable = lora_parameters(ranks) if trainable is None else trainable
+    values = lora_parameters(ranks) if values is None else values
     return Memory(
         base=base_parameters * bytes_per_value,
-        adapter=trainable * ADAPTER_BYTES,
-        gradients=trainable * GRADIENT_BYTES,
-        optimiser=trainable * MOMENT_BYTES,
+        adapter=values * ADAPTER_BYTES,
+        gradients=values * GRADIENT_BYTES,
+        optimiser=values * MOMENT_BYTES,
         activations=activation_bytes(
             targets,
             ranks,

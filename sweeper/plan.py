@@ -216,7 +216,7 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
         batch_size=batch,
         length=length,
         checkpointing=spec.trainer.activation_checkpointing,
-        trainable=trainable,
+        values=methods.held(spec, ranks, total=total),
     )
     return Cost(
         modules=len(ranks),

@@ -78,6 +78,9 @@ class Record:
     """Everything the analysis may know about a run. `scores` maps split -> "before"/"after" -> Score; `data`
     has the sizes of each split and, as `majority`, what always giving the commonest training answer scores on it.
 
+    `saved` says which weights were scored "after" and saved: those of which `step`, whether a moving `average` of them,
+    and whether the run was `stopped_early`.
+
     `search` is empty for a run of a plain grid; else `arm` and `trial` say which trial it was of, `tuned` names the
     tuned fields, and `purpose` says whether it was one of those tried ("trial") or the best again on fresh seeds
     ("confirm").
@@ -97,6 +100,7 @@ class Record:
     environment: Mapping[str, Any] = field(default_factory=dict)
     error: Mapping[str, str] | None = None
     search: Mapping[str, Any] = field(default_factory=dict)
+    saved: Mapping[str, Any] = field(default_factory=dict)
     started: str = ""
     finished: str = ""
     schema: int = SCHEMA_VERSION

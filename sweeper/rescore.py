@@ -268,21 +268,27 @@ def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
         return pack
     for slot, (run, adapter) in enumerate(zip(runs, adapters, strict=True)):
         saved = read_adapter(run.folder)
-        pack.bank.assign(slot, adapter)
+        pack.bank.assign(slot, adapter, fresh=False)
         with torch.no_grad():
             for name, views in pack.bank.adapter(slot, adapter).items():
                 for view, value in zip(views, saved[name], strict=True):
                     view.copy_(value)
+        pack.bank.refresh(slot)
     return pack
 
 
-def read_adapter(folder: Path) -> dict[str, "tuple[torch.Tensor, torch.Tensor]"]:
-    """A run's saved adapter: module name -> (A [rank, in], B transposed [rank, out])."""
+_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "vera_lambda_d",
+          "vera_lambda_b")  # fmt: skip
+
+
+def read_adapter(folder: Path) -> "dict[str, tuple[torch.Tensor, ...]]":
+    """A run's saved adapter: module name -> its parts, as `AdapterBank.parts` has them."""
     from safetensors.torch import load_file
 
     tensors = load_file(folder / ADAPTER / "adapter_model.safetensors")
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
-        found.setdefault(name, {})["A" if "A" in rest.split(".")[0] else "B"] = tensor
-    return {name: (pair["A"], pair["B"].t()) for name, pair in found.items()}
+        name, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if part in _PARTS:
+            found.setdefault(name, {})[part] = tensor.t() if part.endswith("_B") else tensor
+    return {name: tuple(parts[part] for part in _PARTS if part in parts) for name, parts in found.items()}

@@ -136,7 +136,11 @@ class DatasetSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimSpec:
-    """AdamW and its schedule. `max_grad_norm` null switches clipping off; it is always a norm of one run."""
+    """AdamW and its schedule. `max_grad_norm` null switches clipping off; it is always a norm of one run.
+
+    `lr_ratio` is the learning rate of B over that of A, null is the method's own. The penalties are weights of what is
+    added to the loss: |s B A|^2, the orthogonality of A and B, and |A|^2 + |B|^2 (`sweeper.engine.penalty`).
+    """
 
     lr: float
     weight_decay: float = 0.0
@@ -146,6 +150,10 @@ class OptimSpec:
     schedule: str = "cosine"
     warmup_fraction: float = 0.1
     max_grad_norm: float | None = 1.0
+    lr_ratio: float | None = None
+    update_penalty: float = 0.0
+    orthogonality_penalty: float = 0.0
+    norm_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
@@ -160,22 +168,44 @@ class OptimSpec:
             raise SpecError(f"optim.schedule={self.schedule}: no such schedule. Choose from {', '.join(SCHEDULES)}.")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise SpecError(f"optim.max_grad_norm must be positive or null, got {self.max_grad_norm}")
+        if self.lr_ratio is not None and not (self.lr_ratio > 0 and math.isfinite(self.lr_ratio)):
+            raise SpecError(f"optim.lr_ratio must be above 0 or null, got {self.lr_ratio}")
+        for name in ("update_penalty", "orthogonality_penalty", "norm_penalty"):
+            if getattr(self, name) < 0:
+                raise SpecError(f"optim.{name} must be at least 0, got {getattr(self, name)}")
+
+    @property
+    def penalties(self) -> tuple[float, float, float]:
+        return self.update_penalty, self.orthogonality_penalty, self.norm_penalty
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerSpec:
-    """Length and shape of training. A step sees `batch_size * accumulation` examples."""
+    """Length and shape of training. A step sees `batch_size * accumulation` examples.
+
+    `neftune_alpha` adds noise to the embedded tokens, `ema_decay` has an average of the weights evaluated and saved,
+    `patience` ends a run whose validation NLL has not fallen in so many evaluations, and keeps its best weights.
+    """
 
     max_steps: int
     batch_size: int
     accumulation: int = 1
     precision: Precision = "auto"
     activation_checkpointing: bool = False
+    neftune_alpha: float = 0.0
+    ema_decay: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_steps", 0), ("batch_size", 1), ("accumulation", 1)):
             if getattr(self, name) < least:
                 raise SpecError(f"trainer.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.neftune_alpha < 0:
+            raise SpecError(f"trainer.neftune_alpha must be at least 0, got {self.neftune_alpha}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise SpecError(f"trainer.ema_decay must be in (0, 1) or null, got {self.ema_decay}")
+        if self.patience is not None and self.patience < 1:
+            raise SpecError(f"trainer.patience must be at least 1 or null, got {self.patience}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,6 +243,11 @@ class RunSpec:
             raise SpecError(f"alpha must be a positive number, got {self.alpha}")
         if not 0 <= self.seed < 2**31:
             raise SpecError(f"seed must be in [0, 2**31), got {self.seed}")
+        if self.trainer.patience is not None and not 0 < self.evaluation.every_steps < self.trainer.max_steps:
+            raise SpecError(
+                f"trainer.patience={self.trainer.patience} counts evaluations while a run trains: give "
+                f"evaluation.every_steps, from 1 to {self.trainer.max_steps - 1}"
+            )
 
     @property
     def run_id(self) -> str:

@@ -9,7 +9,7 @@ pack's. Where the base is in bfloat16 a trained weight of it is a working copy o
 import contextlib
 import copy
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ class AloneSpec:
     Attributes:
         key: equal for runs that cost the same, which are those that can use one another's compiled model.
         build: puts the method on a twin of the base model; draws from torch's generator, which is seeded.
-        ranks: module name -> rank. dropout: of the adapters; above 0 the run draws random numbers while it trains.
+        ranks: module name -> rank of the placed modules. dropout: of what is put on them.
+        average, keep_best, noise: as those of `AdapterSpec`.
     """
 
     key: str
@@ -40,13 +41,24 @@ class AloneSpec:
     ranks: Mapping[str, int]
     dropout: float
     seed: int
+    average: float | None = None
+    keep_best: bool = False
+    noise: float = 0.0
+
+    def shape(self) -> dict[str, Any]:
+        """All that time and memory of a step depend on."""
+        return {
+            "key": self.key, "dropout": self.dropout > 0, "average": self.average is not None, "best": self.keep_best,
+            "noise": self.noise > 0,
+        }  # fmt: skip
 
 
 class Trainee:
     """A twin with what a method trains on it: its parameters that require a gradient. Methods extend it.
 
     Attributes:
-        model: the twin. steps: optimiser steps done. folder: of a run's, where it is saved. graphable: whether a step can be compiled and captured as a CUDA graph.
+        model: the twin. steps: optimiser steps done. folder: of a run's, where it is saved.
+        graphable: whether a step can be compiled and captured as a CUDA graph.
         importance: whether `updated` looks at gradients.
         spares_vectors: whether biases and norms are spared weight decay, as Hugging Face's Trainer spares them.
     """
@@ -122,7 +134,7 @@ class Alone:
 
     Attributes:
         capacities: of the one slot. lanes: which of the two is served, slot 0 or, as -1, the base model.
-        names: the trained parameters, in the order of the store.
+        trained: the parameters, by name, in the order of the store.
     """
 
     mixes = False
@@ -134,11 +146,11 @@ class Alone:
         with torch.random.fork_rng(self.drawn_on):
             torch.manual_seed(spec.seed)
             self.trainee = spec.build(base)
-        self.model = self.trainee.model
         self.lanes = Lanes(
             torch.full((1,), -1, dtype=torch.int32, device=device),
             torch.zeros(1, device=device),
             torch.zeros(1, dtype=torch.int64, device=device),
+            torch.zeros(1, device=device),
         )
         self.draw: int | None = None
         self.taken = False
@@ -165,6 +177,9 @@ class Alone:
                 parameter.data = parameter.data.clone()
                 parameter.register_post_accumulate_grad_hook(_collect(gradient))
                 self.working.append(parameter)
+        names = [name for name, wanted in (("average", self.spec.average), ("best", self.spec.keep_best)) if wanted]
+        self.copies = {name: torch.zeros(size, device=device) for name in names}
+        self.rates, self.rated, self.work = None, [False], self.params
         self.masters = [self.view(name) for name, p in trained.items() if p.dtype != torch.float32]
 
     def view(self, name: str, store: Tensor | None = None) -> Tensor:
@@ -176,7 +191,7 @@ class Alone:
     def state_bytes(self) -> int:
         """Of values, gradients and moments, beyond the weights of the model itself."""
         shared = sum(p.numel() for p in self.trained.values() if p.dtype == torch.float32)
-        return 16 * self.trainable - 4 * shared
+        return (16 + 4 * len(self.copies)) * self.trainable - 4 * shared
 
     @property
     def trainable(self) -> int:
@@ -190,6 +205,10 @@ class Alone:
     @property
     def graphable(self) -> bool:
         return self.trainee.graphable
+
+    @property
+    def model(self) -> Any:
+        return self.trainee.model
 
     @property
     def serving(self) -> Any:
@@ -211,17 +230,22 @@ class Alone:
         return same and (not self.taken or self.trainee.fresh() is not None)
 
     @torch.no_grad()
-    def assign(self, slot: int, adapter: Any) -> None:
+    def assign(self, slot: int, adapter: Any, *, fresh: bool = True) -> None:
         """Gives the twin to a run. The first finds it as it was built, a later one as `Trainee.fresh` says."""
+        self.spec = adapter
+        self.lanes.noise.fill_(adapter.noise)
+        self.lanes.noisy = adapter.noise > 0
         if self.taken:
             start = self.trainee.fresh()
             assert start is not None
-            for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
+            for store in (self.grads, self.exp_avg, self.exp_avg_sq):
                 store.zero_()
             for name, value in start.items():
                 self.view(name).copy_(value)
             self.publish()
         self.taken, self.trainee.steps = True, 0
+        for copied in self.copies.values():
+            copied.copy_(self.params)
 
     def release(self, slot: int) -> None:
         """The weights stay until the twin is given to another run."""
@@ -234,7 +258,7 @@ class Alone:
 
     def snapshot(self, slot: int, adapter: Any) -> dict[str, tuple[Tensor, ...]]:
         """Parameter name -> value and Adam moments, and what else the method remembers, on the host."""
-        stores = (self.params, self.exp_avg, self.exp_avg_sq)
+        stores = self._stores()
         found = {name: tuple(self.view(name, s).to("cpu", copy=True) for s in stores) for name in self.trained}
         return found | {f"{_STATE}{key}": (value.cpu(),) for key, value in self.trainee.state().items()}
 
@@ -242,7 +266,7 @@ class Alone:
     def restore(self, slot: int, adapter: Any, state: Changed, step: int) -> None:
         if {name for name in state if not name.startswith(_STATE)} != set(self.trained):
             raise RuntimeError("the checkpoint is of other parameters than this version of the method trains")
-        for place, store in enumerate((self.params, self.exp_avg, self.exp_avg_sq)):
+        for place, store in enumerate(self._stores()):
             for name in self.trained:
                 self.view(name, store).copy_(state[name][place])
         self.trainee.steps = step
@@ -250,13 +274,18 @@ class Alone:
         self.trainee.resume(own, step)
         self.publish()
 
+    def _stores(self) -> list[Tensor]:
+        return [self.params, self.exp_avg, self.exp_avg_sq, *self.copies.values()]
+
     @property
     def draws(self) -> bool:
-        """A step that can be captured draws nothing."""
-        return not self.graphable
+        """A step that can be captured draws nothing but the noise of the embedding."""
+        return not self.graphable or self.lanes.noisy
 
     def seed(self, seeds: Sequence[int]) -> None:
-        (self.draw,) = seeds
+        self.draw = None if self.graphable else seeds[0]
+        if self.lanes.noisy:
+            self.lanes.seeds.copy_(torch.tensor(seeds), non_blocking=True)
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
@@ -268,15 +297,57 @@ class Alone:
             torch.manual_seed(self.draw)
             yield
 
-    def penalty(self) -> Tensor | None:
-        return self.trainee.penalty()
+    def penalise(self, share: float) -> None:
+        """Adds the gradient of the method's own penalty, times `share`."""
+        penalty = self.trainee.penalty()
+        if penalty is not None:
+            (penalty * share).backward()
+
+    def set_rates(self, slot: int, step: int) -> None:
+        """All that trains has the run's learning rate."""
+
+    def derive(self, slots: Iterable[int] | None = None) -> None:
+        """Nothing follows from the parameters but the model itself."""
+
+    def project(self) -> None:
+        """Gradients are those of the parameters themselves."""
+
+    @torch.no_grad()
+    def follow(self, slot: int, step: int) -> None:
+        """Moves the average of the weights, with the decay that `AdapterBank.follow` has."""
+        if self.spec.average is not None:
+            self.copies["average"].lerp_(self.params, 1 - min(self.spec.average, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def swap_averages(self) -> None:
+        """Puts the average where the weights are, and back."""
+        if self.spec.average is not None:
+            former = self.params.clone()
+            self.params.copy_(self.copies["average"])
+            self.copies["average"].copy_(former)
+            self.publish()
+
+    def _to_save(self) -> Tensor:
+        return self.params if self.spec.average is None else self.copies["average"]
+
+    def keep_best(self, slot: int) -> None:
+        """Remembers the weights as the best so far."""
+        self.copies["best"].copy_(self._to_save())
+
+    def take_best(self, slot: int) -> None:
+        """Gives the run its best weights back."""
+        for store in (self.params, self._to_save()):
+            store.copy_(self.copies["best"])
+        self.publish()
 
     def export(self, folder: Path) -> int:
         """Writes what was trained to a run's folder, whole or not at all; returns its bytes."""
         final, temporary = folder / self.trainee.folder, folder / f".{self.trainee.folder}.partial"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        self.swap_averages()
         size = self.trainee.save(temporary)
+        self.swap_averages()
         shutil.rmtree(final, ignore_errors=True)
         if any(temporary.iterdir()):
             temporary.rename(final)
@@ -287,7 +358,7 @@ class Alone:
     def read(self, folder: Path) -> None:
         """Takes up what `export` wrote, to be scored and not trained on."""
         self.trainee.read(folder / self.trainee.folder)
-        self.model = self.trainee.model.eval()
+        self.trainee.model.eval()
 
     def make_optimizer(self) -> "AloneAdamW":
         return AloneAdamW(self)

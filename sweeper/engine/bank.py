@@ -1,7 +1,7 @@
 """What a pack asks of whatever holds the trained parameters of its slots."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,19 +17,23 @@ class Bank(Protocol):
     a model to itself.
 
     Attributes:
-        model: what is trained, the base model or a twin of it. capacities: of each slot, module name -> highest rank.
+        capacities: what each slot has room for.
         mixes: whether rows of several slots may lie in one batch.
         lanes: which slot each lane of the present batch belongs to; -1 is the bare base model.
     """
 
-    model: Any
-    capacities: Sequence[Mapping[str, int]]
+    capacities: Sequence[Any]
     mixes: bool
     lanes: Lanes
     params: Tensor
     grads: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+    @property
+    def model(self) -> Any:
+        """What is trained: the base model, or a twin of it."""
+        ...
 
     @property
     def graphable(self) -> bool:
@@ -66,8 +70,20 @@ class Bank(Protocol):
         """Whether a slot, once it is free, can be given to such a run."""
         ...
 
-    def assign(self, slot: int, adapter: Any) -> None:
-        """Gives a slot to a run that begins afresh."""
+    def assign(self, slot: int, adapter: Any, *, fresh: bool = True) -> None:
+        """Gives a slot to a run that begins afresh, or whose snapshot is restored next."""
+        ...
+
+    def set_rates(self, slot: int, step: int) -> None:
+        """Says what of a slot trains from a step (from 0) on."""
+        ...
+
+    def derive(self, slots: Iterable[int] | None = None) -> None:
+        """Brings up to date what follows from the parameters, of all slots or some."""
+        ...
+
+    def project(self) -> None:
+        """Makes gradients of the parameters of those of what follows from them."""
         ...
 
     def release(self, slot: int) -> None: ...
@@ -90,6 +106,22 @@ class Bank(Protocol):
         """Within it, random numbers come from those seeds."""
         ...
 
-    def penalty(self) -> Tensor | None:
-        """What the method adds to the loss of a step."""
+    def penalise(self, share: float) -> None:
+        """Adds the gradients of what runs add to their loss, times `share`."""
+        ...
+
+    def follow(self, slot: int, step: int) -> None:
+        """Moves the average of a slot's weights after its step `step` (from 1), if it has one."""
+        ...
+
+    def swap_averages(self) -> None:
+        """Puts averages where the weights are, and back: evaluation looks at them."""
+        ...
+
+    def keep_best(self, slot: int) -> None:
+        """Remembers the weights of a slot as the best so far."""
+        ...
+
+    def take_best(self, slot: int) -> None:
+        """Gives a slot its best weights back."""
         ...

@@ -66,13 +66,15 @@ class Batch:
     """One rectangular batch of a pack.
 
     ids [L*R, T] token ids, each lane R sequences; index [L, K] flat positions (into L*R*T) whose next token is a
-    target; targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step).
+    target; targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step);
+    lengths [L*R] tokens of each sequence.
     """
 
     ids: Tensor
     index: Tensor
     targets: Tensor
     weights: Tensor
+    lengths: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -81,15 +83,18 @@ class Batch:
         return lanes, self.ids.shape[0] // lanes, self.ids.shape[1], targets
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.ids, self.index, self.targets, self.weights)))
+        return Batch(*(t.to(device, non_blocking=True) for t in self._tensors()))
 
     def pinned(self) -> "Batch":
         """In page-locked memory, from where a copy to the GPU does not wait for what the GPU is doing."""
-        return Batch(*(t.pin_memory() for t in (self.ids, self.index, self.targets, self.weights)))
+        return Batch(*(t.pin_memory() for t in self._tensors()))
 
     def copy_(self, other: "Batch") -> None:
-        for name in ("ids", "index", "targets", "weights"):
-            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+        for mine, new in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(new, non_blocking=True)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.ids, self.index, self.targets, self.weights, self.lengths
 
 
 def supervised(examples: Sequence[Tokens]) -> int:
@@ -114,6 +119,7 @@ def collate(lanes: Sequence[Sequence[Tokens]], totals: Sequence[int], *, fixed: 
     index = np.zeros((len(lanes), count), dtype=np.int64)
     targets = np.zeros((len(lanes), count), dtype=np.int64)
     weights = np.zeros((len(lanes), count), dtype=np.float32)
+    lengths = np.array([len(example.input_ids) for examples in lanes for example in examples], dtype=np.int64)
     for lane, (examples, total) in enumerate(zip(lanes, totals, strict=True)):
         filled = 0
         for row, example in enumerate(examples, start=lane * rows):
@@ -124,7 +130,7 @@ def collate(lanes: Sequence[Sequence[Tokens]], totals: Sequence[int], *, fixed: 
             targets[lane, part] = tokens[prompt:]
             filled = part.stop
         weights[lane, :filled] = 1 / total if total else 1
-    return Batch(*map(torch.from_numpy, (ids, index, targets, weights)))
+    return Batch(*map(torch.from_numpy, (ids, index, targets, weights, lengths)))
 
 
 def distinct_lengths(lengths: Sequence[int]) -> int:

@@ -45,8 +45,8 @@ def key_of(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> str:
     device = torch.cuda.get_device_name(model.device) if model.is_cuda else f"cpu x {torch.get_num_threads()}"
     lengths = sorted(len(example.input_ids) for example in job.examples)
     described = [
-        dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, sorted(job.adapter.ranks.items()),
-        job.adapter.dropout > 0, getattr(job.adapter, "key", ""), pack_options, lengths[len(lengths) // 2], lengths[-1],
+        dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, job.adapter.shape(),
+        pack_options, lengths[len(lengths) // 2], lengths[-1],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
 

@@ -308,15 +308,18 @@ def _summarise(rows: list[dict[str, Any]], whole: dict[str, float]) -> Evaluated
 
 
 class _Evaluating:
-    """Evaluation mode, layers uncompiled; training mode again afterwards."""
+    """Evaluation mode, layers uncompiled, averaged weights where a run has them; all as before afterwards."""
 
     def __init__(self, pack: Pack) -> None:
         self.pack, self.stance = pack, eager()
 
     def __enter__(self) -> None:
         self.pack.model.eval()
+        self.pack.bank.swap_averages()
+        self.pack.bank.derive()
         self.stance.__enter__()
 
     def __exit__(self, *raised: object) -> None:
         self.stance.__exit__(*raised)
+        self.pack.bank.swap_averages()
         self.pack.model.train()

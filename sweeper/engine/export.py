@@ -11,26 +11,43 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sweeper.methods import lora
+from sweeper import methods
+from sweeper.engine.shared import draw
+from sweeper.methods import lora, vera
 from sweeper.placement import Target
 from sweeper.record import ADAPTER
 from sweeper.spec import RunSpec
 
 
 def write_adapter(
-    folder: Path, spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, Tensor]]
+    folder: Path, spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]]
 ) -> int:
     """Writes `folder/adapter/` and returns the bytes of its weights.
 
     Args:
-        targets: the adapted modules. weights: module name -> (A [rank, in], B transposed [rank, out]).
+        targets: the adapted modules. weights: module name -> A [rank, in] and B transposed [rank, out], and what else
+            the form of the adapter has (`AdapterBank.parts`).
     """
     final, temporary = folder / ADAPTER, folder / f".{ADAPTER}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    form = methods.adapter(spec, dict.fromkeys(targets, spec.rank)).form
+    tensors = _vera(spec, targets, weights) if form == "vera" else _lora(targets, weights)
+    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = (
+        _vera_config(spec, targets) if form == "vera" else _lora_config(spec, targets, weights, dora=form == "dora")
+    )
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    (temporary / "adapter_config.json").write_text(json.dumps(plain, indent=1) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _lora(targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
     tensors = {}
     for target in targets:
-        a, b = weights[target.name]
+        a, b, *magnitude = weights[target.name]
         key = f"base_model.model.{target.name}"
         if target.kind == "embedding":
             tensors[f"{key}.lora_embedding_A"] = a.cpu().contiguous()
@@ -38,33 +55,63 @@ def write_adapter(
         else:
             tensors[f"{key}.lora_A.weight"] = a.cpu().contiguous()
             tensors[f"{key}.lora_B.weight"] = b.t().cpu().contiguous()
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-    ranks = {target.name: weights[target.name][0].shape[0] for target in targets}
-    config = _config(spec, targets, ranks)
-    (temporary / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        for vector in magnitude:
+            tensors[f"{key}.lora_magnitude_vector"] = vector.cpu().contiguous()
+    return tensors
 
 
-def _config(spec: RunSpec, targets: Sequence[Target], ranks: Mapping[str, int]) -> dict[str, Any]:
+def _vera(spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """Factors of every module, and the shared matrices themselves: their seed would do on the same torch alone."""
+    rank = len(weights[targets[0].name][0])
+    a, b = draw(rank, targets, vera.key(spec))
+    tensors = {"base_model.vera_A": a, "base_model.vera_B": b}
+    for target in targets:
+        factors = weights[target.name]
+        for name, factor in zip(("vera_lambda_d", "vera_lambda_b"), factors, strict=True):
+            tensors[f"base_model.model.{target.name}.{name}"] = factor.cpu().contiguous()
+    return tensors
+
+
+def _lora_config(
+    spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]], *, dora: bool
+) -> Any:
     from peft import LoraConfig
 
+    ranks = {target.name: weights[target.name][0].shape[0] for target in targets}
     common = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT takes each module's scale from its own rank and alpha
     other = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     build: Any = LoraConfig  # its annotations are narrower than what it takes
-    config = build(
+    return build(
         r=common,
         lora_alpha=lora.alpha_of(spec, common),
         lora_dropout=spec.method.dropout,
         use_rslora=spec.method.rank_stabilised,
-        target_modules=[target.name for target in targets],
-        fan_in_fan_out=any(target.kind == "conv1d" for target in targets),
+        use_dora=dora,
         rank_pattern=other,
         alpha_pattern={name: lora.alpha_of(spec, rank) for name, rank in other.items()},
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=spec.model.location,
-        inference_mode=True,
-    ).to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        **_common(spec, targets),
+    )
+
+
+def _vera_config(spec: RunSpec, targets: Sequence[Target]) -> Any:
+    from peft import VeraConfig
+
+    build: Any = VeraConfig
+    return build(
+        r=spec.rank,
+        projection_prng_key=vera.key(spec),
+        d_initial=vera.initial(spec),
+        vera_dropout=spec.method.dropout,
+        **_common(spec, targets),
+    )
+
+
+def _common(spec: RunSpec, targets: Sequence[Target]) -> dict[str, Any]:
+    return {
+        "target_modules": [target.name for target in targets],
+        "fan_in_fan_out": any(target.kind == "conv1d" for target in targets),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": spec.model.location,
+        "inference_mode": True,
+    }

@@ -11,7 +11,7 @@ from sweeper.engine.progress import Prepared
 from sweeper.models import BaseModel, total_parameters
 from sweeper.spec import Settings
 
-STATE_BYTES = 16  # of one trainable parameter: value, gradient and two moments in float32
+STATE_BYTES = 16  # of one value of an adapter: itself, gradient and two moments in float32
 MARGIN = 0.85  # of what is free; the rest is for fragments, work space and evaluation
 MOST = 64  # runs in a pack; more gain nothing measurable (docs/performance.md)
 
@@ -36,8 +36,8 @@ def run_bytes(base: BaseModel, run: Prepared, solo: Solo | None) -> int:
         return solo.state_bytes + solo.activation_bytes
     trainer = run.request.spec.trainer
     parameter = next(base.model.parameters())
-    trained = methods.trainable(run.request.spec.method, run.ranks, total=total_parameters(base.model))
-    return STATE_BYTES * trained + budget.activation_bytes(
+    held = methods.held(run.request.spec, run.ranks, total=total_parameters(base.model))
+    return STATE_BYTES * held + budget.activation_bytes(
         base.targets,
         run.ranks,
         batch_size=trainer.batch_size,

@@ -49,7 +49,8 @@ class PackedAdamW:
     """AdamW (Loshchilov & Hutter 2019) over an `AdapterBank`, clipped by each run's own gradient norm.
 
     A slot whose gradient norm is not finite, or whose learning-rate row is NaN (idle), keeps its parameters and
-    moments.
+    moments. A value's rate (`bank.rates`) multiplies the learning rate of its run; one of rate 0 is frozen: it is part
+    of no norm and has no moments.
     """
 
     bank: AdapterBank
@@ -74,9 +75,21 @@ class PackedAdamW:
             from sweeper.engine import kernels
 
             kernels.adamw(
-                bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq, bank.block_slot, self.table, self.norms
+                bank.params,
+                bank.work,
+                bank.grads,
+                bank.exp_avg,
+                bank.exp_avg_sq,
+                bank.rates,
+                bank.block_slot,
+                self.table,
+                self.norms,
             )
             return self.norms
+        for slot, rated in enumerate(bank.rated):
+            if rated and bank.rates is not None:
+                for start, stop in bank.spans[slot]:
+                    bank.grads[start:stop].masked_fill_(bank.rates[start:stop] == 0, 0.0)
         blocks = bank.grads.view(-1, BLOCK)
         squares = torch.linalg.vector_norm(blocks, dim=1).square()
         self.norms.zero_().index_add_(0, bank.block_slot, squares).sqrt_()
@@ -93,7 +106,13 @@ class PackedAdamW:
         for start, stop in bank.spans[slot]:
             p, g, m, v = (s[start:stop] for s in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq))
             g = g * clip
-            p.mul_(1 - row[LR] * row[WEIGHT_DECAY])
             m.lerp_(g, 1 - row[BETA1])
             v.mul_(row[BETA2]).addcmul_(g, g, value=1 - row[BETA2])
-            p.addcdiv_(m, v.sqrt().div_(row[CORRECTION2]).add_(row[EPS]), value=-row[LR] / row[CORRECTION1])
+            scale = v.sqrt().div_(row[CORRECTION2]).add_(row[EPS])
+            if bank.rates is None or not bank.rated[slot]:
+                p.mul_(1 - row[LR] * row[WEIGHT_DECAY])
+                p.addcdiv_(m, scale, value=-row[LR] / row[CORRECTION1])
+            else:
+                rate = bank.rates[start:stop]
+                p.mul_(1 - row[LR] * row[WEIGHT_DECAY] * rate)
+                p.addcdiv_(m * rate, scale, value=-row[LR] / row[CORRECTION1])

@@ -16,11 +16,13 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from sweeper.engine.adapters import AdapterBank, AdapterSpec
+from sweeper.engine import noise
+from sweeper.engine.adapters import AdapterBank
 from sweeper.engine.alone import Alone, AloneSpec
 from sweeper.engine.bank import Bank
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.capture import CapturedStep
+from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.loss import Head
 from sweeper.engine.optimizer import hyperparameters
 from sweeper.errors import ModelError
@@ -72,7 +74,8 @@ class Pack:
 
     Args:
         base: the frozen model; its modules are wrapped until `close`.
-        capacities: for each slot, module name -> the highest rank it may hold; or the one run that trains alone.
+        capacities: for each slot, module name -> the highest rank it may hold, or what else it may hold; or the one run
+            that trains alone.
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
         compiled: compile the layers and capture whole steps as CUDA graphs. Needs CUDA.
         lengths_vary: compile once for all lengths, rather than for the first and then once more.
@@ -81,7 +84,7 @@ class Pack:
     def __init__(
         self,
         base: BaseModel,
-        capacities: Sequence[Mapping[str, int]] | AloneSpec,
+        capacities: Sequence[Capacity | Mapping[str, int]] | AloneSpec,
         *,
         batch_size: int,
         accumulation: int = 1,
@@ -98,7 +101,6 @@ class Pack:
         else:
             self.bank = AdapterBank(base.model, base.targets, capacities, self.device)
         self.bank.install()
-        self.model = self.bank.model
         self.optimizer = self.bank.make_optimizer()
         self.jobs: list[Job | None] = [None] * len(self.bank.capacities)
         self.pending: list[_Pending] = []
@@ -109,6 +111,8 @@ class Pack:
         if self.compiled:
             _compile_layers(self.model, dynamic=True if lengths_vary else None)
         self.captured = CapturedStep(self.forward_backward) if self.compiled else None
+        self._lengths: Tensor | None = None
+        self._noise = self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.model.train()
 
     def close(self) -> None:
@@ -117,6 +121,7 @@ class Pack:
         if self.compiled:
             _uncompile_layers(self.model)
         self._checkpoint_activations(False)
+        self._noise.remove()
         self.bank.uninstall()
         self.model.eval()
 
@@ -129,6 +134,11 @@ class Pack:
     @property
     def active(self) -> list[tuple[int, Job]]:
         return [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
+
+    @property
+    def model(self) -> Any:
+        """What is trained: the base model, or a twin of it."""
+        return self.bank.model
 
     @property
     def head(self) -> Head:
@@ -147,9 +157,11 @@ class Pack:
         slot = self.free_slot(job.adapter) if slot is None else slot
         if slot is None or self.jobs[slot] is not None or not self.bank.fits(slot, job.adapter):
             raise ValueError(f"no free slot can hold run {job.run_id}")
-        self.bank.assign(slot, job.adapter)
+        self.bank.assign(slot, job.adapter, fresh=job.state is None)
         if job.state is not None:
             self.restore(slot, job)
+        self.bank.set_rates(slot, job.done)
+        self.bank.derive([slot])
         self.jobs[slot] = job
         return slot
 
@@ -192,6 +204,7 @@ class Pack:
         for (slot, job), total in zip(moving, totals, strict=True):
             job.done += 1
             job.tokens += total
+            self.bank.follow(slot, job.done)
             entries.append((slot, job, job.done, rows[slot][0], total))
         assert losses is not None
         self.pending.append(_Pending(entries, losses, norms))
@@ -234,20 +247,31 @@ class Pack:
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Losses [L] of one forward pass; their gradients are added to the bank's."""
+        self.bank.derive()
+        self._lengths = batch.lengths
         with _attention(self.device, self.dtype), self.bank.drawing():
-            return self._forward_backward(batch)
+            losses = self._forward_backward(batch)
+        self._lengths = None
+        self.bank.penalise(1 / self.accumulation)
+        self.bank.project()
+        return losses
 
     def _forward_backward(self, batch: Batch) -> Tensor:
         hidden = self.hidden(batch.ids)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
         losses, _ = self.head.scores(rows, batch.targets, batch.weights)
-        penalty = self.bank.penalty()
-        (losses.sum() if penalty is None else losses.sum() + penalty / self.accumulation).backward()
+        losses.sum().backward()
         return losses.detach()
+
+    def _add_noise(self, module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        lanes = self.bank.lanes
+        if self._lengths is None or not lanes.noisy:
+            return embedded
+        return noise.add(embedded, self._lengths, lanes.noise, lanes.seeds, lanes.slots)
 
     def _micro_step(self, batch: Batch) -> Tensor:
         if self.captured is not None:
-            return self.captured(batch.pinned(), key=(self.bank.lanes.drop,))
+            return self.captured(batch.pinned(), key=self.bank.lanes.flags)
         return self.forward_backward(batch.to(self.device))
 
     def _examples(self, job: Job, micro: int) -> list[Tokens]:
@@ -278,7 +302,7 @@ def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | AloneSpec], **op
     if isinstance(first, AloneSpec):
         assert len(adapters) == 1
         return Pack(base, first, **options)
-    return Pack(base, [dict(adapter.ranks) for adapter in adapters], **options)
+    return Pack(base, [adapter.capacity for adapter in adapters if isinstance(adapter, AdapterSpec)], **options)
 
 
 def verified_head(base: BaseModel) -> Head:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sweeper import methods
 from sweeper.architecture import Target
 from sweeper.engine import checkpoint
+from sweeper.engine.adapters import AdapterBank
 from sweeper.engine.alone import Alone, AloneSpec
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit
@@ -38,9 +39,8 @@ class Prepared:
     @property
     def shape(self) -> str:
         """Runs of equal shape cost the same alone."""
-        spec, adapter = self.request.spec, self.job.adapter
-        alone = methods.alone_key(spec)
-        return repr((sorted(adapter.ranks.items()), adapter.dropout > 0, spec.trainer, spec.dataset, alone))
+        spec = self.request.spec
+        return repr((self.job.adapter.shape(), spec.trainer, spec.dataset))
 
     def resume(self) -> None:
         """Takes up the checkpoint of a run that was cut off, if its folder holds one."""
@@ -77,7 +77,9 @@ class Progress:
         self.predictions: list[dict[str, Any]] = []
         self.started: str = before.get("started", _now())
         self.began = time.monotonic()
-        self.diverged = self.pruned = False
+        self.diverged = self.pruned = self.stopped = False
+        self.best: tuple[float, int] | None = tuple(before["best"]) if before.get("best") else None
+        self.waited: int = before.get("waited", 0)
 
     @property
     def prepared(self) -> Prepared:
@@ -110,6 +112,17 @@ class Progress:
             self.scores.setdefault(split, {})[moment] = found.score
             self.predictions += [{"split": split, "moment": moment, **row} for row in found.rows]
 
+    def judge(self, nll: float) -> bool:
+        """Notes a validation NLL of a run that may end early; returns whether it is the lowest so far."""
+        patience = self.request.spec.trainer.patience
+        better = self.best is None or nll < self.best[0]
+        if better:
+            self.best, self.waited = (nll, self._done), 0
+        else:
+            self.waited += 1
+            self.stopped = patience is not None and self.waited >= patience and not self.prepared.job.finished
+        return better
+
     @property
     def _done(self) -> int:
         return 0 if self._prepared is None else self._prepared.job.done
@@ -119,7 +132,7 @@ class Progress:
         job = self.prepared.job
         return {
             "done": job.done, "tokens": job.tokens, "started": self.started, "train_seconds": self.train_seconds,
-            "compile_seconds": self.compile_seconds,
+            "compile_seconds": self.compile_seconds, "best": self.best, "waited": self.waited,
             "metrics": [row for row in self.metrics if row.get("moment") not in ("before", "after")],
         }  # fmt: skip
 
@@ -153,6 +166,10 @@ class Progress:
             efficiency=self._efficiency(adapter_bytes, solo, pack),
             environment=environment,
             search=self.request.search,
+            saved={
+                "step": run.job.done if self.best is None else self.best[1], "stopped_early": self.stopped,
+                "average": spec.trainer.ema_decay is not None,
+            },
             started=self.started,
             finished=_now(),
         )  # fmt: skip
@@ -179,9 +196,9 @@ class Progress:
         run, folder = self.prepared, self.request.folder
         if isinstance(pack.bank, Alone):
             return pack.bank.export(folder)
-        return write_adapter(
-            folder, self.request.spec, list(run.ranks), pack.bank.adapter(slot, run.job.adapter)
-        )
+        assert isinstance(pack.bank, AdapterBank)
+        weights = pack.bank.adapter(slot, run.job.adapter, pack.bank.to_save(slot))
+        return write_adapter(folder, self.request.spec, list(run.ranks), weights)
 
     def _efficiency(self, adapter_bytes: int, solo: Solo | None, pack: Pack) -> Efficiency:
         run = self.prepared

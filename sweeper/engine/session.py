@@ -18,6 +18,7 @@ from sweeper.engine.alone import AloneSpec
 from sweeper.engine.batches import DataOrder, distinct_lengths
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.engine.forms import Capacity
 from sweeper.engine.memory import runs_that_fit
 from sweeper.engine.pack import Job, Pack, StepResult, open_pack, verified_head
 from sweeper.engine.progress import Prepared, Progress
@@ -218,7 +219,7 @@ class Session:
             capacities = [run.job.adapter for run in itertools.islice(waiting, slots)]
         else:  # a slot changes hands: it must hold whichever run comes next
             slots = limit
-            capacities = [_union([run.job.adapter.ranks for run in (*waiting, *probes)])] * slots
+            capacities = [Capacity.union(run.job.adapter.capacity for run in (*waiting, *probes))] * slots
         running: dict[str, Progress] = {}
         try:
             with self.timeline.span("set up"):
@@ -327,11 +328,7 @@ class Session:
                 clock.restart()
 
     def _evaluate_midway(self, pack: Pack, running: dict[str, Progress], clock: "_Clock") -> Iterator[Event]:
-        due = [
-            (slot, running[job.run_id])
-            for slot, job in pack.active
-            if not job.finished and _every(running[job.run_id].request.spec, job.done)
-        ]
+        due = [(slot, running[job.run_id]) for slot, job in pack.active if _due(running[job.run_id].request.spec, job)]
         if not due:
             return
         yield from clock.collect()
@@ -340,14 +337,19 @@ class Session:
                 found = evaluate(
                     pack, [slot for slot, _ in group], group[0][1].prepared, "validation", generation=False
                 )
-            for (_, progress), result in zip(group, found, strict=True):
+            for (slot, progress), result in zip(group, found, strict=True):
                 yield self._scored(progress, "validation", str(progress.prepared.job.done), result)
+                if progress.request.spec.trainer.patience is not None and progress.judge(result.score.nll):
+                    pack.bank.keep_best(slot)
         clock.restart()
 
     def _finish(self, pack: Pack, ended, running: dict[str, Progress], solo, clock: "_Clock") -> Iterator[Event]:
         began = time.perf_counter()
         leaving = [(slot, running[job.run_id]) for slot, job in ended]
         whole = [(slot, progress) for slot, progress in leaving if not (progress.diverged or progress.pruned)]
+        for slot, progress in whole:
+            if progress.best is not None:
+                pack.bank.take_best(slot)
         for group in _by_dataset(whole):
             for split in group[0][1].request.spec.evaluation.splits:
                 with self.timeline.span("evaluate"):
@@ -501,13 +503,17 @@ def _model_key(spec: RunSpec) -> str:
 
 def _ended(pack: Pack, running: dict[str, Progress]) -> list[tuple[int, Job]]:
     def over(job: Job) -> bool:
-        return job.finished or running[job.run_id].diverged or running[job.run_id].pruned
+        progress = running[job.run_id]
+        return job.finished or progress.diverged or progress.pruned or progress.stopped
 
     return [(slot, job) for slot, job in pack.active if over(job)]
 
 
-def _every(spec: RunSpec, done: int) -> bool:
-    return spec.evaluation.every_steps > 0 and done % spec.evaluation.every_steps == 0
+def _due(spec: RunSpec, job: Job) -> bool:
+    """Whether a run is evaluated now; one that may end early also at its last step, which may be its best."""
+    if job.finished:
+        return spec.trainer.patience is not None
+    return spec.evaluation.every_steps > 0 and job.done % spec.evaluation.every_steps == 0
 
 
 def _by_dataset(entries: Sequence[tuple[int, Progress]]) -> list[list[tuple[int, Progress]]]:
@@ -515,11 +521,3 @@ def _by_dataset(entries: Sequence[tuple[int, Progress]]) -> list[list[tuple[int,
         return repr((entry[1].request.spec.dataset, entry[1].request.spec.evaluation))
 
     return [list(group) for _, group in itertools.groupby(sorted(entries, key=key), key=key)]
-
-
-def _union(ranks: Sequence[Any]) -> dict[str, int]:
-    union: dict[str, int] = {}
-    for one in ranks:
-        for name, rank in one.items():
-            union[name] = max(rank, union.get(name, 0))
-    return union

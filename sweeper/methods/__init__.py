@@ -1,14 +1,15 @@
 """What each method puts on the base. `METHODS` is the table of them; docs/methods.md shows it to readers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sweeper import budget
 from sweeper.architecture import HEAD, Target
-from sweeper.engine.adapters import AdapterSpec
 from sweeper.engine.alone import AloneSpec
+from sweeper.engine.forms import AdapterSpec
 from sweeper.errors import SpecError, unknown
-from sweeper.methods import lora, tuners, weights
+from sweeper.methods import dora, lora, lora_plus, principal, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec
 
@@ -17,11 +18,17 @@ if TYPE_CHECKING:
 
     from sweeper.models import BaseModel
 
-__all__ = ["METHODS", "Method", "adapter", "check", "find", "packs", "parameters", "trainable"]
+__all__ = ["METHODS", "Method", "adapter", "check", "find", "held", "packs", "parameters", "trainable"]
 
 METHODS: dict[str, Method] = {
     "lora": lora.LORA,
     "rslora": lora.RSLORA,
+    "lora_plus": lora_plus.LORA_PLUS,
+    "lora_fa": lora_plus.LORA_FA,
+    "dora": dora.DORA,
+    "pissa": principal.PISSA,
+    "olora": principal.OLORA,
+    "vera": vera.VERA,
     "full_ft": weights.FULL_FT,
     "bitfit": weights.BITFIT,
     "adalora": tuners.ADALORA,
@@ -60,6 +67,14 @@ def trainable(method: MethodSpec, ranks: Ranks, *, total: int = 0) -> int:
     return sum(count(method, target, rank) for target, rank in ranks.items())
 
 
+def held(spec: RunSpec, ranks: Ranks, *, total: int) -> int:
+    """Values of a run's adapter that are kept with gradient and moments: what trains, and what is frozen among it."""
+    made = adapter(spec, ranks)
+    if isinstance(made, AdapterSpec):
+        return made.capacity.values(list(ranks))
+    return trainable(spec.method, ranks, total=total)
+
+
 def check(spec: RunSpec) -> None:
     """Raises SpecError for a method that there is not, wrong options, or a run that the method cannot train."""
     method = find(spec.method.name)
@@ -69,6 +84,12 @@ def check(spec: RunSpec) -> None:
     if spec.placement.embeddings and not method.embeddings:
         able = ", ".join(name for name, one in METHODS.items() if one.embeddings)
         raise SpecError(f"placement.embeddings=true: method={spec.method.name} cannot adapt the embedding; {able} can")
+    if spec.optim.lr_ratio is not None and spec.method.name in ("lora_plus", "lora_fa"):
+        raise SpecError(f"optim.lr_ratio: method={spec.method.name} says itself how fast A and B learn")
+    asked = [*zip(("update", "orthogonality", "norm"), spec.optim.penalties, strict=True), ("", spec.optim.lr_ratio)]
+    if not packs(spec) and any(value for _, value in asked):
+        name = next(f"{name}_penalty" if name else "lr_ratio" for name, value in asked if value)
+        raise SpecError(f"optim.{name} is for the A and B of methods that pack; method={spec.method.name} trains alone")
     method.check(spec)
 
 
@@ -102,9 +123,26 @@ def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec | AloneSpec:
     check(spec)
     method = find(spec.method.name)
     if method.adapter is not None and method.packs(spec):
-        return method.adapter(spec, ranks)
+        return _with_options(spec, method.adapter(spec, ranks))
     assert method.alone is not None, f"method={spec.method.name} neither packs nor trains alone"
-    return method.alone(spec, ranks)
+    return replace(
+        method.alone(spec, ranks),
+        average=spec.trainer.ema_decay,
+        keep_best=spec.trainer.patience is not None,
+        noise=spec.trainer.neftune_alpha,
+    )
+
+
+def _with_options(spec: RunSpec, made: AdapterSpec) -> AdapterSpec:
+    """The adapter with what the run's training options ask of its slot."""
+    return replace(
+        made,
+        rate_b=made.rate_b if spec.optim.lr_ratio is None else spec.optim.lr_ratio,
+        average=spec.trainer.ema_decay,
+        keep_best=spec.trainer.patience is not None,
+        penalties=spec.optim.penalties,
+        noise=spec.trainer.neftune_alpha,
+    )
 
 
 def load_base(spec: RunSpec, *, dtype: "torch.dtype", device: "torch.device") -> "BaseModel":
@@ -126,4 +164,4 @@ def alone_key(spec: RunSpec) -> str:
     if packs(spec):
         return ""
     ranked = (spec.allocation, spec.rank, spec.alpha, spec.trainer.max_steps) if find(spec.method.name).ranked else ()
-    return repr((spec.method, spec.placement, *ranked))
+    return repr((spec.method, spec.placement, spec.trainer.ema_decay, spec.trainer.patience is not None, *ranked))

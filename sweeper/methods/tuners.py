@@ -129,18 +129,18 @@ class AdaptiveRanks(Tuned):
         self.config.rank_pattern = kept or None
 
     def ranks(self) -> dict[str, int]:
-        """Singular values that are kept, by module."""
-        pattern = self.config.rank_pattern
-        if pattern is None:
-            names = [name for name, _ in self.model.named_parameters() if ".lora_E" in name]
-            return {name.split(".lora_E")[0]: self.config.init_r for name in names}
-        return {name.split(".lora_E")[0]: sum(kept) for name, kept in pattern.items()}
+        """Singular values that are not zero, by module."""
+        return {name.split(".lora_E")[0]: int(values.count_nonzero()) for name, values in self._singular().items()}
+
+    def _singular(self) -> dict[str, Tensor]:
+        return {name: values for name, values in self.model.named_parameters() if f".lora_E.{NAME}" in name}
 
     def save(self, folder: Path) -> int:
-        """Without the masked singular values, once the ranks are final."""
+        """Without the masked singular values, where all of them are zero: an average, or an early end, has others."""
         pattern = self.config.rank_pattern
-        if self.steps < self.config.total_step - self.config.tfinal:
-            self.config.rank_pattern = None  # what is masked now may come back
+        values = self._singular()
+        if any(bool(values[name][~torch.tensor(kept)].any()) for name, kept in (pattern or {}).items()):
+            self.config.rank_pattern = None
         try:
             return super().save(folder)
         finally:

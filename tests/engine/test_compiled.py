@@ -48,3 +48,28 @@ def test_compiled_layers_are_eager_ones_and_share_their_compilation(
     for job in jobs:
         assert compiled[job.run_id].losses == pytest.approx(eager[job.run_id].losses, rel=1e-5)
         assert compiled[job.run_id].norms == pytest.approx(eager[job.run_id].norms, rel=1e-4)
+
+
+def test_compiled_layers_of_a_pack_of_many_methods(
+    load: Any, make_job: Any, make_adapter: Any, make_examples: Any, train: Any
+) -> None:
+    base = load("gpt2")
+    base = dataclasses.replace(base, model=copy.deepcopy(base.model))
+    examples = make_examples(0)
+    plain, dora, vera, fast = (make_adapter(base, "full", 4, seed=seed) for seed in range(4))
+    adapters = {
+        "lora": plain, "dora": dataclasses.replace(dora, form="dora"), "vera": dataclasses.replace(vera, form="vera"),
+        "lora_plus": dataclasses.replace(fast, rate_b=4.0),
+    }  # fmt: skip
+    jobs = [make_job(name, adapter, examples, lr=3e-3) for name, adapter in adapters.items()]
+    capacities = [job.adapter.capacity for job in jobs]
+    eager = train(base, jobs, capacities=capacities)
+    torch._dynamo.reset()
+    counters.clear()
+    for layer in packs.decoder_layers(base.model):
+        layer.compile(backend="aot_eager", dynamic=True)
+    compiled = train(base, jobs, capacities=capacities)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    for job in jobs:
+        assert compiled[job.run_id].losses == pytest.approx(eager[job.run_id].losses, rel=1e-5)
+        assert compiled[job.run_id].norms == pytest.approx(eager[job.run_id].norms, rel=1e-4)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,3 +100,39 @@ def test_the_norm_of_one_slot_clips_no_other(load: Any, make_adapter: Any) -> No
         packed.step()
         steps.append([p.clone() for p in parts(bank, 0, adapters[0])])
     assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
+
+
+def test_rates_are_torchs_groups_and_what_is_frozen_is_no_part_of_the_norm(load: Any, make_adapter: Any) -> None:
+    """Slot 0: B learns 4 times as fast. Slot 1: A is frozen. Slot 2 is an ordinary run among them."""
+    base = load("llama")
+    ordinary = [make_adapter(base, "attn", 3, seed=seed) for seed in range(3)]
+    adapters = [replace(ordinary[0], rate_b=4.0), replace(ordinary[1], rate_a=0.0), ordinary[2]]
+    bank = AdapterBank(base.model, base.targets, [adapter.capacity for adapter in adapters], CPU)
+    optim = OptimSpec(lr=1e-2, weight_decay=0.3, max_grad_norm=0.5, schedule="constant", warmup_fraction=0.0)
+    for slot, adapter in enumerate(adapters):
+        bank.assign(slot, adapter)
+    copies = [[p.clone().requires_grad_() for p in parts(bank, slot, a)] for slot, a in enumerate(adapters)]
+    faster = {0: (1.0, 4.0), 1: (0.0, 1.0), 2: (1.0, 1.0)}
+    reference = []
+    for slot, own in enumerate(copies):
+        a, b = faster[slot]
+        groups = [{"params": own[0::2], "lr": a * optim.lr}, {"params": own[1::2], "lr": b * optim.lr}]
+        reference.append(torch.optim.AdamW([g for g in groups if g["lr"]], weight_decay=optim.weight_decay))
+    packed = PackedAdamW(bank)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        norms = []
+        for slot, own in enumerate(copies):
+            for grad, p in zip(parts(bank, slot, adapters[slot], bank.grads), own, strict=True):
+                grad.copy_(torch.randn(grad.shape, generator=generator))
+                p.grad = grad.clone()
+            moving = [p for group in reference[slot].param_groups for p in group["params"]]
+            norms.append(float(torch.nn.utils.clip_grad_norm_(moving, 0.5)))
+            reference[slot].step()
+        packed.set(dict.fromkeys(range(3), hyperparameters(optim, step, 10)))
+        assert packed.step().tolist() == pytest.approx(norms, rel=1e-5)
+    for slot, own in enumerate(copies):
+        for ours, theirs in zip(parts(bank, slot, adapters[slot]), own, strict=True):
+            torch.testing.assert_close(ours, theirs.data, rtol=1e-5, atol=1e-6)
+    frozen = parts(bank, 1, adapters[1], bank.exp_avg)[0::2]
+    assert not any(moment.any() for moment in frozen)

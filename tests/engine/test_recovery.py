@@ -204,7 +204,7 @@ def test_a_run_that_does_not_fit_alone_fails_and_the_rest_go_on(
     build = AdapterBank.__init__
 
     def limited(bank: AdapterBank, model: Any, targets: Any, capacities: Any, device: Any) -> None:
-        if any(rank == 8 for capacity in capacities for rank in capacity.values()):
+        if any(rank == 8 for capacity in capacities for rank in capacity.ranks.values()):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB\nmore about it")
         build(bank, model, targets, capacities, device)
 

@@ -1,0 +1,55 @@
+"""VeRA (Kopiczko et al. 2024): A and B are random, frozen and shared by all modules; their scalings train.
+
+    W' = W + diag(b) B0 diag(d) A0,  with d = `d_initial` and b = 0 at the start
+
+There is no alpha: b takes its place. The matrices come from `projection_key` as PEFT draws them, not from the seed.
+"""
+
+from sweeper.architecture import Target
+from sweeper.engine.forms import AdapterSpec
+from sweeper.errors import SpecError
+from sweeper.methods.method import Method, Ranks
+from sweeper.spec import MethodSpec, RunSpec
+
+
+def key(spec: RunSpec) -> int:
+    """The seed of the shared matrices; what PEFT calls projection_prng_key."""
+    return int(VERA.option(spec.method, "projection_key"))
+
+
+def initial(spec: RunSpec) -> float:
+    """The first value of d."""
+    return float(VERA.option(spec.method, "d_initial"))
+
+
+def _adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
+    return AdapterSpec(
+        ranks={target.name: rank for target, rank in ranks.items()},
+        scales={target.name: 1.0 for target in ranks},
+        dropout=spec.method.dropout,
+        seed=spec.seed,
+        form="vera",
+        shared=(initial(spec), key(spec)),
+    )
+
+
+def _parameters(method: MethodSpec, target: Target, rank: int) -> int:
+    return rank + target.out_features
+
+
+def _check(spec: RunSpec) -> None:
+    if spec.method.rank_stabilised:
+        raise SpecError("method.rank_stabilised=true: method=vera has no alpha to stabilise")
+    if spec.optim.orthogonality_penalty or spec.optim.norm_penalty:
+        raise SpecError("method=vera trains neither A nor B: of the penalties it takes optim.update_penalty alone")
+    if key(spec) < 0:
+        raise SpecError(f"method.options.projection_key must be at least 0, got {key(spec)}")
+
+
+VERA = Method(
+    adapter=_adapter,
+    parameters=_parameters,
+    options={"d_initial": 0.1, "projection_key": 0},
+    check=_check,
+    even=True,
+)
