@@ -273,7 +273,8 @@ def _read(overrides: Sequence[str], composer: Composer, problems: list[str]) -> 
             if dimension is None:
                 continue
             space[key] = dimension
-            by_method = by_method | {key} if "method" in override.value().tags else by_method - {key}
+            tagged = "method" in getattr(override.value(), "tags", ())
+            by_method = by_method | {key} if tagged else by_method - {key}
             if not group:
                 continue
         axis = _axis(override, problems)

@@ -181,7 +181,7 @@ def _key(spec: ModelSpec) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _outline(key: str) -> tuple[tuple[Target, ...], int, bool]:
-    """Targets, number of parameters and whether the ends are tied; the key is the spec as JSON, as a spec cannot be hashed."""
+    """Targets, parameters and whether the ends are tied; the key is the spec as JSON, as a spec cannot be hashed."""
     import torch
 
     spec = ModelSpec(**json.loads(key))

@@ -257,6 +257,7 @@ def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     import torch
 
     from sweeper import methods
+    from sweeper.engine.adapters import AdapterBank
     from sweeper.engine.alone import Alone
     from sweeper.engine.pack import open_pack
 
@@ -266,6 +267,7 @@ def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     if isinstance(pack.bank, Alone):
         pack.bank.read(runs[0].folder)
         return pack
+    assert isinstance(pack.bank, AdapterBank)
     for slot, (run, adapter) in enumerate(zip(runs, adapters, strict=True)):
         saved = read_adapter(run.folder)
         pack.bank.assign(slot, adapter, fresh=False)

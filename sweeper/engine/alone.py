@@ -409,6 +409,7 @@ def _collect(gradient: Tensor) -> Callable[[Tensor], None]:
     """Adds a working copy's gradient to the store and lets go of it."""
 
     def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
         gradient.add_(parameter.grad)
         parameter.grad = None
 

@@ -17,18 +17,21 @@ class Bank(Protocol):
     a model to itself.
 
     Attributes:
-        capacities: what each slot has room for.
         mixes: whether rows of several slots may lie in one batch.
         lanes: which slot each lane of the present batch belongs to; -1 is the bare base model.
     """
 
-    capacities: Sequence[Any]
     mixes: bool
     lanes: Lanes
     params: Tensor
     grads: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+    @property
+    def capacities(self) -> Sequence[Any]:
+        """What each slot has room for."""
+        ...
 
     @property
     def model(self) -> Any:

@@ -18,6 +18,7 @@ from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit
 from sweeper.engine.events import Step
 from sweeper.engine.export import write_adapter
+from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.requests import RunRequest
 from sweeper.models import total_parameters
@@ -35,6 +36,12 @@ class Prepared:
     ranks: Mapping[Target, int]
     splits: Mapping[str, EncodedSplit]
     before: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def capacity(self) -> Capacity:
+        """The least that a slot must have, for a run that packs."""
+        assert isinstance(self.job.adapter, AdapterSpec)
+        return self.job.adapter.capacity
 
     @property
     def shape(self) -> str:

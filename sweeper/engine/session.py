@@ -20,7 +20,7 @@ from sweeper.engine.evaluate import EvaluatedSplit, evaluate
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
 from sweeper.engine.forms import Capacity
 from sweeper.engine.memory import runs_that_fit
-from sweeper.engine.pack import Job, Pack, StepResult, open_pack, verified_head
+from sweeper.engine.pack import Job, Pack, StepResult, verified_head
 from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import Kind, RunRequest, Source
 from sweeper.engine.timeline import Timeline
@@ -211,19 +211,21 @@ class Session:
         A `limit` of 0 asks for a slot that holds the first run and nothing larger.
         """
         waiting = queue.waiting
-        alone = isinstance(waiting[0].job.adapter, AloneSpec)
-        exact = limit == 0 or alone or (len(waiting) <= limit and not queue.more)
-        capacities: Any
-        if exact:
-            slots = 1 if alone else min(max(limit, 1), len(waiting))
-            capacities = [run.job.adapter for run in itertools.islice(waiting, slots)]
+        first = waiting[0].job.adapter
+        exact = limit == 0 or isinstance(first, AloneSpec) or (len(waiting) <= limit and not queue.more)
+        capacities: list[Capacity] | AloneSpec
+        if isinstance(first, AloneSpec):
+            slots, capacities = 1, first
+        elif exact:
+            slots = min(max(limit, 1), len(waiting))
+            capacities = [run.capacity for run in itertools.islice(waiting, slots)]
         else:  # a slot changes hands: it must hold whichever run comes next
             slots = limit
-            capacities = [Capacity.union(run.job.adapter.capacity for run in (*waiting, *probes))] * slots
+            capacities = [Capacity.union(run.capacity for run in (*waiting, *probes))] * slots
         running: dict[str, Progress] = {}
         try:
             with self.timeline.span("set up"):
-                pack = open_pack(base, capacities, **options) if exact else Pack(base, capacities, **options)
+                pack = Pack(base, capacities, **options)
             with pack:
                 try:
                     yield from self._fill(pack, queue, running)

@@ -1,7 +1,7 @@
 """Prompt learning as a model that is called like any other: virtual tokens go before the text and are taken off again.
 
-PEFT has two kinds (Lester et al. 2021; Li & Liang 2021): vectors before the token embeddings, and keys and values before
-those of every layer.
+PEFT has two kinds (Lester et al. 2021; Li & Liang 2021): vectors before the token embeddings, and keys and values
+before those of every layer.
 """
 
 from dataclasses import dataclass

@@ -65,5 +65,3 @@ def _four_bit(bnb: Any, module: Any, transposed: bool, device: "torch.device") -
     made.bias = module.bias
     made.support_avx512bf16_for_cpu = False  # it would pack the weights anew in the middle of an evaluation
     return made.to(device).requires_grad_(False)
-
-

@@ -80,9 +80,7 @@ class Tuned(Trainee):
     def read(self, folder: Path) -> None:
         self.model = twin(self.base.model)
         self._wrap(
-            lambda peft: peft.PeftModel.from_pretrained(
-                self.model, str(folder), autocast_adapter_dtype=not self.cast
-            )
+            lambda peft: peft.PeftModel.from_pretrained(self.model, str(folder), autocast_adapter_dtype=not self.cast)
         )
 
 
@@ -104,7 +102,8 @@ class AdaptiveRanks(Tuned):
             if "lora_A" in name or "lora_B" in name:
                 gram = p @ p.T if "lora_A" in name else p.T @ p
                 parts.append(torch.norm(gram - torch.eye(len(gram), device=gram.device)))
-        return self.config.orth_reg_weight * torch.stack(parts).mean()
+        weight: float = self.config.orth_reg_weight
+        return weight * torch.stack(parts).mean()
 
     def updated(self, step: int) -> None:
         self.adapter.update_and_allocate(step)
@@ -154,9 +153,10 @@ def lora_config(spec: RunSpec, ranks: Ranks, **more: Any) -> Any:
     common = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT takes each module's scale from its own rank and alpha
     other = {f"^{re.escape(target.name)}": rank for target, rank in ranks.items() if rank != common}
-    return LoraConfig(
+    configure: Any = LoraConfig  # its annotations are narrower than what it takes
+    return configure(
         r=common,
-        lora_alpha=lora.alpha_of(spec, common),  # type: ignore[arg-type]
+        lora_alpha=lora.alpha_of(spec, common),
         lora_dropout=spec.method.dropout,
         use_rslora=spec.method.rank_stabilised,
         rank_pattern=other,
@@ -183,10 +183,11 @@ def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
     def build(base: BaseModel) -> AdaptiveRanks:
         from peft import AdaLoraConfig
 
-        config = AdaLoraConfig(
+        configure: Any = AdaLoraConfig  # its annotations are narrower than what it takes
+        before, after = _phases(spec)
+        config = configure(
             target_r=spec.rank, init_r=initial_rank(spec.method, spec.rank), total_step=steps,
-            tinit=_or(option("tinit"), steps // 10), tfinal=_or(option("tfinal"), 3 * steps // 10),
-            deltaT=_or(option("delta_t"), max(1, steps // 100)), beta1=option("beta1"), beta2=option("beta2"),
+            tinit=before, tfinal=after, deltaT=_or(option("delta_t"), max(1, steps // 100)), beta1=option("beta1"), beta2=option("beta2"),
             orth_reg_weight=option("orthogonality"), lora_alpha=spec.alpha, lora_dropout=spec.method.dropout,
             **_places(ranks),
         )  # fmt: skip
@@ -197,7 +198,7 @@ def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
 
 def initial_rank(method: MethodSpec, rank: int) -> int:
     """The rank each module begins with: `initial` times the rank that is left on average, as in the paper 1.5."""
-    return max(rank + 1, math.ceil(ADALORA.option(method, "initial") * rank))
+    return max(rank + 1, math.ceil(float(ADALORA.option(method, "initial")) * rank))
 
 
 def any_tuner(spec: RunSpec, ranks: Ranks) -> AloneSpec:
@@ -256,11 +257,17 @@ def _check_adalora(spec: RunSpec) -> None:
         value = ADALORA.option(spec.method, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise SpecError(f"method.options.{name} must be a whole number of steps, at least {least}, got {value}")
-    before, after = (_or(ADALORA.option(spec.method, n), d) for n, d in (("tinit", steps // 10), ("tfinal", 3 * steps // 10)))
+    before, after = _phases(spec)
     if before >= steps - after:
         raise SpecError(
-            f"method.options.tinit={before} and tfinal={after} leave none of trainer.max_steps={steps} to spread ranks in"
+            f"method.options.tinit={before} and tfinal={after} leave none of trainer.max_steps={steps} to spread ranks"
         )
+
+
+def _phases(spec: RunSpec) -> tuple[int, int]:
+    """Steps before the budget falls, and steps after it has fallen."""
+    steps, option = spec.trainer.max_steps, partial(ADALORA.option, spec.method)
+    return _or(option("tinit"), steps // 10), _or(option("tfinal"), 3 * steps // 10)
 
 
 def _check_tuner(spec: RunSpec) -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sweeper.architecture import Target
 from sweeper.engine.alone import AloneSpec, Trainee, twin
@@ -30,9 +32,7 @@ class OwnWeights(Trainee):
     graphable = True
     spares_vectors = True
 
-    def __init__(
-        self, base: BaseModel, names: Sequence[str], *, ranks: Mapping[str, int], saved: bool = True
-    ) -> None:
+    def __init__(self, base: BaseModel, names: Sequence[str], *, ranks: Mapping[str, int], saved: bool = True) -> None:
         super().__init__(twin(base.model))
         self.base, self._ranks, self.saved = base, dict(ranks), saved
         self.added = set(add_biases(self.model, names))
@@ -76,8 +76,8 @@ def add_biases(model: nn.Module, names: Sequence[str] | Mapping[str, Tensor]) ->
         parent, _, leaf = name.rpartition(".")
         module = model.get_submodule(parent)
         if leaf == "bias" and getattr(module, "bias", None) is None:
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            width = module.nf if hasattr(module, "nf") else weight.shape[0]
+            weight: Any = module.weight
+            width = weight.shape[-1] if isinstance(module, Conv1D) else weight.shape[0]
             module.bias = nn.Parameter(weight.new_zeros(width), requires_grad=False)
             added.append(name)
     return added
@@ -116,7 +116,7 @@ def _alone(spec: RunSpec, ranks: Ranks, build: Callable[[BaseModel], Trainee]) -
 
 
 def _trains_all(method: MethodSpec) -> bool:
-    return FULL_FT.option(method, "modules") == "all"
+    return bool(FULL_FT.option(method, "modules") == "all")
 
 
 def _check_full_ft(spec: RunSpec) -> None:

@@ -105,7 +105,9 @@ def make_alone(make_run: Any, tiny_spec: Any) -> Callable[..., RunSpec]:
         model = dataclasses.asdict(tiny_spec(kind))
         trainer = {"max_steps": 12, "batch_size": 4} | changes.pop("trainer", {})
         placement = changes.pop("placement", "full")
-        run: RunSpec = make_run(placement, model=model, method=dict(method), optim={"lr": lr}, trainer=trainer, **changes)
+        run: RunSpec = make_run(
+            placement, model=model, method=dict(method), optim={"lr": lr}, trainer=trainer, **changes
+        )
         return run
 
     return make
@@ -265,7 +267,9 @@ def test_a_base_in_bfloat16_trains_float32_values(
     done = finished(tmp_path / "study", spec)
     assert done.scores["validation"]["after"].nll < done.scores["validation"]["before"].nll
     settings = Settings(study="study", output_root=str(tmp_path), device="cpu")
-    (found,) = rescore.rescore(rescore.find([settings.folder]), [], EvaluationSpec(name="e", splits=("test",)), settings)
+    (found,) = rescore.rescore(
+        rescore.find([settings.folder]), [], EvaluationSpec(name="e", splits=("test",)), settings
+    )
     assert found.score.nll == pytest.approx(done.scores["test"]["after"].nll, rel=1e-6)
 
 
@@ -342,7 +346,9 @@ def test_what_peft_refuses_fails_with_its_words(make_alone: Any, run_all: Any) -
 
 
 @NEEDS_BITSANDBYTES
-def test_the_solo_cost_says_which_method_needs_most(make_alone: Any, make_run: Any, run_all: Any, tmp_path: Path) -> None:
+def test_the_solo_cost_says_which_method_needs_most(
+    make_alone: Any, make_run: Any, run_all: Any, tmp_path: Path
+) -> None:
     specs = {
         "lora": make_alone({"name": "lora"}), "qlora": make_alone({"name": "qlora"}),
         "full_ft": make_alone({"name": "full_ft"}), "bitfit": make_alone({"name": "bitfit"}),
@@ -399,7 +405,9 @@ def test_generation_with_virtual_tokens_is_peft_s_own(
 def test_a_twin_shares_weights_and_nothing_else(load: Any) -> None:
     base = load("llama").model
     other = twin(base)
-    assert all(a.data_ptr() == b.data_ptr() and a is not b for a, b in zip(base.parameters(), other.parameters(), strict=True))
+    assert all(
+        a.data_ptr() == b.data_ptr() and a is not b for a, b in zip(base.parameters(), other.parameters(), strict=True)
+    )
     assert models.is_tied(other)
     names = [name for name, _ in base.named_modules()]
     other.model.layers[0].self_attn.q_proj = torch.nn.Identity()
@@ -429,7 +437,9 @@ def test_a_step_without_a_finite_gradient_moves_nothing(
     assert all(torch.equal(u, v) for name in before for u, v in zip(before[name], after[name], strict=True))
 
 
-def test_scores_of_several_lanes_are_those_of_each(make_alone: Any, base_of: Any, place: Any, make_examples: Any) -> None:
+def test_scores_of_several_lanes_are_those_of_each(
+    make_alone: Any, base_of: Any, place: Any, make_examples: Any
+) -> None:
     from sweeper.engine.evaluate import evaluate_examples
 
     spec = make_alone({"name": "bitfit"})
@@ -438,7 +448,9 @@ def test_scores_of_several_lanes_are_those_of_each(make_alone: Any, base_of: Any
         pack.bank.assign(0, pack.bank.spec)  # type: ignore[attr-defined]
         pack.bank.params.fill_(0.1)
         both = evaluate_examples(pack, [-1, 0], make_examples(1), None)
-        assert [one.rows for one in both] == [evaluate_examples(pack, [slot], make_examples(1), None)[0].rows for slot in (-1, 0)]
+        assert [one.rows for one in both] == [
+            evaluate_examples(pack, [slot], make_examples(1), None)[0].rows for slot in (-1, 0)
+        ]
         assert both[0].score.nll != both[1].score.nll
         assert score(pack, [-1], make_examples(1), budget=4096) == score(pack, [-1], make_examples(1), budget=512)
 
