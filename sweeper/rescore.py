@@ -257,18 +257,21 @@ def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     import torch
 
     from sweeper import methods
-    from sweeper.engine.adapters import AdapterBank
+    from sweeper.engine.adapters import AdapterBank, AdapterSpec
     from sweeper.engine.alone import Alone
     from sweeper.engine.pack import open_pack
 
     targets = {target.name: target for target in base.targets}
-    adapters = [methods.adapter(run.spec, {targets[name]: rank for name, rank in run.ranks.items()}) for run in runs]
+    adapters = [
+        methods.adapter(run.spec, {targets[name]: rank for name, rank in run.ranks.items()}).settled() for run in runs
+    ]
     pack = open_pack(base, adapters, batch_size=1)
     if isinstance(pack.bank, Alone):
         pack.bank.read(runs[0].folder)
         return pack
     assert isinstance(pack.bank, AdapterBank)
     for slot, (run, adapter) in enumerate(zip(runs, adapters, strict=True)):
+        assert isinstance(adapter, AdapterSpec)
         saved = read_adapter(run.folder)
         pack.bank.assign(slot, adapter, fresh=False)
         with torch.no_grad():

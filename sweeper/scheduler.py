@@ -118,10 +118,13 @@ class Scheduler:
             if state.search is not None and self._open(state):
                 wanted = state.search.parallel * len(state.arm.seeds)
                 most = max(most, wanted)
+            left = len(state.ready) + self._unasked(state)
             if most or self._waiting_for_itself(state):
                 widest = state.arm.widest
                 others = () if widest is None else (widest,)
-                found.append(Kind(key=state.arm.key, spec=state.arm.default, most=max(most, 1), others=others))
+                found.append(
+                    Kind(key=state.arm.key, spec=state.arm.default, most=max(most, 1), left=left, others=others)
+                )
         return found
 
     def pull(self, count: int, kinds: Collection[str]) -> Pulled:
@@ -148,10 +151,16 @@ class Scheduler:
         for state in self.states.values():
             count += len(state.ready)
             if state.search is not None and self._open(state):
-                room = state.search.parallel - len(state.search.running)
-                left = math.inf if state.search.wanted is None else state.search.wanted - state.search.asked
-                count += max(0, int(min(room, left))) * len(state.arm.seeds)
+                room = (state.search.parallel - len(state.search.running)) * len(state.arm.seeds)
+                count += max(0, int(min(room, self._unasked(state))))
         return count
+
+    def _unasked(self, state: _ArmState) -> float:
+        """Runs of trials that are still to be asked for; inf where no number of trials was given."""
+        if state.search is None or not self._open(state):
+            return 0
+        left = math.inf if state.search.wanted is None else state.search.wanted - state.search.asked
+        return max(0, left) * len(state.arm.seeds)
 
     def to_prune(self) -> Collection[str]:
         """Runs of pruned trials that are still training."""

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sweeper.engine.adapters import BLOCK, Lanes
 from sweeper.engine.optimizer import LR, MAX_NORM, WEIGHT_DECAY, PackedAdamW
+from sweeper.engine.store import BLOCK
+from sweeper.engine.wrappers import Lanes
 from sweeper.models import BaseModel
 from sweeper.record import ADAPTER
 
@@ -44,6 +45,15 @@ class AloneSpec:
     average: float | None = None
     keep_best: bool = False
     noise: float = 0.0
+    restarts: None = None
+
+    def saveable(self, step: int) -> bool:
+        """Whether what there is after a step can be the run's best."""
+        return True
+
+    def settled(self) -> "AloneSpec":
+        """What is left of it to be scored."""
+        return self
 
     def shape(self) -> dict[str, Any]:
         """All that time and memory of a step depend on."""
@@ -254,7 +264,7 @@ class Alone:
     def publish(self) -> None:
         """Brings the working copies up to date."""
         if self.working:
-            torch._foreach_copy_(self.working, self.masters)
+            torch._foreach_copy_(list[Tensor](self.working), self.masters)
 
     def snapshot(self, slot: int, adapter: Any) -> dict[str, tuple[Tensor, ...]]:
         """Parameter name -> value and Adam moments, and what else the method remembers, on the host."""
@@ -308,6 +318,15 @@ class Alone:
 
     def derive(self, slots: Iterable[int] | None = None) -> None:
         """Nothing follows from the parameters but the model itself."""
+
+    def restart(self, slot: int, step: int) -> None:
+        """Nothing is merged."""
+
+    def sense(self, slot: int, step: int) -> None:
+        """No pattern is learnt."""
+
+    def prune(self, slot: int, step: int) -> None:
+        """No pattern is learnt."""
 
     def project(self) -> None:
         """Gradients are those of the parameters themselves."""

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sweeper.engine.adapters import Lanes
 from sweeper.engine.optimizer import PackedAdamW
+from sweeper.engine.wrappers import Lanes
 
 
 class Bank(Protocol):
@@ -107,6 +107,18 @@ class Bank(Protocol):
 
     def drawing(self) -> contextlib.AbstractContextManager[None]:
         """Within it, random numbers come from those seeds."""
+        ...
+
+    def restart(self, slot: int, step: int) -> None:
+        """Begins the next adapter of a run that merges and restarts, before its step `step` (from 0)."""
+        ...
+
+    def sense(self, slot: int, step: int) -> None:
+        """Notes what a run that learns its pattern looks at, before its step `step` (from 1)."""
+        ...
+
+    def prune(self, slot: int, step: int) -> None:
+        """Sets to zero what such a run does without, after its step `step`."""
         ...
 
     def penalise(self, share: float) -> None:

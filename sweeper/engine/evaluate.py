@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sweeper import sandbox, tasks
+from sweeper.device import free_bytes
 from sweeper.engine.batches import Tokens, collate, supervised
 from sweeper.engine.pack import Pack, eager
 from sweeper.record import Score
@@ -17,6 +18,7 @@ from sweeper.tasks import general_text, metrics
 from sweeper.tasks.example import Encoded
 
 CPU_TOKENS, CUDA_TOKENS = 4096, 65536  # of one forward pass, padding included
+CACHE_SHARE = 0.3  # of the free memory of a GPU, for the KV cache
 STOP_EVERY = 8  # generated tokens between two looks for stop strings
 
 
@@ -254,11 +256,24 @@ def evaluate_examples(
             texts = generate(
                 pack, slots, [e.input_ids[: e.prompt_length] for e in examples],
                 max_new_tokens=dataset.max_new_tokens, stop_ids=pack.base.stop_ids, stop_strings=stops,
-                rows=max(1, budget // (len(slots) * dataset.max_length)),
+                rows=_rows_together(pack, len(slots), dataset.max_length, budget),
             )  # fmt: skip
             for lane, written in enumerate(texts):
                 _add_texts(pack, rows[lane], whole[lane], examples, written, stops, wanted)
     return [_summarise(lane, extra) for lane, extra in zip(rows, whole, strict=True)]
+
+
+def _rows_together(pack: Pack, lanes: int, length: int, budget: int) -> int:
+    """Sequences of one adapter that are generated at once. On a GPU a new token costs its launches, however many rows
+    it is for, so there are as many as memory has room for.
+    """
+    if pack.device.type == "cuda":
+        config = pack.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * heads * width * pack.dtype.itemsize
+        budget = max(budget, int(CACHE_SHARE * free_bytes(pack.device)) // per_token)
+    return max(1, budget // (lanes * length))
 
 
 def _add_choices(rows, whole, examples, chosen: list[list[int]], wanted: set[str]) -> None:

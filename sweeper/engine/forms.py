@@ -8,10 +8,11 @@ vera    A and B are shared and frozen; a factor for every rank and one for every
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sweeper.architecture import Target
+from sweeper.engine.sparse import Sparsity
 
 Form = Literal["lora", "dora", "vera"]
 Start = Literal["uniform", "pissa", "olora"]
@@ -34,6 +35,10 @@ class Restarts:
         """Which of the `count` + 1 adapters trains at a step (from 0)."""
         return min(step // self.every, self.count)
 
+    def due(self, step: int) -> bool:
+        """Whether a fresh adapter begins with a step."""
+        return step > 0 and self.block(step) > self.block(step - 1)
+
     def pace(self, step: int) -> tuple[int, float]:
         """The step whose learning rate counts, and the factor on it: the jagged schedule of the paper's figure 2."""
         since = step - self.block(step) * self.every
@@ -52,7 +57,7 @@ class AdapterSpec:
         rate_a, rate_b: learning rate of A and of B over the run's; 0 leaves it frozen.
         start: how a fresh adapter begins; `niter` of pissa is the number of power iterations, 0 for an exact SVD.
         shared: of vera: initial factor of every rank, and the seed of the shared matrices.
-        density: of the values of A and B, the share that is not zero; below 1 the adapter is sparse.
+        sparsity: which values of A and B are zero, if any are.
         average: decay of the moving average of the weights that is evaluated and saved; None: the weights themselves.
         keep_best: whether the best weights seen are kept, for early stopping.
         penalties: weights of the L2 norm of the update, of orthogonality and of the norms of A and B.
@@ -71,7 +76,7 @@ class AdapterSpec:
     niter: int = 0
     shared: tuple[float, int] = (0.1, 0)
     restarts: Restarts | None = None
-    density: float = 1.0
+    sparsity: Sparsity | None = None
     average: float | None = None
     keep_best: bool = False
     penalties: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -80,25 +85,39 @@ class AdapterSpec:
     @property
     def rated(self) -> bool:
         """Whether not every value learns at the run's own rate."""
-        plain = self.rate_a == self.rate_b == 1.0 and not self.trained and self.density == 1.0
+        plain = self.rate_a == self.rate_b == 1.0 and not self.trained and self.sparsity is None
         return self.form == "vera" or not plain
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """The stores that the state of a run has besides values and moments."""
+        learnt = self.sparsity is not None and self.sparsity.learnt
+        wanted = {"average": self.average is not None, "best": self.keep_best, "sensitivity": learnt}
+        return tuple(name for name, needed in wanted.items() if needed)
 
     @property
     def capacity(self) -> "Capacity":
         """The least that a slot must have to hold this adapter."""
-        wanted = {"rates": self.rated, "average": self.average is not None, "best": self.keep_best}
+        wanted = {"rates": self.rated, **dict.fromkeys(self.copies, True)}
         return Capacity(
             ranks=dict(self.ranks),
             forms=frozenset({self.form}) - {"lora"},
             stores=frozenset(name for name, needed in wanted.items() if needed),
         )
 
+    def saveable(self, step: int) -> bool:
+        """Whether the weights after some steps are such as the method is to leave: a sparse adapter must be sparse."""
+        return self.sparsity is None or self.sparsity.settled(step)
+
+    def settled(self) -> "AdapterSpec":
+        """The adapter without what only its training needs."""
+        return replace(self, average=None, keep_best=False, penalties=(0.0, 0.0, 0.0), noise=0.0)
+
     def shape(self) -> dict[str, Any]:
         """All that time and memory of a step depend on."""
         return {
             "ranks": sorted(self.ranks.items()), "form": self.form, "dropout": self.dropout > 0, "rated": self.rated,
-            "average": self.average is not None, "best": self.keep_best, "noise": self.noise > 0,
-            "penalties": [weight > 0 for weight in self.penalties], "sparse": self.density < 1,
+            "copies": self.copies, "noise": self.noise > 0, "penalties": [weight > 0 for weight in self.penalties],
         }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sweeper.engine.adapters import BLOCK, AdapterBank
+from sweeper.engine.adapters import AdapterBank
+from sweeper.engine.store import BLOCK
 from sweeper.spec import OptimSpec
 
 # columns of the hyperparameter table [J, 8]; a row of NaN marks an idle slot
@@ -103,16 +104,17 @@ class PackedAdamW:
 
     def _update(self, slot: int, row: list[float], clip: float) -> None:
         bank = self.bank
+        rates = bank.rates if bank.rated[slot] else None
         for start, stop in bank.spans[slot]:
             p, g, m, v = (s[start:stop] for s in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq))
             g = g * clip
             m.lerp_(g, 1 - row[BETA1])
             v.mul_(row[BETA2]).addcmul_(g, g, value=1 - row[BETA2])
             scale = v.sqrt().div_(row[CORRECTION2]).add_(row[EPS])
-            if bank.rates is None or not bank.rated[slot]:
+            if rates is None:
                 p.mul_(1 - row[LR] * row[WEIGHT_DECAY])
                 p.addcdiv_(m, scale, value=-row[LR] / row[CORRECTION1])
             else:
-                rate = bank.rates[start:stop]
+                rate = rates[start:stop]
                 p.mul_(1 - row[LR] * row[WEIGHT_DECAY] * rate)
                 p.addcdiv_(m * rate, scale, value=-row[LR] / row[CORRECTION1])

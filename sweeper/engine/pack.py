@@ -24,7 +24,7 @@ from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.capture import CapturedStep
 from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.loss import Head
-from sweeper.engine.optimizer import hyperparameters
+from sweeper.engine.optimizer import LR, hyperparameters, learning_rate
 from sweeper.errors import ModelError
 from sweeper.models import BaseModel
 from sweeper.spec import OptimSpec
@@ -77,7 +77,8 @@ class Pack:
         capacities: for each slot, module name -> the highest rank it may hold, or what else it may hold; or the one run
             that trains alone.
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
-        compiled: compile the layers and capture whole steps as CUDA graphs. Needs CUDA.
+        compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
+            nothing without CUDA.
         lengths_vary: compile once for all lengths, rather than for the first and then once more.
     """
 
@@ -89,6 +90,7 @@ class Pack:
         batch_size: int,
         accumulation: int = 1,
         compiled: bool = False,
+        captured: bool = False,
         lengths_vary: bool = False,
         checkpointing: bool = False,
     ) -> None:
@@ -105,12 +107,13 @@ class Pack:
         self.jobs: list[Job | None] = [None] * len(self.bank.capacities)
         self.pending: list[_Pending] = []
         self._lane_slots: dict[int, Tensor] = {}
-        self.compiled = compiled and self.device.type == "cuda" and self.bank.graphable
+        able = self.device.type == "cuda" and self.bank.graphable
+        self.compiled = compiled and able
         self.checkpointing = checkpointing
         self._checkpoint_activations(checkpointing)
         if self.compiled:
             _compile_layers(self.model, dynamic=True if lengths_vary else None)
-        self.captured = CapturedStep(self.forward_backward) if self.compiled else None
+        self.captured = CapturedStep(self.forward_backward) if able and (compiled or captured) else None
         self._lengths: Tensor | None = None
         self._noise = self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.model.train()
@@ -191,19 +194,25 @@ class Pack:
         chosen = [[self._examples(job, micro) for _, job in moving] for micro in range(self.accumulation)]
         totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
         self.use_lanes([slot for slot, _ in moving])
+        for slot, job in moving:
+            if job.adapter.restarts is not None and job.adapter.restarts.due(job.done):
+                self.bank.restart(slot, job.done)
         losses = None
         for micro, lanes in enumerate(chosen):
             self._seed_dropout(moving, micro)
-            batch = collate(lanes, totals, fixed=self.compiled)
+            batch = collate(lanes, totals, fixed=self.captured is not None)
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
-        rows = {slot: hyperparameters(job.optim, job.done, job.steps) for slot, job in moving}
+        rows = {slot: _row(job) for slot, job in moving}
+        for slot, job in moving:
+            self.bank.sense(slot, job.done + 1)
         self.optimizer.set(rows)
         norms = self.optimizer.step().clone()
         entries = []
         for (slot, job), total in zip(moving, totals, strict=True):
             job.done += 1
             job.tokens += total
+            self.bank.prune(slot, job.done)
             self.bank.follow(slot, job.done)
             entries.append((slot, job, job.done, rows[slot][0], total))
         assert losses is not None
@@ -303,6 +312,15 @@ def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | AloneSpec], **op
         assert len(adapters) == 1
         return Pack(base, first, **options)
     return Pack(base, [adapter.capacity for adapter in adapters if isinstance(adapter, AdapterSpec)], **options)
+
+
+def _row(job: Job) -> list[float]:
+    """The optimiser's settings for a run's next step."""
+    row = hyperparameters(job.optim, job.done, job.steps)
+    if job.adapter.restarts is not None:
+        step, factor = job.adapter.restarts.pace(job.done)
+        row[LR] = factor * learning_rate(job.optim, step, job.steps)
+    return row
 
 
 def verified_head(base: BaseModel) -> Head:

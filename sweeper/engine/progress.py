@@ -103,7 +103,7 @@ class Progress:
             self.diverged = True
         row = {
             "step": result.step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm,
-            "tokens": result.tokens, "seconds": round(seconds, 6),
+            "tokens": result.tokens, "seconds": round(seconds, 6), "time": round(time.time(), 2),
         }  # fmt: skip
         self.metrics.append(row)
         return Step(
@@ -204,6 +204,7 @@ class Progress:
         if isinstance(pack.bank, Alone):
             return pack.bank.export(folder)
         assert isinstance(pack.bank, AdapterBank)
+        assert isinstance(run.job.adapter, AdapterSpec)
         weights = pack.bank.adapter(slot, run.job.adapter, pack.bank.to_save(slot))
         return write_adapter(folder, self.request.spec, list(run.ranks), weights)
 

@@ -19,7 +19,7 @@ from sweeper.engine.batches import DataOrder, distinct_lengths
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
 from sweeper.engine.forms import Capacity
-from sweeper.engine.memory import runs_that_fit
+from sweeper.engine.memory import MOST, runs_that_fit
 from sweeper.engine.pack import Job, Pack, StepResult, verified_head
 from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import Kind, RunRequest, Source
@@ -30,6 +30,7 @@ from sweeper.record import Score
 from sweeper.spec import RunSpec, Settings
 
 REFUSED_AT_ONCE = 64
+COMPILE_PAYS = 400  # forward passes of a pack from which on compiling its layers pays (docs/performance.md)
 DRAIN_SECONDS = 0.5  # how often results are fetched from a CUDA device, which must not wait for the host
 
 
@@ -168,11 +169,11 @@ class Session:
         key = tuple(options.items())
         alone = bool(options["alone"])
         options = {name: value for name, value in options.items() if name not in ("length", "alone")}
-        options["compiled"] = self._compiles()
         samples = [*strays, *probes]
         options["lengths_vary"] = distinct_lengths([len(e.input_ids) for run in samples for e in run.job.examples]) > 1
         queue = _Queue(self, source, kinds, key, strays)
         at_once = 1 if alone else sum(kind.most for kind in kinds) + len(strays)
+        options |= self._compilation(kinds, strays, at_once)
         solo: dict[str, calibrate.Solo] = {}
         if self.settings.calibrate and queue.want(1):
             yield from self._calibrate(base, samples, options, solo)
@@ -188,8 +189,16 @@ class Session:
         yield from queue.problems()
         return moved
 
-    def _compiles(self) -> bool:
-        return self.device.type == "cuda" and self.settings.compile != "off"
+    def _compilation(self, kinds: Sequence[Kind], strays: Sequence[Prepared], at_once: int) -> dict[str, bool]:
+        """Whether layers are compiled and steps captured: compiling takes as long as some hundred steps save."""
+        chosen = self.settings.compile
+        if self.device.type != "cuda" or chosen == "off":
+            return {"compiled": False, "captured": False}
+        lengths = [kind.left * kind.spec.trainer.max_steps * kind.spec.trainer.accumulation for kind in kinds]
+        lengths += [run.job.steps * run.request.spec.trainer.accumulation for run in strays]
+        together = min(self.settings.max_pack or MOST, max(at_once, 1))
+        pays = sum(lengths) / together >= COMPILE_PAYS
+        return {"compiled": chosen == "on" or (chosen == "auto" and pays), "captured": True}
 
     def _calibrate(self, base, queue, options, solo) -> Iterator[Event]:
         for run in queue:
@@ -341,7 +350,8 @@ class Session:
                 )
             for (slot, progress), result in zip(group, found, strict=True):
                 yield self._scored(progress, "validation", str(progress.prepared.job.done), result)
-                if progress.request.spec.trainer.patience is not None and progress.judge(result.score.nll):
+                job = progress.prepared.job
+                if job.adapter.keep_best and job.adapter.saveable(job.done) and progress.judge(result.score.nll):
                     pack.bank.keep_best(slot)
         clock.restart()
 
@@ -397,7 +407,8 @@ class Session:
         return RunFinished(record=progress.write_failure(self.settings, error, self._environment(None)))
 
     def _environment(self, pack: Pack | None) -> dict[str, Any]:
-        return environment.describe(self.device, None if pack is None else next(pack.model.parameters()).dtype)
+        described = environment.describe(self.device, None if pack is None else next(pack.model.parameters()).dtype)
+        return described if pack is None else described | {"compiled": pack.compiled}
 
     def _free_memory(self) -> None:
         if self.device.type == "cuda":

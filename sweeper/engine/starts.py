@@ -8,7 +8,6 @@ PiSSA and OLoRA begin away from zero and in their papers take the start off the 
 shared and stays as it is, so the start is subtracted by a frozen second half of the adapter: B A - B0 A0.
 """
 
-import hashlib
 import math
 import weakref
 
@@ -17,16 +16,12 @@ from torch import Tensor, nn
 
 from sweeper.architecture import Target
 from sweeper.engine.forms import AdapterSpec
+from sweeper.engine.seeds import seed_of
 
 _KEPT = 64  # singular triples or columns of one module that are kept for other ranks
 
 _FACTORS: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str, int, int], tuple[Tensor, ...]]]"
 _FACTORS = weakref.WeakKeyDictionary()
-
-
-def seed_of(text: str) -> int:
-    """32 bits that depend on a text alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
 def draw(target: Target, rank: int, seed: int, *, again: int = 0) -> tuple[Tensor, Tensor]:
@@ -41,6 +36,14 @@ def draw(target: Target, rank: int, seed: int, *, again: int = 0) -> tuple[Tenso
         return a, torch.randn(b.shape, generator=generator)
     bound = 1 / math.sqrt(target.in_features)
     return a.uniform_(-bound, bound, generator=generator), b
+
+
+def largest(values: Tensor, share: float) -> Tensor:
+    """1 for the share of the values that are largest in magnitude, 0 for the rest."""
+    count = round(values.numel() * share)
+    keep = torch.zeros_like(values)
+    keep.view(-1)[values.abs().flatten().topk(count).indices] = 1
+    return keep
 
 
 def principal(model: nn.Module, weight: Tensor, target: Target, adapter: AdapterSpec) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from sweeper.architecture import HEAD, Target
 from sweeper.engine.alone import AloneSpec
 from sweeper.engine.forms import AdapterSpec
 from sweeper.errors import SpecError, unknown
-from sweeper.methods import dora, lora, lora_plus, principal, tuners, vera, weights
+from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec
 
@@ -29,6 +29,8 @@ METHODS: dict[str, Method] = {
     "pissa": principal.PISSA,
     "olora": principal.OLORA,
     "vera": vera.VERA,
+    "relora": relora.RELORA,
+    "sparse": sparse.SPARSE,
     "full_ft": weights.FULL_FT,
     "bitfit": weights.BITFIT,
     "adalora": tuners.ADALORA,

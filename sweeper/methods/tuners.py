@@ -187,7 +187,8 @@ def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
         before, after = _phases(spec)
         config = configure(
             target_r=spec.rank, init_r=initial_rank(spec.method, spec.rank), total_step=steps,
-            tinit=before, tfinal=after, deltaT=_or(option("delta_t"), max(1, steps // 100)), beta1=option("beta1"), beta2=option("beta2"),
+            tinit=before, tfinal=after, deltaT=_or(option("delta_t"), max(1, steps // 100)),
+            beta1=option("beta1"), beta2=option("beta2"),
             orth_reg_weight=option("orthogonality"), lora_alpha=spec.alpha, lora_dropout=spec.method.dropout,
             **_places(ranks),
         )  # fmt: skip

@@ -12,7 +12,8 @@ from sweeper.engine import memory
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.events import RunFinished, RunStarted
 from sweeper.engine.progress import Prepared
-from sweeper.engine.session import pack_key
+from sweeper.engine.requests import Kind
+from sweeper.engine.session import Session, pack_key
 from sweeper.spec import Settings
 
 CPU = torch.device("cpu")
@@ -116,3 +117,18 @@ def test_datasets_of_different_length_train_in_packs_of_their_own(make_run: Any,
     assert frozenset(spec.run_id for spec in short) in together
     assert frozenset(spec.run_id for spec in long) in together
     assert max(map(len, together)) == 2
+
+
+@pytest.mark.parametrize(
+    ("chosen", "runs", "steps", "wanted"),
+    [("auto", 9, 60, (False, True)), ("auto", 9, 600, (True, True)), ("auto", 640, 60, (True, True)),
+     ("on", 1, 1, (True, True)), ("capture", 9, 6000, (False, True)), ("off", 9, 6000, (False, False))],
+)  # fmt: skip
+def test_layers_are_compiled_where_that_pays(
+    chosen: str, runs: int, steps: int, wanted: tuple[bool, bool], make_run: Any
+) -> None:
+    session = Session(Settings(study="s", compile=chosen, device="cpu"), lambda: False)  # type: ignore[arg-type]
+    session.device = torch.device("cuda")
+    kinds = [Kind(key="all", spec=make_run(trainer={"max_steps": steps}), most=runs, left=runs)]
+    found = session._compilation(kinds, [], at_once=runs)
+    assert (found["compiled"], found["captured"]) == wanted
