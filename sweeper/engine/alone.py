@@ -34,7 +34,7 @@ class AloneSpec:
         key: equal for runs that cost the same, which are those that can use one another's compiled model.
         build: puts the method on a twin of the base model; draws from torch's generator, which is seeded.
         ranks: module name -> rank of the placed modules. dropout: of what is put on them.
-        average, keep_best, noise: as those of `AdapterSpec`.
+        settles: steps until what is trained is of its final size. average, keep_best, noise: as in `AdapterSpec`.
     """
 
     key: str
@@ -45,11 +45,12 @@ class AloneSpec:
     average: float | None = None
     keep_best: bool = False
     noise: float = 0.0
+    settles: int = 0
     restarts: None = None
 
     def saveable(self, step: int) -> bool:
-        """Whether what there is after a step can be the run's best."""
-        return True
+        """Whether what there is after a step is such as the method is to leave."""
+        return step >= self.settles
 
     def settled(self) -> "AloneSpec":
         """What is left of it to be scored."""

@@ -10,6 +10,8 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from sweeper.errors import SpecError
 from sweeper.tasks.package import is_installed
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from sweeper.spec import RunSpec
 
 
+BLOCK = 64  # values that share a constant
+WORST = 0.2  # half the widest gap between two of the 16 values is 0.152 of a block's largest
 # a note that optional kernels are missing, printed whenever anything imports the library on some CPUs
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -43,25 +47,41 @@ def quantised(base: "BaseModel", device: "torch.device") -> "BaseModel":
             continue
         parent, _, leaf = target.name.rpartition(".")
         module = model.get_submodule(target.name)
+        weight = module.weight.data.t().contiguous() if target.kind == "conv1d" else module.weight.data
         try:
-            setattr(model.get_submodule(parent), leaf, _four_bit(bnb, module, target.kind == "conv1d", device))
+            made = _four_bit(bnb, weight, module.bias, device)
+            wrong = _error(bnb, made, weight) > WORST
         except (RuntimeError, NotImplementedError, AssertionError) as error:
             raise SpecError(
                 f"method=qlora: bitsandbytes {bnb.__version__} cannot quantise {target.name} on {device}: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+        if wrong:
+            raise SpecError(
+                f"method=qlora: bitsandbytes {bnb.__version__} reads {target.name} ({target.in_features} -> "
+                f"{target.out_features}) back wrongly on {device}; widths that are multiples of {BLOCK} work"
+            )
+        setattr(model.get_submodule(parent), leaf, made)
     model.is_loaded_in_4bit = True  # where PEFT looks
     return replace(base, model=model)
 
 
-def _four_bit(bnb: Any, module: Any, transposed: bool, device: "torch.device") -> Any:
-    weight = module.weight.data.t().contiguous() if transposed else module.weight.data
+def _error(bnb: Any, made: Any, weight: "torch.Tensor") -> float:
+    """Largest error of a quantised weight over the largest value of its block."""
+    back = bnb.functional.dequantize_4bit(made.weight.data, made.weight.quant_state)
+    given, found = (
+        nn.functional.pad(t.float().flatten(), (0, -t.numel() % BLOCK)).view(-1, BLOCK) for t in (weight, back)
+    )
+    return float(((found - given).abs() / given.abs().amax(1, keepdim=True).clamp(min=1e-12)).max())
+
+
+def _four_bit(bnb: Any, weight: "torch.Tensor", bias: Any, device: "torch.device") -> Any:
     fan_out, fan_in = weight.shape
     made = bnb.nn.Linear4bit(
         fan_in, fan_out, bias=False, compute_dtype=weight.dtype, compress_statistics=True, quant_type="nf4",
         device="meta",
     )  # fmt: skip
     made.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
-    made.bias = module.bias
+    made.bias = bias
     made.support_avx512bf16_for_cpu = False  # it would pack the weights anew in the middle of an evaluation
     return made.to(device).requires_grad_(False)

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
         )  # fmt: skip
         return AdaptiveRanks(base, config)
 
-    return _alone(spec, ranks, build)
+    return replace(_alone(spec, ranks, build), settles=steps - _phases(spec)[1])
 
 
 def initial_rank(method: MethodSpec, rank: int) -> int:
@@ -254,6 +255,10 @@ def _check_adalora(spec: RunSpec) -> None:
     steps = spec.trainer.max_steps
     if steps < 1:
         raise SpecError("method=adalora spreads its ranks while it trains: trainer.max_steps must be at least 1")
+    if spec.trainer.ema_decay is not None:
+        raise SpecError("trainer.ema_decay: an average of method=adalora's weights has ranks that were given up")
+    if spec.allocation.name != "uniform":
+        raise SpecError(f"allocation={spec.allocation.name}: method=adalora spreads its ranks itself")
     for name, least in (("tinit", 0), ("tfinal", 0), ("delta_t", 1)):
         value = ADALORA.option(spec.method, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -314,7 +319,7 @@ ADALORA = Method(
         "initial": 1.5, "tinit": None, "tfinal": None, "delta_t": None, "beta1": 0.85, "beta2": 0.85,
         "orthogonality": 0.5,
     },
-    check=_check_adalora, even=True, inner_rank=initial_rank,
+    check=_check_adalora, inner_rank=initial_rank,
 )  # fmt: skip
 QLORA = Method(alone=quantised_lora, check=qlora.check, quantised=True)
 PEFT = Method(

@@ -1,6 +1,7 @@
 """Methods that train alone: the same loop, the same records, the same evaluation, and what each of them promises."""
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -17,10 +18,11 @@ from sweeper.engine.alone import Alone, AloneSpec, twin
 from sweeper.engine.evaluate import generate, score
 from sweeper.engine.events import Event, RunFinished, RunStarted, Step
 from sweeper.engine.pack import Pack
+from sweeper.errors import SpecError
 from sweeper.models import BaseModel
 from sweeper.placement import Target
 from sweeper.record import ADAPTER, WEIGHTS, Record
-from sweeper.spec import EvaluationSpec, RunSpec, Settings
+from sweeper.spec import EvaluationSpec, ModelSpec, RunSpec, Settings
 
 pytestmark = [
     # PEFT still asks transformers by a name that is about to go
@@ -65,6 +67,10 @@ def singular_triplets(targets: list[Target], rank: int, base: BaseModel) -> int:
     return sum(first * (t.in_features + t.out_features + 1) for t in targets)
 
 
+def with_magnitudes(targets: list[Target], rank: int, base: BaseModel) -> int:
+    return low_rank(targets, rank, base) + sum(t.out_features for t in targets)
+
+
 def scaled(targets: list[Target], rank: int, base: BaseModel) -> int:
     """(IA)3 scales what a feed-forward output takes in, and what other modules give out."""
     return sum(t.in_features if t.role == "ff_down" else t.out_features for t in targets)
@@ -86,6 +92,7 @@ CASES: dict[str, tuple[dict[str, Any], float, Callable[..., int], bool]] = {
     "full_ft placed": ({"name": "full_ft", "options": {"modules": "placed"}}, 3e-3, matrices, True),
     "bitfit": ({"name": "bitfit"}, 5e-2, biases, True),
     "adalora": ({"name": "adalora"}, 2e-2, singular_triplets, True),
+    "dora": ({"name": "dora", "dropout": 0.1}, 1e-2, with_magnitudes, True),
     "qlora": ({"name": "qlora"}, 1e-2, low_rank, True),
     "peft ia3": ({"name": "peft", "options": {"tuner": "ia3"}}, 5e-2, scaled, True),
     "peft prompt": ({"name": "peft", "options": PROMPT}, 0.3, prompt, False),
@@ -96,13 +103,22 @@ PARAMETERS = [pytest.param(*case, id=name, marks=NEEDS_BITSANDBYTES if name == "
 KINDS = ["llama", "gpt2"]
 
 
+def widened(spec: ModelSpec) -> ModelSpec:
+    """A model of twice the width: on some processors bitsandbytes fails on rows of fewer than 64."""
+    widths = ("hidden_size", "intermediate_size", "n_embd", "ffn_dim", "word_embed_proj_dim")
+    return dataclasses.replace(
+        spec, config={key: 2 * value if key in widths else value for key, value in spec.config.items()}
+    )
+
+
 @pytest.fixture
 def make_alone(make_run: Any, tiny_spec: Any) -> Callable[..., RunSpec]:
     """A run of a few steps of a method that trains alone."""
-    import dataclasses
 
-    def make(method: Mapping[str, Any], lr: float = 1e-2, *, kind: str = "llama", **changes: Any) -> RunSpec:
-        model = dataclasses.asdict(tiny_spec(kind))
+    def make(
+        method: Mapping[str, Any], lr: float = 1e-2, *, kind: str = "llama", wide: bool = False, **changes: Any
+    ) -> RunSpec:
+        model = dataclasses.asdict(widened(tiny_spec(kind)) if wide or method["name"] == "qlora" else tiny_spec(kind))
         trainer = {"max_steps": 12, "batch_size": 4} | changes.pop("trainer", {})
         placement = changes.pop("placement", "full")
         run: RunSpec = make_run(
@@ -234,7 +250,7 @@ def stepwise(folder: Path) -> list[float]:
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     method: Any, lr: float, formula: Any, identity: bool, make_alone: Any, run_all: Any, tmp_path: Path
 ) -> None:
-    dropout = {} if method["name"] in ("full_ft", "bitfit") or formula in (scaled, prompt, prefix) else {"dropout": 0.2}
+    dropout = {"dropout": 0.2} if formula in (with_magnitudes, low_rank, singular_triplets) else {}
     spec = make_alone(method | dropout, lr)
     run_all([spec], "undisturbed")
     first = run_all([spec], "stopped", stop_after=7)
@@ -349,10 +365,7 @@ def test_what_peft_refuses_fails_with_its_words(make_alone: Any, run_all: Any) -
 def test_the_solo_cost_says_which_method_needs_most(
     make_alone: Any, make_run: Any, run_all: Any, tmp_path: Path
 ) -> None:
-    specs = {
-        "lora": make_alone({"name": "lora"}), "qlora": make_alone({"name": "qlora"}),
-        "full_ft": make_alone({"name": "full_ft"}), "bitfit": make_alone({"name": "bitfit"}),
-    }  # fmt: skip
+    specs = {name: make_alone({"name": name}, wide=True) for name in ("lora", "qlora", "full_ft", "bitfit")}
     run_all(list(specs.values()), calibrate=True)
     cost = {name: finished(tmp_path / "study", spec).efficiency for name, spec in specs.items()}
     memory = {name: one.peak_memory_solo_bytes for name, one in cost.items()}
@@ -468,3 +481,137 @@ def test_reference_models_are_untouched(load: Any) -> None:
         again = models.load(load(kind).spec, dtype=torch.float32, device=CPU)
         for name, value in copy.copy(again.model.state_dict()).items():
             assert torch.equal(value, load(kind).model.state_dict()[name]), name
+
+
+def trained_with(make_alone: Any, run_all: Any, tmp_path: Path, method: Any, **changes: Any) -> Record:
+    spec = make_alone(method, 1e-2, **changes)
+    run_all([spec])
+    return finished(tmp_path / "study", spec)
+
+
+@pytest.mark.parametrize("name", ["full_ft", "bitfit"])
+def test_an_average_of_the_weights_is_scored_and_saved(
+    name: str, make_alone: Any, run_all: Any, base_of: Any, place: Any, make_job: Any, make_examples: Any
+) -> None:
+    """The average is what following the weights step by step gives; it survives a stop."""
+    spec = make_alone({"name": name}, trainer={"ema_decay": 0.9})
+    base = base_of(spec)
+    job = make_job("x", prepared(spec, base, place), make_examples(0))
+    with Pack(base, job.adapter, batch_size=4) as pack:
+        pack.add(job)
+        bank = pack.bank
+        wanted = bank.params.clone()
+        for step in range(1, 5):
+            pack.step()
+            wanted.lerp_(bank.params, 1 - min(0.9, (1 + step) / (10 + step)))
+        own = bank.params.clone()
+        average = pack.snapshot(0)
+        bank.swap_averages()
+        torch.testing.assert_close(bank.params, wanted)
+        bank.swap_averages()
+        assert torch.equal(bank.params, own)
+        assert not torch.allclose(own, wanted)
+    job.state, job.done = average, 4
+    with Pack(base, job.adapter, batch_size=4) as pack:
+        pack.add(job)
+        pack.bank.swap_averages()
+        torch.testing.assert_close(pack.bank.params, wanted)
+
+
+def test_a_run_alone_can_end_early_with_its_best_weights(make_alone: Any, run_all: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"trainer": {"max_steps": 40, "patience": 2}, "evaluation": {"every_steps": 4}}
+    spec = make_alone({"name": "full_ft"}, 0.1, **options)
+    run_all([spec])
+    done = finished(tmp_path / "study", spec)
+    rows = [json.loads(s) for s in (tmp_path / "study" / spec.run_id / "metrics.jsonl").read_text().splitlines()]
+    midway = {row["step"]: row["nll"] for row in rows if str(row.get("moment", "")).isdigit()}
+    best = min(midway, key=lambda step: midway[step])
+    assert done.saved["step"] == best
+    assert done.saved["stopped_early"] == (done.steps < 40)
+    assert best < done.steps
+    assert done.scores["validation"]["after"].nll == pytest.approx(midway[best], rel=1e-6)
+
+
+def test_noise_on_the_embedding_changes_training_alone(make_alone: Any, run_all: Any, tmp_path: Path) -> None:
+    for method in ({"name": "full_ft"}, {"name": "adalora"}):
+        plain = trained_with(make_alone, run_all, tmp_path, method)
+        noisy = trained_with(make_alone, run_all, tmp_path, method, trainer={"neftune_alpha": 5.0})
+        assert noisy.scores["test"]["before"] == plain.scores["test"]["before"]
+        assert noisy.scores["test"]["after"].nll != plain.scores["test"]["after"].nll
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": {"name": "full_ft", "options": {"modules": "some"}}}, "method.options.modules=some: choose all"),
+        ({"method": {"name": "full_ft", "dropout": 0.1}}, "method.dropout=0.1: method=full_ft has no adapter"),
+        ({"method": {"name": "bitfit"}, "optim": {"norm_penalty": 1.0}}, "optim.norm_penalty is for the A and B"),
+        ({"method": {"name": "qlora"}, "optim": {"lr_ratio": 4.0}}, "optim.lr_ratio is for the A and B"),
+        ({"method": {"name": "bitfit"}, "allocation": {"name": "matched"}}, "allocation=matched spreads rank"),
+        ({"method": {"name": "adalora", "options": {"tinit": 9, "tfinal": 3}}}, "tinit=9 and tfinal=3 leave none"),
+        ({"method": {"name": "adalora", "options": {"delta_t": 0}}}, "method.options.delta_t must be a whole number"),
+        ({"method": {"name": "adalora"}, "trainer": {"max_steps": 0}}, "trainer.max_steps must be at least 1"),
+        ({"method": {"name": "adalora"}, "trainer": {"ema_decay": 0.9}}, "trainer.ema_decay: "),
+        ({"method": {"name": "adalora"}, "allocation": {"name": "matched"}}, "allocation=matched: method=adalora"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_method_cannot_do_is_said_before(changes: dict[str, Any], message: str, make_run: Any) -> None:
+    base = {"trainer": {"max_steps": 12}}
+    spec = make_run("full", **{key: base.get(key, {}) | value for key, value in ({**base, **changes}).items()})
+    with pytest.raises(SpecError) as caught:
+        methods.check(spec)
+    assert message in str(caught.value)
+
+
+def test_qlora_says_what_to_install(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sweeper.methods import qlora
+
+    monkeypatch.setattr(qlora, "is_installed", lambda name: False)
+    with pytest.raises(SpecError, match="method=qlora needs the Python package bitsandbytes: make qlora, or pip"):
+        methods.check(make_run("full", method={"name": "qlora"}))
+
+
+@NEEDS_BITSANDBYTES
+@pytest.mark.parametrize("kind", [*KINDS, "gpt_neox", "opt"])
+def test_a_quantised_base_is_the_loaded_one_in_four_bits(kind: str, make_alone: Any, base_of: Any) -> None:
+    """Only the blocks' linear modules change, by the rounding of 4 bits and no more; memory falls, the count stays."""
+    spec = make_alone({"name": "qlora"}, kind=kind)
+    base, full = base_of(spec), models.load(spec.model, dtype=torch.float32, device=CPU)
+    inside = {target.name for target in full.targets if target.layer is not None}
+    for name, value in full.model.named_parameters():
+        if name.rpartition(".")[0] in inside and name.endswith("weight"):
+            quantised = base.model.get_parameter(name)
+            assert quantised.dtype == torch.uint8
+            import bitsandbytes
+
+            back = bitsandbytes.functional.dequantize_4bit(quantised, quantised.quant_state)
+            kinds = {target.name: target.kind for target in full.targets}
+            back = back.t() if kinds[name.rpartition(".")[0]] == "conv1d" else back
+            error = (back - value).abs().max()
+            assert 0 < error < 0.2 * value.abs().max()
+            assert quantised.quant_state.nested  # double quantisation
+        else:
+            assert torch.equal(base.model.get_parameter(name), value), name
+    assert models.total_parameters(base.model) == models.total_parameters(full.model)
+    assert models.held_bytes(base.model) < models.held_bytes(full.model)
+    assert not torch.allclose(logits(base.model), logits(full.model), atol=1e-6)
+    torch.testing.assert_close(logits(base.model), logits(full.model), rtol=0, atol=0.5)
+
+
+@NEEDS_BITSANDBYTES
+def test_a_matrix_that_is_read_back_wrongly_is_no_base(make_alone: Any, base_of: Any, monkeypatch: Any) -> None:
+    import bitsandbytes
+
+    stock = bitsandbytes.functional.dequantize_4bit
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *given: stock(*given).roll(1))
+    with pytest.raises(SpecError, match=r"reads model.layers.0.self_attn.q_proj \(64 -> 64\) back wrongly on cpu"):
+        base_of(make_alone({"name": "qlora"}))
+
+
+@NEEDS_BITSANDBYTES
+def test_a_quantised_and_a_full_base_follow_one_another(make_alone: Any, run_all: Any, tmp_path: Path) -> None:
+    specs = [make_alone({"name": name}, seed=seed, wide=True) for seed in (0, 1) for name in ("qlora", "lora")]
+    run_all(specs)
+    before = [finished(tmp_path / "study", spec).scores["test"]["before"].nll for spec in specs]
+    assert before[0] == before[2] != before[1] == before[3]
