@@ -58,12 +58,17 @@ class AdapterBank(Store):
         self._upload()
         self.shared = {
             slot: Shared.empty(
-                max(s.capacity for s in self.by_slot[slot]),
-                [s.target for s in self.by_slot[slot] if s.target.kind != "embedding"],
-                device,
+                max(s.capacity for s in self._linear(slot)), [s.target for s in self._linear(slot)], device
             )
             for slot, own in enumerate(self.capacities)
             if "vera" in own.forms
+        }
+        self.places = {
+            slot: torch.tensor(
+                [[s.a, s.b, s.x, s.target.in_features, s.target.out_features, s.capacity] for s in self._linear(slot)],
+                device=device,
+            )
+            for slot in self.shared
         }
 
     @property
@@ -307,9 +312,7 @@ class AdapterBank(Store):
     def prune(self, slot: int, step: int) -> None:
         """Sets to zero what a slot that learns its pattern does without after its step `step`."""
         adapter = self.held[slot]
-        if adapter is None or adapter.sparsity is None or not adapter.sparsity.learnt:
-            return
-        if not adapter.sparsity.first < step <= adapter.sparsity.last:
+        if adapter is None or adapter.sparsity is None or not adapter.sparsity.due(step):
             return
         over = step == adapter.sparsity.last
         average = [self.copies["average"]] if "average" in adapter.copies else []
@@ -331,19 +334,44 @@ class AdapterBank(Store):
         """
         if not (self.lanes.gain or self.lanes.share):
             return
-        for slot in range(len(self.capacities)) if slots is None else slots:
-            for segment in self.by_slot[slot]:
-                group = self.groups[segment.group]
-                if not isinstance(group, Group):
-                    continue
-                a, b = self.views(segment, segment.capacity)
-                if self.lanes.share and slot in self.shared:
-                    self.shared[slot].derive(a, b, *self.factors(segment, self.params))
-                    if self.work is not self.params:
-                        for copy, value in zip(self.views(segment, segment.capacity, self.work), (a, b), strict=True):
-                            copy.copy_(value)
-                if self.lanes.gain and group.gain is not None and "dora" in self.capacities[slot].forms:
-                    group.gain.measure(slot, segment.member, a, b, group.scale[slot, segment.member])
+        chosen = range(len(self.capacities)) if slots is None else tuple(slots)
+        if self.lanes.share:
+            for slot in chosen:
+                if slot in self.shared:
+                    self._fill_shared(slot)
+        if self.lanes.gain:
+            for index, group in enumerate(self.groups):
+                if isinstance(group, Group) and group.gain is not None:
+                    self._measure(index, group, group.gain, chosen)
+
+    def _fill_shared(self, slot: int) -> None:
+        """A and B of a VeRA, from the shared matrices and its factors."""
+        shared = self.shared[slot]
+        if self.params.is_cuda:
+            from sweeper.engine import form_kernels
+
+            form_kernels.derive(self.params, self.work, shared, self.places[slot])
+            return
+        for segment in self._linear(slot):
+            shared.derive(*self.views(segment, segment.capacity), *self.factors(segment, self.params))
+
+    def _measure(self, index: int, group: Group, gain: Gain, slots: Sequence[int]) -> None:
+        """Norms of the DoRAs of a group."""
+        if self.params.is_cuda:
+            from sweeper.engine import form_kernels
+
+            if group.hidden // len(group.targets) <= form_kernels.MOST_RANKS:
+                form_kernels.norms(
+                    gain.weights, gain.squares, gain.columns, gain.on, gain.norm, group.params, group.table, group.scale
+                )
+                return
+        for segment in self.segments:
+            if segment.group == index and segment.slot in slots:
+                pair = self.views(segment, segment.capacity)
+                gain.measure(segment.slot, segment.member, *pair, group.scale[segment.slot, segment.member])
+
+    def _linear(self, slot: int) -> list[Segment]:
+        return [segment for segment in self.by_slot[slot] if segment.target.kind != "embedding"]
 
     @torch.no_grad()
     def penalise(self, share: float) -> None:
@@ -366,9 +394,12 @@ class AdapterBank(Store):
         if not self.lanes.share:
             return
         for slot, shared in self.shared.items():
-            for segment in self.by_slot[slot]:
-                if segment.target.kind == "embedding":
-                    continue
+            if self.grads.is_cuda:
+                from sweeper.engine import form_kernels
+
+                form_kernels.project(self.grads, shared, self.places[slot])
+                continue
+            for segment in self._linear(slot):
                 a, b = self.views(segment, segment.capacity, self.grads)
                 shared.project(a, b, *self.factors(segment, self.grads))
 

@@ -152,11 +152,12 @@ class Capacity:
 
     def extra(self, target: Target) -> int:
         """Values besides A and B of a module: DoRA's magnitudes, or VeRA's factors (those of the ranks first)."""
-        rank = self.ranks.get(target.name, 0)
-        if not rank:
+        if not self.ranks.get(target.name, 0):
             return 0
         dora = target.out_features if "dora" in self.forms else 0
-        return max(dora, rank + target.out_features if "vera" in self.forms else 0)
+        # room for the highest rank everywhere: layers that are laid out alike share their compilation
+        vera = max(self.ranks.values()) + target.out_features if "vera" in self.forms else 0
+        return max(dora, vera)
 
     def values(self, targets: Sequence[Target]) -> int:
         """Values of the flat store that this takes up, without padding."""

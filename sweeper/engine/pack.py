@@ -194,9 +194,6 @@ class Pack:
         chosen = [[self._examples(job, micro) for _, job in moving] for micro in range(self.accumulation)]
         totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
         self.use_lanes([slot for slot, _ in moving])
-        for slot, job in moving:
-            if job.adapter.restarts is not None and job.adapter.restarts.due(job.done):
-                self.bank.restart(slot, job.done)
         losses = None
         for micro, lanes in enumerate(chosen):
             self._seed_dropout(moving, micro)
@@ -214,6 +211,8 @@ class Pack:
             job.tokens += total
             self.bank.prune(slot, job.done)
             self.bank.follow(slot, job.done)
+            if job.adapter.restarts is not None and job.adapter.restarts.due(job.done):
+                self.bank.restart(slot, job.done)
             entries.append((slot, job, job.done, rows[slot][0], total))
         assert losses is not None
         self.pending.append(_Pending(entries, losses, norms))
@@ -274,7 +273,7 @@ class Pack:
 
     def _add_noise(self, module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
         lanes = self.bank.lanes
-        if self._lengths is None or not lanes.noisy:
+        if self._lengths is None or not (lanes.noisy and self.model.training):
             return embedded
         return noise.add(embedded, self._lengths, lanes.noise, lanes.seeds, lanes.slots)
 

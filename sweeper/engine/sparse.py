@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sweeper.engine.seeds import seed_of
 
+ROUNDS = 20  # of pruning; each looks at every value
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sparsity:
@@ -34,6 +36,12 @@ class Sparsity:
             progress = max(0.0, (step - self.first) / max(1, self.last - self.first))
             share += (1 - self.density) * (1 - progress) ** 3
         return kept(width, share)
+
+    def due(self, step: int) -> bool:
+        """Whether the adapter is pruned after `step` steps: about `ROUNDS` times, the last one at `last`."""
+        if not self.learnt or not self.first < step <= self.last:
+            return False
+        return step == self.last or (step - self.first) % max(1, (self.last - self.first) // ROUNDS) == 0
 
     def settled(self, step: int) -> bool:
         """Whether the pattern is final after `step` steps."""

@@ -238,3 +238,64 @@ def test_dropout_masks_have_the_same_bits() -> None:
     index = lowrank.row_index(rows, tokens, torch.device("cpu"))
     mask = lowrank.keep_mask(3_333_333_333, 17, index, size, 0.25)
     assert torch.equal(y.cpu() != 0, mask)
+
+
+def test_norms_of_adapted_weights() -> None:
+    """Slot 1 holds no DoRA, slot 2 has one of two members alone; one weight lies transposed, as a Linear's does."""
+    from sweeper.engine import form_kernels
+    from sweeper.engine.gain import Gain
+
+    chosen = case((70, 24), [[4, 9], [5, 5], [40, 0]], bias=False, fan_in=130)
+    chosen.weights[0] = chosen.weights[0].t().contiguous().t()
+    gain = Gain(chosen.weights, torch.zeros(3, 192), (0, 128))
+    for slot, member in ((0, 0), (0, 1), (2, 0)):
+        gain.switch(slot, member, True)
+    ours = gain.norm.to(DEVICE)
+    form_kernels.norms(
+        [weight.to(DEVICE) for weight in gain.weights], [squares.to(DEVICE) for squares in gain.squares], gain.columns,
+        gain.on.to(DEVICE), ours, chosen.params.to(DEVICE), chosen.table.to(DEVICE), chosen.scale.to(DEVICE),
+    )  # fmt: skip
+    for slot, member in ((0, 0), (0, 1), (2, 0)):
+        rank, a, b, _ = chosen.table[slot, member].tolist()
+        weight = chosen.weights[member]
+        fan_in, width = weight.shape
+        first = chosen.params[a : a + rank * fan_in].view(rank, fan_in)
+        second = chosen.params[b : b + rank * width].view(rank, width)
+        gain.measure(slot, member, first, second, chosen.scale[slot, member])
+        whole = weight + chosen.scale[slot, member] * first.t() @ second
+        column = gain.columns[member]
+        torch.testing.assert_close(gain.norm[slot, column : column + width], whole.norm(dim=0), rtol=1e-4, atol=1e-4)
+    assert_close(ours, gain.norm)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_factors_of_shared_matrices_and_their_gradients(copied: bool, load: Any, make_adapter: Any) -> None:
+    from sweeper.engine import form_kernels
+    from sweeper.engine.forms import Capacity
+
+    base = load("gpt2")
+    vera = dataclasses.replace(make_adapter(base, "full", 9), form="vera", scales={})
+    vera = dataclasses.replace(vera, scales=dict.fromkeys(vera.ranks, 1.0))
+    wide = Capacity.union([vera.capacity, make_adapter(base, "attn", 20).capacity])
+    bank = AdapterBank(base.model, base.targets, [wide, vera.capacity], torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for slot in (0, 1):
+        bank.assign(slot, vera)
+    for parts in bank.adapter(0, vera).values():
+        for part in parts:
+            part.copy_(torch.randn(part.shape, generator=generator))
+    bank.grads.copy_(torch.randn(bank.grads.shape, generator=generator))
+    ours, gradients = bank.params.clone().to(DEVICE), bank.grads.clone().to(DEVICE)
+    work = ours.bfloat16() if copied else ours
+    for slot, shared in bank.shared.items():
+        there = dataclasses.replace(shared, **{n: getattr(shared, n).to(DEVICE) for n in ("a", "b", "on")})
+        form_kernels.derive(ours, work, there, bank.places[slot].to(DEVICE))
+        form_kernels.project(gradients, there, bank.places[slot].to(DEVICE))
+    start = bank.params.clone()
+    bank.derive()
+    bank.project()
+    assert not bank.params.equal(start)
+    assert_close(ours, bank.params)
+    assert_close(gradients, bank.grads)
+    # the interpreter truncates where a GPU rounds
+    torch.testing.assert_close(work.float(), ours, rtol=2**-7, atol=0)

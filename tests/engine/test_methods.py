@@ -205,18 +205,23 @@ def logits(pack: Pack, ids: torch.Tensor) -> torch.Tensor:
 def test_relora_restarts_with_the_function_it_had_and_the_largest_moments(load: Any, make: Any) -> None:
     base, ids = load("llama"), torch.arange(3, 51).view(3, 16)
     made = make(base, "relora", steps=12)
+    seen: list[Any] = []
     with Pack(base, [made.job.adapter.capacity], batch_size=4) as pack:
         pack.add(made.job)
-        for _ in range(4):
-            pack.step()
-        before, trained = pack.snapshot(0), logits(pack, ids)
-        pack.bank.restart(0, 4)
-        after = pack.snapshot(0)
-        torch.testing.assert_close(logits(pack, ids), trained)
-        pack.bank.restart(0, 4)
-        for _ in range(8):
+        restart = pack.bank.restart
+
+        def watch(slot: int, step: int) -> None:
+            before, trained = pack.snapshot(0), logits(pack, ids)
+            restart(slot, step)
+            torch.testing.assert_close(logits(pack, ids), trained)
+            seen.append((step, before, pack.snapshot(0)))
+
+        pack.bank.restart = watch  # type: ignore[method-assign]
+        for _ in range(12):
             pack.step()
         end = pack.snapshot(0)
+    assert [step for step, _, _ in seen] == [4, 8]
+    _, before, after = seen[0]
     for name, (a, b, *moments) in after.items():
         assert a[4:8].any()
         assert not b[4:8].any()
@@ -263,6 +268,17 @@ def test_a_sparse_adapter_has_as_many_values_in_every_row(learnt: bool, load: An
         assert set((b != 0).sum(1).tolist()) == {round(0.25 * b.shape[1])}
         assert (a != 0).equal(seen[6][name])  # final from its last step on
         assert (a != 0).equal(seen[0][name]) is not learnt
+
+
+def test_pruning_takes_some_twenty_rounds_however_long_the_run() -> None:
+    from sweeper.engine.sparse import Sparsity
+
+    long = Sparsity(density=0.1, learnt=True, first=100, last=731)
+    rounds = [step for step in range(1000) if long.due(step)]
+    assert 20 <= len(rounds) <= 22
+    assert (rounds[-1], rounds[0] > 100) == (731, True)
+    assert [long.kept(1000, step) for step in (0, 100, 731, 999)] == [1000, 1000, 100, 100]
+    assert not any(Sparsity(density=0.1, learnt=False).due(step) for step in range(10))
 
 
 def test_what_is_pruned_is_what_the_loss_does_not_feel(load: Any, make: Any) -> None:
