@@ -10,7 +10,7 @@ import contextlib
 import copy
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class AloneSpec:
 
     def settled(self) -> "AloneSpec":
         """What is left of it to be scored."""
-        return self
+        return replace(self, average=None, keep_best=False, noise=0.0)
 
     def shape(self) -> dict[str, Any]:
         """All that time and memory of a step depend on."""

@@ -64,9 +64,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Puts saved weights into a model; a module without a bias is given one where the file has it."""
     tensors = load_file(folder / FILE)
     add_biases(model, tensors)
-    with torch.no_grad():
-        for name, value in tensors.items():
-            model.get_parameter(name).copy_(value)
+    for name, value in tensors.items():
+        parameter = model.get_parameter(name)
+        parameter.data = value.to(parameter)  # and not into its storage, which a twin shares with the base
 
 
 def add_biases(model: nn.Module, names: Sequence[str] | Mapping[str, Tensor]) -> list[str]:

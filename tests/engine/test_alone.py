@@ -615,3 +615,65 @@ def test_a_quantised_and_a_full_base_follow_one_another(make_alone: Any, run_all
     run_all(specs)
     before = [finished(tmp_path / "study", spec).scores["test"]["before"].nll for spec in specs]
     assert before[0] == before[2] != before[1] == before[3]
+
+
+def test_one_search_tunes_what_packs_and_what_does_not(
+    make_alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each arm has its range and its trials; the packed arm's train together."""
+    from sweeper.arms import Arm, Dimension
+    from sweeper.engine import train_runs
+    from sweeper.scheduler import Scheduler
+    from sweeper.spec import SearchSettings
+
+    monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path / "cache"))
+
+    def arm(name: str, low: float, high: float) -> Arm:
+        spec = make_alone({"name": name}, (low * high) ** 0.5, trainer={"max_steps": 4})
+
+        def make(params: Mapping[str, Any], seed: int) -> RunSpec:
+            lr = dataclasses.replace(spec.optim, lr=params["optim.lr"])
+            return dataclasses.replace(spec, optim=lr, seed=seed)
+
+        space = (Dimension(key="optim.lr", kind="float", low=low, high=high, log=True),)
+        return Arm(defaults=(spec,), space=space, make=make)
+
+    settings = Settings(study="s", output_root=str(tmp_path), device="cpu", calibrate=False)
+    arms = [arm("lora", 1e-4, 1e-2), arm("full_ft", 1e-5, 1e-3), arm("bitfit", 1e-3, 1e-1)]
+    work = Scheduler(arms, [], settings, SearchSettings(n_trials=4, parallel=2))
+    running: set[str] = set()
+    most: dict[str, int] = {}
+    for event in train_runs(work, settings):
+        work.report(event)
+        if isinstance(event, RunStarted):
+            running.add(event.run_id)
+            name = work.running[event.run_id].spec.method.name
+            most[name] = max(most.get(name, 0), len(running))
+        elif isinstance(event, RunFinished):
+            running.discard(event.record.run_id)
+    work.close()
+    assert most == {"lora": 2, "full_ft": 1, "bitfit": 1}
+    rates: dict[str, list[float]] = {}
+    for done in work.records.values():
+        assert done.status == "completed"
+        rates.setdefault(done.spec["method"]["name"], []).append(done.spec["optim"]["lr"])
+    for one in arms:
+        own = rates[one.default.method.name]
+        assert len(own) == 4
+        assert all(one.space[0].low <= lr <= one.space[0].high for lr in own)
+
+
+@pytest.mark.parametrize("name", ["full_ft", "bitfit", "adalora"])
+def test_others_are_given_the_runs_own_model(
+    name: str, make_alone: Any, run_all: Any, base_of: Any, tmp_path: Path
+) -> None:
+    """What lm-eval scores: a plain model with the run's weights or stock PEFT, around a base that stays as it is."""
+    spec = make_alone({"name": name}, 1e-2)
+    run_all([spec])
+    (run,) = rescore.find([tmp_path / "study"])
+    base = base_of(spec)
+    plain = logits(base.model)
+    model = rescore.adapted_model(base, run)
+    assert not torch.allclose(logits(model), plain, atol=1e-3)
+    assert torch.equal(logits(base.model), plain)
+    assert 3 < model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape[1] <= 6
