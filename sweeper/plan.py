@@ -217,6 +217,7 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
         length=length,
         checkpointing=spec.trainer.activation_checkpointing,
         values=methods.held(spec, ranks, total=total),
+        base_bytes=methods.base_bytes(spec, every, ranks, total=total, bytes_per_value=dtype.itemsize),
     )
     return Cost(
         modules=len(ranks),

@@ -147,6 +147,19 @@ def _with_options(spec: RunSpec, made: AdapterSpec) -> AdapterSpec:
     )
 
 
+def base_bytes(spec: RunSpec, every: Sequence[Target], ranks: Ranks, *, total: int, bytes_per_value: int) -> int:
+    """Memory of the weights that a run does not train, and of those of which its float32 values are not the weights.
+
+    Args:
+        every: all modules of the model. total: its parameters.
+    """
+    method = find(spec.method.name)
+    if method.quantised:
+        return budget.quantised_bytes(every, base_parameters=total, bytes_per_value=bytes_per_value)
+    own = trainable(spec.method, ranks, total=total) if method.work == "weight" and bytes_per_value == 4 else 0
+    return (total - own) * bytes_per_value
+
+
 def load_base(spec: RunSpec, *, dtype: "torch.dtype", device: "torch.device") -> "BaseModel":
     """The base model of a run, quantised where its method asks for it.
 

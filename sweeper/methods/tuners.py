@@ -280,6 +280,11 @@ def _check_tuner(spec: RunSpec) -> None:
     name = str(PEFT.option(spec.method, "tuner")).upper()
     if name in UNABLE:
         raise SpecError(f"method.options.tuner={name}: {UNABLE[name]}")
+    if name in ("PREFIX_TUNING", "CARTRIDGE") and spec.trainer.activation_checkpointing:
+        raise SpecError(
+            f"trainer.activation_checkpointing=true: method.options.tuner={name} works through the key-value cache, "
+            "which transformers drops then"
+        )
     if name not in tuners():
         raise SpecError(unknown("method.options.tuner", name, sorted(tuners())))
 

@@ -550,6 +550,10 @@ def test_noise_on_the_embedding_changes_training_alone(make_alone: Any, run_all:
         ({"method": {"name": "bitfit"}, "allocation": {"name": "matched"}}, "allocation=matched spreads rank"),
         ({"method": {"name": "adalora", "options": {"tinit": 9, "tfinal": 3}}}, "tinit=9 and tfinal=3 leave none"),
         ({"method": {"name": "adalora", "options": {"delta_t": 0}}}, "method.options.delta_t must be a whole number"),
+        (
+            {"method": {"name": "peft", "options": PREFIX}, "trainer": {"activation_checkpointing": True}},
+            "trainer.activation_checkpointing=true: method.options.tuner=PREFIX_TUNING",
+        ),
         ({"method": {"name": "adalora"}, "trainer": {"max_steps": 0}}, "trainer.max_steps must be at least 1"),
         ({"method": {"name": "adalora"}, "trainer": {"ema_decay": 0.9}}, "trainer.ema_decay: "),
         ({"method": {"name": "adalora"}, "allocation": {"name": "matched"}}, "allocation=matched: method=adalora"),
@@ -677,3 +681,28 @@ def test_others_are_given_the_runs_own_model(
     assert not torch.allclose(logits(model), plain, atol=1e-3)
     assert torch.equal(logits(base.model), plain)
     assert 3 < model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape[1] <= 6
+
+
+@NEEDS_BITSANDBYTES
+@pytest.mark.parametrize("name", ["full_ft", "bitfit", "adalora", "qlora"])
+def test_recomputed_activations_change_nothing(name: str, make_alone: Any, run_all: Any, tmp_path: Path) -> None:
+    plain = trained_with(make_alone, run_all, tmp_path, {"name": name})
+    again = trained_with(make_alone, run_all, tmp_path, {"name": name}, trainer={"activation_checkpointing": True})
+    assert again.scores["test"]["after"].nll == pytest.approx(plain.scores["test"]["after"].nll, rel=1e-6)
+
+
+@NEEDS_BITSANDBYTES
+def test_the_planned_memory_is_that_of_the_method(make_alone: Any, base_of: Any, tmp_path: Path) -> None:
+    """What a dry run says of the base and of what trains, against what is really held."""
+    from sweeper import plan
+
+    settings = Settings(study="s", output_root=str(tmp_path), device="cpu")
+    costs = {name: plan.cost(make_alone({"name": name}, wide=True), settings) for name in ("lora", "full_ft", "qlora")}
+    total = costs["lora"].total_parameters
+    assert costs["full_ft"].parameters == total
+    assert costs["full_ft"].base_memory == 0  # every weight is one of the values that train
+    assert costs["lora"].base_memory == 4 * total
+    held = models.held_bytes(base_of(make_alone({"name": "qlora"})).model)
+    # each matrix keeps two small tables besides, which only matter where matrices are tiny
+    assert costs["qlora"].base_memory < held < costs["qlora"].base_memory + 21 * (16 + 256 + 4) * 4
+    assert costs["full_ft"].flops > 1.2 * costs["lora"].flops
