@@ -476,6 +476,8 @@ def _no_such_field(key: str, plain: Plain) -> str:
         node = node[part]
         path.append(part)
     choices = [".".join([*path, name]) for name in node if name != "options"]
+    if not choices:
+        return f"{'.'.join([*path, leaf])}: no such field; {'.'.join(path)} has none here."
     return unknown("field", ".".join([*path, leaf]), choices).replace("field=", "", 1)
 
 
@@ -501,11 +503,16 @@ class _Builder:
         if all(parts.values()):
             try:
                 return from_mapping(RunSpec, {**parts, **scalars})
-            except SpecError:
-                pass
+            except SpecError as error:
+                whole = str(error)
+        else:
+            whole = None
+        told = len(self.problems)
         for name in SCALARS:
             if name != "alpha" or plain.get("alpha") is not None:
                 self._check(lambda name=name: from_mapping(RunSpec, {**_probe(), name: scalars[name]}))  # type: ignore[misc]
+        if whole is not None and len(self.problems) == told:  # what is wrong lies between sections
+            self.problems.append(whole)
         return None
 
     def _section(self, name: str, kind: type, plain: Plain) -> Any:

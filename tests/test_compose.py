@@ -133,6 +133,11 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["rnk=4,8"], "rnk: no such field. Choose from"),
         (["rank=["], "rank=[: cannot be read"),
         (["method=3"], "method=3: no such method. Choose from"),
+        (["method.options.ratio=3"], "method.options.ratio: no such field; method.options has none here."),
+        (
+            ["trainer.patience=2"],
+            "trainer.patience=2 counts evaluations while a run trains: give evaluation.every_steps",
+        ),
         (["optim.lr=interval(2,1)"], "a range goes from a lower to a higher number, got 2 to 1"),
         (["optim.lr=tag(log,interval(0,1))"], "a range on a log scale starts above 0, got 0"),
         (["optim.lr=interval(-1,1)"], "optim.lr must be a positive number, got -1.0"),

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from sweeper.engine.forms import Capacity, Restarts
+from sweeper.engine.sparse import Sparsity
 from sweeper.models import BaseModel
 
 pytestmark = [
@@ -61,3 +63,52 @@ def test_a_recording_serves_whichever_run_holds_the_slot(
     for job in queue:
         alone = train(base, [job])[job.run_id]
         assert one_after_another[job.run_id].losses == pytest.approx(alone.losses, rel=1e-4)
+
+
+@pytest.fixture
+def of_every_form(load: Any, make_job: Any, make_adapter: Any, make_examples: Any) -> list[Any]:
+    """An ordinary run among DoRA, VeRA, frozen halves, restarts, pruning, noise, penalties and averages."""
+    base, examples = load("gpt2"), make_examples(0, shortest=20, longest=30)
+    plain = make_adapter(base, "full", 4)
+    ones, halves = dict.fromkeys(plain.ranks, 1.0), dict.fromkeys(plain.ranks, 2)
+    changes: dict[str, dict[str, Any]] = {
+        "lora": {}, "dora": {"form": "dora"}, "vera": {"form": "vera", "scales": ones}, "fast": {"rate_b": 4.0},
+        "pissa": {"start": "pissa", "trained": halves},
+        "relora": {"trained": halves, "restarts": Restarts(every=4, count=1, warmup=2, prune=0.9)},
+        "sparse": {"sparsity": Sparsity(density=0.5, learnt=True, first=1, last=5)},
+        "options": {"noise": 5.0, "penalties": (0.1, 0.1, 0.01), "average": 0.9},
+    }  # fmt: skip
+    return [
+        make_job(name, dataclasses.replace(plain, seed=i, **fields), examples, steps=12, lr=3e-3)
+        for i, (name, fields) in enumerate(changes.items())
+    ]
+
+
+def test_every_form_on_cuda_is_the_cpu(load: Any, of_every_form: Any, train: Any) -> None:
+    capacities = [job.adapter.capacity for job in of_every_form]
+    here = train(load("gpt2"), of_every_form, capacities=capacities)
+    there = train(moved(load("gpt2"), torch.float32), of_every_form, capacities=capacities)
+    for job in of_every_form:
+        assert there[job.run_id].losses == pytest.approx(here[job.run_id].losses, rel=1e-4), job.run_id
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("how", ["compiled", "captured"])
+def test_every_form_captured_is_eager(
+    how: str, dtype: torch.dtype, tolerance: float, load: Any, of_every_form: Any, train: Any
+) -> None:
+    base = moved(load("gpt2"), dtype)
+    capacities = [job.adapter.capacity for job in of_every_form]
+    eager = train(base, of_every_form, capacities=capacities)
+    captured = train(base, of_every_form, capacities=capacities, **{how: True})
+    for job in of_every_form:
+        assert captured[job.run_id].losses == pytest.approx(eager[job.run_id].losses, rel=tolerance), job.run_id
+
+
+def test_a_captured_slot_passes_from_form_to_form(load: Any, of_every_form: Any, train: Any) -> None:
+    base = moved(load("gpt2"), torch.float32)
+    union = Capacity.union(job.adapter.capacity for job in of_every_form)
+    together = train(base, of_every_form, capacities=[union, union], compiled=True)
+    for job in of_every_form:
+        alone = train(base, [job], capacities=[job.adapter.capacity])[job.run_id]
+        assert together[job.run_id].losses == pytest.approx(alone.losses, rel=1e-4), job.run_id
