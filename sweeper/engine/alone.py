@@ -409,9 +409,10 @@ class AloneAdamW(PackedAdamW):
         kept = None
         if self.shrink or bank.trainee.importance:
             norm = torch.linalg.vector_norm(bank.grads)
-            if self.shrink:
+            decayed = list(bank.decayed()) if self.shrink else []
+            if decayed:
                 factor = torch.where(norm.isfinite(), 1 - self.shrink, 1.0)
-                torch._foreach_mul_(list(bank.decayed()), factor)
+                torch._foreach_mul_(decayed, factor)
             if bank.trainee.importance:
                 kept = bank.grads * (self.most / (norm + 1e-6)).clamp(max=1)
         norms = super().step()

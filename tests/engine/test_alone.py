@@ -450,6 +450,22 @@ def test_a_step_without_a_finite_gradient_moves_nothing(
     assert all(torch.equal(u, v) for name in before for u, v in zip(before[name], after[name], strict=True))
 
 
+def test_weight_decay_spares_biases(
+    make_alone: Any, base_of: Any, place: Any, make_job: Any, make_examples: Any
+) -> None:
+    spec = make_alone({"name": "bitfit"})
+    base, ends = base_of(spec), []
+    for decay in (0.0, 0.5):
+        job = make_job("x", prepared(spec, base, place), make_examples(0), weight_decay=decay)
+        with Pack(base, job.adapter, batch_size=4) as pack:
+            pack.add(job)
+            for _ in range(3):
+                pack.step()
+            ends.append(pack.bank.params.clone())
+    assert torch.equal(*ends)
+    assert ends[0].any()
+
+
 def test_scores_of_several_lanes_are_those_of_each(
     make_alone: Any, base_of: Any, place: Any, make_examples: Any
 ) -> None:
