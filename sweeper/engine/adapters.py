@@ -91,7 +91,7 @@ class AdapterBank(Store):
                 self.wrappers[target.name] = Adapted(module, linear, member)
         params = self.params[start:stop].detach().requires_grad_()
         params.grad = self.grads[start:stop]
-        own = [segment for segment in self.segments if segment.group == index]
+        own = self.by_group[index]
         widest = -(-max(segment.capacity for segment in own) // 16) * 16
         for segment in own:
             row = self.tables.host[index].view(count, len(members), 4)[segment.slot, segment.member]
@@ -365,8 +365,8 @@ class AdapterBank(Store):
                     gain.weights, gain.squares, gain.columns, gain.on, gain.norm, group.params, group.table, group.scale
                 )
                 return
-        for segment in self.segments:
-            if segment.group == index and segment.slot in slots:
+        for segment in self.by_group[index]:
+            if segment.slot in slots and "dora" in self.capacities[segment.slot].forms:
                 pair = self.views(segment, segment.capacity)
                 gain.measure(segment.slot, segment.member, *pair, group.scale[segment.slot, segment.member])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sweeper.engine.optimizer import LR, MAX_NORM, WEIGHT_DECAY, PackedAdamW
@@ -114,13 +115,48 @@ class Trainee:
         """Effective rank of each module, where it is not the one the run began with."""
         return {}
 
-    def save(self, folder: Path) -> int:
-        """Writes what was trained to a folder; returns its bytes."""
+    def files(self) -> Mapping[str, Mapping[str, Tensor] | str]:
+        """What was trained, copied to the host: name of a file -> its tensors or text."""
         raise NotImplementedError
 
     def read(self, folder: Path) -> None:
-        """Takes up what `save` wrote."""
+        """Takes up what was written of `files`."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learnt:
+    """What a run leaves, on the host: the files of a folder, and of every placed module rank and parameters."""
+
+    folder: str
+    files: Mapping[str, Mapping[str, Tensor] | str]
+    ranks: Mapping[str, int]
+    parameters: Mapping[str, int]
+    trainable: int
+
+    def write(self, run: Path) -> int:
+        """Writes the files to a run's folder, whole or not at all; returns the bytes of the tensors."""
+        if not self.files:
+            return 0
+        final, temporary = run / self.folder, run / f".{self.folder}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, content in self.files.items():
+            if isinstance(content, str):
+                (temporary / name).write_text(content)
+            else:
+                save_file(dict(content), temporary / name, metadata={"format": "pt"})
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        tensors = [
+            tensor for content in self.files.values() if not isinstance(content, str) for tensor in content.values()
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, ready to be written."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def twin(model: nn.Module) -> Any:
@@ -360,23 +396,18 @@ class Alone:
             store.copy_(self.copies["best"])
         self.publish()
 
-    def export(self, folder: Path) -> int:
-        """Writes what was trained to a run's folder, whole or not at all; returns its bytes."""
-        final, temporary = folder / self.trainee.folder, folder / f".{self.trainee.folder}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    def saved(self, slot: int, adapter: Any) -> Learnt:
+        """What the run leaves: its average, where it has one."""
         self.swap_averages()
-        size = self.trainee.save(temporary)
+        found = Learnt(
+            folder=self.trainee.folder, files=self.trainee.files(), ranks=self.trainee.ranks(),
+            parameters={module: self.parameters_of(module) for module in adapter.ranks}, trainable=self.trainable,
+        )  # fmt: skip
         self.swap_averages()
-        shutil.rmtree(final, ignore_errors=True)
-        if any(temporary.iterdir()):
-            temporary.rename(final)
-        else:
-            temporary.rmdir()
-        return size
+        return found
 
     def read(self, folder: Path) -> None:
-        """Takes up what `export` wrote, to be scored and not trained on."""
+        """Takes up what a run left, to be scored and not trained on."""
         self.trainee.read(folder / self.trainee.folder)
         self.trainee.model.eval()
 

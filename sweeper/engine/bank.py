@@ -2,9 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sweeper.engine.alone import Learnt
 
 from sweeper.engine.optimizer import PackedAdamW
 from sweeper.engine.wrappers import Lanes
@@ -93,6 +96,10 @@ class Bank(Protocol):
 
     def snapshot(self, slot: int, adapter: Any) -> dict[str, tuple[Tensor, ...]]:
         """All that resuming needs besides the number of steps done, on the host."""
+        ...
+
+    def saved(self, slot: int, adapter: Any) -> "Mapping[str, tuple[Tensor, ...]] | Learnt":
+        """What the run of a slot leaves, on the host."""
         ...
 
     def restore(self, slot: int, adapter: Any, state: Mapping[str, tuple[Tensor, ...]], step: int) -> None:

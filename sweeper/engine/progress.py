@@ -12,8 +12,7 @@ from torch import Tensor
 from sweeper import methods
 from sweeper.architecture import Target
 from sweeper.engine import checkpoint
-from sweeper.engine.adapters import AdapterBank
-from sweeper.engine.alone import Alone, AloneSpec
+from sweeper.engine.alone import AloneSpec, Learnt
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit
 from sweeper.engine.events import Step
@@ -144,13 +143,14 @@ class Progress:
         }  # fmt: skip
 
     def write(
-        self, settings: Settings, pack: Pack, slot: int, solo: Solo | None, environment: Mapping[str, Any]
-    ) -> Record:
+        self, settings: Settings, weights: Mapping[str, tuple[Tensor, ...]] | Learnt, solo: Solo | None, pack: Pack,
+        environment: Mapping[str, Any],
+    ) -> Record:  # fmt: skip
         """Writes adapter, metrics and predictions, and last the record that refers to them."""
         run, folder, spec = self.prepared, self.request.folder, self.request.spec
         folder.mkdir(parents=True, exist_ok=True)
-        adapter_bytes = self._export(pack, slot)
-        alone = pack.bank if isinstance(pack.bank, Alone) else None
+        adapter_bytes = self._export(weights)
+        learnt = weights if isinstance(weights, Learnt) else None
         write_lines(folder / METRICS, self.metrics)
         write_lines(folder / PREDICTIONS, self.predictions)
         record = Record(
@@ -158,8 +158,8 @@ class Progress:
             study=settings.study,
             status="diverged" if self.diverged else "pruned" if self.pruned else "completed",
             spec=to_mapping(spec),
-            modules=self._modules(alone),
-            trainable_parameters=methods.trainable(spec.method, run.ranks) if alone is None else alone.trainable,
+            modules=self._modules(learnt),
+            trainable_parameters=methods.trainable(spec.method, run.ranks) if learnt is None else learnt.trainable,
             total_parameters=total_parameters(pack.base.model),
             steps=run.job.done,
             scores=self.scores,
@@ -184,29 +184,25 @@ class Progress:
         checkpoint.remove(folder)
         return record
 
-    def _modules(self, alone: Alone | None) -> tuple[Module, ...]:
+    def _modules(self, learnt: Learnt | None) -> tuple[Module, ...]:
         """What was trained by module; a run alone says itself what it put where, and which rank that has in the end."""
         method, ranks = self.request.spec.method, self.prepared.ranks
-        found = dict(ranks) if alone is None else {t: alone.trainee.ranks().get(t.name, r) for t, r in ranks.items()}
         modules = [
             Module(
-                name=target.name, role=target.role, layer=target.layer, rank=rank,
-                parameters=methods.parameters(method, target, ranks[target])
-                if alone is None else alone.parameters_of(target.name),
+                name=target.name, role=target.role, layer=target.layer,
+                rank=rank if learnt is None else learnt.ranks.get(target.name, rank),
+                parameters=methods.parameters(method, target, rank)
+                if learnt is None else learnt.parameters[target.name],
             )
-            for target, rank in found.items()
+            for target, rank in ranks.items()
         ]  # fmt: skip
-        return tuple(module for module in modules if module.parameters or alone is None)
+        return tuple(module for module in modules if module.parameters or learnt is None)
 
-    def _export(self, pack: Pack, slot: int) -> int:
+    def _export(self, weights: Mapping[str, tuple[Tensor, ...]] | Learnt) -> int:
         """Writes what the run has learnt; returns its bytes."""
-        run, folder = self.prepared, self.request.folder
-        if isinstance(pack.bank, Alone):
-            return pack.bank.export(folder)
-        assert isinstance(pack.bank, AdapterBank)
-        assert isinstance(run.job.adapter, AdapterSpec)
-        weights = pack.bank.adapter(slot, run.job.adapter, pack.bank.to_save(slot))
-        return write_adapter(folder, self.request.spec, list(run.ranks), weights)
+        if isinstance(weights, Learnt):
+            return weights.write(self.request.folder)
+        return write_adapter(self.request.folder, self.request.spec, list(self.prepared.ranks), weights)
 
     def _efficiency(self, adapter_bytes: int, solo: Solo | None, pack: Pack) -> Efficiency:
         run = self.prepared

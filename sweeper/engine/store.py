@@ -71,6 +71,9 @@ class Store:
         self.held: list[AdapterSpec | None] = [None] * count
         self.block_slot = self._block_slots(size).to(device)
         self.by_slot = [[segment for segment in self.segments if segment.slot == slot] for slot in range(count)]
+        self.by_group: list[list[Segment]] = [[] for _ in self.member_targets]
+        for segment in self.segments:
+            self.by_group[segment.group].append(segment)
         self.spans = [_merged([span for s in own for span in _spans(s)]) for own in self.by_slot]
         self.staging = [Staging(own, spans) for own, spans in zip(self.by_slot, self.spans, strict=True)]
 
@@ -157,6 +160,16 @@ class Store:
     def adapter(self, slot: int, adapter: AdapterSpec, store: Tensor | None = None) -> dict[str, tuple[Tensor, ...]]:
         """Module name -> the parts of the adapter of the run that holds a slot; views, not copies."""
         return {segment.target.name: self.parts(segment, adapter, store) for segment in self.own(slot, adapter)}
+
+    @torch.no_grad()
+    def saved(self, slot: int, adapter: AdapterSpec) -> dict[str, tuple[Tensor, ...]]:
+        """As `adapter`, of the weights that the run leaves, copied to the host all at once."""
+        staged, pieces = self.staging[slot], self.pieces(slot, self.to_save(slot))
+        moved = torch.cat(pieces or [self.params[:0]]).cpu()
+        return {
+            segment.target.name: self.parts(staged.segments[segment], adapter, moved)
+            for segment in self.own(slot, adapter)
+        }
 
     def own(self, slot: int, adapter: AdapterSpec) -> list[Segment]:
         return [segment for segment in self.by_slot[slot] if segment.target.name in adapter.ranks]

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sweeper.engine.alone import AloneSpec, Trainee, twin
+from sweeper.engine.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.errors import SpecError, unknown
 from sweeper.methods import lora, qlora
 from sweeper.methods.method import Method, Ranks, lora_parameters
@@ -65,18 +64,15 @@ class Tuned(Trainee):
     def decoder(self) -> Callable[..., Any]:
         return Prompted(self.peft) if self.config.is_prompt_learning else super().decoder
 
-    def save(self, folder: Path) -> int:
-        """Writes the adapter as PEFT does, for `PeftModel.from_pretrained`."""
+    def files(self) -> dict[str, dict[str, Tensor] | str]:
+        """The adapter as PEFT saves it, for `PeftModel.from_pretrained`."""
         from peft import get_peft_model_state_dict
 
         with _unwarned():
             tensors = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         plain = self.config.to_dict() | {"inference_mode": True, "base_model_name_or_path": self.base.spec.location}
-        text = json.dumps(plain, indent=1, sort_keys=True, default=_plain)
-        (folder / "adapter_config.json").write_text(text + "\n")
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        text = json.dumps(plain, indent=1, sort_keys=True, default=_plain) + "\n"
+        return {"adapter_model.safetensors": on_host(tensors), "adapter_config.json": text}
 
     def read(self, folder: Path) -> None:
         self.model = twin(self.base.model)
@@ -135,14 +131,14 @@ class AdaptiveRanks(Tuned):
     def _singular(self) -> dict[str, Tensor]:
         return {name: values for name, values in self.model.named_parameters() if f".lora_E.{NAME}" in name}
 
-    def save(self, folder: Path) -> int:
+    def files(self) -> dict[str, dict[str, Tensor] | str]:
         """Without the masked singular values, where all of them are zero: an average, or an early end, has others."""
         pattern = self.config.rank_pattern
         values = self._singular()
         if any(bool(values[name][~torch.tensor(kept)].any()) for name, kept in (pattern or {}).items()):
             self.config.rank_pattern = None
         try:
-            return super().save(folder)
+            return super().files()
         finally:
             self.config.rank_pattern = pattern
 

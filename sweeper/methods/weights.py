@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sweeper.architecture import Target
-from sweeper.engine.alone import AloneSpec, Trainee, twin
+from sweeper.engine.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.errors import SpecError
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import BaseModel
@@ -48,13 +48,9 @@ class OwnWeights(Trainee):
     def ranks(self) -> dict[str, int]:
         return self._ranks
 
-    def save(self, folder: Path) -> int:
-        """Writes what was trained under its names in the model."""
-        if not self.saved:
-            return 0
-        tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.trained().items()}
-        save_file(tensors, folder / FILE, metadata={"format": "pt"})
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """What was trained, under its names in the model."""
+        return {FILE: on_host(self.trained())} if self.saved else {}
 
     def read(self, folder: Path) -> None:
         load_weights(self.model, folder)

@@ -227,3 +227,40 @@ def test_options_left_alone_change_no_identity(make_spec: Any) -> None:
     off = {"lr_ratio": None, "update_penalty": 0.0, "orthogonality_penalty": 0.0, "norm_penalty": 0.0}
     assert make_spec().run_id == make_spec(optim=off, trainer={"ema_decay": None, "patience": None}).run_id
     assert make_spec().run_id != make_spec(trainer={"ema_decay": 0.9}).run_id
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "pissa", "relora", "sparse"])
+def test_averages_of_every_form_are_scored_and_scoring_changes_nothing(
+    name: str, load: Any, make_spec: Any, make_job: Any, make_examples: Any, place: Any, train: Any,
+    assert_identical: Any,
+) -> None:  # fmt: skip
+    base, examples = load("gpt2"), make_examples(0, count=6)
+    options = {"relora": {"restarts": 1, "warmup_steps": 1}}.get(name, {})
+    trainer = {"max_steps": 6, "ema_decay": 0.5}
+    spec = make_spec(rank=4, alpha=8, method={"name": name, "options": options}, trainer=trainer)
+    adapter = methods.adapter(spec, dict.fromkeys(place(base, "full"), 4))
+    job = make_job("x", adapter, make_examples(0), lr=3e-2)
+    found: list[float] = []
+
+    def look(pack: Pack, step: int) -> None:
+        found[:] = [s.nll for s in score(pack, [0], examples, budget=4096)[0]]
+
+    undisturbed = train(base, [job], capacities=[adapter.capacity])["x"]
+    watched = train(base, [job], capacities=[adapter.capacity], before_step=look)["x"]
+    assert_identical(watched, undisturbed)
+
+    average: dict[str, tuple[torch.Tensor, ...]] = {}
+    with Pack(base, [adapter.capacity], batch_size=4) as pack:
+        pack.add(dataclasses.replace(job))
+        for _ in range(5):
+            pack.step()
+        held = pack.bank.adapter(0, adapter, pack.bank.to_save(0))
+        average.update({n: tuple(part.clone() for part in parts) for n, parts in held.items()})
+    plain = dataclasses.replace(adapter.settled(), sparsity=None)
+    state = {n: (*parts, *(torch.zeros_like(p) for p in (*parts, *parts))) for n, parts in average.items()}
+    with Pack(base, [plain.capacity], batch_size=4) as pack:
+        pack.add(dataclasses.replace(job, adapter=plain, state=state))
+        wanted = [s.nll for s in score(pack, [0], examples, budget=4096)[0]]
+        bare = [s.nll for s in score(pack, [-1], examples, budget=4096)[0]]
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert found != pytest.approx(bare, rel=1e-5)
