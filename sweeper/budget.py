@@ -10,7 +10,7 @@ what comes after its first adapter is counted. Blocks are taken to be sequential
 parallel ones (GPT-NeoX, Falcon) that one layer may be counted a little too high.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sweeper.architecture import EMBEDDING, FUSED, HEAD
@@ -64,8 +64,13 @@ def forward_flops_per_token(targets: Iterable[Target], *, length: int) -> float:
     return float(sum(_product(target) + 2 * _attention_product(target, length) for target in targets))
 
 
-def train_flops_per_token(targets: Iterable[Target], ranks: Ranks, *, length: int) -> float:
+def train_flops_per_token(
+    targets: Iterable[Target], ranks: Ranks, *, length: int, dense: Collection[Target] = ()
+) -> float:
     """Operations of training for one token of a sequence of `length` tokens; `targets` is the whole model.
+
+    `dense` are modules whose own matrices are trained, which is one more product each (about 6 operations per weight
+    where all are); they, and modules where what is trained costs nothing, have rank 0.
 
     With adapters in every layer that is about 4 per weight of the frozen matrices (forward, and backward to the
     activations), 6 per adapter parameter, and 12 * length * width a layer for attention.
@@ -81,6 +86,7 @@ def train_flops_per_token(targets: Iterable[Target], ranks: Ranks, *, length: in
         if first < _place(target, layers):
             flops += _product(target)
         flops += _attention_gradients(live.get(target.layer, set())) * _attention_product(target, length)
+    flops += sum(_product(target) for target in dense)
     for target, rank in ranks.items():
         inner = 0 if target.kind == "embedding" else 2 * rank * target.in_features
         outer = 2 * rank * target.out_features
@@ -89,9 +95,17 @@ def train_flops_per_token(targets: Iterable[Target], ranks: Ranks, *, length: in
     return flops
 
 
-def train_flops(targets: Iterable[Target], ranks: Ranks, *, length: int, tokens: int) -> float:
+def train_flops(
+    targets: Iterable[Target], ranks: Ranks, *, length: int, tokens: int, dense: Collection[Target] = ()
+) -> float:
     """Operations of a run that sees `tokens` tokens (padding included) in sequences of `length`."""
-    return train_flops_per_token(targets, ranks, length=length) * tokens
+    return train_flops_per_token(targets, ranks, length=length, dense=dense) * tokens
+
+
+def quantised_bytes(targets: Iterable[Target], *, base_parameters: int, bytes_per_value: int) -> int:
+    """The base of QLoRA: 4 bits a weight of the blocks and 8.125 for each 64 of them, the rest as it was."""
+    inside = sum(t.in_features * t.out_features for t in targets if t.layer is not None and t.kind != "embedding")
+    return round(inside * (0.5 + 8.125 / 8 / 64)) + (base_parameters - inside) * bytes_per_value
 
 
 def adapter_bytes(ranks: Ranks, *, bytes_per_parameter: int = ADAPTER_BYTES) -> int:
@@ -148,14 +162,16 @@ def memory(
     length: int,
     checkpointing: bool = False,
     values: int | None = None,
+    base_bytes: int | None = None,
 ) -> Memory:
     """Peak memory of one run alone, by what it is for; `bytes_per_value` is 4 for float32, 2 for bfloat16.
 
-    `values` is the number of values that the adapter holds, where they are not those of a LoRA of these ranks.
+    `values` is the number of values that the adapter holds, where they are not those of a LoRA of these ranks;
+    `base_bytes` what the frozen weights take, where that is not all of them in that precision.
     """
     values = lora_parameters(ranks) if values is None else values
     return Memory(
-        base=base_parameters * bytes_per_value,
+        base=base_parameters * bytes_per_value if base_bytes is None else base_bytes,
         adapter=values * ADAPTER_BYTES,
         gradients=values * GRADIENT_BYTES,
         optimiser=values * MOMENT_BYTES,

@@ -7,7 +7,7 @@ options; plain values (rank, seed, optim.lr, ...) are set directly on the compos
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast, get_type_hints
 
@@ -105,8 +105,9 @@ def from_config(cfg: DictConfig) -> tuple[RunSpec, Settings]:
 def expand(overrides: Sequence[str], composer: Composer) -> Composition:
     """Every combination of a command's grid, exactly once.
 
-    A comma list, choice(), range() and glob() are axes; interval() and tag(tune, ...) are tuned inside every arm; the
-    axis `seed` replicates. Arms that come out equal are one.
+    A comma list, choice(), range() and glob() are axes; interval() and tag(tune, ...) are tuned inside every arm, a
+    range with the tag `method` within the method's own where it has one; the axis `seed` replicates. Arms that come out
+    equal are one.
 
     Raises:
         Problems: everything wrong anywhere in the grid, one line each.
@@ -131,7 +132,8 @@ def expand(overrides: Sequence[str], composer: Composer) -> Composition:
     if len(found) > 1:
         problems.append(_differing(found))
     if not problems and grid.space:
-        _try_ends(next(iter(arms.values())), problems)
+        for arm in {arm.space: arm for arm in reversed(arms.values())}.values():
+            _try_ends(arm, problems)
     if problems:
         raise Problems(problems)
     return Composition(arms=tuple(arms.values()), settings=found[0])
@@ -165,7 +167,8 @@ def _arm(
     if not defaults:
         return None
     typed = tuple(f"{axis.key}={axis.typed[place]}" for axis, place in chosen)
-    return Arm(defaults=tuple(defaults.values()), space=grid.space, make=make, overrides=(*grid.fixed, *typed))
+    runs = tuple(defaults.values())
+    return Arm(defaults=runs, space=grid.space_of(runs[0]), make=make, overrides=(*grid.fixed, *typed))
 
 
 def _try_ends(arm: Arm, problems: list[str]) -> None:
@@ -209,17 +212,33 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Grid:
-    """`tuned` are the groups whose option is tuned, as axes; `space` is all that is tuned."""
+    """`tuned` are the groups whose option is tuned, as axes; `space` is all that is tuned.
+
+    `by_method` are the tuned fields whose range, where a method has one of its own, is the method's.
+    """
 
     fixed: tuple[str, ...]
     axes: tuple[Axis, ...]
     groups: frozenset[str]
     space: tuple[Dimension, ...] = ()
     tuned: tuple[Axis, ...] = ()
+    by_method: frozenset[str] = frozenset()
 
     @property
     def cell_axes(self) -> tuple[Axis, ...]:
         return (*(axis for axis in self.axes if axis.key in self.groups), *self.tuned)
+
+    def space_of(self, spec: RunSpec) -> tuple[Dimension, ...]:
+        """What is tuned in the arm of a run."""
+        if not self.by_method or any(axis.key == "method" for axis in self.tuned):
+            return self.space
+        from sweeper import methods
+
+        own = methods.find(spec.method.name).ranges
+        return tuple(
+            replace(d, low=own[d.key][0], high=own[d.key][1]) if d.key in self.by_method and d.key in own else d
+            for d in self.space
+        )
 
 
 def _read(overrides: Sequence[str], composer: Composer, problems: list[str]) -> _Grid:
@@ -227,6 +246,7 @@ def _read(overrides: Sequence[str], composer: Composer, problems: list[str]) -> 
     axes: dict[str, Axis] = {}
     space: dict[str, Dimension] = {}
     groups: set[str] = set()
+    by_method: set[str] = set()
     for line in overrides:
         try:
             override = composer.parse(line)
@@ -253,6 +273,8 @@ def _read(overrides: Sequence[str], composer: Composer, problems: list[str]) -> 
             if dimension is None:
                 continue
             space[key] = dimension
+            tagged = "method" in getattr(override.value(), "tags", ())
+            by_method = by_method | {key} if tagged else by_method - {key}
             if not group:
                 continue
         axis = _axis(override, problems)
@@ -276,6 +298,7 @@ def _read(overrides: Sequence[str], composer: Composer, problems: list[str]) -> 
         groups=frozenset(groups & axes.keys() - space.keys()),
         space=tuple(space.values()),
         tuned=tuple(axes[key] for key in space if key in axes),
+        by_method=frozenset(by_method & space.keys()),
     )
 
 

@@ -141,7 +141,7 @@ def _search_line(plan: Plan, search: SearchSettings) -> str:
     trials = f"{search.trials} trials" if search.trials else "trials until the budget is used up"
     seeds = len(arms[0].seeds)
     repeated = f" x {seeds} seeds" if seeds > 1 else ""
-    fields = "; ".join(str(dimension) for dimension in arms[0].space)
+    fields = "; ".join(dict.fromkeys(str(dimension) for arm in arms for dimension in arm.space))
     confirm = f", then the best on {len(search.confirm_seeds)} fresh seeds" if search.confirm_seeds else ""
     arm_word = "arm" if len(arms) == 1 else "arms"
     return f"{len(arms)} {arm_word}, {trials}{repeated} each{confirm}, in {plan.study}. Tuned: {fields}"

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,35 @@ def total_parameters(of: "ModelSpec | torch.nn.Module") -> int:
     """Number of parameters of a model, tied ones counted once; of a spec, without reading weights."""
     if isinstance(of, ModelSpec):
         return _outline(_key(of))[1]
-    return sum(parameter.numel() for parameter in of.parameters())
+    return sum(_numel(parameter) for parameter in of.parameters())
+
+
+def held_bytes(model: "torch.nn.Module") -> int:
+    """Memory of a model's weights."""
+    return sum(_bytes(parameter) for parameter in model.parameters())
+
+
+def is_tied(of: "ModelSpec | PreTrainedModel") -> bool:
+    """Whether the output matrix is the token embedding; of a spec, without reading weights."""
+    if isinstance(of, ModelSpec):
+        return _outline(_key(of))[2]
+    head: Any = of.get_output_embeddings()
+    embedding: Any = of.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+def _bytes(parameter: Any) -> int:
+    held = parameter.numel() * parameter.element_size()
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:  # the constants of the blocks, which may be quantised themselves
+        held += sum(t.numel() * t.element_size() for t in (state.absmax, state.code) if t is not None)
+        state = state.state2
+    return int(held)
+
+
+def _numel(parameter: Any) -> int:
+    state = getattr(parameter, "quant_state", None)  # of a quantised matrix, whose tensor holds packed bytes
+    return int(parameter.numel() if state is None else math.prod(state.shape))
 
 
 def check(spec: ModelSpec) -> None:
@@ -151,8 +180,8 @@ def _key(spec: ModelSpec) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _outline(key: str) -> tuple[tuple[Target, ...], int]:
-    """Targets and number of parameters of a model; the key is the spec as JSON, as a spec cannot be hashed."""
+def _outline(key: str) -> tuple[tuple[Target, ...], int, bool]:
+    """Targets, parameters and whether the ends are tied; the key is the spec as JSON, as a spec cannot be hashed."""
     import torch
 
     spec = ModelSpec(**json.loads(key))
@@ -162,7 +191,7 @@ def _outline(key: str) -> tuple[tuple[Target, ...], int]:
             model = _from_config(config, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
         raise _failure(spec, "the model cannot be built", error) from error
-    return structure(model, spec.roles), total_parameters(model)
+    return structure(model, spec.roles), total_parameters(model), is_tied(model)
 
 
 def _from_config(config: "PretrainedConfig", **arguments: Any) -> Any:

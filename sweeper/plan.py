@@ -201,7 +201,10 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
 
     every = models.skeleton(spec.model)
     ranks = allocation.ranks(spec, targets(spec), every)
+    found = methods.placed(spec.method, tuple(ranks), every, tied=models.is_tied(spec.model))
+    ranks = ranks if found == tuple(ranks) else budget.uniform(found, spec.rank)
     total = models.total_parameters(spec.model)
+    trainable = methods.trainable(spec.method, ranks, total=total)
     dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision)
     length, batch = spec.dataset.max_length, spec.trainer.batch_size
     tokens = spec.trainer.max_steps * batch * spec.trainer.accumulation * length
@@ -213,13 +216,14 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
         batch_size=batch,
         length=length,
         checkpointing=spec.trainer.activation_checkpointing,
-        values=methods.held(spec, ranks),
+        values=methods.held(spec, ranks, total=total),
+        base_bytes=methods.base_bytes(spec, every, ranks, total=total, bytes_per_value=dtype.itemsize),
     )
     return Cost(
         modules=len(ranks),
-        parameters=methods.trainable(spec.method, ranks),
+        parameters=trainable,
         total_parameters=total,
-        flops=budget.train_flops(every, ranks, length=length, tokens=tokens),
+        flops=methods.train_flops(spec.method, every, ranks, length=length, tokens=tokens),
         memory=memory.total,
         base_memory=memory.base,
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import lm_harness, record, tasks
 from sweeper.errors import DataError, Problems, SweeperError
-from sweeper.record import ADAPTER, RECORD, Score
+from sweeper.record import ADAPTER, RECORD, WEIGHTS, Score
 from sweeper.spec import DatasetSpec, EvaluationSpec, RunSpec, Settings, run_spec, to_mapping
 from sweeper.tasks import baseline, general_text
 
@@ -57,7 +57,7 @@ def find(paths: Sequence[Path]) -> list[Saved]:
     """The completed runs in run folders and study folders.
 
     Raises:
-        DataError: a path has no completed run with an adapter.
+        DataError: a path has no completed run with an adapter or weights.
     """
     found: dict[Path, Saved] = {}
     for path in paths:
@@ -76,7 +76,8 @@ def _read(folder: Path) -> Saved | None:
         known = record.read_record(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if known.status != "completed" or not (folder / ADAPTER / "adapter_model.safetensors").is_file():
+    saved = (folder / ADAPTER / "adapter_model.safetensors", folder / WEIGHTS / "model.safetensors")
+    if known.status != "completed" or not any(file.is_file() for file in saved):
         return None
     ranks = {module.name: module.rank for module in known.modules}
     return Saved(folder=folder, spec=run_spec(known.spec), ranks=ranks)
@@ -110,20 +111,17 @@ def rescore(
     Args:
         datasets: each run is scored on all of them; empty takes the one it was trained on.
     """
-    from sweeper import models, weights
+    from sweeper import methods, weights
     from sweeper.device import device_for, precision_for
-    from sweeper.engine.pack import verified_head
 
     device = device_for(settings.device)
 
     for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
         same = list(group)
         spec = same[0].spec
-        base = models.load(spec.model, dtype=precision_for(device, spec.trainer.precision), device=device)
-        verified_head(base)
+        base = methods.load_base(spec, dtype=precision_for(device, spec.trainer.precision), device=device)
         wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
-        for start in range(0, len(same), TOGETHER):
-            part = same[start : start + TOGETHER]
+        for part in _parts(same):
             with _pack(base, part) as pack:
                 for dataset in wanted:
                     chosen = [run for run in part if datasets or run.spec.dataset == dataset]
@@ -144,33 +142,56 @@ def harness(
     runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec, settings: Settings
 ) -> Iterator[Harnessed]:
     """As `rescore`, by lm-eval on the test split; writes `RUN_FOLDER/evaluations/lm_eval.json`."""
-    from peft import PeftModel
-
-    from sweeper import models, weights
+    from sweeper import methods
     from sweeper.device import device_for, precision_for
 
     device = device_for(settings.device)
     for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
         same = list(group)
         spec = same[0].spec
-        base = models.load(spec.model, dtype=precision_for(device, spec.trainer.precision), device=device)
+        base = methods.load_base(spec, dtype=precision_for(device, spec.trainer.precision), device=device)
         wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
         asked: list[Any] = [lm_harness.as_task(d, tasks.load(d)["test"], base.tokenizer) for d in wanted]
         asked += evaluation.options.get("tasks") or []
         before = lm_harness.score(base.model, base.tokenizer, asked, evaluation.options)
         for run in same:
-            with weights.quiet(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
-                adapted = PeftModel.from_pretrained(base.model, str(run.folder / ADAPTER)).eval()
-            found = lm_harness.score(adapted, base.tokenizer, asked, evaluation.options)
-            adapted.unload()
+            found = lm_harness.score(adapted_model(base, run), base.tokenizer, asked, evaluation.options)
             plain = {"run_id": run.folder.name, "before": before, "after": found}
             record.write_atomically(run.folder / FOLDER / "lm_eval.json", json.dumps(plain, indent=1) + "\n")
             yield Harnessed(run=run, scores=found, base=before)
 
 
+def adapted_model(base: "BaseModel", run: Saved) -> Any:
+    """A run's model for others to use: stock PEFT around a twin of the base, or a twin with the run's own weights."""
+    from peft import PeftModel
+
+    from sweeper.engine.alone import twin
+    from sweeper.methods.weights import load_weights
+    from sweeper.weights import quiet
+
+    model = twin(base.model)
+    if (run.folder / WEIGHTS).is_dir():
+        load_weights(model, run.folder / WEIGHTS)
+        return model.eval()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
+        return PeftModel.from_pretrained(model, str(run.folder / ADAPTER)).eval()
+
+
+def _parts(runs: Sequence[Saved]) -> Iterator[list[Saved]]:
+    """Runs that are scored together: packed ones up to `TOGETHER` at once, the others one by one."""
+    from sweeper import methods
+
+    packed = [run for run in runs if methods.packs(run.spec)]
+    for start in range(0, len(packed), TOGETHER):
+        yield packed[start : start + TOGETHER]
+    yield from ([run] for run in runs if not methods.packs(run.spec))
+
+
 def _model_key(run: Saved) -> str:
-    return repr((run.spec.model, run.spec.trainer.precision))
+    from sweeper import methods
+
+    return repr((run.spec.model, run.spec.trainer.precision, methods.find(run.spec.method.name).quantised))
 
 
 def _on_dataset(
@@ -236,14 +257,21 @@ def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     import torch
 
     from sweeper import methods
-    from sweeper.engine.pack import Pack
+    from sweeper.engine.adapters import AdapterBank, AdapterSpec
+    from sweeper.engine.alone import Alone
+    from sweeper.engine.pack import open_pack
 
     targets = {target.name: target for target in base.targets}
     adapters = [
         methods.adapter(run.spec, {targets[name]: rank for name, rank in run.ranks.items()}).settled() for run in runs
     ]
-    pack = Pack(base, [adapter.capacity for adapter in adapters], batch_size=1)
+    pack = open_pack(base, adapters, batch_size=1)
+    if isinstance(pack.bank, Alone):
+        pack.bank.read(runs[0].folder)
+        return pack
+    assert isinstance(pack.bank, AdapterBank)
     for slot, (run, adapter) in enumerate(zip(runs, adapters, strict=True)):
+        assert isinstance(adapter, AdapterSpec)
         saved = read_adapter(run.folder)
         pack.bank.assign(slot, adapter, fresh=False)
         with torch.no_grad():

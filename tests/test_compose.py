@@ -184,3 +184,23 @@ def test_ten_thousand_runs_in_seconds(composer: Any) -> None:
     found = compose.expand([*BASE, *axes, "seed=range(0,50)"], composer)
     assert len({spec.run_id for spec in found.specs}) == 10_000
     assert time.perf_counter() - start < 10
+
+
+def test_a_range_gives_way_to_the_methods_own_where_it_is_tagged(composer: Any) -> None:
+    """LoRA keeps the range that is asked for, full fine-tuning and BitFit have theirs; defaults lie inside."""
+    lines = ["optim.lr=tag(log,method,interval(1e-4,1e-2))", "method=lora,full_ft,bitfit", "rank=4,8"]
+    found = compose.expand(lines, composer)
+    ranges = {arm.default.method.name: (arm.space[0].low, arm.space[0].high) for arm in found.arms}
+    assert ranges == {"lora": (1e-4, 1e-2), "full_ft": (1e-5, 1e-3), "bitfit": (1e-3, 1e-1)}
+    rates = {arm.default.method.name: arm.default.optim.lr for arm in found.arms}
+    assert rates == {"lora": 1e-3, "full_ft": 5e-5, "bitfit": 1e-2}
+    assert all(arm.default_params is not None for arm in found.arms)
+    given = compose.expand(["optim.lr=tag(log,interval(1e-4,1e-2))", "method=lora,full_ft"], composer)
+    assert {(arm.space[0].low, arm.space[0].high) for arm in given.arms} == {(1e-4, 1e-2)}
+    overridden = compose.expand([*lines, "optim.lr=3e-4"], composer)
+    assert {arm.default.optim.lr for arm in overridden.arms} == {3e-4}
+
+
+def test_a_learning_rate_on_the_command_line_wins_over_the_methods(composer: Any) -> None:
+    (spec,) = compose.expand(["method=full_ft", "optim.lr=1e-4"], composer).specs
+    assert spec.optim.lr == 1e-4

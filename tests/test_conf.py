@@ -14,6 +14,7 @@ OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / gro
 NEEDS = {
     ("allocation", "pattern"): "allocation.pattern={attn_q: 4}",
     ("dataset", "jsonl"): "dataset.path=data.jsonl",
+    ("method", "peft"): "method.options.tuner=ia3",
     ("model", "path"): "model.location=folder",
     ("placement", "custom"): "placement.patterns=[q_proj]",
 }

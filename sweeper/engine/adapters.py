@@ -1,7 +1,8 @@
 """The adapters of a pack: the flat store of their values, and the wrappers that put them on the frozen base."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from sweeper.engine.shared import Shared, draw
 from sweeper.engine.store import Segment, Store
 from sweeper.engine.wrappers import Adapted, AdaptedEmbedding, Group, Lanes
 
+if TYPE_CHECKING:
+    from sweeper.engine.optimizer import PackedAdamW
+
 __all__ = ["AdapterBank", "AdapterSpec", "Capacity"]
 
 
@@ -26,6 +30,8 @@ class AdapterBank(Store):
         capacities: for each slot, module name -> highest rank it may ever hold, or what else it may hold. What is
             absent takes no memory.
     """
+
+    mixes = True
 
     def __init__(
         self,
@@ -115,6 +121,52 @@ class AdapterBank(Store):
         """Gives the base model its own modules back."""
         for name, wrapper in self.wrappers.items():
             _replace(self.model, name, wrapper.base)
+
+    def make_optimizer(self) -> "PackedAdamW":
+        from sweeper.engine.optimizer import PackedAdamW
+
+        return PackedAdamW(self)
+
+    @property
+    def serving(self) -> Any:
+        """The model that the present lanes run through."""
+        return self.model
+
+    @property
+    def decoder(self) -> Any:
+        """Its inner model, which gives hidden states."""
+        return self.model.base_model
+
+    @property
+    def draws(self) -> bool:
+        """Whether the coming step draws random numbers."""
+        return self.lanes.drop or self.lanes.noisy
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Each slot's seed for the coming forward pass."""
+        self.lanes.seeds.copy_(torch.tensor(seeds), non_blocking=True)
+
+    def drawing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # all of it is counter-based: nothing is drawn from torch's generator
+
+    def fits(self, slot: int, adapter: Any) -> bool:
+        """Whether a slot, once it is free, can be given to such a run."""
+        return isinstance(adapter, AdapterSpec) and self.capacities[slot].holds(adapter.capacity)
+
+    def snapshot(self, slot: int, adapter: AdapterSpec) -> dict[str, tuple[Tensor, ...]]:
+        """Module name -> the parts of its adapter, then their moments and what else is kept of them, on the host."""
+        parts = [self.adapter(slot, adapter, store) for store in self.stores(adapter)]
+        return {name: tuple(t.to("cpu", copy=True) for part in parts for t in part[name]) for name in parts[0]}
+
+    @torch.no_grad()
+    def restore(self, slot: int, adapter: AdapterSpec, state: Mapping[str, tuple[Tensor, ...]], step: int) -> None:
+        """Puts a snapshot, taken after `step` steps, back into a slot."""
+        for place, store in enumerate(self.stores(adapter)):
+            for name, views in self.adapter(slot, adapter, store).items():
+                saved = state[name][len(views) * place : len(views) * (place + 1)]
+                for view, value in zip(views, saved, strict=True):
+                    view.copy_(value)
+        self.refresh(slot)
 
     @property
     def graphable(self) -> bool:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sweeper.engine.batches import DataOrder, collate, supervised
-from sweeper.engine.pack import Job, Pack
-from sweeper.models import BaseModel
+from sweeper.engine.pack import Job, Pack, open_pack
+from sweeper.models import BaseModel, held_bytes
 from sweeper.record import write_atomically
 
 TIMED_STEPS = 2
@@ -64,9 +64,9 @@ def measure(base: BaseModel, job: Job, pack_options: dict[str, Any], cache: Path
 
 
 def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
-    with Pack(base, [job.adapter.capacity], **pack_options) as pack:
+    with open_pack(base, [job.adapter], **pack_options) as pack:
         pack.add(job)
-        weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+        weights = held_bytes(pack.model)
         state = pack.bank.state_bytes
         activations = _activations(pack, job)
         fixed = dataclasses.replace(job, order=_Typical(job, pack.accumulation))

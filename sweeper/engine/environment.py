@@ -11,7 +11,7 @@ import torch
 
 from sweeper.device import processor
 
-PACKAGES = ("torch", "transformers", "peft", "hydra-core", "omegaconf", "datasets", "triton")
+PACKAGES = ("torch", "transformers", "peft", "hydra-core", "omegaconf", "datasets", "triton", "bitsandbytes")
 
 
 def describe(device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

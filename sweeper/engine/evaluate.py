@@ -146,7 +146,7 @@ def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids, stop_stri
     for count in range(1, max_new_tokens + 1):
         pack.bank.lanes.tokens = ids.shape[1]
         where = {"position_ids": positions} if takes_positions else {}
-        out = pack.model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
+        out = pack.bank.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
         token = pack.head.logits(out.last_hidden_state[:, -1]).argmax(-1)
         written.append(torch.where(done, stops[0], token))
         done |= torch.isin(token, stops)
@@ -232,6 +232,14 @@ def evaluate_examples(
         generation: whether metrics that need generated text are computed.
         exact_match: whether exact match by teacher forcing is.
     """
+    if len(slots) > 1 and not pack.bank.mixes:
+        return [
+            found
+            for slot in slots
+            for found in evaluate_examples(
+                pack, [slot], examples, dataset, generation=generation, exact_match=exact_match
+            )
+        ]
     budget = CUDA_TOKENS if pack.device.type == "cuda" else CPU_TOKENS
     rows = [
         [{"id": e.id, "nll": s.nll, "tokens": s.tokens} | ({"exact_match": float(s.exact_match)} if exact_match else {})

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sweeper import methods
+from sweeper.engine.forms import AdapterSpec
 from sweeper.engine.shared import draw
 from sweeper.methods import lora, vera
 from sweeper.placement import Target
@@ -31,7 +32,9 @@ def write_adapter(
     final, temporary = folder / ADAPTER, folder / f".{ADAPTER}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    form = methods.adapter(spec, dict.fromkeys(targets, spec.rank)).form
+    made = methods.adapter(spec, dict.fromkeys(targets, spec.rank))
+    assert isinstance(made, AdapterSpec)
+    form = made.form
     tensors = _vera(spec, targets, weights) if form == "vera" else _lora(targets, weights)
     save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     config = (

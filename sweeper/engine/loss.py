@@ -1,7 +1,7 @@
 """Token NLL of every lane without the float32 logits of the whole pack.
 
-The head is frozen, so its gradient is never needed: logits are made chunk by chunk, turned in place into their own
-gradient, and only the gradient of the hidden states is kept.
+Logits are made chunk by chunk and turned in place into their own gradient; only the gradient of the hidden states is
+kept, and that of the output matrix where it is trained.
 
 Shapes: L lanes, K target tokens a lane (padded), D hidden size, V vocabulary.
 """
@@ -30,21 +30,8 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, weights, softcap, divisor):
-        grad = ctx.needs_input_grad[0]
-        nll = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        correct = torch.empty(targets.shape, dtype=torch.bool, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if grad else None
-        size = max(1, CHUNK_LOGITS // weight.shape[0])
-        for start in range(0, hidden.shape[0], size):
-            part = slice(start, start + size)
-            logits = torch.mm(hidden[part], weight.t()) if bias is None else torch.addmm(bias, hidden[part], weight.t())
-            if divisor != 1.0:
-                logits /= divisor
-            nll[part], correct[part] = token_loss(logits, targets[part], weights[part], softcap, grad=grad)
-            if dhidden is not None:
-                torch.mm(logits, weight, out=dhidden[part])
-        if dhidden is not None and divisor != 1.0:
-            dhidden /= divisor
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        nll, correct = _through_head(hidden, weight, bias, targets, weights, softcap, divisor, dhidden)
         ctx.save_for_backward(dhidden)
         ctx.mark_non_differentiable(nll, correct)
         return torch.where(weights == 0, 0.0, weights * nll), nll, correct
@@ -54,6 +41,58 @@ class _FrozenHead(torch.autograd.Function):
         (dhidden,) = ctx.saved_tensors
         # the rows already carry their weights
         return dhidden * dweighted[:, None].to(dhidden.dtype), None, None, None, None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """Sum of weight * NLL over all target tokens, through an output matrix that is trained itself."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, weights, softcap, divisor):
+        needed = ctx.needs_input_grad[:3]
+        dhidden = torch.empty_like(hidden) if needed[0] else None
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        dbias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] else None
+        nll, correct = _through_head(
+            hidden, weight, bias, targets, weights, softcap, divisor, dhidden, dweight=dweight, dbias=dbias
+        )
+        ctx.save_for_backward(dhidden, dweight, dbias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(nll, correct)
+        return torch.where(weights == 0, 0.0, weights * nll).sum(), nll, correct
+
+    @staticmethod
+    def backward(ctx, dloss, _nll, _correct):
+        dhidden, dweight, dbias = ctx.saved_tensors
+        found = [
+            None if gradient is None else (gradient * dloss).to(dtype)
+            for gradient, dtype in zip(
+                (dhidden, dweight, dbias), (getattr(dhidden, "dtype", None), *ctx.dtypes), strict=True
+            )
+        ]
+        return (*found, None, None, None, None)
+
+
+def _through_head(hidden, weight, bias, targets, weights, softcap, divisor, dhidden, *, dweight=None, dbias=None):
+    """NLL and correctness [K]; fills in the gradients that are not None, each row times its weight."""
+    grad = dhidden is not None or dweight is not None or dbias is not None
+    nll = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+    correct = torch.empty(targets.shape, dtype=torch.bool, device=hidden.device)
+    size = max(1, CHUNK_LOGITS // weight.shape[0])
+    for start in range(0, hidden.shape[0], size):
+        part = slice(start, start + size)
+        logits = torch.mm(hidden[part], weight.t()) if bias is None else torch.addmm(bias, hidden[part], weight.t())
+        if divisor != 1.0:
+            logits /= divisor
+        nll[part], correct[part] = token_loss(logits, targets[part], weights[part], softcap, grad=grad)
+        if grad and divisor != 1.0:
+            logits /= divisor
+        if dhidden is not None:
+            torch.mm(logits, weight, out=dhidden[part])
+        if dweight is not None:
+            dweight += torch.mm(logits.t(), hidden[part])
+        if dbias is not None:
+            dbias += logits.sum(0, dtype=torch.float32)
+    return nll, correct
 
 
 def token_loss(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float | None, *, grad: bool):
@@ -92,23 +131,33 @@ class Head:
             hidden: [L*K, D] states that predict the targets. targets: [L, K] token ids.
             weights: [L, K] float32; 0 for padding.
         """
-        adapted = getattr(self.module, "group", None)
-        if adapted is None:
-            weighted, nll, correct = _FrozenHead.apply(
-                hidden, self.module.weight, self.module.bias, targets.flatten(), weights.flatten(),
-                self.softcap, self.divisor,
-            )  # fmt: skip
+        flat = (targets.flatten(), weights.flatten(), self.softcap, self.divisor)
+        if type(self.module) is nn.Linear:
+            weight, bias = self.module.weight, self.module.bias
+            trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+            if trained and torch.is_grad_enabled():
+                assert len(targets) == 1, "a head that is trained has one lane"
+                loss, nll, correct = _TrainedHead.apply(hidden, weight, bias, *flat)
+                return loss[None], TokenScores(nll.view(targets.shape), correct.view(targets.shape))
+            weighted, nll, correct = _FrozenHead.apply(hidden, weight, bias, *flat)
         else:
-            lanes = adapted.lanes
-            # these rows are targets one after another: dropout counts them as one sequence, whatever the padding
-            tokens, lanes.tokens = lanes.tokens, ROW_STRIDE
-            logits = self.logits(hidden)
-            lanes.tokens = tokens
+            logits = self._adapted_logits(hidden)
             nll = functional.cross_entropy(logits, targets.flatten(), reduction="none")
             correct = logits.argmax(-1) == targets.flatten()
             weighted = torch.where(weights.flatten() == 0, 0.0, weights.flatten() * nll)
         scores = TokenScores(nll.detach().view(targets.shape), correct.view(targets.shape))
         return weighted.view(targets.shape).sum(1), scores
+
+    def _adapted_logits(self, hidden: Tensor) -> Tensor:
+        group = getattr(self.module, "group", None)
+        if group is None:
+            return self.logits(hidden)
+        lanes = group.lanes
+        # these rows are targets one after another: dropout counts them as one sequence, whatever the padding
+        tokens, lanes.tokens = lanes.tokens, ROW_STRIDE
+        logits = self.logits(hidden)
+        lanes.tokens = tokens
+        return logits
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., D], as the stock model computes them."""

@@ -8,7 +8,7 @@ from sweeper import budget, methods
 from sweeper.device import free_bytes
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.progress import Prepared
-from sweeper.models import BaseModel
+from sweeper.models import BaseModel, total_parameters
 from sweeper.spec import Settings
 
 STATE_BYTES = 16  # of one value of an adapter: itself, gradient and two moments in float32
@@ -36,7 +36,8 @@ def run_bytes(base: BaseModel, run: Prepared, solo: Solo | None) -> int:
         return solo.state_bytes + solo.activation_bytes
     trainer = run.request.spec.trainer
     parameter = next(base.model.parameters())
-    return STATE_BYTES * methods.held(run.request.spec, run.ranks) + budget.activation_bytes(
+    held = methods.held(run.request.spec, run.ranks, total=total_parameters(base.model))
+    return STATE_BYTES * held + budget.activation_bytes(
         base.targets,
         run.ranks,
         batch_size=trainer.batch_size,

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from sweeper.engine import noise
 from sweeper.engine.adapters import AdapterBank
+from sweeper.engine.alone import Alone, AloneSpec
+from sweeper.engine.bank import Bank
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.capture import CapturedStep, lanes_for
 from sweeper.engine.compilation import compile_layers, eager, uncompile_layers
 from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.loss import Head
-from sweeper.engine.optimizer import LR, PackedAdamW, hyperparameters, learning_rate
+from sweeper.engine.optimizer import LR, hyperparameters, learning_rate
 from sweeper.errors import ModelError
 from sweeper.models import BaseModel
 from sweeper.spec import OptimSpec
@@ -34,7 +36,7 @@ class Job:
     """What the engine must know to train one run in a slot. `order` counts forward passes, `steps` optimiser steps."""
 
     run_id: str
-    adapter: AdapterSpec
+    adapter: AdapterSpec | AloneSpec
     optim: OptimSpec
     steps: int
     seed: int
@@ -73,7 +75,8 @@ class Pack:
 
     Args:
         base: the frozen model; its modules are wrapped until `close`.
-        capacities: for each slot, module name -> the highest rank it may hold, or what else it may hold.
+        capacities: for each slot, module name -> the highest rank it may hold, or what else it may hold; or the one run
+            that trains alone.
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
         compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
             nothing without CUDA.
@@ -83,7 +86,7 @@ class Pack:
     def __init__(
         self,
         base: BaseModel,
-        capacities: Sequence[Capacity | Mapping[str, int]],
+        capacities: Sequence[Capacity | Mapping[str, int]] | AloneSpec,
         *,
         batch_size: int,
         accumulation: int = 1,
@@ -93,14 +96,16 @@ class Pack:
         checkpointing: bool = False,
     ) -> None:
         self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
-        self.model = base.model
         self.device, self.dtype = next(base.model.parameters()).device, next(base.model.parameters()).dtype
-        stock = verified_head(base)
-        self.bank = AdapterBank(self.model, base.targets, capacities, self.device)
+        self.stock = verified_head(base)
+        self.bank: Bank
+        if isinstance(capacities, AloneSpec):
+            self.bank = Alone(base, capacities, self.device)
+        else:
+            self.bank = AdapterBank(base.model, base.targets, capacities, self.device)
         self.bank.install()
-        self.head = Head(self.model.get_output_embeddings(), stock.softcap, stock.divisor)
-        self.optimizer = PackedAdamW(self.bank)
-        self.jobs: list[Job | None] = [None] * len(capacities)
+        self.optimizer = self.bank.make_optimizer()
+        self.jobs: list[Job | None] = [None] * len(self.bank.capacities)
         self.pending: list[_Pending] = []
         self._lane_slots: dict[int, Tensor] = {}
         able = self.device.type == "cuda" and self.bank.graphable
@@ -135,7 +140,17 @@ class Pack:
     def active(self) -> list[tuple[int, Job]]:
         return [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
 
-    def free_slot(self, adapter: AdapterSpec) -> int | None:
+    @property
+    def model(self) -> Any:
+        """What is trained: the base model, or a twin of it."""
+        return self.bank.model
+
+    @property
+    def head(self) -> Head:
+        """The head of the model that the present lanes run through."""
+        return Head(self.bank.serving.get_output_embeddings(), self.stock.softcap, self.stock.divisor)
+
+    def free_slot(self, adapter: AdapterSpec | AloneSpec) -> int | None:
         """A slot that is empty and can hold an adapter of these ranks, or None."""
         for slot, job in enumerate(self.jobs):
             if job is None and self.bank.fits(slot, adapter):
@@ -163,25 +178,15 @@ class Pack:
         self.bank.release(slot)
         return job
 
-    @torch.no_grad()
     def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
-        """Module name -> the parts of its adapter, then their moments, on the host: with `job.done`, all that resuming
-        needs.
-        """
+        """What the run of a slot has learnt, on the host: with `job.done`, all that resuming needs."""
         job = self.jobs[slot]
         assert job is not None
-        parts = [self.bank.adapter(slot, job.adapter, store) for store in self.bank.stores(job.adapter)]
-        return {name: tuple(t.to("cpu", copy=True) for part in parts for t in part[name]) for name in parts[0]}
+        return self.bank.snapshot(slot, job.adapter)
 
-    @torch.no_grad()
     def restore(self, slot: int, job: Job) -> None:
         assert job.state is not None
-        for place, store in enumerate(self.bank.stores(job.adapter)):
-            for name, views in self.bank.adapter(slot, job.adapter, store).items():
-                saved = job.state[name][len(views) * place : len(views) * (place + 1)]
-                for view, value in zip(views, saved, strict=True):
-                    view.copy_(value)
-        self.bank.refresh(slot)
+        self.bank.restore(slot, job.adapter, job.state, job.done)
 
     def step(self) -> None:
         """One optimiser step of every run that is not finished. Results come from `drain`."""
@@ -243,12 +248,13 @@ class Pack:
         """Last hidden states [rows, T, D] of right-padded token ids [rows, T]."""
         self.bank.lanes.tokens = ids.shape[1]
         with _no_padding_mask():
-            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            return self.bank.decoder(input_ids=ids, use_cache=False).last_hidden_state
 
     def scores(self, batch: Batch) -> Tensor:
         """NLL of every target token, and 1 where it is the likeliest, [2, L, K] float32; no gradients, no dropout."""
         if self.captured_scores is not None:
-            return self.captured_scores(batch.pinned(), key=self.bank.lanes.flags)
+            bare = self.bank.serving is self.base.model
+            return self.captured_scores(batch.pinned(), key=(*self.bank.lanes.flags, bare))
         return self._scores(batch.to(self.device))
 
     def _scores(self, batch: Batch) -> Tensor:
@@ -272,7 +278,7 @@ class Pack:
         """Losses [L] of one forward pass; their gradients are added to the bank's."""
         self.bank.derive()
         self._lengths = batch.lengths
-        with _attention(self.device, self.dtype):
+        with _attention(self.device, self.dtype), self.bank.drawing():
             losses = self._forward_backward(batch)
         self._lengths = None
         self.bank.penalise(1 / self.accumulation)
@@ -301,13 +307,13 @@ class Pack:
         return [job.examples[i] for i in job.order.batch(job.done * self.accumulation + micro)]
 
     def _seed_dropout(self, moving: Sequence[tuple[int, Job]], micro: int) -> None:
-        if not (self.bank.lanes.drop or self.bank.lanes.noisy):
+        if not self.bank.draws:
             return
         seeds = [0] * len(self.jobs)
         for slot, job in moving:
             key = f"{job.seed}/{job.done}/{micro}".encode()
             seeds[slot] = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
-        self.bank.lanes.seeds.copy_(torch.tensor(seeds), non_blocking=True)
+        self.bank.seed(seeds)
 
     def _checkpoint_activations(self, on: bool) -> None:
         # transformers renamed this; both names must work
@@ -317,6 +323,15 @@ class Pack:
             getattr(self.model, f"{word}_enable")(**{f"{word}_kwargs": {"use_reentrant": False}})
         elif self.checkpointing:
             getattr(self.model, f"{word}_disable")()
+
+
+def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | AloneSpec], **options: Any) -> Pack:
+    """A pack whose slots hold exactly these, in order; one that trains alone is given alone."""
+    (first, *_) = adapters
+    if isinstance(first, AloneSpec):
+        assert len(adapters) == 1
+        return Pack(base, first, **options)
+    return Pack(base, [adapter.capacity for adapter in adapters if isinstance(adapter, AdapterSpec)], **options)
 
 
 def _row(job: Job) -> list[float]:
@@ -383,7 +398,8 @@ def _no_padding_mask() -> Iterator[None]:
 
     def skip(*args: Any, **kwargs: Any) -> Any:
         local, length = kwargs.get("local_size"), kwargs.get("kv_length")
-        if local is None or (length is not None and length < local):
+        behind = length is not None and kwargs.get("q_length", length) != length  # tokens that came before these
+        if not behind and (local is None or (length is not None and length < local)):
             return None
         return stock(*args, **kwargs)
 

@@ -9,15 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from sweeper import budget, methods
+from sweeper import methods
 from sweeper.architecture import Target
 from sweeper.engine import checkpoint
+from sweeper.engine.alone import AloneSpec, Learnt
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit
 from sweeper.engine.events import Step
 from sweeper.engine.export import write_adapter
+from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.requests import RunRequest
+from sweeper.models import total_parameters
 from sweeper.record import METRICS, PREDICTIONS, Efficiency, Module, Record, Score, write_lines, write_record
 from sweeper.spec import Settings, to_mapping
 from sweeper.tasks import EncodedSplit
@@ -34,6 +37,12 @@ class Prepared:
     before: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def capacity(self) -> Capacity:
+        """The least that a slot must have, for a run that packs."""
+        assert isinstance(self.job.adapter, AdapterSpec)
+        return self.job.adapter.capacity
+
+    @property
     def shape(self) -> str:
         """Runs of equal shape cost the same alone."""
         spec = self.request.spec
@@ -42,7 +51,10 @@ class Prepared:
     def resume(self) -> None:
         """Takes up the checkpoint of a run that was cut off, if its folder holds one."""
         found = checkpoint.load(self.request.folder)
-        if found is not None and set(found[0]) == set(self.job.adapter.ranks) and self.job.done == 0:
+        adapter = self.job.adapter
+        if found is None or self.job.done > 0:
+            return
+        if isinstance(adapter, AloneSpec) or set(found[0]) == set(adapter.ranks):
             self.job.state, self.before = found
             self.job.done, self.job.tokens = self.before["done"], self.before["tokens"]
 
@@ -131,13 +143,14 @@ class Progress:
         }  # fmt: skip
 
     def write(
-        self, settings: Settings, weights: Mapping[str, tuple[Tensor, ...]], solo: Solo | None, pack: Pack,
+        self, settings: Settings, weights: Mapping[str, tuple[Tensor, ...]] | Learnt, solo: Solo | None, pack: Pack,
         environment: Mapping[str, Any],
     ) -> Record:  # fmt: skip
         """Writes adapter, metrics and predictions, and last the record that refers to them."""
         run, folder, spec = self.prepared, self.request.folder, self.request.spec
         folder.mkdir(parents=True, exist_ok=True)
-        adapter_bytes = write_adapter(folder, spec, list(run.ranks), weights)
+        adapter_bytes = self._export(weights)
+        learnt = weights if isinstance(weights, Learnt) else None
         write_lines(folder / METRICS, self.metrics)
         write_lines(folder / PREDICTIONS, self.predictions)
         record = Record(
@@ -145,15 +158,9 @@ class Progress:
             study=settings.study,
             status="diverged" if self.diverged else "pruned" if self.pruned else "completed",
             spec=to_mapping(spec),
-            modules=tuple(
-                Module(
-                    name=target.name, role=target.role, layer=target.layer, rank=rank,
-                    parameters=methods.parameters(spec.method, target, rank),
-                )
-                for target, rank in run.ranks.items()
-            ),
-            trainable_parameters=methods.trainable(spec.method, run.ranks),
-            total_parameters=sum(p.numel() for p in pack.base.model.parameters()),
+            modules=self._modules(learnt),
+            trainable_parameters=methods.trainable(spec.method, run.ranks) if learnt is None else learnt.trainable,
+            total_parameters=total_parameters(pack.base.model),
             steps=run.job.done,
             scores=self.scores,
             data={
@@ -177,6 +184,26 @@ class Progress:
         checkpoint.remove(folder)
         return record
 
+    def _modules(self, learnt: Learnt | None) -> tuple[Module, ...]:
+        """What was trained by module; a run alone says itself what it put where, and which rank that has in the end."""
+        method, ranks = self.request.spec.method, self.prepared.ranks
+        modules = [
+            Module(
+                name=target.name, role=target.role, layer=target.layer,
+                rank=rank if learnt is None else learnt.ranks.get(target.name, rank),
+                parameters=methods.parameters(method, target, rank)
+                if learnt is None else learnt.parameters[target.name],
+            )
+            for target, rank in ranks.items()
+        ]  # fmt: skip
+        return tuple(module for module in modules if module.parameters or learnt is None)
+
+    def _export(self, weights: Mapping[str, tuple[Tensor, ...]] | Learnt) -> int:
+        """Writes what the run has learnt; returns its bytes."""
+        if isinstance(weights, Learnt):
+            return weights.write(self.request.folder)
+        return write_adapter(self.request.folder, self.request.spec, list(self.prepared.ranks), weights)
+
     def _efficiency(self, adapter_bytes: int, solo: Solo | None, pack: Pack) -> Efficiency:
         run = self.prepared
         seen = [run.job.examples[i] for n in range(run.job.done * pack.accumulation) for i in run.job.order.batch(n)]
@@ -189,7 +216,9 @@ class Progress:
             peak_memory_solo_bytes=None if solo is None else solo.peak_memory_bytes,
             tokens_per_second_solo=None if solo is None else tokens / max(run.job.done, 1) / solo.step_seconds,
             train_tokens=tokens,
-            train_flops=budget.train_flops(pack.base.targets, run.ranks, length=mean_length, tokens=tokens),
+            train_flops=methods.train_flops(
+                run.request.spec.method, pack.base.targets, run.ranks, length=mean_length, tokens=tokens
+            ),
             adapter_bytes=adapter_bytes,
             pack_runs=self.pack_runs,
             pack_seconds=time.monotonic() - self.began,

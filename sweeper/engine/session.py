@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from sweeper import allocation, methods, models, placement, tasks, weights
+from sweeper import allocation, budget, methods, models, placement, tasks, weights
 from sweeper.architecture import number_of_layers
 from sweeper.device import device_for, precision_for
 from sweeper.engine import calibrate, checkpoint, compilation, environment
 from sweeper.engine.ahead import ahead
+from sweeper.engine.alone import AloneSpec, Learnt
 from sweeper.engine.batches import DataOrder, distinct_lengths
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
@@ -27,7 +28,7 @@ from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import Kind, RunRequest, Source
 from sweeper.engine.timeline import Timeline
 from sweeper.errors import SweeperError
-from sweeper.models import BaseModel
+from sweeper.models import BaseModel, is_tied
 from sweeper.record import Score
 from sweeper.spec import RunSpec, Settings
 
@@ -100,7 +101,7 @@ class Session:
             dtype = precision_for(self.device, spec.trainer.precision)
             self.base, self.model_key = None, ""  # the former model's memory is free before the next one is read
             with self.timeline.span("load"):
-                base = models.load(spec.model, dtype=dtype, device=self.device)
+                base = methods.load_base(spec, dtype=dtype, device=self.device)
                 verified_head(base)
         except (SweeperError, OSError, torch.OutOfMemoryError) as error:
             return error.with_traceback(None)
@@ -152,6 +153,8 @@ class Session:
         assert base is not None
         targets = placement.resolve(base.targets, spec.placement, layers=number_of_layers(base.targets))
         ranks = allocation.ranks(spec, targets, base.targets)
+        if (found := methods.placed(spec.method, targets, base.targets, tied=is_tied(base.model))) != targets:
+            ranks = budget.uniform(found, spec.rank)
         splits = self._splits(base, spec)
         examples = splits["train"].examples
         lengths = [len(example.input_ids) for example in examples]
@@ -182,11 +185,12 @@ class Session:
         base = self.base
         assert base is not None
         key = tuple(options.items())
-        options = {name: value for name, value in options.items() if name != "length"}
+        alone = bool(options["alone"])
+        options = {name: value for name, value in options.items() if name not in ("length", "alone")}
         samples = [*strays, *probes]
         options["lengths_vary"] = distinct_lengths([len(e.input_ids) for run in samples for e in run.job.examples]) > 1
         queue = _Queue(self, source, kinds, key, strays)
-        at_once = sum(kind.most for kind in kinds) + len(strays)
+        at_once = 1 if alone else sum(kind.most for kind in kinds) + len(strays)
         options |= self._compilation(kinds, strays, samples, options["lengths_vary"])
         solo: dict[str, calibrate.Solo] = {}
         if self.settings.calibrate and queue.want(1):
@@ -234,7 +238,7 @@ class Session:
                     solo[run.shape] = calibrate.measure(
                         base, run.job, options | {"compiled": False}, self.cache / "calibrations"
                     )
-            except RuntimeError:  # out of memory is one; training meets it again and records it
+            except (RuntimeError, SweeperError):  # out of memory is one; training meets it again and records it
                 continue
 
     def _train_pack(
@@ -245,13 +249,17 @@ class Session:
         A `limit` of 0 asks for a slot that holds the first run and nothing larger.
         """
         waiting = queue.waiting
-        exact = limit == 0 or (len(waiting) <= limit and not queue.more)
-        if exact:
+        first = waiting[0].job.adapter
+        exact = limit == 0 or isinstance(first, AloneSpec) or (len(waiting) <= limit and not queue.more)
+        capacities: list[Capacity] | AloneSpec
+        if isinstance(first, AloneSpec):
+            slots, capacities = 1, first
+        elif exact:
             slots = min(max(limit, 1), len(waiting))
-            capacities = [run.job.adapter.capacity for run in itertools.islice(waiting, slots)]
+            capacities = [run.capacity for run in itertools.islice(waiting, slots)]
         else:  # a slot changes hands: it must hold whichever run comes next
             slots = limit
-            capacities = [Capacity.union(run.job.adapter.capacity for run in (*waiting, *probes))] * slots
+            capacities = [Capacity.union(run.capacity for run in (*waiting, *probes))] * slots
         running: dict[str, Progress] = {}
         try:
             with self.timeline.span("set up"):
@@ -266,7 +274,7 @@ class Session:
                     self._checkpoint(pack, running)
                     raise
             return 0
-        except RuntimeError as error:
+        except (RuntimeError, SweeperError) as error:
             problem = error.with_traceback(None)  # its frames would keep the pack's memory
         self._free_memory()
         if not running and exact and slots == 1:
@@ -410,7 +418,9 @@ class Session:
             pack.remove(slot)
             del running[progress.request.run_id]
 
-    def _write(self, progress: Progress, weights: Mapping[str, Any], solo: calibrate.Solo | None, pack: Pack) -> Event:
+    def _write(
+        self, progress: Progress, weights: Mapping[str, Any] | Learnt, solo: calibrate.Solo | None, pack: Pack
+    ) -> Event:
         try:
             record = progress.write(self.settings, weights, solo, pack, self._environment(pack))
         except OSError as error:
@@ -520,7 +530,8 @@ class _Queue:
 def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ...]:
     """Runs with equal keys can share a pack of the same base model: batch shape and length bucket.
 
-    The model, its precision and its quantisation are decided before: a session holds one base model at a time. The
+    A run that trains alone has a key that only runs like it share; they follow one another. The model, its precision
+    and its quantisation are decided before: a session holds one base model at a time. The
     bucket is the next power of two of a long example (the 90th percentile), so that short examples are not padded to
     the length of another dataset's.
     """
@@ -528,6 +539,7 @@ def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ..
     typical = ordered[int(0.9 * (len(ordered) - 1))]
     return (
         ("accumulation", spec.trainer.accumulation),
+        ("alone", methods.alone_key(spec)),
         ("batch_size", spec.trainer.batch_size),
         ("checkpointing", spec.trainer.activation_checkpointing),
         ("length", 1 << (typical - 1).bit_length()),
@@ -535,7 +547,7 @@ def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ..
 
 
 def _model_key(spec: RunSpec) -> str:
-    return repr((spec.model, spec.trainer.precision))
+    return repr((spec.model, spec.trainer.precision, methods.find(spec.method.name).quantised))
 
 
 def _ended(pack: Pack, running: dict[str, Progress]) -> list[tuple[int, Job]]:

@@ -120,9 +120,6 @@ class Store:
                 slots[(start + slot * width) // BLOCK : (start + (slot + 1) * width) // BLOCK] = slot
         return slots
 
-    def fits(self, slot: int, adapter: AdapterSpec) -> bool:
-        return self.capacities[slot].holds(adapter.capacity)
-
     def stores(self, adapter: AdapterSpec) -> list[Tensor]:
         """The stores that make up the state of a run: values, moments, and what else its options keep."""
         return [self.params, self.exp_avg, self.exp_avg_sq, *(self.copies[name] for name in adapter.copies)]

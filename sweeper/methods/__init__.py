@@ -1,13 +1,22 @@
 """What each method puts on the base. `METHODS` is the table of them; docs/methods.md shows it to readers."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from sweeper.architecture import Target
+from sweeper import budget
+from sweeper.architecture import HEAD, Target
+from sweeper.engine.alone import AloneSpec
 from sweeper.engine.forms import AdapterSpec
 from sweeper.errors import SpecError, unknown
-from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, vera
+from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from sweeper.models import BaseModel
 
 __all__ = ["METHODS", "Method", "adapter", "check", "find", "held", "packs", "parameters", "trainable"]
 
@@ -22,6 +31,11 @@ METHODS: dict[str, Method] = {
     "vera": vera.VERA,
     "relora": relora.RELORA,
     "sparse": sparse.SPARSE,
+    "full_ft": weights.FULL_FT,
+    "bitfit": weights.BITFIT,
+    "adalora": tuners.ADALORA,
+    "qlora": tuners.QLORA,
+    "peft": tuners.PEFT,
 }
 
 
@@ -47,15 +61,20 @@ def parameters(method: MethodSpec, target: Target, rank: int) -> int:
     return find(method.name).parameters(method, target, rank)
 
 
-def trainable(method: MethodSpec, ranks: Ranks) -> int:
-    """Trainable parameters of a run."""
+def trainable(method: MethodSpec, ranks: Ranks, *, total: int = 0) -> int:
+    """Trainable parameters of a run on a model of `total` parameters."""
+    if find(method.name).whole(method):
+        return total
     count = find(method.name).parameters
     return sum(count(method, target, rank) for target, rank in ranks.items())
 
 
-def held(spec: RunSpec, ranks: Ranks) -> int:
+def held(spec: RunSpec, ranks: Ranks, *, total: int) -> int:
     """Values of a run's adapter that are kept with gradient and moments: what trains, and what is frozen among it."""
-    return adapter(spec, ranks).capacity.values(list(ranks)) if packs(spec) else trainable(spec.method, ranks)
+    made = adapter(spec, ranks)
+    if isinstance(made, AdapterSpec):
+        return made.capacity.values(list(ranks))
+    return trainable(spec.method, ranks, total=total)
 
 
 def check(spec: RunSpec) -> None:
@@ -69,20 +88,51 @@ def check(spec: RunSpec) -> None:
         raise SpecError(f"placement.embeddings=true: method={spec.method.name} cannot adapt the embedding; {able} can")
     if spec.optim.lr_ratio is not None and spec.method.name in ("lora_plus", "lora_fa"):
         raise SpecError(f"optim.lr_ratio: method={spec.method.name} says itself how fast A and B learn")
+    asked = [*zip(("update", "orthogonality", "norm"), spec.optim.penalties, strict=True), ("", spec.optim.lr_ratio)]
+    if not packs(spec) and any(value for _, value in asked):
+        name = next(f"{name}_penalty" if name else "lr_ratio" for name, value in asked if value)
+        raise SpecError(f"optim.{name} is for the A and B of methods that pack; method={spec.method.name} trains alone")
     method.check(spec)
 
 
-def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
-    """The adapter of a run that packs, with a rank for every placed module.
+def train_flops(method: MethodSpec, targets: Sequence[Target], ranks: Ranks, *, length: int, tokens: int) -> float:
+    """Operations of a run that sees `tokens` tokens (padding included) in sequences of `length`."""
+    found = find(method.name)
+    if found.work == "product":
+        products = {target: found.inner_rank(method, rank) for target, rank in ranks.items()}
+        return budget.train_flops(targets, products, length=length, tokens=tokens)
+    dense = tuple(ranks) if found.work == "weight" else ()
+    return budget.train_flops(targets, dict.fromkeys(ranks, 0), length=length, tokens=tokens, dense=dense)
+
+
+def placed(method: MethodSpec, targets: Sequence[Target], every: Sequence[Target], *, tied: bool) -> tuple[Target, ...]:
+    """The modules whose weights a run trains or adapts: those placed, or all that the model has.
+
+    Args:
+        every: all modules of the model. tied: whether its head is its embedding.
+    """
+    if not find(method.name).whole(method):
+        return tuple(targets)
+    return tuple(target for target in every if not (tied and target.role == HEAD))
+
+
+def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec | AloneSpec:
+    """What a run trains: the adapter of one that packs, with a rank for every placed module, or what trains alone.
 
     Raises:
         SpecError: there is no such method, or it cannot train this run.
     """
     check(spec)
     method = find(spec.method.name)
-    if method.adapter is None or not method.packs(spec):
-        raise SpecError(f"method={spec.method.name} does not train in packs")
-    return _with_options(spec, method.adapter(spec, ranks))
+    if method.adapter is not None and method.packs(spec):
+        return _with_options(spec, method.adapter(spec, ranks))
+    assert method.alone is not None, f"method={spec.method.name} neither packs nor trains alone"
+    return replace(
+        method.alone(spec, ranks),
+        average=spec.trainer.ema_decay,
+        keep_best=spec.trainer.patience is not None,
+        noise=spec.trainer.neftune_alpha,
+    )
 
 
 def _with_options(spec: RunSpec, made: AdapterSpec) -> AdapterSpec:
@@ -95,3 +145,38 @@ def _with_options(spec: RunSpec, made: AdapterSpec) -> AdapterSpec:
         penalties=spec.optim.penalties,
         noise=spec.trainer.neftune_alpha,
     )
+
+
+def base_bytes(spec: RunSpec, every: Sequence[Target], ranks: Ranks, *, total: int, bytes_per_value: int) -> int:
+    """Memory of the weights that a run does not train, and of those of which its float32 values are not the weights.
+
+    Args:
+        every: all modules of the model. total: its parameters.
+    """
+    method = find(spec.method.name)
+    if method.quantised:
+        return budget.quantised_bytes(every, base_parameters=total, bytes_per_value=bytes_per_value)
+    own = trainable(spec.method, ranks, total=total) if method.work == "weight" and bytes_per_value == 4 else 0
+    return (total - own) * bytes_per_value
+
+
+def load_base(spec: RunSpec, *, dtype: "torch.dtype", device: "torch.device") -> "BaseModel":
+    """The base model of a run, quantised where its method asks for it.
+
+    Raises:
+        ModelError: as `models.load`.
+        SpecError: the model cannot be quantised here.
+    """
+    from sweeper import models
+    from sweeper.methods import qlora
+
+    base = models.load(spec.model, dtype=dtype, device=device)
+    return qlora.quantised(base, device) if find(spec.method.name).quantised else base
+
+
+def alone_key(spec: RunSpec) -> str:
+    """Equal for runs that train alone and can use one another's model; empty for runs that pack."""
+    if packs(spec):
+        return ""
+    ranked = (spec.allocation, spec.rank, spec.alpha, spec.trainer.max_steps) if find(spec.method.name).ranked else ()
+    return repr((spec.method, spec.placement, spec.trainer.ema_decay, spec.trainer.patience is not None, *ranked))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sweeper.architecture import Target
 from sweeper.engine.forms import AdapterSpec
-from sweeper.methods import lora
+from sweeper.methods import lora, tuners
 from sweeper.methods.method import Method, Ranks, lora_parameters
 from sweeper.spec import MethodSpec, RunSpec
 
@@ -25,4 +25,4 @@ def _packs(spec: RunSpec) -> bool:
     return spec.method.dropout == 0
 
 
-DORA = Method(adapter=_adapter, parameters=_parameters, packs=_packs)
+DORA = Method(adapter=_adapter, alone=tuners.dora, parameters=_parameters, packs=_packs)

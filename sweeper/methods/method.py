@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sweeper.architecture import Target
+from sweeper.engine.alone import AloneSpec
 from sweeper.engine.forms import AdapterSpec
 from sweeper.errors import SpecError
 from sweeper.spec import MethodSpec, RunSpec
@@ -24,22 +25,35 @@ class Method:
     Attributes:
         parameters: trainable parameters of a placed module at a rank, as the method's paper counts them.
         adapter: the adapter of a run that packs; None for a method that the engine trains by itself alone.
+        alone: what a run that does not pack trains, on a model of its own.
         packs: whether a run packs, for methods where that depends on its other fields.
         options: name -> default of what `method.options` may hold; a default of None takes anything.
         check: raises SpecError for a run that the method cannot train.
         ranked: whether the method has a rank at all.
         even: whether every module must have the same rank.
         embeddings: whether it can adapt the token embedding.
+        whole: whether it trains every weight of the model, wherever the placement is.
+        work: what a placed module adds to the operations of a step: those of a low-rank product, of the gradient of its
+            own matrix, or nothing that is counted.
+        inner_rank: the rank of a low-rank product while it trains, where that is not the run's.
+        quantised: whether the base is quantised to 4 bits.
+        ranges: tuned field -> lowest and highest value, where those that suit LoRA do not suit this method.
     """
 
     parameters: Callable[[MethodSpec, Target, int], int] = lora_parameters
     adapter: Callable[[RunSpec, Ranks], AdapterSpec] | None = None
+    alone: Callable[[RunSpec, Ranks], AloneSpec] | None = None
     packs: Callable[[RunSpec], bool] = lambda spec: True
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[RunSpec], None] = lambda spec: None
     ranked: bool = True
     even: bool = False
     embeddings: bool = False
+    whole: Callable[[MethodSpec], bool] = lambda method: False
+    work: Literal["product", "weight", "none"] = "product"
+    inner_rank: Callable[[MethodSpec, int], int] = lambda method, rank: rank
+    quantised: bool = False
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def option(self, method: MethodSpec, name: str) -> Any:
         """A run's value of an option, or its default."""
