@@ -17,6 +17,7 @@ from sweeper.engine.evaluate import EvaluatedSplit
 from sweeper.engine.events import Step
 from sweeper.engine.export import write_adapter
 from sweeper.engine.pack import Job, Pack, StepResult
+from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest
 from sweeper.record import METRICS, PREDICTIONS, Efficiency, Module, Record, Score, write_lines, write_record
 from sweeper.spec import Settings, to_mapping
@@ -32,6 +33,7 @@ class Prepared:
     ranks: Mapping[Target, int]
     splits: Mapping[str, EncodedSplit]
     before: dict[str, Any] = field(default_factory=dict)
+    probe: Probe | None = None
 
     @property
     def shape(self) -> str:
@@ -42,7 +44,7 @@ class Prepared:
     def resume(self) -> None:
         """Takes up the checkpoint of a run that was cut off, if its folder holds one."""
         found = checkpoint.load(self.request.folder)
-        if found is not None and set(found[0]) == set(self.job.adapter.ranks) and self.job.done == 0:
+        if found is not None and _ranks(found[0]) == self.job.adapter.ranks and self.job.done == 0:
             self.job.state, self.before = found
             self.job.done, self.job.tokens = self.before["done"], self.before["tokens"]
 
@@ -136,6 +138,7 @@ class Progress:
                 Module(
                     name=target.name, role=target.role, layer=target.layer, rank=rank,
                     parameters=budget.lora_parameters({target: rank}),
+                    score=None if run.probe is None else run.probe.scores[target.name],
                 )
                 for target, rank in run.ranks.items()
             ),
@@ -177,6 +180,8 @@ class Progress:
             pack_runs=self.pack_runs,
             pack_seconds=time.monotonic() - self.began,
             compile_seconds=self.compile_seconds,
+            probe_seconds=None if run.probe is None else run.probe.seconds,
+            probe_flops=None if run.probe is None else run.probe.flops,
         )
 
     def write_failure(self, settings: Settings, error: BaseException, environment: Mapping[str, Any]) -> Record:
@@ -197,6 +202,10 @@ class Progress:
         self.request.folder.mkdir(parents=True, exist_ok=True)
         write_record(self.request.folder, record)
         return record
+
+
+def _ranks(state: Mapping[str, tuple[Tensor, ...]]) -> dict[str, int]:
+    return {name: parts[0].shape[0] for name, parts in state.items()}
 
 
 def _now() -> str:
