@@ -6,9 +6,10 @@ values below 1e-8 of the largest, which are rounding.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NOISE = 1e-7  # of the largest singular value; what is below has no direction
 
@@ -23,6 +24,28 @@ class Singular:
 
     def top(self, count: int) -> "Singular":
         return Singular(self.left[:, :count], self.values[:count], self.right[:, :count])
+
+
+@torch.no_grad()
+def weight_of(module: Any) -> Tensor:
+    """A module's weight as [out, in] (of an embedding [dimension, entries]), float32, dequantised where it must be."""
+    weight = module.weight
+    if not weight.is_floating_point():
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight = dequantize_module_weight(module)
+    return as_matrix(module, weight.detach().float())
+
+
+def as_matrix(module: Any, weight: Tensor) -> Tensor:
+    """A weight in the layout of its module, as [out, in]: Conv1D and embeddings keep theirs the other way round."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return weight
+    if isinstance(module, Conv1D | nn.Embedding):
+        return weight.t()
+    raise TypeError(f"{type(module).__name__} has no matrix of known layout")
 
 
 def singular_values(matrix: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ class _Gradient(_Observer):
 
 class _Sensitivity(_Observer):
     def number(self, gradient_OI: Tensor) -> Tensor:
-        return (gradient_OI * weight_of(self.module)).abs().mean()
+        return (gradient_OI * spectrum.weight_of(self.module)).abs().mean()
 
 
 class _Fisher(_Observer):
@@ -271,22 +271,11 @@ OBSERVERS: dict[str, Callable[[nn.Module], _Observer]] = {
 
 
 def _of_weights(base: BaseModel, question: Question) -> dict[str, float]:
-    return {
-        target.name: spectrum.effective_rank(spectrum.singular_values(weight_of(base.model.get_submodule(target.name))))
-        for target in question.targets
-    }
-
-
-@torch.no_grad()
-def weight_of(module: Any) -> Tensor:
-    """A module's weight as [out, in] (of an embedding [dimension, entries]), float32, dequantised where it must be."""
-    weight = module.weight
-    if not weight.is_floating_point():
-        from peft.utils.integrations import dequantize_module_weight
-
-        weight = dequantize_module_weight(module)
-    weight = weight.detach().float()
-    return weight if isinstance(module, nn.Linear) else weight.t()
+    found = {}
+    for target in question.targets:
+        weight = spectrum.weight_of(base.model.get_submodule(target.name))
+        found[target.name] = spectrum.effective_rank(spectrum.singular_values(weight))
+    return found
 
 
 def _weight_gradient(module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
