@@ -15,6 +15,7 @@ RECORD = "record.json"
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 ADAPTER = "adapter"
+WEIGHTS = "weights"
 SPECTRA = "spectra.json"
 
 Status = Literal["completed", "pruned", "failed", "diverged"]

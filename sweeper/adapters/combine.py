@@ -91,7 +91,7 @@ def combine(runs: Sequence[Saved], asked: Combination, out: Path, *, device: str
     """
     shares = asked.shares(len(runs))
     check(runs, out)
-    base = peft_models.load_base(runs[0].spec, device, "auto")
+    base = peft_models.load_base(runs[0].spec, device, "float32")  # PEFT makes the new adapter in the base's precision
     model = peft_models.adapted(base, {f"a{place}": run.adapter for place, run in enumerate(runs)})
     factors = _combined(model, shares, asked)
     peft_models.remove(model)
@@ -171,6 +171,8 @@ def _factors(layer: Any) -> "Factors | None":
 
 def _without_padding(a_RI: "torch.Tensor", b_RO: "torch.Tensor") -> "Factors":
     """Without the ranks that are 0 in both factors, as a narrower module has them; at least one is kept."""
+    width = min(len(a_RI), len(b_RO))  # svd gives the wider side more rows than the matrix can have ranks
+    a_RI, b_RO = a_RI[:width], b_RO[:width]
     used = (a_RI.abs().amax(1) > 0) | (b_RO.abs().amax(1) > 0)
     used[0] = True
     return a_RI[used].float(), b_RO[used].float()

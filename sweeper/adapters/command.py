@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("merge", help="adapter into base model: a plain transformers model, checked for equality")
     one.add_argument("run", type=Path, help="outputs/STUDY/RUN_ID, or what combine wrote")
     one.add_argument("--out", type=Path, required=True, help="a new folder")
-    one.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of the weights")
+    one.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     one = commands.add_parser("combine", help="several adapters of one base model into one")
     one.add_argument("run", nargs="+", type=Path, help="outputs/STUDY/RUN_ID")
     one.add_argument("--out", type=Path, required=True, help="a new folder")

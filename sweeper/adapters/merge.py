@@ -20,7 +20,7 @@ NOTE = "merged.json"
 ROWS, LENGTH = 4, 32  # of the random tokens that are compared
 
 
-def merge(run: Saved, out: Path, *, device: str = "auto", precision: Precision = "auto") -> dict[str, Any]:
+def merge(run: Saved, out: Path, *, device: str = "auto", precision: Precision = "float32") -> dict[str, Any]:
     """Writes a run's model with the adapter in its weights to `out`, loads it again and compares.
 
     Returns what `out/merged.json` holds: where it comes from, and the largest difference of a logit.
@@ -32,15 +32,19 @@ def merge(run: Saved, out: Path, *, device: str = "auto", precision: Precision =
     if out.exists() and any(out.iterdir()):
         raise DataError(f"--out {out}: there is something in it already; give a new folder")
     base = peft_models.load_base(run.spec, device, precision)
-    peft_models.untie(base, set(run.ranks))
-    model = peft_models.adapted(base, {"default": run.adapter})
+    tuned = peft_models.own_weights(run.folder)
+    if tuned is None:
+        peft_models.untie(base, set(run.ranks))
+        model = peft_models.adapted(base, {"default": run.adapter})
+    else:
+        model = peft_models.with_weights(base, tuned)
     ids = _ids(base)
     wanted = peft_models.logits(model, ids)
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with peft_models.hushed():
-            _save(model.merge_and_unload(safe_merge=True), base, temporary)
+            _save(model if tuned else model.merge_and_unload(safe_merge=True), base, temporary)
         found = _compared(base, temporary, ids, wanted)
         note = {"run_id": run.folder.name, "from": str(run.folder), "model": base.spec.name, **found}
         record.write_atomically(temporary / NOTE, json.dumps(note, indent=1) + "\n")

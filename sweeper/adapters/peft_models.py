@@ -1,6 +1,7 @@
-"""A base model with saved adapters on it, by PEFT."""
+"""A base model with what runs left: adapters, by PEFT, or weights that were trained themselves."""
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import weights
 from sweeper.errors import DataError
+from sweeper.record import WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,32 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
     return model.eval()
 
 
+def own_weights(folder: Path) -> "dict[str, torch.Tensor] | None":
+    """Parameter name -> trained value, of a run that trained the model itself; None where it has an adapter."""
+    from safetensors.torch import load_file
+
+    file = folder / WEIGHTS / "model.safetensors"
+    return load_file(file) if file.is_file() else None
+
+
+def with_weights(base: "BaseModel", tuned: "Mapping[str, torch.Tensor]") -> Any:
+    """The base model with some of its parameters replaced, in place.
+
+    Raises:
+        DataError: it has no such parameter, as of biases that training added.
+    """
+    import torch
+
+    own = dict(base.model.named_parameters())
+    missing = sorted(set(tuned) - set(own))
+    if missing:
+        raise DataError(f"{base.spec.name} has no {missing[0]}: training added it, and a plain model cannot hold it")
+    with torch.no_grad():
+        for name, value in tuned.items():
+            own[name].copy_(value)
+    return base.model
+
+
 def remove(model: Any) -> None:
     """Gives the base model back as it was, where the adapters had changed its modules."""
     if hasattr(model.base_model, "unload"):
@@ -66,9 +94,15 @@ def remove(model: Any) -> None:
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
     """Without PEFT's warnings, which are about names in transformers, and about ties that `untie` has dealt with."""
-    with weights.quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    noisy = logging.getLogger("bitsandbytes")  # on a CPU it asks for kernels that nothing here needs
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with weights.quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        noisy.setLevel(level)
 
 
 def untie(base: "BaseModel", changed: "set[str]") -> None:

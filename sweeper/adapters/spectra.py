@@ -119,32 +119,40 @@ def write(run: Saved, modules: Sequence[ModuleSpectrum], look: Look) -> Path:
 
 
 def look_at(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced]:
-    """Module name and numbers of everything that a saved adapter changes.
+    """Module name and numbers of every matrix that a run changed.
 
     Raises:
-        DataError: it changes no weight (as a prompt does not).
+        DataError: it changed none (as a prompt does not).
     """
+    tuned = peft_models.own_weights(run.folder)
+    found = _of_adapter(base, run, look) if tuned is None else _of_weights(base, tuned, look)
+    if not found:
+        raise DataError(f"{run.folder}: this run changed no matrix of the model, so there is no spectrum to look at")
+    return found
+
+
+def _of_adapter(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced]:
     model = peft_models.adapted(base, {"default": run.adapter})
     try:
         layers = [(name, layer) for name, layer in model.base_model.model.named_modules() if _is_tuned(layer)]
-        if not layers:
-            raise DataError(f"{run.folder}: this kind of adapter changes no weight, so there is no spectrum to look at")
         targets = {target.name: target for target in base.targets}
         return {name: _reduced(layer.get_base_layer(), targets[name], _of_layer(layer), look) for name, layer in layers}
     finally:
         peft_models.remove(model)
 
 
-def weight_updates(base: "BaseModel", tuned: "Mapping[str, torch.Tensor]") -> "Iterator[tuple[str, Singular]]":
-    """Module name and update of weights that were trained themselves: parameter name -> new value; no vectors."""
+def _of_weights(base: "BaseModel", tuned: "Mapping[str, torch.Tensor]", look: Look) -> dict[str, _Reduced]:
     from sweeper import spectrum
 
+    found = {}
     for target in base.targets:
         new = tuned.get(f"{target.name}.weight")
         if new is not None and target.kind != "experts":
             module = base.model.get_submodule(target.name)
             weight = spectrum.weight_of(module)
-            yield target.name, spectrum.decompose(spectrum.as_matrix(module, new.to(weight.device).float()) - weight)
+            update = spectrum.decompose(spectrum.as_matrix(module, new.to(weight.device).float()) - weight)
+            found[target.name] = _reduced(module, target, update, look)
+    return found
 
 
 def _is_tuned(layer: Any) -> bool:
