@@ -40,7 +40,8 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
     Raises:
         DataError: PEFT cannot read one of them, or cannot put them on this model.
     """
-    from peft import PeftModel
+    with hushed():
+        from peft import PeftModel
 
     device = str(base.model.device)
     model: Any = None

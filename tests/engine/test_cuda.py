@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from sweeper.engine import probe
+from sweeper.importance import Probing
 from sweeper.models import BaseModel
 
 pytestmark = [
@@ -61,3 +63,17 @@ def test_a_recording_serves_whichever_run_holds_the_slot(
     for job in queue:
         alone = train(base, [job])[job.run_id]
         assert one_after_another[job.run_id].losses == pytest.approx(alone.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("score", ["gradient", "fisher", "sensitivity", "activation", "weight"])
+def test_a_probe_scores_as_on_the_cpu(
+    score: str, dtype: torch.dtype, tolerance: float, load: Any, make_examples: Any
+) -> None:
+    base = load("llama")
+    asked = probe.Question(
+        asked=Probing(score=score, batches=3), targets=probe.probed(base, []), examples=make_examples(0), batch_size=4,
+        seed=0,
+    )  # fmt: skip
+    there = probe.measure(moved(base, dtype), asked).scores
+    assert there == pytest.approx(probe.measure(base, asked).scores, rel=tolerance)

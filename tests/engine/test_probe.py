@@ -211,6 +211,15 @@ def test_a_module_with_a_larger_gradient_gets_more_rank(
     assert lora_parameters(ranks) == pytest.approx(lora_parameters(dict.fromkeys(ranks, 8)), rel=0.01)
 
 
+@pytest.mark.parametrize("score", ["gradient", "fisher", "sensitivity", "activation", "weight"])
+def test_in_bfloat16_scores_are_the_same_but_for_rounding(score: str, load: Make, make_examples: Make) -> None:
+    base, low = load("llama"), copied(load("llama"))
+    low.model.to(torch.bfloat16)
+    exact, rounded = (probe.measure(one, question(one, make_examples(0), score)).scores for one in (base, low))
+    assert rounded == pytest.approx(exact, rel=0.1)
+    assert rounded != exact
+
+
 def test_a_probe_is_kept_on_disk(
     load: Make, make_examples: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
