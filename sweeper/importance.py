@@ -1,5 +1,6 @@
 """What `allocation=importance` asks of its probe, and how scores become ranks within a budget. Arithmetic only."""
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,8 +94,13 @@ def bounds(targets: Sequence[Target], asked: Probing, budget: int, price: Price)
     Raises:
         SpecError: no ranks within the bounds have this many parameters.
     """
-    even = budget / sum(price(target, 1) for target in targets)
-    most = asked.most or max(math.ceil(GENEROUS * even), asked.least)
+
+    def uniform(rank: int) -> int:
+        return sum(price(target, rank) for target in targets)
+
+    sides = range(1, max(max(target.in_features, target.out_features) for target in targets) + 1)
+    even = bisect.bisect_left(sides, budget, key=uniform) + 1
+    most = asked.most or max(GENEROUS * even, asked.least)
     highest = {target: min(most, target.in_features, target.out_features) for target in targets}
     lowest = {target: min(asked.least, limit) for target, limit in highest.items()}
     fewest, greatest = _total(lowest, price), _total(highest, price)

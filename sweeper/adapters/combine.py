@@ -126,7 +126,8 @@ def check(runs: Sequence[Saved], out: Path) -> None:
                 f"{run.spec.model.name}: adapters of one base model can be combined"
             )
     for run in runs:
-        config = json.loads((run.adapter / "adapter_config.json").read_text())
+        file = run.adapter / "adapter_config.json"
+        config = json.loads(file.read_text()) if file.is_file() else {"peft_type": "no adapter"}
         kind = "DORA" if config.get("use_dora") else str(config.get("peft_type"))
         if kind != "LORA":
             raise SpecError(f"combine: {run.folder.name} is {kind}, and only plain LoRA updates can be combined")

@@ -204,6 +204,10 @@ def test_what_cannot_be_combined_is_refused(saved: Make, by_peft: Make, tmp_path
         other = by_peft(name, config, r=4, **({"use_dora": True} if kind == "DORA" else {}))
         with pytest.raises(SpecError, match=f"{name} is {kind}, and only plain LoRA updates can be combined"):
             check([a, other], tmp_path / "mix")
+    bare = saved("w")
+    (bare.adapter / "adapter_config.json").unlink()
+    with pytest.raises(SpecError, match="w is no adapter, and only plain LoRA updates"):
+        check([a, bare], tmp_path / "mix")
     with pytest.raises(SpecError, match="--weights: give 2, one for each adapter, not 3"):
         combine([a, a], Combination(weights=(1, 2, 3)), tmp_path / "mix")
     with pytest.raises(SpecError, match="give two, not 3"):
