@@ -84,8 +84,13 @@ def _spectra(options: argparse.Namespace) -> None:
     console = make_console()
     cells = []
     for run, modules in spectra.spectra(rescore.find(options.run), look, device=options.device):
+        if not modules:
+            console.print(f"{run.folder}: changed no matrix of the model", markup=False, soft_wrap=True)
+            continue
         console.print(f"{run.folder / spectra.FILE}", markup=False, highlight=False, soft_wrap=True)
         cells.append(_row(run, modules))
+    if not cells:
+        raise DataError("spectra: no run changed a matrix of its model, so there is no spectrum to look at")
     header = ["run", "placement", "rank", "|dW|", "effective rank", "stable rank", "intruders", "energy by role"]
     console.out(summary.aligned(header, cells), highlight=False)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import record
 from sweeper.adapters import peft_models
-from sweeper.errors import DataError, SpecError
+from sweeper.errors import SpecError
 from sweeper.rescore import Saved
 
 if TYPE_CHECKING:
@@ -90,8 +90,10 @@ class _Reduced:
 def spectra(runs: Sequence[Saved], look: Look, *, device: str = "auto") -> Iterator[tuple[Saved, list[ModuleSpectrum]]]:
     """Takes every run's update apart, writes `spectra.json` to its folder and yields what it wrote.
 
+    A run that changed no matrix of the model, but biases or a prompt, has no spectrum and leaves no file.
+
     Raises:
-        SweeperError: a base model or an adapter cannot be loaded, or it changes no weight.
+        SweeperError: a base model or an adapter cannot be loaded.
     """
 
     def key(run: Saved) -> str:
@@ -108,7 +110,8 @@ def spectra(runs: Sequence[Saved], look: Look, *, device: str = "auto") -> Itera
             for run, reduced in zip(part, found, strict=True):
                 modules = [one.module for one in reduced.values()]
                 _share_energy(modules)
-                write(run, modules, look)
+                if modules:
+                    write(run, modules, look)
                 yield run, modules
 
 
@@ -119,16 +122,9 @@ def write(run: Saved, modules: Sequence[ModuleSpectrum], look: Look) -> Path:
 
 
 def look_at(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced]:
-    """Module name and numbers of every matrix that a run changed.
-
-    Raises:
-        DataError: it changed none (as a prompt does not).
-    """
+    """Module name and numbers of every matrix that a run changed."""
     tuned = peft_models.own_weights(run.folder)
-    found = _of_adapter(base, run, look) if tuned is None else _of_weights(base, tuned, look)
-    if not found:
-        raise DataError(f"{run.folder}: this run changed no matrix of the model, so there is no spectrum to look at")
-    return found
+    return _of_adapter(base, run, look) if tuned is None else _of_weights(base, tuned, look)
 
 
 def _of_adapter(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced]:
@@ -182,7 +178,8 @@ def _of_layer(layer: Any) -> "Singular":
 
 def _plain_factors(layer: Any) -> "tuple[torch.Tensor, torch.Tensor] | None":
     """scale * B [out, rank] and A [rank, in] where the update is their product and nothing else."""
-    if getattr(layer, "use_dora", {}).get("default") or getattr(layer, "lora_variant", {}).get("default"):
+    more = (getattr(layer, name, {}) for name in ("use_dora", "lora_variant", "lora_E"))  # the last is AdaLoRA's
+    if any("default" in one and one["default"] is not False for one in more):
         return None
     for prefix in ("lora_", "lora_embedding_"):
         if "default" in getattr(layer, f"{prefix}A", {}):

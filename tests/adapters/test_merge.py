@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel, VeraConfig
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, VeraConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -87,8 +87,13 @@ def test_the_folder_is_a_model_like_any_other(saved: Make, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("config", "fields"),
-    [(LoraConfig, {"r": 4, "use_dora": True}), (VeraConfig, {"r": 8}), (LoHaConfig, {"r": 2})],
-    ids=["dora", "vera", "loha"],
+    [
+        (LoraConfig, {"r": 4, "use_dora": True}),
+        (VeraConfig, {"r": 8}),
+        (LoHaConfig, {"r": 2}),
+        (AdaLoraConfig, {"init_r": 6, "target_r": 2, "total_step": 9}),
+    ],
+    ids=["dora", "vera", "loha", "adalora"],
 )
 def test_other_kinds_of_adapters(config: Any, fields: Any, by_peft: Callable[..., Saved], tmp_path: Path) -> None:
     run = by_peft("a", config, **fields)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from sweeper import spectrum
-from sweeper.adapters import peft_models, spectra
+from sweeper.adapters import command, peft_models, spectra
 from sweeper.adapters.spectra import Look, ModuleSpectrum
 from sweeper.engine.export import write_adapter
 from sweeper.errors import DataError, SpecError
@@ -128,7 +128,13 @@ def test_a_low_rank_update_and_the_same_as_whole_weights(saved: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "fields"), [(LoraConfig, {"r": 4, "use_dora": True}), (VeraConfig, {"r": 8})], ids=["dora", "vera"]
+    ("config", "fields"),
+    [
+        (LoraConfig, {"r": 4, "use_dora": True}),
+        (VeraConfig, {"r": 8}),
+        (AdaLoraConfig, {"init_r": 6, "target_r": 2, "total_step": 9}),
+    ],
+    ids=["dora", "vera", "adalora"],
 )
 def test_other_kinds_go_through_pefts_merge(config: Any, fields: Any, by_peft: Make) -> None:
     run = by_peft("a", config, **fields)
@@ -174,13 +180,21 @@ def test_without_the_bases_spectrum(saved: Make) -> None:
         assert (one.update_norm, one.effective_rank) == (whole[name].update_norm, whole[name].effective_rank)
 
 
-def test_what_changes_no_weight_is_refused(saved: Make) -> None:
-    run = saved("a")
-    own = peft_models.load_base(run.spec, "cpu", "float32").model
+def test_what_changes_no_matrix_has_no_spectrum(saved: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt, bias, plain = saved("a"), saved("b"), saved("c")
+    own = peft_models.load_base(prompt.spec, "cpu", "float32").model
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    get_peft_model(own, config).save_pretrained(run.folder / ADAPTER)
-    with pytest.raises(DataError, match="a: this run changed no matrix of the model"):
-        found(run)
+    get_peft_model(own, config).save_pretrained(prompt.folder / ADAPTER)
+    (bias.folder / WEIGHTS).mkdir()
+    save_file({"model.layers.0.mlp.up_proj.bias": torch.ones(48)}, bias.folder / WEIGHTS / "model.safetensors")
+    command.main(["spectra", str(plain.folder.parent), "--device", "cpu"])
+    shown = "".join(capsys.readouterr().out.split())
+    for run in (prompt, bias):
+        assert f"{run.folder}:changednomatrixofthemodel" in shown
+        assert not (run.folder / "spectra.json").exists()
+    assert (plain.folder / "spectra.json").is_file()
+    with pytest.raises(DataError, match="no run changed a matrix of its model"):
+        command.main(["spectra", str(prompt.folder), "--device", "cpu"])
 
 
 @pytest.mark.parametrize(
