@@ -126,8 +126,8 @@ def test_activation_is_the_spectrum_of_the_inputs(kind: str, load: Make, make_ex
         for target in base.targets
         if target.layer is not None
     ]
-    for batch in asked.batches:
-        for example in batch:
+    with torch.no_grad():
+        for example in (example for batch in asked.batches for example in batch):
             base.model(input_ids=torch.tensor([example.input_ids]), use_cache=False)
     for handle in handles:
         handle.remove()
@@ -180,13 +180,14 @@ def test_flops_are_what_torch_counts(score: str, ends: bool, load: Make, make_ex
 def test_the_base_is_left_as_it_was(load: Make, make_examples: Make) -> None:
     base = load("llama")
     before = {name: p.clone() for name, p in base.model.named_parameters()}
+    hooks = [dict(module._forward_hooks) for module in base.model.modules()]
     for score in ("gradient", "fisher", "sensitivity", "activation", "weight"):
         probe.measure(base, question(base, make_examples(0), score))
     for name, parameter in base.model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
         assert not parameter.requires_grad
-    assert not any(module._forward_hooks for module in base.model.modules())
+    assert [dict(module._forward_hooks) for module in base.model.modules()] == hooks
 
 
 @pytest.mark.parametrize("score", ["gradient", "fisher", "sensitivity", "activation"])
