@@ -65,6 +65,7 @@ def randomise(pack, slot, spec) -> None:
         for views in pack.bank.adapter(slot, spec).values():
             for view in views:
                 view.copy_(0.02 * torch.randn(view.shape, generator=generator))
+    pack.bank.refresh(slot)
 
 
 def save(pack, slot, spec, folder: Path) -> None:

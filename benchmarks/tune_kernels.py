@@ -26,7 +26,7 @@ CHOICES = [
         [2, 3, 4],
     )
 ]  # fmt: skip
-KERNELS = ("shrink A", "shrink B", "expand A", "expand B", "outer")
+KERNELS = ("shared", "shrink A", "shrink B", "expand A", "expand B", "outer")
 
 
 def problem(fan_in: int, widths: tuple[int, ...], lanes: int, share: int, rank: int):
@@ -43,7 +43,8 @@ def problem(fan_in: int, widths: tuple[int, ...], lanes: int, share: int, rank: 
         "x": torch.randn(rows, fan_in, **bf16),
         "ys": [torch.randn(rows, width, **bf16) for width in widths],
         "h": torch.randn(rows, members * max(16, rank), **bf16),
-        "params": torch.randn(offset, device="cuda"),
+        "work": torch.randn(offset, **bf16),
+        "gradient": torch.empty(offset, device="cuda"),
         "table": table.cuda(),
         "scale": torch.ones(lanes, members, device="cuda"),
         "lanes": torch.arange(lanes, dtype=torch.int32, device="cuda"),
@@ -67,20 +68,24 @@ def launch(name: str, choice: tuple[int, ...], p: dict) -> None:
     tables = (p["table"], p["lanes"], *p["chance"])
     rows, cols = count * triton.cdiv(share, tiles.rows), triton.cdiv(max(widths), tiles.cols)
     z, w = k._three(zs), k._three(widths)
-    if name.startswith("shrink"):
-        k._launch(k._shrink, tiles, (members * rows, chunks), *z, *w, p["params"], p["table"], p["scale"], p["lanes"],
+    if name == "shared":
+        together = triton.next_power_of_2(members * ranks)
+        k._launch(k._shrink_shared, tiles, (rows,), p["x"], fan_in, p["work"], p["table"], p["scale"], p["lanes"],
+                  p["h"], share, hidden, M=members, RANKS=ranks, ALL=together)  # fmt: skip
+    elif name.startswith("shrink"):
+        k._launch(k._shrink, tiles, (members * rows, chunks), *z, *w, p["work"], p["table"], p["scale"], p["lanes"],
                   *p["chance"], p["h"], share, share, hidden, **tail)  # fmt: skip
     elif name.startswith("expand"):
         hoist = chunks == 1 and (b_side or members == 1)
         span = k.SPAN if hoist else 1
         rows = count * triton.cdiv(share, tiles.rows * span)
-        k._launch(k._expand, tiles, (rows, cols, members if b_side else 1), p["h"], p["params"], *tables, *z, *w,
+        k._launch(k._expand, tiles, (rows, cols, members if b_side else 1), p["h"], p["work"], *tables, *z, *w,
                   share, share, hidden, HOIST=hoist, SPAN=span, **tail)  # fmt: skip
     else:
         del tail["B_SIDE"]
         cols = triton.cdiv(max(fan_in, *p["widths"]), tiles.cols)
         k._launch(k._outer, tiles, (cols, 2 * count * members, chunks), p["h"], p["h"], p["x"], *k._three(p["ys"]),
-                  fan_in, *k._three(p["widths"]), p["params"], *tables, share, share, hidden, **tail)  # fmt: skip
+                  fan_in, *k._three(p["widths"]), p["gradient"], *tables, share, share, hidden, **tail)  # fmt: skip
 
 
 def compile_one(task: tuple) -> None:

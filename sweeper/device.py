@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import os
 import platform
 import time
 from pathlib import Path
@@ -107,3 +108,13 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def free_bytes(device: "torch.device") -> int:
+    """Memory that is free now: of the GPU, or of the machine."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

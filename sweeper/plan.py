@@ -242,7 +242,7 @@ def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequ
     from sweeper import device
     from sweeper.display import clock_time
     from sweeper.engine import environment
-    from sweeper.engine.memory import MARGIN, MOST, free_bytes
+    from sweeper.engine.memory import MARGIN, MOST
 
     where = device.device_for(settings.device)
     if plan.tuned:
@@ -259,7 +259,7 @@ def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequ
     if not runs:
         return []
     largest = max(cost.memory - cost.base_memory for cost in costs)
-    room = MARGIN * (free_bytes(where) - costs[0].base_memory)
+    room = MARGIN * (device.free_bytes(where) - costs[0].base_memory)
     slots = max(1, min(settings.max_pack or MOST, runs, int(room / max(largest, 1))))
     lines = [f"{runs} runs, at most {slots} at a time in a pack on {where}"]
     pace = _pace(settings, environment.describe(where, None)["device"])

@@ -5,6 +5,7 @@ slots fall free. It is told every event, prunes, retries, and passes events on t
 listen.
 """
 
+import functools
 import math
 import signal
 import sys
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sweeper import naming, record
 from sweeper.arms import Arm
@@ -29,10 +30,12 @@ from sweeper.spec import RunSpec, SearchSettings, Settings, to_mapping
 if TYPE_CHECKING:
     from sweeper.search import ArmSearch, Trial
 
+T = TypeVar("T")
 Observer = Callable[[Event], None]
 
 # failures that the same run would meet again
 LASTING = ("OutOfMemoryError", "MemoryError", "SpecError", "DataError", "ModelError", "WorkerDied")
+SHARE_OF_PRUNED = 0.3  # of all steps are trained where a pruner ends trials (docs/performance.md)
 MOST_WORKERS_LOST = 3  # by one run, until it is taken to be the reason
 
 
@@ -62,6 +65,17 @@ class _ArmState:
     told: set[str] = field(default_factory=set)
 
 
+def _locked(method: Callable[..., T]) -> Callable[..., T]:
+    """The engine may ask from one thread while another tells what it did."""
+
+    @functools.wraps(method)
+    def call(self: "Scheduler", *args: Any, **kwargs: Any) -> T:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class Scheduler:
     """Everything a command has to train.
 
@@ -76,6 +90,7 @@ class Scheduler:
     ) -> None:  # fmt: skip
         self.settings, self.how = settings, search or SearchSettings()
         self.observers = list(observers)
+        self.lock = threading.RLock()
         self.began = time.monotonic()
         self.running: dict[str, RunRequest] = {}
         self.records: dict[str, Record] = {}
@@ -109,6 +124,7 @@ class Scheduler:
 
     # -- the engine asks
 
+    @_locked
     def outlook(self) -> list[Kind]:
         """What may still come, an arm each."""
         found = []
@@ -118,12 +134,16 @@ class Scheduler:
             if state.search is not None and self._open(state):
                 wanted = state.search.parallel * len(state.arm.seeds)
                 most = max(most, wanted)
+            left = len(state.ready) + self._unasked(state) * (1 if self.how.pruner == "none" else SHARE_OF_PRUNED)
             if most or self._waiting_for_itself(state):
                 widest = state.arm.widest
                 others = () if widest is None else (widest,)
-                found.append(Kind(key=state.arm.key, spec=state.arm.default, most=max(most, 1), others=others))
+                found.append(
+                    Kind(key=state.arm.key, spec=state.arm.default, most=max(most, 1), left=left, others=others)
+                )
         return found
 
+    @_locked
     def pull(self, count: int, kinds: Collection[str]) -> Pulled:
         """At most `count` runs of some arms; arms that have had the fewest trials come first."""
         states = [self.states[key] for key in kinds if key in self.states]
@@ -142,23 +162,32 @@ class Scheduler:
         more = any(s.ready or self._open(s) or self._waiting_for_itself(s) for s in states)
         return Pulled(requests=tuple(found), more=more)
 
+    @_locked
     def outstanding(self) -> int:
         """Runs that are training or could be handed out now."""
         count = len(self.running)
         for state in self.states.values():
             count += len(state.ready)
             if state.search is not None and self._open(state):
-                room = state.search.parallel - len(state.search.running)
-                left = math.inf if state.search.wanted is None else state.search.wanted - state.search.asked
-                count += max(0, int(min(room, left))) * len(state.arm.seeds)
+                room = (state.search.parallel - len(state.search.running)) * len(state.arm.seeds)
+                count += max(0, int(min(room, self._unasked(state))))
         return count
 
+    def _unasked(self, state: _ArmState) -> float:
+        """Runs of trials that are still to be asked for; inf where no number of trials was given."""
+        if state.search is None or not self._open(state):
+            return 0
+        left = math.inf if state.search.wanted is None else state.search.wanted - state.search.asked
+        return max(0, left) * len(state.arm.seeds)
+
+    @_locked
     def to_prune(self) -> Collection[str]:
         """Runs of pruned trials that are still training."""
-        return self.prune
+        return tuple(self.prune)
 
     # -- the engine tells
 
+    @_locked
     def report(self, event: Event) -> None:
         """Takes note of an event and passes it on."""
         match event:
@@ -179,6 +208,7 @@ class Scheduler:
         for observer in self.observers:
             observer(event)
 
+    @_locked
     def lose(self, run_ids: Collection[str], reason: str) -> None:
         """A worker died with these runs: they go back, from their last checkpoint, unless it was not the first time."""
         for run_id in run_ids:
@@ -192,10 +222,12 @@ class Scheduler:
                 self.running[run_id] = request
                 self.abandon(run_id, reason)
 
+    @_locked
     def abandon(self, run_id: str, reason: str) -> None:
         """Records a run as failed that left nothing itself."""
         self.report(RunFinished(record=self._failure(self.running[run_id], "WorkerDied", reason)))
 
+    @_locked
     def close(self) -> None:
         """Leaves trials that were cut short to the next command."""
         for state in self.states.values():

@@ -224,9 +224,10 @@ class RunSpec:
 class Settings:
     """How and where runs are executed: nothing in here changes a result, so nothing of it is part of `run_id`.
 
-    `max_pack` 0 lets the planner choose the number of runs trained together; `compile` auto means on CUDA only; what
-    trains is checkpointed every `checkpoint_seconds`; a run that fails for a reason that may pass is tried `retries`
-    times more by the same command.
+    `max_pack` 0 lets the planner choose the number of runs trained together. On CUDA, `compile` on compiles the layers
+    and captures whole steps as CUDA graphs, capture does only the latter, and auto compiles where a sweep is long
+    enough to pay for it. What trains is checkpointed every `checkpoint_seconds`; a run that fails for a reason that may
+    pass is tried `retries` times more by the same command.
     """
 
     study: str
@@ -236,7 +237,7 @@ class Settings:
     tracking_options: dict[str, Any] = field(default_factory=dict)
     dry_run: bool = False
     max_pack: int = 0
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "capture", "off"] = "auto"
     calibrate: bool = True
     checkpoint_seconds: float = 300.0
     retry_failed: bool = True

@@ -76,8 +76,8 @@ class Group(nn.Module):
         self.parts: tuple[Tensor, ...] = ()
         self.waiting = 0
 
-    def attach(self, params: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
-        self.params, self.table, self.scale, self.hidden = params, table, scale, hidden
+    def attach(self, params: Tensor, work: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
+        self.params, self.work, self.table, self.scale, self.hidden = params, work, table, scale, hidden
         salts = [_hash(target.name) for target in self.targets]
         self.salts = torch.tensor(salts, dtype=torch.int64, device=params.device)
 
@@ -97,8 +97,8 @@ class Group(nn.Module):
         # from the shape where it can be: a plain number would be a constant of the compiled layer, one for each length
         tokens = x.shape[1] if x.dim() == 3 else lanes.tokens
         *ys, _ = adapted_linear(
-            x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.table, self.scale,
-            lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, tokens,
+            x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.work, self.table,
+            self.scale, lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, tokens,
             lanes.drop and self.training,
         )  # fmt: skip
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
@@ -167,7 +167,7 @@ class AdaptedEmbedding(nn.Module):
     def weight(self) -> Tensor:
         return self.base.weight
 
-    def attach(self, params: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
+    def attach(self, params: Tensor, _work: Tensor, table: Tensor, scale: Tensor, _hidden: int) -> None:
         self.params, self.table, self.scale = params, table, scale
 
     def walk(self, params: Tensor, slots: Sequence[int], rows: int) -> Iterator[tuple[slice, Tensor, Tensor, float]]:
@@ -194,7 +194,8 @@ class AdapterBank:
         targets: all adaptable modules of the base.
         capacities: for each slot, module name -> highest rank it may ever hold. What is absent takes no memory.
 
-    The flat store holds, group by group, slot by slot and member by member, A `[rank, in]` then B `[rank, out]`.
+    The flat store holds, group by group, slot by slot and member by member, A `[rank, in]` then B `[rank, out]`. `work`
+    is what the products read: that store, or on CUDA its copy in the base model's precision, kept by the optimiser.
     """
 
     def __init__(
@@ -207,17 +208,24 @@ class AdapterBank:
             torch.zeros(count, device=device),
             torch.zeros(count, dtype=torch.int64, device=device),
         )
+        self._dropout = [0.0] * count
         used = set().union(*capacities) if capacities else set()
         self.member_targets = _groups(targets, used)
         self.segments: list[Segment] = []
         bounds = self._lay_out()
         size = bounds[-1]
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
+        dtype = next(model.parameters()).dtype
+        copied = device.type == "cuda" and dtype != torch.float32
+        self.work = torch.zeros(size, dtype=dtype, device=device) if copied else self.params
         self.block_slot = self._block_slots(size).to(device)
+        self.tables = _Mirrored([count * len(members) * 4 for members in self.member_targets], torch.int32, device)
+        self.scales = _Mirrored([count * len(members) for members in self.member_targets], torch.float32, device)
         self.wrappers: dict[str, Adapted | AdaptedEmbedding] = {}
         self.groups: list[Group | AdaptedEmbedding] = []
         for index, members in enumerate(self.member_targets):
             self._attach(index, members, bounds[index], bounds[index + 1], count, device)
+        self._upload()
         self.by_slot = [[segment for segment in self.segments if segment.slot == slot] for slot in range(count)]
         self.spans = [_merged([(s.a, s.end) for s in own]) for own in self.by_slot]
 
@@ -256,14 +264,14 @@ class AdapterBank:
         params.grad = self.grads[start:stop]
         own = [segment for segment in self.segments if segment.group == index]
         widest = -(-max(segment.capacity for segment in own) // 16) * 16
-        table = torch.zeros(count, len(members), 4, dtype=torch.int32)
         for segment in own:
-            row = table[segment.slot, segment.member]
+            row = self.tables.host[index].view(count, len(members), 4)[segment.slot, segment.member]
             row[A_OFFSET], row[B_OFFSET] = segment.a - start, segment.b - start
             row[H_COLUMN] = segment.member * widest
-        scale = torch.zeros(count, len(members), device=device)
+        table = self.tables.device[index].view(count, len(members), 4)
+        scale = self.scales.device[index].view(count, len(members))
         self.groups.append(group)
-        group.attach(params, table.to(device), scale, widest * len(members))
+        group.attach(params, self.work[start:stop], table, scale, widest * len(members))
 
     def install(self) -> None:
         """Puts the wrappers on the base model. The frozen weights are untouched."""
@@ -289,32 +297,59 @@ class AdapterBank:
 
         The draw depends on the run's seed and the module's name only, so arms that share a module share its start.
         """
-        self.release(slot)
+        self._empty(slot)
+        # drawn on the host into one piece: a GPU is given few long copies, not a handful for each module
+        staged = torch.zeros(sum(stop - start for start, stop in self.spans[slot]))
+        place = 0
         for segment in self.by_slot[slot]:
             rank = adapter.ranks.get(segment.target.name, 0)
-            if not rank:
-                continue
-            generator = torch.Generator().manual_seed(_hash(f"{adapter.seed}/{segment.target.name}"))
-            a, b = self.views(segment, rank)
-            if segment.target.kind == "embedding":
-                b.copy_(torch.randn(b.shape, generator=generator))
-            else:
-                bound = 1 / math.sqrt(segment.target.in_features)
-                a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-            self.groups[segment.group].table[slot, segment.member, RANK] = rank
-            self.groups[segment.group].scale[slot, segment.member] = adapter.scales[segment.target.name]
-        self.lanes.dropout[slot] = adapter.dropout
-        self.lanes.drop = bool((self.lanes.dropout > 0).any())
+            if rank:
+                _draw(segment, rank, staged[place:], adapter.seed)
+                self._entry(segment, rank, adapter.scales[segment.target.name])
+            place += segment.end - segment.a
+        moved, place = staged.to(self.params.device), 0
+        for start, stop in self.spans[slot]:
+            self.params[start:stop] = moved[place : place + stop - start]
+            place += stop - start
+        self.refresh(slot)
+        self._upload()
+        self._drop(slot, adapter.dropout)
 
-    @torch.no_grad()
     def release(self, slot: int) -> None:
         """Empties a slot; the others keep every bit of their state."""
+        self._empty(slot)
+        self._upload()
+        self._drop(slot, 0.0)
+
+    @torch.no_grad()
+    def _empty(self, slot: int) -> None:
+        for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
+            for start, stop in self.spans[slot]:
+                store[start:stop] = 0
         for segment in self.by_slot[slot]:
-            for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
-                store[segment.a : segment.end] = 0
-            self.groups[segment.group].table[slot, segment.member, RANK] = 0
-        self.lanes.dropout[slot] = 0
-        self.lanes.drop = bool((self.lanes.dropout > 0).any())
+            self._entry(segment, 0, 0.0)
+
+    def _entry(self, segment: Segment, rank: int, scale: float) -> None:
+        members = len(self.member_targets[segment.group])
+        row = segment.slot * members + segment.member
+        self.tables.host[segment.group][4 * row + RANK] = rank
+        self.scales.host[segment.group][row] = scale
+
+    def _upload(self) -> None:
+        self.tables.upload()
+        self.scales.upload()
+
+    def _drop(self, slot: int, dropout: float) -> None:
+        self._dropout[slot] = dropout
+        self.lanes.dropout[slot] = dropout
+        self.lanes.drop = any(self._dropout)
+
+    @torch.no_grad()
+    def refresh(self, slot: int) -> None:
+        """Brings the working copy up to date, after parameters were written by anything but the optimiser."""
+        if self.work is not self.params:
+            for start, stop in self.spans[slot]:
+                self.work[start:stop] = self.params[start:stop]
 
     def views(self, segment: Segment, rank: int, store: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A [rank, in] and transposed B [rank, out] of a segment, in the parameters or a store of their layout."""
@@ -325,6 +360,24 @@ class AdapterBank:
             store[segment.b : segment.b + rank * fan_out].view(rank, fan_out),
         )
 
+    @torch.no_grad()
+    def saved(self, slot: int, adapter: AdapterSpec) -> dict[str, tuple[Tensor, Tensor]]:
+        """As `adapter`, copied to the host all at once."""
+        spans = self.spans[slot]
+        moved = torch.cat([self.params[start:stop] for start, stop in spans] or [self.params[:0]]).cpu()
+        found, place = {}, 0
+        for segment in self.by_slot[slot]:
+            rank = adapter.ranks.get(segment.target.name, 0)
+            if rank:
+                own = moved[place : place + segment.end - segment.a]
+                fan_in, fan_out = segment.target.in_features, segment.target.out_features
+                b = own[segment.b - segment.a :]
+                found[segment.target.name] = (
+                    own[: rank * fan_in].view(rank, fan_in), b[: rank * fan_out].view(rank, fan_out)
+                )  # fmt: skip
+            place += segment.end - segment.a
+        return found
+
     def adapter(self, slot: int, adapter: AdapterSpec, store: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> (A [rank, in], B transposed [rank, out]) of the run that holds a slot; views, not copies."""
         return {
@@ -332,6 +385,30 @@ class AdapterBank:
             for segment in self.by_slot[slot]
             if segment.target.name in adapter.ranks
         }
+
+
+class _Mirrored:
+    """Small tensors that the host writes and the device reads, moved there all at once."""
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._host = torch.zeros(sum(sizes), dtype=dtype)
+        self._device = self._host if device.type == "cpu" else self._host.to(device)
+        self.host, self.device = self._host.split(list(sizes)), self._device.split(list(sizes))
+
+    def upload(self) -> None:
+        if self._device is not self._host:
+            self._device.copy_(self._host)
+
+
+def _draw(segment: Segment, rank: int, values: Tensor, seed: int) -> None:
+    """Fresh A and B of a segment whose memory begins at `values[0]`."""
+    fan_in, fan_out = segment.target.in_features, segment.target.out_features
+    generator = torch.Generator().manual_seed(_hash(f"{seed}/{segment.target.name}"))
+    if segment.target.kind == "embedding":
+        values[segment.b - segment.a :][: rank * fan_out].normal_(generator=generator)
+    else:
+        bound = 1 / math.sqrt(fan_in)
+        values[: rank * fan_in].uniform_(-bound, bound, generator=generator)
 
 
 def _groups(targets: Sequence[Target], used: set[str]) -> list[tuple[Target, ...]]:

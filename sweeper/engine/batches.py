@@ -80,6 +80,13 @@ class Batch:
         lanes, targets = self.index.shape
         return lanes, self.ids.shape[0] // lanes, self.ids.shape[1], targets
 
+    def repeated(self, lanes: int) -> "Batch":
+        """This batch of one lane for several."""
+        rows = torch.arange(lanes)[:, None] * self.ids.numel()
+        return Batch(
+            self.ids.repeat(lanes, 1), self.index + rows, self.targets.repeat(lanes, 1), self.weights.repeat(lanes, 1)
+        )
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(t.to(device, non_blocking=True) for t in (self.ids, self.index, self.targets, self.weights)))
 
@@ -97,23 +104,26 @@ def supervised(examples: Sequence[Tokens]) -> int:
     return sum(len(example.input_ids) - example.prompt_length for example in examples)
 
 
-def collate(lanes: Sequence[Sequence[Tokens]], totals: Sequence[int], *, fixed: bool) -> Batch:
+def collate(
+    lanes: Sequence[Sequence[Tokens]], totals: Sequence[int], *, fixed: bool, count: int | None = None
+) -> Batch:
     """Right-padded batch of every lane's examples; causal attention never looks at what follows, so no mask is needed.
 
     Args:
         lanes: for each lane the same number of examples.
         totals: for each lane the target tokens that its loss is the mean over; 0 gives sums (weights of 1).
         fixed: round lengths up to few distinct values, for compiled and captured steps.
+        count: lanes of the batch; those beyond the given ones are empty and their loss is 0.
     """
-    rows = len(lanes[0])
+    rows, lanes_in_all = len(lanes[0]), count or len(lanes)
     length = _round(max(len(e.input_ids) for lane in lanes for e in lane), fixed)
-    count = max(supervised(lane) for lane in lanes)
+    width = max(supervised(lane) for lane in lanes)
     # a target costs a row of logits and no more, so its number may be rounded coarsely: fewer shapes to capture
-    count = max(32, 1 << (count - 1).bit_length()) if fixed else max(count, 1)
-    ids = np.zeros((len(lanes) * rows, length), dtype=np.int64)
-    index = np.zeros((len(lanes), count), dtype=np.int64)
-    targets = np.zeros((len(lanes), count), dtype=np.int64)
-    weights = np.zeros((len(lanes), count), dtype=np.float32)
+    width = max(32, 1 << (width - 1).bit_length()) if fixed else max(width, 1)
+    ids = np.zeros((lanes_in_all * rows, length), dtype=np.int64)
+    index = np.zeros((lanes_in_all, width), dtype=np.int64)
+    targets = np.zeros((lanes_in_all, width), dtype=np.int64)
+    weights = np.zeros((lanes_in_all, width), dtype=np.float32)
     for lane, (examples, total) in enumerate(zip(lanes, totals, strict=True)):
         filled = 0
         for row, example in enumerate(examples, start=lane * rows):

@@ -100,7 +100,7 @@ def _activations(pack: Pack, job: Job) -> int:
     longest = sorted(job.examples, key=lambda e: len(e.input_ids))[-pack.batch_size :]
     longest = (longest * pack.batch_size)[: pack.batch_size]
     pack.use_lanes([0])
-    batch = collate([longest], [supervised(longest)], fixed=pack.compiled).to(pack.device)
+    batch = collate([longest], [supervised(longest)], fixed=pack.captured is not None).to(pack.device)
     if pack.device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

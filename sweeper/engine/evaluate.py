@@ -5,18 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sweeper import sandbox, tasks
+from sweeper.device import free_bytes
 from sweeper.engine.batches import Tokens, collate, supervised
-from sweeper.engine.pack import Pack, eager
+from sweeper.engine.compilation import eager
+from sweeper.engine.pack import Pack
 from sweeper.record import Score
 from sweeper.spec import DatasetSpec
 from sweeper.tasks import general_text, metrics
 from sweeper.tasks.example import Encoded
 
 CPU_TOKENS, CUDA_TOKENS = 4096, 65536  # of one forward pass, padding included
+CACHE_SHARE = 0.3  # of the free memory of a GPU, for the KV cache
 STOP_EVERY = 8  # generated tokens between two looks for stop strings
 
 
@@ -43,34 +47,32 @@ def score(pack: Pack, slots: Sequence[int], examples: Sequence[Tokens], *, budge
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids), reverse=True)
     found: list[list[ExampleScore]] = [[] for _ in slots]
+    lanes = pack.lanes_for(len(slots))
     with _Evaluating(pack):
+        pack.use_lanes(slots, lanes)
+        scored = []
         start = 0
         while start < len(order):
             longest = len(examples[order[start]].input_ids)
-            count = max(1, budget // (len(slots) * longest))
-            chosen = order[start : start + count]
-            start += count
-            _score_batch(pack, slots, [(i, examples[i]) for i in chosen], found)
+            chosen = order[start : start + max(1, budget // (lanes * longest))]
+            start += len(chosen)
+            batch = collate([[examples[i] for i in chosen]], [0], fixed=False)
+            scored.append((chosen, pack.scores(batch.repeated(lanes))))
+        for chosen, scores in scored:  # only now, so that the device was not waited for
+            _add(found, chosen, [supervised([examples[i]]) for i in chosen], scores.double().cpu().numpy())
     return [sorted(scores, key=lambda s: s.position) for scores in found]
 
 
-def _score_batch(pack: Pack, slots: Sequence[int], chosen, found: list[list[ExampleScore]]) -> None:
-    rows = [example for _, example in chosen]
-    batch = collate([rows] * len(slots), [0] * len(slots), fixed=False).to(pack.device)
-    pack.use_lanes(slots)
-    hidden = pack.hidden(batch.ids)
-    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
-    _, scores = pack.head.scores(picked, batch.targets, batch.weights)
-    nll, correct = scores.nll.double().cpu(), scores.correct.bool().cpu()
-    for lane in range(len(slots)):
-        first = 0
-        for position, example in chosen:
-            last = first + supervised([example])
-            part = slice(first, last)
-            found[lane].append(
-                ExampleScore(position, float(nll[lane, part].sum()), last - first, bool(correct[lane, part].all()))
-            )
-            first = last
+def _add(found: list[list[ExampleScore]], positions: Sequence[int], lengths: Sequence[int], scores: np.ndarray) -> None:
+    """Adds up what `Pack.scores` says of each token of some examples."""
+    sizes = np.array(lengths, dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes
+    nll, right = np.add.reduceat(scores[0], starts, axis=1), np.minimum.reduceat(scores[1], starts, axis=1)
+    for lane, own in enumerate(found):
+        own += [
+            ExampleScore(position, float(nll[lane, row]), lengths[row], bool(right[lane, row]))
+            for row, position in enumerate(positions)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,11 +248,24 @@ def evaluate_examples(
             texts = generate(
                 pack, slots, [e.input_ids[: e.prompt_length] for e in examples],
                 max_new_tokens=dataset.max_new_tokens, stop_ids=pack.base.stop_ids, stop_strings=stops,
-                rows=max(1, budget // (len(slots) * dataset.max_length)),
+                rows=_rows_together(pack, len(slots), dataset.max_length, budget),
             )  # fmt: skip
             for lane, written in enumerate(texts):
                 _add_texts(pack, rows[lane], whole[lane], examples, written, stops, wanted)
     return [_summarise(lane, extra) for lane, extra in zip(rows, whole, strict=True)]
+
+
+def _rows_together(pack: Pack, lanes: int, length: int, budget: int) -> int:
+    """Sequences of one adapter that are generated at once. On a GPU a new token costs its launches, however many rows
+    it is for, so there are as many as memory has room for.
+    """
+    if pack.device.type == "cuda":
+        config = pack.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * heads * width * pack.dtype.itemsize
+        budget = max(budget, int(CACHE_SHARE * free_bytes(pack.device)) // per_token)
+    return max(1, budget // (lanes * length))
 
 
 def _add_choices(rows, whole, examples, chosen: list[list[int]], wanted: set[str]) -> None:

@@ -100,6 +100,46 @@ def _shrink(
 
 
 @triton.jit
+def _shrink_shared(
+    x, width, flat, table, scale, lanes, h, share, h_stride,
+    M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """h[rows of a lane, every member] = scale * x[rows] @ (A of the slot and member)^T, ALL columns in one."""
+    tiles = tl.cdiv(share, ROWS)
+    lane = tl.program_id(0) // tiles
+    slot = tl.load(lanes + lane)
+    if slot < 0:
+        return
+    column = tl.arange(0, ALL)
+    member = column // RANKS
+    r = column % RANKS
+    known = member < M
+    entry = table + (slot * M + member) * 4
+    adapted = known & (r < tl.load(entry, mask=known, other=0))
+    if tl.max(adapted.to(tl.int32), 0) == 0:
+        return
+    offset = tl.multiple_of(tl.load(entry + 1, mask=known, other=0), 16)
+    local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    inside = local < share
+    row = lane.to(tl.int64) * share + local
+    total = tl.zeros((ROWS, ALL), dtype=tl.float32)
+    for start in range(0, width, COLS):
+        c = start + tl.arange(0, COLS)
+        values = tl.load(x + row[:, None] * width + c[None, :], mask=inside[:, None] & (c[None, :] < width), other=0.0)
+        matrix = tl.load(
+            flat + (offset + r * width)[:, None] + c[None, :], mask=adapted[:, None] & (c[None, :] < width), other=0.0
+        )
+        total = tl.dot(values, tl.trans(matrix.to(values.dtype)), total, input_precision="ieee")
+    factor = tl.load(scale + slot * M + member, mask=known, other=0.0)
+    where = tl.load(entry + 3, mask=known, other=0) + r
+    tl.store(
+        h + row[:, None] * h_stride + where[None, :],
+        (total * factor[None, :]).to(h.dtype.element_ty),
+        mask=inside[:, None] & adapted[None, :],
+    )
+
+
+@triton.jit
 def _expand(
     h, flat, table, lanes, dropout, seeds, salts, y0, y1, y2, width0, width1, width2,
     share, tokens, h_stride,
@@ -328,8 +368,9 @@ def _squares(grads, block_slot, norms, blocks, BLOCK: tl.constexpr, COUNT: tl.co
 
 @triton.jit
 def _adamw(
-    flat, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr
-):
+    flat, work, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks,
+    COPY: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
     """AdamW of every block with its slot's row of the table; zeroes the gradient. `norms` holds squared norms."""
     block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     inside = block < blocks
@@ -356,19 +397,24 @@ def _adamw(
     step = first / correction1[:, None] / (tl.sqrt(second) / correction2[:, None] + eps[:, None])
     value = value * (1 - lr * decay)[:, None] - lr[:, None] * step
     tl.store(flat + where, value, mask=mask)
+    if COPY:
+        tl.store(work + where, value.to(work.dtype.element_ty), mask=mask)
     tl.store(exp_avg + where, first, mask=mask)
     tl.store(exp_avg_sq + where, second, mask=mask)
     tl.store(grads + where, tl.zeros_like(value), mask=inside[:, None] & (tl.arange(0, BLOCK)[None, :] < BLOCK))
 
 
-def adamw(flat, grads, exp_avg, exp_avg_sq, block_slot, table, norms) -> None:
+def adamw(flat, work, grads, exp_avg, exp_avg_sq, block_slot, table, norms) -> None:
     """CUDA implementation of `optimizer.PackedAdamW.step`; leaves the gradient norms [J] in `norms`."""
     blocks, count = block_slot.shape[0], 32
     block = grads.shape[0] // max(blocks, 1)
     norms.zero_()
     grid = (triton.cdiv(blocks, count),)
     _squares[grid](grads, block_slot, norms, blocks, BLOCK=block, COUNT=count)
-    _adamw[grid](flat, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks, BLOCK=block, COUNT=count)
+    _adamw[grid](
+        flat, work, grads, exp_avg, exp_avg_sq, block_slot, table, norms, blocks,
+        COPY=work is not flat, BLOCK=block, COUNT=count,
+    )  # fmt: skip
     norms.sqrt_()
 
 
@@ -394,7 +440,8 @@ class Tiles:
 
 
 SPAN = 4  # tiles of rows for which `_expand` keeps its matrix
-SHRINK, EXPAND, OUTER = Tiles(32, 128, 4), Tiles(64, 128, 4, 2), Tiles(128, 64, 4, 2)
+SHRINK, SHARED = Tiles(32, 128, 4), Tiles(64, 64, 4)
+EXPAND, OUTER = Tiles(64, 128, 4, 2), Tiles(128, 64, 4, 2)
 
 
 def _launch(kernel, tiles: Tiles, grid, *arguments, **constants) -> None:
@@ -414,29 +461,36 @@ def _geometry(x: Tensor, lanes: Tensor, hidden: int, members: int) -> tuple[int,
     return x.shape[0] // lanes.shape[0], lanes.shape[0], ranks, triton.cdiv(widest, ranks)
 
 
-def forward(x, ys, params, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop):
+def forward(x, ys, work, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop):
     """Adds every lane's low-rank product to the frozen products `ys` in place; returns the scaled hidden [N, H]."""
     x = x.contiguous()
     h = x.new_empty(x.shape[0], hidden)
     members, widths = len(ys), [y.shape[1] for y in ys]
     share, count, ranks, chunks = _geometry(x, lanes, hidden, members)
     chance = (dropout, seeds, salts)
-    _launch(
-        _shrink, SHRINK, (members * count * triton.cdiv(share, SHRINK.rows), chunks),
-        *_three([x]), *_three([x.shape[1]]), params, table, scale, lanes, *chance, h, share, tokens, hidden,
-        M=members, B_SIDE=False, DROP=drop, RANKS=ranks,
-    )  # fmt: skip
+    together = triton.next_power_of_2(members * ranks)
+    if members > 1 and chunks == 1 and together <= 64 and not drop:
+        _launch(
+            _shrink_shared, SHARED, (count * triton.cdiv(share, SHARED.rows),),
+            x, x.shape[1], work, table, scale, lanes, h, share, hidden, M=members, RANKS=ranks, ALL=together,
+        )  # fmt: skip
+    else:
+        _launch(
+            _shrink, SHRINK, (members * count * triton.cdiv(share, SHRINK.rows), chunks),
+            *_three([x]), *_three([x.shape[1]]), work, table, scale, lanes, *chance, h, share, tokens, hidden,
+            M=members, B_SIDE=False, DROP=drop, RANKS=ranks,
+        )  # fmt: skip
     span = SPAN if chunks == 1 else 1
     grid = (count * triton.cdiv(share, EXPAND.rows * span), triton.cdiv(max(widths), EXPAND.cols), members)
     _launch(
         _expand, EXPAND, grid,
-        h, params, table, lanes, *chance, *_three(ys), *_three(widths), share, tokens, hidden,
+        h, work, table, lanes, *chance, *_three(ys), *_three(widths), share, tokens, hidden,
         M=members, B_SIDE=True, DROP=False, HOIST=chunks == 1, SPAN=span, RANKS=ranks,
     )  # fmt: skip
     return h
 
 
-def backward(dys, x, dx, params, dparams, h, table, scale, lanes, dropout, seeds, salts, tokens, drop) -> None:
+def backward(dys, x, dx, work, dparams, h, table, scale, lanes, dropout, seeds, salts, tokens, drop) -> None:
     """Adds the adapters' share to `dx` in place and fills `dparams`, which must be zero."""
     x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
     dh = torch.empty_like(h)
@@ -445,7 +499,7 @@ def backward(dys, x, dx, params, dparams, h, table, scale, lanes, dropout, seeds
     chance = (dropout, seeds, salts)
     _launch(
         _shrink, SHRINK, (members * count * triton.cdiv(share, SHRINK.rows), chunks),
-        *_three(dys), *_three(widths), params, table, scale, lanes, *chance, dh, share, tokens, hidden,
+        *_three(dys), *_three(widths), work, table, scale, lanes, *chance, dh, share, tokens, hidden,
         M=members, B_SIDE=True, DROP=False, RANKS=ranks,
     )  # fmt: skip
     _launch(
@@ -457,6 +511,6 @@ def backward(dys, x, dx, params, dparams, h, table, scale, lanes, dropout, seeds
     span = SPAN if hoist else 1
     _launch(
         _expand, EXPAND, (count * triton.cdiv(share, EXPAND.rows * span), triton.cdiv(fan_in, EXPAND.cols), 1),
-        dh, params, table, lanes, *chance, *_three([dx]), *_three([fan_in]), share, tokens, hidden,
+        dh, work, table, lanes, *chance, *_three([dx]), *_three([fan_in]), share, tokens, hidden,
         M=members, B_SIDE=False, DROP=drop, HOIST=hoist, SPAN=span, RANKS=ranks,
     )  # fmt: skip

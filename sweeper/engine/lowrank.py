@@ -93,6 +93,7 @@ def adapted_linear(
     weights: list[Tensor],
     biases: list[Tensor],
     params: Tensor,
+    work: Tensor,
     table: Tensor,
     scale: Tensor,
     lanes: Tensor,
@@ -108,7 +109,8 @@ def adapted_linear(
     Args:
         x: [N, I], rows of the lanes one after another, the same number for each.
         weights: [I, O] of each member, frozen. biases: [O] of each, or none at all.
-        params: [F] float32, the group's adapters of all slots.
+        params: [F] float32, the group's adapters of all slots; they get the gradient. work: [F], the same values in
+            the precision that the products are computed in, which are what is read.
         table: [J, M, 4] int32 (rank, offset of A, offset of B, hidden column). scale: [J, M] float32.
         lanes: [L] int32, slot of each lane. dropout: [J] float32. seeds: [J] int64. salts: [M] int64.
         hidden: H. tokens: padded length of a sequence. drop: whether dropout is on.
@@ -120,11 +122,11 @@ def adapted_linear(
     if x.is_cuda:
         from sweeper.engine import kernels
 
-        h = kernels.forward(x, ys, params, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop)
+        h = kernels.forward(x, ys, work, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop)
         return [*ys, h]
     h = x.new_zeros(x.shape[0], hidden)
     scales = scale.tolist()
-    for lane in lanes_of(params, table, lanes, [w.shape[1] for w in weights], x.shape[0], x.shape[1]):
+    for lane in lanes_of(work, table, lanes, [w.shape[1] for w in weights], x.shape[0], x.shape[1]):
         rows = x[lane.rows]
         if drop:
             rows = rows * _lane_mask(lane, dropout, seeds, salts, rows.shape[0], x.shape[1], tokens, rows)
@@ -135,7 +137,7 @@ def adapted_linear(
 
 
 @adapted_linear.register_fake
-def _(x, weights, biases, params, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop):
+def _(x, weights, biases, params, work, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop):
     return [x.new_empty(x.shape[0], weight.shape[1]) for weight in weights] + [x.new_empty(x.shape[0], hidden)]
 
 
@@ -144,7 +146,7 @@ def adapted_linear_backward(
     dys: list[Tensor],
     x: Tensor,
     weights: list[Tensor],
-    params: Tensor,
+    work: Tensor,
     h: Tensor,
     table: Tensor,
     scale: Tensor,
@@ -155,18 +157,18 @@ def adapted_linear_backward(
     tokens: int,
     drop: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `adapted_linear` for x [N, I] and params [F]; the frozen weights get none."""
+    """Gradients of `adapted_linear` for x [N, I] and params [F] (float32); the frozen weights get none."""
     dx = frozen_gradient(dys, weights)
-    dparams = torch.zeros_like(params)
+    dparams = torch.zeros_like(work, dtype=torch.float32)
     if x.is_cuda:
         from sweeper.engine import kernels
 
-        kernels.backward(dys, x, dx, params, dparams, h, table, scale, lanes, dropout, seeds, salts, tokens, drop)
+        kernels.backward(dys, x, dx, work, dparams, h, table, scale, lanes, dropout, seeds, salts, tokens, drop)
         return dx, dparams
     widths = [w.shape[1] for w in weights]
     grads = lanes_of(dparams, table, lanes, widths, x.shape[0], x.shape[1])
     scales = scale.tolist()
-    for lane, grad in zip(lanes_of(params, table, lanes, widths, x.shape[0], x.shape[1]), grads, strict=True):
+    for lane, grad in zip(lanes_of(work, table, lanes, widths, x.shape[0], x.shape[1]), grads, strict=True):
         rows, upstream = x[lane.rows], dys[lane.member][lane.rows]
         dh = torch.mm(upstream, lane.b.to(x.dtype).t()) * scales[lane.slot][lane.member]
         back = torch.mm(dh, lane.a.to(x.dtype))
@@ -180,8 +182,8 @@ def adapted_linear_backward(
 
 
 @adapted_linear_backward.register_fake
-def _(dys, x, weights, params, h, table, scale, lanes, dropout, seeds, salts, tokens, drop):
-    return torch.empty_like(x), torch.empty_like(params)
+def _(dys, x, weights, work, h, table, scale, lanes, dropout, seeds, salts, tokens, drop):
+    return torch.empty_like(x), torch.empty_like(work, dtype=torch.float32)
 
 
 def frozen_gradient(dys: list[Tensor], weights: list[Tensor]) -> Tensor:
@@ -200,17 +202,17 @@ def _lane_mask(lane: Lane, dropout, seeds, salts, count: int, features: int, tok
 
 
 def _setup(ctx, inputs, output):
-    x, weights, biases, params, *tensors, _hidden, tokens, drop = inputs
-    ctx.save_for_backward(x, params, output[-1], *tensors, *weights)
+    x, weights, biases, _params, work, *tensors, _hidden, tokens, drop = inputs
+    ctx.save_for_backward(x, work, output[-1], *tensors, *weights)
     ctx.biases, ctx.tokens, ctx.drop = len(biases), tokens, drop
 
 
 def _backward(ctx, grads):
-    x, params, h, *rest = ctx.saved_tensors
+    x, work, h, *rest = ctx.saved_tensors
     tensors, weights = rest[:6], rest[6:]
     dys = [g.contiguous() for g in grads[:-1]]
-    dx, dparams = adapted_linear_backward(dys, x, weights, params, h, *tensors, ctx.tokens, ctx.drop)
-    return dx, [None] * len(weights), [None] * ctx.biases, dparams, *([None] * 9)
+    dx, dparams = adapted_linear_backward(dys, x, weights, work, h, *tensors, ctx.tokens, ctx.drop)
+    return dx, [None] * len(weights), [None] * ctx.biases, dparams, *([None] * 10)
 
 
 adapted_linear.register_autograd(_backward, setup_context=_setup)

@@ -1,11 +1,11 @@
 """How many runs fit together: the base once, and every run's adapter state and activations."""
 
-import os
 from collections.abc import Sequence
 
 import torch
 
 from sweeper import budget
+from sweeper.device import free_bytes
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.progress import Prepared
 from sweeper.models import BaseModel
@@ -44,11 +44,3 @@ def run_bytes(base: BaseModel, run: Prepared, solo: Solo | None) -> int:
         bytes_per_value=parameter.element_size(),
         checkpointing=trainer.activation_checkpointing,
     )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free now: of the GPU, or of the machine."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -74,7 +74,14 @@ class PackedAdamW:
             from sweeper.engine import kernels
 
             kernels.adamw(
-                bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq, bank.block_slot, self.table, self.norms
+                bank.params,
+                bank.work,
+                bank.grads,
+                bank.exp_avg,
+                bank.exp_avg_sq,
+                bank.block_slot,
+                self.table,
+                self.norms,
             )
             return self.norms
         blocks = bank.grads.view(-1, BLOCK)

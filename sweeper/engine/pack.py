@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sweeper.engine.adapters import AdapterBank, AdapterSpec
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
-from sweeper.engine.capture import CapturedStep
+from sweeper.engine.capture import CapturedStep, lanes_for
+from sweeper.engine.compilation import compile_layers, eager, uncompile_layers
 from sweeper.engine.loss import Head
 from sweeper.engine.optimizer import PackedAdamW, hyperparameters
 from sweeper.errors import ModelError
@@ -72,7 +73,8 @@ class Pack:
         base: the frozen model; its modules are wrapped until `close`.
         capacities: for each slot, module name -> the highest rank it may hold.
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
-        compiled: compile the layers and capture whole steps as CUDA graphs. Needs CUDA.
+        compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
+            nothing without CUDA.
         lengths_vary: compile once for all lengths, rather than for the first and then once more.
     """
 
@@ -84,6 +86,7 @@ class Pack:
         batch_size: int,
         accumulation: int = 1,
         compiled: bool = False,
+        captured: bool = False,
         lengths_vary: bool = False,
         checkpointing: bool = False,
     ) -> None:
@@ -98,19 +101,21 @@ class Pack:
         self.jobs: list[Job | None] = [None] * len(capacities)
         self.pending: list[_Pending] = []
         self._lane_slots: dict[int, Tensor] = {}
-        self.compiled = compiled and self.device.type == "cuda" and self.bank.graphable
+        able = self.device.type == "cuda" and self.bank.graphable
+        self.compiled = compiled and able
         self.checkpointing = checkpointing
         self._checkpoint_activations(checkpointing)
         if self.compiled:
-            _compile_layers(self.model, dynamic=True if lengths_vary else None)
-        self.captured = CapturedStep(self.forward_backward) if self.compiled else None
+            compile_layers(self.model, dynamic=True if lengths_vary else None)
+        self.captured = CapturedStep(self.forward_backward) if able and (compiled or captured) else None
+        self.captured_scores = None if self.captured is None else CapturedStep(self._scores)
         self.model.train()
 
     def close(self) -> None:
         """Gives the base model back as it was."""
-        self.captured = None
+        self.captured = self.captured_scores = None
         if self.compiled:
-            _uncompile_layers(self.model)
+            uncompile_layers(self.model)
         self._checkpoint_activations(False)
         self.bank.uninstall()
         self.model.eval()
@@ -168,6 +173,7 @@ class Pack:
             for name, views in self.bank.adapter(slot, job.adapter, store).items():
                 for view, saved in zip(views, job.state[name][2 * place : 2 * place + 2], strict=True):
                     view.copy_(saved)
+        self.bank.refresh(slot)
 
     def step(self) -> None:
         """One optimiser step of every run that is not finished. Results come from `drain`."""
@@ -176,11 +182,12 @@ class Pack:
             return
         chosen = [[self._examples(job, micro) for _, job in moving] for micro in range(self.accumulation)]
         totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
-        self.use_lanes([slot for slot, _ in moving])
+        count = self.lanes_for(len(moving))
+        self.use_lanes([slot for slot, _ in moving], count)
         losses = None
         for micro, lanes in enumerate(chosen):
             self._seed_dropout(moving, micro)
-            batch = collate(lanes, totals, fixed=self.compiled)
+            batch = collate(lanes, totals, fixed=self.captured is not None, count=count)
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
         rows = {slot: hyperparameters(job.optim, job.done, job.steps) for slot, job in moving}
@@ -202,8 +209,13 @@ class Pack:
             for lane, (slot, job, step, lr, tokens) in enumerate(entry.jobs):
                 yield StepResult(job, step, losses[lane], lr, norms[slot], tokens)
 
-    def use_lanes(self, slots: Sequence[int]) -> None:
-        """Says which slot each lane of the coming batch belongs to; -1 is the bare base model."""
+    def lanes_for(self, runs: int) -> int:
+        """Lanes of a batch of so many runs: a few more where recorded steps can then be used again."""
+        return runs if self.captured is None else lanes_for(runs, max(runs, len(self.jobs)))
+
+    def use_lanes(self, slots: Sequence[int], count: int | None = None) -> None:
+        """Says which slot each lane of the coming batch belongs to; -1, or none given, is the bare base model."""
+        slots = [*slots, *[-1] * ((count or len(slots)) - len(slots))]
         lanes = self.bank.lanes
         if tuple(slots) != lanes.host_slots:
             lanes.host_slots = tuple(slots)
@@ -218,6 +230,18 @@ class Pack:
         self.bank.lanes.tokens = ids.shape[1]
         with _no_padding_mask():
             return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def scores(self, batch: Batch) -> Tensor:
+        """NLL of every target token, and 1 where it is the likeliest, [2, L, K] float32; no gradients, no dropout."""
+        if self.captured_scores is not None:
+            return self.captured_scores(batch.pinned())
+        return self._scores(batch.to(self.device))
+
+    def _scores(self, batch: Batch) -> Tensor:
+        hidden = self.hidden(batch.ids)
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
+        _, found = self.head.scores(rows, batch.targets, batch.weights)
+        return torch.stack([found.nll, found.correct.float()])
 
     def warm_up(self, steps: int) -> None:
         """Steps whose results are thrown away, to compile and capture; meant for a pack that is only measured."""
@@ -299,28 +323,6 @@ def verified_head(base: BaseModel) -> Head:
 
 
 _VERIFIED: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[float | None, float]]" = weakref.WeakKeyDictionary()
-
-
-def eager():
-    """Runs compiled layers uncompiled inside the `with` block."""
-    return torch.compiler.set_stance("force_eager") if torch.cuda.is_available() else contextlib.nullcontext()
-
-
-def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks of the model: the longest ModuleList."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return list(max(lists, key=len, default=[]))
-
-
-def _compile_layers(model: torch.nn.Module, *, dynamic: bool | None) -> None:
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for layer in decoder_layers(model):
-        layer.compile(dynamic=dynamic)
-
-
-def _uncompile_layers(model: torch.nn.Module) -> None:
-    for layer in decoder_layers(model):
-        layer._compiled_call_impl = None
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

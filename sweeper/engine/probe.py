@@ -37,7 +37,8 @@ from torch.nn import functional
 from sweeper import budget, spectrum
 from sweeper.architecture import EMBEDDING, EXPERTS, HEAD, Target
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
-from sweeper.engine.pack import eager, verified_head
+from sweeper.engine.compilation import eager
+from sweeper.engine.pack import verified_head
 from sweeper.errors import ModelError
 from sweeper.importance import Probing
 from sweeper.models import BaseModel

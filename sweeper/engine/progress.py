@@ -90,7 +90,7 @@ class Progress:
             self.diverged = True
         row = {
             "step": result.step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm,
-            "tokens": result.tokens, "seconds": round(seconds, 6),
+            "tokens": result.tokens, "seconds": round(seconds, 6), "time": round(time.time(), 2),
         }  # fmt: skip
         self.metrics.append(row)
         return Step(

@@ -24,12 +24,13 @@ class Kind:
     """Runs that are asked for under one key, an arm's.
 
     `spec` is one of them and `others` are those that differ from it in size, as far as that is known before; there are
-    at most `most` at once.
+    at most `most` at once, and `left` in all (inf where nothing bounds them).
     """
 
     key: str
     spec: RunSpec
     most: int
+    left: float = 1
     others: tuple[RunSpec, ...] = ()
 
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +15,12 @@ import torch
 from sweeper import allocation, importance, methods, models, placement, tasks, weights
 from sweeper.architecture import Target, number_of_layers
 from sweeper.device import device_for, precision_for
-from sweeper.engine import calibrate, checkpoint, environment, probe
+from sweeper.engine import calibrate, checkpoint, compilation, environment, probe
+from sweeper.engine.ahead import ahead
 from sweeper.engine.batches import DataOrder, distinct_lengths
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
-from sweeper.engine.memory import runs_that_fit
+from sweeper.engine.memory import MOST, runs_that_fit
 from sweeper.engine.pack import Job, Pack, StepResult, verified_head
 from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import Kind, RunRequest, Source
@@ -32,7 +35,15 @@ DRAIN_SECONDS = 0.5  # how often results are fetched from a CUDA device, which m
 
 
 IDLE_SECONDS = 0.2  # between questions for work, while others have all there is
-ASK_SECONDS = 1.0  # between questions for work for a slot that is empty while others train
+Made = Event | Callable[[], Event | None]  # an event, or what the reader of events does (and perhaps makes one of)
+
+AHEAD = 10_000  # events that may wait to be seen to; a step of a pack of 64 makes 64
+ASK_SECONDS = 0.5  # between questions for work for a slot that is empty while others train
+
+
+def in_background(device: torch.device) -> bool:
+    """Whether training has a thread of its own: on a CPU it would only compete with those that see to its events."""
+    return device.type == "cuda"
 
 
 class Session:
@@ -52,11 +63,19 @@ class Session:
         self.packing = False
 
     def train(self, source: Source) -> Iterator[Event]:
-        """Trains what a source has, model by model, pack by pack; says at the end where the time went."""
-        yield from self._train(source)
+        """Trains what a source has, model by model, pack by pack; says at the end where the time went.
+
+        On a GPU it goes on training meanwhile, so that the device need not wait while records are written and trials
+        judged.
+        """
+        made = self._train(source)
+        for item in ahead(made, AHEAD) if in_background(self.device) else made:
+            event = item() if callable(item) else item
+            if event is not None:
+                yield event
         yield Stage(message=f"time: {self.timeline}")
 
-    def _train(self, source: Source) -> Iterator[Event]:
+    def _train(self, source: Source) -> Iterator[Made]:
         while not self.should_stop():
             kinds = list(source.outlook())
             specs = [*(kind.spec for kind in kinds), *(request.spec for request in self.strays)]
@@ -76,7 +95,7 @@ class Session:
                 if not moved:
                     time.sleep(IDLE_SECONDS)
 
-    def _load(self, key: str, spec: RunSpec) -> Generator[Event, None, Exception | None]:
+    def _load(self, key: str, spec: RunSpec) -> Generator[Made, None, Exception | None]:
         yield Stage(message=models.loading_message(spec.model))
         try:
             dtype = precision_for(self.device, spec.trainer.precision)
@@ -92,7 +111,7 @@ class Session:
 
     def _refuse(
         self, source: Source, kinds: Sequence[Kind], strays: Sequence[RunRequest], error: Exception
-    ) -> Iterator[Event]:
+    ) -> Iterator[Made]:
         """Records every run of some kinds as failed."""
         keys = {kind.key for kind in kinds}
         self.strays = [request for request in self.strays if request not in strays]
@@ -108,7 +127,7 @@ class Session:
 
     def _alike(
         self, source: Source, kinds: Sequence[Kind], strays: Sequence[RunRequest]
-    ) -> Generator[Event, None, list[tuple[dict[str, Any], list[Kind], list[Prepared], list[Prepared]]]]:
+    ) -> Generator[Made, None, list[tuple[dict[str, Any], list[Kind], list[Prepared], list[Prepared]]]]:
         """What can share a pack: options of the pack, kinds, a run prepared of each, and prepared strays."""
         groups: dict[tuple[Any, ...], tuple[list[Kind], list[Prepared], list[Prepared]]] = {}
         for kind in kinds:
@@ -191,17 +210,17 @@ class Session:
 
     def _train_alike(
         self, source: Source, options: dict[str, Any], kinds: list[Kind], probes: list[Prepared], strays: list[Prepared]
-    ) -> Generator[Event, None, bool]:
+    ) -> Generator[Made, None, bool]:
         """Trains runs that can share a pack, in as many packs as memory asks for; returns whether there were any."""
         base = self.base
         assert base is not None
         key = tuple(options.items())
         options = {name: value for name, value in options.items() if name != "length"}
-        options["compiled"] = self._compiles()
         samples = [*strays, *probes]
         options["lengths_vary"] = distinct_lengths([len(e.input_ids) for run in samples for e in run.job.examples]) > 1
         queue = _Queue(self, source, kinds, key, strays)
         at_once = sum(kind.most for kind in kinds) + len(strays)
+        options |= self._compilation(kinds, strays, samples, options["lengths_vary"])
         solo: dict[str, calibrate.Solo] = {}
         if self.settings.calibrate and queue.want(1):
             yield from self._calibrate(base, samples, options, solo)
@@ -217,10 +236,27 @@ class Session:
         yield from queue.problems()
         return moved
 
-    def _compiles(self) -> bool:
-        return self.device.type == "cuda" and self.settings.compile != "off"
+    def _compilation(
+        self, kinds: Sequence[Kind], strays: Sequence[Prepared], samples: Sequence[Prepared], lengths_vary: bool
+    ) -> dict[str, bool]:
+        """Whether layers are compiled and steps captured, on CUDA. A run alone is measured uncompiled in any case."""
+        chosen = self.settings.compile
+        if self.device.type != "cuda" or chosen == "off":
+            return {"compiled": False, "captured": False}
+        passes = sum(kind.left * kind.spec.trainer.max_steps * kind.spec.trainer.accumulation for kind in kinds)
+        passes += sum(run.job.steps * run.request.spec.trainer.accumulation for run in strays)
+        together = max(1, min(self.settings.max_pack or MOST, sum(kind.most for kind in kinds) + len(strays)))
+        lengths = [len(example.input_ids) for run in samples for example in run.job.examples[:1000]]
+        assert self.base is not None
+        pays = compilation.pays(
+            passes / together, layers=number_of_layers(self.base.targets),
+            width=self.base.model.config.get_text_config().hidden_size,
+            tokens=together * samples[0].request.spec.trainer.batch_size * sum(lengths) / len(lengths),
+            lengths_vary=lengths_vary,
+        )  # fmt: skip
+        return {"compiled": chosen == "on" or (chosen == "auto" and pays), "captured": True}
 
-    def _calibrate(self, base, queue, options, solo) -> Iterator[Event]:
+    def _calibrate(self, base, queue, options, solo) -> Iterator[Made]:
         for run in queue:
             if run.shape in solo or run.job.steps == 0 or self.should_stop():
                 continue
@@ -228,13 +264,15 @@ class Session:
             yield Stage(message=f"measuring {spec.placement.name} rank {spec.rank} alone")
             try:
                 with self.timeline.span("measure alone"):
-                    solo[run.shape] = calibrate.measure(base, run.job, options, self.cache / "calibrations")
+                    solo[run.shape] = calibrate.measure(
+                        base, run.job, options | {"compiled": False}, self.cache / "calibrations"
+                    )
             except RuntimeError:  # out of memory is one; training meets it again and records it
                 continue
 
     def _train_pack(
         self, base: BaseModel, queue: "_Queue", limit: int, options, solo, probes: Sequence[Prepared]
-    ) -> Generator[Event, None, int]:
+    ) -> Generator[Made, None, int]:
         """Trains one pack until nothing is left for it. Returns 0, or the number of runs that did not fit together.
 
         A `limit` of 0 asks for a slot that holds the first run and nothing larger.
@@ -280,7 +318,7 @@ class Session:
 
     def _recover(
         self, queue: "_Queue", running: dict[str, Progress], error: Exception, slots: int
-    ) -> Generator[Event, None, int]:
+    ) -> Generator[Made, None, int]:
         """Runs of a pack that broke go back to the queue from their last good step; a run alone has failed."""
         if len(running) == 1:
             (alone,) = running.values()
@@ -294,7 +332,7 @@ class Session:
         yield Stage(message=f"{what} with {size} runs together; going on with {max(1, size // 2)}")
         return size
 
-    def _fill(self, pack: Pack, queue: "_Queue", running: dict[str, Progress]) -> Iterator[Event]:
+    def _fill(self, pack: Pack, queue: "_Queue", running: dict[str, Progress]) -> Iterator[Made]:
         """Puts runs into the slots that are free."""
         arrived = []
         free = len(pack.jobs) - len(pack.active)
@@ -313,7 +351,7 @@ class Session:
         for progress in arrived:
             yield from self._score_base(pack, progress)
 
-    def _score_base(self, pack: Pack, progress: Progress) -> Iterator[Event]:
+    def _score_base(self, pack: Pack, progress: Progress) -> Iterator[Made]:
         """A fresh adapter is the identity, so all runs on a dataset share the base model's scores."""
         spec = progress.request.spec
         if not spec.evaluation.before:
@@ -327,10 +365,20 @@ class Session:
         for split, found in self.base_scores[key].items():
             yield self._scored(progress, split, "before", found)
 
-    def _drive(self, pack: Pack, queue: "_Queue", running: dict[str, Progress], solo) -> Iterator[Event]:
+    def _drive(self, pack: Pack, queue: "_Queue", running: dict[str, Progress], solo) -> Iterator[Made]:
         clock = _Clock(pack, running)
         saved = asked = time.monotonic()
-        while pack.active:
+        told: threading.Event | None = None
+        while pack.active or told is not None:
+            if told is not None and (told.is_set() or not pack.active):  # what ended is known, so its successors are
+                while not (told.wait(IDLE_SECONDS) or self.should_stop()):
+                    pass
+                told = None
+                yield from clock.collect()
+                if not self.should_stop():
+                    yield from self._fill(pack, queue, running)
+                clock.restart()
+                continue
             if self.should_stop():
                 yield from clock.collect()
                 self._checkpoint(pack, running)
@@ -349,7 +397,8 @@ class Session:
                     arrived = clock.collect()
                 yield from arrived
                 yield from self._finish(pack, _ended(pack, running), running, solo, clock)
-                yield from self._fill(pack, queue, running)
+                told = threading.Event()
+                yield told.set
                 clock.restart()
             elif queue.more and len(pack.active) < len(pack.jobs) and time.monotonic() - asked > ASK_SECONDS:
                 yield from clock.collect()
@@ -362,7 +411,7 @@ class Session:
                 saved = time.monotonic()
                 clock.restart()
 
-    def _evaluate_midway(self, pack: Pack, running: dict[str, Progress], clock: "_Clock") -> Iterator[Event]:
+    def _evaluate_midway(self, pack: Pack, running: dict[str, Progress], clock: "_Clock") -> Iterator[Made]:
         due = [
             (slot, running[job.run_id])
             for slot, job in pack.active
@@ -380,7 +429,7 @@ class Session:
                 yield self._scored(progress, "validation", str(progress.prepared.job.done), result)
         clock.restart()
 
-    def _finish(self, pack: Pack, ended, running: dict[str, Progress], solo, clock: "_Clock") -> Iterator[Event]:
+    def _finish(self, pack: Pack, ended, running: dict[str, Progress], solo, clock: "_Clock") -> Iterator[Made]:
         began = time.perf_counter()
         leaving = [(slot, running[job.run_id]) for slot, job in ended]
         whole = [(slot, progress) for slot, progress in leaving if not (progress.diverged or progress.pruned)]
@@ -395,24 +444,17 @@ class Session:
         for slot, progress in leaving:
             progress.eval_seconds += share
             progress.pack_runs = max(progress.pack_runs, size)
-            weights_by_module = pack.bank.adapter(slot, progress.prepared.job.adapter)
-            try:
-                with self.timeline.span("write"):
-                    record = progress.write(
-                        self.settings,
-                        weights_by_module,
-                        solo.get(progress.prepared.shape),
-                        pack,
-                        self._environment(pack),
-                    )
-            except OSError as error:
-                pack.remove(slot)
-                del running[progress.request.run_id]
-                yield self._failed(progress, error)
-                continue
+            weights = pack.bank.saved(slot, progress.prepared.job.adapter)
+            yield functools.partial(self._write, progress, weights, solo.get(progress.prepared.shape), pack)
             pack.remove(slot)
             del running[progress.request.run_id]
-            yield RunFinished(record=record)
+
+    def _write(self, progress: Progress, weights: Mapping[str, Any], solo: calibrate.Solo | None, pack: Pack) -> Event:
+        try:
+            record = progress.write(self.settings, weights, solo, pack, self._environment(pack))
+        except OSError as error:
+            return self._failed(progress, error)
+        return RunFinished(record=record)
 
     def _scored(self, progress: Progress, split: str, moment: str, found: EvaluatedSplit) -> Evaluated:
         progress.note_scores(split, moment, found)
@@ -430,7 +472,8 @@ class Session:
         return RunFinished(record=progress.write_failure(self.settings, error, self._environment(None)))
 
     def _environment(self, pack: Pack | None) -> dict[str, Any]:
-        return environment.describe(self.device, None if pack is None else next(pack.model.parameters()).dtype)
+        described = environment.describe(self.device, None if pack is None else next(pack.model.parameters()).dtype)
+        return described if pack is None else described | {"compiled": pack.compiled}
 
     def _free_memory(self) -> None:
         if self.device.type == "cuda":
@@ -488,7 +531,7 @@ class _Queue:
                 self._prepare(request)
         return bool(self.waiting)
 
-    def problems(self) -> Iterator[Event]:
+    def problems(self) -> Iterator[Made]:
         """Runs that could not even be prepared, as failed."""
         while self.failures:
             request, error = self.failures.pop()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from sweeper.engine import compilation
 from sweeper.engine import pack as packs
 
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler remarks on its own deprecations
@@ -29,8 +30,8 @@ def test_compiled_layers_are_eager_ones_and_share_their_compilation(
     lengths = set()
     stock = packs.collate
 
-    def fixed(lanes: Any, totals: Any, *, fixed: bool) -> Any:
-        batch = stock(lanes, totals, fixed=True)
+    def fixed(lanes: Any, totals: Any, *, fixed: bool, count: int) -> Any:
+        batch = stock(lanes, totals, fixed=True, count=count)
         lengths.add(batch.shape[2])
         return batch
 
@@ -38,7 +39,7 @@ def test_compiled_layers_are_eager_ones_and_share_their_compilation(
     eager = train(base, jobs)
     torch._dynamo.reset()
     counters.clear()
-    layers = packs.decoder_layers(base.model)
+    layers = compilation.decoder_layers(base.model)
     for layer in layers:
         layer.compile(backend="aot_eager", dynamic=True)
     compiled = train(base, jobs)

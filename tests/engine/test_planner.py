@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from sweeper import budget
-from sweeper.engine import memory
+from sweeper.engine import compilation, memory
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.events import RunFinished, RunStarted
 from sweeper.engine.progress import Prepared
-from sweeper.engine.session import pack_key
+from sweeper.engine.requests import Kind
+from sweeper.engine.session import Session, pack_key
 from sweeper.spec import Settings
 
 CPU = torch.device("cpu")
@@ -116,3 +117,30 @@ def test_datasets_of_different_length_train_in_packs_of_their_own(make_run: Any,
     assert frozenset(spec.run_id for spec in short) in together
     assert frozenset(spec.run_id for spec in long) in together
     assert max(map(len, together)) == 2
+
+
+@pytest.mark.parametrize(
+    ("chosen", "steps", "wanted"),
+    [("auto", 60, (False, True)), ("auto", 10**6, (True, True)), ("on", 1, (True, True)),
+     ("capture", 10**6, (False, True)), ("off", 10**6, (False, False))],
+)  # fmt: skip
+def test_layers_are_compiled_where_that_pays(
+    chosen: str, steps: int, wanted: tuple[bool, bool], load: Any, make_run: Any, runs: list[Prepared]
+) -> None:
+    session = Session(Settings(study="s", compile=chosen, device="cpu"), lambda: False)  # type: ignore[arg-type]
+    session.device, session.base = torch.device("cuda"), load("llama")
+    kinds = [Kind(key="all", spec=make_run(trainer={"max_steps": steps}), most=9, left=9)]
+    found = session._compilation(kinds, [], runs, lengths_vary=True)
+    assert (found["compiled"], found["captured"]) == wanted
+
+
+def test_compiling_pays_sooner_for_larger_batches_and_models() -> None:
+    def pays(passes: float, tokens: float = 2000, width: int = 576) -> bool:
+        return compilation.pays(passes, layers=30, width=width, tokens=tokens, lengths_vary=False)
+
+    assert not pays(60)
+    assert pays(6000)
+    assert not pays(700)
+    assert pays(700, tokens=10_000)
+    assert pays(700, width=2048)
+    assert not pays(0)

@@ -46,6 +46,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row.pop("seconds", None)
+        row.pop("time", None)
         if row.get("moment") == "before":
             row["step"] = 0
     return sorted(rows, key=lambda row: row.get("moment") != "before")

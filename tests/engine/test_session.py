@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from sweeper import record, tasks
+from sweeper.engine import session
 from sweeper.engine.events import Evaluated, RunFinished, RunStarted, Step
 from sweeper.record import Record
 from sweeper.spec import RunSpec
@@ -138,7 +139,10 @@ def same_files(one: Path, two: Path, specs: list[RunSpec]) -> None:
         for name in (ADAPTER, "predictions.jsonl"):
             assert (one / spec.run_id / name).read_bytes() == (two / spec.run_id / name).read_bytes()
         timeless = [
-            [{key: value for key, value in row.items() if key != "seconds"} for row in lines(folder / "metrics.jsonl")]
+            [
+                {key: value for key, value in row.items() if key not in ("seconds", "time")}
+                for row in lines(folder / "metrics.jsonl")
+            ]
             for folder in (one / spec.run_id, two / spec.run_id)
         ]
         assert timeless[0] == timeless[1]
@@ -254,3 +258,21 @@ def test_no_steps_leave_the_base_model(make_run: Any, run_all: Any, tmp_path: Pa
     assert (found.status, found.steps) == ("completed", 0)
     for moments in found.scores.values():
         assert moments["after"].nll == pytest.approx(moments["before"].nll, rel=1e-6)
+
+
+def test_training_in_a_thread_of_its_own_leaves_the_same(
+    specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_all(specs)
+    plain = trained(tmp_path / "study", specs)
+    for spec in specs:
+        (tmp_path / "study" / spec.run_id / "record.json").unlink()
+    monkeypatch.setattr(session, "in_background", lambda device: True)
+    events = run_all(specs)
+    assert {event.record.run_id for event in events if isinstance(event, RunFinished)} == {s.run_id for s in specs}
+    for one, other in zip(plain, trained(tmp_path / "study", specs), strict=True):
+        assert (one.scores, one.steps, one.trainable_parameters) == (
+            other.scores,
+            other.steps,
+            other.trainable_parameters,
+        )
