@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import checks, compare, effects, pareto, stats
+from analysis import checks, compare, effects, pareto, spectra, stats
 from analysis.arms import BASE, Arm, Arrangement, Setting, arrange, higher_is_better
 from analysis.load import STATUSES, Study
 from analysis.stats import Draws
@@ -59,6 +59,7 @@ def analyse(
         "importance": effects.importance(found, metric=metric, seed=seed),
         "power": compare.power_table(found, metric=metric),
         "hypervolume": hypervolumes(found, draws=sampler, metric=metric),
+        "spectra": spectra.table(found),
         "tuned": tuned_table(found),
         "failures": failures(study),
         "checks": checks.check(study, found),

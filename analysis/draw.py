@@ -178,9 +178,9 @@ def learn_forget(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, 
     ax.set_xlabel("forgetting: rise of NLL elsewhere (nats)")
 
 
-def where_rank_went(ax: Axes, modules: pd.DataFrame, top: float) -> Any:
-    """Rank by role (rows) and layer (columns); white where nothing is adapted. Returns the image, for a colour bar."""
-    table = modules.pivot_table(index="role", columns="layer", values="rank", sort=False)
+def by_role_and_layer(ax: Axes, modules: pd.DataFrame, value: str, top: float) -> Any:
+    """A value by role (rows) and layer (columns), white where nothing is adapted. Returns the image for colour bars."""
+    table = modules.pivot_table(index="role", columns="layer", values=value, sort=False)
     image = ax.imshow(table.to_numpy(dtype=float), cmap=f"{SEQUENTIAL}_r", vmin=0, vmax=top, aspect="auto")
     ax.set_yticks(range(len(table)), [str(role) for role in table.index])
     step = max(1, len(table.columns) // 6)

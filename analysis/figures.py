@@ -171,11 +171,34 @@ def where_rank_went(analysis: Analysis) -> Figure | str:
         1, len(chosen), figsize=(TEXT if len(chosen) > 1 else COLUMN, 1.75), squeeze=False, layout="constrained"
     )
     top = max(float(tables[label]["rank"].max()) for label in chosen)
-    images = [draw.where_rank_went(ax, tables[label], top) for ax, label in zip(grid[0], chosen, strict=True)]
+    images = [draw.by_role_and_layer(ax, tables[label], "rank", top) for ax, label in zip(grid[0], chosen, strict=True)]
     for ax, label in zip(grid[0], chosen, strict=True):
         ax.set_title(label)
     ticks = sorted({float(tables[label]["rank"].min()) for label in chosen} | {top})
     figure.colorbar(images[-1], ax=list(grid[0]), label="rank", shrink=0.9, pad=0.01, ticks=ticks)
+    return figure
+
+
+def where_energy_went(analysis: Analysis) -> Figure | str:
+    """Share of the update's squared norm by layer and role, mean over seeds: the highest rank of each placement."""
+    tables: dict[str, pd.DataFrame] = {}
+    for arm in (arm for arm in analysis.found.arms if arm.setting == analysis.found.arms[0].setting):
+        rows = analysis.study.spectra(arm.runs["run_id"] if "update_norm" in arm.runs else [])
+        if len(rows):
+            percent = rows[rows["layer"].notna()].assign(share=100 * rows["energy_share"])
+            tables[arm.label] = percent.groupby(["role", "layer"], sort=False, as_index=False)["share"].mean()
+    if not tables:
+        return "no run has spectra (python adapters.py spectra outputs/STUDY makes them)"
+    last = {str(arm.factors["placement"]): arm.label for arm in analysis.found.arms if arm.label in tables}
+    chosen = list(last.values())[:4]
+    figure, grid = plt.subplots(
+        1, len(chosen), figsize=(TEXT if len(chosen) > 1 else COLUMN, 1.75), squeeze=False, layout="constrained"
+    )
+    top = max(float(tables[label]["share"].max()) for label in chosen)
+    for ax, label in zip(grid[0], chosen, strict=True):
+        image = draw.by_role_and_layer(ax, tables[label], "share", top)
+        ax.set_title(label)
+    figure.colorbar(image, ax=list(grid[0]), label="energy (%)", shrink=0.9, pad=0.01)
     return figure
 
 
@@ -218,7 +241,8 @@ def makers(analysis: Analysis) -> dict[str, Maker]:
     found[f"heatmap_{analysis.metric}"] = lambda one: heat_map(one, one.metric)
     return found | {
         "share_kept": share_kept, "learning_rate": learning_rate, "training_curves": training_curves,
-        "learn_forget": learn_forget, "where_rank_went": where_rank_went, "importance": importance,
+        "learn_forget": learn_forget, "where_rank_went": where_rank_went,
+        "where_energy_went": where_energy_went, "importance": importance,
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import spectra
 from sweeper.record import METRICS, PREDICTIONS, RECORD, SCHEMA_VERSION, perplexity
 
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "evaluation")
@@ -32,8 +33,9 @@ class Study:
 
     Columns of `runs`: run_id, study, status, folder, source; every field of the spec by its dotted name (the name of a
     group under the group itself); `SPLIT.METRIC` after training and `SPLIT.before.METRIC` before it; every field of
-    the efficiency; `forgetting.SPLIT`, the rise of NLL on splits other than train, validation and test. `fields` are
-    those columns that come from the spec.
+    the efficiency; `forgetting.SPLIT`, the rise of NLL on splits other than train, validation and test; where
+    `adapters.py spectra` looked at a run, `analysis.spectra.columns`. `fields` are those columns that come from the
+    spec.
     """
 
     name: str
@@ -82,6 +84,23 @@ class Study:
         parts = [pd.DataFrame(rows).assign(run_id=run_id) for run_id, rows in found.items() if rows]
         columns = ["run_id", "name", "role", "layer", "rank", "parameters"]
         return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+    def spectra(self, run_ids: Iterable[str]) -> pd.DataFrame:
+        """Spectra of updates by module, of runs that have them: run_id and `analysis.spectra.BY_MODULE`."""
+        parts = []
+        for run_id in run_ids:
+            rows = self.read_spectra(self.folder(run_id))
+            if rows:
+                parts.append(pd.DataFrame(rows)[list(spectra.BY_MODULE)].assign(run_id=run_id))
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", *spectra.BY_MODULE])
+
+    def read_spectra(self, folder: Path) -> list[dict[str, Any]]:
+        """Rows of a run's spectra; what cannot be read is noted."""
+        try:
+            return spectra.read(folder)
+        except ValueError as error:
+            self.note(Problem(folder=str(folder), kind="broken spectra", message=str(error)))
+            return []
 
     def counts(self) -> dict[str, int]:
         """How many runs ended in which status, and how many folders had which problem."""
@@ -244,7 +263,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     # What a later schema-1 record adds comes along under its own name.
     known = {"run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data"}
     extra = {key: value for key, value in plain.items() if key not in known and key not in row and key != "schema"}
-    return row | flat(extra)
+    return row | flat(extra) | spectra.columns(study.read_spectra(folder))
 
 
 def score_columns(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ FIGURE_TEXT = {
     "training_curves": "Training loss, mean of seeds with their range",
     "learn_forget": "Learning against forgetting; larger points are larger ranks",
     "where_rank_went": "Rank by layer and role",
+    "where_energy_went": "Share of the update's squared norm by layer and role",
     "importance": "Importance of each varied field",
 }
 

@@ -20,6 +20,7 @@ TITLES = {
     "exact_match": "accuracy",
     "percent": "% of model", "percent_of_reference": "% of reference", "seeds_needed": "seeds for 80%",
     "examples_needed": "examples for 80%", "final_number": "accuracy", "hypervolume": "hypervolume",
+    "update_norm": "|dW|", "energy": "energy by role",
 }  # fmt: skip
 CAPTIONS = {
     "efficiency": "Cost and performance of every arm.",
@@ -35,6 +36,7 @@ CAPTIONS = {
     "hypervolume": "Hypervolume of each placement's ranks (log10 trainable parameters by score, up to the base model).",
     "importance": "Share of the variance of the validation score that each field explains.",
     "all_tasks": "Mean over tasks of equal weight.",
+    "spectra": "What training changed: norm, ranks and new directions of the updates, and where their energy is.",
 }
 _BYTES = ("peak_memory_solo_bytes", "adapter_bytes")
 _COUNTS = ("trainable_parameters", "parameters_a", "parameters_b", "seeds", "examples", "trials", "runs", "df", "arms")

@@ -10,31 +10,37 @@ from sweeper import methods
 from sweeper.architecture import ROLES, Target
 from sweeper.budget import uniform
 from sweeper.errors import SpecError, unknown
+from sweeper.importance import GOLDEN, bounds, probing, share_out
 from sweeper.spec import RunSpec
 
-Allocate = Callable[[RunSpec, Sequence[Target], Sequence[Target]], Mapping[Target, int]]
-GOLDEN = 0.6180339887498949
+Scores = Mapping[str, float]
+Allocate = Callable[[RunSpec, Sequence[Target], Sequence[Target], Scores | None], Mapping[Target, int]]
 
 
-def ranks(spec: RunSpec, targets: Sequence[Target], every: Sequence[Target]) -> Mapping[Target, int]:
+def ranks(
+    spec: RunSpec, targets: Sequence[Target], every: Sequence[Target], scores: Scores | None = None
+) -> Mapping[Target, int]:
     """Rank of every placed module.
 
     Args:
         targets: the placed modules. every: all that the model has.
+        scores: what a probe found, by module name; without it, modules count as equally important.
 
     Raises:
         SpecError: there is no such allocation, or the model has no room for what it asks.
     """
     if spec.allocation.name not in ALLOCATIONS:
         raise SpecError(unknown("allocation", spec.allocation.name, ALLOCATIONS))
-    chosen = ALLOCATIONS[spec.allocation.name](spec, targets, every)
+    chosen = ALLOCATIONS[spec.allocation.name](spec, targets, every, scores)
     if methods.find(spec.method.name).even and len(set(chosen.values())) > 1:
         found = ", ".join(map(str, sorted(set(chosen.values()))))
         raise SpecError(f"method={spec.method.name} has one rank for all modules; allocation.pattern gives {found}")
     return chosen
 
 
-def matched(spec: RunSpec, targets: Sequence[Target], every: Sequence[Target]) -> Mapping[Target, int]:
+def matched(
+    spec: RunSpec, targets: Sequence[Target], every: Sequence[Target], scores: Scores | None
+) -> Mapping[Target, int]:
     """The ranks whose trainable parameters come closest to a budget, as even as they can be.
 
     Parameters are counted as the method counts them. The budget is `allocation.budget`; without one, what all linear
@@ -75,7 +81,27 @@ def matched(spec: RunSpec, targets: Sequence[Target], every: Sequence[Target]) -
     return chosen
 
 
-def pattern(spec: RunSpec, targets: Sequence[Target], every: Sequence[Target]) -> Mapping[Target, int]:
+def importance(
+    spec: RunSpec, targets: Sequence[Target], every: Sequence[Target], scores: Scores | None
+) -> Mapping[Target, int]:
+    """Ranks in proportion to a probe's scores, at the parameters of a uniform allocation or `allocation.budget`."""
+    asked = probing(spec)
+    assert asked is not None
+    if methods.find(spec.method.name).even:
+        raise SpecError(f"allocation=importance: method={spec.method.name} has one rank for all modules")
+
+    def price(target: Target, rank: int) -> int:
+        return methods.parameters(spec.method, target, rank)
+
+    wanted = spec.allocation.parameters or methods.trainable(spec.method, uniform(targets, spec.rank))
+    highest = bounds(targets, asked, wanted, price)
+    found = {target: 1.0 if scores is None else scores[target.name] for target in targets}
+    return share_out(found, wanted, least=asked.least, most=highest, price=price)
+
+
+def pattern(
+    spec: RunSpec, targets: Sequence[Target], every: Sequence[Target], scores: Scores | None
+) -> Mapping[Target, int]:
     """`allocation.pattern`: role, or regular expression found in a module's name, -> rank; the last that fits counts.
 
     What none fits has the run's rank.
@@ -99,7 +125,8 @@ def _whole(every: Sequence[Target]) -> list[Target]:
 
 
 ALLOCATIONS: dict[str, Allocate] = {
-    "uniform": lambda spec, targets, every: uniform(targets, spec.rank),
+    "uniform": lambda spec, targets, every, scores: uniform(targets, spec.rank),
     "matched": matched,
+    "importance": importance,
     "pattern": pattern,
 }

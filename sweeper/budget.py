@@ -108,6 +108,19 @@ def quantised_bytes(targets: Iterable[Target], *, base_parameters: int, bytes_pe
     return round(inside * (0.5 + 8.125 / 8 / 64)) + (base_parameters - inside) * bytes_per_value
 
 
+def probe_flops_per_token(targets: Iterable[Target], scored: Iterable[Target] | None, *, length: int) -> float:
+    """Operations of an importance probe for one token: a forward pass, and where gradients of the weights of `scored`
+    are looked at a backward pass from the loss to the embedding as well.
+    """
+    targets = list(targets)
+    blocks = sum(_product(target) for target in targets)
+    attention = sum(_attention_product(target, length) for target in targets)
+    if scored is None:
+        head = sum(_product(target) for target in targets if target.role == HEAD)
+        return float(blocks - head + 2 * attention)
+    return float(2 * blocks + 6 * attention + sum(_product(target) for target in scored))
+
+
 def adapter_bytes(ranks: Ranks, *, bytes_per_parameter: int = ADAPTER_BYTES) -> int:
     """Size of the adapter's weights, in memory or, less a header, on disk."""
     return lora_parameters(ranks) * bytes_per_parameter

@@ -210,6 +210,8 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
         )
     console.out(summary.aligned(header, cells), highlight=False)
     console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
+    for line in planning.notes([run.spec for run in plan.runs], costs):
+        console.print(line, markup=False, soft_wrap=True)
     if plan.tuned:
         console.print(_search_line(plan, search), markup=False)
     for line in planning.estimate(plan, search, settings, costs):

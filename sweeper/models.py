@@ -165,6 +165,11 @@ def loading_message(spec: ModelSpec) -> str:
     return f"loading {spec.name}"
 
 
+def stock_config(spec: ModelSpec) -> "PretrainedConfig":
+    """The config as the model comes with it, for saving; `load` switches dropout and caching off in its own."""
+    return _config(spec)
+
+
 def _random(spec: ModelSpec, dtype: "torch.dtype") -> Any:
     import torch
 

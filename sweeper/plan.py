@@ -229,6 +229,22 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
     )
 
 
+def notes(specs: Sequence[RunSpec], costs: Sequence[Cost]) -> list[str]:
+    """What the costs of a plan cannot say yet: ranks that a probe will allocate."""
+    from sweeper import importance
+
+    found = {}
+    for spec, cost in zip(specs, costs, strict=True):
+        asked = importance.probing(spec)
+        if asked is not None:
+            looked = "the weights" if asked.score == "weight" else f"{asked.batches} training batches"
+            found[asked.score, asked.batches, spec.placement.name, cost.parameters] = (
+                f"allocation=importance, {spec.placement.name}: a probe ({asked.score}, {looked}) decides each "
+                f"module's rank before training; {cost.parameters:,} parameters in all, to within 1%"
+            )
+    return list(found.values())
+
+
 def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequence[Cost]) -> list[str]:
     """How many runs and packs there will be, and how long they take at the pace of former runs on this machine."""
     from sweeper import device

@@ -16,6 +16,7 @@ METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 ADAPTER = "adapter"
 WEIGHTS = "weights"
+SPECTRA = "spectra.json"
 
 Status = Literal["completed", "pruned", "failed", "diverged"]
 COMPLETED: tuple[Status, ...] = ("completed", "diverged")
@@ -29,13 +30,17 @@ def perplexity(nll: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """One adapted module: full name, role, layer (None outside the layers), rank and trainable parameters."""
+    """One adapted module: full name, role, layer (None outside the layers), rank and trainable parameters.
+
+    `score` is what a probe found of it, where its rank was allocated by importance.
+    """
 
     name: str
     role: str
     layer: int | None
     rank: int
     parameters: int
+    score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,8 @@ class Score:
 class Efficiency:
     """Costs of a run. Amortised figures are shares of a pack; solo figures come from a calibration alone on the device.
 
-    Seconds are wall clock, memory is bytes, `train_flops` is the closed form of `sweeper.budget`.
+    Seconds are wall clock, memory is bytes, `train_flops` is the closed form of `sweeper.budget`. The probe's cost is
+    that of the probe whose scores allocated the ranks, in full, also where several runs share it.
     """
 
     train_seconds_amortised: float | None = None
@@ -71,6 +77,8 @@ class Efficiency:
     pack_seconds: float | None = None
     pack_peak_memory_bytes: int | None = None
     compile_seconds: float | None = None
+    probe_seconds: float | None = None
+    probe_flops: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,16 +28,23 @@ if TYPE_CHECKING:
     from sweeper.models import BaseModel
 
 FOLDER = "evaluations"
+COMBINED = "combined.json"
 TOGETHER = 16  # adapters in one pack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saved:
-    """A completed run: its folder, spec and, by module name, the ranks of its adapter."""
+    """A completed run, or what `adapters.py combine` made of some: folder, spec and its adapter's ranks by module."""
 
     folder: Path
     spec: RunSpec
     ranks: Mapping[str, int]
+    combined: str = ""
+
+    @property
+    def adapter(self) -> Path:
+        """The folder that PEFT reads."""
+        return self.folder / ADAPTER
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +68,8 @@ def find(paths: Sequence[Path]) -> list[Saved]:
     """
     found: dict[Path, Saved] = {}
     for path in paths:
-        folders = [path] if (path / RECORD).is_file() else sorted(p.parent for p in path.glob(f"*/{RECORD}"))
+        single = (path / RECORD).is_file() or (path / COMBINED).is_file()
+        folders = [path] if single else sorted(p.parent for p in path.glob(f"*/{RECORD}"))
         runs = [run for folder in folders if (run := _read(folder)) is not None]
         if not runs:
             raise DataError(
@@ -72,6 +80,8 @@ def find(paths: Sequence[Path]) -> list[Saved]:
 
 
 def _read(folder: Path) -> Saved | None:
+    if (folder / COMBINED).is_file():
+        return _read_combined(folder)
     try:
         known = record.read_record(folder)
     except (OSError, ValueError, KeyError, TypeError):
@@ -81,6 +91,15 @@ def _read(folder: Path) -> Saved | None:
         return None
     ranks = {module.name: module.rank for module in known.modules}
     return Saved(folder=folder, spec=run_spec(known.spec), ranks=ranks)
+
+
+def _read_combined(folder: Path) -> Saved | None:
+    try:
+        note = json.loads((folder / COMBINED).read_text())
+        spec, ranks, method = run_spec(note["spec"]), dict(note["ranks"]), str(note["method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Saved(folder=folder, spec=spec, ranks=ranks, combined=f"{method} of {len(note['from'])}")
 
 
 def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec) -> None:

@@ -15,7 +15,7 @@ from sweeper.tasks.metrics import suite_score
 USAGE = """\
 python evaluate.py FOLDER... [dataset=NAME,...] [dataset.FIELD=...] [evaluation.FIELD=...] [trainer.device=...]
 
-  FOLDER   outputs/STUDY for all its runs, or outputs/STUDY/RUN_ID
+  FOLDER   outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, or what adapters.py combine wrote
   dataset  tasks to score on; without it, the one each run was trained on
   evaluation.splits=[test] and evaluation.generate=true unless given; evaluation=lm_eval scores with lm-eval
 
@@ -111,6 +111,8 @@ def _suite(found: Sequence[Rescored]) -> list[str]:
 
 def _label(one: Rescored | Harnessed) -> str:
     spec = one.run.spec
+    if one.run.combined:
+        return f"{one.run.folder.name} {one.run.combined}"
     return f"{one.run.folder.name} {spec.placement.name} r{spec.rank} seed {spec.seed}"
 
 

@@ -74,9 +74,9 @@ class AllocationSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field_, only in (("budget", "matched"), ("pattern", "pattern")):
-            if getattr(self, field_) and self.name != only:
-                raise SpecError(f"allocation.{field_} needs allocation={only}, not {self.name}")
+        for field_, only in (("budget", ("matched", "importance")), ("pattern", ("pattern",))):
+            if getattr(self, field_) and self.name not in only:
+                raise SpecError(f"allocation.{field_} needs allocation={' or '.join(only)}, not {self.name}")
         if isinstance(self.budget, str):
             match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", self.budget)
             if match is None:

@@ -105,7 +105,7 @@ def test_a_pattern_gives_ranks_by_role_and_by_name(make_spec: Callable[..., RunS
         ({"name": "uniform", "budget": 1000}, "allocation.budget needs allocation=matched"),
         ({"name": "pattern", "pattern": {"ff_up": 4}}, "ff_up fits none of the placed modules. Roles here: attn_q"),
         ({"name": "pattern", "pattern": {"attn_k": 200}}, "rank 200 must be 1 to 192"),
-        ({"name": "even"}, "allocation=even: no such allocation. Choose from matched, pattern, uniform"),
+        ({"name": "even"}, "allocation=even: no such allocation. Choose from importance, matched, pattern, uniform"),
     ],
 )
 def test_what_cannot_be_is_named(fields: dict[str, Any], line: str, make_spec: Callable[..., RunSpec]) -> None:

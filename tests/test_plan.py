@@ -66,6 +66,8 @@ def test_what_does_not_fit_the_model_is_told_at_once(composer: Any, study: Setti
         (["placement=custom", "placement.patterns=[nothing_like_it]"], "matches no module"),
         (["tracking=wandb", "+tracking.projct=1"], "tracking.projct: no such field"),
         (["dataset.template=chatt"], "Did you mean chat?"),
+        (["allocation=importance", "allocation.options.score=gradent"], "Did you mean gradient?"),
+        (["allocation=importance", "allocation.budget=9G"], "allocation=importance: ranks 1 to"),
     ],
 )
 def test_each_mistake_has_its_line(overrides: list[str], line: str, composer: Any, study: Settings) -> None:

@@ -19,6 +19,7 @@ from sweeper.engine.events import Step
 from sweeper.engine.export import write_adapter
 from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.pack import Job, Pack, StepResult
+from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest
 from sweeper.models import total_parameters
 from sweeper.record import METRICS, PREDICTIONS, Efficiency, Module, Record, Score, write_lines, write_record
@@ -35,6 +36,7 @@ class Prepared:
     ranks: Mapping[Target, int]
     splits: Mapping[str, EncodedSplit]
     before: dict[str, Any] = field(default_factory=dict)
+    probe: Probe | None = None
 
     @property
     def capacity(self) -> Capacity:
@@ -54,9 +56,15 @@ class Prepared:
         adapter = self.job.adapter
         if found is None or self.job.done > 0:
             return
-        if isinstance(adapter, AloneSpec) or set(found[0]) == set(adapter.ranks):
+        if isinstance(adapter, AloneSpec) or (set(found[0]) == set(adapter.ranks) and self._same_ranks(found[0])):
             self.job.state, self.before = found
             self.job.done, self.job.tokens = self.before["done"], self.before["tokens"]
+
+    def _same_ranks(self, state: Mapping[str, tuple[Tensor, ...]]) -> bool:
+        """Whether a probe that was made again allocates as the one did that the checkpoint began with."""
+        assert isinstance(self.job.adapter, AdapterSpec)
+        ranks = self.job.adapter.ranks
+        return self.probe is None or all(len(parts[0]) == ranks[name] for name, parts in state.items())
 
     def keep(self, state: dict[str, tuple[Tensor, ...]], progress: "Progress") -> None:
         """Remembers a good state, to go on from if the pack breaks."""
@@ -193,6 +201,7 @@ class Progress:
                 rank=rank if learnt is None else learnt.ranks.get(target.name, rank),
                 parameters=methods.parameters(method, target, rank)
                 if learnt is None else learnt.parameters[target.name],
+                score=None if self.prepared.probe is None else self.prepared.probe.scores.get(target.name),
             )
             for target, rank in ranks.items()
         ]  # fmt: skip
@@ -223,6 +232,8 @@ class Progress:
             pack_runs=self.pack_runs,
             pack_seconds=time.monotonic() - self.began,
             compile_seconds=self.compile_seconds,
+            probe_seconds=None if run.probe is None else run.probe.seconds,
+            probe_flops=None if run.probe is None else run.probe.flops,
         )
 
     def write_failure(self, settings: Settings, error: BaseException, environment: Mapping[str, Any]) -> Record:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from sweeper import allocation, budget, methods, models, placement, tasks, weights
-from sweeper.architecture import number_of_layers
+from sweeper import allocation, budget, importance, methods, models, placement, tasks, weights
+from sweeper.architecture import Target, number_of_layers
 from sweeper.device import device_for, precision_for
-from sweeper.engine import calibrate, checkpoint, compilation, environment
+from sweeper.engine import calibrate, checkpoint, compilation, environment, probe
 from sweeper.engine.ahead import ahead
 from sweeper.engine.alone import AloneSpec, Learnt
 from sweeper.engine.batches import DataOrder, distinct_lengths
@@ -61,6 +61,8 @@ class Session:
         self.strays: list[RunRequest] = []
         self.encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self.base_scores: dict[str, dict[str, EvaluatedSplit]] = {}
+        self.probes: dict[str, probe.Probe] = {}
+        self.packing = False
 
     def train(self, source: Source) -> Iterator[Event]:
         """Trains what a source has, model by model, pack by pack; says at the end where the time went.
@@ -106,7 +108,7 @@ class Session:
         except (SweeperError, OSError, torch.OutOfMemoryError) as error:
             return error.with_traceback(None)
         self.base, self.model_key = base, key
-        self.encoded, self.base_scores = {}, {}
+        self.encoded, self.base_scores, self.probes = {}, {}, {}
         return None
 
     def _refuse(
@@ -131,9 +133,11 @@ class Session:
         """What can share a pack: options of the pack, kinds, a run prepared of each, and prepared strays."""
         groups: dict[tuple[Any, ...], tuple[list[Kind], list[Prepared], list[Prepared]]] = {}
         for kind in kinds:
-            probe = RunRequest(run_id=kind.spec.run_id, spec=kind.spec, folder=self.settings.folder / "-")
+            sample = RunRequest(run_id=kind.spec.run_id, spec=kind.spec, folder=self.settings.folder / "-")
+            if self._unprobed(kind.spec):
+                yield Stage(message=f"probing which modules matter on {kind.spec.dataset.name}")
             try:
-                run = self._prepare(probe)
+                run = self._prepare(sample)
             except (SweeperError, ValueError) as error:
                 yield from self._refuse(source, [kind], [], error)
                 continue
@@ -142,9 +146,13 @@ class Session:
             members[1].append(run)
             for spec in kind.others:
                 with contextlib.suppress(SweeperError, ValueError):
-                    members[1].append(self._prepare(dataclasses.replace(probe, run_id=spec.run_id, spec=spec)))
+                    members[1].append(self._prepare(dataclasses.replace(sample, run_id=spec.run_id, spec=spec)))
         for request in strays:
-            run = self._prepare(request)
+            try:
+                run = self._prepare(request)
+            except (SweeperError, ValueError) as error:
+                yield from self._refuse(source, [], [request], error)
+                continue
             groups.setdefault(self._pack_key(run), ([], [], []))[2].append(run)
         return [(dict(key), *groups[key]) for key in sorted(groups)]
 
@@ -152,10 +160,11 @@ class Session:
         base, spec = self.base, request.spec
         assert base is not None
         targets = placement.resolve(base.targets, spec.placement, layers=number_of_layers(base.targets))
-        ranks = allocation.ranks(spec, targets, base.targets)
+        splits = self._splits(base, spec)
+        probed = self._probe(base, spec, targets, splits)
+        ranks = allocation.ranks(spec, targets, base.targets, None if probed is None else probed.scores)
         if (found := methods.placed(spec.method, targets, base.targets, tied=is_tied(base.model))) != targets:
             ranks = budget.uniform(found, spec.rank)
-        splits = self._splits(base, spec)
         examples = splits["train"].examples
         lengths = [len(example.input_ids) for example in examples]
         job = Job(
@@ -163,7 +172,32 @@ class Session:
             steps=spec.trainer.max_steps, seed=spec.seed, examples=examples,
             order=DataOrder(lengths, spec.trainer.batch_size, spec.seed),
         )  # fmt: skip
-        return Prepared(request=request, job=job, ranks=ranks, splits=splits)
+        return Prepared(request=request, job=job, ranks=ranks, splits=splits, probe=probed)
+
+    def _probe(
+        self, base: BaseModel, spec: RunSpec, targets: Sequence[Target], splits: dict[str, tasks.EncodedSplit]
+    ) -> probe.Probe | None:
+        """What allocates a run's ranks by importance; None where nothing has to be probed."""
+        asked = importance.probing(spec)
+        if asked is None:
+            return None
+        key = _probe_key(spec)
+        if key not in self.probes:
+            assert not self.packing  # the base must be bare
+            question = probe.Question(
+                asked=asked, targets=probe.probed(base, targets), examples=splits["train"].examples,
+                batch_size=spec.trainer.batch_size, seed=spec.seed if asked.seed is None else asked.seed,
+            )  # fmt: skip
+            with self.timeline.span("probe"):
+                self.probes[key] = probe.find(base, question, self.cache / "probes")
+        return self.probes[key]
+
+    def must_wait(self, spec: RunSpec) -> bool:
+        """Whether a run needs a probe of the bare base model while a pack is on it."""
+        return self.packing and self._unprobed(spec)
+
+    def _unprobed(self, spec: RunSpec) -> bool:
+        return spec.allocation.name == importance.NAME and _probe_key(spec) not in self.probes
 
     def _splits(self, base: BaseModel, spec: RunSpec) -> dict[str, tasks.EncodedSplit]:
         key = repr(spec.dataset)
@@ -264,7 +298,7 @@ class Session:
         try:
             with self.timeline.span("set up"):
                 pack = Pack(base, capacities, **options)
-            with pack:
+            with pack, self._on_base():
                 try:
                     yield from self._fill(pack, queue, running)
                     yield from self._drive(pack, queue, running, solo)
@@ -282,6 +316,14 @@ class Session:
             yield self._failed(Progress(run.request, run), problem)
             return 0
         return (yield from self._recover(queue, running, problem, slots))
+
+    @contextlib.contextmanager
+    def _on_base(self) -> Iterator[None]:
+        self.packing = True
+        try:
+            yield
+        finally:
+            self.packing = False
 
     def _recover(
         self, queue: "_Queue", running: dict[str, Progress], error: Exception, slots: int
@@ -509,7 +551,7 @@ class _Queue:
             yield self.session._failed(Progress(request), error)
 
     def _prepare(self, request: RunRequest) -> None:
-        if _model_key(request.spec) != self.session.model_key:
+        if _model_key(request.spec) != self.session.model_key or self.session.must_wait(request.spec):
             self.session.strays.append(request)
             return
         try:
@@ -548,6 +590,13 @@ def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ..
 
 def _model_key(spec: RunSpec) -> str:
     return repr((spec.model, spec.trainer.precision, methods.find(spec.method.name).quantised))
+
+
+def _probe_key(spec: RunSpec) -> str:
+    """Runs of one base model with equal keys ask a probe the same."""
+    seed = spec.seed if spec.allocation.options.get("seed", 0) is None else None
+    placed = spec.placement if spec.placement.embeddings or spec.placement.head or spec.placement.patterns else None
+    return repr((spec.dataset, spec.allocation.options, spec.trainer.batch_size, seed, placed))
 
 
 def _ended(pack: Pack, running: dict[str, Progress]) -> list[tuple[int, Job]]:

@@ -18,6 +18,7 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lrs=(1e-3, 3e-3),
         methods=("lora", "full_ft"),
         forgetting=True,
+        spectra=True,
         examples=120,
         steps=20,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sweeper.record import METRICS, PREDICTIONS, RECORD, perplexity
+from sweeper.record import METRICS, PREDICTIONS, RECORD, SPECTRA, perplexity
 
 WIDTH, INNER, LAYERS, TOTAL = 576, 1536, 30, 134_515_008
 SHAPES = {
@@ -53,6 +53,7 @@ def write_study(
     methods: Sequence[str] = ("lora",),
     forgetting: bool = False,
     modules: bool = True,
+    spectra: bool = False,
     seed: int = 0,
 ) -> Path:
     """Writes one run folder for each combination. Full fine-tuning (method full_ft) has one arm a dataset."""
@@ -80,6 +81,8 @@ def write_study(
                             _write_run(
                                 folder, spec, ids, tokens, base, after, forgetting=forgetting, modules=modules, rng=rng
                             )
+                            if spectra:
+                                write_spectra(folder, spec)
     return folder
 
 
@@ -101,7 +104,7 @@ def _write_run(
     folder: Path, spec: dict[str, Any], ids: list[str], tokens: Any, base: Any, after: Any, *, forgetting: bool,
     modules: bool, rng: np.random.Generator,
 ) -> None:  # fmt: skip
-    run_id = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+    run_id = _run_id(spec)
     path = folder / run_id
     path.mkdir(parents=True)
     full_ft = spec["method"]["name"] == "full_ft"
@@ -163,6 +166,30 @@ def _write_run(
         for i, value in enumerate(loss.tolist())
     )
     (path / METRICS).write_text("\n".join(curve) + "\n")
+
+
+def _run_id(spec: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_spectra(folder: Path, spec: dict[str, Any]) -> None:
+    """Spectra of a run whose update grows linearly with the layer, twice as large in the feed-forward as elsewhere."""
+    norms = {
+        (layer, role): (layer + 1) * (2.0 if role.startswith("ff") else 1.0)
+        for layer in range(LAYERS)
+        for role in spec["placement"]["roles"]
+    }
+    total = sum(norm**2 for norm in norms.values())
+    modules = [
+        {
+            "name": f"model.layers.{layer}.{role}", "role": role, "layer": layer, "rank": spec["rank"],
+            "update_norm": norm, "energy_share": norm**2 / total, "effective_rank": 0.75 * spec["rank"],
+            "stable_rank": 1.5, "intruder_dimensions": int(layer == 0), "examined": 10,
+        }
+        for (layer, role), norm in norms.items()
+    ]  # fmt: skip
+    text = json.dumps({"schema": 1, "run_id": _run_id(spec), "top": 10, "epsilon": 0.5, "modules": modules})
+    (folder / _run_id(spec) / SPECTRA).write_text(text)
 
 
 def edit(folder: Path, change: Any) -> None:

@@ -11,7 +11,7 @@ from tests.analysis.synthetic import write_study
 
 ALL = {
     "pareto_nll", "rank_nll", "pareto_exact_match", "rank_exact_match", "pareto_seconds", "heatmap_nll", "share_kept",
-    "learning_rate", "training_curves", "learn_forget", "where_rank_went", "importance",
+    "learning_rate", "training_curves", "learn_forget", "where_rank_went", "where_energy_went", "importance",
 }  # fmt: skip
 
 
@@ -33,7 +33,14 @@ def test_every_figure_as_pdf_and_png(analysis: Analysis, tmp_path: Path) -> None
 def test_figures_without_their_data_say_why(tmp_path: Path) -> None:
     study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=20, steps=2, modules=False)
     written, absent = figures.write(analyse(load(study), draws=50), tmp_path / "f", workers=1)
-    assert set(absent) >= {"rank_nll", "learning_rate", "learn_forget", "where_rank_went", "importance"}
+    assert set(absent) >= {
+        "rank_nll",
+        "learning_rate",
+        "learn_forget",
+        "where_rank_went",
+        "where_energy_went",
+        "importance",
+    }
     assert all(len(reason) > 10 for reason in absent.values())
     assert {path.stem for path in written} | set(absent) == ALL
 

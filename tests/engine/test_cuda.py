@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from sweeper.engine import probe
 from sweeper.engine.forms import Capacity, Restarts
 from sweeper.engine.sparse import Sparsity
+from sweeper.importance import Probing
 from sweeper.models import BaseModel
 
 pytestmark = [
@@ -112,3 +114,17 @@ def test_a_captured_slot_passes_from_form_to_form(load: Any, of_every_form: Any,
     for job in of_every_form:
         alone = train(base, [job], capacities=[job.adapter.capacity])[job.run_id]
         assert together[job.run_id].losses == pytest.approx(alone.losses, rel=1e-4), job.run_id
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("score", ["gradient", "fisher", "sensitivity", "activation", "weight"])
+def test_a_probe_scores_as_on_the_cpu(
+    score: str, dtype: torch.dtype, tolerance: float, load: Any, make_examples: Any
+) -> None:
+    base = load("llama")
+    asked = probe.Question(
+        asked=Probing(score=score, batches=3), targets=probe.probed(base, []), examples=make_examples(0), batch_size=4,
+        seed=0,
+    )  # fmt: skip
+    there = probe.measure(moved(base, dtype), asked).scores
+    assert there == pytest.approx(probe.measure(base, asked).scores, rel=tolerance)

@@ -1,0 +1,133 @@
+"""The command line of `adapters.py`: merge, combine, spectra."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sweeper import rescore, summary
+from sweeper.adapters import combine, merge, spectra
+from sweeper.display import make_console
+from sweeper.errors import DataError
+
+if TYPE_CHECKING:
+    from sweeper.adapters.spectra import ModuleSpectrum
+    from sweeper.rescore import Saved
+
+PROGRAM = "python adapters.py"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Does what the command says.
+
+    Raises:
+        SweeperError: a folder without runs, a request that cannot be met, or a merged model that is not equal.
+    """
+    options = _parser().parse_args(arguments)
+    {"merge": _merge, "combine": _combine, "spectra": _spectra}[options.command](options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Saved adapters: merge, combine, spectra.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("merge", help="adapter into base model: a plain transformers model, checked for equality")
+    one.add_argument("run", type=Path, help="outputs/STUDY/RUN_ID, or what combine wrote")
+    one.add_argument("--out", type=Path, required=True, help="a new folder")
+    one.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+    one = commands.add_parser("combine", help="several adapters of one base model into one")
+    one.add_argument("run", nargs="+", type=Path, help="outputs/STUDY/RUN_ID")
+    one.add_argument("--out", type=Path, required=True, help="a new folder")
+    one.add_argument("--method", default="add", metavar="METHOD", help=", ".join(combine.METHODS))
+    one.add_argument("--weights", type=float, nargs="+", default=[], metavar="W", help="one for each run (default: 1)")
+    one.add_argument("--t", type=float, help="interpolate: share of the second run, 0 to 1 or beyond")
+    one.add_argument("--rank", type=int, help="of methods with svd (default: the highest of the runs')")
+    one.add_argument("--density", type=float, help="ties, dare, magnitude_prune: share of values kept (default: 0.5)")
+    one.add_argument("--majority-sign", default="total", choices=["total", "frequency"], help="ties: elects signs")
+    one.add_argument("--seed", type=int, default=0, help="dare: of what it drops")
+    one = commands.add_parser("spectra", help="effective rank, norms and intruder dimensions of every update")
+    one.add_argument("run", nargs="+", type=Path, help="outputs/STUDY for all its runs, or outputs/STUDY/RUN_ID")
+    one.add_argument("--top", type=int, default=10, help="tuned singular vectors to examine (default: 10)")
+    one.add_argument("--epsilon", type=float, default=0.5, help="cosine below which one is an intruder (default: 0.5)")
+    one.add_argument("--update-only", action="store_true", help="leave out what needs the base's own spectrum (faster)")
+    for name in ("merge", "combine", "spectra"):
+        commands.choices[name].add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def _merge(options: argparse.Namespace) -> None:
+    (run,) = _each([options.run])
+    note = merge.merge(run, options.out, device=options.device, precision=options.precision)
+    make_console().print(
+        f"{options.out}: {note['model']} with {run.folder.name} merged, {note['precision']}; logits differ by up to "
+        f"{note['max_logit_difference']:.2g} (allowed {note['tolerance']:.2g}). Use it with model=path "
+        f"model.location={options.out}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _combine(options: argparse.Namespace) -> None:
+    asked = combine.Combination(
+        method=options.method, weights=tuple(options.weights), t=options.t, rank=options.rank, density=options.density,
+        majority_sign=options.majority_sign, seed=options.seed,
+    )  # fmt: skip
+    note = combine.combine(_each(options.run), asked, options.out, device=options.device)
+    parts = " + ".join(f"{w:g} {run['run_id']}" for w, run in zip(note["weights"], note["from"], strict=True))
+    make_console().print(
+        f"{options.out}: {asked.method}, {parts}; rank up to {max(note['ranks'].values())}. PEFT loads "
+        f"{options.out / 'adapter'}; score it with python evaluate.py {options.out}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _spectra(options: argparse.Namespace) -> None:
+    look = spectra.Look(top=options.top, epsilon=options.epsilon, base=not options.update_only)
+    console = make_console()
+    cells = []
+    for run, modules in spectra.spectra(rescore.find(options.run), look, device=options.device):
+        if not modules:
+            console.print(f"{run.folder}: changed no matrix of the model", markup=False, soft_wrap=True)
+            continue
+        console.print(f"{run.folder / spectra.FILE}", markup=False, highlight=False, soft_wrap=True)
+        cells.append(_row(run, modules))
+    if not cells:
+        raise DataError("spectra: no run changed a matrix of its model, so there is no spectrum to look at")
+    header = ["run", "placement", "rank", "|dW|", "effective rank", "stable rank", "intruders", "energy by role"]
+    console.out(summary.aligned(header, cells), highlight=False)
+
+
+def _row(run: "Saved", modules: "Sequence[ModuleSpectrum]") -> list[str]:
+    intruders = [one.intruder_dimensions for one in modules if one.intruder_dimensions is not None]
+    examined = sum(one.examined or 0 for one in modules)
+    roles: dict[str, float] = {}
+    for one in modules:
+        roles[one.role] = roles.get(one.role, 0.0) + one.energy_share
+    return [
+        run.folder.name,
+        run.combined or run.spec.placement.name,
+        str(run.spec.rank),
+        f"{sum(one.update_norm**2 for one in modules) ** 0.5:.3g}",
+        f"{sum(one.effective_rank for one in modules) / len(modules):.2f}",
+        f"{sum(one.stable_rank for one in modules) / len(modules):.2f}",
+        f"{sum(intruders)} of {examined}" if intruders else "-",
+        _shares(roles),
+    ]
+
+
+def _shares(roles: Mapping[str, float]) -> str:
+    return " ".join(f"{role} {share:.0%}" for role, share in sorted(roles.items(), key=lambda pair: -pair[1]))
+
+
+def _each(paths: Sequence[Path]) -> "list[Saved]":
+    """One run a path.
+
+    Raises:
+        DataError: a path is that of a study, or has no completed run.
+    """
+    found = []
+    for path in paths:
+        runs = rescore.find([path])
+        if runs[0].folder != path:
+            names = ", ".join(run.folder.name for run in runs[:4])
+            raise DataError(f"{path}: give a run's folder, such as {path / runs[0].folder.name} (runs here: {names})")
+        found.append(runs[0])
+    return found

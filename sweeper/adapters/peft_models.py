@@ -1,0 +1,128 @@
+"""A base model with what runs left: adapters, by PEFT, or weights that were trained themselves."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweeper import weights
+from sweeper.errors import DataError
+from sweeper.record import WEIGHTS
+
+if TYPE_CHECKING:
+    import torch
+
+    from sweeper.models import BaseModel
+    from sweeper.spec import Precision, RunSpec
+
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Of a merged model's logits, relative to the largest: the rounding of the merged weights."""
+
+
+def load_base(spec: "RunSpec", device: str, precision: "Precision") -> "BaseModel":
+    """The base model of a run; `precision` as `trainer.precision`.
+
+    Raises:
+        SweeperError: it cannot be loaded here.
+    """
+    from sweeper import models
+    from sweeper.device import device_for, precision_for
+
+    where = device_for(device)
+    return models.load(spec.model, dtype=precision_for(where, precision), device=where)
+
+
+def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
+    """A `PeftModel` with the adapters of some folders, by name; the first is the active one.
+
+    Raises:
+        DataError: PEFT cannot read one of them, or cannot put them on this model.
+    """
+    with hushed():
+        from peft import PeftModel
+
+    device = str(base.model.device)
+    model: Any = None
+    for name, folder in folders.items():
+        try:
+            with hushed():
+                if model is None:
+                    model = PeftModel.from_pretrained(base.model, str(folder), adapter_name=name, torch_device=device)
+                else:
+                    model.load_adapter(str(folder), adapter_name=name, torch_device=device)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            if model is not None:
+                remove(model)
+            raise DataError(f"{folder}: PEFT cannot load it: {weights.first_line(error)}") from error
+    return model.eval()
+
+
+def own_weights(folder: Path) -> "dict[str, torch.Tensor] | None":
+    """Parameter name -> trained value, of a run that trained the model itself; None where it has an adapter."""
+    from safetensors.torch import load_file
+
+    file = folder / WEIGHTS / "model.safetensors"
+    return load_file(file) if file.is_file() else None
+
+
+def with_weights(base: "BaseModel", tuned: "Mapping[str, torch.Tensor]") -> Any:
+    """The base model with some of its parameters replaced, in place.
+
+    Raises:
+        DataError: it has no such parameter, as of biases that training added.
+    """
+    import torch
+
+    own = dict(base.model.named_parameters())
+    missing = sorted(set(tuned) - set(own))
+    if missing:
+        raise DataError(f"{base.spec.name} has no {missing[0]}: training added it, and a plain model cannot hold it")
+    with torch.no_grad():
+        for name, value in tuned.items():
+            own[name].copy_(value)
+    return base.model
+
+
+def remove(model: Any) -> None:
+    """Gives the base model back as it was, where the adapters had changed its modules."""
+    if hasattr(model.base_model, "unload"):
+        with hushed():
+            model.unload()
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Without PEFT's warnings, which are about names in transformers, and about ties that `untie` has dealt with."""
+    noisy = logging.getLogger("bitsandbytes")  # on a CPU it asks for kernels that nothing here needs
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with weights.quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        noisy.setLevel(level)
+
+
+def untie(base: "BaseModel", changed: "set[str]") -> None:
+    """Gives the head a weight of its own where it shares the embedding's and an adapter changes one of them."""
+    import torch
+
+    head: Any = base.model.get_output_embeddings()
+    embedding: Any = base.model.get_input_embeddings()
+    names = {name for name, module in base.model.named_modules() if module is head or module is embedding}
+    if head is None or head.weight is not embedding.weight or not names & changed:
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    base.model.config.tie_word_embeddings = False
+
+
+def logits(model: Any, ids: "torch.Tensor") -> "torch.Tensor":
+    """Float32 logits on the CPU."""
+    import torch
+
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float().cpu()
+    return found
