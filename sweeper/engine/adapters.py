@@ -354,6 +354,7 @@ class AdapterBank(Store):
             return
         for segment in self._linear(slot):
             shared.derive(*self.views(segment, segment.capacity), *self.factors(segment, self.params))
+        self.refresh(slot)
 
     def _measure(self, index: int, group: Group, gain: Gain, slots: Sequence[int]) -> None:
         """Norms of the DoRAs of a group."""

@@ -118,3 +118,5 @@ class PackedAdamW:
                 rate = rates[start:stop]
                 p.mul_(1 - row[LR] * row[WEIGHT_DECAY] * rate)
                 p.addcdiv_(m * rate, scale, value=-row[LR] / row[CORRECTION1])
+            if bank.work is not bank.params:
+                bank.work[start:stop] = p

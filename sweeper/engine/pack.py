@@ -323,6 +323,8 @@ class Pack:
             getattr(self.model, f"{word}_enable")(**{f"{word}_kwargs": {"use_reentrant": False}})
         elif self.checkpointing:
             getattr(self.model, f"{word}_disable")()
+            if hasattr(self.model, "_require_grads_hook"):  # enabling it had the embedding ask for gradients
+                self.model.disable_input_require_grads()
 
 
 def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | AloneSpec], **options: Any) -> Pack:

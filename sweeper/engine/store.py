@@ -43,8 +43,8 @@ class Store:
 
     They lie group by group, slot by slot and member by member, A `[rank, in]` then B `[rank, out]`, and after each
     group, where a slot of it may hold a DoRA or VeRA, a table `[slot, values]` of their extra values. `work` is what
-    the products read: the values themselves, or on CUDA their copy in the base model's precision, kept by the
-    optimiser. `rates` is each value's learning rate over its run's (0: frozen), None where all have their run's.
+    the products read: the values themselves, or their copy in the base model's precision, kept by the optimiser.
+    `rates` is each value's learning rate over its run's (0: frozen), None where all have their run's.
     `copies` are further stores of the same layout, which some runs need.
     """
 
@@ -63,8 +63,7 @@ class Store:
         self.bounds = self._lay_out()
         size = self.bounds[-1]
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
-        copied = device.type == "cuda" and dtype != torch.float32
-        self.work = torch.zeros(size, dtype=dtype, device=device) if copied else self.params
+        self.work = self.params if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device)
         stores = frozenset[str]().union(*(capacity.stores for capacity in self.capacities))
         self.rates = torch.ones(size, device=device) if "rates" in stores else None
         self.copies = {name: torch.zeros(size, device=device) for name in sorted(stores - {"rates"})}

@@ -33,5 +33,5 @@ def _b_alone(method: MethodSpec, target: Target, rank: int) -> int:
     return rank * target.out_features
 
 
-LORA_PLUS = Method(adapter=_plus, options={"ratio": 16.0}, check=_check_plus)
+LORA_PLUS = Method(adapter=_plus, options={"ratio": 16.0}, check=_check_plus, ranges={"optim.lr": (2e-5, 2e-3)})
 LORA_FA = Method(adapter=_frozen_a, parameters=_b_alone)

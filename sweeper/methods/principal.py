@@ -15,7 +15,7 @@ from sweeper.engine.forms import AdapterSpec
 from sweeper.errors import SpecError
 from sweeper.methods import lora
 from sweeper.methods.method import Method, Ranks
-from sweeper.spec import RunSpec
+from sweeper.spec import MethodSpec, RunSpec
 
 
 def _twice(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
@@ -37,5 +37,9 @@ def _check_pissa(spec: RunSpec) -> None:
         raise SpecError(f"method.options.niter must be at least 0 (0: exact SVD), got {niter}")
 
 
-PISSA = Method(adapter=_pissa, options={"niter": 0}, check=_check_pissa)
-OLORA = Method(adapter=_olora)
+def _while_training(method: MethodSpec, rank: int) -> int:
+    return 2 * rank
+
+
+PISSA = Method(adapter=_pissa, options={"niter": 0}, check=_check_pissa, inner_rank=_while_training)
+OLORA = Method(adapter=_olora, inner_rank=_while_training)

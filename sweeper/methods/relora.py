@@ -12,7 +12,7 @@ from sweeper.engine.forms import AdapterSpec, Restarts
 from sweeper.errors import SpecError
 from sweeper.methods import lora
 from sweeper.methods.method import Method, Ranks
-from sweeper.spec import RunSpec
+from sweeper.spec import MethodSpec, RunSpec
 
 
 def _adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
@@ -50,4 +50,13 @@ def _check(spec: RunSpec) -> None:
         raise SpecError(f"method.options.prune must be in [0, 1], got {found.prune}")
 
 
-RELORA = Method(adapter=_adapter, options={"restarts": 3, "warmup_steps": 4, "prune": 0.99}, check=_check)
+def _while_training(method: MethodSpec, rank: int) -> int:
+    return rank * (int(RELORA.option(method, "restarts")) + 1)
+
+
+RELORA = Method(
+    adapter=_adapter,
+    options={"restarts": 3, "warmup_steps": 4, "prune": 0.99},
+    check=_check,
+    inner_rank=_while_training,
+)

@@ -52,4 +52,5 @@ VERA = Method(
     options={"d_initial": 0.1, "projection_key": 0},
     check=_check,
     even=True,
+    ranges={"optim.lr": (1e-3, 1e-1)},
 )
