@@ -105,6 +105,7 @@ class Pack:
             self.bank = AdapterBank(base.model, base.targets, capacities, self.device)
         self.bank.install()
         self.optimizer = self.bank.make_optimizer()
+        self.refilling = False  # whether empty slots will soon be taken: their lanes are then kept
         self.jobs: list[Job | None] = [None] * len(self.bank.capacities)
         self.pending: list[_Pending] = []
         self._lane_slots: dict[int, Tensor] = {}
@@ -195,7 +196,8 @@ class Pack:
             return
         chosen = [[self._examples(job, micro) for _, job in moving] for micro in range(self.accumulation)]
         totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
-        count = self.lanes_for(len(moving))
+        soon_full = self.refilling and 4 * len(moving) >= len(self.jobs) and self.captured is not None
+        count = self.lanes_for(len(self.jobs) if soon_full else len(moving))
         self.use_lanes([slot for slot, _ in moving], count)
         losses = None
         for micro, lanes in enumerate(chosen):

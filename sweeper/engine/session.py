@@ -344,17 +344,18 @@ class Session:
     def _fill(self, pack: Pack, queue: "_Queue", running: dict[str, Progress]) -> Iterator[Made]:
         """Puts runs into the slots that are free."""
         arrived = []
-        free = len(pack.jobs) - len(pack.active)
-        queue.want(free)
+        with self.timeline.span("refill"):
+            queue.want(len(pack.jobs) - len(pack.active))
+            for run in list(queue.waiting):
+                slot = pack.free_slot(run.job.adapter)
+                if slot is None:
+                    continue
+                pack.add(run.job, slot)
+                queue.waiting.remove(run)
+                running[run.request.run_id] = progress = Progress(run.request, run)
+                arrived.append(progress)
+            pack.refilling = queue.more
         yield from queue.problems()
-        for run in list(queue.waiting):
-            slot = pack.free_slot(run.job.adapter)
-            if slot is None:
-                continue
-            pack.add(run.job, slot)
-            queue.waiting.remove(run)
-            running[run.request.run_id] = progress = Progress(run.request, run)
-            arrived.append(progress)
         for progress in arrived:
             yield RunStarted(run_id=progress.request.run_id, steps=progress.prepared.job.steps)
         for progress in arrived:

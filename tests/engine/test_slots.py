@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from sweeper.engine.batches import Batch
 from sweeper.engine.pack import Pack
 from sweeper.spec import OptimSpec
 
@@ -146,3 +147,50 @@ def test_a_fresh_draw_depends_on_seed_and_module_only(load: Any, jobs: Any, make
         bound = 1 / math.sqrt(a.shape[1])  # PEFT: kaiming_uniform_ with a = sqrt(5)
         assert 0.8 * bound < float(a.abs().max()) <= bound
         assert not b.any()
+
+
+class Uncaptured:
+    """Stands where a captured step would, and calls it; remembers how many lanes each batch had."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack, self.lanes, self.replayed = pack, list[int](), True
+
+    def __call__(self, batch: Batch, *, key: Any) -> torch.Tensor:
+        self.lanes.append(batch.shape[0])
+        return self.pack.forward_backward(batch)
+
+
+def test_empty_lanes_change_no_run_and_keep_the_number_of_recordings_small(
+    load: Any, jobs: Any, make_job: Any, make_adapter: Any, make_examples: Any, monkeypatch: pytest.MonkeyPatch,
+    train: Any, assert_close: Any,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Batch, "pinned", lambda batch: batch)
+    base = load("llama")
+    more = [
+        make_job(f"more{i}", make_adapter(base, "attn", 2, seed=i), make_examples(i), steps=steps)
+        for i, steps in enumerate((2, 3, 4, 5, 6))
+    ]
+    every, seen = [*jobs, *more], []
+
+    def pad(pack: Pack, step: int) -> None:
+        if step == 0:
+            pack.captured = Uncaptured(pack)  # type: ignore[assignment]
+            seen.append(pack.captured)
+
+    padded = train(base, every, before_step=pad)
+    assert set(seen[0].lanes) == {8, 6, 4}  # of 8, 8, 7, 6, 5 and 4 runs
+    for job in every:
+        assert_close(padded[job.run_id], train(base, [job])[job.run_id])
+
+
+def test_a_pack_that_is_being_refilled_keeps_its_lanes(load: Any, jobs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Batch, "pinned", lambda batch: batch)
+    widest = {name: 8 for job in jobs for name in job.adapter.ranks}
+    with Pack(load("llama"), [widest] * 8, batch_size=4) as pack:
+        pack.captured = captured = Uncaptured(pack)  # type: ignore[assignment]
+        for job in jobs:
+            pack.add(dataclasses.replace(job))
+        for refilling in (False, True):
+            pack.refilling = refilling
+            pack.step()
+    assert captured.lanes == [3, 8]
