@@ -35,6 +35,7 @@ from sweeper.spec import SearchSettings
 JOURNAL = "search.journal"
 GRACE_SECONDS = 600.0  # a trial of a driver on another machine is given up after this long without a sign of life
 SIGN_SECONDS = 60.0
+SIGNING_SECONDS = 5.0  # between asking for a trial and signing it, on a busy machine
 STALE_SECONDS = 1.0  # between looks at what other drivers did
 MOST_POINTS = 10_000  # of a space whose points are still enumerated
 MOST_REPEATS = 50  # suggestions in a row that were made before, until a space counts as used up
@@ -305,6 +306,8 @@ class ArmSearch:
         With `retry_failed`, so are trials that failed. The point is the same, so its runs go on from their checkpoints.
         """
         again = 0
+        while any(map(_being_signed, self._trials(fresh=True))):
+            time.sleep(0.1)
         for trial in self._trials(fresh=True):
             if trial.state == TrialState.RUNNING and trial.number not in self.running and not alive(trial):
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -551,6 +554,13 @@ def alive(trial: FrozenTrial) -> bool:
         return bool(abs(process.create_time() - driver["began"]) < 1 and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
+
+
+def _being_signed(trial: FrozenTrial) -> bool:
+    """Whether a driver has asked for a trial and may be about to sign it, which are two writes."""
+    if trial.state != TrialState.RUNNING or "driver" in trial.user_attrs or trial.datetime_start is None:
+        return False
+    return abs(time.time() - trial.datetime_start.timestamp()) < SIGNING_SECONDS
 
 
 def _mean(values: Any) -> float:

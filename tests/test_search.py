@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -359,3 +360,23 @@ def test_a_search_that_cannot_work_is_refused_before_it_begins(
     with pytest.raises(Problems, match=line):
         planning.make(found.arms, study, SearchSettings(**search))
     assert not study.folder.exists()
+
+
+def test_a_driver_that_starts_waits_for_another_that_is_about_to_sign_its_trial(
+    go: Any, study: Settings, bowl: BowlEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR]
+    go(axes, n_trials=2)
+    (one,) = studies(study)
+    asked = one.ask(one.get_trials()[0].distributions)
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        asked.set_user_attr("driver", searching.me() | {"seen": time.time()})
+
+    monkeypatch.setattr(searching.time, "sleep", sleep)
+    go(axes, n_trials=3)
+    assert waits
+    assert one.get_trials()[asked.number].state == optuna.trial.TrialState.RUNNING
+    assert len(bowl.trained) == 2
