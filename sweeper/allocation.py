@@ -56,7 +56,7 @@ def matched(
 
     if wanted is None:
         wanted = methods.trainable(method, uniform(_whole(every), spec.rank))
-    limits = {target: min(target.in_features, target.out_features) for target in targets}
+    limits = {target: methods.find(method.name).highest(target) for target in targets}
     least, most = methods.trainable(method, uniform(targets, 1)), methods.trainable(method, limits)
     if not least <= wanted <= most:
         raise SpecError(
@@ -113,7 +113,7 @@ def pattern(
             names = ", ".join(dict.fromkeys(target.role for target in targets))
             raise SpecError(f"allocation.pattern: {key} fits none of the placed modules. Roles here: {names}.")
         for target in fitting:
-            limit = min(target.in_features, target.out_features)
+            limit = methods.find(spec.method.name).highest(target)
             if not 1 <= rank <= limit:
                 raise SpecError(f"allocation.pattern: {key}: rank {rank} must be 1 to {limit} for {target.name}")
             chosen[target] = rank

@@ -1,7 +1,7 @@
 """A placement resolved to full module names: which roles, in which layers."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sweeper.architecture import (
     ATTENTION,
@@ -107,10 +107,15 @@ def select_layers(layers: Layers, count: int) -> tuple[int, ...]:
     return tuple(picked)
 
 
-def check_rank(targets: Iterable[Target], rank: int) -> None:
-    """Raises SpecError where `rank` is above the smaller side of a placed matrix: it could not be of that rank."""
+def smaller_side(target: Target) -> int:
+    """The highest rank that a matrix of this shape can have."""
+    return min(target.in_features, target.out_features)
+
+
+def check_rank(targets: Iterable[Target], rank: int, *, highest: Callable[[Target], int] = smaller_side) -> None:
+    """Raises SpecError where `rank` is above the highest that makes sense in a placed module."""
     for target in targets:
-        limit = min(target.in_features, target.out_features)
+        limit = highest(target)
         if rank > limit:
             raise SpecError(
                 f"rank={rank} is above the size of {target.name} "

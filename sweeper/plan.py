@@ -171,12 +171,12 @@ def targets(spec: RunSpec) -> "tuple[Target, ...]":
     Raises:
         SweeperError: the placement does not fit the model, or the rank does not fit a module.
     """
-    from sweeper import allocation, models, placement
+    from sweeper import allocation, methods, models, placement
 
     every = models.skeleton(spec.model)
     chosen = placement.resolve(every, spec.placement, layers=placement.number_of_layers(every))
     if spec.allocation.name == "uniform":
-        placement.check_rank(chosen, spec.rank)
+        placement.check_rank(chosen, spec.rank, highest=methods.find(spec.method.name).highest)
     allocation.ranks(spec, chosen, every)
     return chosen
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sweeper import methods
+from sweeper import compose, methods, plan
 from sweeper.errors import SpecError
 from sweeper.methods.method import Method
 from sweeper.spec import MethodSpec, RunSpec
@@ -30,3 +30,12 @@ def test_options_have_the_type_of_their_default() -> None:
     for wrong in ({"ratio": True}, {"prune": 1}, {"steps": 1.5}, {"steps": "1"}):
         with pytest.raises(SpecError, match=f"method.options.{next(iter(wrong))} must be"):
             method.check_options(MethodSpec(name="x", options=wrong))
+
+
+def test_vera_may_have_more_directions_than_a_module_has_sides(composer: Any) -> None:
+    lines = ["model=tiny_llama", "method=vera", "rank=4096"]
+    (spec,) = compose.expand(lines, composer).specs
+    chosen = plan.targets(spec)
+    assert methods.trainable(spec.method, dict.fromkeys(chosen, 4096)) == sum(4096 + t.out_features for t in chosen)
+    with pytest.raises(SpecError, match="rank=4096 is above"):
+        plan.targets(compose.expand(["model=tiny_llama", "rank=4096"], composer).specs[0])

@@ -8,6 +8,7 @@ from sweeper.architecture import Target
 from sweeper.engine.alone import AloneSpec
 from sweeper.engine.forms import AdapterSpec
 from sweeper.errors import SpecError
+from sweeper.placement import smaller_side
 from sweeper.spec import MethodSpec, RunSpec
 
 Ranks = Mapping[Target, int]
@@ -31,6 +32,7 @@ class Method:
         check: raises SpecError for a run that the method cannot train.
         ranked: whether the method has a rank at all.
         even: whether every module must have the same rank.
+        highest: the highest rank that makes sense in a module.
         embeddings: whether it can adapt the token embedding.
         whole: whether it trains every weight of the model, wherever the placement is.
         work: what a placed module adds to the operations of a step: those of a low-rank product, of the gradient of its
@@ -48,6 +50,7 @@ class Method:
     check: Callable[[RunSpec], None] = lambda spec: None
     ranked: bool = True
     even: bool = False
+    highest: Callable[[Target], int] = smaller_side
     embeddings: bool = False
     whole: Callable[[MethodSpec], bool] = lambda method: False
     work: Literal["product", "weight", "none"] = "product"

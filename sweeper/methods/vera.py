@@ -11,6 +11,8 @@ from sweeper.errors import SpecError
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec
 
+MOST = 1 << 16  # any rank: what trains is a scaling of each random direction, and there may be more than dimensions
+
 
 def key(spec: RunSpec) -> int:
     """The seed of the shared matrices; what PEFT calls projection_prng_key."""
@@ -52,5 +54,6 @@ VERA = Method(
     options={"d_initial": 0.1, "projection_key": 0},
     check=_check,
     even=True,
+    highest=lambda target: MOST,
     ranges={"optim.lr": (1e-3, 1e-1)},
 )
