@@ -24,6 +24,7 @@ from sweeper.methods.method import Method, Ranks, lora_parameters
 from sweeper.methods.prompts import Prompted
 from sweeper.models import BaseModel
 from sweeper.spec import MethodSpec, RunSpec
+from sweeper.tasks.package import is_installed
 from sweeper.weights import first_line, quiet
 
 NAME = "default"  # of the one adapter in a PEFT model
@@ -276,6 +277,9 @@ def _check_tuner(spec: RunSpec) -> None:
     name = str(PEFT.option(spec.method, "tuner")).upper()
     if name in UNABLE:
         raise SpecError(f"method.options.tuner={name}: {UNABLE[name]}")
+    module, package = NEEDED.get(name, ("torch", "torch"))
+    if not is_installed(module):
+        raise SpecError(f"method.options.tuner={name} needs the Python package {package}: pip install {package}")
     if name in ("PREFIX_TUNING", "CARTRIDGE") and spec.trainer.activation_checkpointing:
         raise SpecError(
             f"trainer.activation_checkpointing=true: method.options.tuner={name} works through the key-value cache, "
@@ -303,6 +307,7 @@ def _unwarned() -> Iterator[None]:
 
 # configurations whose target_modules are no linear modules: PEFT's own choice for the architecture, or `arguments`
 OWN_PLACES = ("LNTuningConfig", "AdaptionPromptConfig", "TrainableTokensConfig")
+NEEDED = {"ADAMSS": ("sklearn", "scikit-learn")}  # what a tuner imports that PEFT does not bring: module, package
 # why a tuner of PEFT trains no causal language model here
 UNABLE = {
     "LORA": "method=lora is this tuner, and packs",

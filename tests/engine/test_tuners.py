@@ -10,7 +10,8 @@ from peft import PeftModel, PeftType
 
 from sweeper import methods, record
 from sweeper.errors import SpecError
-from sweeper.methods.tuners import UNABLE, tuners
+from sweeper.methods.tuners import NEEDED, UNABLE, tuners
+from sweeper.tasks.package import is_installed
 
 pytestmark = [
     # PEFT's own, about names of transformers and about what it is told
@@ -48,6 +49,11 @@ def test_every_tuner_trains_or_says_why_not(tuner: str, make_run: Any, run_all: 
     spec = make_run("full", method=method, optim={"lr": lr}, trainer={"max_steps": 30, "batch_size": 4})
     if tuner in UNABLE:
         with pytest.raises(SpecError, match=f"method.options.tuner={tuner}: {UNABLE[tuner][:20]}"):
+            methods.check(spec)
+        return
+    module, package = NEEDED.get(tuner, ("torch", "torch"))
+    if not is_installed(module):
+        with pytest.raises(SpecError, match=f"tuner={tuner} needs the Python package {package}"):
             methods.check(spec)
         return
     base = load("llama")
