@@ -13,7 +13,8 @@ from sweeper.engine.calibrate import Solo
 from sweeper.engine.events import RunFinished, RunStarted
 from sweeper.engine.progress import Prepared
 from sweeper.engine.requests import Kind
-from sweeper.engine.session import Session, pack_key
+from sweeper.engine.session import Session
+from sweeper.engine.sharing import pack_key
 from sweeper.spec import Settings
 
 CPU = torch.device("cpu")

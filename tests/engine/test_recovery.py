@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sweeper import record
-from sweeper.engine import checkpoint, session
+from sweeper.engine import checkpoint, drive
 from sweeper.engine.adapters import AdapterBank
 from sweeper.engine.events import Event, RunFinished, Stage, Step
 from sweeper.engine.pack import Pack
@@ -169,14 +169,14 @@ def test_an_evaluation_that_runs_out_of_memory_costs_no_step(
     specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_all(specs, "roomy")
-    whole = session.evaluate
+    whole = drive.evaluate
 
     def limited(pack: Pack, slots: Any, *args: Any, **kwargs: Any) -> Any:
         if len(slots) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(pack, slots, *args, **kwargs)
 
-    monkeypatch.setattr(session, "evaluate", limited)
+    monkeypatch.setattr(drive, "evaluate", limited)
     assert once_each(run_all(specs, "tight"), specs)
     alike(tmp_path / "roomy", tmp_path / "tight", specs)
 

@@ -1,0 +1,236 @@
+"""One pack from its first run to its last: slots are filled, stepped, scored, checkpointed and emptied."""
+
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sweeper.engine import checkpoint
+from sweeper.engine.alone import Learnt
+from sweeper.engine.calibrate import Solo
+from sweeper.engine.evaluate import EvaluatedSplit, evaluate
+from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.engine.pack import Job, Pack, StepResult
+from sweeper.engine.progress import Progress
+from sweeper.engine.run_queue import RunQueue
+from sweeper.spec import RunSpec
+
+if TYPE_CHECKING:
+    from sweeper.engine.session import Session
+
+Made = Event | Callable[[], Event | None]  # an event, or what the reader of events does (and perhaps makes one of)
+
+DRAIN_SECONDS = 0.5  # how often results are fetched from a CUDA device, which must not wait for the host
+ASK_SECONDS = 0.5  # between questions for work for a slot that is empty while others train
+WAIT_SECONDS = 0.2  # between looks whether to stop, while a pack waits to hear what follows
+
+
+class Drive:
+    """A pack and the runs in its slots. `fill`, then `go`; `running` are those that are in it."""
+
+    def __init__(self, session: "Session", pack: Pack, queue: RunQueue, solo: Mapping[str, Solo]) -> None:
+        self.session, self.pack, self.queue, self.solo = session, pack, queue, solo
+        self.running: dict[str, Progress] = {}
+        self.clock = Clock(pack, self.running)
+        self.told: threading.Event | None = None  # set when the reader of events knows which runs have ended
+
+    def fill(self) -> Iterator[Made]:
+        """Puts runs into the slots that are free."""
+        arrived = []
+        with self.session.timeline.span("refill"):
+            self.queue.want(len(self.pack.jobs) - len(self.pack.active))
+            for run in list(self.queue.waiting):
+                slot = self.pack.free_slot(run.job.adapter)
+                if slot is None:
+                    continue
+                self.pack.add(run.job, slot)
+                self.queue.waiting.remove(run)
+                self.running[run.request.run_id] = progress = Progress(run.request, run)
+                arrived.append(progress)
+            self.pack.refilling = self.queue.more
+        yield from self.queue.problems()
+        for progress in arrived:
+            yield RunStarted(run_id=progress.request.run_id, steps=progress.prepared.job.steps)
+        for progress in arrived:
+            yield from self._score_base(progress)
+
+    def _score_base(self, progress: Progress) -> Iterator[Made]:
+        """A fresh adapter is the identity, so all runs on a dataset share the base model's scores."""
+        spec = progress.request.spec
+        if not spec.evaluation.before:
+            return
+        key = repr((spec.dataset, spec.evaluation))
+        if key not in self.session.base_scores:
+            self.session.base_scores[key] = {}
+            for split in spec.evaluation.splits:
+                yield Stage(message=f"evaluating the base model on {spec.dataset.name} {split}")
+                self.session.base_scores[key][split] = evaluate(self.pack, [-1], progress.prepared, split)[0]
+        for split, found in self.session.base_scores[key].items():
+            yield self._scored(progress, split, "before", found)
+
+    def go(self) -> Iterator[Made]:
+        """Steps until all slots are empty and nothing follows, or until a stop is asked for."""
+        saved = asked = time.monotonic()
+        while self.pack.active or self.told is not None:
+            if self.told is not None and (self.told.is_set() or not self.pack.active):
+                yield from self._follow()
+                continue
+            if self.session.should_stop():
+                yield from self.clock.collect()
+                self.checkpoint()
+                return
+            yield from self._step()
+            now = time.monotonic()
+            if self.told is None and self._has_room() and now - asked > ASK_SECONDS:
+                yield from self.clock.collect()
+                yield from self.fill()
+                asked = now
+                self.clock.restart()
+            elif now - saved > self.session.settings.checkpoint_seconds:
+                yield from self.clock.collect()
+                self.checkpoint()
+                saved = now
+                self.clock.restart()
+
+    def _step(self) -> Iterator[Made]:
+        """One step of all, and what it leads to: scores, runs that are pruned, runs that end."""
+        with self.session.timeline.span("train") as span:
+            self.pack.step()
+            span.name = "compile" if self.pack.warming else "train"
+            arrived = self.clock.collect() if self.clock.due() else []
+        yield from arrived
+        yield from self._evaluate_midway()
+        for run_id in self.queue.source.to_prune():
+            if run_id in self.running and not self.running[run_id].prepared.job.finished:
+                self.running[run_id].pruned = True
+        if self._ended():
+            with self.session.timeline.span("train"):
+                arrived = self.clock.collect()
+            yield from arrived
+            yield from self._finish(self._ended())
+            self.told = threading.Event()
+            yield self.told.set
+            self.clock.restart()
+
+    def _follow(self) -> Iterator[Made]:
+        """Fills slots when it is known what became of the runs that left them: their successors may depend on it."""
+        assert self.told is not None
+        while not (self.told.wait(WAIT_SECONDS) or self.session.should_stop()):
+            pass
+        self.told = None
+        yield from self.clock.collect()
+        if not self.session.should_stop():
+            yield from self.fill()
+        self.clock.restart()
+
+    def _has_room(self) -> bool:
+        return self.queue.more and len(self.pack.active) < len(self.pack.jobs)
+
+    def _evaluate_midway(self) -> Iterator[Made]:
+        active = [(slot, self.running[job.run_id]) for slot, job in self.pack.active]
+        due = [(slot, run) for slot, run in active if _due(run.request.spec, run.prepared.job)]
+        if not due:
+            return
+        yield from self.clock.collect()
+        for group in _by_dataset(due):
+            with self.session.timeline.span("evaluate"):
+                found = evaluate(
+                    self.pack, [slot for slot, _ in group], group[0][1].prepared, "validation", generation=False
+                )
+            for (slot, progress), result in zip(group, found, strict=True):
+                yield self._scored(progress, "validation", str(progress.prepared.job.done), result)
+                job = progress.prepared.job
+                if job.adapter.keep_best and job.adapter.saveable(job.done) and progress.judge(result.score.nll):
+                    self.pack.bank.keep_best(slot)
+        self.clock.restart()
+
+    def _finish(self, ended: Sequence[tuple[int, Job]]) -> Iterator[Made]:
+        began = time.perf_counter()
+        leaving = [(slot, self.running[job.run_id]) for slot, job in ended]
+        whole = [(slot, progress) for slot, progress in leaving if not (progress.diverged or progress.pruned)]
+        for slot, progress in whole:
+            if progress.best is not None:
+                self.pack.bank.take_best(slot)
+        for group in _by_dataset(whole):
+            for split in group[0][1].request.spec.evaluation.splits:
+                with self.session.timeline.span("evaluate"):
+                    found = evaluate(self.pack, [slot for slot, _ in group], group[0][1].prepared, split)
+                for (_, progress), result in zip(group, found, strict=True):
+                    yield self._scored(progress, split, "after", result)
+        share = (time.perf_counter() - began) / max(len(leaving), 1)
+        size = len(self.running)
+        for slot, progress in leaving:
+            progress.eval_seconds += share
+            progress.pack_runs = max(progress.pack_runs, size)
+            weights = self.pack.bank.saved(slot, progress.prepared.job.adapter)
+            yield functools.partial(self._write, progress, weights)
+            self.pack.remove(slot)
+            del self.running[progress.request.run_id]
+
+    def _write(self, progress: Progress, weights: Mapping[str, Any] | Learnt) -> Event:
+        session, pack = self.session, self.pack
+        solo = self.solo.get(progress.prepared.shape)
+        try:
+            record = progress.write(session.settings, weights, solo, pack, session.environment(pack))
+        except OSError as error:
+            return session.failed(progress, error)
+        return RunFinished(record=record)
+
+    def _scored(self, progress: Progress, split: str, moment: str, found: EvaluatedSplit) -> Evaluated:
+        progress.note_scores(split, moment, found)
+        return Evaluated(run_id=progress.request.run_id, split=split, moment=moment, score=found.score)
+
+    def checkpoint(self) -> None:
+        """Saves what trains to the run folders."""
+        for slot, job in self.pack.active:
+            progress = self.running[job.run_id]
+            state = self.pack.snapshot(slot)
+            progress.prepared.keep(state, progress)
+            checkpoint.save(progress.request.folder, state, progress.saved())
+
+    def _ended(self) -> list[tuple[int, Job]]:
+        def over(job: Job) -> bool:
+            progress = self.running[job.run_id]
+            return job.finished or progress.diverged or progress.pruned or progress.stopped
+
+        return [(slot, job) for slot, job in self.pack.active if over(job)]
+
+
+class Clock:
+    """Fetches step results and shares out the time that passed among the steps it went to."""
+
+    def __init__(self, pack: Pack, running: dict[str, Progress]) -> None:
+        self.pack, self.running = pack, running
+        self.restart()
+
+    def restart(self) -> None:
+        self.mark = time.perf_counter()
+
+    def due(self) -> bool:
+        if self.pack.device.type != "cuda" or self.pack.warming:
+            return True
+        return time.perf_counter() - self.mark > DRAIN_SECONDS
+
+    def collect(self) -> list[Step]:
+        warming = self.pack.warming
+        results: list[StepResult] = list(self.pack.drain())
+        seconds = time.perf_counter() - self.mark
+        share = seconds / max(len(results), 1)
+        self.restart()
+        return [self.running[result.job.run_id].note_step(result, share, warming=warming) for result in results]
+
+
+def _due(spec: RunSpec, job: Job) -> bool:
+    """Whether a run is evaluated now; one that may end early also at its last step, which may be its best."""
+    if job.finished:
+        return spec.trainer.patience is not None
+    return spec.evaluation.every_steps > 0 and job.done % spec.evaluation.every_steps == 0
+
+
+def _by_dataset(entries: Sequence[tuple[int, Progress]]) -> list[list[tuple[int, Progress]]]:
+    def key(entry: tuple[int, Progress]) -> str:
+        return repr((entry[1].request.spec.dataset, entry[1].request.spec.evaluation))
+
+    return [list(group) for _, group in itertools.groupby(sorted(entries, key=key), key=key)]
