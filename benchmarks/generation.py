@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
 from benchmarks.shapes import adapter, base_model
-from sweeper.engine.evaluate import generate
+from sweeper.engine.generate import generate
 from sweeper.engine.pack import Pack
 
 ARMS = ("attn", "ff", "full")

@@ -265,6 +265,19 @@ class Pack:
         _, found = self.head.scores(rows, batch.targets, batch.weights)
         return torch.stack([found.nll, found.correct.float()])
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, layers uncompiled, averaged weights where a run has them; all as before afterwards."""
+        self.model.eval()
+        self.bank.swap_averages()
+        self.bank.derive()
+        try:
+            with eager():
+                yield
+        finally:
+            self.bank.swap_averages()
+            self.model.train()
+
     def warm_up(self, steps: int) -> None:
         """Steps whose results are thrown away, to compile and capture; meant for a pack that is only measured."""
         for _ in range(steps):

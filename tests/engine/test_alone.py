@@ -15,9 +15,10 @@ from peft import PeftModel
 from sweeper import methods, models, record, rescore, tasks
 from sweeper.engine import calibrate, checkpoint
 from sweeper.engine.alone import Alone, AloneSpec, twin
-from sweeper.engine.evaluate import generate, score
 from sweeper.engine.events import Event, RunFinished, RunStarted, Step
+from sweeper.engine.generate import generate
 from sweeper.engine.pack import Pack
+from sweeper.engine.score import score
 from sweeper.errors import SpecError
 from sweeper.models import BaseModel
 from sweeper.placement import Target

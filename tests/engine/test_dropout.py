@@ -109,7 +109,7 @@ def test_what_is_dropped_is_neither_read_nor_given_a_gradient_and_the_rest_is_sc
 
 
 def test_evaluation_drops_nothing(load: Any, make_adapter: Any, make_job: Any, make_examples: Any) -> None:
-    from sweeper.engine.evaluate import score
+    from sweeper.engine.score import score
 
     base, examples = load("llama"), make_examples(0)
     found = []

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from sweeper.engine import evaluate as evaluation
-from sweeper.engine.evaluate import choose, cut, evaluate, evaluate_examples, generate, score
+from sweeper.engine.evaluate import evaluate, evaluate_examples
+from sweeper.engine.generate import cut, generate
 from sweeper.engine.pack import Pack
+from sweeper.engine.score import choose, score
 from sweeper.sandbox import Limits
 from sweeper.spec import DatasetSpec, EvaluationSpec
 from sweeper.tasks import Choice, Encoded, EncodedSplit, general_text, metrics

@@ -10,9 +10,10 @@ import torch
 from peft import PeftModel
 
 from sweeper import methods
-from sweeper.engine.evaluate import generate, score
 from sweeper.engine.export import write_adapter
+from sweeper.engine.generate import generate
 from sweeper.engine.pack import Pack
+from sweeper.engine.score import score
 from sweeper.record import ADAPTER
 from sweeper.tasks import Encoded
 

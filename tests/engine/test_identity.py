@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from sweeper.engine.evaluate import score
 from sweeper.engine.pack import Pack
+from sweeper.engine.score import score
 
 KINDS = ["llama", "gpt2", "gpt_neox", "qwen2", "phi3", "gemma2", "gemma3_text", "granite", "opt", "bloom", "falcon"]
 

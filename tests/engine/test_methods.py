@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 
 from sweeper import methods
-from sweeper.engine.evaluate import generate, score
 from sweeper.engine.export import write_adapter
+from sweeper.engine.generate import generate
 from sweeper.engine.pack import Job, Pack
+from sweeper.engine.score import score
 from sweeper.errors import SpecError
 from sweeper.models import BaseModel
 from sweeper.record import ADAPTER

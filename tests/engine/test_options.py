@@ -10,8 +10,8 @@ import torch
 
 from sweeper import methods
 from sweeper.engine import noise, penalty
-from sweeper.engine.evaluate import score
 from sweeper.engine.pack import Pack
+from sweeper.engine.score import score
 from sweeper.errors import SpecError
 from sweeper.record import ADAPTER, METRICS, read_record
 

@@ -1,0 +1,118 @@
+"""Greedy text from every adapter of a pack at once, with a KV cache."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sweeper.device import free_bytes
+from sweeper.engine.pack import Pack
+
+CACHE_SHARE = 0.3  # of the free memory of a GPU, for the KV cache
+STOP_EVERY = 8  # generated tokens between two looks for stop strings
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Token ids written after a prompt, without the end-of-text id; `capped` where the length limit cut it short."""
+
+    ids: tuple[int, ...]
+    capped: bool
+
+
+@torch.no_grad()
+def generate(
+    pack: Pack,
+    slots: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    rows: int,
+    stop_strings: Sequence[str] = (),
+) -> list[list[Generated]]:
+    """Greedy continuations of every prompt for each of `slots`, all adapters at once, with a KV cache.
+
+    Args:
+        rows: sequences of one adapter in a batch.
+        stop_ids: ids that end a text.
+        stop_strings: texts that end a text; up to `STOP_EVERY` further tokens may have been written, see `cut`.
+    Returns:
+        For each slot, the continuations in the order of the prompts.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: list[dict[int, Generated]] = [{} for _ in slots]
+    with pack.evaluating():
+        for start in range(0, len(order), rows):
+            chosen = order[start : start + rows]
+            written = _decode(pack, slots, [prompts[i] for i in chosen], max_new_tokens, stop_ids, stop_strings)
+            for lane in range(len(slots)):
+                for place, position in enumerate(chosen):
+                    found[lane][position] = written[lane * len(chosen) + place]
+    return [[texts[i] for i in range(len(prompts))] for texts in found]
+
+
+def cut(text: str, stop_strings: Sequence[str]) -> tuple[str, bool]:
+    """The text before its first stop string, and whether there was one.
+
+    >>> cut("x = 1\\ndef f", ["\\ndef", "="])
+    ('x ', True)
+    """
+    first = min((at for stop in stop_strings if (at := text.find(stop)) >= 0), default=None)
+    return (text, False) if first is None else (text[:first], True)
+
+
+def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids, stop_strings=()) -> list[Generated]:
+    from transformers import DynamicCache
+
+    length = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), length, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    ids, mask = (t.repeat(len(slots), 1).to(pack.device) for t in (ids, mask))
+    stops = torch.tensor(list(stop_ids), device=pack.device)
+    pack.use_lanes(slots)
+    cache = DynamicCache(config=pack.model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=pack.device)
+    written: list[Tensor] = []
+    takes_positions = "position_ids" in inspect.signature(pack.model.base_model.forward).parameters
+    window = STOP_EVERY + max((len(text.encode()) for text in stop_strings), default=0)
+    for count in range(1, max_new_tokens + 1):
+        pack.bank.lanes.tokens = ids.shape[1]
+        where = {"position_ids": positions} if takes_positions else {}
+        out = pack.bank.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
+        token = pack.head.logits(out.last_hidden_state[:, -1]).argmax(-1)
+        written.append(torch.where(done, stops[0], token))
+        done |= torch.isin(token, stops)
+        if stop_strings and count % STOP_EVERY == 0:
+            tails = torch.stack(written[-window:], dim=1).tolist()
+            ended = [cut(text, stop_strings)[1] for text in pack.base.tokenizer.batch_decode(tails)]
+            done |= torch.tensor(ended, device=pack.device)
+        if bool(done.all()):
+            break
+        ids, positions = token[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    ends = set(stop_ids)
+    texts = []
+    for row in torch.stack(written, dim=1).tolist():
+        end = next((i for i, token in enumerate(row) if token in ends), None)
+        texts.append(Generated(tuple(row[:end]), end is None))
+    return texts
+
+
+def rows_together(pack: Pack, lanes: int, length: int, budget: int) -> int:
+    """Sequences of one adapter that are generated at once. On a GPU a new token costs its launches, however many rows
+    it is for, so there are as many as memory has room for.
+    """
+    if pack.device.type == "cuda":
+        config = pack.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * heads * width * pack.dtype.itemsize
+        budget = max(budget, int(CACHE_SHARE * free_bytes(pack.device)) // per_token)
+    return max(1, budget // (lanes * length))
