@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.peft_today import PLACEMENTS, SHAPES
 from sweeper.architecture import structure
-from sweeper.engine.adapters import AdapterSpec
+from sweeper.engine.bank.adapters import AdapterSpec
 from sweeper.engine.batches import DataOrder
 from sweeper.engine.pack import Job
 from sweeper.models import BaseModel

@@ -184,7 +184,7 @@ def adapted_model(base: "BaseModel", run: Saved) -> Any:
     """A run's model for others to use: stock PEFT around a twin of the base, or a twin with the run's own weights."""
     from peft import PeftModel
 
-    from sweeper.engine.alone import twin
+    from sweeper.engine.bank.alone import twin
     from sweeper.methods.weights import load_weights
     from sweeper.weights import quiet
 
@@ -276,8 +276,8 @@ def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     import torch
 
     from sweeper import methods
-    from sweeper.engine.adapters import AdapterBank, AdapterSpec
-    from sweeper.engine.alone import Alone
+    from sweeper.engine.bank.adapters import AdapterBank, AdapterSpec
+    from sweeper.engine.bank.alone import Alone
     from sweeper.engine.pack import open_pack
 
     targets = {target.name: target for target in base.targets}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sweeper.engine import checkpoint
-from sweeper.engine.alone import Learnt
+from sweeper.engine.bank.alone import Learnt
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step

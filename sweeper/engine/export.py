@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sweeper import methods
-from sweeper.engine.forms import AdapterSpec
-from sweeper.engine.shared import draw
+from sweeper.engine.bank.forms import AdapterSpec
+from sweeper.engine.bank.vera import draw
 from sweeper.methods import lora, vera
 from sweeper.placement import Target
 from sweeper.record import ADAPTER

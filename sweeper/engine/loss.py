@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sweeper.engine.lowrank import ROW_STRIDE
+from sweeper.engine.bank.lowrank import ROW_STRIDE
 
 CHUNK_LOGITS = 1 << 28  # logits held at once, in values
 
@@ -98,7 +98,7 @@ def _through_head(hidden, weight, bias, targets, weights, softcap, divisor, dhid
 def token_loss(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float | None, *, grad: bool):
     """NLL and argmax correctness [K] of logits [K, V]; with `grad`, the logits become weight * d NLL / d logits."""
     if logits.is_cuda:
-        from sweeper.engine import kernels
+        from sweeper.engine.bank import kernels
 
         return kernels.token_loss(logits, targets, weights, softcap, grad=grad)
     capped = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)

@@ -16,16 +16,16 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from sweeper.engine import noise
-from sweeper.engine.adapters import AdapterBank
-from sweeper.engine.alone import Alone, AloneSpec
-from sweeper.engine.bank import Bank
+from sweeper.engine.bank import noise
+from sweeper.engine.bank.adapters import AdapterBank
+from sweeper.engine.bank.alone import Alone, AloneSpec
+from sweeper.engine.bank.forms import AdapterSpec, Capacity
+from sweeper.engine.bank.interface import Bank
+from sweeper.engine.bank.optimizer import LR, hyperparameters, learning_rate
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.capture import CapturedStep, lanes_for
 from sweeper.engine.compilation import compile_layers, eager, uncompile_layers
-from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.loss import Head
-from sweeper.engine.optimizer import LR, hyperparameters, learning_rate
 from sweeper.errors import ModelError
 from sweeper.models import BaseModel
 from sweeper.spec import OptimSpec

@@ -12,12 +12,12 @@ from torch import Tensor
 from sweeper import methods
 from sweeper.architecture import Target
 from sweeper.engine import checkpoint
-from sweeper.engine.alone import AloneSpec, Learnt
+from sweeper.engine.bank.alone import AloneSpec, Learnt
+from sweeper.engine.bank.forms import AdapterSpec, Capacity
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit
 from sweeper.engine.events import Step
 from sweeper.engine.export import write_adapter
-from sweeper.engine.forms import AdapterSpec, Capacity
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest

@@ -14,12 +14,12 @@ from sweeper.architecture import Target, number_of_layers
 from sweeper.device import device_for, precision_for
 from sweeper.engine import calibrate, compilation, environment, probe
 from sweeper.engine.ahead import ahead
-from sweeper.engine.alone import AloneSpec
+from sweeper.engine.bank.alone import AloneSpec
+from sweeper.engine.bank.forms import Capacity
 from sweeper.engine.batches import DataOrder, distinct_lengths
 from sweeper.engine.drive import Drive, Made
 from sweeper.engine.evaluate import EvaluatedSplit
 from sweeper.engine.events import Event, RunFinished, Stage
-from sweeper.engine.forms import Capacity
 from sweeper.engine.memory import MOST, runs_that_fit
 from sweeper.engine.pack import Job, Pack, verified_head
 from sweeper.engine.progress import Prepared, Progress

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from sweeper import budget
 from sweeper.architecture import HEAD, Target
-from sweeper.engine.alone import AloneSpec
-from sweeper.engine.forms import AdapterSpec
+from sweeper.engine.bank.alone import AloneSpec
+from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError, unknown
 from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks

@@ -5,7 +5,7 @@ A module whose rank is not the run's has the run's scale, so that an allocation 
 
 import math
 
-from sweeper.engine.forms import AdapterSpec
+from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import RunSpec

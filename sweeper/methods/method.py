@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sweeper.architecture import Target
-from sweeper.engine.alone import AloneSpec
-from sweeper.engine.forms import AdapterSpec
+from sweeper.engine.bank.alone import AloneSpec
+from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
 from sweeper.placement import smaller_side
 from sweeper.spec import MethodSpec, RunSpec

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sweeper.engine.alone import AloneSpec, Trainee, on_host, twin
+from sweeper.engine.bank.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.errors import SpecError, unknown
 from sweeper.methods import lora, qlora
 from sweeper.methods.method import Method, Ranks, lora_parameters

@@ -6,7 +6,7 @@ There is no alpha: b takes its place. The matrices come from `projection_key` as
 """
 
 from sweeper.architecture import Target
-from sweeper.engine.forms import AdapterSpec
+from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec

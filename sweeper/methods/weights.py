@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sweeper.architecture import Target
-from sweeper.engine.alone import AloneSpec, Trainee, on_host, twin
+from sweeper.engine.bank.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.errors import SpecError
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import BaseModel

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sweeper import models, placement
 from sweeper.engine import train_runs
-from sweeper.engine.adapters import AdapterSpec
+from sweeper.engine.bank.adapters import AdapterSpec
 from sweeper.engine.batches import DataOrder, Tokens
 from sweeper.engine.events import Event
 from sweeper.engine.pack import Job, Pack

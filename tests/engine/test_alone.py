@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from sweeper import methods, models, record, rescore, tasks
 from sweeper.engine import calibrate, checkpoint
-from sweeper.engine.alone import Alone, AloneSpec, twin
+from sweeper.engine.bank.alone import Alone, AloneSpec, twin
 from sweeper.engine.events import Event, RunFinished, RunStarted, Step
 from sweeper.engine.generate import generate
 from sweeper.engine.pack import Pack

@@ -12,7 +12,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from sweeper import budget, methods, models
-from sweeper.engine.alone import Alone, AloneSpec
+from sweeper.engine.bank.alone import Alone, AloneSpec
 from sweeper.engine.batches import Tokens
 from sweeper.engine.loss import Head
 from sweeper.engine.pack import Job, Pack

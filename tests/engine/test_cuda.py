@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sweeper.engine import probe
-from sweeper.engine.forms import Capacity, Restarts
-from sweeper.engine.sparse import Sparsity
+from sweeper.engine.bank.forms import Capacity, Restarts
+from sweeper.engine.bank.sparse import Sparsity
 from sweeper.importance import Probing
 from sweeper.models import BaseModel
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sweeper.engine.lowrank import adapted_linear, keep_mask, row_index
+from sweeper.engine.bank.lowrank import adapted_linear, keep_mask, row_index
 from sweeper.engine.pack import Pack
 
 CPU = torch.device("cpu")

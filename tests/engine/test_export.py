@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from sweeper import methods
-from sweeper.engine.adapters import AdapterSpec
+from sweeper.engine.bank.adapters import AdapterSpec
 from sweeper.engine.export import write_adapter
 from sweeper.engine.pack import Job, Pack
 from sweeper.models import BaseModel

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sweeper.engine import loss, lowrank
-from sweeper.engine.adapters import AdapterBank
-from sweeper.engine.optimizer import PackedAdamW, hyperparameters
+from sweeper.engine import loss
+from sweeper.engine.bank import lowrank
+from sweeper.engine.bank.adapters import AdapterBank
+from sweeper.engine.bank.optimizer import PackedAdamW, hyperparameters
 from sweeper.spec import OptimSpec
 
 pytest.importorskip("triton")
@@ -116,7 +117,7 @@ def adapted_rows(chosen: Case) -> Tensor:
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_low_rank_products_and_their_gradients(name: str, drop: bool) -> None:
-    from sweeper.engine import kernels
+    from sweeper.engine.bank import kernels
 
     chosen = CASES[name]()
     here, there = chosen.on(torch.device("cpu")), chosen.on(DEVICE)
@@ -147,7 +148,7 @@ def test_low_rank_products_and_their_gradients(name: str, drop: bool) -> None:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("vocabulary", [50, 5000])
 def test_token_loss(vocabulary: int, softcap: float | None, grad: bool) -> None:
-    from sweeper.engine import kernels
+    from sweeper.engine.bank import kernels
 
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(6, vocabulary, generator=generator)
@@ -165,7 +166,7 @@ def test_token_loss(vocabulary: int, softcap: float | None, grad: bool) -> None:
 
 
 def test_a_row_without_weight_stays_zero_where_its_logits_overflow() -> None:
-    from sweeper.engine import kernels
+    from sweeper.engine.bank import kernels
 
     logits = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits[1] = torch.inf
@@ -178,7 +179,7 @@ def test_a_row_without_weight_stays_zero_where_its_logits_overflow() -> None:
 @pytest.mark.parametrize("rated", [False, True])
 def test_adamw(rated: bool, load: Any, make_adapter: Any) -> None:
     """Slot 1 is idle, slot 3's gradient is not finite; where rated, A of slot 0 is frozen and B of slot 2 is fast."""
-    from sweeper.engine import kernels
+    from sweeper.engine.bank import kernels
 
     base = load("llama")
     adapters = [
@@ -223,7 +224,7 @@ def test_adamw(rated: bool, load: Any, make_adapter: Any) -> None:
 
 def test_dropout_masks_have_the_same_bits() -> None:
     """With A the identity and B the identity, an adapter of full rank shows its mask."""
-    from sweeper.engine import kernels
+    from sweeper.engine.bank import kernels
 
     size, tokens, rows = 16, 6, 30
     params = torch.cat([torch.eye(size).flatten(), torch.eye(size).flatten()])
@@ -242,8 +243,8 @@ def test_dropout_masks_have_the_same_bits() -> None:
 
 def test_norms_of_adapted_weights() -> None:
     """Slot 1 holds no DoRA, slot 2 has one of two members alone; one weight lies transposed, as a Linear's does."""
-    from sweeper.engine import form_kernels
-    from sweeper.engine.gain import Gain
+    from sweeper.engine.bank import form_kernels
+    from sweeper.engine.bank.dora import Gain
 
     chosen = case((70, 24), [[4, 9], [5, 5], [40, 0]], bias=False, fan_in=130)
     chosen.weights[0] = chosen.weights[0].t().contiguous().t()
@@ -270,8 +271,8 @@ def test_norms_of_adapted_weights() -> None:
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_factors_of_shared_matrices_and_their_gradients(copied: bool, load: Any, make_adapter: Any) -> None:
-    from sweeper.engine import form_kernels
-    from sweeper.engine.forms import Capacity
+    from sweeper.engine.bank import form_kernels
+    from sweeper.engine.bank.forms import Capacity
 
     base = load("gpt2")
     vera = dataclasses.replace(make_adapter(base, "full", 9), form="vera", scales={})

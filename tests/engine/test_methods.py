@@ -184,7 +184,7 @@ def test_what_one_method_does_changes_no_bit_of_the_others(
 
 
 def test_a_slot_passes_from_method_to_method(load: Any, make: Any, train: Any, assert_close: Any) -> None:
-    from sweeper.engine.forms import Capacity
+    from sweeper.engine.bank.forms import Capacity
 
     base = load("gpt2")
     turns = (("vera", "attn"), ("lora", "full"), ("dora", "ff"), ("vera", "ff"), ("pissa", "attn"), ("dora", "full"))
@@ -238,7 +238,7 @@ def test_relora_restarts_with_the_function_it_had_and_the_largest_moments(load: 
 
 
 def test_the_schedule_of_relora_is_jagged() -> None:
-    from sweeper.engine.forms import Restarts
+    from sweeper.engine.bank.forms import Restarts
 
     restarts = Restarts(every=10, count=2, warmup=4, prune=0.9)
     assert [restarts.block(step) for step in (0, 9, 10, 19, 20, 35)] == [0, 0, 1, 1, 2, 2]
@@ -250,7 +250,7 @@ def test_the_schedule_of_relora_is_jagged() -> None:
 
 @pytest.mark.parametrize("learnt", [True, False])
 def test_a_sparse_adapter_has_as_many_values_in_every_row(learnt: bool, load: Any, make: Any, train: Any) -> None:
-    from sweeper.engine.sparse import Sparsity
+    from sweeper.engine.bank.sparse import Sparsity
 
     base = load("llama")
     made = make(base, "sparse", steps=10)
@@ -272,7 +272,7 @@ def test_a_sparse_adapter_has_as_many_values_in_every_row(learnt: bool, load: An
 
 
 def test_pruning_takes_some_twenty_rounds_however_long_the_run() -> None:
-    from sweeper.engine.sparse import Sparsity
+    from sweeper.engine.bank.sparse import Sparsity
 
     long = Sparsity(density=0.1, learnt=True, first=100, last=731)
     rounds = [step for step in range(1000) if long.due(step)]

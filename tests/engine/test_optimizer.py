@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from sweeper.engine.adapters import AdapterBank, AdapterSpec
-from sweeper.engine.optimizer import PackedAdamW, hyperparameters, learning_rate
+from sweeper.engine.bank.adapters import AdapterBank, AdapterSpec
+from sweeper.engine.bank.optimizer import PackedAdamW, hyperparameters, learning_rate
 from sweeper.spec import OptimSpec
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sweeper import methods
-from sweeper.engine import noise, penalty
+from sweeper.engine.bank import noise, penalty
 from sweeper.engine.pack import Pack
 from sweeper.engine.score import score
 from sweeper.errors import SpecError

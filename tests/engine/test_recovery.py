@@ -11,7 +11,7 @@ import torch
 
 from sweeper import record
 from sweeper.engine import checkpoint, drive
-from sweeper.engine.adapters import AdapterBank
+from sweeper.engine.bank.adapters import AdapterBank
 from sweeper.engine.events import Event, RunFinished, Stage, Step
 from sweeper.engine.pack import Pack
 from sweeper.record import Record

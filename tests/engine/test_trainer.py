@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from sweeper.engine.adapters import AdapterSpec
+from sweeper.engine.bank.adapters import AdapterSpec
 from sweeper.engine.pack import Job, Pack
 from sweeper.models import BaseModel
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sweeper.engine.alone import Learnt
+    from sweeper.engine.bank.alone import Learnt
 
-from sweeper.engine.optimizer import PackedAdamW
-from sweeper.engine.wrappers import Lanes
+from sweeper.engine.bank.optimizer import PackedAdamW
+from sweeper.engine.bank.wrappers import Lanes
 
 
 class Bank(Protocol):

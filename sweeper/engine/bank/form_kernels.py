@@ -1,4 +1,4 @@
-"""Triton kernels of DoRA's norms and VeRA's factors on CUDA; `gain.py` and `shared.py` define what they compute.
+"""Triton kernels of DoRA's norms and VeRA's factors on CUDA; `dora.py` and `vera.py` define what they compute.
 
 A pack of hundreds of modules would else launch a dozen small kernels for each, which take longer than the step itself.
 
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sweeper.engine.shared import Shared
+    from sweeper.engine.bank.vera import Shared
 
 MOST_RANKS = 64  # of a DoRA whose norms one program takes
 

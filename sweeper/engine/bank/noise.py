@@ -8,7 +8,7 @@ pack.
 import torch
 from torch import Tensor
 
-from sweeper.engine.lowrank import mix, row_index
+from sweeper.engine.bank.lowrank import mix, row_index
 
 SALT = 0x4E4546
 

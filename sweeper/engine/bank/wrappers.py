@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sweeper.architecture import Target
-from sweeper.engine.gain import Gain
-from sweeper.engine.lowrank import adapted_linear
-from sweeper.engine.seeds import seed_of
+from sweeper.engine.bank.dora import Gain
+from sweeper.engine.bank.lowrank import adapted_linear
+from sweeper.engine.bank.seeds import seed_of
 
 
 @dataclass

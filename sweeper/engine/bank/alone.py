@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sweeper.engine.optimizer import LR, MAX_NORM, WEIGHT_DECAY, PackedAdamW
-from sweeper.engine.store import BLOCK
-from sweeper.engine.wrappers import Lanes
+from sweeper.engine.bank.optimizer import LR, MAX_NORM, WEIGHT_DECAY, PackedAdamW
+from sweeper.engine.bank.store import BLOCK
+from sweeper.engine.bank.wrappers import Lanes
 from sweeper.models import BaseModel
 from sweeper.record import ADAPTER
 

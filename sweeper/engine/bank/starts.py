@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sweeper.architecture import Target
-from sweeper.engine.forms import AdapterSpec
-from sweeper.engine.seeds import seed_of
+from sweeper.engine.bank.forms import AdapterSpec
+from sweeper.engine.bank.seeds import seed_of
 
 _KEPT = 64  # singular triples or columns of one module that are kept for other ranks
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sweeper.architecture import Target
-from sweeper.engine.sparse import Sparsity
+from sweeper.engine.bank.sparse import Sparsity
 
 Form = Literal["lora", "dora", "vera"]
 Start = Literal["uniform", "pissa", "olora"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sweeper.engine.seeds import seed_of
+from sweeper.engine.bank.seeds import seed_of
 
 ROUNDS = 20  # of pruning; each looks at every value
 

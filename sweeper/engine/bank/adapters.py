@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from sweeper.architecture import Target
-from sweeper.engine import penalty, sparse, starts
-from sweeper.engine.forms import AdapterSpec, Capacity
-from sweeper.engine.gain import Gain
-from sweeper.engine.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK
-from sweeper.engine.shared import Shared, draw
-from sweeper.engine.store import Segment, Store
-from sweeper.engine.wrappers import Adapted, AdaptedEmbedding, Group, Lanes
+from sweeper.engine.bank import penalty, sparse, starts
+from sweeper.engine.bank.dora import Gain
+from sweeper.engine.bank.forms import AdapterSpec, Capacity
+from sweeper.engine.bank.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK
+from sweeper.engine.bank.store import Segment, Store
+from sweeper.engine.bank.vera import Shared, draw
+from sweeper.engine.bank.wrappers import Adapted, AdaptedEmbedding, Group, Lanes
 
 if TYPE_CHECKING:
-    from sweeper.engine.optimizer import PackedAdamW
+    from sweeper.engine.bank.optimizer import PackedAdamW
 
 __all__ = ["AdapterBank", "AdapterSpec", "Capacity"]
 
@@ -123,7 +123,7 @@ class AdapterBank(Store):
             _replace(self.model, name, wrapper.base)
 
     def make_optimizer(self) -> "PackedAdamW":
-        from sweeper.engine.optimizer import PackedAdamW
+        from sweeper.engine.bank.optimizer import PackedAdamW
 
         return PackedAdamW(self)
 
@@ -348,7 +348,7 @@ class AdapterBank(Store):
         """A and B of a VeRA, from the shared matrices and its factors."""
         shared = self.shared[slot]
         if self.params.is_cuda:
-            from sweeper.engine import form_kernels
+            from sweeper.engine.bank import form_kernels
 
             form_kernels.derive(self.params, self.work, shared, self.places[slot])
             return
@@ -359,7 +359,7 @@ class AdapterBank(Store):
     def _measure(self, index: int, group: Group, gain: Gain, slots: Sequence[int]) -> None:
         """Norms of the DoRAs of a group."""
         if self.params.is_cuda:
-            from sweeper.engine import form_kernels
+            from sweeper.engine.bank import form_kernels
 
             if group.hidden // len(group.targets) <= form_kernels.MOST_RANKS:
                 form_kernels.norms(
@@ -396,7 +396,7 @@ class AdapterBank(Store):
             return
         for slot, shared in self.shared.items():
             if self.grads.is_cuda:
-                from sweeper.engine import form_kernels
+                from sweeper.engine.bank import form_kernels
 
                 form_kernels.project(self.grads, shared, self.places[slot])
                 continue

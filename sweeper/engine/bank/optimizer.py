@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sweeper.engine.adapters import AdapterBank
-from sweeper.engine.store import BLOCK
+from sweeper.engine.bank.adapters import AdapterBank
+from sweeper.engine.bank.store import BLOCK
 from sweeper.spec import OptimSpec
 
 # columns of the hyperparameter table [J, 8]; a row of NaN marks an idle slot
@@ -73,7 +73,7 @@ class PackedAdamW:
         """One update of every slot that is set. Returns gradient norms [J] before clipping; zeroes the gradients."""
         bank = self.bank
         if bank.params.is_cuda:
-            from sweeper.engine import kernels
+            from sweeper.engine.bank import kernels
 
             kernels.adamw(
                 bank.params,

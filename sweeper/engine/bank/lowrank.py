@@ -120,7 +120,7 @@ def adapted_linear(
     """
     ys = [torch.addmm(b, x, w) for b, w in zip(biases, weights, strict=True)] if biases else [x @ w for w in weights]
     if x.is_cuda:
-        from sweeper.engine import kernels
+        from sweeper.engine.bank import kernels
 
         h = kernels.forward(x, ys, work, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop)
         return [*ys, h]
@@ -161,7 +161,7 @@ def adapted_linear_backward(
     dx = frozen_gradient(dys, weights)
     dparams = torch.zeros_like(work, dtype=torch.float32)
     if x.is_cuda:
-        from sweeper.engine import kernels
+        from sweeper.engine.bank import kernels
 
         kernels.backward(dys, x, dx, work, dparams, h, table, scale, lanes, dropout, seeds, salts, tokens, drop)
         return dx, dparams
