@@ -151,7 +151,7 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["trainer.device=gpu"], "Choose from auto, cpu, cuda, cuda:N"),
         (["dataset=jsonl"], "dataset.path is required for dataset=jsonl: give dataset.path=..."),
         (["model=path"], "model.location is required for model=path"),
-        (["experiment=null"], "experiment=null: no such experiment. Choose from methods, paper, placement_grid, smoke."),
+        (["experiment=null"], "experiment=null: no such experiment. Choose from methods, paper, placement_grid, smoke"),
         (["rank=true"], "rank must be a whole number, got true"),
         (["rank=range(3,3)"], "there is no value in this axis"),
         (["hydra/launcher=nope"], "hydra/launcher=nope: no such hydra/launcher. Choose from basic"),
