@@ -130,15 +130,9 @@ def rescore(
     Args:
         datasets: each run is scored on all of them; empty takes the one it was trained on.
     """
-    from sweeper import methods, weights
-    from sweeper.device import device_for, precision_for
+    from sweeper import weights
 
-    device = device_for(settings.device)
-
-    for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
-        same = list(group)
-        spec = same[0].spec
-        base = methods.load_base(spec, dtype=precision_for(device, spec.trainer.precision), device=device)
+    for base, same in _by_base(runs, settings):
         wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
         for part in _parts(same):
             with _pack(base, part) as pack:
@@ -161,14 +155,7 @@ def harness(
     runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec, settings: Settings
 ) -> Iterator[Harnessed]:
     """As `rescore`, by lm-eval on the test split; writes `RUN_FOLDER/evaluations/lm_eval.json`."""
-    from sweeper import methods
-    from sweeper.device import device_for, precision_for
-
-    device = device_for(settings.device)
-    for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
-        same = list(group)
-        spec = same[0].spec
-        base = methods.load_base(spec, dtype=precision_for(device, spec.trainer.precision), device=device)
+    for base, same in _by_base(runs, settings):
         wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
         asked: list[Any] = [lm_harness.as_task(d, tasks.load(d)["test"], base.tokenizer) for d in wanted]
         asked += evaluation.options.get("tasks") or []
@@ -178,6 +165,18 @@ def harness(
             plain = {"run_id": run.folder.name, "before": before, "after": found}
             record.write_atomically(run.folder / FOLDER / "lm_eval.json", json.dumps(plain, indent=1) + "\n")
             yield Harnessed(run=run, scores=found, base=before)
+
+
+def _by_base(runs: Sequence[Saved], settings: Settings) -> "Iterator[tuple[BaseModel, list[Saved]]]":
+    """Each base model, loaded when its turn comes, and the runs on it."""
+    from sweeper import methods
+    from sweeper.device import device_for, precision_for
+
+    device = device_for(settings.device)
+    for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
+        same = list(group)
+        spec = same[0].spec
+        yield methods.load_base(spec, dtype=precision_for(device, spec.trainer.precision), device=device), same
 
 
 def adapted_model(base: "BaseModel", run: Saved) -> Any:

@@ -3,12 +3,12 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sweeper import rescore, summary
 from sweeper.adapters import combine, merge, spectra
 from sweeper.display import make_console
-from sweeper.errors import DataError
+from sweeper.errors import DataError, SpecError
 
 if TYPE_CHECKING:
     from sweeper.adapters.spectra import ModuleSpectrum
@@ -27,8 +27,15 @@ def main(arguments: Sequence[str]) -> None:
     {"merge": _merge, "combine": _combine, "spectra": _spectra}[options.command](options)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every command of the project does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(f"{self.prog.removeprefix('python ')}: {message}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Saved adapters: merge, combine, spectra.")
+    parser = _Parser(prog=PROGRAM, description="Saved adapters: merge, combine, spectra.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("merge", help="adapter into base model: a plain transformers model, checked for equality")
     one.add_argument("run", type=Path, help="outputs/STUDY/RUN_ID, or what combine wrote")

@@ -58,6 +58,15 @@ def test_a_study_is_not_one_run(saved: Callable[..., Saved], tmp_path: Path) -> 
         command.main(["spectra", str(tmp_path / "nowhere")])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [(["merg", "x"], r"adapters.py: .*'merg' \(choose from"), (["merge"], "adapters.py merge: .*required: run, --out")],
+)
+def test_what_is_typed_wrong_is_said_in_one_line(arguments: list[str], line: str) -> None:
+    with pytest.raises(SpecError, match=line):
+        command.main(arguments)
+
+
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         command.main(["--help"])
