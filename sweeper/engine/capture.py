@@ -1,5 +1,6 @@
 """A step recorded once as a CUDA graph and replayed for every batch of the same shape."""
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -16,17 +17,43 @@ class _Recording:
     losses: Tensor
 
 
-def lanes_for(count: int, most: int) -> int:
-    """Lanes of a batch that holds `count` runs, in a pack of `most`.
+# one H200, seconds: what a layer costs the first pass of a shape and its recording, and what it costs a lane's token
+# for each of its channels; of a training step and of a pass without gradients
+STEP_COSTS, SCORE_COSTS = (2.2e-2, 3e-10), (7e-3, 1e-10)
 
-    A recording is of one number of lanes, so there are few of them, at the price of empty lanes: a third at most, none
-    up to four runs.
 
-    >>> [lanes_for(count, 18) for count in (1, 4, 5, 8, 10, 15, 18)]
-    [1, 4, 5, 9, 14, 18, 18]
+class LaneCounts:
+    """How many lanes batches have, so that recordings serve again.
+
+    A recording is of one number of lanes, so there are few numbers. Fewer runs go through a larger recording, some of
+    its lanes empty, until those have cost as much as recording a smaller one: so never more than about twice what the
+    best choice in hindsight costs (the ski rental problem).
+
+    Args:
+        most: lanes that there may be. recording: seconds that one shape costs. token: seconds that one of a lane costs.
     """
-    sizes = {most} | {-(-most * share // 2**halvings) for halvings in range(2, 12) for share in (2, 3)}
-    return count if count <= 4 else min(size for size in sizes if size >= count)
+
+    def __init__(self, most: int, *, recording: float, token: float) -> None:
+        self.recording, self.token = recording, token
+        self.sizes = sorted({most} | {-(-most * share // 2**halvings) for halvings in range(2, 12) for share in (2, 3)})
+        self.used: set[int] = set()
+        self.wasted: dict[int, float] = defaultdict(float)
+
+    def choose(self, runs: int, tokens: int, shapes: int) -> int:
+        """Lanes for a batch of so many runs, with so many tokens each, where batches are of so many shapes.
+
+        >>> counts = LaneCounts(18, recording=1.0, token=0.001)
+        >>> [counts.choose(runs, 100, 1) for runs in (18, 17, 10, 4, 4, 18)]
+        [18, 18, 18, 4, 4, 18]
+        """
+        fitting = next(size for size in self.sizes if size >= runs)
+        smallest = min((size for size in self.used if size >= fitting), default=None)
+        if smallest is not None:
+            self.wasted[fitting] += (smallest - fitting) * self.token * tokens
+        if smallest is None or self.wasted[fitting] > self.recording * shapes:
+            self.used.add(fitting)
+            return fitting
+        return smallest
 
 
 class CapturedStep:
@@ -40,9 +67,14 @@ class CapturedStep:
         self.step = step
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
-        self.warm: set[Hashable] = set()
+        self.warm: set[tuple[tuple[int, ...], Hashable]] = set()
         self.recordings: dict[Hashable, _Recording] = {}
         self.replayed = False
+
+    @property
+    def shapes(self) -> int:
+        """Kinds of batches there were, whatever their number of lanes."""
+        return len({(shape[1:], key) for shape, key in self.warm})
 
     def __call__(self, batch: Batch, *, key: Hashable = None) -> Tensor:
         shape = (batch.shape, key)
@@ -69,6 +101,7 @@ class CapturedStep:
         static = batch.to(torch.device("cuda"))
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # thread_local: another thread may be waiting for copies meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             losses = self.step(static)
         return _Recording(graph, static, losses)

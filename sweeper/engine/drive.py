@@ -5,10 +5,10 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sweeper.engine import checkpoint
-from sweeper.engine.bank.alone import Learnt
+from sweeper.engine.bank.interface import Saved
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Made = Event | Callable[[], Event | None]  # an event, or what the reader of events does (and perhaps makes one of)
 
-DRAIN_SECONDS = 0.5  # how often results are fetched from a CUDA device, which must not wait for the host
+IN_FLIGHT = 4  # steps that a CUDA device is given before it has done the first, so that it need not wait for the host
 ASK_SECONDS = 0.5  # between questions for work for a slot that is empty while others train
 WAIT_SECONDS = 0.2  # between looks whether to stop, while a pack waits to hear what follows
 
@@ -49,7 +49,6 @@ class Drive:
                 self.queue.waiting.remove(run)
                 self.running[run.request.run_id] = progress = Progress(run.request, run)
                 arrived.append(progress)
-            self.pack.refilling = self.queue.more
         yield from self.queue.problems()
         for progress in arrived:
             yield RunStarted(run_id=progress.request.run_id, steps=progress.prepared.job.steps)
@@ -64,9 +63,11 @@ class Drive:
         key = repr((spec.dataset, spec.evaluation))
         if key not in self.session.base_scores:
             self.session.base_scores[key] = {}
+            yield from self._catch_up()
             for split in spec.evaluation.splits:
                 yield Stage(message=f"evaluating the base model on {spec.dataset.name} {split}")
                 self.session.base_scores[key][split] = evaluate(self.pack, [-1], progress.prepared, split)[0]
+            self.clock.restart()
         for split, found in self.session.base_scores[key].items():
             yield self._scored(progress, split, "before", found)
 
@@ -78,18 +79,16 @@ class Drive:
                 yield from self._follow()
                 continue
             if self.session.should_stop():
-                yield from self.clock.collect()
+                yield from self._catch_up()
                 self.checkpoint()
                 return
             yield from self._step()
             now = time.monotonic()
             if self.told is None and self._has_room() and now - asked > ASK_SECONDS:
-                yield from self.clock.collect()
                 yield from self.fill()
                 asked = now
-                self.clock.restart()
             elif now - saved > self.session.settings.checkpoint_seconds:
-                yield from self.clock.collect()
+                yield from self._catch_up()
                 self.checkpoint()
                 saved = now
                 self.clock.restart()
@@ -99,20 +98,20 @@ class Drive:
         with self.session.timeline.span("train") as span:
             self.pack.step()
             span.name = "compile" if self.pack.warming else "train"
-            arrived = self.clock.collect() if self.clock.due() else []
+            moving = any(not (job.finished or job.halted) for _, job in self.pack.active)
+            arrived = self.clock.collect(but=self.clock.in_flight if moving else 0)
         yield from arrived
         yield from self._evaluate_midway()
         for run_id in self.queue.source.to_prune():
             if run_id in self.running and not self.running[run_id].prepared.job.finished:
                 self.running[run_id].pruned = True
-        if self._ended():
-            with self.session.timeline.span("train"):
-                arrived = self.clock.collect()
-            yield from arrived
-            yield from self._finish(self._ended())
+        for progress in self.running.values():
+            progress.prepared.job.halted = progress.diverged or progress.pruned or progress.stopped
+        ended = self._ended()
+        if ended:
+            yield from self._finish(ended)
             self.told = threading.Event()
             yield self.told.set
-            self.clock.restart()
 
     def _follow(self) -> Iterator[Made]:
         """Fills slots when it is known what became of the runs that left them: their successors may depend on it."""
@@ -120,20 +119,26 @@ class Drive:
         while not (self.told.wait(WAIT_SECONDS) or self.session.should_stop()):
             pass
         self.told = None
-        yield from self.clock.collect()
         if not self.session.should_stop():
             yield from self.fill()
-        self.clock.restart()
+        if not self.pack.pending:
+            self.clock.restart()
+
+    def _catch_up(self) -> Iterator[Made]:
+        """Waits for every step there was."""
+        with self.session.timeline.span("train"):
+            arrived = self.clock.collect()
+        yield from arrived
 
     def _has_room(self) -> bool:
         return self.queue.more and len(self.pack.active) < len(self.pack.jobs)
 
     def _evaluate_midway(self) -> Iterator[Made]:
-        active = [(slot, self.running[job.run_id]) for slot, job in self.pack.active]
+        active = [(slot, self.running[job.run_id]) for slot, job in self.pack.active if not job.halted]
         due = [(slot, run) for slot, run in active if _due(run.request.spec, run.prepared.job)]
         if not due:
             return
-        yield from self.clock.collect()
+        yield from self._catch_up()
         for group in _by_dataset(due):
             with self.session.timeline.span("evaluate"):
                 found = evaluate(
@@ -147,9 +152,11 @@ class Drive:
         self.clock.restart()
 
     def _finish(self, ended: Sequence[tuple[int, Job]]) -> Iterator[Made]:
-        began = time.perf_counter()
         leaving = [(slot, self.running[job.run_id]) for slot, job in ended]
         whole = [(slot, progress) for slot, progress in leaving if not (progress.diverged or progress.pruned)]
+        if whole:
+            yield from self._catch_up()
+        began = time.perf_counter()
         for slot, progress in whole:
             if progress.best is not None:
                 self.pack.bank.take_best(slot)
@@ -159,21 +166,23 @@ class Drive:
                     found = evaluate(self.pack, [slot for slot, _ in group], group[0][1].prepared, split)
                 for (_, progress), result in zip(group, found, strict=True):
                     yield self._scored(progress, split, "after", result)
-        share = (time.perf_counter() - began) / max(len(leaving), 1)
+        share = (time.perf_counter() - began) / max(len(whole), 1)
+        if whole:
+            self.clock.restart()
         size = len(self.running)
         for slot, progress in leaving:
-            progress.eval_seconds += share
+            progress.eval_seconds += share if (slot, progress) in whole else 0.0
             progress.pack_runs = max(progress.pack_runs, size)
             weights = self.pack.bank.saved(slot, progress.prepared.job.adapter)
             yield functools.partial(self._write, progress, weights)
             self.pack.remove(slot)
             del self.running[progress.request.run_id]
 
-    def _write(self, progress: Progress, weights: Mapping[str, Any] | Learnt) -> Event:
+    def _write(self, progress: Progress, weights: Saved) -> Event:
         session, pack = self.session, self.pack
         solo = self.solo.get(progress.prepared.shape)
         try:
-            record = progress.write(session.settings, weights, solo, pack, session.environment(pack))
+            record = progress.write(session.settings, weights(), solo, pack, session.environment(pack))
         except OSError as error:
             return session.failed(progress, error)
         return RunFinished(record=record)
@@ -191,11 +200,12 @@ class Drive:
             checkpoint.save(progress.request.folder, state, progress.saved())
 
     def _ended(self) -> list[tuple[int, Job]]:
-        def over(job: Job) -> bool:
-            progress = self.running[job.run_id]
-            return job.finished or progress.diverged or progress.pruned or progress.stopped
-
-        return [(slot, job) for slot, job in self.pack.active if over(job)]
+        """Runs that go no further, and of which every step is known."""
+        return [
+            (slot, job)
+            for slot, job in self.pack.active
+            if (job.finished or job.halted) and self.running[job.run_id].noted >= job.done
+        ]
 
 
 class Clock:
@@ -208,16 +218,18 @@ class Clock:
     def restart(self) -> None:
         self.mark = time.perf_counter()
 
-    def due(self) -> bool:
-        if self.pack.device.type != "cuda" or self.pack.warming:
-            return True
-        return time.perf_counter() - self.mark > DRAIN_SECONDS
+    @property
+    def in_flight(self) -> int:
+        """Steps whose results need not be waited for."""
+        return 0 if self.pack.device.type != "cuda" or self.pack.warming else IN_FLIGHT
 
-    def collect(self) -> list[Step]:
+    def collect(self, but: int = 0) -> list[Step]:
+        """What became of the steps since the last time, except the last `but`."""
         warming = self.pack.warming
-        results: list[StepResult] = list(self.pack.drain())
-        seconds = time.perf_counter() - self.mark
-        share = seconds / max(len(results), 1)
+        results: list[StepResult] = list(self.pack.drain(but=but))
+        if not results:
+            return []
+        share = (time.perf_counter() - self.mark) / len(results)
         self.restart()
         return [self.running[result.job.run_id].note_step(result, share, warming=warming) for result in results]
 

@@ -1,5 +1,6 @@
 """A slot's adapter as a PEFT folder, so that it loads with `PeftModel.from_pretrained`."""
 
+import importlib
 import json
 import re
 import shutil
@@ -18,6 +19,11 @@ from sweeper.methods import lora, vera
 from sweeper.placement import Target
 from sweeper.record import ADAPTER
 from sweeper.spec import RunSpec
+
+
+def get_ready() -> None:
+    """Imports what writing an adapter needs. That takes seconds, which pass while a GPU is being made ready."""
+    importlib.import_module("peft")
 
 
 def write_adapter(

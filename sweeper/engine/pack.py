@@ -8,6 +8,7 @@ the gradients are those of runs alone.
 import contextlib
 import hashlib
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,10 @@ from sweeper.engine.bank.forms import AdapterSpec, Capacity
 from sweeper.engine.bank.interface import Bank
 from sweeper.engine.bank.optimizer import LR, hyperparameters, learning_rate
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
-from sweeper.engine.capture import CapturedStep, lanes_for
-from sweeper.engine.compilation import compile_layers, eager, uncompile_layers
+from sweeper.engine.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCounts
+from sweeper.engine.compilation import compile_layers, decoder_layers, eager, uncompile_layers
 from sweeper.engine.loss import Head
+from sweeper.engine.transfer import Fetched, fetch
 from sweeper.errors import ModelError
 from sweeper.models import BaseModel
 from sweeper.spec import OptimSpec
@@ -33,7 +35,10 @@ from sweeper.spec import OptimSpec
 
 @dataclass(kw_only=True)
 class Job:
-    """What the engine must know to train one run in a slot. `order` counts forward passes, `steps` optimiser steps."""
+    """What the engine must know to train one run in a slot. `order` counts forward passes, `steps` optimiser steps.
+
+    One that is `halted` keeps its slot and is not stepped any more.
+    """
 
     run_id: str
     adapter: AdapterSpec | AloneSpec
@@ -44,6 +49,7 @@ class Job:
     order: DataOrder
     done: int = 0
     tokens: int = 0
+    halted: bool = False
     state: dict[str, tuple[Tensor, ...]] | None = None
 
     @property
@@ -65,9 +71,11 @@ class StepResult:
 
 @dataclass
 class _Pending:
+    """Steps of some jobs: slot, job, step, learning rate, tokens of each; losses by lane, then norms by slot."""
+
     jobs: list[tuple[int, Job, int, float, int]]
-    losses: Tensor
-    norms: Tensor
+    lanes: int
+    values: Fetched
 
 
 class Pack:
@@ -105,9 +113,8 @@ class Pack:
             self.bank = AdapterBank(base.model, base.targets, capacities, self.device)
         self.bank.install()
         self.optimizer = self.bank.make_optimizer()
-        self.refilling = False  # whether empty slots will soon be taken: their lanes are then kept
         self.jobs: list[Job | None] = [None] * len(self.bank.capacities)
-        self.pending: list[_Pending] = []
+        self.pending: deque[_Pending] = deque()
         self._lane_slots: dict[int, Tensor] = {}
         able = self.device.type == "cuda" and self.bank.graphable
         self.compiled = compiled and able
@@ -117,6 +124,11 @@ class Pack:
             compile_layers(self.model, dynamic=True if lengths_vary else None)
         self.captured = CapturedStep(self.forward_backward) if able and (compiled or captured) else None
         self.captured_scores = None if self.captured is None else CapturedStep(self._scores)
+        values = len(decoder_layers(self.model)) * self.model.config.get_text_config().hidden_size
+        self._step_lanes, self._score_lanes = (
+            LaneCounts(len(self.jobs), recording=by_layer * len(decoder_layers(self.model)), token=by_value * values)
+            for by_layer, by_value in (STEP_COSTS, SCORE_COSTS)
+        )
         self._lengths: Tensor | None = None
         self._noise = self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.model.train()
@@ -190,14 +202,13 @@ class Pack:
         self.bank.restore(slot, job.adapter, job.state, job.done)
 
     def step(self) -> None:
-        """One optimiser step of every run that is not finished. Results come from `drain`."""
-        moving = [(slot, job) for slot, job in self.active if not job.finished]
+        """One optimiser step of every run that is neither finished nor halted. Results come from `drain`."""
+        moving = [(slot, job) for slot, job in self.active if not (job.finished or job.halted)]
         if not moving:
             return
         chosen = [[self._examples(job, micro) for _, job in moving] for micro in range(self.accumulation)]
         totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
-        soon_full = self.refilling and 4 * len(moving) >= len(self.jobs) and self.captured is not None
-        count = self.lanes_for(len(self.jobs) if soon_full else len(moving))
+        count = self._count_lanes(chosen)
         self.use_lanes([slot for slot, _ in moving], count)
         losses = None
         for micro, lanes in enumerate(chosen):
@@ -209,7 +220,7 @@ class Pack:
         for slot, job in moving:
             self.bank.sense(slot, job.done + 1)
         self.optimizer.set(rows)
-        norms = self.optimizer.step().clone()
+        norms = self.optimizer.step()
         entries = []
         for (slot, job), total in zip(moving, totals, strict=True):
             job.done += 1
@@ -220,19 +231,31 @@ class Pack:
                 self.bank.restart(slot, job.done)
             entries.append((slot, job, job.done, rows[slot][0], total))
         assert losses is not None
-        self.pending.append(_Pending(entries, losses, norms))
+        self.pending.append(_Pending(entries, len(losses), fetch(torch.cat([losses, norms]))))
 
-    def drain(self) -> Iterator[StepResult]:
-        """Results of the steps since the last call, in order. Waits for the device."""
-        pending, self.pending = self.pending, []
-        for entry in pending:
-            losses, norms = entry.losses.tolist(), entry.norms.tolist()
+    def drain(self, *, but: int = 0) -> Iterator[StepResult]:
+        """Results of the steps since the last call, in order, except the last `but` steps. Waits for the device."""
+        while len(self.pending) > but:
+            entry = self.pending.popleft()
+            values = entry.values.wait().tolist()
+            losses, norms = values[: entry.lanes], values[entry.lanes :]
             for lane, (slot, job, step, lr, tokens) in enumerate(entry.jobs):
                 yield StepResult(job, step, losses[lane], lr, norms[slot], tokens)
 
-    def lanes_for(self, runs: int) -> int:
-        """Lanes of a batch of so many runs: a few more where recorded steps can then be used again."""
-        return runs if self.captured is None else lanes_for(runs, max(runs, len(self.jobs)))
+    def _count_lanes(self, chosen: Sequence[Sequence[Sequence[Tokens]]]) -> int:
+        """Lanes for a step of these examples, by forward pass and run."""
+        runs = len(chosen[0])
+        if self.captured is None:
+            return runs
+        longest = max(len(example.input_ids) for run in chosen[0] for example in run)
+        return self._step_lanes.choose(runs, self.accumulation * self.batch_size * longest, self.captured.shapes)
+
+    def lanes_to_score(self, runs: int, examples: Sequence[Tokens]) -> int:
+        """Lanes for scoring examples for so many runs: some are empty where recorded passes can then be used again."""
+        if self.captured_scores is None:
+            return runs
+        tokens = sum(len(example.input_ids) for example in examples)
+        return self._score_lanes.choose(runs, tokens, self.captured_scores.shapes)
 
     def use_lanes(self, slots: Sequence[int], count: int | None = None) -> None:
         """Says which slot each lane of the coming batch belongs to; -1, or none given, is the bare base model."""

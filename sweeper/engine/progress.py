@@ -73,6 +73,7 @@ class Prepared:
     def rewind(self) -> None:
         """Back to the last good state, or to the start where there is none."""
         self.job.done, self.job.tokens = self.before.get("done", 0), self.before.get("tokens", 0)
+        self.job.halted = False
 
 
 class Progress:
@@ -92,6 +93,7 @@ class Progress:
         self.started: str = before.get("started", _now())
         self.began = time.monotonic()
         self.diverged = self.pruned = self.stopped = False
+        self.noted: int = 0 if prepared is None else prepared.job.done  # steps whose results are known
         self.best: tuple[float, int] | None = tuple(before["best"]) if before.get("best") else None
         self.waited: int = before.get("waited", 0)
 
@@ -108,6 +110,7 @@ class Progress:
             self.train_seconds += seconds
         if not math.isfinite(result.loss):
             self.diverged = True
+        self.noted = result.step
         row = {
             "step": result.step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm,
             "tokens": result.tokens, "seconds": round(seconds, 6), "time": round(time.time(), 2),

@@ -35,7 +35,7 @@ def score(pack: Pack, slots: Sequence[int], examples: Sequence[Tokens], *, budge
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids), reverse=True)
     found: list[list[ExampleScore]] = [[] for _ in slots]
-    lanes = pack.lanes_for(len(slots))
+    lanes = pack.lanes_to_score(len(slots), examples)
     with pack.evaluating():
         pack.use_lanes(slots, lanes)
         scored = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 from sweeper import allocation, budget, importance, methods, models, placement, tasks, weights
 from sweeper.architecture import Target, number_of_layers
 from sweeper.device import device_for, precision_for
-from sweeper.engine import calibrate, compilation, environment, probe
+from sweeper.engine import calibrate, compilation, environment, export, probe
 from sweeper.engine.ahead import ahead
 from sweeper.engine.bank.alone import AloneSpec
 from sweeper.engine.bank.forms import Capacity
@@ -71,6 +72,9 @@ class Session:
         yield Stage(message=f"time: {self.timeline}")
 
     def _train(self, source: Source) -> Iterator[Made]:
+        if in_background(self.device):
+            gc.freeze()  # or the many objects of the imports are looked through in the middle of training
+            yield export.get_ready
         while not self.should_stop():
             kinds = list(source.outlook())
             specs = [*(kind.spec for kind in kinds), *(request.spec for request in self.strays)]

@@ -15,6 +15,7 @@ from sweeper.engine.bank.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK
 from sweeper.engine.bank.store import Segment, Store
 from sweeper.engine.bank.vera import Shared, draw
 from sweeper.engine.bank.wrappers import Adapted, AdaptedEmbedding, Group, Lanes
+from sweeper.engine.transfer import send
 
 if TYPE_CHECKING:
     from sweeper.engine.bank.optimizer import PackedAdamW
@@ -187,7 +188,7 @@ class AdapterBank(Store):
         staged.move(values, self.params)
         for name in {"average", "best"} & set(adapter.copies):
             staged.move(values, self.copies[name])
-        self.penalties[slot] = torch.tensor(adapter.penalties)
+        self.penalties[slot] = send(torch.tensor(adapter.penalties), self.penalties.device)
         self._switch_forms(slot, adapter)
         self.set_rates(slot, 0)
         self.refresh(slot)
@@ -413,9 +414,10 @@ class AdapterBank(Store):
     @torch.no_grad()
     def _empty(self, slot: int) -> None:
         former = self.held[slot]
-        for store in (self.params, self.grads, self.exp_avg, self.exp_avg_sq, *self.copies.values()):
-            for start, stop in self.spans[slot]:
-                store[start:stop] = 0
+        stores = (self.params, self.grads, self.exp_avg, self.exp_avg_sq, *self.copies.values())
+        pieces = [piece for store in stores for piece in self.pieces(slot, store)]
+        if pieces:
+            torch._foreach_zero_(pieces)
         for segment in self.by_slot[slot]:
             self._entry(segment, 0, 0.0)
         if former is not None:
@@ -454,7 +456,7 @@ class _Mirrored:
 
     def upload(self) -> None:
         if self._device is not self._host:
-            self._device.copy_(self._host)
+            self._device.copy_(send(self._host, self._device.device))
 
 
 def _base_of(module: nn.Module) -> Any:

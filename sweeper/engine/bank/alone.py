@@ -396,7 +396,7 @@ class Alone:
             store.copy_(self.copies["best"])
         self.publish()
 
-    def saved(self, slot: int, adapter: Any) -> Learnt:
+    def saved(self, slot: int, adapter: Any) -> Callable[[], Learnt]:
         """What the run leaves: its average, where it has one."""
         self.swap_averages()
         found = Learnt(
@@ -404,7 +404,7 @@ class Alone:
             parameters={module: self.parameters_of(module) for module in adapter.ranks}, trainable=self.trainable,
         )  # fmt: skip
         self.swap_averages()
-        return found
+        return lambda: found
 
     def read(self, folder: Path) -> None:
         """Takes up what a run left, to be scored and not trained on."""

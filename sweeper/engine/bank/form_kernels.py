@@ -127,7 +127,10 @@ def _project_ranks(grads, shared_a, on, segments, stride_a, COLS: tl.constexpr):
         c = start + tl.arange(0, COLS)
         gradient = tl.load(grads + place + c, mask=c < width, other=0.0)
         total += gradient * tl.load(shared_a + row * stride_a + c, mask=c < width, other=0.0)
-        tl.store(grads + place + c, tl.zeros_like(gradient), mask=c < width)
+    tl.debug_barrier()  # a value may be cleared by another thread than the one that read it
+    for start in range(0, width, COLS):
+        c = start + tl.arange(0, COLS)
+        tl.store(grads + place + c, tl.zeros_like(total), mask=c < width)
     where = grads + tl.load(segment + 2) + row
     tl.store(where, tl.load(where) + tl.sum(total, 0))
 
@@ -144,10 +147,11 @@ def _project_outputs(grads, shared_b, on, segments, stride_b, COLS: tl.constexpr
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
     total = tl.zeros((COLS,), dtype=tl.float32)
     for row in range(capacity):
-        place = first + row * width
-        gradient = tl.load(grads + place + c, mask=c < width, other=0.0)
+        gradient = tl.load(grads + first + row * width + c, mask=c < width, other=0.0)
         total += gradient * tl.load(shared_b + row * stride_b + c, mask=c < width, other=0.0)
-        tl.store(grads + place + c, tl.zeros_like(gradient), mask=c < width)
+    tl.debug_barrier()  # as above
+    for row in range(capacity):
+        tl.store(grads + first + row * width + c, tl.zeros_like(total), mask=c < width)
     where = grads + tl.load(segment + 2) + capacity + c
     tl.store(where, tl.load(where, mask=c < width, other=0.0) + total, mask=c < width)
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 from sweeper.engine.bank.optimizer import PackedAdamW
 from sweeper.engine.bank.wrappers import Lanes
 
+# called, perhaps in another thread, it gives what a run leaves once that has arrived on the host
+Saved = Callable[[], "Mapping[str, tuple[Tensor, ...]] | Learnt"]
+
 
 class Bank(Protocol):
     """Slots with parameters, gradients and Adam moments in flat float32 stores [F].
@@ -98,8 +101,8 @@ class Bank(Protocol):
         """All that resuming needs besides the number of steps done, on the host."""
         ...
 
-    def saved(self, slot: int, adapter: Any) -> "Mapping[str, tuple[Tensor, ...]] | Learnt":
-        """What the run of a slot leaves, on the host."""
+    def saved(self, slot: int, adapter: Any) -> "Saved":
+        """What the run of a slot leaves."""
         ...
 
     def restore(self, slot: int, adapter: Any, state: Mapping[str, tuple[Tensor, ...]], step: int) -> None:

@@ -3,7 +3,7 @@
 import bisect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sweeper.architecture import Target
 from sweeper.engine.bank.forms import AdapterSpec, Capacity
+from sweeper.engine.transfer import fetch, send
 
 BLOCK = 64  # values; a segment starts at a multiple of it, so a block belongs to one slot
 MOST_MEMBERS = 3  # of a group: the kernels take that many output tensors
@@ -126,9 +127,8 @@ class Store:
     @torch.no_grad()
     def refresh(self, slot: int) -> None:
         """Brings the working copy up to date, after parameters were written by anything but the optimiser."""
-        if self.work is not self.params:
-            for start, stop in self.spans[slot]:
-                self.work[start:stop] = self.params[start:stop]
+        if self.work is not self.params and self.spans[slot]:
+            torch._foreach_copy_(self.pieces(slot, self.work), self.pieces(slot, self.params))
 
     def views(self, segment: Segment, rank: int, store: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A [rank, in] and transposed B [rank, out] of a segment, in the parameters or a store of their layout."""
@@ -161,14 +161,16 @@ class Store:
         return {segment.target.name: self.parts(segment, adapter, store) for segment in self.own(slot, adapter)}
 
     @torch.no_grad()
-    def saved(self, slot: int, adapter: AdapterSpec) -> dict[str, tuple[Tensor, ...]]:
-        """As `adapter`, of the weights that the run leaves, copied to the host all at once."""
-        staged, pieces = self.staging[slot], self.pieces(slot, self.to_save(slot))
-        moved = torch.cat(pieces or [self.params[:0]]).cpu()
-        return {
-            segment.target.name: self.parts(staged.segments[segment], adapter, moved)
-            for segment in self.own(slot, adapter)
-        }
+    def saved(self, slot: int, adapter: AdapterSpec) -> Callable[[], dict[str, tuple[Tensor, ...]]]:
+        """As `adapter`, of the weights that the run leaves; called, it waits for their copy on the host."""
+        staged, own = self.staging[slot], self.own(slot, adapter)
+        fetched = fetch(torch.cat(self.pieces(slot, self.to_save(slot)) or [self.params[:0]]))
+
+        def arrived() -> dict[str, tuple[Tensor, ...]]:
+            values = fetched.wait()
+            return {segment.target.name: self.parts(staged.segments[segment], adapter, values) for segment in own}
+
+        return arrived
 
     def own(self, slot: int, adapter: AdapterSpec) -> list[Segment]:
         return [segment for segment in self.by_slot[slot] if segment.target.name in adapter.ranks]
@@ -235,9 +237,9 @@ class Staging:
 
     def move(self, values: Tensor, store: Tensor) -> None:
         """Writes the values of the slot to their places in a store."""
-        moved = values.to(store.device)
-        for first, (start, stop) in zip(self.starts, self.spans, strict=True):
-            store[start:stop] = moved[first : first + stop - start]
+        if self.spans:
+            moved = send(values, store.device).split([stop - start for start, stop in self.spans])
+            torch._foreach_copy_([store[start:stop] for start, stop in self.spans], moved)
 
 
 def groups(targets: Sequence[Target], used: set[str]) -> list[tuple[Target, ...]]:
