@@ -144,10 +144,14 @@ class Scheduler:
         return found
 
     @_locked
-    def pull(self, count: int, kinds: Collection[str]) -> Pulled:
-        """At most `count` runs of some arms; arms that have had the fewest trials come first."""
+    def pull(self, count: int, kinds: Collection[str], *, spread: bool = False) -> Pulled:
+        """At most `count` runs of some arms; arms that have had the fewest trials come first.
+
+        Arms that are not tuned follow one another. With `spread`, their runs are taken from all over the grid, so that
+        a part of it costs what any other part does.
+        """
         states = [self.states[key] for key in kinds if key in self.states]
-        found: list[RunRequest] = []
+        found = self._spread(states, count) if spread else []
         while len(found) < count:
             turn = sorted(states, key=lambda s: (0 if s.search is None else s.search.asked, s.place))
             request = next((one for state in turn if (one := self._next(state)) is not None), None)
@@ -161,6 +165,18 @@ class Scheduler:
                 self._hand_out(found[-1])
         more = any(s.ready or self._open(s) or self._waiting_for_itself(s) for s in states)
         return Pulled(requests=tuple(found), more=more)
+
+    def _spread(self, states: Sequence[_ArmState], count: int) -> list[RunRequest]:
+        """Runs at equal distances among those that wait; none where all of them are asked for."""
+        plain = sorted((s for s in states if s.search is None), key=lambda s: s.place)
+        waiting = [request for state in plain for request in state.ready]
+        if not 0 < count < len(waiting):
+            return []
+        chosen = [waiting[place * len(waiting) // count] for place in range(count)]
+        for request in chosen:
+            self.states[request.kind].ready.remove(request)
+            self._hand_out(request)
+        return chosen
 
     @_locked
     def outstanding(self) -> int:

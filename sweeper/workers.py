@@ -192,13 +192,26 @@ class _Crew:
             actor = remote.options(**options).remote(name, self.desk, self.scheduler.settings, os.getcwd())
             self.alive[name], self.holds[name] = (actor, actor.train.remote()), set()
 
+    def room(self, worker: str) -> int:
+        """Runs that a worker may take now: its part of all that train or wait, less what it has."""
+        return math.ceil(self.scheduler.outstanding() / max(self.wanted(), 1)) - len(self.holds[worker])
+
+    def outlook(self, worker: str) -> list[Kind]:
+        """What may still come to a worker: it shall keep no slots, or lanes of its steps, for what others train."""
+        kinds, room = self.scheduler.outlook(), max(1, self.room(worker))
+        left = sum(kind.left for kind in kinds)
+        in_all = left + sum(map(len, self.holds.values()))
+        mine = in_all / max(self.wanted(), 1) - len(self.holds[worker])
+        part = min(1.0, max(0.0, mine / left)) if 0 < left < math.inf else 1.0
+        return [dataclasses.replace(kind, share=room, left=part * kind.left) for kind in kinds]
+
     def answer(self, worker: str, what: str, content: Any, *, stop: bool) -> Any:
         if what == "outlook":
-            return [] if stop else self.scheduler.outlook()
+            return [] if stop else self.outlook(worker)
         if what == "pull":
             count, kinds = content
-            share = math.ceil(self.scheduler.outstanding() / max(self.wanted(), 1))
-            pulled = self.scheduler.pull(0 if stop else min(count, share - len(self.holds[worker])), kinds)
+            count = 0 if stop else min(count, self.room(worker))
+            pulled = self.scheduler.pull(count, kinds, spread=self.wanted() > 1)
             self.holds[worker] |= {request.run_id for request in pulled.requests}
             return pulled
         for event in content:

@@ -1,4 +1,4 @@
-"""A real Ray on this machine: two workers share a sweep, and one that dies costs nothing."""
+"""What falls to each worker; and a real Ray on this machine: two share a sweep, and one that dies costs nothing."""
 
 import os
 import re
@@ -6,13 +6,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from sweeper import record
+from sweeper.arms import grouped
+from sweeper.engine.events import RunFinished
+from sweeper.engine.session import most_at_once
+from sweeper.record import Record
+from sweeper.scheduler import Scheduler
+from sweeper.spec import RunSpec, Settings
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(280)
@@ -44,6 +52,47 @@ def wait_for(what: object, seconds: float = 90) -> None:
     while not what():
         assert time.monotonic() < until, "nothing happened"
         time.sleep(0.1)
+
+
+@pytest.fixture
+def crew(make_spec: Callable[..., RunSpec], study: Settings) -> Any:
+    """Two workers that have not asked for anything yet, and a grid of four arms with three seeds each."""
+    from sweeper.workers import RaySettings, _Crew
+
+    specs = [make_spec(rank=rank, seed=seed) for rank in (2, 4, 8, 16) for seed in (0, 1, 2)]
+    work = Scheduler(grouped(specs), [spec.run_id for spec in specs], study)
+    return _Crew(
+        scheduler=work, ray_settings=RaySettings(workers=2), desk=None, holds={"worker 1": set(), "worker 2": set()}
+    )
+
+
+def take(crew: Any, worker: str) -> list[RunSpec]:
+    """What a worker gets that has room for everything."""
+    kinds = crew.answer(worker, "outlook", None, stop=False)
+    pulled = crew.answer(worker, "pull", (64, [kind.key for kind in kinds]), stop=False)
+    return [request.spec for request in pulled.requests]
+
+
+def test_each_worker_gets_an_equal_part_of_every_arm_whenever_it_comes(crew: Any) -> None:
+    parts = [take(crew, "worker 1"), take(crew, "worker 1"), take(crew, "worker 2"), take(crew, "worker 1")]
+    assert [len(part) for part in parts] == [6, 0, 6, 0]
+    assert len({spec.run_id for part in parts for spec in part}) == 12
+    for part in (parts[0], parts[2]):
+        assert set(Counter(spec.rank for spec in part).values()) <= {1, 2}
+        assert {spec.rank for spec in part} == {2, 4, 8, 16}
+
+
+def test_a_worker_makes_room_for_its_own_part_alone(crew: Any, make_record: Callable[..., Record]) -> None:
+    first = crew.answer("worker 1", "outlook", None, stop=False)
+    assert (most_at_once(first, []), sum(kind.left for kind in first)) == (6, 6)
+    specs = take(crew, "worker 1")
+    late = crew.answer("worker 2", "outlook", None, stop=False)
+    assert (most_at_once(late, []), sum(kind.left for kind in late)) == (6, 6)
+    # the other never came: what waits is shared anew each time
+    crew.answer("worker 1", "report", [RunFinished(record=make_record(spec)) for spec in specs], stop=False)
+    again = crew.answer("worker 1", "outlook", None, stop=False)
+    assert (most_at_once(again, []), sum(kind.left for kind in again)) == (3, 3)
+    assert len(take(crew, "worker 1")) == 3
 
 
 def test_a_worker_killed_in_the_middle_of_its_pack_loses_nothing(root: Path, tmp_path: Path) -> None:

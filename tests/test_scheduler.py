@@ -47,6 +47,17 @@ def test_runs_are_handed_out_once_in_the_order_of_the_grid(
     assert [event.run_id for event in seen if isinstance(event, RunQueued)] == [spec.run_id for spec in specs]
 
 
+def test_a_spread_part_of_a_grid_is_of_all_of_it(work: Scheduler, specs: list[RunSpec]) -> None:
+    kinds = [kind.key for kind in work.outlook()]
+    first = work.pull(2, kinds[::-1], spread=True)
+    assert [request.run_id for request in first.requests] == [specs[0].run_id, specs[2].run_id]
+    assert first.more
+    rest = work.pull(9, kinds, spread=True)
+    assert [request.run_id for request in rest.requests] == [specs[1].run_id, specs[3].run_id]
+    assert not rest.more
+    assert work.outstanding() == 4
+
+
 def test_only_the_kinds_that_were_asked_for_are_handed_out(work: Scheduler, specs: list[RunSpec]) -> None:
     second = work.outlook()[1].key
     assert [request.run_id for request in work.pull(9, [second]).requests] == [spec.run_id for spec in specs[2:]]

@@ -1,5 +1,6 @@
 """What passes between the scheduler, which has the runs, and the engine, which asks for them."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ class Kind:
     """Runs that are asked for under one key, an arm's.
 
     `spec` is one of them and `others` are those that differ from it in size, as far as that is known before; there are
-    at most `most` at once, and `left` in all (inf where nothing bounds them).
+    at most `most` at once, and `left` in all (inf where nothing bounds them). Where several ask, `left` is what falls
+    to the one that does, and of all kinds together at most `share` at once.
     """
 
     key: str
@@ -32,6 +34,7 @@ class Kind:
     most: int
     left: float = 1
     others: tuple[RunSpec, ...] = ()
+    share: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

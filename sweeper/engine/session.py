@@ -42,6 +42,12 @@ def in_background(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def most_at_once(kinds: Sequence[Kind], strays: Sequence[Prepared]) -> int:
+    """Runs of these kinds that may come to train here at the same time."""
+    share = min((kind.share for kind in kinds), default=0)
+    return int(min(sum(kind.most for kind in kinds), share)) + len(strays)
+
+
 class Session:
     """What one device trains for one command. `train` is the whole interface."""
 
@@ -217,7 +223,7 @@ class Session:
         samples = [*strays, *probes]
         options["lengths_vary"] = distinct_lengths([len(e.input_ids) for run in samples for e in run.job.examples]) > 1
         queue = RunQueue(self, source, kinds, key, strays)
-        at_once = 1 if alone else sum(kind.most for kind in kinds) + len(strays)
+        at_once = 1 if alone else most_at_once(kinds, strays)
         options |= self._compilation(kinds, strays, samples, options["lengths_vary"])
         solo: dict[str, calibrate.Solo] = {}
         if self.settings.calibrate and queue.want(1):
@@ -243,7 +249,7 @@ class Session:
             return {"compiled": False, "captured": False}
         passes = sum(kind.left * kind.spec.trainer.max_steps * kind.spec.trainer.accumulation for kind in kinds)
         passes += sum(run.job.steps * run.request.spec.trainer.accumulation for run in strays)
-        together = max(1, min(self.settings.max_pack or MOST, sum(kind.most for kind in kinds) + len(strays)))
+        together = max(1, min(self.settings.max_pack or MOST, most_at_once(kinds, strays)))
         lengths = [len(example.input_ids) for run in samples for example in run.job.examples[:1000]]
         assert self.base is not None
         pays = compilation.pays(
