@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,10 +103,11 @@ class _Desk:
 
 
 class _Messenger:
-    """The scheduler as a worker sees it."""
+    """The scheduler as a worker sees it; the engine may ask from one thread while another tells what it did."""
 
     def __init__(self, name: str, desk: Any) -> None:
         self.name, self.desk = name, desk
+        self.lock = threading.RLock()
         self.events: list[Event] = []
         self.sent = time.monotonic()
         self.prune: frozenset[str] = frozenset()
@@ -115,30 +117,34 @@ class _Messenger:
         return ray.get(self.desk.ask.remote(self.name, what, content))
 
     def outlook(self) -> Sequence[Kind]:
-        self.flush()
-        found: list[Kind] = self._ask("outlook", None)
-        return found
+        with self.lock:
+            self.flush()
+            found: list[Kind] = self._ask("outlook", None)
+            return found
 
     def pull(self, count: int, kinds: Collection[str]) -> Pulled:
-        self.flush()
-        found: Pulled = self._ask("pull", (count, list(kinds)))
-        return found
+        with self.lock:
+            self.flush()
+            found: Pulled = self._ask("pull", (count, list(kinds)))
+            return found
 
     def to_prune(self) -> Collection[str]:
         return self.prune
 
     def report(self, event: Event) -> None:
         """Sends events on, in bunches; what the scheduler may act on at once."""
-        self.events.append(event)
         urgent = isinstance(event, RunFinished | RunStarted | Stage | Evaluated)
-        if urgent or time.monotonic() - self.sent > FLUSH_SECONDS:
-            self.flush()
+        with self.lock:
+            self.events.append(event)
+            if urgent or time.monotonic() - self.sent > FLUSH_SECONDS:
+                self.flush()
 
     def flush(self) -> None:
-        if self.events or time.monotonic() - self.sent > FLUSH_SECONDS:
-            events, self.events, self.sent = self.events, [], time.monotonic()
-            reply: Reply = self._ask("report", events)
-            self.prune, self.stop = reply.prune, reply.stop
+        with self.lock:
+            if self.events or time.monotonic() - self.sent > FLUSH_SECONDS:
+                events, self.events, self.sent = self.events, [], time.monotonic()
+                reply: Reply = self._ask("report", events)
+                self.prune, self.stop = reply.prune, reply.stop
 
 
 class _Worker:

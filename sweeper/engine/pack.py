@@ -117,7 +117,7 @@ class Pack:
         self.pending: deque[_Pending] = deque()
         self._lane_slots: dict[int, Tensor] = {}
         able = self.device.type == "cuda" and self.bank.graphable
-        self.compiled = compiled and able
+        self.compiled = compiled and able and self.bank.compilable
         self.checkpointing = checkpointing
         self._checkpoint_activations(checkpointing)
         if self.compiled:

@@ -35,13 +35,14 @@ class Tuned(Trainee):
 
     Args:
         config: PEFT's. cast: keep the adapter in the base's precision, its float32 values in the store; else it is in
-            the precision that PEFT chooses.
+            the precision that PEFT chooses. graphable: whether its steps can be captured, unless they draw dropout.
     """
 
-    def __init__(self, base: BaseModel, config: Any, *, cast: bool = False) -> None:
+    def __init__(self, base: BaseModel, config: Any, *, cast: bool = False, graphable: bool = True) -> None:
         super().__init__(twin(base.model))
         self.base, self.cast = base, cast
         self._wrap(lambda peft: peft.get_peft_model(self.model, config, autocast_adapter_dtype=not cast))
+        self.graphable = graphable and not any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.peft.modules())
 
     def _wrap(self, make: Callable[[Any], Any]) -> None:
         import peft
@@ -204,7 +205,8 @@ def any_tuner(spec: RunSpec, ranks: Ranks) -> AloneSpec:
     """A tuner of PEFT by its name. Where its configuration has such fields, and `arguments` does not set them, it is
     given the placed modules, and the run's rank, alpha and dropout.
     """
-    return _alone(spec, ranks, lambda base: Tuned(base, _tuner_config(spec, ranks, base)))
+    graphable = str(PEFT.option(spec.method, "tuner")).upper() in CAPTURED
+    return _alone(spec, ranks, lambda base: Tuned(base, _tuner_config(spec, ranks, base), graphable=graphable))
 
 
 def tuners() -> dict[str, Any]:
@@ -308,6 +310,12 @@ def _unwarned() -> Iterator[None]:
 # configurations whose target_modules are no linear modules: PEFT's own choice for the architecture, or `arguments`
 OWN_PLACES = ("LNTuningConfig", "AdaptionPromptConfig", "TrainableTokensConfig")
 NEEDED = {"ADAMSS": ("sklearn", "scikit-learn")}  # what a tuner imports that PEFT does not bring: module, package
+# whose steps can be captured as a CUDA graph: they copy nothing from the host and draw no random numbers
+CAPTURED = {
+    "ADAPTION_PROMPT", "BEFT", "C3A", "DEFT", "DELORA", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING",
+    "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA",
+    "VERA",
+}  # fmt: skip
 # why a tuner of PEFT trains no causal language model here
 UNABLE = {
     "LORA": "method=lora is this tuner, and packs",

@@ -30,6 +30,7 @@ class OwnWeights(Trainee):
 
     folder = WEIGHTS
     graphable = True
+    compilable = True
     spares_vectors = True
 
     def __init__(self, base: BaseModel, names: Sequence[str], *, ranks: Mapping[str, int], saved: bool = True) -> None:

@@ -10,7 +10,7 @@ from peft import PeftModel, PeftType
 
 from sweeper import methods, record
 from sweeper.errors import SpecError
-from sweeper.methods.tuners import NEEDED, UNABLE, tuners
+from sweeper.methods.tuners import CAPTURED, NEEDED, UNABLE, tuners
 from sweeper.tasks.package import is_installed
 
 pytestmark = [
@@ -79,6 +79,7 @@ def test_what_cannot_train_is_a_tuner_of_peft() -> None:
     assert set(UNABLE) <= names
     assert set(tuners()) | set(UNABLE) == names
     assert set(NEEDS) <= set(tuners())
+    assert set(tuners()) >= CAPTURED
 
 
 def test_a_tuner_that_there_is_not_is_named(make_run: Any) -> None:

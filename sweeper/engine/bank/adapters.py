@@ -173,6 +173,10 @@ class AdapterBank(Store):
     def graphable(self) -> bool:
         return not any(isinstance(group, AdaptedEmbedding) for group in self.groups)
 
+    @property
+    def compilable(self) -> bool:
+        return self.graphable
+
     @torch.no_grad()
     def assign(self, slot: int, adapter: AdapterSpec, *, fresh: bool = True) -> None:
         """Gives a slot to a run with a fresh adapter, moments zero; not `fresh`: what it holds is to be written yet."""

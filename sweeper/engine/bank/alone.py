@@ -70,13 +70,14 @@ class Trainee:
 
     Attributes:
         model: the twin. steps: optimiser steps done. folder: of a run's, where it is saved.
-        graphable: whether a step can be compiled and captured as a CUDA graph.
+        graphable: whether a step can be captured as a CUDA graph. compilable: whether its layers can be compiled too.
         importance: whether `updated` looks at gradients.
         spares_vectors: whether biases and norms are spared weight decay, as Hugging Face's Trainer spares them.
     """
 
     folder = ADAPTER
     graphable = False
+    compilable = False
     importance = False
     spares_vectors = False
 
@@ -252,6 +253,10 @@ class Alone:
     @property
     def graphable(self) -> bool:
         return self.trainee.graphable
+
+    @property
+    def compilable(self) -> bool:
+        return self.trainee.compilable
 
     @property
     def model(self) -> Any:

@@ -50,6 +50,11 @@ class Bank(Protocol):
         ...
 
     @property
+    def compilable(self) -> bool:
+        """Whether the layers can be compiled before that."""
+        ...
+
+    @property
     def serving(self) -> Any:
         """The model that the present lanes run through."""
         ...
