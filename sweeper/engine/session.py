@@ -265,7 +265,8 @@ class Session:
             if run.shape in solo or run.job.steps == 0 or self.should_stop():
                 continue
             spec = run.request.spec
-            yield Stage(message=f"measuring {spec.placement.name} rank {spec.rank} alone")
+            method = "" if spec.method.name == "lora" else f", {spec.method.name},"
+            yield Stage(message=f"measuring {spec.placement.name} rank {spec.rank}{method} alone")
             try:
                 with self.timeline.span("measure alone"):
                     solo[run.shape] = calibrate.measure(

@@ -333,7 +333,7 @@ ADALORA = Method(
         "initial": 1.5, "tinit": None, "tfinal": None, "delta_t": None, "beta1": 0.85, "beta2": 0.85,
         "orthogonality": 0.5,
     },
-    check=_check_adalora, inner_rank=initial_rank,
+    check=_check_adalora, inner_rank=initial_rank, ranges={"optim.lr": (1e-3, 1e-1)},
 )  # fmt: skip
 QLORA = Method(alone=quantised_lora, check=qlora.check, quantised=True)
 PEFT = Method(

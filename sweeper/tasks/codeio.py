@@ -12,6 +12,7 @@ import gzip
 import importlib.metadata
 import json
 import sys
+import warnings
 from functools import cache
 
 from sweeper.spec import DatasetSpec
@@ -91,7 +92,9 @@ def _programs() -> tuple[Example, ...]:
 def _helpers(program: str) -> list[str] | None:
     """Names of the helper functions and classes; None for a program that is not kept."""
     try:
-        nodes = list(ast.walk(ast.parse(program)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's remarks on the programs
+            nodes = list(ast.walk(ast.parse(program)))
     except SyntaxError:
         return None
     modules = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
