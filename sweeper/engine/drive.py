@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Made = Event | Callable[[], Event | None]  # an event, or what the reader of events does (and perhaps makes one of)
 
 IN_FLIGHT = 4  # steps that a CUDA device is given before it has done the first, so that it need not wait for the host
+MOST_IN_FLIGHT = 32  # in all, while slots are filled
 ASK_SECONDS = 0.5  # between questions for work for a slot that is empty while others train
 WAIT_SECONDS = 0.2  # between looks whether to stop, while a pack waits to hear what follows
 
@@ -35,10 +37,12 @@ class Drive:
         self.running: dict[str, Progress] = {}
         self.clock = Clock(pack, self.running)
         self.told: threading.Event | None = None  # set when the reader of events knows which runs have ended
+        self.arrival_seconds = 0.0  # that the host took to put the latest runs in their slots, each
 
     def fill(self) -> Iterator[Made]:
         """Puts runs into the slots that are free."""
         arrived = []
+        began = time.perf_counter()
         with self.session.timeline.span("refill"):
             self.queue.want(len(self.pack.jobs) - len(self.pack.active))
             for run in list(self.queue.waiting):
@@ -49,6 +53,8 @@ class Drive:
                 self.queue.waiting.remove(run)
                 self.running[run.request.run_id] = progress = Progress(run.request, run)
                 arrived.append(progress)
+        if arrived:
+            self.arrival_seconds = (time.perf_counter() - began) / len(arrived)
         yield from self.queue.problems()
         for progress in arrived:
             yield RunStarted(run_id=progress.request.run_id, steps=progress.prepared.job.steps)
@@ -120,9 +126,27 @@ class Drive:
             pass
         self.told = None
         if not self.session.should_stop():
+            self._run_ahead()
             yield from self.fill()
         if not self.pack.pending:
             self.clock.restart()
+
+    def _run_ahead(self) -> None:
+        """Gives a GPU the steps that it will do while slots are filled, as far as they lead to nothing else."""
+        empty = len(self.pack.jobs) - len(self.pack.active)
+        if not (self.clock.in_flight and self.pack.active and empty):
+            return
+        wanted = math.ceil(self.arrival_seconds * empty / self.clock.step_seconds) - len(self.pack.pending)
+        with self.session.timeline.span("train"):
+            for _ in range(min(wanted, MOST_IN_FLIGHT)):
+                if self.pack.warming or any(self._leads_on(job) for _, job in self.pack.active):
+                    return
+                self.pack.step()
+
+    def _leads_on(self, job: Job) -> bool:
+        """Whether more than a step is to be done when a run has made its next one."""
+        spec, after = self.running[job.run_id].request.spec, job.done + 1
+        return job.halted or after >= job.steps or _midway(spec, after)
 
     def _catch_up(self) -> Iterator[Made]:
         """Waits for every step there was."""
@@ -173,7 +197,7 @@ class Drive:
         for slot, progress in leaving:
             progress.eval_seconds += share if (slot, progress) in whole else 0.0
             progress.pack_runs = max(progress.pack_runs, size)
-            weights = self.pack.bank.saved(slot, progress.prepared.job.adapter)
+            weights = self.pack.bank.saved(slot, progress.prepared.job.adapter, values=not progress.pruned)
             yield functools.partial(self._write, progress, weights)
             self.pack.remove(slot)
             del self.running[progress.request.run_id]
@@ -213,6 +237,7 @@ class Clock:
 
     def __init__(self, pack: Pack, running: dict[str, Progress]) -> None:
         self.pack, self.running = pack, running
+        self.step_seconds = 1.0  # of the latest steps
         self.restart()
 
     def restart(self) -> None:
@@ -225,11 +250,13 @@ class Clock:
 
     def collect(self, but: int = 0) -> list[Step]:
         """What became of the steps since the last time, except the last `but`."""
-        warming = self.pack.warming
+        warming, steps = self.pack.warming, len(self.pack.pending) - but
         results: list[StepResult] = list(self.pack.drain(but=but))
         if not results:
             return []
-        share = (time.perf_counter() - self.mark) / len(results)
+        seconds = time.perf_counter() - self.mark
+        share = seconds / len(results)
+        self.step_seconds = seconds / steps
         self.restart()
         return [self.running[result.job.run_id].note_step(result, share, warming=warming) for result in results]
 
@@ -238,7 +265,12 @@ def _due(spec: RunSpec, job: Job) -> bool:
     """Whether a run is evaluated now; one that may end early also at its last step, which may be its best."""
     if job.finished:
         return spec.trainer.patience is not None
-    return spec.evaluation.every_steps > 0 and job.done % spec.evaluation.every_steps == 0
+    return _midway(spec, job.done)
+
+
+def _midway(spec: RunSpec, done: int) -> bool:
+    """Whether a run is evaluated after some steps."""
+    return spec.evaluation.every_steps > 0 and done % spec.evaluation.every_steps == 0
 
 
 def _by_dataset(entries: Sequence[tuple[int, Progress]]) -> list[list[tuple[int, Progress]]]:

@@ -211,7 +211,9 @@ class Progress:
         return tuple(module for module in modules if module.parameters or learnt is None)
 
     def _export(self, weights: Mapping[str, tuple[Tensor, ...]] | Learnt) -> int:
-        """Writes what the run has learnt; returns its bytes."""
+        """Writes what the run has learnt; returns its bytes. A pruned one leaves nothing: of such there are many."""
+        if self.pruned:
+            return 0
         if isinstance(weights, Learnt):
             return weights.write(self.request.folder)
         return write_adapter(self.request.folder, self.request.spec, list(self.prepared.ranks), weights)

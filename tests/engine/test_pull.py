@@ -105,7 +105,9 @@ def test_a_pruned_run_leaves_its_slot_and_touches_no_other(play: Any, make_run: 
     first = record.read_record(tmp_path / "pruned" / specs[0].run_id)
     assert (first.status, first.steps) == ("pruned", 2)
     assert set(first.scores["validation"]) == {"before"}
-    assert not (tmp_path / "pruned" / specs[0].run_id / "checkpoint.safetensors").exists()
+    left = {path.name for path in (tmp_path / "pruned" / specs[0].run_id).iterdir()}
+    assert left == {"record.json", "metrics.jsonl", "predictions.jsonl"}
+    assert first.efficiency.adapter_bytes == 0
     for spec in specs[1:]:
         one, two = (record.read_record(tmp_path / study / spec.run_id) for study in ("whole", "pruned"))
         assert (one.status, one.steps) == (two.status, two.steps) == ("completed", 8)

@@ -12,7 +12,7 @@ from sweeper.engine.bank import penalty, sparse, starts
 from sweeper.engine.bank.dora import Gain
 from sweeper.engine.bank.forms import AdapterSpec, Capacity
 from sweeper.engine.bank.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK
-from sweeper.engine.bank.store import Segment, Store
+from sweeper.engine.bank.store import Segment, Store, fetch_all
 from sweeper.engine.bank.vera import Shared, draw
 from sweeper.engine.bank.wrappers import Adapted, AdaptedEmbedding, Group, Lanes
 from sweeper.engine.transfer import send
@@ -156,17 +156,17 @@ class AdapterBank(Store):
 
     def snapshot(self, slot: int, adapter: AdapterSpec) -> dict[str, tuple[Tensor, ...]]:
         """Module name -> the parts of its adapter, then their moments and what else is kept of them, on the host."""
-        parts = [self.adapter(slot, adapter, store) for store in self.stores(adapter)]
-        return {name: tuple(t.to("cpu", copy=True) for part in parts for t in part[name]) for name in parts[0]}
+        stores = [self.adapter(slot, adapter, store) for store in self.stores(adapter)]
+        return fetch_all({name: tuple(part for parts in stores for part in parts[name]) for name in stores[0]})()
 
     @torch.no_grad()
     def restore(self, slot: int, adapter: AdapterSpec, state: Mapping[str, tuple[Tensor, ...]], step: int) -> None:
         """Puts a snapshot, taken after `step` steps, back into a slot."""
         for place, store in enumerate(self.stores(adapter)):
+            values: list[Tensor] = []
             for name, views in self.adapter(slot, adapter, store).items():
-                saved = state[name][len(views) * place : len(views) * (place + 1)]
-                for view, value in zip(views, saved, strict=True):
-                    view.copy_(value)
+                values += state[name][len(views) * place : len(views) * (place + 1)]
+            self.write(slot, adapter, values, [store])
         self.refresh(slot)
 
     @property
@@ -182,16 +182,14 @@ class AdapterBank(Store):
         """Gives a slot to a run with a fresh adapter, moments zero; not `fresh`: what it holds is to be written yet."""
         self._empty(slot)
         self.held[slot] = adapter
-        # drawn on the host into one piece: a GPU is given few long copies, not a handful for each module
-        staged = self.staging[slot]
-        values = torch.zeros(staged.size)
-        for segment in self.own(slot, adapter):
+        own = self.own(slot, adapter)
+        for segment in own:
             self._entry(segment, adapter.ranks[segment.target.name], adapter.scales[segment.target.name])
-            if fresh:
-                self._begin(segment, adapter, self.parts(staged.segments[segment], adapter, values))
-        staged.move(values, self.params)
-        for name in {"average", "best"} & set(adapter.copies):
-            staged.move(values, self.copies[name])
+        if fresh and own:
+            # drawn on the host: a GPU is given one long copy, not a handful for each module
+            values = [part for segment in own for part in self._begin(segment, adapter)]
+            copies = [self.copies[name] for name in {"average", "best"} & set(adapter.copies)]
+            self.write(slot, adapter, values, [self.params, *copies])
         self.penalties[slot] = send(torch.tensor(adapter.penalties), self.penalties.device)
         self._switch_forms(slot, adapter)
         self.set_rates(slot, 0)
@@ -217,11 +215,12 @@ class AdapterBank(Store):
         assert group.gain is not None
         return group.gain
 
-    def _begin(self, segment: Segment, adapter: AdapterSpec, parts: tuple[Tensor, ...]) -> None:
-        """Writes the start of a module's adapter to its parts, which are zero."""
+    def _begin(self, segment: Segment, adapter: AdapterSpec) -> tuple[Tensor, ...]:
+        """What a module's adapter starts with, on the host."""
+        parts = tuple(torch.zeros(part.shape) for part in self.parts(segment, adapter))
         if adapter.form == "vera":
             parts[0].fill_(adapter.shared[0])
-            return
+            return parts
         a, b = parts[:2]
         trained = adapter.trained.get(segment.target.name, len(a))
         if adapter.start == "uniform":
@@ -238,6 +237,7 @@ class AdapterBank(Store):
                 part *= mask
         if adapter.form == "dora":
             parts[2].copy_(self._gain(segment).squares[segment.member].sqrt())
+        return parts
 
     @torch.no_grad()
     def set_rates(self, slot: int, step: int) -> None:
@@ -245,15 +245,19 @@ class AdapterBank(Store):
         adapter = self.held[slot]
         if self.rates is None or adapter is None:
             return
-        staged = self.staging[slot]
-        rates = torch.full((staged.size,), 0.0 if adapter.rated else 1.0)
-        for segment in self.own(slot, adapter) if adapter.rated else ():
-            parts = self.parts(staged.segments[segment], adapter, rates)
+        if not adapter.rated:
+            for piece in self.pieces(slot, self.rates):
+                piece.fill_(1.0)
+            return
+        rates: list[Tensor] = []
+        for segment in self.own(slot, adapter):
+            parts = tuple(torch.zeros(part.shape) for part in self.parts(segment, adapter))
             self._rate(adapter, segment.target.name, step, parts)
             if adapter.sparsity is not None and adapter.sparsity.settled(step):
                 for rate, mask in zip(parts, self._pattern(segment, adapter, step), strict=False):
                     rate *= mask.cpu()
-        staged.move(rates, self.rates)
+            rates += parts
+        self.write(slot, adapter, rates, [self.rates])
 
     @staticmethod
     def _rate(adapter: AdapterSpec, name: str, step: int, parts: tuple[Tensor, ...]) -> None:

@@ -401,11 +401,11 @@ class Alone:
             store.copy_(self.copies["best"])
         self.publish()
 
-    def saved(self, slot: int, adapter: Any) -> Callable[[], Learnt]:
+    def saved(self, slot: int, adapter: Any, *, values: bool = True) -> Callable[[], Learnt]:
         """What the run leaves: its average, where it has one."""
         self.swap_averages()
         found = Learnt(
-            folder=self.trainee.folder, files=self.trainee.files(), ranks=self.trainee.ranks(),
+            folder=self.trainee.folder, files=self.trainee.files() if values else {}, ranks=self.trainee.ranks(),
             parameters={module: self.parameters_of(module) for module in adapter.ranks}, trainable=self.trainable,
         )  # fmt: skip
         self.swap_averages()

@@ -106,8 +106,8 @@ class Bank(Protocol):
         """All that resuming needs besides the number of steps done, on the host."""
         ...
 
-    def saved(self, slot: int, adapter: Any) -> "Saved":
-        """What the run of a slot leaves."""
+    def saved(self, slot: int, adapter: Any, *, values: bool = True) -> "Saved":
+        """What the run of a slot leaves; without the `values`, only what the record says of them."""
         ...
 
     def restore(self, slot: int, adapter: Any, state: Mapping[str, tuple[Tensor, ...]], step: int) -> None:

@@ -1,8 +1,6 @@
 """The flat store: every slot's parameters, gradients and moments, and where in it each module's adapter lies."""
 
-import bisect
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from sweeper.architecture import Target
 from sweeper.engine.bank.forms import AdapterSpec, Capacity
-from sweeper.engine.transfer import fetch, send
+from sweeper.engine.transfer import Fetched, fetch, send
 
 BLOCK = 64  # values; a segment starts at a multiple of it, so a block belongs to one slot
 MOST_MEMBERS = 3  # of a group: the kernels take that many output tensors
@@ -75,7 +73,6 @@ class Store:
         for segment in self.segments:
             self.by_group[segment.group].append(segment)
         self.spans = [_merged([span for s in own for span in _spans(s)]) for own in self.by_slot]
-        self.staging = [Staging(own, spans) for own, spans in zip(self.by_slot, self.spans, strict=True)]
 
     @property
     def rated(self) -> list[bool]:
@@ -161,16 +158,22 @@ class Store:
         return {segment.target.name: self.parts(segment, adapter, store) for segment in self.own(slot, adapter)}
 
     @torch.no_grad()
-    def saved(self, slot: int, adapter: AdapterSpec) -> Callable[[], dict[str, tuple[Tensor, ...]]]:
+    def write(self, slot: int, adapter: AdapterSpec, values: Sequence[Tensor], stores: Sequence[Tensor]) -> None:
+        """Puts the same host values of all parts of an adapter, in the order of `flat`, into some stores at once."""
+        moved = send(torch.cat([value.flatten() for value in values]), self.params.device)
+        pieces = moved.split([value.numel() for value in values])
+        for store in stores:
+            torch._foreach_copy_([part.view(-1) for part in self.flat(slot, adapter, store)], pieces)
+
+    def saved(
+        self, slot: int, adapter: AdapterSpec, *, values: bool = True
+    ) -> Callable[[], dict[str, tuple[Tensor, ...]]]:
         """As `adapter`, of the weights that the run leaves; called, it waits for their copy on the host."""
-        staged, own = self.staging[slot], self.own(slot, adapter)
-        fetched = fetch(torch.cat(self.pieces(slot, self.to_save(slot)) or [self.params[:0]]))
+        return fetch_all(self.adapter(slot, adapter, self.to_save(slot)) if values else {})
 
-        def arrived() -> dict[str, tuple[Tensor, ...]]:
-            values = fetched.wait()
-            return {segment.target.name: self.parts(staged.segments[segment], adapter, values) for segment in own}
-
-        return arrived
+    def flat(self, slot: int, adapter: AdapterSpec, store: Tensor) -> list[Tensor]:
+        """The parts of all modules of an adapter, one after another; views."""
+        return [part for parts in self.adapter(slot, adapter, store).values() for part in parts]
 
     def own(self, slot: int, adapter: AdapterSpec) -> list[Segment]:
         return [segment for segment in self.by_slot[slot] if segment.target.name in adapter.ranks]
@@ -219,27 +222,19 @@ class Store:
         self.refresh(slot)
 
 
-class Staging:
-    """The values of one slot in one piece: its segments as they lie there, and the way into a store."""
+@torch.no_grad()
+def fetch_all(tensors: Mapping[str, tuple[Tensor, ...]]) -> Callable[[], dict[str, tuple[Tensor, ...]]]:
+    """Copies float32 tensors to the host in one piece; called, it waits until they are there."""
+    flat = [tensor.reshape(-1) for parts in tensors.values() for tensor in parts]
+    sizes = [tensor.numel() for tensor in flat]
+    shapes = {name: [tensor.shape for tensor in parts] for name, parts in tensors.items()}
+    fetched = fetch(torch.cat(flat)) if flat else Fetched(torch.empty(0))
 
-    def __init__(self, segments: Sequence[Segment], spans: Sequence[tuple[int, int]]) -> None:
-        self.spans = tuple(spans)
-        self.starts = list(itertools.accumulate((stop - start for start, stop in spans), initial=0))
-        self.size = self.starts.pop()
-        self.segments = {
-            segment: replace(segment, a=self._at(segment.a), b=self._at(segment.b), x=self._at(segment.x))
-            for segment in segments
-        }
+    def arrived() -> dict[str, tuple[Tensor, ...]]:
+        values = iter(fetched.wait().split(sizes))
+        return {name: tuple(next(values).view(shape) for shape in parts) for name, parts in shapes.items()}
 
-    def _at(self, offset: int) -> int:
-        span = bisect.bisect_right(self.spans, (offset, math.inf)) - 1
-        return self.starts[span] + offset - self.spans[span][0]
-
-    def move(self, values: Tensor, store: Tensor) -> None:
-        """Writes the values of the slot to their places in a store."""
-        if self.spans:
-            moved = send(values, store.device).split([stop - start for start, stop in self.spans])
-            torch._foreach_copy_([store[start:stop] for start, stop in self.spans], moved)
+    return arrived
 
 
 def groups(targets: Sequence[Target], used: set[str]) -> list[tuple[Target, ...]]:
