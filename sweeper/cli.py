@@ -110,11 +110,13 @@ def _no_such_sweeper_field(message: str) -> list[str]:
     from hydra_plugins.lora_sweeper.ablation_sweeper import AblationSweeperConf
     from hydra_plugins.lora_sweeper.ray_launcher import RayLauncherConf
 
-    match = re.search(r"hydra\.(sweeper|launcher)\.(\w+)", message)
+    match = re.search(r"hydra\.(sweeper|launcher)\.(\w+)\.?(\w*)", message)
     if match is None or not message.startswith("Could not override"):
         return []
     kind = AblationSweeperConf if match[1] == "sweeper" else RayLauncherConf
     names = [field.name for field in fields(kind) if not field.name.startswith("_")]
+    if match[2] in names:  # a mapping, empty until it is given
+        return [f"hydra.{match[1]}.{match[2]} is given whole: 'hydra.{match[1]}.{match[2]}={{{match[3]}: ...}}'"]
     return [unknown(f"hydra.{match[1]} field", match[2], names).replace(" field=", ".", 1)]
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeper.device import device_for, precision_for
-from sweeper.errors import ModelError
+from sweeper.errors import ModelError, SpecError
 from sweeper.placement import Target, structure
 from sweeper.spec import ModelSpec
 from sweeper.weights import byte_tokenizer, converted_folder, first_line, folder, gguf_file, quiet, random_config
@@ -158,6 +158,15 @@ def check(spec: ModelSpec) -> None:
         folder(spec, weights=True)
 
 
+def check_length(spec: ModelSpec, length: int) -> None:
+    """Raises SpecError where texts of `length` tokens have more positions than the model has learned."""
+    most = _outline(_key(spec))[3]
+    if most is not None and length > most:
+        raise SpecError(
+            f"dataset.max_length={length}: model={spec.name} has learned {most} positions. Choose at most {most}."
+        )
+
+
 def loading_message(spec: ModelSpec) -> str:
     """What `load` is about to do, in a few words for a progress display."""
     if spec.source == "gguf" and not converted_folder(spec.location).exists():
@@ -185,8 +194,8 @@ def _key(spec: ModelSpec) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _outline(key: str) -> tuple[tuple[Target, ...], int, bool]:
-    """Targets, parameters and whether the ends are tied; the key is the spec as JSON, as a spec cannot be hashed."""
+def _outline(key: str) -> tuple[tuple[Target, ...], int, bool, int | None]:
+    """Targets, parameters, whether the ends are tied, learned positions; the spec as JSON, for it cannot be hashed."""
     import torch
 
     spec = ModelSpec(**json.loads(key))
@@ -196,7 +205,20 @@ def _outline(key: str) -> tuple[tuple[Target, ...], int, bool]:
             model = _from_config(config, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
         raise _failure(spec, "the model cannot be built", error) from error
-    return structure(model, spec.roles), total_parameters(model), is_tied(model)
+    return structure(model, spec.roles), total_parameters(model), is_tied(model), _positions(model)
+
+
+def _positions(model: Any) -> int | None:
+    """The rows of a model's table of positions (GPT-2); None where positions are computed, as rotary ones are."""
+    import torch
+
+    most = getattr(model.config, "max_position_embeddings", None)
+    rows = {
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+    }
+    return most if most is not None and rows & {most, most + 2} else None  # OPT leaves the first two rows free
 
 
 def _from_config(config: "PretrainedConfig", **arguments: Any) -> Any:

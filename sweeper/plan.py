@@ -122,6 +122,9 @@ def check_search(plan: Plan, search: SearchSettings) -> None:
                 f"hydra.sweeper.pruner={search.pruner} looks at scores while a run trains: give "
                 f"evaluation.every_steps, from 1 to {spec.trainer.max_steps - 1}"
             )
+        problems += [
+            line for arm in plan.arms for name in search.objectives if (line := _unmeasured(name, arm.default))
+        ]
         used = sorted(set(search.confirm_seeds) & {seed for arm in plan.arms for seed in arm.seeds})
         if used:
             problems.append(
@@ -130,6 +133,19 @@ def check_search(plan: Plan, search: SearchSettings) -> None:
             )
     if problems:
         raise Problems(problems)
+
+
+def _unmeasured(objective: str, spec: RunSpec) -> str | None:
+    """What is wrong with an objective that no run of an arm would have a value of."""
+    split, _, metric = objective.partition(".")
+    if split != "validation":
+        return None
+    if split not in spec.evaluation.splits:
+        return f"hydra.sweeper.objectives={objective}: evaluation.splits must hold validation for trials to be compared"
+    if metric not in (known := ("nll", "perplexity", *spec.dataset.metrics)):
+        names = ", ".join(f"validation.{name}" for name in known)
+        return f"hydra.sweeper.objectives={objective}: {spec.dataset.name} has no such score. Choose from {names}."
+    return None
 
 
 def check(specs: Sequence[RunSpec], settings: Settings) -> None:
@@ -159,6 +175,9 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     sound = {text for text, spec in _by_method(specs) if attempt(partial(methods.check, spec))}
     found = _distinct(spec.model for spec in specs)
     loadable = {repr(model) for model in found if attempt(partial(models.check, model))}
+    for model, dataset in _distinct((spec.model, spec.dataset) for spec in specs):
+        if repr(model) in loadable:
+            attempt(partial(models.check_length, model, dataset.max_length))
     for spec in _distinct_targets(specs):
         if repr(spec.model) in loadable and _method_text(spec) in sound:
             attempt(partial(targets, spec))

@@ -74,6 +74,10 @@ def test_shell_completion_knows_groups_and_options(root: Path, tmp_path: Path) -
         (["rank=4,8"], ["rank=4,8: several values need -m"]),
         (["optim.lr=interval(1e-4,1e-2)"], ["a range is tuned by a sweep: give -m"]),
         (["-m", "optim.lr=interval(1,2)", "hydra.sweeper.n_trial=3"], ["Did you mean n_trials?"]),
+        (
+            ["-m", "optim.lr=interval(1,2)", "hydra.sweeper.sampler_options.seed=1"],
+            ["error: hydra.sweeper.sampler_options is given whole: 'hydra.sweeper.sampler_options={seed: ...}'"],
+        ),
         (["-m", "optim.lr=interval(1,2)", "hydra.sweeper.n_trials=x"], ["could not be converted to Integer"]),
         (["-m", "rank=4,8", "hydra/launcher=ray", "hydra.launcher.worker=2"], ["Did you mean workers?"]),
         (["-m", "search=lrr", "rank=4,8"], ["search=lrr: no such search. Choose from lr."]),

@@ -68,6 +68,14 @@ def problems(overrides: list[str], composer: Any, study: Settings) -> tuple[str,
     return caught.value.lines
 
 
+def test_texts_longer_than_a_models_learned_positions_are_refused(composer: Any, study: Settings) -> None:
+    lines = problems(["model=tiny_gpt2", "dataset.max_length=513"], composer, study)
+    assert lines == ("dataset.max_length=513: model=tiny_gpt2 has learned 512 positions. Choose at most 512.",)
+    for model, length in (("tiny_gpt2", 512), ("tiny_llama", 513), ("tiny_neox", 513)):
+        found = compose.expand(["experiment=smoke", f"model={model}", f"dataset.max_length={length}"], composer)
+        plan.make(found.arms, study)
+
+
 def test_what_does_not_fit_the_model_is_told_at_once(composer: Any, study: Settings) -> None:
     lines = problems(["placement=attn,ff", "rank=4,65", "placement.layers=all,last:9,lowr"], composer, study)
     text = "\n".join(lines)

@@ -350,6 +350,8 @@ def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: st
         ([LR], {"pruner": "asha"}, "give evaluation.every_steps, from 1 to 3"),
         ([LR], {"confirm_seeds": (0, 1)}, "trials are chosen on seed 0"),
         ([LR], {"sampler_options": {"foo": 1}}, "sampler_options: .*foo"),
+        ([LR, "evaluation.splits=[test]"], {}, "objectives=validation.nll: evaluation.splits must hold validation"),
+        ([LR], {"objectives": ("validation.bleu",)}, "no such score. Choose from validation.nll, valid"),
         ([LR], {"storage": "postgresql+psycopg://localhost:1/none"}, "the database cannot be used"),
     ],
 )  # fmt: skip
