@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import lzma
+import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -18,10 +19,16 @@ CURVE_POINTS = 60
 def pack(study: Path, archive: Path) -> Path:
     """Writes an archive of a study's records, per-example test scores to 6 digits and thinned training curves. Two
     packs of one study are the same bytes.
+
+    Raises:
+        FileNotFoundError: there is no record in the study's folder; the archive stays as it was.
     """
+    records = sorted(study.glob(f"*/{RECORD}"))
+    if not records:
+        raise FileNotFoundError(f"{study}: no record in it. Give the folder of a study, such as outputs/default.")
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for record in sorted(study.glob(f"*/{RECORD}")):
+        for record in records:
             texts = {RECORD: json.dumps(json.loads(record.read_text()), separators=(",", ":"))}
             predictions, metrics = record.parent / PREDICTIONS, record.parent / METRICS
             if predictions.is_file():
@@ -67,7 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("study", type=Path)
     parser.add_argument("archive", type=Path)
     options = parser.parse_args(arguments)
-    archive = pack(options.study, options.archive)
+    try:
+        archive = pack(options.study, options.archive)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{archive}: {archive.stat().st_size / 1024:.0f} KiB")
     return 0
 

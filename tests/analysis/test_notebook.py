@@ -45,3 +45,11 @@ def test_a_packed_study_says_the_same(tmp_path: Path) -> None:
     before, after = analyse(load(study), draws=50).arms, analyse(load(folder), draws=50).arms
     assert after["nll"].to_list() == pytest.approx(before["nll"].to_list(), rel=1e-5)
     assert len(load(folder).curves(load(folder).runs["run_id"].head(1))) == 50
+
+
+def test_an_empty_study_does_not_replace_the_shipped_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = tmp_path / "study.tar.xz"
+    archive.write_bytes(b"kept")
+    assert ship.main([str(tmp_path / "nowhere"), str(archive)]) == 2
+    assert "nowhere: no record in it. Give the folder of a study" in capsys.readouterr().err
+    assert archive.read_bytes() == b"kept"
