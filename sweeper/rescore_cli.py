@@ -57,7 +57,7 @@ def _composed(overrides: Sequence[str]) -> tuple[list[DatasetSpec], EvaluationSp
             "dataset.FIELD=... needs dataset=NAME: without it each run is scored on its own dataset as it was"
         )
     lines = [*(f"{key}={value}" for key, value in DEFAULTS.items() if key not in keys), *overrides]
-    composition = compose.expand(lines, cli._composer(None))
+    composition = compose.expand(lines, cli.composer_of(None))
     specs = composition.specs
     datasets = list({repr(spec.dataset): spec.dataset for spec in specs}.values()) if "dataset" in keys else []
     return datasets, specs[0].evaluation, composition.settings
