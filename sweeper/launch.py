@@ -17,7 +17,8 @@ from sweeper.errors import Interrupted, RunsFailed, SpecError
 from sweeper.plan import Plan
 from sweeper.record import Record
 from sweeper.scheduler import Outcome, Scheduler, TrainRuns
-from sweeper.spec import RunSpec, SearchSettings, Settings, to_mapping
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings, to_mapping
 
 
 def train(

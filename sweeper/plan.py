@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 from sweeper import record
 from sweeper.arms import Arm
 from sweeper.errors import Problems, SpecError, SweeperError
-from sweeper.spec import RunSpec, SearchSettings, Settings, to_mapping
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings, to_mapping
 
 if TYPE_CHECKING:
     from sweeper.placement import Target
@@ -104,7 +105,8 @@ def check_search(plan: Plan, search: SearchSettings) -> None:
     else:
         if importlib.util.find_spec("optuna") is None:
             raise SpecError("a search needs the package optuna: pip install '.[search]', or give lists, no ranges")
-        from sweeper.search import make_pruner, make_sampler, open_storage
+        from sweeper.search.samplers import make_pruner, make_sampler
+        from sweeper.search.storage import open_storage
 
         first = plan.arms[0]
         for make_one in (

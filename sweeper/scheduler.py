@@ -25,10 +25,11 @@ from sweeper.arms import Arm
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, Stage, TrialEnded
 from sweeper.engine.requests import Kind, Pulled, RunRequest, Source
 from sweeper.record import Record
-from sweeper.spec import RunSpec, SearchSettings, Settings, to_mapping
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings, to_mapping
 
 if TYPE_CHECKING:
-    from sweeper.search import ArmSearch, Trial
+    from sweeper.search.study import ArmSearch, Trial
 
 T = TypeVar("T")
 Observer = Callable[[Event], None]
@@ -109,7 +110,8 @@ class Scheduler:
     def _open_searches(self, states: Sequence[_ArmState]) -> None:
         if not states:
             return
-        from sweeper.search import ArmSearch, open_storage
+        from sweeper.search.storage import open_storage
+        from sweeper.search.study import ArmSearch
 
         storage = open_storage(self.how, self.settings.folder)
         for state in states:

@@ -11,7 +11,8 @@ from sweeper.budget import lora_parameters, uniform
 from sweeper.display import make_console
 from sweeper.errors import SpecError
 from sweeper.placement import Target
-from sweeper.spec import RunSpec, SearchSettings
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec
 from tests.test_allocation import SHAPES, every, placed
 
 Scores = Mapping[str, float]

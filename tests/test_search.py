@@ -12,13 +12,14 @@ import pytest
 
 from sweeper import compose, launch, record
 from sweeper import plan as planning
-from sweeper import search as searching
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted
 from sweeper.engine.requests import RunRequest, Source
 from sweeper.errors import Problems, RunsFailed, SpecError
 from sweeper.record import Record, Score
 from sweeper.scheduler import Scheduler
-from sweeper.spec import RunSpec, SearchSettings, Settings
+from sweeper.search import storage
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings
 
 LR = "optim.lr=tag(log,interval(1e-5,1e-1))"
 GRID = ["experiment=smoke", "placement=attn,ff,full", "rank=4,8,16"]
@@ -97,8 +98,8 @@ def go(composer: Any, study: Settings, bowl: BowlEngine) -> Callable[..., dict[s
 
 
 def studies(settings: Settings) -> list[optuna.Study]:
-    storage = searching.open_storage(SearchSettings(), settings.folder)
-    return [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
+    kept = storage.open_storage(SearchSettings(), settings.folder)
+    return [optuna.load_study(study_name=name, storage=kept) for name in optuna.get_all_study_names(kept)]
 
 
 def test_a_grid_is_every_combination_once_and_a_search_is_as_many_trials_in_every_arm(
@@ -178,7 +179,7 @@ def test_after_a_crash_nothing_is_lost_and_nothing_is_done_twice(
             patch.setattr(Scheduler, "close", lambda self: None)  # a process that is killed closes nothing
             with pytest.raises(SystemExit):
                 go(axes, n_trials=6, sampler=sampler)
-        monkeypatch.setattr(searching, "alive", lambda trial: False)
+        monkeypatch.setattr("sweeper.search.study.alive", lambda trial: False)
     bowl.stop_after = math.inf
     go(axes, n_trials=6, sampler=sampler)
     assert len({spec.run_id for spec in bowl.trained}) == len(bowl.trained) == 24
@@ -373,9 +374,9 @@ def test_a_driver_that_starts_waits_for_another_that_is_about_to_sign_its_trial(
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)
-        asked.set_user_attr("driver", searching.me() | {"seen": time.time()})
+        asked.set_user_attr("driver", storage.this_driver() | {"seen": time.time()})
 
-    monkeypatch.setattr(searching.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     go(axes, n_trials=3)
     assert waits
     assert one.get_trials()[asked.number].state == optuna.trial.TrialState.RUNNING

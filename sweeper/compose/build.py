@@ -6,7 +6,8 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 
 from sweeper.errors import SpecError, SweeperError
-from sweeper.spec import RunSpec, SearchSettings, Settings, from_mapping
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings, from_mapping
 
 Plain = dict[str, Any]
 

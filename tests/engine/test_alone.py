@@ -645,7 +645,7 @@ def test_one_search_tunes_what_packs_and_what_does_not(
     from sweeper.arms import Arm, Dimension
     from sweeper.engine import train_runs
     from sweeper.scheduler import Scheduler
-    from sweeper.spec import SearchSettings
+    from sweeper.search.settings import SearchSettings
 
     monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path / "cache"))
 
