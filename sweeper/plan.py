@@ -3,7 +3,7 @@
 import importlib.util
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Section = TypeVar("Section")
 
+NLL = ("nll", "perplexity")  # scores of every dataset
 DONE: tuple[record.Status, ...] = ("completed", "pruned", "diverged")
 
 
@@ -123,6 +124,8 @@ def check_search(plan: Plan, search: SearchSettings) -> None:
                 f"hydra.sweeper.pruner={search.pruner} looks at scores while a run trains: give "
                 f"evaluation.every_steps, from 1 to {spec.trainer.max_steps - 1}"
             )
+        for arm in plan.arms:
+            problems += _unscored(arm.default, search)
         used = sorted(set(search.confirm_seeds) & {seed for arm in plan.arms for seed in arm.seeds})
         if used:
             problems.append(
@@ -131,6 +134,28 @@ def check_search(plan: Plan, search: SearchSettings) -> None:
             )
     if problems:
         raise Problems(problems)
+
+
+def _unscored(spec: RunSpec, search: SearchSettings) -> Iterator[str]:
+    """A line for each objective that no run of an arm would have a score for when it is looked at."""
+    from sweeper.tasks.metrics import GENERATED, TEACHER_FORCED
+
+    for objective in search.objectives:
+        start, name = f"hydra.sweeper.objectives={objective}", objective.removeprefix("validation.")
+        if name == objective:
+            continue  # a cost
+        if "validation" not in spec.evaluation.splits:
+            yield f"{start}: evaluation.splits has no validation, so trials would have no score"
+        elif name not in (*NLL, *spec.dataset.metrics):
+            known = ", ".join(f"validation.{metric}" for metric in (*NLL, *spec.dataset.metrics))
+            yield f"{start}: dataset={spec.dataset.name} has no such metric. Choose from {known}."
+        elif name in GENERATED and not spec.evaluation.generate:
+            yield f"{start} is a score of generated text: give evaluation.generate=true"
+        elif search.pruner != "none" and name not in (*NLL, *TEACHER_FORCED):
+            yield (
+                f"hydra.sweeper.pruner={search.pruner} looks at scores while a run trains, and {objective} is scored "
+                "at its end: prune on validation.nll"
+            )
 
 
 def check(specs: Sequence[RunSpec], settings: Settings) -> None:

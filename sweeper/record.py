@@ -56,6 +56,10 @@ class Score:
     def perplexity(self) -> float:
         return perplexity(self.nll)
 
+    def value(self, name: str) -> float | None:
+        """`nll`, `perplexity` or a metric by its name; None where there is no such score."""
+        return {"nll": self.nll, "perplexity": self.perplexity}.get(name, self.metrics.get(name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:

@@ -383,8 +383,7 @@ class Scheduler:
         trial = None if state is None else state.trials.get(event.run_id)
         if state is None or state.search is None or trial is None or event.run_id in self.prune:
             return
-        metric = self.how.objectives[0].removeprefix("validation.")
-        value = event.score.nll if metric == "nll" else event.score.metrics.get(metric)
+        value = event.score.value(self.how.objectives[0].removeprefix("validation."))
         if value is None or math.isnan(value):
             return
         if state.search.report(trial, trial.runs[event.run_id], int(event.moment), value):

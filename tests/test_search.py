@@ -227,6 +227,12 @@ def test_a_best_value_at_an_edge_is_told_and_the_range_widened(
     assert len(bowl.trained) == 9
 
 
+def test_trials_are_pruned_by_perplexity_as_by_the_nll_it_comes_from(go: Any, bowl: BowlEngine) -> None:
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR, "trainer.max_steps=9", "evaluation.every_steps=1"]
+    go(axes, n_trials=12, pruner="asha", objectives=("validation.perplexity",))
+    assert bowl.pruned
+
+
 @pytest.mark.parametrize("pruner", ["asha", "median", "hyperband", "patient"])
 def test_hopeless_trials_are_pruned_and_their_slots_go_to_the_next(pruner: str, go: Any, bowl: BowlEngine) -> None:
     axes = ["experiment=smoke", "placement=attn,ff", "rank=4", LR, "trainer.max_steps=9", "evaluation.every_steps=1"]
@@ -291,6 +297,15 @@ def test_a_diverged_trial_is_the_worst_of_all(go: Any, bowl: BowlEngine, study: 
     assert all((value == math.inf) == (lr >= 1e-2) for lr, value in values.items())
 
 
+def test_a_trial_whose_cost_was_not_measured_failed(go: Any, study: Settings) -> None:
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR]
+    for _ in range(2):  # nor is it begun without end
+        with pytest.raises(RunsFailed, match="no trial completed"):
+            go(axes, n_trials=3, objectives=("train_seconds_solo",))
+    (one,) = studies(study)
+    assert all(trial.user_attrs.get("outcome") == "failed" for trial in one.get_trials())
+
+
 def test_a_token_budget_is_the_same_for_every_arm(go: Any, bowl: BowlEngine, make_record: Any) -> None:
     def costly(spec: RunSpec, **changes: Any) -> Record:
         efficiency = record.Efficiency(train_tokens=100)
@@ -350,6 +365,12 @@ def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: st
         ([], {"n_trials": 3}, "hydra.sweeper.n_trials=3: no field is tuned"),
         ([LR], {"pruner": "asha"}, "give evaluation.every_steps, from 1 to 3"),
         ([LR], {"confirm_seeds": (0, 1)}, "trials are chosen on seed 0"),
+        ([LR, "evaluation=none"], {}, "evaluation.splits has no validation"),
+        ([LR], {"objectives": ("validation.bleu",)}, "has no such metric. Choose from validation.nll, "),
+        ([LR, "dataset=chain_sum", "dataset.metrics=[final_number]", "dataset.max_new_tokens=4"],
+         {"objectives": ("validation.final_number",)}, "give evaluation.generate=true"),
+        ([LR, "dataset.metrics=[choice_accuracy]", "evaluation.every_steps=1"],
+         {"objectives": ("validation.choice_accuracy",), "pruner": "asha"}, "scored at its end: prune on"),
         ([LR], {"sampler_options": {"foo": 1}}, "sampler_options: .*foo"),
         ([LR], {"storage": "postgresql+psycopg://localhost:1/none"}, "the database cannot be used"),
     ],

@@ -234,15 +234,20 @@ class ArmSearch:
         statuses = {record.status for record in trial.records.values()}
         trial.optuna_trial.set_user_attr("runs", list(trial.runs))
         if "failed" in statuses:
-            trial.optuna_trial.set_user_attr("outcome", "failed")
-            self.study.tell(trial.optuna_trial, state=TrialState.FAIL)
-            return Told(state="failed")
+            return self._fail(trial)
         if "pruned" in statuses:
             self.study.tell(trial.optuna_trial, state=TrialState.PRUNED)
             return Told(state="pruned")
         values = self._values(list(trial.records.values()))
+        if any(map(math.isnan, values)):  # a cost that was not measured
+            return self._fail(trial)
         self.study.tell(trial.optuna_trial, values=values)
         return Told(state="completed", value=values[0])
+
+    def _fail(self, trial: Trial) -> Told:
+        trial.optuna_trial.set_user_attr("outcome", "failed")
+        self.study.tell(trial.optuna_trial, state=TrialState.FAIL)
+        return Told(state="failed")
 
     def run_ids(self) -> list[str]:
         """Ids of the runs of all trials that have ended."""
@@ -366,8 +371,7 @@ def objective(record: Record, name: str, *, worst: float = math.nan) -> float:
     score = record.scores.get("validation", {}).get("after")
     if record.status == "diverged" or score is None:
         return worst
-    metric = name.removeprefix("validation.")
-    found = score.nll if metric == "nll" else score.perplexity if metric == "perplexity" else score.metrics.get(metric)
+    found = score.value(name.removeprefix("validation."))
     return worst if found is None or math.isnan(found) else float(found)
 
 
