@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from sweeper import forecast, record, scheduler, summary, tracking
 from sweeper import plan as planning
-from sweeper import record, scheduler, summary, tracking
 from sweeper.arms import Arm, look_up, single
 from sweeper.display import make_console, make_display
 from sweeper.engine.events import Event, RunFinished
@@ -191,7 +191,7 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
     specs = [to_mapping(run.spec) for run in plan.runs]
     fields = naming.varying(specs)
     header = ["run", "placement", "rank", *fields, "modules", "trainable", "%", "train FLOPs", "est. memory", "status"]
-    costs = planning.costs([run.spec for run in plan.runs], settings)
+    costs = forecast.costs([run.spec for run in plan.runs], settings)
     cells = []
     for run, spec, cost in zip(plan.runs, specs, costs, strict=True):
         flat = naming.flat(spec)
@@ -211,11 +211,11 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
         )
     console.out(summary.aligned(header, cells), highlight=False)
     console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
-    for line in planning.notes([run.spec for run in plan.runs], costs):
+    for line in forecast.notes([run.spec for run in plan.runs], costs):
         console.print(line, markup=False, soft_wrap=True)
     if plan.tuned:
         console.print(_search_line(plan, search), markup=False)
-    for line in planning.estimate(plan, search, settings, costs):
+    for line in forecast.estimate(plan, search, settings, costs):
         console.print(line, markup=False, soft_wrap=True)
     runs = f"{len(plan.runs)} run{'' if len(plan.runs) == 1 else 's'}, {len(plan.todo)} to train; "
     console.print(f"{'' if plan.tuned else runs}this was a dry run, nothing was trained", soft_wrap=True)
