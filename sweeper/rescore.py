@@ -1,8 +1,8 @@
 """Scores saved adapters on any tasks, without training: what `evaluate.py` does.
 
 Adapters of one base model are scored together in a pack, the base model with them as slot -1. What is found goes to
-`RUN_FOLDER/evaluations/DATASET.json` and the rows of every example to `DATASET.jsonl` beside it; records stay as they
-are.
+`RUN_FOLDER/evaluations/DATASET.json` and the rows of every example to `DATASET-SPLIT.jsonl` beside it; records stay as
+they are.
 """
 
 import itertools
@@ -163,7 +163,7 @@ def harness(
         for run in same:
             found = lm_harness.score(adapted_model(base, run), base.tokenizer, asked, evaluation.options)
             plain = {"run_id": run.folder.name, "before": before, "after": found}
-            record.write_atomically(run.folder / FOLDER / "lm_eval.json", json.dumps(plain, indent=1) + "\n")
+            record.write_json(run.folder / FOLDER / "lm_eval.json", plain)
             yield Harnessed(run=run, scores=found, base=before)
 
 
@@ -262,8 +262,7 @@ def _write(results: Sequence[Rescored]) -> None:
             for one in results
         },
     }  # fmt: skip
-    text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
-    record.write_atomically(run.folder / FOLDER / f"{dataset.name}.json", text)
+    record.write_json(run.folder / FOLDER / f"{dataset.name}.json", plain)
 
 
 def _plain(score: Score) -> dict[str, Any]:

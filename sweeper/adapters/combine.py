@@ -110,7 +110,7 @@ def combine(runs: Sequence[Saved], asked: Combination, out: Path, *, device: str
         "ranks": {name: len(a) for name, (a, _) in factors.items()},
         "spec": to_mapping(spec),
     }
-    record.write_atomically(out / COMBINED, json.dumps(note, indent=1) + "\n")
+    record.write_json(out / COMBINED, note)
     return note
 
 
