@@ -94,6 +94,8 @@ def learning_rate(analysis: Analysis) -> Figure | str:
     )  # fmt: skip
     look = looks(_placements(trials))
     ranks = _spread(sorted(trials["rank"].dropna().unique()))
+    if not ranks:
+        return "no run with a rank was tuned"
     settings = _names(trials)[:3]
     figure, axes = _by_rank(settings, ranks, sharex=True)
     for (name, rank), ax in axes.items():
@@ -196,7 +198,7 @@ def importance(analysis: Analysis) -> Figure | str:
 def share_kept(analysis: Analysis) -> Figure | str:
     """Share of full fine-tuning's gain kept; of the full placement's where the study has no full fine-tuning."""
     table = analysis.tables["share_kept"]
-    table = table[(table["metric"] == analysis.metric) & table["share"].notna()]
+    table = table[(table["metric"] == analysis.metric) & table["share"].notna() & table["percent"].notna()]
     if table.empty:
         return "no full fine-tuning and no full placement whose gain over the base model is clear"
     reference = FULL if (table["reference"] == FULL).any() else "full placement"
