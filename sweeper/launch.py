@@ -3,8 +3,8 @@
 import dataclasses
 import importlib.util
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -19,6 +19,9 @@ from sweeper.record import Record
 from sweeper.scheduler import Outcome, Scheduler, TrainRuns
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings, to_mapping
+
+if TYPE_CHECKING:
+    from sweeper.compose import Composition
 
 
 def train(
@@ -55,8 +58,8 @@ def train_one(spec: RunSpec, settings: Settings, *, engine: TrainRuns | None = N
     return objective(train([single(spec)], settings, engine=engine).get(spec.run_id))
 
 
-def sweep(composition: Any, search: SearchSettings, launcher: Any) -> Any:
-    """Carries out a `sweeper.compose.Composition`: our launchers pack runs, other Hydra launchers get a run a job."""
+def sweep(composition: "Composition", search: SearchSettings, launcher: Any) -> Any:
+    """Carries out a composition: our launchers pack runs, other Hydra launchers get a run a job."""
     if hasattr(launcher, "run_all"):
         return launcher.run_all(composition, search)
 
@@ -92,7 +95,9 @@ def _as_jobs(work: Scheduler, arms: Sequence[Arm], launcher: Any) -> Outcome:
     return Outcome(records=work.records)
 
 
-def _carry_out(arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Any) -> dict[str, Record]:
+def _carry_out(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Callable[[Scheduler], Outcome]
+) -> dict[str, Record]:
     plan, console = planning.make(arms, settings, search), make_console()
     if settings.dry_run:
         show_plan(plan, settings, search, console)

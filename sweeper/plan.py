@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from sweeper import naming, record
 from sweeper.arms import Arm
 from sweeper.errors import Problems, SpecError, SweeperError
 from sweeper.search.settings import SearchSettings
-from sweeper.spec import RunSpec, Settings, to_mapping
+from sweeper.spec import RunSpec, Settings, to_mapping, unique
 
 if TYPE_CHECKING:
     from sweeper.placement import Target
-
-Section = TypeVar("Section")
 
 NLL = ("nll", "perplexity")  # scores of every dataset
 DONE: tuple[record.Status, ...] = ("completed", "pruned", "diverged")
@@ -163,12 +161,12 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     attempt(lambda: _check_writable(settings.folder))
     if settings.device.startswith("cuda"):
         attempt(lambda: device.device_for(settings.device))
-    for dataset in _distinct(spec.dataset for spec in specs):
+    for dataset in unique(spec.dataset for spec in specs):
         attempt(partial(tasks.check, dataset))
-    for dataset, evaluation in _distinct((spec.dataset, spec.evaluation) for spec in specs):
+    for dataset, evaluation in unique((spec.dataset, spec.evaluation) for spec in specs):
         attempt(partial(tasks.check_evaluation, dataset, evaluation))
     sound = {text for text, spec in _by_method(specs) if attempt(partial(methods.check, spec))}
-    found = _distinct(spec.model for spec in specs)
+    found = unique(spec.model for spec in specs)
     loadable = {repr(model) for model in found if attempt(partial(models.check, model))}
     for spec in _distinct_targets(specs):
         if repr(spec.model) in loadable and _method_text(spec) in sound:
@@ -203,12 +201,6 @@ def _check_writable(folder: Path) -> None:
             f"study folder {folder} cannot be written ({nearest}: {error.strerror}): choose another study=... "
             "or output_root=..."
         ) from None
-
-
-def _distinct(specs: Iterable[Section]) -> list[Section]:
-    """Equal specs once; by their text, since specs with mappings inside have no hash."""
-    sections = {id(spec): spec for spec in specs}  # the runs of a grid share most of their sections
-    return list({repr(spec): spec for spec in sections.values()}.values())
 
 
 def _method_text(spec: RunSpec) -> str:

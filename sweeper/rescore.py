@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sweeper import lm_harness, record, tasks
 from sweeper.errors import DataError, Problems, SweeperError
 from sweeper.record import ADAPTER, RECORD, WEIGHTS, Score
-from sweeper.spec import DatasetSpec, EvaluationSpec, RunSpec, Settings, run_spec, to_mapping
+from sweeper.spec import DatasetSpec, EvaluationSpec, RunSpec, Settings, run_spec, to_mapping, unique
 from sweeper.tasks import baseline, general_text
 
 if TYPE_CHECKING:
@@ -107,12 +107,12 @@ def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: Ev
     from sweeper import models
 
     problems: list[str] = []
-    models_used = {repr(run.spec.model): run.spec.model for run in runs}
-    acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in datasets]
-    acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in datasets]
+    wanted = unique(datasets)  # as many as there are runs, where each is scored on its own
+    acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in wanted]
+    acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in wanted]
     if evaluation.name == lm_harness.NAME:
         acts.append(partial(lm_harness.check, evaluation))
-    acts += [partial(models.check, model) for model in models_used.values()]
+    acts += [partial(models.check, model) for model in unique(run.spec.model for run in runs)]
     for act in acts:
         try:
             act()
@@ -133,7 +133,7 @@ def rescore(
     from sweeper import weights
 
     for base, same in _by_base(runs, settings):
-        wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
+        wanted = unique(datasets or [run.spec.dataset for run in same])
         for part in _parts(same):
             with _pack(base, part) as pack:
                 for dataset in wanted:
@@ -156,7 +156,7 @@ def harness(
 ) -> Iterator[Harnessed]:
     """As `rescore`, by lm-eval on the test split; writes `RUN_FOLDER/evaluations/lm_eval.json`."""
     for base, same in _by_base(runs, settings):
-        wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
+        wanted = unique(datasets or [run.spec.dataset for run in same])
         asked: list[Any] = [lm_harness.as_task(d, tasks.load(d)["test"], base.tokenizer) for d in wanted]
         asked += evaluation.options.get("tasks") or []
         before = lm_harness.score(base.model, base.tokenizer, asked, evaluation.options)

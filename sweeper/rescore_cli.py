@@ -9,7 +9,7 @@ from sweeper import cli, compose, lm_harness, rescore, summary
 from sweeper.display import make_console
 from sweeper.errors import SpecError
 from sweeper.rescore import Harnessed, Rescored
-from sweeper.spec import DatasetSpec, EvaluationSpec, Settings
+from sweeper.spec import DatasetSpec, EvaluationSpec, Settings, unique
 from sweeper.tasks.metrics import suite_score
 
 USAGE = """\
@@ -59,7 +59,7 @@ def _composed(overrides: Sequence[str]) -> tuple[list[DatasetSpec], EvaluationSp
     lines = [*(f"{key}={value}" for key, value in DEFAULTS.items() if key not in keys), *overrides]
     composition = compose.expand(lines, cli.composer_of(None))
     specs = composition.specs
-    datasets = list({repr(spec.dataset): spec.dataset for spec in specs}.values()) if "dataset" in keys else []
+    datasets = unique(spec.dataset for spec in specs) if "dataset" in keys else []
     return datasets, specs[0].evaluation, composition.settings
 
 

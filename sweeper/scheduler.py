@@ -401,7 +401,7 @@ class Scheduler:
         tried = self.tries.get(ended.run_id, 0)
         if ended.status != "failed" or request is None or error in LASTING or tried >= self.settings.retries:
             return False
-        self.tries[ended.run_id] = self.tries.get(ended.run_id, 0) + 1
+        self.tries[ended.run_id] = tried + 1
         del self.running[ended.run_id]
         self.states[request.kind].ready.append(request)
         return True

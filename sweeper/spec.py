@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -297,6 +297,12 @@ class Settings:
     def folder(self) -> Path:
         """Where the study's run folders lie."""
         return Path(self.output_root) / self.study
+
+
+def unique(specs: Iterable[Spec]) -> list[Spec]:
+    """Equal specs once, in order; by their text, since specs with mappings inside have no hash."""
+    sections = {id(spec): spec for spec in specs}  # the runs of a grid share most of their sections
+    return list({repr(spec): spec for spec in sections.values()}.values())
 
 
 def canonical_json(spec: RunSpec) -> str:

@@ -202,6 +202,13 @@ def test_lm_eval_agrees_with_us(tiny: Settings, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.count("by lm-eval") == 2
 
 
+def test_a_dataset_that_many_runs_share_is_checked_once(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, checked = rescore.find([tiny.folder]), list[DatasetSpec]()
+    monkeypatch.setattr("sweeper.tasks.check", lambda dataset, **_: checked.append(dataset))
+    rescore.check(runs, [run.spec.dataset for run in runs], TEST)
+    assert checked == [CHAIN]
+
+
 def test_the_limit_is_for_tasks_of_lm_eval_alone(
     tiny: Settings, monkeypatch: pytest.MonkeyPatch, make_example: Callable[..., Example]
 ) -> None:
