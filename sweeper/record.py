@@ -19,6 +19,10 @@ ADAPTER = "adapter"
 WEIGHTS = "weights"
 SPECTRA = "spectra.json"
 
+# what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+COMBINED, MERGED = "combined.json", "merged.json"
+
 Status = Literal["completed", "pruned", "failed", "diverged"]
 COMPLETED: tuple[Status, ...] = ("completed", "diverged")
 """Ended by themselves."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import lm_harness, record, tasks
 from sweeper.errors import DataError, Problems, SweeperError
-from sweeper.record import ADAPTER, RECORD, WEIGHTS, Score
+from sweeper.record import ADAPTER, COMBINED, RECORD, WEIGHTS, Score
 from sweeper.spec import DatasetSpec, EvaluationSpec, RunSpec, Settings, run_spec, to_mapping, unique
 from sweeper.tasks import baseline, general_text
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sweeper.models import BaseModel
 
 FOLDER = "evaluations"
-COMBINED = "combined.json"
 TOGETHER = 16  # adapters in one pack
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from sweeper.models import BaseModel
 
-NOTE = "merged.json"
 ROWS, LENGTH = 4, 32  # of the random tokens that are compared
 
 
@@ -46,7 +45,7 @@ def merge(run: Saved, out: Path, *, device: str = "auto", precision: Precision =
             _save(model if tuned else model.merge_and_unload(safe_merge=True), base, temporary)
         found = _compared(base, temporary, ids, wanted)
         note = {"run_id": run.folder.name, "from": str(run.folder), "model": base.spec.name, **found}
-        record.write_json(temporary / NOTE, note)
+        record.write_json(temporary / record.MERGED, note)
         shutil.rmtree(out, ignore_errors=True)
         temporary.replace(out)
     finally:
