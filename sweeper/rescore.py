@@ -161,9 +161,21 @@ def harness(
         before = lm_harness.score(base.model, base.tokenizer, asked, evaluation.options)
         for run in same:
             found = lm_harness.score(adapted_model(base, run), base.tokenizer, asked, evaluation.options)
-            plain = {"run_id": run.folder.name, "before": before, "after": found}
-            record.write_json(run.folder / FOLDER / "lm_eval.json", plain)
+            _add_harnessed(run, before, found)
             yield Harnessed(run=run, scores=found, base=before)
+
+
+def _add_harnessed(
+    run: Saved, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Writes scores by task beside those of other tasks that an earlier command found."""
+    path = run.folder / FOLDER / "lm_eval.json"
+    try:
+        known = json.loads(path.read_text())
+        before, after = known["before"] | before, known["after"] | after
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or none that can be read
+    record.write_json(path, {"run_id": run.folder.name, "before": before, "after": after})
 
 
 def _by_base(runs: Sequence[Saved], settings: Settings) -> "Iterator[tuple[BaseModel, list[Saved]]]":

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,6 +208,22 @@ def test_a_dataset_that_many_runs_share_is_checked_once(tiny: Settings, monkeypa
     monkeypatch.setattr("sweeper.tasks.check", lambda dataset, **_: checked.append(dataset))
     rescore.check(runs, [run.spec.dataset for run in runs], TEST)
     assert checked == [CHAIN]
+
+
+def test_scores_of_lm_eval_stay_when_other_tasks_are_asked_for(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sweeper import lm_harness
+
+    monkeypatch.setattr(lm_harness, "as_task", lambda *_: "ours")
+    runs = [replace(rescore.find([tiny.folder])[0], folder=tmp_path)]
+    monkeypatch.setattr(rescore, "adapted_model", lambda base, run: base.model)
+    for name, value in (("one", 0.1), ("two", 0.2), ("one", 0.3)):
+        scores = {name: {"acc": value}}
+        monkeypatch.setattr(lm_harness, "score", lambda *_, scores=scores: scores)
+        list(rescore.harness(runs, [], EvaluationSpec(name="lm_eval", splits=("test",)), tiny))
+    plain = json.loads((tmp_path / "evaluations" / "lm_eval.json").read_text())
+    assert plain["before"] == plain["after"] == {"one": {"acc": 0.3}, "two": {"acc": 0.2}}
 
 
 def test_the_limit_is_for_tasks_of_lm_eval_alone(
