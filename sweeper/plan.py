@@ -1,8 +1,7 @@
 """What a command would train: its runs less those done, checked before any weight is loaded."""
 
-import importlib.util
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING
 from sweeper import naming, record
 from sweeper.arms import Arm
 from sweeper.errors import Problems, SpecError, SweeperError
+from sweeper.search import check as checking
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings, to_mapping, unique
 
 if TYPE_CHECKING:
     from sweeper.placement import Target
 
-NLL = ("nll", "perplexity")  # scores of every dataset
 DONE: tuple[record.Status, ...] = ("completed", "pruned", "diverged")
 
 
@@ -71,74 +70,9 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
         folder = settings.folder / run_id
         runs.append(PlannedRun(run_id=run_id, spec=spec, folder=folder, status=record.status(folder)))
     plan = Plan(study=settings.folder, runs=tuple(runs), arms=tuple(arms), retry_failed=settings.retry_failed)
-    check_search(plan, search or SearchSettings())
+    checking.check(arms, search or SearchSettings(), settings.folder)
     check([run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)], settings)
     return plan
-
-
-def check_search(plan: Plan, search: SearchSettings) -> None:
-    """Raises `Problems` for a search that cannot do what it is asked."""
-    problems: list[str] = []
-    if not plan.tuned:
-        asked = {"n_trials": search.n_trials, "max_tokens": search.max_tokens, "max_seconds": search.max_seconds,
-                 "confirm_seeds": search.confirm_seeds or None}  # fmt: skip
-        problems += [
-            f"hydra.sweeper.{name}={value}: no field is tuned. Tune one: 'optim.lr=tag(log,interval(1e-5,1e-2))'"
-            for name, value in asked.items() if value is not None
-        ]  # fmt: skip
-    else:
-        if importlib.util.find_spec("optuna") is None:
-            raise SpecError("a search needs the package optuna: pip install '.[search]', or give lists, no ranges")
-        from sweeper.search.samplers import make_pruner, make_sampler
-        from sweeper.search.storage import open_storage
-
-        first = plan.arms[0]
-        for make_one in (
-            lambda: make_sampler(search, 0), lambda: make_pruner(search, first),
-            lambda: None if search.storage is None else open_storage(search, plan.study),
-        ):  # fmt: skip
-            try:
-                make_one()
-            except SweeperError as error:
-                problems.extend(error.lines)
-        spec = first.default
-        if search.pruner != "none" and not 0 < spec.evaluation.every_steps < spec.trainer.max_steps:
-            problems.append(
-                f"hydra.sweeper.pruner={search.pruner} looks at scores while a run trains: give "
-                f"evaluation.every_steps, from 1 to {spec.trainer.max_steps - 1}"
-            )
-        for arm in plan.arms:
-            problems += _unscored(arm.default, search)
-        used = sorted(set(search.confirm_seeds) & {seed for arm in plan.arms for seed in arm.seeds})
-        if used:
-            problems.append(
-                f"hydra.sweeper.confirm_seeds={list(search.confirm_seeds)}: trials are chosen on seed {used[0]}; "
-                "confirm on fresh ones"
-            )
-    if problems:
-        raise Problems(problems)
-
-
-def _unscored(spec: RunSpec, search: SearchSettings) -> Iterator[str]:
-    """A line for each objective that no run of an arm would have a score for when it is looked at."""
-    from sweeper.tasks.metrics import GENERATED, TEACHER_FORCED
-
-    for objective in search.objectives:
-        start, name = f"hydra.sweeper.objectives={objective}", objective.removeprefix("validation.")
-        if name == objective:
-            continue  # a cost
-        if "validation" not in spec.evaluation.splits:
-            yield f"{start}: evaluation.splits has no validation, so trials would have no score"
-        elif name not in (*NLL, *spec.dataset.metrics):
-            known = ", ".join(f"validation.{metric}" for metric in (*NLL, *spec.dataset.metrics))
-            yield f"{start}: dataset={spec.dataset.name} has no such metric. Choose from {known}."
-        elif name in GENERATED and not spec.evaluation.generate:
-            yield f"{start} is a score of generated text: give evaluation.generate=true"
-        elif search.pruner != "none" and name not in (*NLL, *TEACHER_FORCED):
-            yield (
-                f"hydra.sweeper.pruner={search.pruner} looks at scores while a run trains, and {objective} is scored "
-                "at its end: prune on validation.nll"
-            )
 
 
 def check(specs: Sequence[RunSpec], settings: Settings) -> None:

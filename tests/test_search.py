@@ -364,6 +364,7 @@ def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: st
     [
         ([], {"n_trials": 3}, "hydra.sweeper.n_trials=3: no field is tuned"),
         ([LR], {"pruner": "asha"}, "give evaluation.every_steps, from 1 to 3"),
+        ([LR, "evaluation.every_steps=1,0"], {"pruner": "asha"}, "give evaluation.every_steps, from 1 to 3"),
         ([LR], {"confirm_seeds": (0, 1)}, "trials are chosen on seed 0"),
         ([LR, "evaluation=none"], {}, "evaluation.splits has no validation"),
         ([LR], {"objectives": ("validation.bleu",)}, "has no such metric. Choose from validation.nll, "),
