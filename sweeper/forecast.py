@@ -90,9 +90,9 @@ def notes(specs: Sequence[RunSpec], costs: Sequence[Cost]) -> list[str]:
 def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequence[Cost]) -> list[str]:
     """How many runs and packs there will be, and how long they take at the pace of former runs on this machine."""
     from sweeper import device
-    from sweeper.display import clock_time
     from sweeper.engine import environment
     from sweeper.engine.memory import MARGIN, MOST
+    from sweeper.text import clock_time
 
     where = device.device_for(settings.device)
     if plan.tuned:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from sweeper import forecast, record, scheduler, summary, tracking
+from sweeper import forecast, record, scheduler, summary, text, tracking
 from sweeper import plan as planning
 from sweeper.arms import Arm, look_up, single
 from sweeper.display import make_console, make_display
@@ -209,12 +209,12 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
                 f"{cost.modules:,}",
                 f"{cost.parameters:,}",
                 f"{100 * cost.parameters / cost.total_parameters:.3f}",
-                summary.amount(cost.flops),
-                summary.size(cost.memory),
+                text.amount(cost.flops),
+                text.size(cost.memory),
                 run.status or ("default trial" if plan.tuned else "to train"),
             ]
         )
-    console.out(summary.aligned(header, cells), highlight=False)
+    console.out(text.aligned(header, cells), highlight=False)
     console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
     for line in forecast.notes([run.spec for run in plan.runs], costs):
         console.print(line, markup=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeper import cli, compose, lm_harness, rescore, summary
+from sweeper import cli, compose, lm_harness, rescore, text
 from sweeper.display import make_console
 from sweeper.errors import SpecError
 from sweeper.rescore import Harnessed, Rescored
@@ -76,7 +76,7 @@ def show(found: Sequence[Rescored], console: Console) -> None:
             metrics = (_number(one.score.metrics.get(name)) for name in names)
             cells.append([_label(one), f"{one.score.nll:.4f}", *metrics])
         console.print(f"{dataset}, {split}: {part[0].score.examples} examples", style="bold", markup=False)
-        console.out(summary.aligned(["run", "NLL", *names], cells), highlight=False)
+        console.out(text.aligned(["run", "NLL", *names], cells), highlight=False)
     for line in _suite(found):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -89,7 +89,7 @@ def show_harness(found: Sequence[Harnessed], console: Console) -> None:
         cells = [[f"base {model}", *(_number(base.get(name)) for name in names)] for model, base in bases.items()]
         cells += [[_label(one), *(_number(one.scores[task].get(name)) for name in names)] for one in found]
         console.print(f"{task}, by lm-eval", style="bold", markup=False)
-        console.out(summary.aligned(["run", *names], cells), highlight=False)
+        console.out(text.aligned(["run", *names], cells), highlight=False)
 
 
 def _suite(found: Sequence[Rescored]) -> list[str]:
