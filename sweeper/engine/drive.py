@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sweeper.engine import checkpoint
 from sweeper.engine.bank.interface import Saved
 from sweeper.engine.calibrate import Solo
-from sweeper.engine.evaluate import EvaluatedSplit, evaluate
+from sweeper.engine.evaluate import EvaluatedSplit, evaluate, queue_evaluation
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.progress import Progress
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Made = Event | Callable[[], Event | None]  # an event, or what the reader of events does (and perhaps makes one of)
 
+VALIDATION = "validation"
 IN_FLIGHT = 4  # steps that a CUDA device is given before it has done the first, so that it need not wait for the host
 MOST_IN_FLIGHT = 32  # in all, while slots are filled
 ASK_SECONDS = 0.5  # between questions for work for a slot that is empty while others train
@@ -162,14 +163,20 @@ class Drive:
         due = [(slot, run) for slot, run in active if _due(run.request.spec, run.prepared.job)]
         if not due:
             return
-        yield from self._catch_up()
-        for group in _by_dataset(due):
-            with self.session.timeline.span("evaluate"):
-                found = evaluate(
-                    self.pack, [slot for slot, _ in group], group[0][1].prepared, "validation", generation=False
+        groups = _by_dataset(due)
+        with self.session.timeline.span("evaluate"):
+            begun = [
+                queue_evaluation(
+                    self.pack, [slot for slot, _ in group], group[0][1].prepared, VALIDATION, generation=False
                 )
+                for group in groups
+            ]
+        yield from self._catch_up()  # only now: a GPU has more to do
+        for group, results in zip(groups, begun, strict=True):
+            with self.session.timeline.span("evaluate"):
+                found = results()
             for (slot, progress), result in zip(group, found, strict=True):
-                yield self._scored(progress, "validation", str(progress.prepared.job.done), result)
+                yield self._scored(progress, VALIDATION, str(progress.prepared.job.done), result)
                 job = progress.prepared.job
                 if job.adapter.keep_best and job.adapter.saveable(job.done) and progress.judge(result.score.nll):
                     self.pack.bank.keep_best(slot)

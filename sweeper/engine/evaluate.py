@@ -1,13 +1,13 @@
 """The scores of a split for several runs of a pack: NLL, and the metrics that its dataset asks for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sweeper import sandbox, tasks
 from sweeper.engine.generate import Generated, cut, generate, rows_together
 from sweeper.engine.pack import Pack
-from sweeper.engine.score import choose, score
+from sweeper.engine.score import ExampleScore, choose, queue_scores
 from sweeper.record import Score
 from sweeper.spec import DatasetSpec
 from sweeper.tasks import general_text, metrics
@@ -24,21 +24,30 @@ class EvaluatedSplit:
     rows: list[dict[str, Any]]
 
 
-def evaluate(
+def evaluate(pack: Pack, slots: Sequence[int], run: Any, split: str) -> list[EvaluatedSplit]:
+    """Scores a split of one dataset for several slots at once (-1: the base model); see `queue_evaluation`."""
+    return queue_evaluation(pack, slots, run, split)()
+
+
+def queue_evaluation(
     pack: Pack, slots: Sequence[int], run: Any, split: str, *, generation: bool = True
-) -> list[EvaluatedSplit]:
-    """Scores a split of one dataset for several slots at once (-1: the base model).
+) -> Callable[[], list[EvaluatedSplit]]:
+    """Begins to score a split of one dataset for several slots at once (-1: the base model).
 
     Args:
         run: a `Prepared` run of that dataset; the slots must share its dataset and evaluation.
         split: one of the dataset's, or `general_text`, which is the same text for every dataset and has NLL alone.
         generation: whether metrics are computed that need choices, or text where the evaluation asks for it.
+
+    Returns:
+        What gives the scores. By then the slots may have trained on where `generation` is false: likelihoods are of
+        now.
     """
     spec = run.request.spec
     if split == general_text.SPLIT:
-        return evaluate_examples(pack, slots, general_examples(pack), None)
+        return queue_examples(pack, slots, general_examples(pack), None)
     dataset = spec.dataset if generation else None
-    return evaluate_examples(
+    return queue_examples(
         pack, slots, run.splits[split].examples, dataset, generation=spec.evaluation.generate,
         exact_match="exact_match" in spec.dataset.metrics,
     )  # fmt: skip
@@ -55,7 +64,15 @@ def evaluate_examples(
     pack: Pack, slots: Sequence[int], examples: Sequence[Encoded], dataset: DatasetSpec | None, *,
     generation: bool = False, exact_match: bool = False,
 ) -> list[EvaluatedSplit]:  # fmt: skip
-    """Scores examples for several slots at once: NLL, and the metrics of `dataset`.
+    """Scores examples for several slots at once; see `queue_examples`."""
+    return queue_examples(pack, slots, examples, dataset, generation=generation, exact_match=exact_match)()
+
+
+def queue_examples(
+    pack: Pack, slots: Sequence[int], examples: Sequence[Encoded], dataset: DatasetSpec | None, *,
+    generation: bool = False, exact_match: bool = False,
+) -> Callable[[], list[EvaluatedSplit]]:  # fmt: skip
+    """Begins to score examples for several slots at once: NLL, and the metrics of `dataset`.
 
     Args:
         dataset: None for NLL (and exact match) alone.
@@ -63,34 +80,48 @@ def evaluate_examples(
         exact_match: whether exact match by teacher forcing is.
     """
     if len(slots) > 1 and not pack.bank.mixes:
-        return [
-            found
+        begun = [
+            queue_examples(pack, [slot], examples, dataset, generation=generation, exact_match=exact_match)
             for slot in slots
-            for found in evaluate_examples(
-                pack, [slot], examples, dataset, generation=generation, exact_match=exact_match
-            )
         ]
+        return lambda: [found for each in begun for found in each()]
     budget = CUDA_TOKENS if pack.device.type == "cuda" else CPU_TOKENS
-    rows = [
-        [{"id": e.id, "nll": s.nll, "tokens": s.tokens} | ({"exact_match": float(s.exact_match)} if exact_match else {})
-         for e, s in zip(examples, scores, strict=True)]
-        for scores in score(pack, slots, examples, budget=budget)
-    ]  # fmt: skip
-    whole: list[dict[str, float]] = [{} for _ in slots]
-    if dataset is not None and examples:
-        wanted = set(dataset.metrics)
-        if wanted & metrics.CHOICE:
-            _add_choices(rows, whole, examples, choose(pack, slots, examples, budget=budget), wanted)
-        if generation and wanted & metrics.GENERATED:
-            stops = tasks.stop_strings(dataset)
-            texts = generate(
-                pack, slots, [e.input_ids[: e.prompt_length] for e in examples],
-                max_new_tokens=dataset.max_new_tokens, stop_ids=pack.base.stop_ids, stop_strings=stops,
-                rows=rows_together(pack, len(slots), dataset.max_length, budget),
-            )  # fmt: skip
-            for lane, written in enumerate(texts):
-                _add_texts(pack, rows[lane], whole[lane], examples, written, stops, wanted)
-    return [_summarise(lane, extra) for lane, extra in zip(rows, whole, strict=True)]
+    scores = queue_scores(pack, slots, examples, budget=budget)
+
+    def found() -> list[EvaluatedSplit]:
+        rows = [_rows(examples, lane, exact_match=exact_match) for lane in scores()]
+        whole: list[dict[str, float]] = [{} for _ in slots]
+        if dataset is not None and examples:
+            _add_metrics(pack, slots, examples, dataset, rows, whole, generation=generation, budget=budget)
+        return [_summarise(lane, extra) for lane, extra in zip(rows, whole, strict=True)]
+
+    return found
+
+
+def _rows(examples: Sequence[Encoded], scores: Sequence[ExampleScore], *, exact_match: bool) -> list[dict[str, Any]]:
+    return [
+        {"id": e.id, "nll": s.nll, "tokens": s.tokens} | ({"exact_match": float(s.exact_match)} if exact_match else {})
+        for e, s in zip(examples, scores, strict=True)
+    ]
+
+
+def _add_metrics(
+    pack: Pack, slots: Sequence[int], examples: Sequence[Encoded], dataset: DatasetSpec, rows, whole, *,
+    generation: bool, budget: int,
+) -> None:  # fmt: skip
+    """Adds to the rows, and to what is of the whole split, the metrics that need choices or generated text."""
+    wanted = set(dataset.metrics)
+    if wanted & metrics.CHOICE:
+        _add_choices(rows, whole, examples, choose(pack, slots, examples, budget=budget), wanted)
+    if generation and wanted & metrics.GENERATED:
+        stops = tasks.stop_strings(dataset)
+        texts = generate(
+            pack, slots, [e.input_ids[: e.prompt_length] for e in examples],
+            max_new_tokens=dataset.max_new_tokens, stop_ids=pack.base.stop_ids, stop_strings=stops,
+            rows=rows_together(pack, len(slots), dataset.max_length, budget),
+        )  # fmt: skip
+        for lane, written in enumerate(texts):
+            _add_texts(pack, rows[lane], whole[lane], examples, written, stops, wanted)
 
 
 def _add_choices(rows, whole, examples, chosen: list[list[int]], wanted: set[str]) -> None:

@@ -1,6 +1,6 @@
 """Scoring examples under every adapter of a pack by teacher forcing: NLL, exact match, the likeliest choice."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 
 from sweeper.engine.batches import Tokens, collate, supervised
 from sweeper.engine.pack import Pack
+from sweeper.engine.transfer import fetch
 from sweeper.tasks import metrics
 from sweeper.tasks.example import Encoded
 
@@ -26,15 +27,24 @@ class ExampleScore:
     exact_match: bool
 
 
-@torch.no_grad()
 def score(pack: Pack, slots: Sequence[int], examples: Sequence[Tokens], *, budget: int) -> list[list[ExampleScore]]:
-    """Scores of every example for each of `slots` (-1: the base model), in the order of the examples.
+    """Scores of every example for each of `slots`; see `queue_scores`."""
+    return queue_scores(pack, slots, examples, budget=budget)()
+
+
+@torch.no_grad()
+def queue_scores(
+    pack: Pack, slots: Sequence[int], examples: Sequence[Tokens], *, budget: int
+) -> Callable[[], list[list[ExampleScore]]]:
+    """Gives the device the passes that score every example for each of `slots` (-1: the base model).
 
     Args:
         budget: tokens of one forward pass, padding included.
+
+    Returns:
+        What waits for them and gives the scores for each slot, in the order of the examples.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids), reverse=True)
-    found: list[list[ExampleScore]] = [[] for _ in slots]
     lanes = pack.lanes_to_score(len(slots), examples)
     with pack.evaluating():
         pack.use_lanes(slots, lanes)
@@ -45,10 +55,15 @@ def score(pack: Pack, slots: Sequence[int], examples: Sequence[Tokens], *, budge
             chosen = order[start : start + max(1, budget // (lanes * longest))]
             start += len(chosen)
             batch = collate([[examples[i] for i in chosen]], [0], fixed=False)
-            scored.append((chosen, pack.scores(batch.repeated(lanes))))
-        for chosen, scores in scored:  # only now, so that the device was not waited for
-            _add(found, chosen, [supervised([examples[i]]) for i in chosen], scores.double().cpu().numpy())
-    return [sorted(scores, key=lambda s: s.position) for scores in found]
+            scored.append((chosen, fetch(pack.scores(batch.repeated(lanes)))))
+
+    def found() -> list[list[ExampleScore]]:
+        each: list[list[ExampleScore]] = [[] for _ in slots]
+        for chosen, scores in scored:
+            _add(each, chosen, [supervised([examples[i]]) for i in chosen], scores.wait().double().numpy())
+        return [sorted(scores, key=lambda s: s.position) for scores in each]
+
+    return found
 
 
 def _add(found: list[list[ExampleScore]], positions: Sequence[int], lengths: Sequence[int], scores: np.ndarray) -> None:

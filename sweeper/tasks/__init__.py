@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 # Raise whenever the same spec and data would give other tokens, so that no stale cache file is read.
-CODE_VERSION = 3
+CODE_VERSION = 4
 
 
 class Family(Protocol):

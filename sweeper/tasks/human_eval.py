@@ -40,5 +40,7 @@ def _example(row: dict[str, str]) -> Example:
         f"exec(PROGRAM if 'def {name}(' in PROGRAM else {row['prompt']!r} + PROGRAM, globals())\n"
         f"{row['test']}\ncheck({name})\n"
     )
-    prompt = row["prompt"].rstrip() + "\n"
-    return Example(row["task_id"], prompt, row["canonical_solution"].rstrip(), row["task_id"], check=tests)
+    # the line break belongs to what is generated: vocabularies merge it with the indentation that follows, and a
+    # prompt that ends with it reads as a function that is over
+    solution = "\n" + row["canonical_solution"].strip("\n").rstrip()
+    return Example(row["task_id"], row["prompt"].rstrip(), solution, row["task_id"], check=tests)

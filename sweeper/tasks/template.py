@@ -55,13 +55,13 @@ def tokenise(
 ) -> tuple[list[int], list[int]]:
     """Ids of the templated prompt and of the response with its end-of-text id.
 
-    The two are tokenised apart, so the prompt's ids are what generation starts from, exactly. Where the templated
-    prompt does not end in white space, one space opens the response, as byte-pair vocabularies expect.
+    The two are tokenised apart, so the prompt's ids are what generation starts from, exactly. Where there is no white
+    space between them, one space opens the response, as byte-pair vocabularies expect.
     """
     if tokenizer.eos_token_id is None:
         raise DataError("this model's tokenizer has no end-of-text token (eos_token), so a response could never end")
     text, starts = TEMPLATES[template](prompt, system, tokenizer)
-    if not text[-1:].isspace():
+    if not (text[-1:].isspace() or response[:1].isspace()):
         response = f" {response}"
     before = [tokenizer.bos_token_id] if starts and adds_start(tokenizer) else []
     return [*before, *_ids(text, tokenizer)], [*_ids(response, tokenizer), tokenizer.eos_token_id]

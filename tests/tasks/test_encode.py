@@ -67,11 +67,12 @@ def test_chat_without_a_chat_template_is_the_instruction_format(make_tokenizer: 
     assert tokenizer.decode(response) == "yes<end>"
 
 
-def test_plain_puts_one_space_before_the_response(make_tokenizer: Make) -> None:
+def test_plain_puts_one_space_before_a_response_that_has_none(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer()
     decoded = [tokenizer.decode(ids) for ids in tokenise("plain", "Chapter:", "eye", "Answer.", tokenizer)]
     assert decoded == ["Answer.\nChapter:", " eye<end>"]
     assert tokenizer.decode(tokenise("plain", "Chapter:\n", "eye", None, tokenizer)[1]) == "eye<end>"
+    assert tokenizer.decode(tokenise("plain", "def f():", "\n    pass", None, tokenizer)[1]) == "\n    pass<end>"
 
 
 def test_a_tokenizer_that_cannot_end_a_response_is_refused(make_tokenizer: Make) -> None:

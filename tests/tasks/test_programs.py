@@ -17,10 +17,12 @@ def _ready() -> None:
 def test_humaneval_references_pass_and_empty_ones_do_not() -> None:
     spec = DatasetSpec(name="h", family="human_eval", test_examples=12, metrics=())
     problems = tasks.load(spec)["test"]
+    # the line break comes with the indentation, as a model that continues the prompt writes it
+    assert all(e.prompt == e.prompt.rstrip() and e.response.startswith("\n ") for e in problems)
     assert all(o.passed for o in sandbox.run_all([(e.response, e.check) for e in problems]))
     whole = [(f"{e.prompt}{e.response}", e.check) for e in problems]
     assert all(o.passed for o in sandbox.run_all(whole))
-    assert not any(o.passed for o in sandbox.run_all([("    return None", e.check) for e in problems]))
+    assert not any(o.passed for o in sandbox.run_all([("\n    return None", e.check) for e in problems]))
 
 
 def test_codeio_references_agree_with_themselves() -> None:
