@@ -87,6 +87,15 @@ def test_ctrl_c_once_stops_after_the_step_and_resumes(specs: tuple[RunSpec, ...]
     assert engine.trained == [spec.run_id for spec in specs]
 
 
+def test_ctrl_c_while_the_last_runs_train_is_no_failure(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any
+) -> None:
+    engine.stop_after = 1
+    engine.interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped with 0 of 1 runs done; the same command trains the other 1"):
+        launch.train(grouped(specs[:1]), study, engine=engine)
+
+
 def test_ctrl_c_twice_stops_at_once(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
