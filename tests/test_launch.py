@@ -39,6 +39,17 @@ def test_every_run_is_trained_once_and_then_never_again(
     assert table in out
 
 
+def test_others_can_read_what_a_study_leaves(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
+    former = os.umask(0o027)
+    try:
+        launch.train(grouped(specs[:1]), study, engine=engine)
+    finally:
+        os.umask(former)
+    left = [path for path in study.folder.rglob("*") if path.is_file()]
+    assert {path.name for path in left} == {"record.json", "summary.csv", "summary.md"}
+    assert {path.stat().st_mode & 0o777 for path in left} == {0o640}
+
+
 def test_more_runs_extend_a_study(
     specs: tuple[RunSpec, ...], study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
