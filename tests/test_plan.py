@@ -12,7 +12,7 @@ from sweeper import compose, plan, record
 from sweeper.arms import grouped
 from sweeper.errors import Problems
 from sweeper.record import Record
-from sweeper.spec import RunSpec, Settings
+from sweeper.spec import RunSpec, SearchSettings, Settings
 
 
 @pytest.fixture
@@ -37,6 +37,26 @@ def test_a_broken_record_counts_as_missing(specs: tuple[RunSpec, ...], study: Se
     folder.mkdir(parents=True)
     (folder / record.RECORD).write_text('{"schema": 1, "status"')
     assert plan.make(grouped(specs), study).runs[0].status is None
+
+
+def test_the_pace_of_another_model_is_no_estimate(
+    specs: tuple[RunSpec, ...], study: Settings, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweeper.engine.environment.describe", lambda *_: {"device": "here"})
+    tiny = make_record(
+        specs[0],
+        environment={"device": "here"},
+        efficiency=record.Efficiency(train_seconds_amortised=2.0, train_flops=6.0),
+    )
+    record.write_record(study.folder / specs[0].run_id, tiny)
+    asked = plan.make(grouped(specs[1:2]), study)
+    costs = plan.costs([run.spec for run in asked.runs], study)
+    own = plan.estimate(asked, SearchSettings(), study, costs)
+    assert own[0].startswith("1 run, at most 1 at a time")
+    assert own[1].startswith("training takes about")
+    other = dataclasses.replace(specs[1], model=dataclasses.replace(specs[1].model, name="large"))
+    asked = plan.make(grouped([other]), study)
+    assert plan.estimate(asked, SearchSettings(), study, costs)[1].startswith("no run of large on this device")
 
 
 def problems(overrides: list[str], composer: Any, study: Settings) -> tuple[str, ...]:
