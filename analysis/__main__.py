@@ -4,15 +4,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from analysis.load import load
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every command of the project does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis; returns the exit status: 0, or 2 where there was nothing to analyse or a request was wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis", description="Records of a study -> tables, figures, report."
-    )
+    parser = _Parser(prog="python -m analysis", description="Records of a study -> tables, figures, report.")
     parser.add_argument("study", nargs="*", type=Path, help="folders of studies, such as outputs/default")
     parser.add_argument("--out", type=Path, default=Path("paper"), help="where to write (default: paper/)")
     parser.add_argument("--metric", default="nll", help="what trials are chosen by and the main figures show")
@@ -33,9 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.study and not options.imports:
         parser.error("give a study's folder, such as outputs/default, or --import")
+    for name, least in (("draws", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     try:
         return _run(options)
-    except (FileNotFoundError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -54,6 +63,10 @@ def _run(options: argparse.Namespace) -> int:
     if study.runs.empty:
         print("error: no record to analyse", file=sys.stderr)
         return 2
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {options.out}: this folder cannot be made ({error.strerror})") from None
     # Slow imports wait until there is something to do.
     from analysis import report, tables
     from analysis.analyse import analyse

@@ -119,7 +119,7 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
     completed never enter a mean; they are counted in the tables.
 
     Raises:
-        ValueError: no run has `metric`.
+        ValueError: no run has `metric`, or a field of `tuned`.
     """
     runs = study.runs.copy()
     full = runs["method"].isin(FULL_METHODS)
@@ -127,6 +127,10 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
     runs["placement"] = runs["placement"].mask(full, FULL)
     split = "test" if "test.nll" in runs and runs["test.nll"].notna().any() else "validation"
     fields = [key for key in varying(runs, study.fields) if not key.startswith("evaluation") and key != "seed"]
+    tuned = list(tuned)
+    for key in tuned:
+        if key not in study.fields:
+            raise ValueError(f"--tuned {key}: no such field. Of this study vary {', '.join(fields) or 'none'}.")
     searched = {key for keys in runs.get("search.tuned", []) if isinstance(keys, list) for key in keys}
     chosen_inside = [key for key in fields if key.startswith(TUNED) or key in {*tuned, *searched}]
     setting_fields = [*SETTING, *(k for k in fields if k.split(".")[0] in SETTING and k not in SETTING)]

@@ -1,5 +1,6 @@
 """Drawing: each function puts one table on one Axes. Nothing here reads files or chooses colours."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,9 +82,11 @@ def rank_lines(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Lo
         if group["rank"].isna().all():  # full fine-tuning: a level to compare with
             ax.axhline(group[metric].iloc[0], color=look.colour, linestyle=look.line, linewidth=0.9)
             continue
-        ax.fill_between(
-            group["rank"], group[f"{metric}_low"], group[f"{metric}_high"], color=look.colour, alpha=0.15, linewidth=0
-        )
+        low, high = group[f"{metric}_low"], group[f"{metric}_high"]
+        if len(group) > 1:
+            ax.fill_between(group["rank"], low, high, color=look.colour, alpha=0.15, linewidth=0)
+        else:  # a band needs two ranks
+            ax.vlines(group["rank"], low, high, color=look.colour, linewidth=0.8)
         ax.plot(group["rank"], group[metric], color=look.colour, marker=look.marker, linestyle=look.line)
     ax.set_xscale("log", base=2)
     ranks = sorted(arms["rank"].dropna().unique())
@@ -175,6 +178,7 @@ def learn_forget(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, 
             edgecolors="white", linewidths=0.5, zorder=3,
         )  # fmt: skip
     ax.axvline(0, color=GREY, linewidth=0.6)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel("forgetting: rise of NLL elsewhere (nats)")
 
 
@@ -246,7 +250,11 @@ def _log_ticks(ax: Axes, values: pd.Series, *, scientific: bool = False) -> None
     ax.set_xscale("log")
     if scientific:
         distinct = sorted(known.unique())
-        ax.xaxis.set_major_locator(FixedLocator(distinct if len(distinct) <= 5 else distinct[:: len(distinct) // 4]))
+        # of a grid the values themselves; those that a search tried are neither round nor apart
+        if len(distinct) <= 5 and all(math.isclose(value, float(f"{value:.0e}")) for value in distinct):
+            ax.xaxis.set_major_locator(FixedLocator(distinct))
+        else:
+            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 50 else (1.0,)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e−")))
     else:
         subs = (1.0, 2.0, 5.0) if ratio < 100 else (1.0,)

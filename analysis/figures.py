@@ -86,6 +86,7 @@ def learning_rate(analysis: Analysis) -> Figure | str:
     if "optim.lr" not in found.tuned or found.select not in runs:
         return "every run has the same learning rate"
     runs = runs[(runs["status"] == "completed") & runs[found.select].notna() & (runs["source"] == "study")]
+    runs = _of_simplest(analysis, runs[runs["rank"].notna()])
     trials = pd.DataFrame(
         {
             "setting": runs["setting"], "placement": runs["placement"], "rank": runs["rank"], "lr": runs["optim.lr"],
@@ -113,7 +114,7 @@ def learning_rate(analysis: Analysis) -> Figure | str:
 def training_curves(analysis: Analysis) -> Figure | str:
     """Training loss of the chosen trials, at up to three ranks."""
     runs = analysis.found.runs
-    runs = runs[runs["chosen"] & runs["folder"].notna()] if "folder" in runs else runs.iloc[:0]
+    runs = _of_simplest(analysis, runs[runs["chosen"] & runs["folder"].notna()]) if "folder" in runs else runs.iloc[:0]
     if runs.empty:
         return "no run left a training curve"
     ranks = _spread(sorted(runs["rank"].dropna().unique()))
@@ -143,6 +144,7 @@ def learn_forget(analysis: Analysis) -> Figure | str:
     arms = _trained(analysis, analysis.metric)
     if "forgetting" not in arms or arms["forgetting"].isna().all():
         return "no run was scored on text outside its task (a split besides train, validation and test)"
+    arms = arms[arms["forgetting"].notna()].reset_index(drop=True)
     look = looks(_placements(arms))
     figure, axes = _panels(_names(arms))
     for name, ax in axes.items():
@@ -203,6 +205,8 @@ def share_kept(analysis: Analysis) -> Figure | str:
         return "no full fine-tuning and no full placement whose gain over the base model is clear"
     reference = FULL if (table["reference"] == FULL).any() else "full placement"
     table = table[table["reference"] == reference]
+    # of several methods at one placement and rank the best, as in the other figures: a line joins ranks, not methods
+    table = table.sort_values("share", ascending=False).drop_duplicates(["setting", "placement", "rank"]).sort_index()
     look = looks(_placements(table))
     figure, axes = _panels(_names(table))
     for name, ax in axes.items():
@@ -314,6 +318,16 @@ def _simplest(analysis: Analysis, arms: pd.DataFrame) -> pd.DataFrame:
     """One arm a placement and rank: the best where methods or other factors make several."""
     best = arms.sort_values(analysis.metric, ascending=not higher_is_better(analysis.metric))
     return best.drop_duplicates(["placement", "rank"]).sort_index()
+
+
+def _of_simplest(analysis: Analysis, runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the arms that `_simplest` keeps: a line joins runs of one method, never several methods' means."""
+    kept = {
+        (name, arm)
+        for name, arms in _trained(analysis, analysis.metric).groupby("setting")
+        for arm in _simplest(analysis, arms)["arm"]
+    }
+    return runs[[pair in kept for pair in zip(runs["setting"], runs["arm"], strict=True)]]
 
 
 def _placements(table: pd.DataFrame) -> list[str]:

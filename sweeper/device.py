@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 CPU_BFLOAT16_GAIN = 1.5
 
 
-def device_for(text: str) -> "torch.device":
+def device_for(text: str, *, asked: str = "trainer.device=") -> "torch.device":
     """The device that `trainer.device` names: auto takes the first CUDA device, else the CPU.
+
+    `asked` is how it was given, for the message.
 
     Raises:
         SpecError: there is no such device here.
@@ -34,7 +36,7 @@ def device_for(text: str) -> "torch.device":
     devices.update({f"cuda:{index}": f"cuda:{index}" for index in range(count)})
     if text not in devices:
         why = "" if count or not text.startswith("cuda") else " (torch finds no CUDA GPU)"
-        raise SpecError(f"trainer.device={text}: no such device here{why}. Choose from {', '.join(devices)}.")
+        raise SpecError(f"{asked}{text}: no such device here{why}. Choose from {', '.join(devices)}.")
     return torch.device(devices[text])
 
 

@@ -1,7 +1,7 @@
 """What a plan costs before it is carried out: what the dry run says of every run, and of all of them together."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from sweeper import record
 from sweeper.plan import Plan, targets
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings
+
+LATEST = 20  # records that the pace is taken from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,23 +113,32 @@ def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequ
     largest = max(cost.memory - cost.base_memory for cost in costs)
     room = MARGIN * (device.free_bytes(where) - costs[0].base_memory)
     slots = max(1, min(settings.max_pack or MOST, runs, int(room / max(largest, 1))))
-    lines = [f"{runs} runs, at most {slots} at a time in a pack on {where}"]
-    pace = _pace(settings, environment.describe(where, None)["device"])
+    lines = [f"{runs} run{'s' if runs > 1 else ''}, at most {slots} at a time in a pack on {where}"]
+    bases = {run.spec.model.name for run in plan.runs}
+    pace = _pace(settings, environment.describe(where, None)["device"], bases)
     if pace is None:
-        return [*lines, f"no run on this device is recorded in {settings.output_root}: there is no estimate of time"]
+        return [
+            *lines,
+            f"no run of {', '.join(sorted(bases))} on this device is recorded in {settings.output_root}: there is no "
+            "estimate of time",
+        ]
     return [*lines, f"training takes about {clock_time(flops / pace)} at most, at the pace of the latest runs recorded"]
 
 
-def _pace(settings: Settings, where: str) -> float | None:
-    """FLOP/s, a run's share of its pack counted, of the latest runs of this device under the output folder."""
-    paths = sorted(Path(settings.output_root).glob(f"**/{record.RECORD}"), key=lambda path: -path.stat().st_mtime)[:20]
-    found = []
-    for path in paths:
+def _pace(settings: Settings, where: str, bases: Collection[str]) -> float | None:
+    """FLOP/s, a run's share of its pack counted, of the latest runs of this device under the output folder.
+
+    Of the models `bases` only: a tiny model's steps are all overhead, and say nothing of a large one's.
+    """
+    paths = sorted(Path(settings.output_root).glob(f"**/{record.RECORD}"), key=lambda path: -path.stat().st_mtime)
+    found: list[float] = []
+    for path in paths[:LATEST]:
         try:
             run = record.read_record(path.parent)
         except (OSError, ValueError, KeyError, TypeError):
             continue
         cost = run.efficiency
-        if run.environment.get("device") == where and cost.train_seconds_amortised and cost.train_flops:
+        of_these = run.environment.get("device") == where and run.spec["model"]["name"] in bases
+        if of_these and cost.train_seconds_amortised and cost.train_flops:
             found.append(cost.train_flops / cost.train_seconds_amortised)
     return statistics.median(found) if found else None

@@ -168,7 +168,7 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
         csv, markdown = summary.write(plan.study, _study_records(plan, found))
         console.print(f"saved: {csv}, {markdown}", style="dim", soft_wrap=True)
     failed = {run_id: one for run_id, one in {**outcome.records, **found}.items() if one.status == "failed"}
-    if outcome.interrupted and work.outlook():
+    if outcome.interrupted and (work.running or work.outlook()):
         raise Interrupted(_stopped(plan, found))
     elsewhere = work.elsewhere()
     if elsewhere:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -132,6 +132,8 @@ class DatasetSpec:
                 raise SpecError(f"dataset.{name} must be at least {least}, got {getattr(self, name)}")
         if self.train_examples is not None and self.train_examples < 1:
             raise SpecError(f"dataset.train_examples must be at least 1 or null for all, got {self.train_examples}")
+        if self.max_new_tokens < 0:
+            raise SpecError(f"dataset.max_new_tokens must be at least 0, got {self.max_new_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +166,8 @@ class OptimSpec:
             raise SpecError(f"optim.weight_decay must be at least 0, got {self.weight_decay}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise SpecError(f"optim.beta1 and optim.beta2 must be in [0, 1), got {self.beta1}, {self.beta2}")
+        if not self.eps > 0:
+            raise SpecError(f"optim.eps must be above 0, got {self.eps}")
         if self.schedule not in SCHEDULES:
             raise SpecError(f"optim.schedule={self.schedule}: no such schedule. Choose from {', '.join(SCHEDULES)}.")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
@@ -219,6 +223,10 @@ class EvaluationSpec:
     generate: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise SpecError(f"evaluation.every_steps must be at least 0, got {self.every_steps}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
@@ -248,6 +256,8 @@ class RunSpec:
                 f"trainer.patience={self.trainer.patience} counts evaluations while a run trains: give "
                 f"evaluation.every_steps, from 1 to {self.trainer.max_steps - 1}"
             )
+        for name, value in _infinite(_distinct(self)):  # comparisons with nan are false, and JSON has no such numbers
+            raise SpecError(f"{name} must be a finite number, got {value}")
 
     @property
     def run_id(self) -> str:
@@ -314,6 +324,18 @@ def canonical_json(spec: RunSpec) -> str:
     return json.dumps(_distinct(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def _infinite(node: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The dotted names of all nan and inf in plain data."""
+    if isinstance(node, float) and not math.isfinite(node):
+        yield name, node
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _infinite(value, f"{name}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _infinite(value, name)
+
+
 def to_mapping(spec: Any) -> dict[str, Any]:
     """Plain dict, list, str, number and None of a spec dataclass."""
     kind: Any = type(spec)
@@ -328,6 +350,10 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
     Raises:
         SpecError: one line naming the field, what was given and what would have been right.
     """
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value = mapping.get(item.name)
+        if get_origin(item.type) is tuple and isinstance(value, str):  # dacite would take it letter by letter
+            raise SpecError(f"{prefix}{item.name} must be a list, got {value}: write '{prefix}{item.name}=[{value}]'")
     config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _to_float, int: _to_int})
     try:
         return dacite.from_dict(kind, dict(mapping), config)
@@ -410,6 +436,8 @@ def _in_words(kind: Any) -> str:
 
 def _as_typed(value: Any) -> str:
     """A value the way it is written on the command line."""
+    if value == "":
+        return "nothing"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return str(value)

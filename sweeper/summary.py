@@ -135,7 +135,11 @@ def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[
 
 
 def _ranks(record: Record, nominal: Any) -> Any:
-    """The rank of the modules, or from the lowest to the highest where an allocation spread them."""
+    """The rank of the modules, or from the lowest to the highest where an allocation spread them; None: it has none."""
+    from sweeper import methods  # imports torch
+
+    if not methods.find(record.spec["method"]["name"]).ranked:
+        return None
     found = {module.rank for module in record.modules}
     if len(found) < 2:
         return next(iter(found), nominal)

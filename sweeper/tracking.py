@@ -22,6 +22,8 @@ class RunLog(Protocol):
     def close(self, summary: Mapping[str, float], *, failed: bool) -> None: ...
 
 
+WANDB_MODES = ("offline", "online", "shared", "disabled")
+
 OpenLog = Callable[[str, str, Mapping[str, Any]], RunLog]
 """(run id, label, configuration) -> log"""
 
@@ -99,6 +101,22 @@ def check(settings: Settings) -> None:
     every = settings.tracking_options.get("every_steps", 1)
     if not isinstance(every, int) or every < 1:
         raise SpecError(f"tracking.every_steps must be a whole number of at least 1, got {every}")
+    if settings.tracking == "wandb":
+        _check_wandb(settings.tracking_options.get("mode", "offline"))
+
+
+def _check_wandb(mode: Any) -> None:
+    if mode not in WANDB_MODES:
+        raise SpecError(f"tracking.mode={mode}: no such mode of wandb. Choose from {', '.join(WANDB_MODES)}.")
+    if mode == "online":
+        import wandb
+
+        try:
+            known = wandb.login(prompt=False)
+        except wandb.errors.Error:
+            known = False
+        if not known:
+            raise SpecError("tracking.mode=online: wandb knows no account here: wandb login, or WANDB_MODE=offline")
 
 
 def summary(record: Record) -> dict[str, float]:
@@ -137,17 +155,23 @@ def _wandb(plan: Plan, options: Mapping[str, Any]) -> OpenLog:
 
     def open_log(run_id: str, label: str, config: Mapping[str, Any]) -> RunLog:
         folder.mkdir(parents=True, exist_ok=True)
-        run = wandb.init(
-            project=options.get("project"),
-            entity=options.get("entity"),
-            mode=options.get("mode"),
-            dir=str(folder),
-            group=plan.study.name,
-            name=label,
-            config={"run_id": run_id, **config},
-            reinit="create_new",  # a pack has several runs in one process
-            settings=wandb.Settings(silent=True),
-        )
+        try:
+            run = wandb.init(
+                project=options.get("project"),
+                entity=options.get("entity"),
+                mode=options.get("mode"),
+                dir=str(folder),
+                group=plan.study.name,
+                name=label,
+                config={"run_id": run_id, **config},
+                reinit="create_new",  # a pack has several runs in one process
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.errors.Error as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SpecError(
+                f"tracking=wandb cannot begin a run: {reason}. WANDB_MODE=offline needs no network."
+            ) from error
         return Log(run)
 
     return open_log

@@ -154,6 +154,16 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["experiment=null"], "experiment=null: no such experiment. Choose from methods, paper, placement_grid, smoke"),
         (["rank=true"], "rank must be a whole number, got true"),
         (["rank=range(3,3)"], "there is no value in this axis"),
+        (["rank="], "rank must be a whole number, got nothing"),
+        (["optim.max_grad_norm=inf"], "optim.max_grad_norm must be a finite number, got inf"),
+        (["optim.weight_decay=0,nan"], "optim.weight_decay must be a finite number, got nan"),
+        (["optim.eps=0"], "optim.eps must be above 0, got 0.0"),
+        (["evaluation.every_steps=-1"], "evaluation.every_steps must be at least 0, got -1"),
+        (["evaluation.splits=test"], "evaluation.splits must be a list, got test: write 'evaluation.splits=[test]'"),
+        (["dataset.max_new_tokens=-1"], "dataset.max_new_tokens must be at least 0, got -1"),
+        (["sweep=3"], "sweep must be a mapping, got 3"),
+        (["sweep.max_pack=many"], "sweep.max_pack must be a whole number, got many"),
+        (["sweep.compile=fast"], "sweep.compile must be one of auto, on, capture, off, got fast"),
         (["hydra/launcher=nope"], "hydra/launcher=nope: no such hydra/launcher. Choose from basic"),
     ],
 )
@@ -162,6 +172,10 @@ def test_each_mistake_has_its_line(overrides: list[str], line: str, composer: An
     assert len(found) == 1
     assert line in found[0]
     assert "\n" not in found[0]
+
+
+def test_a_number_names_a_study_too(composer: Any) -> None:
+    assert compose.expand([*BASE, "study=2026"], composer).settings.study == "2026"
 
 
 def test_overlays_must_agree_on_settings(composer: Any) -> None:

@@ -46,3 +46,23 @@ def test_the_time_left_is_that_of_the_runs_left_at_the_pace_of_those_recorded(
     first, second = lines()
     assert first.startswith("3 runs, at most 3 at a time in a pack")
     assert "training takes about 1:40 at most" in second
+
+
+def test_the_pace_of_another_model_is_no_estimate(
+    specs: tuple[RunSpec, ...], study: Settings, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweeper.engine.environment.describe", lambda *_: {"device": "here"})
+    tiny = make_record(
+        specs[0],
+        environment={"device": "here"},
+        efficiency=record.Efficiency(train_seconds_amortised=2.0, train_flops=6.0),
+    )
+    record.write_record(study.folder / specs[0].run_id, tiny)
+    asked = plan.make(grouped(specs[1:2]), study)
+    costs = forecast.costs([run.spec for run in asked.runs], study)
+    own = forecast.estimate(asked, SearchSettings(), study, costs)
+    assert own[0].startswith("1 run, at most 1 at a time")
+    assert own[1].startswith("training takes about")
+    other = dataclasses.replace(specs[1], model=dataclasses.replace(specs[1].model, name="large"))
+    asked = plan.make(grouped([other]), study)
+    assert forecast.estimate(asked, SearchSettings(), study, costs)[1].startswith("no run of large on this device")

@@ -40,6 +40,17 @@ def test_every_run_is_trained_once_and_then_never_again(
     assert table in out
 
 
+def test_others_can_read_what_a_study_leaves(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
+    former = os.umask(0o027)
+    try:
+        launch.train(grouped(specs[:1]), study, engine=engine)
+    finally:
+        os.umask(former)
+    left = [path for path in study.folder.rglob("*") if path.is_file()]
+    assert {path.name for path in left} == {"record.json", "summary.csv", "summary.md"}
+    assert {path.stat().st_mode & 0o777 for path in left} == {0o640}
+
+
 def test_more_runs_extend_a_study(
     specs: tuple[RunSpec, ...], study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +97,15 @@ def test_ctrl_c_once_stops_after_the_step_and_resumes(specs: tuple[RunSpec, ...]
     engine.stop_after = None
     assert len(launch.train(grouped(specs), study, engine=engine)) == 4
     assert engine.trained == [spec.run_id for spec in specs]
+
+
+def test_ctrl_c_while_the_last_runs_train_is_no_failure(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any
+) -> None:
+    engine.stop_after = 1
+    engine.interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped with 0 of 1 runs done; the same command trains the other 1"):
+        launch.train(grouped(specs[:1]), study, engine=engine)
 
 
 def test_ctrl_c_twice_stops_at_once(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:

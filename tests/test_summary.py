@@ -71,6 +71,11 @@ def test_what_is_absent_is_a_dash(make_spec: Make, make_record: MakeRecord) -> N
     assert last.split() == ["attn", "8", "-", "-", "-", "-", "-", "1.5", "3", "MiB", "failed"]
 
 
+def test_a_method_without_a_rank_has_none(make_spec: Make, make_record: MakeRecord) -> None:
+    record = make_record(make_spec(method={"name": "bitfit"}, rank=8))
+    assert summary.rows([record])[-1]["rank"] is None
+
+
 def test_no_scores_at_all_is_no_error(make_record: MakeRecord) -> None:
     console = Console(width=200, record=True)
     summary.show([make_record(scores={})], console)

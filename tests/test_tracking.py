@@ -123,6 +123,7 @@ def test_wandb_offline_runs_live_side_by_side(
             "tracking=wanb: no such tracking. Choose from none, tensorboard, wandb. Did you mean wandb?",
         ),
         ({"tracking": "wandb", "tracking_options": {"projct": 1}}, "tracking.projct: no such field"),
+        ({"tracking": "wandb", "tracking_options": {"mode": "onlin"}}, "tracking.mode=onlin: no such mode of wandb."),
         ({"tracking": "tensorboard", "tracking_options": {"every_steps": 0}}, "must be a whole number of at least 1"),
     ],
 )
@@ -131,6 +132,34 @@ def test_mistakes_are_told(changes: dict[str, Any], message: str, study: Setting
 
     with pytest.raises(SpecError, match=message.replace(".", r"\.").replace("?", r"\?")):
         tracking.check(dataclasses.replace(study, **changes))
+
+
+def test_wandb_without_an_account_is_met_before_work(study: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    import wandb
+
+    monkeypatch.setattr(wandb, "login", lambda **_: False)
+    online = dataclasses.replace(study, tracking="wandb", tracking_options={"mode": "online"})
+    with pytest.raises(SpecError, match="wandb knows no account here: wandb login, or WANDB_MODE=offline"):
+        tracking.check(online)
+
+
+def test_wandb_that_cannot_begin_says_so_in_one_line(
+    plan: Plan, study: Settings, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    import wandb
+
+    def refuse(**_: Any) -> None:
+        raise wandb.errors.CommError("no network\nand more")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    tracker = tracking.make(plan, dataclasses.replace(study, tracking="wandb"))
+    assert tracker is not None
+    with pytest.raises(SpecError, match=r"^tracking=wandb cannot begin a run: no network\. WANDB_MODE=offline needs"):
+        play(tracker, plan, make_record)
 
 
 def test_a_tracker_that_is_not_installed_says_how(study: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

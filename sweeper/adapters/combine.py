@@ -8,6 +8,7 @@ no `svd` in their name work on A and B separately, which is no sum of updates.
 import dataclasses
 import importlib.metadata
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,9 @@ class Combination:
             raise SpecError("--t is the share of the second adapter in --method interpolate, and needed there alone")
         if self.method == "interpolate" and self.weights:
             raise SpecError("--weights: interpolate takes --t instead")
+        for name, shares in (("--weights", self.weights), ("--t", () if self.t is None else (self.t,))):
+            if not all(map(math.isfinite, shares)):
+                raise SpecError(f"{name} must be finite, got {', '.join(map(str, shares))}")
         if self.rank is not None and (self.rank < 1 or not self.method.endswith("svd")):
             raise SpecError(f"--rank {self.rank} needs a method with svd in its name, and at least 1")
         if self.density is not None and not (self.prunes and 0 < self.density <= 1):

@@ -1,6 +1,7 @@
 """The command line of `adapters.py`: merge, combine, spectra."""
 
 import argparse
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -21,9 +22,15 @@ def main(arguments: Sequence[str]) -> None:
     """Does what the command says.
 
     Raises:
-        SweeperError: a folder without runs, a request that cannot be met, or a merged model that is not equal.
+        SweeperError: a device that is not here, a folder without runs or one that cannot be written, a request that
+            cannot be met, or a merged model that is not equal.
     """
+    from sweeper.device import device_for
+
     options = _parser().parse_args(arguments)
+    device_for(options.device, asked="--device ")
+    if "out" in options:
+        _check_writable(options.out)
     {"merge": _merge, "combine": _combine, "spectra": _spectra}[options.command](options)
 
 
@@ -122,6 +129,15 @@ def _row(run: "Saved", modules: "Sequence[ModuleSpectrum]") -> list[str]:
 
 def _shares(roles: Mapping[str, float]) -> str:
     return " ".join(f"{role} {share:.0%}" for role, share in sorted(roles.items(), key=lambda pair: -pair[1]))
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
 
 
 def _each(paths: Sequence[Path]) -> "list[Saved]":

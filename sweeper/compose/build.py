@@ -90,21 +90,24 @@ def _probe() -> Plain:
 
 def settings_of(plain: Plain, problems: list[str]) -> Settings | None:
     tracking = dict(plain.get("tracking") or {"name": "none"})
-    trainer = plain.get("trainer")
+    study, trainer, sweep = plain.get("study"), plain.get("trainer"), plain.get("sweep")
+    if not isinstance(sweep, dict):
+        problems.append(f"sweep must be a mapping, got {sweep}: give one of its fields, such as sweep.dry_run=true")
     mapping = {
-        "study": plain.get("study"),
+        "study": str(study) if type(study) is int else study,  # study=2026 is a folder's name too
         "output_root": plain.get("output_root"),
         "device": trainer.get("device", "auto") if isinstance(trainer, dict) else "auto",
         "tracking": tracking.pop("name", "none"),
         "tracking_options": tracking,
-        **(plain.get("sweep") or {}),
+        **(sweep if isinstance(sweep, dict) else {}),
     }
     if isinstance(mapping.get("compile"), bool):  # YAML reads on and off as booleans
         mapping["compile"] = "on" if mapping["compile"] else "off"
     try:
         return from_mapping(Settings, mapping)
     except SpecError as error:
-        problems.append(str(error))
+        name = str(error).split(" ", 1)[0]
+        problems.append(f"sweep.{error}" if isinstance(sweep, dict) and name in sweep else str(error))
         return None
 
 

@@ -1,6 +1,7 @@
 """Combinations against hand arithmetic; what PEFT reads of them is what we meant; what does not fit is refused."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,8 @@ def test_its_score_is_that_of_the_merged_model(saved: Make, tmp_path: Path) -> N
         ({"method": "interpolate"}, "--t is the share of the second adapter in --method interpolate"),
         ({"method": "linear", "rank": 4}, "--rank 4 needs a method with svd in its name"),
         ({"method": "svd", "density": 0.5}, "--density 0.5: ties, dare and magnitude_prune take one"),
+        ({"weights": (1.0, math.nan)}, "--weights must be finite, got 1.0, nan"),
+        ({"method": "interpolate", "t": math.inf}, "--t must be finite, got inf"),
         ({"method": "ties", "density": 1.5}, "--density 1.5: ties, dare and magnitude_prune take one"),
     ],
 )

@@ -56,6 +56,11 @@ def test_a_study_is_not_one_run(saved: Callable[..., Saved], tmp_path: Path) -> 
         command.main(["combine", str(run.folder), "--out", str(tmp_path / "x"), "--method", "sum"])
     with pytest.raises(DataError, match="no completed run with an adapter"):
         command.main(["spectra", str(tmp_path / "nowhere")])
+    with pytest.raises(SpecError, match=r"--device tpu: no such device here\. Choose from auto, cpu"):
+        command.main(["spectra", str(run.folder), "--device", "tpu"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"--out .*merged: cannot be written \((File exists|Not a directory)\)"):
+        command.main(["merge", str(run.folder), "--out", str(tmp_path / "file" / "merged")])
 
 
 @pytest.mark.parametrize(

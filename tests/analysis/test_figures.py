@@ -2,10 +2,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
+from matplotlib.collections import LineCollection
 from matplotlib.image import imread
 
-from analysis import Analysis, analyse, figures, load
+from analysis import Analysis, analyse, draw, figures, load
 from analysis.style import COLUMN, TEXT, looks
 from tests.analysis.synthetic import edit, write_study
 
@@ -75,3 +78,43 @@ def test_placements_keep_their_look() -> None:
     several = looks(["attn", "ff", "full", "a", "b", "c", "d"])
     assert len({(look.colour, look.marker) for look in several.values()}) == 7
     assert len({look.marker for look in several.values()}) == 7  # told apart without colour
+
+
+def test_a_line_joins_runs_of_one_method(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4, 8), lrs=(1e-3, 3e-3), methods=("lora", "dora"), examples=20, steps=2)
+    found = analyse(load(study), draws=50)
+    runs = figures._of_simplest(found, found.found.runs)
+    assert set(runs["method"]) <= {"lora", "dora"}
+    assert runs.groupby(["setting", "placement", "rank"])["method"].nunique().eq(1).all()
+    assert runs.groupby(["setting", "placement", "rank"])["optim.lr"].nunique().eq(2).all()
+
+
+@pytest.mark.parametrize("rates", [(1e-3, 3e-3, 1e-2), (1.2e-3, 5.7e-3, 5.9e-3, 9.25e-3), (3.4e-5, 8.1e-2)])
+def test_learning_rates_are_where_their_labels_say(rates: tuple[float, ...]) -> None:
+    trials = pd.DataFrame({"placement": "ff", "lr": rates, "value": 1.0, "chosen": False})
+    figure, ax = plt.subplots()
+    draw.learning_rates(ax, trials, looks(["ff"]))
+    figure.canvas.draw()
+    ticks = [(tick.get_loc(), tick.label1.get_text()) for tick in ax.xaxis.get_major_ticks()]
+    assert len(ticks) > 1
+    for place, label in ticks:
+        assert float(label.replace("−", "-")) == pytest.approx(place)
+    plt.close(figure)
+
+
+def test_a_single_rank_shows_its_interval() -> None:
+    arms = pd.DataFrame({"placement": ["ff"], "rank": [8], "nll": [1.0], "nll_low": [0.5], "nll_high": [1.5]})
+    figure, ax = plt.subplots()
+    draw.rank_lines(ax, arms, "nll", looks(["ff"]))
+    assert ax.dataLim.height == pytest.approx(1.0)
+    assert sum(len(one.get_paths()) for one in ax.collections if isinstance(one, LineCollection)) == 1
+    plt.close(figure)
+
+
+def test_forgetting_has_few_labels_so_that_none_lie_on_one_another() -> None:
+    arms = pd.DataFrame({"placement": "ff", "rank": [2, 4, 8], "forgetting": [-0.207, -0.1, -0.002], "nll": 1.0})
+    figure, ax = plt.subplots(figsize=(TEXT, 2))
+    draw.learn_forget(ax, arms, "nll", looks(["ff"]))
+    low, high = ax.get_xlim()
+    assert 3 <= sum(low <= tick <= high for tick in ax.get_xticks()) <= 6
+    plt.close(figure)

@@ -27,8 +27,37 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("error: ")
     assert main([str(tmp_path)]) == 2
     assert "no record to analyse" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "error: give a study's folder, such as outputs/default, or --import"),
+        (["STUDY", "--draws", "0"], "error: --draws must be at least 1, got 0"),
+        (["STUDY", "--seed=-1"], "error: --seed must be at least 0, got -1"),
+        (["STUDY", "--export", "xls"], "error: argument --export: invalid choice: 'xls'"),
+        (["STUDY", "--tuned", "optim.rate"], "error: --tuned optim.rate: no such field. Of this study vary "),
+        (["STUDY", "--metric", "bleu"], "error: metric bleu: no such score. Choose from nll"),
+        (["STUDY", "--out", "STUDY/../file/paper"], "this folder cannot be made (Not a directory)"),
+    ],
+)
+def test_each_wrong_argument_is_one_line(
+    arguments: list[str], line: str, study_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = tmp_path / "study"
+    study.symlink_to(study_folder)
+    (tmp_path / "file").write_text("")
+    given = [one.replace("STUDY/..", str(tmp_path)).replace("STUDY", str(study)) for one in arguments]
+    if "--out" not in given:
+        given += ["--out", str(tmp_path / "paper")] * bool(given)
+    try:
+        code: object = main(given)
+    except SystemExit as exit_:
+        code = exit_.code
+    told = capsys.readouterr().err
+    assert code == 2
+    assert told.count("\n") == 1
+    assert line in told
 
 
 def test_a_study_where_all_failed_still_gets_a_report(study_folder: Path, tmp_path: Path) -> None:
