@@ -327,7 +327,8 @@ def _of_simplest(analysis: Analysis, runs: pd.DataFrame) -> pd.DataFrame:
         for name, arms in _trained(analysis, analysis.metric).groupby("setting")
         for arm in _simplest(analysis, arms)["arm"]
     }
-    return runs[[pair in kept for pair in zip(runs["setting"], runs["arm"], strict=True)]]
+    pairs = zip(runs["setting"], runs["arm"], strict=True)
+    return runs[pd.Series([pair in kept for pair in pairs], index=runs.index, dtype=bool)]  # of no runs, none
 
 
 def _placements(table: pd.DataFrame) -> list[str]:
