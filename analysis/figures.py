@@ -17,8 +17,9 @@ from matplotlib.patheffects import withStroke
 
 from analysis import draw
 from analysis.analyse import Analysis
-from analysis.arms import BASE, higher_is_better
-from analysis.style import COLUMN, TEXT, Look, looks, styled
+from analysis.arms import BASE, FULL, higher_is_better
+from analysis.pareto import front
+from analysis.style import COLUMN, GREY, TEXT, Look, looks, styled
 from analysis.tables import number, title
 
 Maker = Callable[[Analysis], Figure | str]
@@ -94,20 +95,18 @@ def learning_rate(analysis: Analysis) -> Figure | str:
     )  # fmt: skip
     look = looks(_placements(trials))
     ranks = _spread(sorted(trials["rank"].dropna().unique()))
+    if not ranks:
+        return "no run with a rank was tuned"
     settings = _names(trials)[:3]
-    figure, grid = plt.subplots(
-        len(settings), len(ranks), figsize=(TEXT if len(ranks) > 1 else COLUMN, 0.5 + 1.55 * len(settings)),
-        sharex=True, sharey="row", squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for i, name in enumerate(settings):
-        for j, rank in enumerate(ranks):
-            part = trials[(trials["setting"] == name) & (trials["rank"] == rank)]
-            if len(part):
-                draw.learning_rates(grid[i][j], part, look)
-            grid[i][j].set_title(f"{name}, rank {rank:g}" if len(settings) > 1 else f"rank {rank:g}")
-            if i == len(settings) - 1:
-                grid[i][j].set_xlabel("learning rate")
-        grid[i][0].set_ylabel(f"validation {title(analysis.metric)}")
+    figure, axes = _by_rank(settings, ranks, sharex=True)
+    for (name, rank), ax in axes.items():
+        part = trials[(trials["setting"] == name) & (trials["rank"] == rank)]
+        if len(part):
+            draw.learning_rates(ax, part, look)
+        if name == settings[-1]:
+            ax.set_xlabel("learning rate")
+        if rank == ranks[0]:
+            ax.set_ylabel(f"validation {title(analysis.metric)}")
     _legend(figure, look)
     return figure
 
@@ -127,19 +126,15 @@ def training_curves(analysis: Analysis) -> Figure | str:
         return "no run left a training curve"
     table = table.merge(runs[["run_id", "setting", "placement", "rank"]], on="run_id")
     look = looks(_placements(table))
-    figure, grid = plt.subplots(
-        len(settings), len(ranks), figsize=(TEXT if len(ranks) > 1 else COLUMN, 0.5 + 1.55 * len(settings)),
-        sharey="row", squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for i, name in enumerate(settings):
-        for j, rank in enumerate(ranks):
-            part = table[(table["setting"] == name) & (table["rank"] == rank)]
-            if len(part):
-                draw.curves(grid[i][j], part, look)
-            grid[i][j].set_title(f"{name}, rank {rank:g}" if len(settings) > 1 else f"rank {rank:g}")
-            if i < len(settings) - 1:
-                grid[i][j].set_xlabel("")
-        grid[i][0].set_ylabel("training loss (nats)")
+    figure, axes = _by_rank(settings, ranks)
+    for (name, rank), ax in axes.items():
+        part = table[(table["setting"] == name) & (table["rank"] == rank)]
+        if len(part):
+            draw.curves(ax, part, look)
+        if name != settings[-1]:
+            ax.set_xlabel("")
+        if rank == ranks[0]:
+            ax.set_ylabel("training loss (nats)")
     _legend(figure, look)
     return figure
 
@@ -169,16 +164,9 @@ def where_rank_went(analysis: Analysis) -> Figure | str:
     uneven = [label for label, table in tables.items() if table["rank"].nunique() > 1]
     last: dict[str, str] = {str(arm.factors["placement"]): arm.label for arm in arms if arm.label in tables}
     chosen = (uneven or list(last.values()))[:4]
-    figure, grid = plt.subplots(
-        1, len(chosen), figsize=(TEXT if len(chosen) > 1 else COLUMN, 1.75), squeeze=False, layout="constrained"
-    )
     top = max(float(tables[label]["rank"].max()) for label in chosen)
-    images = [draw.by_role_and_layer(ax, tables[label], "rank", top) for ax, label in zip(grid[0], chosen, strict=True)]
-    for ax, label in zip(grid[0], chosen, strict=True):
-        ax.set_title(label)
     ticks = sorted({float(tables[label]["rank"].min()) for label in chosen} | {top})
-    figure.colorbar(images[-1], ax=list(grid[0]), label="rank", shrink=0.9, pad=0.01, ticks=ticks)
-    return figure
+    return _module_maps({label: tables[label] for label in chosen}, "rank", "rank", top, ticks=ticks)
 
 
 def where_energy_went(analysis: Analysis) -> Figure | str:
@@ -193,15 +181,8 @@ def where_energy_went(analysis: Analysis) -> Figure | str:
         return "no run has spectra (python adapters.py spectra outputs/STUDY makes them)"
     last = {str(arm.factors["placement"]): arm.label for arm in analysis.found.arms if arm.label in tables}
     chosen = list(last.values())[:4]
-    figure, grid = plt.subplots(
-        1, len(chosen), figsize=(TEXT if len(chosen) > 1 else COLUMN, 1.75), squeeze=False, layout="constrained"
-    )
     top = max(float(tables[label]["share"].max()) for label in chosen)
-    for ax, label in zip(grid[0], chosen, strict=True):
-        image = draw.by_role_and_layer(ax, tables[label], "share", top)
-        ax.set_title(label)
-    figure.colorbar(image, ax=list(grid[0]), label="energy (%)", shrink=0.9, pad=0.01)
-    return figure
+    return _module_maps({label: tables[label] for label in chosen}, "share", "energy (%)", top)
 
 
 def importance(analysis: Analysis) -> Figure | str:
@@ -219,10 +200,10 @@ def importance(analysis: Analysis) -> Figure | str:
 def share_kept(analysis: Analysis) -> Figure | str:
     """Share of full fine-tuning's gain kept; of the full placement's where the study has no full fine-tuning."""
     table = analysis.tables["share_kept"]
-    table = table[(table["metric"] == analysis.metric) & table["share"].notna()]
+    table = table[(table["metric"] == analysis.metric) & table["share"].notna() & table["percent"].notna()]
     if table.empty:
         return "no full fine-tuning and no full placement whose gain over the base model is clear"
-    reference = "full fine-tuning" if (table["reference"] == "full fine-tuning").any() else "full placement"
+    reference = FULL if (table["reference"] == FULL).any() else "full placement"
     table = table[table["reference"] == reference]
     # of several methods at one placement and rank the best, as in the other figures: a line joins ranks, not methods
     table = table.sort_values("share", ascending=False).drop_duplicates(["setting", "placement", "rank"]).sort_index()
@@ -230,7 +211,7 @@ def share_kept(analysis: Analysis) -> Figure | str:
     figure, axes = _panels(_names(table))
     for name, ax in axes.items():
         draw.share_kept(ax, table[table["setting"] == name], look)
-    what = "full fine-tuning's" if reference == "full fine-tuning" else "the full placement's"
+    what = f"{FULL}'s" if reference == FULL else "the full placement's"
     _finish(figure, axes, look, f"gain in {title(analysis.metric)} kept\n(% of {what})")
     return figure
 
@@ -325,8 +306,6 @@ def _trained(analysis: Analysis, metric: str) -> pd.DataFrame:
 
 
 def _front_by(arms: pd.DataFrame, metric: str, cost: str) -> pd.DataFrame:
-    from analysis.pareto import front
-
     sign = -1.0 if higher_is_better(metric) else 1.0
     arms = arms.copy()
     for _, group in arms.groupby("setting"):
@@ -348,7 +327,8 @@ def _of_simplest(analysis: Analysis, runs: pd.DataFrame) -> pd.DataFrame:
         for name, arms in _trained(analysis, analysis.metric).groupby("setting")
         for arm in _simplest(analysis, arms)["arm"]
     }
-    return runs[[pair in kept for pair in zip(runs["setting"], runs["arm"], strict=True)]]
+    pairs = zip(runs["setting"], runs["arm"], strict=True)
+    return runs[pd.Series([pair in kept for pair in pairs], index=runs.index, dtype=bool)]  # of no runs, none
 
 
 def _placements(table: pd.DataFrame) -> list[str]:
@@ -376,6 +356,34 @@ def _panels(names: Sequence[str], height: float = PANEL_HEIGHT) -> tuple[Figure,
     for unused in list(grid.flat)[len(names) :]:
         unused.set_visible(False)
     return figure, axes
+
+
+def _by_rank(
+    settings: Sequence[str], ranks: Sequence[float], *, sharex: bool = False
+) -> tuple[Figure, dict[tuple[str, float], Axes]]:
+    """A row a setting, a column a rank; each panel is titled."""
+    figure, grid = plt.subplots(
+        len(settings), len(ranks), figsize=(TEXT if len(ranks) > 1 else COLUMN, 0.5 + 1.55 * len(settings)),
+        sharex=sharex, sharey="row", squeeze=False, layout="constrained",
+    )  # fmt: skip
+    axes = {(name, rank): grid[i][j] for i, name in enumerate(settings) for j, rank in enumerate(ranks)}
+    for (name, rank), ax in axes.items():
+        ax.set_title(f"{name}, rank {rank:g}" if len(settings) > 1 else f"rank {rank:g}")
+    return figure, axes
+
+
+def _module_maps(
+    tables: dict[str, pd.DataFrame], value: str, label: str, top: float, *, ticks: Sequence[float] | None = None
+) -> Figure:
+    """A panel an arm with a value by role and layer, and one colour bar from 0 to `top`."""
+    figure, grid = plt.subplots(
+        1, len(tables), figsize=(TEXT if len(tables) > 1 else COLUMN, 1.75), squeeze=False, layout="constrained"
+    )
+    for ax, (name, table) in zip(grid[0], tables.items(), strict=True):
+        image = draw.by_role_and_layer(ax, table, value, top)
+        ax.set_title(name)
+    figure.colorbar(image, ax=list(grid[0]), label=label, shrink=0.9, pad=0.01, ticks=ticks)
+    return figure
 
 
 def _finish(figure: Figure, axes: dict[str, Axes], look: dict[str, Look], label: str) -> None:
@@ -410,9 +418,9 @@ def _base_note(ax: Axes, analysis: Analysis, setting: str, metric: str) -> None:
     value = float(rows[metric].iloc[0])
     low, high = ax.get_ylim()
     if low <= value <= high:
-        ax.axhline(value, color="#5f6b76", linewidth=0.6, linestyle=":")
+        ax.axhline(value, color=GREY, linewidth=0.6, linestyle=":")
     corner = (0.98, 0.03) if higher_is_better(metric) else (0.98, 0.95)
     side = "bottom" if higher_is_better(metric) else "top"
     text = f"base model {number(value, 3)}"
-    note = ax.text(*corner, text, transform=ax.transAxes, ha="right", va=side, fontsize=6.5, color="#5f6b76")
+    note = ax.text(*corner, text, transform=ax.transAxes, ha="right", va=side, fontsize=6.5, color=GREY)
     note.set(zorder=6, path_effects=[withStroke(linewidth=2, foreground="white")])

@@ -10,12 +10,24 @@ from typing import Any
 import pandas as pd
 
 from analysis import spectra
-from sweeper.record import METRICS, PREDICTIONS, RECORD, SCHEMA_VERSION, perplexity
+from sweeper.record import (
+    ADAPTER,
+    COMBINED,
+    MERGED,
+    METRICS,
+    PREDICTIONS,
+    RECORD,
+    SCHEMA_VERSION,
+    TENSORBOARD,
+    WANDB,
+    WEIGHTS,
+    perplexity,
+)
 
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "evaluation")
 STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
-_NOT_RUNS = ("adapter", "checkpoint", "checkpoints", "trackers")
+_NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +209,8 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         return
     for child in sorted(folder.iterdir()):
         if not child.is_dir() or child.name.startswith(".") or child.name in _NOT_RUNS:
+            continue
+        if (child / COMBINED).is_file() or (child / MERGED).is_file():
             continue
         if (child / RECORD).is_file():
             yield child

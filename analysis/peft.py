@@ -72,18 +72,7 @@ def _peft_result(row: Mapping[str, Any], *, solo: bool, split: str, loss: float 
             "total_time": seconds,
             "experiment_name": name,
             "peft_branch": "none",
-            "train_config": {
-                "model_id": row["model"],
-                "dataset": row["dataset"],
-                "seed": row["seed"],
-                "max_steps": row.get("trainer.max_steps"),
-                "batch_size": row.get("trainer.batch_size"),
-                "optimizer_type": "AdamW",
-                "lr_scheduler": row.get("optim.schedule"),
-                "optimizer_kwargs": {"lr": row.get("optim.lr"), "weight_decay": row.get("optim.weight_decay")},
-                "grad_norm_clip": row.get("optim.max_grad_norm"),
-                "max_seq_length": row.get("dataset.max_length"),
-            },
+            "train_config": _train_config(row),
             "peft_config": None if full else _peft_config(row),
             "error_msg": str(row.get("error_message") or ""),
         },
@@ -108,6 +97,21 @@ def _peft_result(row: Mapping[str, Any], *, solo: bool, split: str, loss: float 
             "status": row["status"],
             "notes": f"times are {basis}; the memory fields are the peak of a short solo calibration (0: not measured)",
         },
+    }
+
+
+def _train_config(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model_id": row["model"],
+        "dataset": row["dataset"],
+        "seed": row["seed"],
+        "max_steps": row.get("trainer.max_steps"),
+        "batch_size": row.get("trainer.batch_size"),
+        "optimizer_type": "AdamW",
+        "lr_scheduler": row.get("optim.schedule"),
+        "optimizer_kwargs": {"lr": row.get("optim.lr"), "weight_decay": row.get("optim.weight_decay")},
+        "grad_norm_clip": row.get("optim.max_grad_norm"),
+        "max_seq_length": row.get("dataset.max_length"),
     }
 
 

@@ -92,9 +92,11 @@ def answers(analysis: Analysis) -> list[str]:
             continue
         best = trained.loc[trained[metric].idxmax() if up else trained[metric].idxmin()]
         before = f"; the base model has {number(float(base[metric].iloc[0]))}" if len(base) and metric in base else ""
+        percent = best["trainable_percent"]
+        size = "" if pd.isna(percent) else f", with {percent:.3g}% of the parameters trained"
         found.append(
             f"{name}: {best['arm']} has the {'highest' if up else 'lowest'} {analysis.found.split} {title(metric)}, "
-            f"{_interval(best, metric)}, with {best['trainable_percent']:.3g}% of the parameters trained{before}."
+            f"{_interval(best, metric)}{size}{before}."
         )
         found += _cheapest(analysis, str(name), best, trained)
         found += _placements(analysis, str(name))
@@ -104,6 +106,7 @@ def answers(analysis: Analysis) -> list[str]:
 def _cheapest(analysis: Analysis, name: str, best: Any, trained: pd.DataFrame) -> list[str]:
     shares = analysis.tables["share_kept"]
     shares = shares[(shares["setting"] == name) & (shares["metric"] == analysis.metric) & (shares["low"] >= 0.95)]
+    shares = shares[shares["percent"].notna()]
     if shares.empty:
         return []
     small = shares.loc[shares["percent"].idxmin()]

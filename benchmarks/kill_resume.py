@@ -62,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "2000"}  # before torch is loaded
     import sweeper.engine.session
-    import sweeper.search  # noqa: F401 (warm)
+    import sweeper.search.study  # noqa: F401 (warm)
 
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as root:

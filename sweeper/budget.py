@@ -121,16 +121,6 @@ def probe_flops_per_token(targets: Iterable[Target], scored: Iterable[Target] | 
     return float(2 * blocks + 6 * attention + sum(_product(target) for target in scored))
 
 
-def adapter_bytes(ranks: Ranks, *, bytes_per_parameter: int = ADAPTER_BYTES) -> int:
-    """Size of the adapter's weights, in memory or, less a header, on disk."""
-    return lora_parameters(ranks) * bytes_per_parameter
-
-
-def optimiser_bytes(ranks: Ranks) -> int:
-    """AdamW's two float32 moments of every trainable parameter."""
-    return lora_parameters(ranks) * MOMENT_BYTES
-
-
 def activation_bytes(
     targets: Iterable[Target],
     ranks: Ranks,

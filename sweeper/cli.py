@@ -92,7 +92,7 @@ def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
     parsed = get_args(arguments)
     lines: list[str] = _no_such_sweeper_field(str(error))
     try:
-        composer = _composer(parsed.config_dir)
+        composer = composer_of(parsed.config_dir)
         if not parsed.multirun:
             lines += _grid_without_multirun(parsed.overrides, composer)
         compose.expand(parsed.overrides, composer)
@@ -120,7 +120,8 @@ def _no_such_sweeper_field(message: str) -> list[str]:
     return [unknown(f"hydra.{match[1]} field", match[2], names).replace(" field=", ".", 1)]
 
 
-def _composer(config_dir: str | None) -> "Composer":
+def composer_of(config_dir: str | None) -> "Composer":
+    """The loader of `conf/` beside the script, preceded by the folder that --config-dir names."""
     from pathlib import Path
 
     from hydra._internal.hydra import Hydra

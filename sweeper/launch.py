@@ -3,13 +3,13 @@
 import dataclasses
 import importlib.util
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from sweeper import forecast, record, scheduler, summary, text, tracking
 from sweeper import plan as planning
-from sweeper import record, scheduler, summary, tracking
 from sweeper.arms import Arm, look_up, single
 from sweeper.display import make_console, make_display
 from sweeper.engine.events import Event, RunFinished
@@ -17,7 +17,11 @@ from sweeper.errors import Interrupted, RunsFailed, SpecError
 from sweeper.plan import Plan
 from sweeper.record import Record
 from sweeper.scheduler import Outcome, Scheduler, TrainRuns
-from sweeper.spec import RunSpec, SearchSettings, Settings, to_mapping
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings, to_mapping
+
+if TYPE_CHECKING:
+    from sweeper.compose import Composition
 
 
 def train(
@@ -54,8 +58,8 @@ def train_one(spec: RunSpec, settings: Settings, *, engine: TrainRuns | None = N
     return objective(train([single(spec)], settings, engine=engine).get(spec.run_id))
 
 
-def sweep(composition: Any, search: SearchSettings, launcher: Any) -> Any:
-    """Carries out a `sweeper.compose.Composition`: our launchers pack runs, other Hydra launchers get a run a job."""
+def sweep(composition: "Composition", search: SearchSettings, launcher: Any) -> Any:
+    """Carries out a composition: our launchers pack runs, other Hydra launchers get a run a job."""
     if hasattr(launcher, "run_all"):
         return launcher.run_all(composition, search)
 
@@ -91,7 +95,9 @@ def _as_jobs(work: Scheduler, arms: Sequence[Arm], launcher: Any) -> Outcome:
     return Outcome(records=work.records)
 
 
-def _carry_out(arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Any) -> dict[str, Record]:
+def _carry_out(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Callable[[Scheduler], Outcome]
+) -> dict[str, Record]:
     plan, console = planning.make(arms, settings, search), make_console()
     if settings.dry_run:
         show_plan(plan, settings, search, console)
@@ -190,7 +196,7 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
     specs = [to_mapping(run.spec) for run in plan.runs]
     fields = naming.varying(specs)
     header = ["run", "placement", "rank", *fields, "modules", "trainable", "%", "train FLOPs", "est. memory", "status"]
-    costs = planning.costs([run.spec for run in plan.runs], settings)
+    costs = forecast.costs([run.spec for run in plan.runs], settings)
     cells = []
     for run, spec, cost in zip(plan.runs, specs, costs, strict=True):
         flat = naming.flat(spec)
@@ -203,18 +209,18 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
                 f"{cost.modules:,}",
                 f"{cost.parameters:,}",
                 f"{100 * cost.parameters / cost.total_parameters:.3f}",
-                summary.amount(cost.flops),
-                summary.size(cost.memory),
+                text.amount(cost.flops),
+                text.size(cost.memory),
                 run.status or ("default trial" if plan.tuned else "to train"),
             ]
         )
-    console.out(summary.aligned(header, cells), highlight=False)
+    console.out(text.aligned(header, cells), highlight=False)
     console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
-    for line in planning.notes([run.spec for run in plan.runs], costs):
+    for line in forecast.notes([run.spec for run in plan.runs], costs):
         console.print(line, markup=False, soft_wrap=True)
     if plan.tuned:
         console.print(_search_line(plan, search), markup=False)
-    for line in planning.estimate(plan, search, settings, costs):
+    for line in forecast.estimate(plan, search, settings, costs):
         console.print(line, markup=False, soft_wrap=True)
     runs = f"{len(plan.runs)} run{'' if len(plan.runs) == 1 else 's'}, {len(plan.todo)} to train; "
     console.print(f"{'' if plan.tuned else runs}this was a dry run, nothing was trained", soft_wrap=True)

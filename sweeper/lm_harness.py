@@ -102,24 +102,24 @@ def score(
         for name in names:
             if name not in known.all_tasks:
                 raise SpecError(f"evaluation.options.tasks={name}: lm-eval has no such task, nor has include_path")
-        found = harness.simple_evaluate(
-            model=wrapper.HFLM(
-                pretrained=model, tokenizer=tokenizer, batch_size=int(options.get("batch_size") or 8),
-                add_bos_token=adds_start(tokenizer),
-            ),
-            tasks=[task if isinstance(task, str) else api.ConfigurableTask(config=dict(task)) for task in tasks],
-            task_manager=known,
-            limit=options.get("limit") if names else None,
-            bootstrap_iters=0,
-            log_samples=False,
+        wrapped = wrapper.HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=int(options.get("batch_size") or 8),
+            add_bos_token=adds_start(tokenizer),
         )  # fmt: skip
+        ours = [api.ConfigurableTask(config=dict(task)) for task in tasks if not isinstance(task, str)]
+        found: dict[str, Mapping[str, Any]] = {}
+        for asked, limit in ((ours, None), (names, options.get("limit"))):  # the limit is for theirs
+            if asked:
+                found |= harness.simple_evaluate(
+                    model=wrapped, tasks=asked, task_manager=known, limit=limit, bootstrap_iters=0, log_samples=False
+                )["results"]
     return {
         task.removeprefix("sweeper_"): {
             name.split(",")[0]: float(value)
             for name, value in values.items()
             if isinstance(value, int | float) and "stderr" not in name and "," in name
         }
-        for task, values in found["results"].items()
+        for task, values in found.items()
     }
 
 

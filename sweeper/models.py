@@ -6,27 +6,14 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sweeper.device import device_for, precision_for
+from sweeper.architecture import Target, structure
 from sweeper.errors import ModelError, SpecError
-from sweeper.placement import Target, structure
 from sweeper.spec import ModelSpec
 from sweeper.weights import byte_tokenizer, converted_folder, first_line, folder, gguf_file, quiet, random_config
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = [
-    "BaseModel",
-    "check",
-    "device_for",
-    "load",
-    "load_tokenizer",
-    "loading_message",
-    "precision_for",
-    "skeleton",
-    "total_parameters",
-]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from sweeper.architecture import (
     listing,
     matches,
     number_of_layers,
-    structure,
 )
 from sweeper.errors import ModelError, SpecError, unknown
 from sweeper.spec import Layers, PlacementSpec
@@ -26,7 +25,6 @@ __all__ = [
     "number_of_layers",
     "resolve",
     "select_layers",
-    "structure",
 ]
 
 PLACEMENTS: Mapping[str, tuple[str, ...]] = {

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import math
 import os
-import uuid
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 SCHEMA_VERSION = 1
 RECORD = "record.json"
@@ -17,6 +18,10 @@ PREDICTIONS = "predictions.jsonl"
 ADAPTER = "adapter"
 WEIGHTS = "weights"
 SPECTRA = "spectra.json"
+
+# what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+COMBINED, MERGED = "combined.json", "merged.json"
 
 Status = Literal["completed", "pruned", "failed", "diverged"]
 COMPLETED: tuple[Status, ...] = ("completed", "diverged")
@@ -55,6 +60,10 @@ class Score:
     @property
     def perplexity(self) -> float:
         return perplexity(self.nll)
+
+    def value(self, name: str) -> float | None:
+        """`nll`, `perplexity` or a metric by its name; None where there is no such score."""
+        return {"nll": self.nll, "perplexity": self.perplexity}.get(name, self.metrics.get(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +128,8 @@ def write_record(folder: Path, record: Record) -> Path:
     plain = dataclasses.asdict(record)
     for moments in plain["scores"].values():
         for score in moments.values():
-            score["perplexity"] = _finite(perplexity(score["nll"]))
-    return write_atomically(folder / RECORD, json.dumps(_finite(plain), indent=1, allow_nan=False) + "\n")
+            score["perplexity"] = perplexity(score["nll"])
+    return write_json(folder / RECORD, plain)
 
 
 def read_record(folder: Path) -> Record:
@@ -142,7 +151,11 @@ def read_record(folder: Path) -> Record:
 
 
 def records(study: Path) -> Iterator[Record]:
-    """Every readable record of a study folder, by run id."""
+    """The record of every run folder of a study that has one, by run id.
+
+    Raises:
+        ValueError: as `read_record`.
+    """
     for path in sorted(study.glob(f"*/{RECORD}")):
         yield read_record(path.parent)
 
@@ -157,39 +170,40 @@ def status(folder: Path) -> Status | None:
     return plain.get("status") if known else None
 
 
-def finished_run_ids(study: Path, *, statuses: Iterable[Status] = ("completed", "pruned", "diverged")) -> set[str]:
-    """Ids of the runs of a study that ended with one of `statuses`. An unreadable record counts as not finished."""
-    wanted, done = set(statuses), set()
-    for path in study.glob(f"*/{RECORD}"):
-        try:
-            plain = json.loads(path.read_text())
-        except ValueError:
-            continue
-        if isinstance(plain, dict) and plain.get("status") in wanted and plain.get("schema") == SCHEMA_VERSION:
-            done.add(path.parent.name)
-    return done
-
-
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Writes rows as JSON lines, atomically."""
     return write_atomically(path, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Writes a JSON object, atomically; numbers that are not finite are null."""
+    return write_atomically(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
 def write_atomically(path: Path, text: str) -> Path:
-    """Replaces `path` by `text` so that a reader, or a crash, sees the old content or the new, never half."""
+    """Replaces `path` by `text` as a whole."""
+    with replacing(path) as file:
+        file.write(text.encode())
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` once all of it is on disk.
+
+    A reader, or a crash, sees the old content or the new, never half; readable to whom the umask lets read.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not mkstemp, whose files only their owner may read: studies are shared
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with temporary.open("x") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return path
 
 
 def _score(values: dict[str, Any]) -> Score:

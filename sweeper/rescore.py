@@ -1,8 +1,8 @@
 """Scores saved adapters on any tasks, without training: what `evaluate.py` does.
 
 Adapters of one base model are scored together in a pack, the base model with them as slot -1. What is found goes to
-`RUN_FOLDER/evaluations/DATASET.json` and the rows of every example to `DATASET.jsonl` beside it; records stay as they
-are.
+`RUN_FOLDER/evaluations/DATASET.json` and the rows of every example to `DATASET-SPLIT.jsonl` beside it; records stay as
+they are.
 """
 
 import itertools
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import lm_harness, record, tasks
 from sweeper.errors import DataError, Problems, SweeperError
-from sweeper.record import ADAPTER, RECORD, WEIGHTS, Score
-from sweeper.spec import DatasetSpec, EvaluationSpec, RunSpec, Settings, run_spec, to_mapping
+from sweeper.record import ADAPTER, COMBINED, RECORD, WEIGHTS, Score
+from sweeper.spec import DatasetSpec, EvaluationSpec, RunSpec, Settings, run_spec, to_mapping, unique
 from sweeper.tasks import baseline, general_text
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sweeper.models import BaseModel
 
 FOLDER = "evaluations"
-COMBINED = "combined.json"
 TOGETHER = 16  # adapters in one pack
 
 
@@ -107,12 +106,12 @@ def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: Ev
     from sweeper import models
 
     problems: list[str] = []
-    models_used = {repr(run.spec.model): run.spec.model for run in runs}
-    acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in datasets]
-    acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in datasets]
+    wanted = unique(datasets)  # as many as there are runs, where each is scored on its own
+    acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in wanted]
+    acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in wanted]
     if evaluation.name == lm_harness.NAME:
         acts.append(partial(lm_harness.check, evaluation))
-    acts += [partial(models.check, model) for model in models_used.values()]
+    acts += [partial(models.check, model) for model in unique(run.spec.model for run in runs)]
     for act in acts:
         try:
             act()
@@ -133,7 +132,7 @@ def rescore(
     from sweeper import weights
 
     for base, same in _by_base(runs, settings):
-        wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
+        wanted = unique(datasets or [run.spec.dataset for run in same])
         for part in _parts(same):
             with _pack(base, part) as pack:
                 for dataset in wanted:
@@ -156,15 +155,27 @@ def harness(
 ) -> Iterator[Harnessed]:
     """As `rescore`, by lm-eval on the test split; writes `RUN_FOLDER/evaluations/lm_eval.json`."""
     for base, same in _by_base(runs, settings):
-        wanted = {repr(d): d for d in (datasets or [run.spec.dataset for run in same])}.values()
+        wanted = unique(datasets or [run.spec.dataset for run in same])
         asked: list[Any] = [lm_harness.as_task(d, tasks.load(d)["test"], base.tokenizer) for d in wanted]
         asked += evaluation.options.get("tasks") or []
         before = lm_harness.score(base.model, base.tokenizer, asked, evaluation.options)
         for run in same:
             found = lm_harness.score(adapted_model(base, run), base.tokenizer, asked, evaluation.options)
-            plain = {"run_id": run.folder.name, "before": before, "after": found}
-            record.write_atomically(run.folder / FOLDER / "lm_eval.json", json.dumps(plain, indent=1) + "\n")
+            _add_harnessed(run, before, found)
             yield Harnessed(run=run, scores=found, base=before)
+
+
+def _add_harnessed(
+    run: Saved, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Writes scores by task beside those of other tasks that an earlier command found."""
+    path = run.folder / FOLDER / "lm_eval.json"
+    try:
+        known = json.loads(path.read_text())
+        before, after = known["before"] | before, known["after"] | after
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or none that can be read
+    record.write_json(path, {"run_id": run.folder.name, "before": before, "after": after})
 
 
 def _by_base(runs: Sequence[Saved], settings: Settings) -> "Iterator[tuple[BaseModel, list[Saved]]]":
@@ -262,8 +273,7 @@ def _write(results: Sequence[Rescored]) -> None:
             for one in results
         },
     }  # fmt: skip
-    text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
-    record.write_atomically(run.folder / FOLDER / f"{dataset.name}.json", text)
+    record.write_json(run.folder / FOLDER / f"{dataset.name}.json", plain)
 
 
 def _plain(score: Score) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeper import cli, compose, lm_harness, rescore, summary
+from sweeper import cli, compose, lm_harness, rescore, text
 from sweeper.display import make_console
 from sweeper.errors import SpecError
 from sweeper.rescore import Harnessed, Rescored
-from sweeper.spec import DatasetSpec, EvaluationSpec, Settings
+from sweeper.spec import DatasetSpec, EvaluationSpec, Settings, unique
 from sweeper.tasks.metrics import suite_score
 
 USAGE = """\
@@ -57,9 +57,9 @@ def _composed(overrides: Sequence[str]) -> tuple[list[DatasetSpec], EvaluationSp
             "dataset.FIELD=... needs dataset=NAME: without it each run is scored on its own dataset as it was"
         )
     lines = [*(f"{key}={value}" for key, value in DEFAULTS.items() if key not in keys), *overrides]
-    composition = compose.expand(lines, cli._composer(None))
+    composition = compose.expand(lines, cli.composer_of(None))
     specs = composition.specs
-    datasets = list({repr(spec.dataset): spec.dataset for spec in specs}.values()) if "dataset" in keys else []
+    datasets = unique(spec.dataset for spec in specs) if "dataset" in keys else []
     return datasets, specs[0].evaluation, composition.settings
 
 
@@ -76,7 +76,7 @@ def show(found: Sequence[Rescored], console: Console) -> None:
             metrics = (_number(one.score.metrics.get(name)) for name in names)
             cells.append([_label(one), f"{one.score.nll:.4f}", *metrics])
         console.print(f"{dataset}, {split}: {part[0].score.examples} examples", style="bold", markup=False)
-        console.out(summary.aligned(["run", "NLL", *names], cells), highlight=False)
+        console.out(text.aligned(["run", "NLL", *names], cells), highlight=False)
     for line in _suite(found):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -89,7 +89,7 @@ def show_harness(found: Sequence[Harnessed], console: Console) -> None:
         cells = [[f"base {model}", *(_number(base.get(name)) for name in names)] for model, base in bases.items()]
         cells += [[_label(one), *(_number(one.scores[task].get(name)) for name in names)] for one in found]
         console.print(f"{task}, by lm-eval", style="bold", markup=False)
-        console.out(summary.aligned(["run", *names], cells), highlight=False)
+        console.out(text.aligned(["run", *names], cells), highlight=False)
 
 
 def _suite(found: Sequence[Rescored]) -> list[str]:

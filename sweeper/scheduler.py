@@ -25,10 +25,11 @@ from sweeper.arms import Arm
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, Stage, TrialEnded
 from sweeper.engine.requests import Kind, Pulled, RunRequest, Source
 from sweeper.record import Record
-from sweeper.spec import RunSpec, SearchSettings, Settings, to_mapping
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings, to_mapping
 
 if TYPE_CHECKING:
-    from sweeper.search import ArmSearch, Trial
+    from sweeper.search.study import ArmSearch, Trial
 
 T = TypeVar("T")
 Observer = Callable[[Event], None]
@@ -109,7 +110,8 @@ class Scheduler:
     def _open_searches(self, states: Sequence[_ArmState]) -> None:
         if not states:
             return
-        from sweeper.search import ArmSearch, open_storage
+        from sweeper.search.storage import open_storage
+        from sweeper.search.study import ArmSearch
 
         storage = open_storage(self.how, self.settings.folder)
         for state in states:
@@ -381,8 +383,7 @@ class Scheduler:
         trial = None if state is None else state.trials.get(event.run_id)
         if state is None or state.search is None or trial is None or event.run_id in self.prune:
             return
-        metric = self.how.objectives[0].removeprefix("validation.")
-        value = event.score.nll if metric == "nll" else event.score.metrics.get(metric)
+        value = event.score.value(self.how.objectives[0].removeprefix("validation."))
         if value is None or math.isnan(value):
             return
         if state.search.report(trial, trial.runs[event.run_id], int(event.moment), value):
@@ -400,7 +401,7 @@ class Scheduler:
         tried = self.tries.get(ended.run_id, 0)
         if ended.status != "failed" or request is None or error in LASTING or tried >= self.settings.retries:
             return False
-        self.tries[ended.run_id] = self.tries.get(ended.run_id, 0) + 1
+        self.tries[ended.run_id] = tried + 1
         del self.running[ended.run_id]
         self.states[request.kind].ready.append(request)
         return True

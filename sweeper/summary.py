@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from sweeper import naming
-from sweeper.display import number, point
 from sweeper.record import Record, Score, perplexity, write_atomically
+from sweeper.text import aligned, number, point, size
 
 BASE = "none (base model)"
 MAJORITY = "none (commonest answer)"
 SPLIT = "validation"
-_NUMBER = re.compile(r"-|[\d.,e+→\- ]+( ?[kMGTPEB]i?B?)?|nan|inf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,21 +54,6 @@ def show_search(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         for row in rows
     ]  # fmt: skip
     console.out(aligned(header, cells), highlight=False)
-
-
-def aligned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Columns of text, as wide as they need to be; those of numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    numbers = [all(_NUMBER.match(text) for text in column) for column in zip(*cells, strict=True)] or [False] * len(
-        widths
-    )
-    return "\n".join(
-        "  ".join(
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(row, widths, numbers, strict=True)
-        ).rstrip()
-        for row in (header, *cells)
-    )
 
 
 def write(study: Path, records: Sequence[Record]) -> tuple[Path, Path]:
@@ -216,21 +199,3 @@ def _text(column: Column, row: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def size(count: float) -> str:
-    """Bytes for people, in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
-def amount(count: float) -> str:
-    """A large count for people: 1.23 T."""
-    for unit in ("", " k", " M", " G", " T", " P"):
-        if abs(count) < 1000:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g} E"

@@ -10,7 +10,7 @@ from sweeper import naming
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Step
 from sweeper.errors import SpecError, unknown
 from sweeper.plan import Plan
-from sweeper.record import Record
+from sweeper.record import TENSORBOARD, Record
 from sweeper.spec import Settings, to_mapping
 
 
@@ -198,7 +198,7 @@ def _tensorboard(plan: Plan, options: Mapping[str, Any]) -> OpenLog:
 
     def open_log(run_id: str, label: str, config: Mapping[str, Any]) -> RunLog:
         name = re.sub(r"[^\w.=+-]+", "_", label)
-        writer = SummaryWriter(str(plan.study / "tensorboard" / f"{name}-{run_id}"))
+        writer = SummaryWriter(str(plan.study / TENSORBOARD / f"{name}-{run_id}"))
         writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```")
         return Log(writer)
 

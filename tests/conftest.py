@@ -151,7 +151,7 @@ def composer(monkeypatch: pytest.MonkeyPatch) -> Any:
     from sweeper import cli
 
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py")])
-    return cli._composer(None)
+    return cli.composer_of(None)
 
 
 @pytest.fixture

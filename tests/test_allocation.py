@@ -9,9 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sweeper import allocation
+from sweeper.architecture import structure
 from sweeper.budget import lora_parameters, uniform
 from sweeper.errors import SpecError
-from sweeper.placement import PLACEMENTS, Target, number_of_layers, resolve, structure
+from sweeper.placement import PLACEMENTS, Target, number_of_layers, resolve
 from sweeper.spec import AllocationSpec, PlacementSpec, RunSpec
 
 # the real shapes of three families: grouped queries, fused Conv1D, fused qkv

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sweeper import budget
-from sweeper.placement import PLACEMENTS, Target, number_of_layers, resolve, structure
+from sweeper.architecture import structure
+from sweeper.placement import PLACEMENTS, Target, number_of_layers, resolve
 from sweeper.spec import PlacementSpec
 
 # PEFT still asks transformers by a name that is about to go
@@ -113,16 +114,16 @@ def test_parameters_and_bytes_are_those_of_the_adapter(kind: str, name: str) -> 
     model = adapted(build(kind), ranks)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert budget.lora_parameters(ranks) == sum(p.numel() for p in trainable)
-    assert budget.adapter_bytes(ranks) == sum(p.nbytes for p in trainable)
     optimiser = torch.optim.AdamW(trainable)
     model(batch()).logits.sum().backward()
     optimiser.step()
     moments = [v for state in optimiser.state.values() for k, v in state.items() if k != "step"]
-    assert budget.optimiser_bytes(ranks) == sum(moment.nbytes for moment in moments)
     estimate = budget.memory(
         targets_of(kind), ranks, base_parameters=1000, bytes_per_value=2, batch_size=BATCH, length=LENGTH
     )
-    assert (estimate.base, estimate.gradients) == (2000, sum(p.nbytes for p in trainable))
+    held = sum(p.nbytes for p in trainable)
+    assert (estimate.base, estimate.adapter, estimate.gradients) == (2000, held, held)
+    assert estimate.optimiser == sum(moment.nbytes for moment in moments)
     parts = estimate.base + estimate.adapter + estimate.gradients + estimate.optimiser + estimate.activations
     assert estimate.total == parts
 

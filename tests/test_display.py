@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sweeper import display
 from sweeper.arms import Dimension, grouped
+from sweeper.board import Board
 from sweeper.engine.events import RunFinished, RunQueued, RunStarted, Stage, Step, TrialEnded
 from sweeper.plan import Plan, PlannedRun
 from sweeper.record import Record
@@ -38,7 +39,7 @@ def step(run_id: str, number: int, **changes: Any) -> Step:
 
 def test_pace_gives_speed_and_eta(plan: Plan) -> None:
     clock = Clock()
-    board = display.Board.of(plan, clock)
+    board = Board.of(plan, clock)
     run_id = plan.runs[0].run_id
     board.take(RunStarted(run_id=run_id, steps=8))
     for number in (1, 2, 3):
@@ -54,7 +55,7 @@ def test_pace_gives_speed_and_eta(plan: Plan) -> None:
 
 def test_steps_of_a_former_command_are_no_pace(plan: Plan) -> None:
     clock = Clock()
-    board = display.Board.of(plan, clock)
+    board = Board.of(plan, clock)
     run_id = plan.runs[0].run_id
     board.take(RunStarted(run_id=run_id, steps=8))
     for number in (5, 6):
@@ -64,7 +65,7 @@ def test_steps_of_a_former_command_are_no_pace(plan: Plan) -> None:
 
 
 def test_nothing_is_known_before_the_first_step(plan: Plan) -> None:
-    board = display.Board.of(plan, Clock())
+    board = Board.of(plan, Clock())
     assert board.eta() is None
     assert board.speed() is None
     assert board.headline() == "3 waiting · 0:00 so far"
@@ -72,7 +73,7 @@ def test_nothing_is_known_before_the_first_step(plan: Plan) -> None:
 
 def test_lines_come_at_quarters_and_at_the_end(plan: Plan, make_record: Callable[..., Record]) -> None:
     out, clock = io.StringIO(), Clock()
-    view = display.LineDisplay(display.Board.of(plan, clock), Console(file=out, width=200))
+    view = display.LineDisplay(Board.of(plan, clock), Console(file=out, width=200))
     run = plan.runs[0]
     with view:
         view(Stage(message="loading [tiny]"))
@@ -91,7 +92,7 @@ def test_lines_come_at_quarters_and_at_the_end(plan: Plan, make_record: Callable
 
 def test_slow_steps_are_told_between_quarters(plan: Plan) -> None:
     out, clock = io.StringIO(), Clock()
-    view = display.LineDisplay(display.Board.of(plan, clock), Console(file=out, width=200), quiet_seconds=30)
+    view = display.LineDisplay(Board.of(plan, clock), Console(file=out, width=200), quiet_seconds=30)
     run_id = plan.runs[0].run_id
     view(step(run_id, 1))
     clock.now = 31
@@ -101,7 +102,7 @@ def test_slow_steps_are_told_between_quarters(plan: Plan) -> None:
 
 def test_the_live_table_has_a_line_a_run(plan: Plan, make_record: Callable[..., Record]) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120, height=30, record=True)
-    live = display.LiveDisplay(display.Board.of(plan), console)
+    live = display.LiveDisplay(Board.of(plan), console)
     first, second, _ = plan.runs
     with live:
         live(RunStarted(run_id=first.run_id, steps=8))
@@ -117,22 +118,10 @@ def test_the_live_table_has_a_line_a_run(plan: Plan, make_record: Callable[..., 
 
 
 def test_more_runs_than_lines_shows_those_that_train(plan: Plan) -> None:
-    board = display.Board.of(plan)
+    board = Board.of(plan)
     views = list(board.views.values())
     views[2].state = "training"
     assert display._visible(views, 2) == [views[0], views[2]]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "-"), (1.23456, "1.235"), (float("nan"), "nan"), (float("inf"), "inf"), (1e6, "1e+06")]
-)
-def test_numbers(value: float | None, text: str) -> None:
-    assert display.number(value) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (5, "0:05"), (65, "1:05"), (3661, "1:01:01")])
-def test_times(seconds: float | None, text: str) -> None:
-    assert display.clock_time(seconds) == text
 
 
 @pytest.fixture
@@ -152,7 +141,7 @@ def ended(plan: Plan, number: int, state: str, value: float | None) -> TrialEnde
 
 def test_of_a_search_the_lines_tell_trials_and_failures(searched: Plan, make_record: Callable[..., Record]) -> None:
     out, clock = io.StringIO(), Clock()
-    view = display.LineDisplay(display.Board.of(searched, clock, wanted=8), Console(file=out, width=200))
+    view = display.LineDisplay(Board.of(searched, clock, wanted=8), Console(file=out, width=200))
     spec = searched.arms[0].default
     view(RunQueued(run_id=spec.run_id, spec=spec, arm=searched.arms[0].key))
     view(RunStarted(run_id=spec.run_id, steps=4))
@@ -172,7 +161,7 @@ def test_of_a_search_the_lines_tell_trials_and_failures(searched: Plan, make_rec
 
 def test_the_live_view_of_a_search_has_a_line_an_arm_and_one_a_running_trial(searched: Plan) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120, height=30, record=True)
-    live = display.LiveDisplay(display.Board.of(searched, wanted=8), console)
+    live = display.LiveDisplay(Board.of(searched, wanted=8), console)
     spec = searched.arms[0].default
     with live:
         live(RunQueued(run_id=spec.run_id, spec=spec, arm=searched.arms[0].key))
@@ -189,7 +178,7 @@ def test_the_live_view_of_a_search_has_a_line_an_arm_and_one_a_running_trial(sea
 
 def test_trials_not_asked_for_yet_count_in_the_time_to_go(searched: Plan) -> None:
     clock = Clock()
-    board = display.Board.of(searched, clock, wanted=8)
+    board = Board.of(searched, clock, wanted=8)
     spec = searched.arms[0].default
     board.take(RunQueued(run_id=spec.run_id, spec=spec, arm=searched.arms[0].key))
     board.take(RunStarted(run_id=spec.run_id, steps=4))

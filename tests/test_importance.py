@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sweeper import allocation, compose, launch, plan
+from sweeper import allocation, compose, forecast, launch, plan
 from sweeper.budget import lora_parameters, uniform
 from sweeper.display import make_console
 from sweeper.errors import SpecError
 from sweeper.placement import Target
-from sweeper.spec import RunSpec, SearchSettings
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec
 from tests.test_allocation import SHAPES, every, placed
 
 Scores = Mapping[str, float]
@@ -111,7 +112,7 @@ def test_a_dry_run_says_that_a_probe_decides(composer: Any, tmp_path: Any, capsy
     made = plan.make(found.arms, found.settings)
     launch.show_plan(made, found.settings, SearchSettings(), make_console())
     shown = capsys.readouterr().out
-    costs = plan.costs(found.specs, found.settings)
+    costs = forecast.costs(found.specs, found.settings)
     for name, cost in zip(("attn", "ff"), costs, strict=True):
         assert f"allocation=importance, {name}: a probe (gradient, 8 training batches) decides each module's" in shown
         assert f"{cost.parameters:,} parameters in all, to within 1%" in shown

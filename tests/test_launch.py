@@ -14,7 +14,8 @@ from sweeper.arms import grouped
 from sweeper.engine.events import RunFinished, Step
 from sweeper.errors import Interrupted, RunsFailed
 from sweeper.record import Record
-from sweeper.spec import RunSpec, SearchSettings, Settings
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings
 
 
 @pytest.fixture

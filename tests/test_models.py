@@ -13,8 +13,7 @@ import yaml
 from transformers import PretrainedConfig
 
 from sweeper import models, weights
-from sweeper.device import CPU_BFLOAT16_GAIN, cpu_gain
-from sweeper.errors import ModelError, SpecError
+from sweeper.errors import ModelError
 from sweeper.placement import PLACEMENTS, number_of_layers, resolve
 from sweeper.spec import ModelSpec, PlacementSpec, from_mapping
 
@@ -304,26 +303,3 @@ def test_dropout_is_off_in_nested_configs() -> None:
     outer.text_config = inner
     settled = models._settle(outer)
     assert (settled.resid_pdrop, settled.layerdrop, settled.other, inner.attention_dropout) == (0.0, 0.0, 0.3, 0.0)
-
-
-def test_devices() -> None:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    assert models.device_for("cpu") == CPU
-    assert models.device_for("auto").type == ("cuda" if count else "cpu")
-    for text in ("gpu", f"cuda:{count}", "cuda:-1", "mps"):
-        with pytest.raises(SpecError, match=rf"trainer\.device={text}: no such device.*Choose from auto, cpu"):
-            models.device_for(text)
-    if not count:
-        with pytest.raises(SpecError, match="finds no CUDA GPU"):
-            models.device_for("cuda")
-
-
-def test_precision() -> None:
-    assert models.precision_for(CPU, "float32") == torch.float32
-    assert models.precision_for(CPU, "bfloat16") == torch.bfloat16
-    cpu_gain.cache_clear()
-    start = time.perf_counter()
-    auto = models.precision_for(CPU, "auto")
-    assert time.perf_counter() - start < 1
-    assert auto == (torch.bfloat16 if cpu_gain() > CPU_BFLOAT16_GAIN else torch.float32)
-    assert models.precision_for(CPU, "auto") == auto

@@ -12,8 +12,9 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sweeper.architecture import structure
 from sweeper.errors import ModelError, SpecError
-from sweeper.placement import PLACEMENTS, Target, check_rank, number_of_layers, resolve, select_layers, structure
+from sweeper.placement import PLACEMENTS, Target, check_rank, number_of_layers, resolve, select_layers
 from sweeper.spec import PlacementSpec, from_mapping
 
 CONF = Path(__file__).parents[1] / "conf" / "placement"

@@ -12,7 +12,7 @@ from sweeper import compose, plan, record
 from sweeper.arms import grouped
 from sweeper.errors import Problems
 from sweeper.record import Record
-from sweeper.spec import RunSpec, SearchSettings, Settings
+from sweeper.spec import RunSpec, Settings
 
 
 @pytest.fixture
@@ -37,26 +37,6 @@ def test_a_broken_record_counts_as_missing(specs: tuple[RunSpec, ...], study: Se
     folder.mkdir(parents=True)
     (folder / record.RECORD).write_text('{"schema": 1, "status"')
     assert plan.make(grouped(specs), study).runs[0].status is None
-
-
-def test_the_pace_of_another_model_is_no_estimate(
-    specs: tuple[RunSpec, ...], study: Settings, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sweeper.engine.environment.describe", lambda *_: {"device": "here"})
-    tiny = make_record(
-        specs[0],
-        environment={"device": "here"},
-        efficiency=record.Efficiency(train_seconds_amortised=2.0, train_flops=6.0),
-    )
-    record.write_record(study.folder / specs[0].run_id, tiny)
-    asked = plan.make(grouped(specs[1:2]), study)
-    costs = plan.costs([run.spec for run in asked.runs], study)
-    own = plan.estimate(asked, SearchSettings(), study, costs)
-    assert own[0].startswith("1 run, at most 1 at a time")
-    assert own[1].startswith("training takes about")
-    other = dataclasses.replace(specs[1], model=dataclasses.replace(specs[1].model, name="large"))
-    asked = plan.make(grouped([other]), study)
-    assert plan.estimate(asked, SearchSettings(), study, costs)[1].startswith("no run of large on this device")
 
 
 def problems(overrides: list[str], composer: Any, study: Settings) -> tuple[str, ...]:
@@ -119,15 +99,6 @@ def test_a_finished_study_needs_no_model(
     spec = make_spec(model={"source": "path", "location": "/gone"})
     record.write_record(study.folder / spec.run_id, make_record(spec))
     assert not plan.make(grouped([spec]), study).todo
-
-
-def test_costs_are_those_of_the_closed_forms(specs: tuple[RunSpec, ...], study: Settings) -> None:
-    four, eight = plan.costs(specs[:2], study)
-    assert eight.parameters == 2 * four.parameters
-    assert four.parameters == 4 * 4 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64)
-    assert four.modules == 16
-    assert eight.flops > four.flops > 0
-    assert eight.memory > four.memory > 4 * four.total_parameters
 
 
 def test_records_are_read_only_while_planning(

@@ -12,13 +12,14 @@ import pytest
 
 from sweeper import compose, launch, record
 from sweeper import plan as planning
-from sweeper import search as searching
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted
 from sweeper.engine.requests import RunRequest, Source
 from sweeper.errors import Problems, RunsFailed, SpecError
 from sweeper.record import Record, Score
 from sweeper.scheduler import Scheduler
-from sweeper.spec import RunSpec, SearchSettings, Settings
+from sweeper.search import storage
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings
 
 LR = "optim.lr=tag(log,interval(1e-5,1e-1))"
 GRID = ["experiment=smoke", "placement=attn,ff,full", "rank=4,8,16"]
@@ -97,8 +98,8 @@ def go(composer: Any, study: Settings, bowl: BowlEngine) -> Callable[..., dict[s
 
 
 def studies(settings: Settings) -> list[optuna.Study]:
-    storage = searching.open_storage(SearchSettings(), settings.folder)
-    return [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
+    kept = storage.open_storage(SearchSettings(), settings.folder)
+    return [optuna.load_study(study_name=name, storage=kept) for name in optuna.get_all_study_names(kept)]
 
 
 def test_a_grid_is_every_combination_once_and_a_search_is_as_many_trials_in_every_arm(
@@ -178,7 +179,7 @@ def test_after_a_crash_nothing_is_lost_and_nothing_is_done_twice(
             patch.setattr(Scheduler, "close", lambda self: None)  # a process that is killed closes nothing
             with pytest.raises(SystemExit):
                 go(axes, n_trials=6, sampler=sampler)
-        monkeypatch.setattr(searching, "alive", lambda trial: False)
+        monkeypatch.setattr("sweeper.search.study.alive", lambda trial: False)
     bowl.stop_after = math.inf
     go(axes, n_trials=6, sampler=sampler)
     assert len({spec.run_id for spec in bowl.trained}) == len(bowl.trained) == 24
@@ -224,6 +225,12 @@ def test_a_best_value_at_an_edge_is_told_and_the_range_widened(
     assert max(spec.optim.lr for spec in bowl.trained) > 2e-3
     go(axes, n_trials=6, widen=1)
     assert len(bowl.trained) == 9
+
+
+def test_trials_are_pruned_by_perplexity_as_by_the_nll_it_comes_from(go: Any, bowl: BowlEngine) -> None:
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR, "trainer.max_steps=9", "evaluation.every_steps=1"]
+    go(axes, n_trials=12, pruner="asha", objectives=("validation.perplexity",))
+    assert bowl.pruned
 
 
 @pytest.mark.parametrize("pruner", ["asha", "median", "hyperband", "patient"])
@@ -290,6 +297,15 @@ def test_a_diverged_trial_is_the_worst_of_all(go: Any, bowl: BowlEngine, study: 
     assert all((value == math.inf) == (lr >= 1e-2) for lr, value in values.items())
 
 
+def test_a_trial_whose_cost_was_not_measured_failed(go: Any, study: Settings) -> None:
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR]
+    for _ in range(2):  # nor is it begun without end
+        with pytest.raises(RunsFailed, match="no trial completed"):
+            go(axes, n_trials=3, objectives=("train_seconds_solo",))
+    (one,) = studies(study)
+    assert all(trial.user_attrs.get("outcome") == "failed" for trial in one.get_trials())
+
+
 def test_a_token_budget_is_the_same_for_every_arm(go: Any, bowl: BowlEngine, make_record: Any) -> None:
     def costly(spec: RunSpec, **changes: Any) -> Record:
         efficiency = record.Efficiency(train_tokens=100)
@@ -348,10 +364,15 @@ def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: st
     [
         ([], {"n_trials": 3}, "hydra.sweeper.n_trials=3: no field is tuned"),
         ([LR], {"pruner": "asha"}, "give evaluation.every_steps, from 1 to 3"),
+        ([LR, "evaluation.every_steps=1,0"], {"pruner": "asha"}, "give evaluation.every_steps, from 1 to 3"),
         ([LR], {"confirm_seeds": (0, 1)}, "trials are chosen on seed 0"),
+        ([LR, "evaluation=none"], {}, "evaluation.splits has no validation"),
+        ([LR], {"objectives": ("validation.bleu",)}, "has no such metric. Choose from validation.nll, "),
+        ([LR, "dataset=chain_sum", "dataset.metrics=[final_number]", "dataset.max_new_tokens=4"],
+         {"objectives": ("validation.final_number",)}, "give evaluation.generate=true"),
+        ([LR, "dataset.metrics=[choice_accuracy]", "evaluation.every_steps=1"],
+         {"objectives": ("validation.choice_accuracy",), "pruner": "asha"}, "scored at its end: prune on"),
         ([LR], {"sampler_options": {"foo": 1}}, "sampler_options: .*foo"),
-        ([LR, "evaluation.splits=[test]"], {}, "objectives=validation.nll: evaluation.splits must hold validation"),
-        ([LR], {"objectives": ("validation.bleu",)}, "no such score. Choose from validation.nll, valid"),
         ([LR], {"storage": "postgresql+psycopg://localhost:1/none"}, "the database cannot be used"),
     ],
 )  # fmt: skip
@@ -375,9 +396,9 @@ def test_a_driver_that_starts_waits_for_another_that_is_about_to_sign_its_trial(
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)
-        asked.set_user_attr("driver", searching.me() | {"seen": time.time()})
+        asked.set_user_attr("driver", storage.this_driver() | {"seen": time.time()})
 
-    monkeypatch.setattr(searching.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     go(axes, n_trials=3)
     assert waits
     assert one.get_trials()[asked.number].state == optuna.trial.TrialState.RUNNING

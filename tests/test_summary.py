@@ -87,10 +87,3 @@ def test_packed_seconds_are_explained(make_record: MakeRecord) -> None:
     packed = dataclasses.replace(one, efficiency=dataclasses.replace(one.efficiency, pack_runs=9))
     assert not any("share" in line for line in summary.notes([one]))
     assert any("share of its pack" in line for line in summary.notes([packed]))
-
-
-def test_sizes_and_amounts() -> None:
-    assert summary.size(3 << 20) == "3 MiB"
-    assert summary.size(5.5 * 2**30) == "5.50 GiB"
-    assert summary.amount(1234.0) == "1.23 k"
-    assert summary.amount(2.5e13) == "25 T"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sweeper import record, weights
 from sweeper.adapters import peft_models
 from sweeper.errors import DataError, SpecError, unknown
-from sweeper.rescore import COMBINED, Saved
+from sweeper.rescore import Saved
 from sweeper.spec import MethodSpec, to_mapping
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def combine(runs: Sequence[Saved], asked: Combination, out: Path, *, device: str
         "ranks": {name: len(a) for name, (a, _) in factors.items()},
         "spec": to_mapping(spec),
     }
-    record.write_atomically(out / COMBINED, json.dumps(note, indent=1) + "\n")
+    record.write_json(out / record.COMBINED, note)
     return note
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sweeper import rescore, summary
+from sweeper import rescore, text
 from sweeper.adapters import combine, merge, spectra
 from sweeper.display import make_console
 from sweeper.errors import DataError, SpecError
@@ -106,7 +106,7 @@ def _spectra(options: argparse.Namespace) -> None:
     if not cells:
         raise DataError("spectra: no run changed a matrix of its model, so there is no spectrum to look at")
     header = ["run", "placement", "rank", "|dW|", "effective rank", "stable rank", "intruders", "energy by role"]
-    console.out(summary.aligned(header, cells), highlight=False)
+    console.out(text.aligned(header, cells), highlight=False)
 
 
 def _row(run: "Saved", modules: "Sequence[ModuleSpectrum]") -> list[str]:

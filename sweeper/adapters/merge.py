@@ -1,6 +1,5 @@
 """An adapter merged into its base model, as a plain transformers model, checked to give the same logits."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
     from sweeper.models import BaseModel
 
-NOTE = "merged.json"
 ROWS, LENGTH = 4, 32  # of the random tokens that are compared
 
 
@@ -47,7 +45,7 @@ def merge(run: Saved, out: Path, *, device: str = "auto", precision: Precision =
             _save(model if tuned else model.merge_and_unload(safe_merge=True), base, temporary)
         found = _compared(base, temporary, ids, wanted)
         note = {"run_id": run.folder.name, "from": str(run.folder), "model": base.spec.name, **found}
-        record.write_atomically(temporary / NOTE, json.dumps(note, indent=1) + "\n")
+        record.write_json(temporary / record.MERGED, note)
         shutil.rmtree(out, ignore_errors=True)
         temporary.replace(out)
     finally:

@@ -19,11 +19,9 @@ if TYPE_CHECKING:
     from sweeper.models import BaseModel
     from sweeper.spec import RunSpec
 
-
 BLOCK = 64  # values that share a constant
-WORST = (
-    0.18  # normally distributed weights come back with 0.09, SmolLM2's with 0.10, wrongly read ones with 0.24 and more
-)
+# relative error of a weight read back: 0.09 where it is normally distributed, 0.10 in SmolLM2, 0.24 and more if misread
+WORST = 0.18
 # a note that optional kernels are missing, printed whenever anything imports the library on some CPUs
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 

@@ -1,10 +1,7 @@
 """Tokenised splits on disk: one npz file a dataset and tokenizer, written whole or not at all."""
 
-import contextlib
 import itertools
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -13,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from sweeper.record import replacing
 from sweeper.tasks.example import Choice, Encoded, EncodedSplit
 
 
 def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
-    """Writes beside `path`, then renames; a reader never sees half a file."""
+    """Writes the splits to `path`, whole."""
     arrays: dict[str, Any] = {"splits": np.array(list(splits))}
     for name, split in splits.items():
         arrays[f"{name}/ids"] = np.array([e.id for e in split.examples])
@@ -39,18 +37,8 @@ def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
         arrays[f"{name}/texts"] = np.frombuffer(texts.encode(), dtype=np.uint8)
         arrays[f"{name}/truncated"] = np.array(split.truncated)
         arrays[f"{name}/dropped"] = np.array(split.dropped, dtype=np.str_)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def read(path: Path) -> dict[str, EncodedSplit] | None:

@@ -23,9 +23,6 @@ class Example:
     check: str = ""
 
 
-Examples = Mapping[str, tuple[Example, ...]]
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One answer to choose among: its text and its token ids, without the end-of-text id."""

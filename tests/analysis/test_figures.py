@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from analysis import Analysis, analyse, draw, figures, load
 from analysis.style import COLUMN, TEXT, looks
-from tests.analysis.synthetic import write_study
+from tests.analysis.synthetic import edit, write_study
 
 ALL = {
     "pareto_nll", "rank_nll", "pareto_exact_match", "rank_exact_match", "pareto_seconds", "heatmap_nll", "share_kept",
@@ -46,6 +46,22 @@ def test_figures_without_their_data_say_why(tmp_path: Path) -> None:
     }
     assert all(len(reason) > 10 for reason in absent.values())
     assert {path.stem for path in written} | set(absent) == ALL
+
+
+def test_full_fine_tuning_alone_has_no_figure_over_ranks(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", methods=("full_ft",), ranks=(4,), lrs=(1e-3, 3e-3), examples=20, steps=2)
+    written, absent = figures.write(analyse(load(study), draws=50), tmp_path / "f", workers=1)
+    assert "no run with a rank" in absent["learning_rate"]
+    assert written
+
+
+def test_records_without_parameter_counts_are_drawn_as_far_as_they_go(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", examples=20, steps=2)
+    for run in study.iterdir():
+        edit(run, lambda plain: plain.update(trainable_parameters=0, total_parameters=0))
+    written, absent = figures.write(analyse(load(study), draws=50), tmp_path / "f", workers=1)
+    assert {"share_kept", "pareto_nll"} <= set(absent)
+    assert any(path.stem == "rank_nll" for path in written)
 
 
 def test_a_figure_of_a_former_run_does_not_stay(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_what_cannot_be_read_is_counted_and_named(small: Path) -> None:
     assert {str(folder) for folder in (folders[0], folders[1], folders[2])} <= set(table["where"])
 
 
+def test_what_trackers_and_adapters_py_leave_is_no_run(small: Path) -> None:
+    (small / "tensorboard" / "attn_r4-0123").mkdir(parents=True)
+    (small / "wandb" / "offline-run-1" / "files").mkdir(parents=True)
+    for note in ("combined.json", "merged.json"):
+        record.write_json(small / f"of {note}" / note, {})
+        (small / f"of {note}" / "adapter").mkdir()
+    assert load(small).counts() == {"completed": 6}
+
+
 def test_diverged_and_pruned_runs_enter_no_mean(small: Path) -> None:
     before = analyse(load(small)).arms
     runs = load(small).runs

@@ -151,3 +151,12 @@ def test_text_from_records_stays_text(tmp_path: Path) -> None:
     assert not seen["broken"]
     assert seen["errors"] == []
     assert EVIL in seen["title"]
+
+
+def test_without_parameter_counts_nothing_is_said_of_them(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", examples=20, steps=2)
+    for run in study.iterdir():
+        edit(run, lambda plain: plain.update(trainable_parameters=0, total_parameters=0))
+    said = report.answers(analyse(load(study), draws=50))
+    assert any("has the lowest test NLL" in line for line in said)
+    assert not any("nan" in line for line in said)

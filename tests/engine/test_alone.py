@@ -645,7 +645,7 @@ def test_one_search_tunes_what_packs_and_what_does_not(
     from sweeper.arms import Arm, Dimension
     from sweeper.engine import train_runs
     from sweeper.scheduler import Scheduler
-    from sweeper.spec import SearchSettings
+    from sweeper.search.settings import SearchSettings
 
     monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path / "cache"))
 
@@ -711,10 +711,12 @@ def test_recomputed_activations_change_nothing(name: str, make_alone: Any, run_a
 @NEEDS_BITSANDBYTES
 def test_the_planned_memory_is_that_of_the_method(make_alone: Any, base_of: Any, tmp_path: Path) -> None:
     """What a dry run says of the base and of what trains, against what is really held."""
-    from sweeper import plan
+    from sweeper import forecast
 
     settings = Settings(study="s", output_root=str(tmp_path), device="cpu")
-    costs = {name: plan.cost(make_alone({"name": name}, wide=True), settings) for name in ("lora", "full_ft", "qlora")}
+    costs = {
+        name: forecast.cost(make_alone({"name": name}, wide=True), settings) for name in ("lora", "full_ft", "qlora")
+    }
     total = costs["lora"].total_parameters
     assert costs["full_ft"].parameters == total
     assert costs["full_ft"].base_memory == 0  # every weight is one of the values that train

@@ -13,7 +13,8 @@ from sweeper.engine import train_runs
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage
 from sweeper.engine.requests import Kind, Pulled, RunRequest
 from sweeper.errors import RunsFailed
-from sweeper.spec import RunSpec, SearchSettings, Settings
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings
 
 
 class Script:

@@ -1,10 +1,14 @@
 """Saved adapters are scored as they were when they were trained; what is wrong is said before a model is loaded."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from sweeper import rescore, rescore_cli
 from sweeper.display import make_console
@@ -197,6 +201,51 @@ def test_lm_eval_agrees_with_us(tiny: Settings, capsys: pytest.CaptureFixture[st
     assert all(0 < us.base.metrics["choice_accuracy"] < 1 for us in ours)
     rescore_cli.show_harness(theirs, make_console())
     assert capsys.readouterr().out.count("by lm-eval") == 2
+
+
+def test_a_dataset_that_many_runs_share_is_checked_once(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, checked = rescore.find([tiny.folder]), list[DatasetSpec]()
+    monkeypatch.setattr("sweeper.tasks.check", lambda dataset, **_: checked.append(dataset))
+    rescore.check(runs, [run.spec.dataset for run in runs], TEST)
+    assert checked == [CHAIN]
+
+
+def test_scores_of_lm_eval_stay_when_other_tasks_are_asked_for(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sweeper import lm_harness
+
+    monkeypatch.setattr(lm_harness, "as_task", lambda *_: "ours")
+    runs = [replace(rescore.find([tiny.folder])[0], folder=tmp_path)]
+    monkeypatch.setattr(rescore, "adapted_model", lambda base, run: base.model)
+    for name, value in (("one", 0.1), ("two", 0.2), ("one", 0.3)):
+        scores = {name: {"acc": value}}
+        monkeypatch.setattr(lm_harness, "score", lambda *_, scores=scores: scores)
+        list(rescore.harness(runs, [], EvaluationSpec(name="lm_eval", splits=("test",)), tiny))
+    plain = json.loads((tmp_path / "evaluations" / "lm_eval.json").read_text())
+    assert plain["before"] == plain["after"] == {"one": {"acc": 0.3}, "two": {"acc": 0.2}}
+
+
+def test_the_limit_is_for_tasks_of_lm_eval_alone(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch, make_example: Callable[..., Example]
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from sweeper import lm_harness, models
+
+    limits: dict[str, int | None] = {}
+
+    def evaluate(tasks: Sequence[Any], limit: int | None, **_: Any) -> dict[str, Any]:
+        limits.update({task if isinstance(task, str) else "ours": limit for task in tasks})
+        return {"results": {}}
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    # the real one reads the files of all tasks, for ten seconds
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: SimpleNamespace(all_tasks=["wikitext"]))
+    (run, _) = rescore.find([tiny.folder])
+    base = models.load(run.spec.model, dtype=torch.float32, device=torch.device("cpu"))
+    task = lm_harness.as_task(CHAIN, [make_example("yes")], base.tokenizer)
+    lm_harness.score(base.model, base.tokenizer, [task, "wikitext"], {"limit": 2})
+    assert limits == {"ours": None, "wikitext": 2}
 
 
 def test_lm_eval_is_for_saved_adapters_and_not_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:

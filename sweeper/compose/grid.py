@@ -1,0 +1,199 @@
+"""A command's overrides read as a grid: what is fixed, what are axes, what is tuned inside every arm."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.errors import HydraException
+
+from sweeper.arms import Dimension
+from sweeper.compose.composer import Composer
+from sweeper.errors import SpecError, unknown
+from sweeper.spec import RunSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """One swept field or group: every value once as Hydra reads it and once as it is typed."""
+
+    key: str
+    values: tuple[Any, ...]
+    typed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """`tuned` are the groups whose option is tuned, as axes; `space` is all that is tuned.
+
+    `by_method` are the tuned fields whose range, where a method has one of its own, is the method's.
+    """
+
+    fixed: tuple[str, ...]
+    axes: tuple[Axis, ...]
+    groups: frozenset[str]
+    space: tuple[Dimension, ...] = ()
+    tuned: tuple[Axis, ...] = ()
+    by_method: frozenset[str] = frozenset()
+
+    @property
+    def cell_axes(self) -> tuple[Axis, ...]:
+        return (*(axis for axis in self.axes if axis.key in self.groups), *self.tuned)
+
+    def space_of(self, spec: RunSpec) -> tuple[Dimension, ...]:
+        """What is tuned in the arm of a run."""
+        if not self.by_method or any(axis.key == "method" for axis in self.tuned):
+            return self.space
+        from sweeper import methods
+
+        own = methods.find(spec.method.name).ranges
+        return tuple(
+            replace(d, low=own[d.key][0], high=own[d.key][1]) if d.key in self.by_method and d.key in own else d
+            for d in self.space
+        )
+
+
+def read_grid(overrides: Sequence[str], composer: Composer, problems: list[str]) -> Grid:
+    """The grid of a command; of several overrides of one key the last counts.
+
+    Overrides that cannot be used are left out, and `problems` gets a line for each.
+    """
+    reader = _Reader(composer=composer, problems=problems)
+    for line in overrides:
+        try:
+            override = composer.parse(line)
+        except HydraException:
+            problems.append(f"{line}: cannot be read. Write field=value; quote values with commas, brackets or spaces.")
+            continue
+        if not override.is_hydra_override():
+            reader.take(override)
+        elif composer.is_group(override.key_or_group) and not override.is_sweep_override():
+            _known_options(override, [override.value()], composer, problems)
+    return reader.grid()
+
+
+@dataclass(kw_only=True, slots=True)
+class _Reader:
+    """What the overrides read so far make of each key."""
+
+    composer: Composer
+    problems: list[str]
+    fixed: dict[str, str] = field(default_factory=dict)
+    axes: dict[str, Axis] = field(default_factory=dict)
+    space: dict[str, Dimension] = field(default_factory=dict)
+    groups: set[str] = field(default_factory=set)
+    by_method: set[str] = field(default_factory=set)
+
+    def take(self, override: Override) -> None:
+        key = override.get_key_element()
+        self.fixed.pop(key, None)
+        self.space.pop(key, None)
+        group = self.composer.is_group(override.key_or_group) and not isinstance(override.value(), dict)
+        if not override.is_sweep_override():
+            self._fix(key, override, group)
+        elif override.is_interval_sweep() or "tune" in getattr(override.value(), "tags", ()):
+            self.axes.pop(key, None)
+            if self._tune(key, override, group) and group:
+                self._vary(key, override, group)
+        else:
+            self._vary(key, override, group)
+
+    def grid(self) -> Grid:
+        return Grid(
+            fixed=tuple(self.fixed.values()),
+            axes=tuple(axis for key, axis in self.axes.items() if key not in self.space),
+            groups=frozenset(self.groups & self.axes.keys() - self.space.keys()),
+            space=tuple(self.space.values()),
+            tuned=tuple(self.axes[key] for key in self.space if key in self.axes),
+            by_method=frozenset(self.by_method & self.space.keys()),
+        )
+
+    def _fix(self, key: str, override: Override, group: bool) -> None:
+        if not group or _known_options(override, [override.value()], self.composer, self.problems):
+            self.axes.pop(key, None)
+            self.fixed[key] = str(override.input_line)
+
+    def _tune(self, key: str, override: Override, group: bool) -> bool:
+        """Adds a dimension to the space; false where it cannot be tuned."""
+        dimension = _dimension(override, group, self.problems)
+        if dimension is None:
+            return False
+        self.space[key] = dimension
+        self.by_method.discard(key)
+        if "method" in getattr(override.value(), "tags", ()):
+            self.by_method.add(key)
+        return True
+
+    def _vary(self, key: str, override: Override, group: bool) -> None:
+        """Adds an axis; of a group, with the options that there are."""
+        axis = _axis(override, self.problems)
+        if axis is None:
+            return
+        if group:
+            kept = _known_options(override, axis.values, self.composer, self.problems)
+            places = [place for place, value in enumerate(axis.values) if value in kept]
+            if not places:
+                return
+            axis = Axis(
+                key=key,
+                values=tuple(axis.values[place] for place in places),
+                typed=tuple(axis.typed[place] for place in places),
+            )
+            self.groups.add(key)
+        self.axes[key] = axis
+
+
+def _dimension(override: Override, group: bool, problems: list[str]) -> Dimension | None:
+    key, line = override.get_key_element(), override.input_line
+    value: Any = override.value()
+    if key == "seed" or _is_setting(override.key_or_group):
+        problems.append(f"{line}: {key} is not tuned. Tune what changes how well a run learns, such as optim.lr.")
+        return None
+    if group and override.is_interval_sweep():
+        problems.append(f"{line}: {key} is a group of options. Tune among them: '{key}=tag(tune,choice(a,b))'")
+        return None
+    try:
+        if override.is_interval_sweep():
+            kind: Any = "int" if isinstance(value.start, int) and isinstance(value.end, int) else "float"
+            return Dimension(key=key, kind=kind, low=value.start, high=value.end, log="log" in value.tags)
+        choices = tuple(Override._convert_value(one) for one in override.sweep_iterator(Transformer.identity))
+        return Dimension(key=key, kind="choice", choices=tuple(dict.fromkeys(choices)))
+    except (SpecError, TypeError) as error:
+        problems.append(f"{line}: {error}" if isinstance(error, SpecError) else f"{line}: choose among plain values")
+        return None
+
+
+def _axis(override: Override, problems: list[str]) -> Axis | None:
+    key, line = override.get_key_element(), override.input_line
+    found = list(override.sweep_iterator(transformer=Transformer.identity))
+    if not found:
+        problems.append(f"{line}: there is no value in this axis. Give a list: {key}=a,b,c")
+        return None
+    if _is_setting(override.key_or_group):
+        problems.append(f"{line}: {key} does not change a result, so it is no axis of a grid. Give one value.")
+        return None
+    return Axis(
+        key=key,
+        values=tuple(Override._convert_value(value) for value in found),
+        typed=tuple(Transformer.str(value) for value in found),
+    )
+
+
+def _known_options(override: Override, values: Sequence[Any], composer: Composer, problems: list[str]) -> list[Any]:
+    """Those of `values` that are options of the override's group; a line for each other."""
+    group, kept = override.key_or_group, []
+    if override.is_delete():
+        return list(values)
+    for value in values:
+        names = value if isinstance(value, list) else [value]
+        strange = [name for name in names if not isinstance(name, str) or not composer.has_option(group, name)]
+        if not strange:
+            kept.append(value)
+        problems.extend(
+            unknown(group, "null" if name is None else str(name), composer.options(group)) for name in strange
+        )
+    return kept
+
+
+def _is_setting(key: str) -> bool:
+    return key in ("study", "output_root", "trainer.device") or key.split(".")[0] in ("tracking", "sweep")

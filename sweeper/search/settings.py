@@ -1,0 +1,84 @@
+"""How the tuned fields of every arm are searched: what `hydra.sweeper` sets. Nothing here imports Optuna."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sweeper.errors import SpecError
+
+SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "nsga2")
+PRUNERS = ("none", "median", "asha", "hyperband", "patient")
+COSTS = ("trainable_parameters", "train_flops", "train_seconds_solo", "peak_memory_solo_bytes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSettings:
+    """How the tuned fields of every arm are searched (`hydra.sweeper` on the command line).
+
+    Attributes:
+        n_trials: trials of each arm; null leaves it to the other budgets, and is 10 where there is none.
+        max_tokens: no trial starts once the arm's trials have trained on this many tokens, equal for every arm.
+        max_seconds: no trial starts this long after the command did.
+        objectives: `validation.nll`, `validation.<metric>` or a cost (`trainable_parameters`, ...).
+        direction: minimize or maximize, one for each objective; empty: metrics up, NLL and costs down.
+        parallel: most trials of an arm at once; null is a quarter of its trials, so that each quarter knows the last.
+        storage: an Optuna storage URL; null is a journal file in the study folder.
+        confirm_seeds: seeds on which every arm's best trial trains again.
+        widen: how often a range whose end won may be widened, with another `n_trials` / 2 trials each time.
+    """
+
+    n_trials: int | None = None
+    max_tokens: int | None = None
+    max_seconds: float | None = None
+    sampler: str = "tpe"
+    sampler_options: dict[str, Any] = field(default_factory=dict)
+    pruner: str = "none"
+    pruner_options: dict[str, Any] = field(default_factory=dict)
+    objectives: tuple[str, ...] = ("validation.nll",)
+    direction: tuple[str, ...] = ()
+    parallel: int | None = None
+    seed: int = 0
+    storage: str | None = None
+    confirm_seeds: tuple[int, ...] = ()
+    widen: int = 0
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, value: object, why: str) -> None:
+            raise SpecError(f"hydra.sweeper.{name}={value}: {why}")
+
+        for name, least in (("n_trials", 1), ("max_tokens", 1), ("max_seconds", 0), ("parallel", 1), ("widen", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                refuse(name, value, f"must be at least {least}")
+        for name, choices in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
+            if getattr(self, name) not in choices:
+                refuse(name, getattr(self, name), f"no such {name}. Choose from {', '.join(choices)}.")
+        for objective in self.objectives:
+            if not objective.startswith("validation.") and objective not in COSTS:
+                refuse("objectives", objective, f"choose from validation.nll, validation.<metric>, {', '.join(COSTS)}.")
+        if not self.objectives:
+            refuse("objectives", "[]", "give at least one, such as validation.nll")
+        for one in self.direction:
+            if one not in ("minimize", "maximize"):
+                refuse("direction", one, "choose minimize or maximize")
+        if self.direction and len(self.direction) != len(self.objectives):
+            refuse("direction", list(self.direction), f"give one for each objective ({len(self.objectives)})")
+        if self.pruner != "none" and len(self.objectives) > 1:
+            refuse("pruner", self.pruner, "pruning needs a single objective")
+        if self.pruner != "none" and not self.objectives[0].startswith("validation."):
+            refuse("pruner", self.pruner, f"{self.objectives[0]} does not change while a run trains")
+        if self.confirm_seeds and len(self.objectives) > 1:
+            refuse("confirm_seeds", list(self.confirm_seeds), "several objectives have no single best trial to confirm")
+
+    @property
+    def trials(self) -> int | None:
+        """Trials of each arm; None where another budget decides."""
+        if self.n_trials is None and self.max_tokens is None and self.max_seconds is None:
+            return 10
+        return self.n_trials
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return self.direction or tuple(
+            "minimize" if name in COSTS or name in ("validation.nll", "validation.perplexity") else "maximize"
+            for name in self.objectives
+        )

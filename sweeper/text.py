@@ -1,0 +1,63 @@
+"""Numbers, times and tables as text for people."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_NUMBER = re.compile(r"-|[\d.,e+→\- ]+( ?[kMGTPEB]i?B?)?|nan|inf")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A score for people: three decimals, "-" where there is none, "nan" and "inf" as they are."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if math.isfinite(value) and abs(value) < 1e5 else f"{value:.3g}"
+
+
+def point(params: Mapping[str, Any]) -> str:
+    """Tuned values for people: "optim.lr=0.00123, rank=8"."""
+    shown = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in params.values())
+    return ", ".join(f"{key}={text}" for key, text in zip(params, shown, strict=True))
+
+
+def clock_time(seconds: float | None) -> str:
+    """m:ss or h:mm:ss."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def amount(count: float) -> str:
+    """A large count for people: 1.23 T."""
+    for unit in ("", " k", " M", " G", " T", " P"):
+        if abs(count) < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} E"
+
+
+def aligned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Columns of text, as wide as they need to be; those of numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    numbers = [all(_NUMBER.match(text) for text in column) for column in zip(*cells, strict=True)] or [False] * len(
+        widths
+    )
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(row, widths, numbers, strict=True)
+        ).rstrip()
+        for row in (header, *cells)
+    )

@@ -1,0 +1,69 @@
+"""Records: what is written is read again, whole or not at all, and by whoever may."""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sweeper import record
+from sweeper.record import Record, Score
+
+
+def test_a_record_is_read_as_it_was_written(make_record: Callable[..., Record], tmp_path: Path) -> None:
+    written = make_record(error={"class": "OSError", "message": "gone"}, search={"arm": "a", "trial": 1})
+    folder = tmp_path / written.run_id
+    assert record.write_record(folder, written) == folder / record.RECORD
+    assert record.read_record(folder) == written
+    assert record.status(folder) == "completed"
+    assert list(record.records(tmp_path)) == [written]
+
+
+def test_numbers_that_are_not_finite_are_null(make_record: Callable[..., Record], tmp_path: Path) -> None:
+    scores = {"test": {"after": Score(nll=math.nan, tokens=1, examples=1, metrics={"bleu": math.inf})}}
+    path = record.write_record(tmp_path, make_record(status="diverged", scores=scores))
+    plain = json.loads(path.read_text())["scores"]["test"]["after"]
+    assert (plain["nll"], plain["perplexity"], plain["metrics"]) == (None, None, {"bleu": None})
+    assert math.isnan(record.read_record(tmp_path).scores["test"]["after"].nll)
+
+
+def test_perplexity_follows_from_the_nll(make_record: Callable[..., Record], tmp_path: Path) -> None:
+    score = Score(nll=2.0, tokens=1, examples=1, metrics={"exact_match": 0.5})
+    assert score.value("perplexity") == score.perplexity == pytest.approx(math.exp(2))
+    assert (score.value("nll"), score.value("exact_match"), score.value("bleu")) == (2.0, 0.5, None)
+    assert record.perplexity(1e4) == math.inf
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"schema": 99}', "{"])
+def test_what_is_no_record_has_no_status(text: str, tmp_path: Path) -> None:
+    (tmp_path / record.RECORD).write_text(text)
+    assert record.status(tmp_path) is None
+    with pytest.raises(ValueError):
+        record.read_record(tmp_path)
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    path = record.write_atomically(tmp_path / "deep" / "file", "old")
+
+    def cut_off() -> None:
+        with record.replacing(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_files_are_open_to_whom_the_umask_lets_in(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = record.write_atomically(tmp_path / "file", "é → ü")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert path.read_bytes() == "é → ü".encode()
