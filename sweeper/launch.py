@@ -79,6 +79,8 @@ def _as_jobs(work: Scheduler, arms: Sequence[Arm], launcher: Any) -> Outcome:
             if not pulled.requests:
                 break
             typed = [_typed(by_key[one.kind], to_mapping(one.spec)) for one in pulled.requests]
+            for request in pulled.requests:
+                work.claims.give_back(request.run_id)  # the job is a command of its own and claims it
             launcher.launch(typed, initial_job_idx=begun)
             begun += len(typed)
             for request in pulled.requests:
@@ -172,7 +174,8 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
         raise Interrupted(_stopped(plan, found))
     elsewhere = work.elsewhere()
     if elsewhere:
-        console.print(f"another driver is still at work on {elsewhere} trials; the same command later sums up all")
+        what = "trials" if plan.tuned else "of these runs"
+        console.print(f"another command is still at work on {elsewhere} {what}; the same command later sums up all")
     left = len(chosen) - len(found)
     lines = [f"{row['arm']}: no trial completed" for row in work.table() if row["best"] is None and not several]
     if failed or (left and not elsewhere):

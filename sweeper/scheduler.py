@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sweeper import naming, record
 from sweeper.arms import Arm
+from sweeper.claims import Claims
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, Stage, TrialEnded
 from sweeper.engine.requests import Kind, Pulled, RunRequest, Source
 from sweeper.record import Record
@@ -94,6 +95,7 @@ class Scheduler:
         self.lock = threading.RLock()
         self.began = time.monotonic()
         self.running: dict[str, RunRequest] = {}
+        self.claims, self.others = Claims(self.settings.folder), set[str]()
         self.records: dict[str, Record] = {}
         self.tries: dict[str, int] = {}
         self.lost: dict[str, int] = {}
@@ -162,9 +164,9 @@ class Scheduler:
             found.append(request)
             self._hand_out(request)
             state = self.states[request.kind]
-            while state.search is None and state.ready and len(found) < count:
-                found.append(state.ready.popleft())
-                self._hand_out(found[-1])
+            while state.search is None and len(found) < count and (following := self._take(state)) is not None:
+                found.append(following)
+                self._hand_out(following)
         more = any(s.ready or self._open(s) or self._waiting_for_itself(s) for s in states)
         return Pulled(requests=tuple(found), more=more)
 
@@ -174,11 +176,13 @@ class Scheduler:
         waiting = [request for state in plain for request in state.ready]
         if not 0 < count < len(waiting):
             return []
-        chosen = [waiting[place * len(waiting) // count] for place in range(count)]
-        for request in chosen:
+        found = []
+        for request in [waiting[place * len(waiting) // count] for place in range(count)]:
             self.states[request.kind].ready.remove(request)
-            self._hand_out(request)
-        return chosen
+            if self._mine(request):
+                found.append(request)
+                self._hand_out(request)
+        return found
 
     @_locked
     def outstanding(self) -> int:
@@ -217,6 +221,7 @@ class Scheduler:
                 self.running.pop(ended.run_id, None)
                 self.records[ended.run_id] = self.known[ended.run_id] = ended
                 self.prune.discard(ended.run_id)
+                self.claims.give_back(ended.run_id)
                 self.notify(event)
                 self._ended(ended)
                 return
@@ -247,7 +252,8 @@ class Scheduler:
 
     @_locked
     def close(self) -> None:
-        """Leaves trials that were cut short to the next command."""
+        """Leaves what was cut short to the next command."""
+        self.claims.close()
         for state in self.states.values():
             for trial in {id(trial): trial for trial in state.trials.values()}.values():
                 assert state.search is not None
@@ -290,8 +296,9 @@ class Scheduler:
         return rows
 
     def elsewhere(self) -> int:
-        """Trials that other drivers are working on."""
-        return sum(state.search.elsewhere for state in self.states.values() if state.search is not None)
+        """Trials, or runs of a grid, that other drivers are working on."""
+        trials = sum(state.search.elsewhere for state in self.states.values() if state.search is not None)
+        return trials + sum(self.find(run_id) is None for run_id in self.others)
 
     # -- inside
 
@@ -304,7 +311,25 @@ class Scheduler:
             self._start(state, trial)
         if not state.ready:
             self._advance(state)
-        return state.ready.popleft() if state.ready else None
+        return self._take(state)
+
+    def _take(self, state: _ArmState) -> RunRequest | None:
+        """The next run of an arm that waits, and that no other command trains or has trained by now."""
+        while state.ready:
+            request = state.ready.popleft()
+            if state.search is not None or self._mine(request):  # a search signs its trials
+                return request
+        return None
+
+    def _mine(self, request: RunRequest) -> bool:
+        """Claims a run of an arm that is not tuned."""
+        if not self.claims.take(request.run_id):
+            self.others.add(request.run_id)
+            return False
+        if self.find(request.run_id) is None:
+            return True
+        self.claims.give_back(request.run_id)
+        return False
 
     def _start(self, state: _ArmState, trial: "Trial") -> None:
         """Queues the replicates of a trial; those that have a record already count as they are."""

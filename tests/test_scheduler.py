@@ -58,6 +58,35 @@ def test_a_spread_part_of_a_grid_is_of_all_of_it(work: Scheduler, specs: list[Ru
     assert work.outstanding() == 4
 
 
+def test_two_commands_share_a_grid_and_train_no_run_twice(
+    work: Scheduler, specs: list[RunSpec], study: Settings, make_record: Any
+) -> None:
+    def command() -> Scheduler:
+        return Scheduler(grouped(specs), [spec.run_id for spec in specs], study)
+
+    other = command()
+    kinds = [kind.key for kind in work.outlook()]
+    ours = work.pull(2, kinds).requests
+    assert [request.run_id for request in ours] == [spec.run_id for spec in specs[:2]]
+    assert everything(other) == [spec.run_id for spec in specs[2:]]
+    assert (work.elsewhere(), other.elsewhere()) == (0, 2)
+    assert everything(work) == []
+    assert work.elsewhere() == 2
+    done = make_record(specs[0], study=study.study)
+    ours[0].folder.mkdir(parents=True)
+    record.write_record(ours[0].folder, done)
+    work.report(RunFinished(record=done))
+    assert other.elsewhere() == 1
+    third = command()
+    assert everything(third) == []  # one is done, three are being trained
+    work.close()  # as a command that is stopped
+    last = command()
+    assert everything(last) == [specs[1].run_id]
+    for one in (other, third, last):
+        one.close()
+    assert not (study.folder / ".claims").exists()
+
+
 def test_only_the_kinds_that_were_asked_for_are_handed_out(work: Scheduler, specs: list[RunSpec]) -> None:
     second = work.outlook()[1].key
     assert [request.run_id for request in work.pull(9, [second]).requests] == [spec.run_id for spec in specs[2:]]
