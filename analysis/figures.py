@@ -30,8 +30,9 @@ PANEL_HEIGHT = 1.95
 
 
 def pareto(analysis: Analysis, metric: str, cost: str = "trainable_parameters") -> Figure | str:
-    """Cost against the metric, with the front."""
+    """Cost against the metric, with the front; of a study of methods, each has its own look."""
     arms = _trained(analysis, metric)
+    arms = arms.assign(placement=_kinds(arms))
     if cost not in arms or arms[cost].isna().all():
         return f"no run has {cost}" + (" (solo calibration was off)" if "solo" in cost else "")
     arms = arms[arms[cost] > 0]
@@ -46,7 +47,7 @@ def pareto(analysis: Analysis, metric: str, cost: str = "trainable_parameters") 
         _base_note(ax, analysis, name, metric)
     _finish(figure, axes, look, _axis(analysis, metric))
     figure.draw_without_rendering()  # the layout decides how far apart points are
-    for name, ax in axes.items():
+    for name, ax in axes.items() if arms["rank"].nunique() > 1 else ():
         draw.rank_labels(ax, arms[arms["setting"] == name], metric, cost, higher=higher_is_better(metric))
     return figure
 
@@ -333,6 +334,15 @@ def _of_simplest(analysis: Analysis, runs: pd.DataFrame) -> pd.DataFrame:
 
 def _placements(table: pd.DataFrame) -> list[str]:
     return [str(name) for name in table["placement"].drop_duplicates() if not pd.isna(name)]
+
+
+def _kinds(arms: pd.DataFrame) -> pd.Series:
+    """What tells the points of a figure apart besides their ranks: placement, method, or both, whichever differ."""
+    if arms["method"].nunique() < 2:
+        return arms["placement"]
+    whole = arms["placement"] == FULL  # of which the placement is that of no adapter
+    both = arms["placement"].nunique() - whole.any() > 1
+    return arms["placement"].where(whole, arms["placement"] + " " + arms["method"] if both else arms["method"])
 
 
 def _names(table: pd.DataFrame) -> list[str]:

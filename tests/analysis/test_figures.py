@@ -80,6 +80,20 @@ def test_placements_keep_their_look() -> None:
     assert len({look.marker for look in several.values()}) == 7  # told apart without colour
 
 
+def test_methods_are_told_apart_in_a_study_of_them(tmp_path: Path) -> None:
+    methods = ("lora", "bitfit", "full_ft")
+    found = analyse(load(write_study(tmp_path / "s", ranks=(4,), methods=methods, examples=20, steps=2)), draws=50)
+    figure = figures.pareto(found, "nll")
+    assert not isinstance(figure, str)
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    placements = ("attn", "ff", "full")
+    assert names == {f"{place} {method}" for place in placements for method in methods[:2]} | {"full fine-tuning"}
+    assert not [text for ax in figure.axes for text in ax.texts if text.get_text() == "4"]  # the rank of all
+    one = figures._trained(found, "nll").query("placement in ('full', 'full fine-tuning')")
+    assert set(figures._kinds(one)) == {"lora", "bitfit", "full fine-tuning"}
+    assert one[one["method"] == "bitfit"]["rank"].isna().all()
+
+
 def test_a_line_joins_runs_of_one_method(tmp_path: Path) -> None:
     study = write_study(tmp_path / "s", ranks=(4, 8), lrs=(1e-3, 3e-3), methods=("lora", "dora"), examples=20, steps=2)
     found = analyse(load(study), draws=50)
