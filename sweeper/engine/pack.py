@@ -217,8 +217,7 @@ class Pack:
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
         rows = {slot: _row(job) for slot, job in moving}
-        for slot, job in moving:
-            self.bank.sense(slot, job.done + 1)
+        self.bank.sense({slot: job.done + 1 for slot, job in moving})
         self.optimizer.set(rows)
         norms = self.optimizer.step()
         entries = []

@@ -222,6 +222,36 @@ def test_adamw(rated: bool, load: Any, make_adapter: Any) -> None:
         assert any(not torch.equal(bank.params[a:b], start[a:b]) for a, b in bank.spans[slot]) is moved
 
 
+def test_sensitivities_of_the_slots_that_learn_a_pattern(load: Any, make_adapter: Any) -> None:
+    """Slots 0 and 2 learn one, with a memory of their own; an infinite gradient counts as none."""
+    from sweeper.engine.bank import kernels
+    from sweeper.engine.bank.sparse import Sparsity
+
+    base = load("llama")
+    plain = make_adapter(base, "full", 5)
+    learning = [
+        dataclasses.replace(plain, sparsity=Sparsity(density=0.5, learnt=True, first=1, last=9, memory=memory))
+        for memory in (0.9, 0.25)
+    ]
+    adapters = {0: learning[0], 1: plain, 2: learning[1]}
+    bank = AdapterBank(base.model, base.targets, [learning[0].capacity] * 3, torch.device("cpu"))
+    for slot, adapter in adapters.items():
+        bank.assign(slot, adapter)
+    generator = torch.Generator().manual_seed(0)
+    for store in (bank.params, bank.grads, bank.copies["sensitivity"]):
+        store.copy_(torch.randn(store.shape, generator=generator))
+    bank.grads[bank.by_slot[2][0].a] = torch.inf
+    found = bank.copies["sensitivity"].clone().to(DEVICE)
+    memory = torch.tensor([0.9, torch.nan, 0.25], device=DEVICE)
+    kernels.sense(bank.params.to(DEVICE), bank.grads.to(DEVICE), found, bank.block_slot.to(DEVICE), memory)
+    before = bank.copies["sensitivity"].clone()
+    bank.sense(dict.fromkeys(adapters, 3))
+    assert_close(found, bank.copies["sensitivity"])
+    for slot, moved in enumerate((True, False, True)):
+        changed = [not bank.copies["sensitivity"][a:b].equal(before[a:b]) for a, b in bank.spans[slot]]
+        assert any(changed) is moved
+
+
 def test_dropout_masks_have_the_same_bits() -> None:
     """With A the identity and B the identity, an adapter of full rank shows its mask."""
     from sweeper.engine.bank import kernels
@@ -246,7 +276,7 @@ def test_norms_of_adapted_weights() -> None:
     from sweeper.engine.bank import form_kernels
     from sweeper.engine.bank.dora import Gain
 
-    chosen = case((70, 24), [[4, 9], [5, 5], [40, 0]], bias=False, fan_in=130)
+    chosen = case((70, 24), [[4, 9], [5, 5], [100, 0]], bias=False, fan_in=130)
     chosen.weights[0] = chosen.weights[0].t().contiguous().t()
     gain = Gain(chosen.weights, torch.zeros(3, 192), (0, 128))
     for slot, member in ((0, 0), (0, 1), (2, 0)):

@@ -1,6 +1,7 @@
 """The adapters of a pack: the flat store of their values, and the wrappers that put them on the frozen base."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -232,9 +233,7 @@ class AdapterBank(Store):
             first = starts.principal(self.model, group.weights[segment.member], segment.target, adapter)
             for part, value, sign in zip((a, b), first, (1, -1), strict=True):
                 part[:trained], part[trained:] = value, sign * value
-        if adapter.sparsity is not None and not adapter.sparsity.learnt:
-            for part, mask in zip(parts, self._pattern(segment, adapter, 0), strict=False):
-                part *= mask
+        self._thin_out(segment, adapter, parts)
         if adapter.form == "dora":
             parts[2].copy_(self._gain(segment).squares[segment.member].sqrt())
         return parts
@@ -253,11 +252,11 @@ class AdapterBank(Store):
         for segment in self.own(slot, adapter):
             parts = tuple(torch.zeros(part.shape) for part in self.parts(segment, adapter))
             self._rate(adapter, segment.target.name, step, parts)
-            if adapter.sparsity is not None and adapter.sparsity.settled(step):
-                for rate, mask in zip(parts, self._pattern(segment, adapter, step), strict=False):
-                    rate *= mask.cpu()
+            self._thin_out(segment, adapter, parts)
             rates += parts
         self.write(slot, adapter, rates, [self.rates])
+        if adapter.sparsity is not None and adapter.sparsity.learnt and adapter.sparsity.settled(step):
+            torch._foreach_mul_(self.flat(slot, adapter, self.rates), self._learnt(slot, adapter, step))
 
     @staticmethod
     def _rate(adapter: AdapterSpec, name: str, step: int, parts: tuple[Tensor, ...]) -> None:
@@ -270,19 +269,21 @@ class AdapterBank(Store):
         for magnitude in parts[2:]:
             magnitude.fill_(adapter.rate_b)
 
-    def _pattern(self, segment: Segment, adapter: AdapterSpec, step: int) -> list[Tensor]:
-        """Where A and B of a sparse adapter are not zero after some steps."""
-        sparsity, name = adapter.sparsity, segment.target.name
-        assert sparsity is not None
-        if sparsity.learnt:
-            found = self.parts(segment, adapter, self.copies["sensitivity"])[:2]
-            return [sparse.pattern(weight, sparsity.kept(weight.shape[1], step)) for weight in found]
-        return [
-            sparse.random_pattern(
-                adapter.ranks[name], width, sparsity.kept(width, step), f"{adapter.seed}/{name}/{part}"
-            )
-            for part, width in (("a", segment.target.in_features), ("b", segment.target.out_features))
-        ]
+    @staticmethod
+    def _thin_out(segment: Segment, adapter: AdapterSpec, parts: Sequence[Tensor]) -> None:
+        """Sets to zero, on the host, what the random pattern of a sparse adapter leaves out of a module's parts."""
+        if adapter.sparsity is None or adapter.sparsity.learnt:
+            return
+        name = segment.target.name
+        for part, side in zip(parts, "ab", strict=False):
+            kept = adapter.sparsity.kept(part.shape[1], 0)
+            part *= sparse.random_pattern(len(part), part.shape[1], kept, f"{adapter.seed}/{name}/{side}")
+
+    def _learnt(self, slot: int, adapter: AdapterSpec, step: int) -> list[Tensor]:
+        """For every part of an adapter that learns its pattern: 1 where it is not zero after some steps."""
+        assert adapter.sparsity is not None
+        found = self.flat(slot, adapter, self.copies["sensitivity"])
+        return sparse.patterns(found, [adapter.sparsity.kept(part.shape[1], step) for part in found])
 
     @torch.no_grad()
     def restart(self, slot: int, step: int) -> None:
@@ -308,14 +309,29 @@ class AdapterBank(Store):
         self.refresh(slot)
 
     @torch.no_grad()
-    def sense(self, slot: int, step: int) -> None:
-        """Notes how sensitive the loss is to the values of a slot that learns its pattern, before its step `step`."""
-        adapter = self.held[slot]
-        if adapter is None or adapter.sparsity is None or adapter.sparsity.settled(step - 1):
+    def sense(self, steps: Mapping[int, int]) -> None:
+        """Notes how sensitive the loss is to the values of the slots that learn their pattern, before their steps."""
+        memory = {
+            slot: adapter.sparsity.memory
+            for slot, step in steps.items()
+            if (adapter := self.held[slot]) is not None
+            and adapter.sparsity is not None
+            and not adapter.sparsity.settled(step - 1)
+        }
+        if not memory:
             return
-        for start, stop in self.spans[slot]:
-            found = sparse.sensitivity(self.params[start:stop], self.grads[start:stop])
-            self.copies["sensitivity"][start:stop].lerp_(found, 1 - adapter.sparsity.memory)
+        found = self.copies["sensitivity"]
+        if self.params.is_cuda:
+            from sweeper.engine.bank import kernels
+
+            shares = torch.tensor([memory.get(slot, math.nan) for slot in range(len(self.capacities))])
+            shares = send(shares, self.params.device)
+            kernels.sense(self.params, self.grads, found, self.block_slot, shares)
+            return
+        for slot, share in memory.items():
+            for start, stop in self.spans[slot]:
+                now = sparse.sensitivity(self.params[start:stop], self.grads[start:stop])
+                found[start:stop].lerp_(now, 1 - share)
 
     @torch.no_grad()
     def prune(self, slot: int, step: int) -> None:
@@ -326,11 +342,9 @@ class AdapterBank(Store):
         over = step == adapter.sparsity.last
         average = [self.copies["average"]] if "average" in adapter.copies else []
         stores = [self.params, self.exp_avg, self.exp_avg_sq, *average]
-        for segment in self.own(slot, adapter):
-            masks = self._pattern(segment, adapter, step)
-            for store in stores if over else stores[:1]:
-                for part, mask in zip(self.parts(segment, adapter, store), masks, strict=False):
-                    part *= mask
+        masks = self._learnt(slot, adapter, step)
+        for store in stores if over else stores[:1]:
+            torch._foreach_mul_(self.flat(slot, adapter, store), masks)
         if over:
             self.set_rates(slot, step)
         self.refresh(slot)
@@ -370,11 +384,10 @@ class AdapterBank(Store):
         if self.params.is_cuda:
             from sweeper.engine.bank import form_kernels
 
-            if group.hidden // len(group.targets) <= form_kernels.MOST_RANKS:
-                form_kernels.norms(
-                    gain.weights, gain.squares, gain.columns, gain.on, gain.norm, group.params, group.table, group.scale
-                )
-                return
+            form_kernels.norms(
+                gain.weights, gain.squares, gain.columns, gain.on, gain.norm, group.params, group.table, group.scale
+            )
+            return
         for segment in self.by_group[index]:
             if segment.slot in slots and "dora" in self.capacities[segment.slot].forms:
                 pair = self.views(segment, segment.capacity)

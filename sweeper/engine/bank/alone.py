@@ -364,7 +364,7 @@ class Alone:
     def restart(self, slot: int, step: int) -> None:
         """Nothing is merged."""
 
-    def sense(self, slot: int, step: int) -> None:
+    def sense(self, steps: Mapping[int, int]) -> None:
         """No pattern is learnt."""
 
     def prune(self, slot: int, step: int) -> None:

@@ -16,15 +16,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sweeper.engine.bank.vera import Shared
 
-MOST_RANKS = 64  # of a DoRA whose norms one program takes
-
 
 @triton.jit
 def _norms(
     weight, stride_in, stride_out, flat, table, scale, squares, on, norm, fan_in, width, column, columns, member,
     M: tl.constexpr, RANKS: tl.constexpr, INNER: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """norm[slot, outputs of a member] = |W + s B A|, row by row."""
+    """norm[slot, outputs of a member] = |W + s B A|, row by row: |W|^2 and what D = s B A adds, the sum of D (2 W + D)."""
     slot = tl.program_id(1)
     if tl.load(on + slot * columns + column) == 0:
         return
@@ -32,28 +30,30 @@ def _norms(
     rank = tl.load(entry)
     a = flat + tl.load(entry + 1)
     b = flat + tl.load(entry + 2)
-    r = tl.arange(0, RANKS)
+    factor = tl.load(scale + slot * M + member)
     c = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    cross = tl.zeros((RANKS, COLS), dtype=tl.float32)
-    gram = tl.zeros((RANKS, RANKS), dtype=tl.float32)
+    total = tl.load(squares + c, mask=c < width, other=0.0)
     for start in range(0, fan_in, INNER):
         k = start + tl.arange(0, INNER)
-        rows = tl.load(
-            a + r[:, None] * fan_in + k[None, :], mask=(r[:, None] < rank) & (k[None, :] < fan_in), other=0.0
-        )
+        added = tl.zeros((INNER, COLS), dtype=tl.float32)
+        for first in range(0, rank, RANKS):
+            r = first + tl.arange(0, RANKS)
+            rows = tl.load(
+                a + r[None, :] * fan_in + k[:, None], mask=(r[None, :] < rank) & (k[:, None] < fan_in), other=0.0
+            )
+            outputs = tl.load(
+                b + r[:, None] * width + c[None, :], mask=(r[:, None] < rank) & (c[None, :] < width), other=0.0
+            )
+            added = tl.dot(rows, outputs, added, input_precision="ieee")
+        added *= factor
         part = tl.load(
             weight + k[:, None] * stride_in + c[None, :] * stride_out,
             mask=(k[:, None] < fan_in) & (c[None, :] < width),
             other=0.0,
         )
-        cross = tl.dot(rows.to(part.dtype), part, cross, input_precision="ieee")
-        gram = tl.dot(rows, tl.trans(rows), gram, input_precision="ieee")
-    mask = (r[:, None] < rank) & (c[None, :] < width)
-    columns_b = tl.load(b + r[:, None] * width + c[None, :], mask=mask, other=0.0)
-    factor = tl.load(scale + slot * M + member)
-    quadratic = tl.dot(gram, columns_b, input_precision="ieee")
-    added = factor * tl.sum(columns_b * (2 * cross + factor * quadratic), 0)
-    total = tl.maximum(tl.load(squares + c, mask=c < width, other=0.0) + added, 1.1754943508222875e-38)
+        total += tl.sum(added * (2 * part.to(tl.float32) + added), 0)
+    # a row that the adapter cancels must not be divided by
+    total = tl.maximum(total, 1.1754943508222875e-38)
     tl.store(norm + slot * columns + column + c, tl.sqrt(total), mask=c < width)
 
 
@@ -68,13 +68,13 @@ def norms(
         on: [J, X] bool. params: the values of the group. table: [J, M, 4]. scale: [J, M].
     """
     slots, members = scale.shape
-    cols, inner = 64, 64
+    cols = 64
     for member, weight in enumerate(weights):
         fan_in, width = weight.shape
         _norms[(triton.cdiv(width, cols), slots)](
             weight, weight.stride(0), weight.stride(1), params, table, scale, squares[member], on.view(torch.int8),
             norm, fan_in, width, columns[member], norm.shape[1], member,
-            M=members, RANKS=MOST_RANKS, INNER=inner, COLS=cols, num_warps=4,
+            M=members, RANKS=16, INNER=64, COLS=cols, num_warps=4,
         )  # fmt: skip
 
 

@@ -128,8 +128,8 @@ class Bank(Protocol):
         """Begins the next adapter of a run that merges and restarts, before its step `step` (from 0)."""
         ...
 
-    def sense(self, slot: int, step: int) -> None:
-        """Notes what a run that learns its pattern looks at, before its step `step` (from 1)."""
+    def sense(self, steps: Mapping[int, int]) -> None:
+        """Notes what runs that learn their patterns look at; slot -> its coming step (from 1)."""
         ...
 
     def prune(self, slot: int, step: int) -> None:

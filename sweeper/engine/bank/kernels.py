@@ -429,6 +429,31 @@ def adamw(flat, work, grads, exp_avg, exp_avg_sq, rates, block_slot, table, norm
     norms.sqrt_()
 
 
+@triton.jit
+def _sense(flat, grads, found, block_slot, memory, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """found = memory * found + (1 - memory) * |value * gradient| in every block of a slot whose memory is no NaN."""
+    block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    slot = tl.load(block_slot + block, mask=block < blocks, other=0)
+    kept = tl.load(memory + slot)
+    live = (kept == kept) & (block < blocks)
+    where = block[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = live[:, None] & (tl.arange(0, BLOCK)[None, :] < BLOCK)
+    gradient = tl.load(grads + where, mask=mask, other=0.0)
+    now = tl.abs(tl.load(flat + where, mask=mask, other=0.0) * gradient)
+    now = tl.where(tl.abs(gradient) < float("inf"), now, 0.0)
+    before = tl.load(found + where, mask=mask, other=0.0)
+    tl.store(found + where, before + (now - before) * (1 - kept)[:, None], mask=mask)
+
+
+def sense(flat: Tensor, grads: Tensor, found: Tensor, block_slot: Tensor, memory: Tensor) -> None:
+    """CUDA implementation of `AdapterBank.sense`; `memory` [J] is NaN for a slot that learns no pattern."""
+    blocks, count = block_slot.shape[0], 32
+    block = grads.shape[0] // max(blocks, 1)
+    _sense[(triton.cdiv(blocks, count),)](
+        flat, grads, found, block_slot, memory, blocks, BLOCK=block, COUNT=count
+    )  # fmt: skip
+
+
 def token_loss(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float | None, *, grad: bool):
     """NLL [K] and argmax correctness [K] of `logits` [K, V]; with `grad`, the logits become weight * gradient."""
     nll = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)

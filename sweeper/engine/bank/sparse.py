@@ -5,6 +5,8 @@ counts is the sensitivity |w dL/dw|, smoothed over the steps (equations 6 and 7)
 between two steps. After the last of them the pattern stays as it is, and what was pruned is frozen at zero.
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,15 +55,26 @@ def kept(width: int, density: float) -> int:
     return max(1, round(width * density))
 
 
-def pattern(weight: Tensor, count: int) -> Tensor:
-    """True for the `count` largest of every row."""
-    chosen = weight.topk(count, dim=1).indices
-    return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, chosen, True)
+def patterns(weights: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """For each weight, 1 for the `counts` largest of every row and 0 for the rest; those of one shape are taken at once.
+
+    A GPU is given a few long operations, not a handful for each of hundreds of modules.
+    """
+    alike: dict[tuple[torch.Size, int], list[int]] = defaultdict(list)
+    for place, (weight, count) in enumerate(zip(weights, counts, strict=True)):
+        alike[weight.shape, count].append(place)
+    found: dict[int, Tensor] = {}
+    for (_, count), places in alike.items():
+        together = torch.stack([weights[place] for place in places])
+        masks = torch.zeros_like(together).scatter_(-1, together.topk(count).indices, 1.0)
+        found.update(zip(places, masks, strict=True))
+    return [found[place] for place in range(len(weights))]
 
 
 def random_pattern(rows: int, width: int, count: int, key: str) -> Tensor:
-    """`count` values of every row, drawn from a key alone."""
-    return pattern(torch.rand(rows, width, generator=torch.Generator().manual_seed(seed_of(key))), count)
+    """1 for `count` values of every row, drawn from a key alone, and 0 for the rest."""
+    (found,) = patterns([torch.rand(rows, width, generator=torch.Generator().manual_seed(seed_of(key)))], [count])
+    return found
 
 
 def sensitivity(value: Tensor, gradient: Tensor) -> Tensor:
