@@ -1,7 +1,9 @@
 """A step recorded once as a CUDA graph and replayed for every batch of the same shape."""
 
+import contextlib
+import gc
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,7 @@ class _Recording:
 # one H200, seconds: what a layer costs the first pass of a shape and its recording, and what it costs a lane's token
 # for each of its channels; of a training step and of a pass without gradients
 STEP_COSTS, SCORE_COSTS = (2.2e-2, 3e-10), (7e-3, 1e-10)
+SPARE_BYTES = 2**30  # that must be free beside what a recording is expected to take
 
 
 class LaneCounts:
@@ -99,9 +102,37 @@ class CapturedStep:
 
     def _record(self, batch: Batch) -> _Recording:
         static = batch.to(torch.device("cuda"))
+        _make_room()
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        # thread_local: another thread may be waiting for copies meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            losses = self.step(static)
+        with torch.cuda.stream(self.stream), _uncollected():
+            # not by `torch.cuda.graph`, which waits for the device and gives all cached memory back: the steps that
+            # were queued go on meanwhile. thread_local: another thread may be waiting for copies
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                losses = self.step(static)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # a capture that broke says so again when it is ended
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return _Recording(graph, static, losses)
+
+
+def _make_room() -> None:
+    """Gives cached memory back where a recording, which takes about what eager passes left there, might lack it."""
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if torch.cuda.mem_get_info()[0] < cached + SPARE_BYTES:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within it nothing is freed by the garbage collector: it may find what must not be freed during a capture."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

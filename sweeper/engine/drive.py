@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 Made = Event | Callable[[], Event | None]  # an event, or what the reader of events does (and perhaps makes one of)
 
 VALIDATION = "validation"
-IN_FLIGHT = 4  # steps that a CUDA device is given before it has done the first, so that it need not wait for the host
-MOST_IN_FLIGHT = 32  # in all, while slots are filled
+# steps that a CUDA device is given before it has done the first, so that it need not wait for the host: as many as
+# last while a step is recorded
+IN_FLIGHT, MOST_IN_FLIGHT = 4, 32
+FLIGHT_SECONDS = 0.4
 ASK_SECONDS = 0.5  # between questions for work for a slot that is empty while others train
 WAIT_SECONDS = 0.2  # between looks whether to stop, while a pack waits to hear what follows
 
@@ -137,9 +139,9 @@ class Drive:
         empty = len(self.pack.jobs) - len(self.pack.active)
         if not (self.clock.in_flight and self.pack.active and empty):
             return
-        wanted = math.ceil(self.arrival_seconds * empty / self.clock.step_seconds) - len(self.pack.pending)
+        wanted = _steps_of(1.5 * self.arrival_seconds * empty, self.clock.step_seconds) - len(self.pack.pending)
         with self.session.timeline.span("train"):
-            for _ in range(min(wanted, MOST_IN_FLIGHT)):
+            for _ in range(wanted):
                 if self.pack.warming or any(self._leads_on(job) for _, job in self.pack.active):
                     return
                 self.pack.step()
@@ -253,19 +255,26 @@ class Clock:
     @property
     def in_flight(self) -> int:
         """Steps whose results need not be waited for."""
-        return 0 if self.pack.device.type != "cuda" or self.pack.warming else IN_FLIGHT
+        return _steps_of(FLIGHT_SECONDS, self.step_seconds) if self.pack.device.type == "cuda" else 0
 
     def collect(self, but: int = 0) -> list[Step]:
         """What became of the steps since the last time, except the last `but`."""
-        warming, steps = self.pack.warming, len(self.pack.pending) - but
+        steps = len(self.pack.pending) - but
         results: list[StepResult] = list(self.pack.drain(but=but))
         if not results:
             return []
-        seconds = time.perf_counter() - self.mark
-        share = seconds / len(results)
-        self.step_seconds = seconds / steps
+        one_off = sum(result.one_off for result in results)
+        # while the host compiled or captured, steps before that were done: their time is not counted twice
+        seconds = max(0.0, time.perf_counter() - self.mark - one_off)
+        if not one_off:
+            self.step_seconds = seconds / steps
         self.restart()
-        return [self.running[result.job.run_id].note_step(result, share, warming=warming) for result in results]
+        return [self.running[result.job.run_id].note_step(result, seconds / len(results)) for result in results]
+
+
+def _steps_of(seconds: float, step_seconds: float) -> int:
+    """How many steps to give to a device ahead so that they last for some seconds."""
+    return min(MOST_IN_FLIGHT, max(IN_FLIGHT, math.ceil(seconds / step_seconds)))
 
 
 def _due(spec: RunSpec, job: Job) -> bool:

@@ -7,6 +7,7 @@ the gradients are those of runs alone.
 
 import contextlib
 import hashlib
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +60,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimiser step of one run: `loss` is the mean NLL over the response tokens of the step."""
+    """One optimiser step of one run: `loss` is the mean NLL over the response tokens of the step.
+
+    `one_off` are the seconds that the host spent on it to compile and capture, a run's share of them.
+    """
 
     job: Job
     step: int
@@ -67,15 +71,20 @@ class StepResult:
     lr: float
     grad_norm: float
     tokens: int
+    one_off: float = 0.0
 
 
 @dataclass
 class _Pending:
-    """Steps of some jobs: slot, job, step, learning rate, tokens of each; losses by lane, then norms by slot."""
+    """Steps of some jobs: slot, job, step, learning rate, tokens of each; losses by lane, then norms by slot.
+
+    `one_off` are the host's seconds if it compiled or captured, else 0.
+    """
 
     jobs: list[tuple[int, Job, int, float, int]]
     lanes: int
     values: Fetched
+    one_off: float
 
 
 class Pack:
@@ -206,6 +215,7 @@ class Pack:
         moving = [(slot, job) for slot, job in self.active if not (job.finished or job.halted)]
         if not moving:
             return
+        began = time.perf_counter()
         chosen = [[self._examples(job, micro) for _, job in moving] for micro in range(self.accumulation)]
         totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
         count = self._count_lanes(chosen)
@@ -230,7 +240,8 @@ class Pack:
                 self.bank.restart(slot, job.done)
             entries.append((slot, job, job.done, rows[slot][0], total))
         assert losses is not None
-        self.pending.append(_Pending(entries, len(losses), fetch(torch.cat([losses, norms]))))
+        one_off = time.perf_counter() - began if self.warming else 0.0
+        self.pending.append(_Pending(entries, len(losses), fetch(torch.cat([losses, norms])), one_off))
 
     def drain(self, *, but: int = 0) -> Iterator[StepResult]:
         """Results of the steps since the last call, in order, except the last `but` steps. Waits for the device."""
@@ -239,7 +250,7 @@ class Pack:
             values = entry.values.wait().tolist()
             losses, norms = values[: entry.lanes], values[entry.lanes :]
             for lane, (slot, job, step, lr, tokens) in enumerate(entry.jobs):
-                yield StepResult(job, step, losses[lane], lr, norms[slot], tokens)
+                yield StepResult(job, step, losses[lane], lr, norms[slot], tokens, entry.one_off / len(entry.jobs))
 
     def _count_lanes(self, chosen: Sequence[Sequence[Sequence[Tokens]]]) -> int:
         """Lanes for a step of these examples, by forward pass and run."""

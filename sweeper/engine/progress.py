@@ -102,12 +102,11 @@ class Progress:
         assert self._prepared is not None
         return self._prepared
 
-    def note_step(self, result: StepResult, seconds: float, *, warming: bool) -> Step:
-        """Adds one step. `seconds` is its share of the pack's time; that of a warming step is one-off work."""
-        if warming:
-            self.compile_seconds += seconds
-        else:
-            self.train_seconds += seconds
+    def note_step(self, result: StepResult, seconds: float) -> Step:
+        """Adds one step. `seconds` is its share of the pack's time, without what was compiled or captured for it."""
+        self.compile_seconds += result.one_off
+        self.train_seconds += seconds
+        seconds += result.one_off
         if not math.isfinite(result.loss):
             self.diverged = True
         self.noted = result.step

@@ -306,7 +306,7 @@ class Session:
                     yield from drive.go()
                 except torch.OutOfMemoryError:  # what failed moved nothing: every run goes on from where it is
                     for result in pack.drain():
-                        yield running[result.job.run_id].note_step(result, 0.0, warming=False)
+                        yield running[result.job.run_id].note_step(result, 0.0)
                     drive.checkpoint()
                     raise
             return 0

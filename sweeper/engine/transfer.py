@@ -33,3 +33,8 @@ def fetch(tensor: Tensor) -> Fetched:
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on the device; page-locked on its way, or the copy would wait for all that is queued there."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def zeros(size: int, device: torch.device) -> Tensor:
+    """Zeros on the host that are about to be filled and sent."""
+    return torch.zeros(size, pin_memory=device.type == "cuda")

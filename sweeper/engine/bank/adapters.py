@@ -96,7 +96,7 @@ class AdapterBank(Store):
         own = self.by_group[index]
         widest = -(-max(segment.capacity for segment in own) // 16) * 16
         for segment in own:
-            row = self.tables.host[index].view(count, len(members), 4)[segment.slot, segment.member]
+            row = self.tables.host[index].reshape(count, len(members), 4)[segment.slot, segment.member]
             row[A_OFFSET], row[B_OFFSET] = segment.a - start, segment.b - start
             row[H_COLUMN] = segment.member * widest
         table = self.tables.device[index].view(count, len(members), 4)
@@ -167,7 +167,7 @@ class AdapterBank(Store):
             values: list[Tensor] = []
             for name, views in self.adapter(slot, adapter, store).items():
                 values += state[name][len(views) * place : len(views) * (place + 1)]
-            self.write(slot, adapter, values, [store])
+            self.write(slot, adapter, torch.cat([value.flatten() for value in values]), [store])
         self.refresh(slot)
 
     @property
@@ -188,7 +188,9 @@ class AdapterBank(Store):
             self._entry(segment, adapter.ranks[segment.target.name], adapter.scales[segment.target.name])
         if fresh and own:
             # drawn on the host: a GPU is given one long copy, not a handful for each module
-            values = [part for segment in own for part in self._begin(segment, adapter)]
+            values, parts = self.blank(adapter, own)
+            for segment, pair in zip(own, parts, strict=True):
+                self._begin(segment, adapter, pair)
             copies = [self.copies[name] for name in {"average", "best"} & set(adapter.copies)]
             self.write(slot, adapter, values, [self.params, *copies])
         self.penalties[slot] = send(torch.tensor(adapter.penalties), self.penalties.device)
@@ -216,17 +218,15 @@ class AdapterBank(Store):
         assert group.gain is not None
         return group.gain
 
-    def _begin(self, segment: Segment, adapter: AdapterSpec) -> tuple[Tensor, ...]:
-        """What a module's adapter starts with, on the host."""
-        parts = tuple(torch.zeros(part.shape) for part in self.parts(segment, adapter))
+    def _begin(self, segment: Segment, adapter: AdapterSpec, parts: Sequence[Tensor]) -> None:
+        """Fills what a module's adapter starts with, of zeros on the host."""
         if adapter.form == "vera":
             parts[0].fill_(adapter.shared[0])
-            return parts
+            return
         a, b = parts[:2]
         trained = adapter.trained.get(segment.target.name, len(a))
         if adapter.start == "uniform":
-            for part, value in zip((a, b), starts.draw(segment.target, trained, adapter.seed), strict=True):
-                part[:trained] = value
+            starts.draw(segment.target, a[:trained], b[:trained], adapter.seed)
         else:
             group = self.groups[segment.group]
             assert isinstance(group, Group)
@@ -236,7 +236,6 @@ class AdapterBank(Store):
         self._thin_out(segment, adapter, parts)
         if adapter.form == "dora":
             parts[2].copy_(self._gain(segment).squares[segment.member].sqrt())
-        return parts
 
     @torch.no_grad()
     def set_rates(self, slot: int, step: int) -> None:
@@ -248,18 +247,17 @@ class AdapterBank(Store):
             for piece in self.pieces(slot, self.rates):
                 piece.fill_(1.0)
             return
-        rates: list[Tensor] = []
-        for segment in self.own(slot, adapter):
-            parts = tuple(torch.zeros(part.shape) for part in self.parts(segment, adapter))
+        own = self.own(slot, adapter)
+        rates, every = self.blank(adapter, own)
+        for segment, parts in zip(own, every, strict=True):
             self._rate(adapter, segment.target.name, step, parts)
             self._thin_out(segment, adapter, parts)
-            rates += parts
         self.write(slot, adapter, rates, [self.rates])
         if adapter.sparsity is not None and adapter.sparsity.learnt and adapter.sparsity.settled(step):
             torch._foreach_mul_(self.flat(slot, adapter, self.rates), self._learnt(slot, adapter, step))
 
     @staticmethod
-    def _rate(adapter: AdapterSpec, name: str, step: int, parts: tuple[Tensor, ...]) -> None:
+    def _rate(adapter: AdapterSpec, name: str, step: int, parts: Sequence[Tensor]) -> None:
         """Writes the rates of a module's parts."""
         trained = len(parts[0]) if adapter.form == "vera" else adapter.trained.get(name, len(parts[0]))
         first = trained * adapter.restarts.block(step) if adapter.restarts else 0
@@ -293,19 +291,29 @@ class AdapterBank(Store):
         assert adapter.restarts is not None
         self.set_rates(slot, step)
         block = adapter.restarts.block(step)
-        for segment in self.own(slot, adapter):
-            trained = adapter.trained[segment.target.name]
-            old, new = (slice(trained * place, trained * (place + 1)) for place in (block - 1, block))
-            first = starts.draw(segment.target, trained, adapter.seed, again=block)
-            for store in (self.params, *(self.copies[name] for name in {"average"} & set(adapter.copies))):
-                for part, value in zip(self.views(segment, trained * (block + 1), store), first, strict=True):
-                    part[new] = value.to(part.device)
-            moments = [self.views(segment, trained * (block + 1), m) for m in (self.exp_avg, self.exp_avg_sq)]
-            for mean, square in zip(*moments, strict=True):
-                keep = starts.largest(mean[old], 1 - adapter.restarts.prune)
-                for moment in (mean, square):
-                    moment[new] = moment[old] * keep
-                    moment[old] = 0
+
+        def blocks(place: int, store: Tensor) -> list[Tensor]:
+            """What the adapter of some block has in a store, part by part."""
+            found = []
+            for segment in self.own(slot, adapter):
+                trained = adapter.trained[segment.target.name]
+                found += [part[trained * place :] for part in self.views(segment, trained * (place + 1), store)]
+            return found
+
+        begun = [torch.zeros(part.shape) for part in blocks(block, self.params)]
+        for segment, a, b in zip(self.own(slot, adapter), begun[::2], begun[1::2], strict=True):
+            starts.draw(segment.target, a, b, adapter.seed, again=block)
+        sent = send(torch.cat([part.flatten() for part in begun]), self.params.device)
+        for store in (self.params, *(self.copies[name] for name in {"average"} & set(adapter.copies))):
+            new = [part.view(-1) for part in blocks(block, store)]
+            torch._foreach_copy_(new, sent.split([part.numel() for part in new]))
+        means = [part.reshape(1, -1) for part in blocks(block - 1, self.exp_avg)]
+        kept = [round(part.numel() * (1 - adapter.restarts.prune)) for part in means]
+        masks = sparse.patterns([part.abs() for part in means], kept)
+        for moments in (self.exp_avg, self.exp_avg_sq):
+            old, new = ([part.view(1, -1) for part in blocks(place, moments)] for place in (block - 1, block))
+            torch._foreach_copy_(new, torch._foreach_mul(old, masks))
+            torch._foreach_zero_(old)
         self.refresh(slot)
 
     @torch.no_grad()
@@ -468,12 +476,13 @@ class AdapterBank(Store):
 
 
 class _Mirrored:
-    """Small tensors that the host writes and the device reads, moved there all at once."""
+    """Small tensors that the host writes, as arrays, and the device reads; moved there all at once."""
 
     def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self._host = torch.zeros(sum(sizes), dtype=dtype)
         self._device = self._host if device.type == "cpu" else self._host.to(device)
-        self.host, self.device = self._host.split(list(sizes)), self._device.split(list(sizes))
+        self.host = [part.numpy() for part in self._host.split(list(sizes))]
+        self.device = self._device.split(list(sizes))
 
     def upload(self) -> None:
         if self._device is not self._host:

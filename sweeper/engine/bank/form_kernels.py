@@ -22,7 +22,7 @@ def _norms(
     weight, stride_in, stride_out, flat, table, scale, squares, on, norm, fan_in, width, column, columns, member,
     M: tl.constexpr, RANKS: tl.constexpr, INNER: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """norm[slot, outputs of a member] = |W + s B A|, row by row: |W|^2 and what D = s B A adds, the sum of D (2 W + D)."""
+    """norm[slot, outputs of a member] = |W + D| row by row, D = s B A: |W|^2 and what D adds, the sum of D (2 W + D)"""
     slot = tl.program_id(1)
     if tl.load(on + slot * columns + column) == 0:
         return
@@ -68,7 +68,7 @@ def norms(
         on: [J, X] bool. params: the values of the group. table: [J, M, 4]. scale: [J, M].
     """
     slots, members = scale.shape
-    cols = 64
+    cols = 32  # narrow: one slot must fill a GPU
     for member, weight in enumerate(weights):
         fan_in, width = weight.shape
         _norms[(triton.cdiv(width, cols), slots)](

@@ -56,7 +56,7 @@ def kept(width: int, density: float) -> int:
 
 
 def patterns(weights: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """For each weight, 1 for the `counts` largest of every row and 0 for the rest; those of one shape are taken at once.
+    """For each weight 1 for the `counts` largest of every row and 0 for the rest; those of one shape are taken at once.
 
     A GPU is given a few long operations, not a handful for each of hundreds of modules.
     """

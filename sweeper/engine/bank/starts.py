@@ -24,26 +24,18 @@ _FACTORS: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str, int, int], 
 _FACTORS = weakref.WeakKeyDictionary()
 
 
-def draw(target: Target, rank: int, seed: int, *, again: int = 0) -> tuple[Tensor, Tensor]:
-    """A [rank, in] uniform within 1 / sqrt(in) and B transposed [rank, out] zero; of an embedding, B normal, A zero.
+def draw(target: Target, a: Tensor, b: Tensor, seed: int, *, again: int = 0) -> None:
+    """Fills, of zeros on the host, A [rank, in] uniformly within 1 / sqrt(in); of an embedding B [rank, out] normally.
 
     The draw depends on seed and module name only, so arms that share a module share its start. `again` counts the
     restarts of ReLoRA.
     """
     generator = torch.Generator().manual_seed(seed_of(f"{seed}/{target.name}" + (f"/{again}" if again else "")))
-    a, b = torch.zeros(rank, target.in_features), torch.zeros(rank, target.out_features)
     if target.kind == "embedding":
-        return a, torch.randn(b.shape, generator=generator)
-    bound = 1 / math.sqrt(target.in_features)
-    return a.uniform_(-bound, bound, generator=generator), b
-
-
-def largest(values: Tensor, share: float) -> Tensor:
-    """1 for the share of the values that are largest in magnitude, 0 for the rest."""
-    count = round(values.numel() * share)
-    keep = torch.zeros_like(values)
-    keep.view(-1)[values.abs().flatten().topk(count).indices] = 1
-    return keep
+        b.normal_(generator=generator)
+    else:
+        bound = 1 / math.sqrt(target.in_features)
+        a.uniform_(-bound, bound, generator=generator)
 
 
 def principal(model: nn.Module, weight: Tensor, target: Target, adapter: AdapterSpec) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The flat store: every slot's parameters, gradients and moments, and where in it each module's adapter lies."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from sweeper.architecture import Target
 from sweeper.engine.bank.forms import AdapterSpec, Capacity
-from sweeper.engine.transfer import Fetched, fetch, send
+from sweeper.engine.transfer import Fetched, fetch, send, zeros
 
 BLOCK = 64  # values; a segment starts at a multiple of it, so a block belongs to one slot
 MOST_MEMBERS = 3  # of a group: the kernels take that many output tensors
@@ -157,13 +158,21 @@ class Store:
         """Module name -> the parts of the adapter of the run that holds a slot; views, not copies."""
         return {segment.target.name: self.parts(segment, adapter, store) for segment in self.own(slot, adapter)}
 
+    def blank(self, adapter: AdapterSpec, segments: Sequence[Segment]) -> tuple[Tensor, list[list[Tensor]]]:
+        """Zeros on the host for all parts of an adapter in one piece, and the parts of each module as views of it."""
+        shapes = [_shapes(segment, adapter) for segment in segments]
+        sizes = [math.prod(shape) for own in shapes for shape in own]
+        whole = zeros(sum(sizes), self.params.device)
+        pieces = iter(whole.split(sizes))
+        return whole, [[next(pieces).view(shape) for shape in own] for own in shapes]
+
     @torch.no_grad()
-    def write(self, slot: int, adapter: AdapterSpec, values: Sequence[Tensor], stores: Sequence[Tensor]) -> None:
-        """Puts the same host values of all parts of an adapter, in the order of `flat`, into some stores at once."""
-        moved = send(torch.cat([value.flatten() for value in values]), self.params.device)
-        pieces = moved.split([value.numel() for value in values])
+    def write(self, slot: int, adapter: AdapterSpec, values: Tensor, stores: Sequence[Tensor]) -> None:
+        """Puts the same host values of all parts of an adapter, one after another as `flat`, into some stores."""
+        moved = send(values, self.params.device)
         for store in stores:
-            torch._foreach_copy_([part.view(-1) for part in self.flat(slot, adapter, store)], pieces)
+            parts = [part.view(-1) for part in self.flat(slot, adapter, store)]
+            torch._foreach_copy_(parts, moved.split([part.numel() for part in parts]))
 
     def saved(
         self, slot: int, adapter: AdapterSpec, *, values: bool = True
@@ -247,6 +256,15 @@ def groups(targets: Sequence[Target], used: set[str]) -> list[tuple[Target, ...]
             if any(target.name in used for target in members):
                 found.append(members)
     return found
+
+
+def _shapes(segment: Segment, adapter: AdapterSpec) -> list[tuple[int, ...]]:
+    """Of the parts of a module's adapter, as `Store.parts` gives them."""
+    target, rank = segment.target, adapter.ranks[segment.target.name]
+    if adapter.form == "vera":
+        return [(rank,), (target.out_features,)]
+    pair: list[tuple[int, ...]] = [(rank, target.in_features), (rank, target.out_features)]
+    return [*pair, (target.out_features,)] if adapter.form == "dora" else pair
 
 
 def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
