@@ -1,5 +1,7 @@
 """How a command ends: one line an error, an exit code, no traceback for what is the user's to mend."""
 
+import atexit
+import gc
 import os
 import re
 import sys
@@ -29,6 +31,7 @@ def run(main: Callable[[], object]) -> int:
 
     Set HYDRA_FULL_ERROR=1 for tracebacks.
     """
+    atexit.register(gc.freeze)  # or the interpreter looks through all that the imports made once more before it goes
     # threads that spin while they wait make a step many times slower on cores that are shared with other work
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if os.environ.get(FULL) == "1":
