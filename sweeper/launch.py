@@ -149,10 +149,18 @@ def _search_line(plan: Plan, search: SearchSettings) -> str:
     trials = f"{search.trials} trials" if search.trials else "trials until the budget is used up"
     seeds = len(arms[0].seeds)
     repeated = f" x {seeds} seeds" if seeds > 1 else ""
-    fields = "; ".join(dict.fromkeys(str(dimension) for arm in arms for dimension in arm.space))
+    tuned = dict.fromkeys(str(dimension) for arm in arms for dimension in arm.space)
+    fields = "; ".join(dimension + _where(dimension, arms) for dimension in tuned)
     confirm = f", then the best on {len(search.confirm_seeds)} fresh seeds" if search.confirm_seeds else ""
     arm_word = "arm" if len(arms) == 1 else "arms"
     return f"{len(arms)} {arm_word}, {trials}{repeated} each{confirm}, in {plan.study}. Tuned: {fields}"
+
+
+def _where(dimension: str, arms: Sequence[Arm]) -> str:
+    """Which methods tune a dimension, where not every arm does: some have ranges of their own."""
+    tuning = [arm for arm in arms if dimension in map(str, arm.space)]
+    methods = dict.fromkeys(arm.default.method.name for arm in tuning)
+    return f" (method={','.join(methods)})" if len(tuning) < len(arms) else ""
 
 
 def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) -> dict[str, Record]:

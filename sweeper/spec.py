@@ -252,10 +252,10 @@ class RunSpec:
         if not 0 <= self.seed < 2**31:
             raise SpecError(f"seed must be in [0, 2**31), got {self.seed}")
         if self.trainer.patience is not None and not 0 < self.evaluation.every_steps < self.trainer.max_steps:
-            raise SpecError(
-                f"trainer.patience={self.trainer.patience} counts evaluations while a run trains: give "
-                f"evaluation.every_steps, from 1 to {self.trainer.max_steps - 1}"
-            )
+            start, steps = f"trainer.patience={self.trainer.patience} counts evaluations", self.trainer.max_steps
+            if steps < 2:
+                raise SpecError(f"{start} before the last step, and trainer.max_steps={steps} has none")
+            raise SpecError(f"{start} while a run trains: give evaluation.every_steps, from 1 to {steps - 1}")
         for name, value in _infinite(_distinct(self)):  # comparisons with nan are false, and JSON has no such numbers
             raise SpecError(f"{name} must be a finite number, got {value}")
 

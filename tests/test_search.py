@@ -120,6 +120,17 @@ def test_a_grid_is_every_combination_once_and_a_search_is_as_many_trials_in_ever
     assert len(studies(dataclasses.replace(study, study="search"))) == 9
 
 
+def test_a_range_of_some_methods_is_announced_with_their_names(
+    go: Any, bowl: BowlEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(["experiment=smoke", "placement=attn", "rank=4", "method=lora,rslora,lora_plus", "optim.lr=tag(log,method,interval(1e-4,1e-2))"], n_trials=1)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.endswith(
+        "optim.lr from 0.0001 to 0.01, log scale (method=lora,rslora); "
+        "optim.lr from 2e-05 to 0.002, log scale (method=lora_plus)"
+    )
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "random", "qmc", "nsga2"])
 def test_every_sampler_searches_and_tuning_is_per_arm(sampler: str, go: Any, bowl: BowlEngine) -> None:
     chosen = go(["experiment=smoke", "placement=attn,ff", "rank=4", LR, "optim.weight_decay=interval(0,0.1)"],
@@ -364,6 +375,7 @@ def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: st
     [
         ([], {"n_trials": 3}, "hydra.sweeper.n_trials=3: no field is tuned"),
         ([LR], {"pruner": "asha"}, "give evaluation.every_steps, from 1 to 3"),
+        ([LR, "trainer.max_steps=1"], {"pruner": "asha"}, "trainer.max_steps=1 is over before one"),
         ([LR, "evaluation.every_steps=1,0"], {"pruner": "asha"}, "give evaluation.every_steps, from 1 to 3"),
         ([LR], {"confirm_seeds": (0, 1)}, "trials are chosen on seed 0"),
         ([LR, "evaluation=none"], {}, "evaluation.splits has no validation"),

@@ -64,7 +64,9 @@ def _unpruned(spec: RunSpec, search: SearchSettings) -> Iterator[str]:
     if search.pruner == "none":
         return
     start = f"hydra.sweeper.pruner={search.pruner} looks at scores while a run trains"
-    if not 0 < spec.evaluation.every_steps < spec.trainer.max_steps:
+    if spec.trainer.max_steps < 2:
+        yield f"{start}, and trainer.max_steps={spec.trainer.max_steps} is over before one: hydra.sweeper.pruner=none"
+    elif not 0 < spec.evaluation.every_steps < spec.trainer.max_steps:
         yield f"{start}: give evaluation.every_steps, from 1 to {spec.trainer.max_steps - 1}"
     if search.objectives[0].removeprefix("validation.") not in (*NLL, *TEACHER_FORCED):
         yield f"{start}, and {search.objectives[0]} is scored at its end: prune on validation.nll"

@@ -209,6 +209,7 @@ def test_a_sparse_run_that_ends_early_or_is_averaged_is_saved_sparse(
     ("changes", "line"),
     [
         ({"trainer": {"patience": 2}}, "give evaluation.every_steps, from 1 to 3"),
+        ({"trainer": {"patience": 2, "max_steps": 1}}, "before the last step, and trainer.max_steps=1 has none"),
         ({"trainer": {"patience": 0}, "evaluation": {"every_steps": 1}}, "trainer.patience must be at least 1"),
         ({"trainer": {"ema_decay": 1.0}}, r"trainer.ema_decay must be in \(0, 1\)"),
         ({"trainer": {"neftune_alpha": -1.0}}, "trainer.neftune_alpha must be at least 0"),
