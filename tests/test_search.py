@@ -123,7 +123,8 @@ def test_a_grid_is_every_combination_once_and_a_search_is_as_many_trials_in_ever
 def test_a_range_of_some_methods_is_announced_with_their_names(
     go: Any, bowl: BowlEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    go(["experiment=smoke", "placement=attn", "rank=4", "method=lora,rslora,lora_plus", "optim.lr=tag(log,method,interval(1e-4,1e-2))"], n_trials=1)
+    tuned = "optim.lr=tag(log,method,interval(1e-4,1e-2))"
+    go(["experiment=smoke", "placement=attn", "rank=4", "method=lora,rslora,lora_plus", tuned], n_trials=1)
     line = capsys.readouterr().out.splitlines()[0]
     assert line.endswith(
         "optim.lr from 0.0001 to 0.01, log scale (method=lora,rslora); "
