@@ -2,7 +2,8 @@
 
 import sys
 
-from sweeper import cli, rescore_cli
+from sweeper import cli
+from sweeper.rescoring import command
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: rescore_cli.main(sys.argv[1:])))
+    sys.exit(cli.run(lambda: command.main(sys.argv[1:])))

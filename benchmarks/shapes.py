@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.peft_today import PLACEMENTS, SHAPES
-from sweeper.architecture import structure
 from sweeper.engine.bank.adapters import AdapterSpec
 from sweeper.engine.batches import DataOrder
 from sweeper.engine.pack import Job
 from sweeper.models import BaseModel
+from sweeper.models.architecture import structure
 from sweeper.spec import ModelSpec, OptimSpec
 
 

@@ -61,7 +61,8 @@ def train(cfg: "DictConfig") -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from sweeper import compose, launch
+    from sweeper import compose
+    from sweeper.sweep import launch
 
     try:
         return launch.train_one(*compose.from_config(cfg))

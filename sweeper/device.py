@@ -68,8 +68,8 @@ def cpu_gain() -> float:
     """
     import torch
 
+    from sweeper.models.files import cache_folder
     from sweeper.record import write_atomically
-    from sweeper.weights import cache_folder
 
     key = hashlib.sha256(f"{processor()} {torch.__version__}".encode()).hexdigest()[:12]
     path = cache_folder() / f"bfloat16-gain-{key}.txt"

@@ -70,8 +70,8 @@ class Score:
 class Efficiency:
     """Costs of a run. Amortised figures are shares of a pack; solo figures come from a calibration alone on the device.
 
-    Seconds are wall clock, memory is bytes, `train_flops` is the closed form of `sweeper.budget`. The probe's cost is
-    that of the probe whose scores allocated the ranks, in full, also where several runs share it.
+    Seconds are wall clock, memory is bytes, `train_flops` is the closed form of `sweeper.models.budget`. The probe's
+    cost is that of the probe whose scores allocated the ranks, in full, also where several runs share it.
     """
 
     train_seconds_amortised: float | None = None

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sweeper import rescore, text
+from sweeper import text
 from sweeper.adapters import combine, merge, spectra
-from sweeper.display import make_console
 from sweeper.errors import DataError, SpecError
+from sweeper.rescoring import rescore
+from sweeper.sweep.display import make_console
 
 if TYPE_CHECKING:
     from sweeper.adapters.spectra import ModuleSpectrum
-    from sweeper.rescore import Saved
+    from sweeper.rescoring.rescore import Saved
 
 PROGRAM = "python adapters.py"
 

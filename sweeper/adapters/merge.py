@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sweeper import record
 from sweeper.adapters import peft_models
 from sweeper.errors import DataError, ModelError
-from sweeper.rescore import Saved
+from sweeper.rescoring.rescore import Saved
 from sweeper.spec import Precision
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import weights
 from sweeper.errors import DataError
+from sweeper.models.files import first_line, quiet
 from sweeper.record import WEIGHTS
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             if model is not None:
                 remove(model)
-            raise DataError(f"{folder}: PEFT cannot load it: {weights.first_line(error)}") from error
+            raise DataError(f"{folder}: PEFT cannot load it: {first_line(error)}") from error
     return model.eval()
 
 
@@ -99,7 +99,7 @@ def hushed() -> Iterator[None]:
     level = noisy.level
     noisy.setLevel(logging.ERROR)
     try:
-        with weights.quiet(), warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sweeper import sandbox, tasks
+from sweeper import tasks
 from sweeper.engine.generate import Generated, cut, generate, rows_together
 from sweeper.engine.pack import Pack
 from sweeper.engine.score import ExampleScore, choose, queue_scores
@@ -12,6 +12,7 @@ from sweeper.record import Score
 from sweeper.spec import DatasetSpec
 from sweeper.tasks import general_text, metrics
 from sweeper.tasks.example import Encoded
+from sweeper.untrusted import sandbox
 
 CPU_TOKENS, CUDA_TOKENS = 4096, 65536  # of one forward pass, padding included
 

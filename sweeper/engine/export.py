@@ -16,7 +16,7 @@ from sweeper import methods
 from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.engine.bank.vera import draw
 from sweeper.methods import lora, vera
-from sweeper.placement import Target
+from sweeper.ranks.placement import Target
 from sweeper.record import ADAPTER
 from sweeper.spec import RunSpec
 

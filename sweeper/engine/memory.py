@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from sweeper import budget, methods
+from sweeper import methods
 from sweeper.device import free_bytes
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.progress import Prepared
-from sweeper.models import BaseModel, total_parameters
+from sweeper.models import BaseModel, budget, total_parameters
 from sweeper.spec import Settings
 
 STATE_BYTES = 16  # of one value of an adapter: itself, gradient and two moments in float32
@@ -22,7 +22,7 @@ def runs_that_fit(
 ) -> int:  # fmt: skip
     """Number of slots for runs like these, of which there are never more than `at_once`; at least 1.
 
-    A run's share is what its calibration measured; without one, the closed form of `sweeper.budget`. Slots that
+    A run's share is what its calibration measured; without one, the closed form of `sweeper.models.budget`. Slots that
     change hands must hold the largest run, so the largest share counts for all of them.
     """
     most = min(settings.max_pack or MOST, at_once)

@@ -34,14 +34,14 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sweeper import budget, spectrum
-from sweeper.architecture import EMBEDDING, EXPERTS, HEAD, Target
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.compilation import eager
 from sweeper.engine.pack import verified_head
 from sweeper.errors import ModelError
-from sweeper.importance import Probing
-from sweeper.models import BaseModel
+from sweeper.models import BaseModel, budget
+from sweeper.models.architecture import EMBEDDING, EXPERTS, HEAD, Target
+from sweeper.ranks import spectrum
+from sweeper.ranks.importance import Probing
 from sweeper.record import write_atomically
 
 ROWS = 4096  # inputs of a module that `activation` looks at, spread evenly over the batches

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from sweeper import methods
-from sweeper.architecture import Target
 from sweeper.engine import checkpoint
 from sweeper.engine.bank.alone import AloneSpec, Learnt
 from sweeper.engine.bank.forms import AdapterSpec, Capacity
@@ -22,6 +21,7 @@ from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest
 from sweeper.models import total_parameters
+from sweeper.models.architecture import Target
 from sweeper.record import METRICS, PREDICTIONS, Efficiency, Module, Record, Score, write_lines, write_record
 from sweeper.spec import Settings, to_mapping
 from sweeper.tasks import EncodedSplit

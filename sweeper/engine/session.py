@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from sweeper import allocation, budget, importance, methods, models, placement, tasks, weights
-from sweeper.architecture import Target, number_of_layers
+from sweeper import methods, models, tasks
 from sweeper.device import device_for, precision_for
 from sweeper.engine import calibrate, compilation, environment, export, probe
 from sweeper.engine.ahead import ahead
@@ -29,7 +28,10 @@ from sweeper.engine.run_queue import RunQueue, pack_key_of
 from sweeper.engine.sharing import model_key, probe_key
 from sweeper.engine.timeline import Timeline
 from sweeper.errors import SweeperError
-from sweeper.models import BaseModel, is_tied
+from sweeper.models import BaseModel, budget, is_tied
+from sweeper.models.architecture import Target, number_of_layers
+from sweeper.models.files import cache_folder
+from sweeper.ranks import allocation, importance, placement
 from sweeper.spec import RunSpec, Settings
 
 REFUSED_AT_ONCE = 64
@@ -54,7 +56,7 @@ class Session:
     def __init__(self, settings: Settings, should_stop: Callable[[], bool]) -> None:
         self.settings, self.should_stop = settings, should_stop
         self.device = device_for(settings.device)
-        self.cache = weights.cache_folder()
+        self.cache = cache_folder()
         self.timeline = Timeline()
         self.base: BaseModel | None = None
         self.model_key = ""

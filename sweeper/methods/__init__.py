@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sweeper import budget
-from sweeper.architecture import HEAD, Target
 from sweeper.engine.bank.alone import AloneSpec
 from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError, unknown
 from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks
+from sweeper.models import budget
+from sweeper.models.architecture import HEAD, Target
 from sweeper.spec import MethodSpec, RunSpec
 
 if TYPE_CHECKING:

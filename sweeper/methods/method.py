@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sweeper.architecture import Target
 from sweeper.engine.bank.alone import AloneSpec
 from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
-from sweeper.placement import smaller_side
+from sweeper.models.architecture import Target, smaller_side
 from sweeper.spec import MethodSpec, RunSpec
 
 Ranks = Mapping[Target, int]

@@ -9,12 +9,12 @@ The parameters counted are those that are not zero.
 
 from dataclasses import replace
 
-from sweeper.architecture import Target
 from sweeper.engine.bank import sparse
 from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError, unknown
 from sweeper.methods import lora
 from sweeper.methods.method import Method, Ranks
+from sweeper.models.architecture import Target
 from sweeper.spec import MethodSpec, RunSpec
 
 PATTERNS = ("learnt", "random")

@@ -23,9 +23,9 @@ from sweeper.methods import lora, qlora
 from sweeper.methods.method import Method, Ranks, lora_parameters
 from sweeper.methods.prompts import Prompted
 from sweeper.models import BaseModel
+from sweeper.models.files import first_line, quiet
 from sweeper.spec import MethodSpec, RunSpec
 from sweeper.tasks.package import is_installed
-from sweeper.weights import first_line, quiet
 
 NAME = "default"  # of the one adapter in a PEFT model
 

@@ -5,10 +5,10 @@
 There is no alpha: b takes its place. The matrices come from `projection_key` as PEFT draws them, not from the seed.
 """
 
-from sweeper.architecture import Target
 from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
 from sweeper.methods.method import Method, Ranks
+from sweeper.models.architecture import Target
 from sweeper.spec import MethodSpec, RunSpec
 
 MOST = 1 << 16  # any rank: what trains is a scaling of each random direction, and there may be more than dimensions

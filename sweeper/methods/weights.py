@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sweeper.architecture import Target
 from sweeper.engine.bank.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.errors import SpecError
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import BaseModel
+from sweeper.models.architecture import Target
 from sweeper.record import WEIGHTS
 from sweeper.spec import MethodSpec, RunSpec
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from sweeper import sandbox
 from sweeper.errors import DataError, SpecError, unknown
 from sweeper.spec import DatasetSpec, EvaluationSpec, to_mapping
 from sweeper.tasks import (
@@ -37,6 +36,7 @@ from sweeper.tasks.example import SPLITS, Choice, Encoded, EncodedSplit, Example
 from sweeper.tasks.metrics import GENERATED, METRICS, PACKAGES, PROGRAM
 from sweeper.tasks.package import require
 from sweeper.tasks.template import TEMPLATES, adds_start, tokenise
+from sweeper.untrusted import sandbox
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

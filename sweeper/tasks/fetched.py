@@ -12,8 +12,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sweeper import weights
 from sweeper.errors import DataError, unknown
+from sweeper.models.files import cache_folder
 from sweeper.spec import DatasetSpec
 
 
@@ -39,7 +39,7 @@ SOURCES = {
 
 def folder(name: str) -> Path:
     """Where the files of a source are kept."""
-    return weights.cache_folder() / "data" / f"{name}-{SOURCES[name].version}"
+    return cache_folder() / "data" / f"{name}-{SOURCES[name].version}"
 
 
 def require(name: str, spec: DatasetSpec) -> Path:

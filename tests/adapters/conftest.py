@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from sweeper import models, rescore
+from sweeper import models
 from sweeper.engine.export import write_adapter
 from sweeper.models import BaseModel
-from sweeper.placement import PLACEMENTS, number_of_layers, resolve
+from sweeper.ranks.placement import PLACEMENTS, number_of_layers, resolve
 from sweeper.record import ADAPTER, Module, Record, write_record
-from sweeper.rescore import Saved
+from sweeper.rescoring import rescore
+from sweeper.rescoring.rescore import Saved
 from sweeper.spec import RunSpec, run_spec, to_mapping
 
 LLAMA = {

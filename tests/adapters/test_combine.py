@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, VeraConfig
 
-from sweeper import rescore
 from sweeper.adapters import merge, peft_models, spectra
 from sweeper.adapters.combine import METHODS, Combination, check, combine
 from sweeper.errors import DataError, SpecError
-from sweeper.rescore import Saved
+from sweeper.rescoring import rescore
+from sweeper.rescoring.rescore import Saved
 from sweeper.spec import EvaluationSpec, Settings
 from tests.adapters.conftest import base_of, updates_of
 

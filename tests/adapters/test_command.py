@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sweeper import rescore
 from sweeper.adapters import command
 from sweeper.errors import DataError, SpecError
-from sweeper.rescore import Saved
+from sweeper.rescoring import rescore
+from sweeper.rescoring.rescore import Saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sweeper.adapters import merge, peft_models
 from sweeper.errors import DataError, ModelError
 from sweeper.record import WEIGHTS
-from sweeper.rescore import Saved
+from sweeper.rescoring.rescore import Saved
 from tests.adapters.conftest import base_of, updates_of
 
 pytestmark = [

@@ -9,13 +9,13 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from sweeper import spectrum
 from sweeper.adapters import command, peft_models, spectra
 from sweeper.adapters.spectra import Look, ModuleSpectrum
 from sweeper.engine.export import write_adapter
 from sweeper.errors import DataError, SpecError
+from sweeper.ranks import spectrum
 from sweeper.record import ADAPTER, RECORD, WEIGHTS
-from sweeper.rescore import Saved
+from sweeper.rescoring.rescore import Saved
 from tests.adapters.conftest import base_of, updates_of
 
 pytestmark = [

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sweeper import models, placement
+from sweeper import models
 from sweeper.engine import train_runs
 from sweeper.engine.bank.adapters import AdapterSpec
 from sweeper.engine.batches import DataOrder, Tokens
@@ -22,7 +22,8 @@ from sweeper.engine.events import Event
 from sweeper.engine.pack import Job, Pack
 from sweeper.engine.requests import Fixed, RunRequest
 from sweeper.models import BaseModel
-from sweeper.placement import PLACEMENTS, Target
+from sweeper.ranks import placement
+from sweeper.ranks.placement import PLACEMENTS, Target
 from sweeper.spec import ModelSpec, OptimSpec, PlacementSpec, RunSpec, Settings
 from sweeper.tasks import Encoded
 

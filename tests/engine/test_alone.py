@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from sweeper import methods, models, record, rescore, tasks
+from sweeper import methods, models, record, tasks
 from sweeper.engine import calibrate, checkpoint
 from sweeper.engine.bank.alone import Alone, AloneSpec, twin
 from sweeper.engine.events import Event, RunFinished, RunStarted, Step
@@ -21,8 +21,9 @@ from sweeper.engine.pack import Pack
 from sweeper.engine.score import score
 from sweeper.errors import SpecError
 from sweeper.models import BaseModel
-from sweeper.placement import Target
+from sweeper.ranks.placement import Target
 from sweeper.record import ADAPTER, WEIGHTS, Record
+from sweeper.rescoring import rescore
 from sweeper.spec import EvaluationSpec, ModelSpec, RunSpec, Settings
 
 pytestmark = [
@@ -139,7 +140,7 @@ def base_of() -> Callable[[RunSpec], BaseModel]:
 
 
 def prepared(spec: RunSpec, base: BaseModel, place: Any) -> AloneSpec:
-    from sweeper import budget
+    from sweeper.models import budget
 
     targets = place(base, spec.placement.name)
     found = methods.placed(spec.method, targets, base.targets, tied=models.is_tied(base.model))
@@ -644,8 +645,8 @@ def test_one_search_tunes_what_packs_and_what_does_not(
     """Each arm has its range and its trials; the packed arm's train together."""
     from sweeper.arms import Arm, Dimension
     from sweeper.engine import train_runs
-    from sweeper.scheduler import Scheduler
     from sweeper.search.settings import SearchSettings
+    from sweeper.sweep.scheduler import Scheduler
 
     monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path / "cache"))
 
@@ -711,7 +712,7 @@ def test_recomputed_activations_change_nothing(name: str, make_alone: Any, run_a
 @NEEDS_BITSANDBYTES
 def test_the_planned_memory_is_that_of_the_method(make_alone: Any, base_of: Any, tmp_path: Path) -> None:
     """What a dry run says of the base and of what trains, against what is really held."""
-    from sweeper import forecast
+    from sweeper.sweep import forecast
 
     settings = Settings(study="s", output_root=str(tmp_path), device="cpu")
     costs = {

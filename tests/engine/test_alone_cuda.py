@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from sweeper import budget, methods, models
+from sweeper import methods, models
 from sweeper.engine.pack import Pack
 from sweeper.methods.tuners import CAPTURED
-from sweeper.models import BaseModel
+from sweeper.models import BaseModel, budget
 from tests.engine.test_tuners import NEEDS
 
 pytestmark = [

@@ -11,12 +11,12 @@ from peft import AdaLoraConfig, get_peft_model
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from sweeper import budget, methods, models
+from sweeper import methods, models
 from sweeper.engine.bank.alone import Alone, AloneSpec
 from sweeper.engine.batches import Tokens
 from sweeper.engine.loss import Head
 from sweeper.engine.pack import Job, Pack
-from sweeper.models import BaseModel
+from sweeper.models import BaseModel, budget
 from sweeper.spec import RunSpec
 
 pytestmark = [

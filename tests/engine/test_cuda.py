@@ -10,8 +10,8 @@ import torch
 from sweeper.engine import probe
 from sweeper.engine.bank.forms import Capacity, Restarts
 from sweeper.engine.bank.sparse import Sparsity
-from sweeper.importance import Probing
 from sweeper.models import BaseModel
+from sweeper.ranks.importance import Probing
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),

@@ -14,10 +14,10 @@ from sweeper.engine.evaluate import evaluate, evaluate_examples
 from sweeper.engine.generate import cut, generate
 from sweeper.engine.pack import Pack
 from sweeper.engine.score import choose, score
-from sweeper.sandbox import Limits
 from sweeper.spec import DatasetSpec, EvaluationSpec
 from sweeper.tasks import Choice, Encoded, EncodedSplit, general_text, metrics
 from sweeper.tasks.template import tokenise
+from sweeper.untrusted.sandbox import Limits
 
 LIMITS = Limits(wall_seconds=2.0, cpu_seconds=1)
 DATASET = DatasetSpec(name="d", family="jsonl", metrics=("exact_match",), max_new_tokens=12, max_length=64)
@@ -120,7 +120,7 @@ def test_a_stopped_text_is_not_capped_and_a_cut_off_one_is(pack: Any, monkeypatc
 
 
 def test_programs_are_run(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sweeper import sandbox
+    from sweeper.untrusted import sandbox
 
     try:
         sandbox.ready()

@@ -16,7 +16,7 @@ from sweeper.engine.bank.adapters import AdapterSpec
 from sweeper.engine.export import write_adapter
 from sweeper.engine.pack import Job, Pack
 from sweeper.models import BaseModel
-from sweeper.placement import Target
+from sweeper.ranks.placement import Target
 from sweeper.record import ADAPTER
 from sweeper.spec import RunSpec
 

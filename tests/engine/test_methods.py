@@ -445,8 +445,8 @@ def study(make_run: Any) -> list[RunSpec]:
 def test_a_study_of_every_method_is_recorded_and_scored_again(
     study: list[RunSpec], run_all: Any, tmp_path: Path
 ) -> None:
-    from sweeper import rescore
     from sweeper.record import read_record
+    from sweeper.rescoring import rescore
     from sweeper.spec import EvaluationSpec, Settings
 
     events = run_all(study)

@@ -161,7 +161,7 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(
     average: float | None, make_run: Any, run_all: Any, tmp_path: Path
 ) -> None:
     """At this rate the NLL falls first and then rises; a patient run of the same pack goes on to its end."""
-    from sweeper import rescore
+    from sweeper.rescoring import rescore
     from sweeper.spec import EvaluationSpec, Settings
 
     trainer = {"max_steps": 24, "patience": 2, "ema_decay": average}
@@ -192,7 +192,7 @@ def test_a_sparse_run_that_ends_early_or_is_averaged_is_saved_sparse(
     make_run: Any, run_all: Any, tmp_path: Path
 ) -> None:
     """Its lowest NLL is while the adapter is still dense, which is not what the method is to leave."""
-    from sweeper.rescore import read_adapter
+    from sweeper.rescoring.rescore import read_adapter
 
     sparse = {"name": "sparse", "options": {"sparsity": 0.5}}
     trainer = {"max_steps": 10, "patience": 9, "ema_decay": 0.5}

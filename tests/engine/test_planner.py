@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from sweeper import budget
 from sweeper.engine import compilation, memory
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.events import RunFinished, RunStarted
@@ -15,6 +14,7 @@ from sweeper.engine.progress import Prepared
 from sweeper.engine.requests import Kind
 from sweeper.engine.session import Session
 from sweeper.engine.sharing import pack_key
+from sweeper.models import budget
 from sweeper.spec import Settings
 
 CPU = torch.device("cpu")

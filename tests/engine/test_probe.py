@@ -12,15 +12,17 @@ from peft import PeftModel
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from sweeper import allocation, rescore, tasks
-from sweeper.budget import lora_parameters
+from sweeper import tasks
 from sweeper.engine import probe
 from sweeper.engine.batches import Tokens
 from sweeper.engine.events import RunFinished, Stage
 from sweeper.errors import ModelError
-from sweeper.importance import Probing
 from sweeper.models import BaseModel
+from sweeper.models.budget import lora_parameters
+from sweeper.ranks import allocation
+from sweeper.ranks.importance import Probing
 from sweeper.record import ADAPTER, Record, read_record
+from sweeper.rescoring import rescore
 from sweeper.spec import RunSpec, Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

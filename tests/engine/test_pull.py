@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sweeper import launch, record
+from sweeper import record
 from sweeper.arms import Arm, Dimension
 from sweeper.engine import train_runs
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage
@@ -15,6 +15,7 @@ from sweeper.engine.requests import Kind, Pulled, RunRequest
 from sweeper.errors import RunsFailed
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings
+from sweeper.sweep import launch
 
 
 class Script:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from sweeper import sandbox, tasks
+from sweeper import tasks
 from sweeper.spec import DatasetSpec
+from sweeper.untrusted import sandbox
 
 
 @pytest.fixture(scope="module", autouse=True)

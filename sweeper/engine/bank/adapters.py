@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sweeper.architecture import Target
 from sweeper.engine.bank import penalty, sparse, starts
 from sweeper.engine.bank.dora import Gain
 from sweeper.engine.bank.forms import AdapterSpec, Capacity
@@ -17,6 +16,7 @@ from sweeper.engine.bank.store import Segment, Store, fetch_all
 from sweeper.engine.bank.vera import Shared, draw
 from sweeper.engine.bank.wrappers import Adapted, AdaptedEmbedding, Group, Lanes
 from sweeper.engine.transfer import send
+from sweeper.models.architecture import Target
 
 if TYPE_CHECKING:
     from sweeper.engine.bank.optimizer import PackedAdamW

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from sweeper.architecture import Target
 from sweeper.engine.bank.sparse import Sparsity
+from sweeper.models.architecture import Target
 
 Form = Literal["lora", "dora", "vera"]
 Start = Literal["uniform", "pissa", "olora"]

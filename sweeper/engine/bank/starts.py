@@ -14,9 +14,9 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from sweeper.architecture import Target
 from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.engine.bank.seeds import seed_of
+from sweeper.models.architecture import Target
 
 _KEPT = 64  # singular triples or columns of one module that are kept for other ranks
 

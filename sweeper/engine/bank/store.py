@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sweeper.architecture import Target
 from sweeper.engine.bank.forms import AdapterSpec, Capacity
 from sweeper.engine.transfer import Fetched, fetch, send, zeros
+from sweeper.models.architecture import Target
 
 BLOCK = 64  # values; a segment starts at a multiple of it, so a block belongs to one slot
 MOST_MEMBERS = 3  # of a group: the kernels take that many output tensors

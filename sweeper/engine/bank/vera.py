@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sweeper.architecture import Target
+from sweeper.models.architecture import Target
 
 
 def draw(rank: int, targets: Sequence[Target], seed: int) -> tuple[Tensor, Tensor]:

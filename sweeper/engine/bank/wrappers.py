@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sweeper.architecture import Target
 from sweeper.engine.bank.dora import Gain
 from sweeper.engine.bank.lowrank import adapted_linear
 from sweeper.engine.bank.seeds import seed_of
+from sweeper.models.architecture import Target
 
 
 @dataclass

@@ -55,7 +55,8 @@ class AblationSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from sweeper import compose, launch
+        from sweeper import compose
+        from sweeper.sweep import launch
 
         assert self.config is not None
         assert self.hydra_context is not None

@@ -35,13 +35,14 @@ class PackedLauncher(Launcher):
         return self.train(composition.arms, composition.settings, search)
 
     def train(self, arms: Any, settings: Any, search: Any = None) -> Any:
-        from sweeper import launch
+        from sweeper.sweep import launch
 
         return launch.train(arms, settings, search)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from sweeper import compose, launch
+        from sweeper import compose
         from sweeper.arms import grouped
+        from sweeper.sweep import launch
 
         assert self.config is not None
         assert self.hydra_context is not None

@@ -1,0 +1,29 @@
+"""Base models: where their files come from, how they are loaded and built, what a run on them costs."""
+
+from sweeper.models.base import (
+    BaseModel,
+    check,
+    check_length,
+    held_bytes,
+    is_tied,
+    load,
+    load_tokenizer,
+    loading_message,
+    skeleton,
+    stock_config,
+    total_parameters,
+)
+
+__all__ = [
+    "BaseModel",
+    "check",
+    "check_length",
+    "held_bytes",
+    "is_tied",
+    "load",
+    "load_tokenizer",
+    "loading_message",
+    "skeleton",
+    "stock_config",
+    "total_parameters",
+]

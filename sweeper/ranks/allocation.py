@@ -1,0 +1,132 @@
+"""How rank is spread over the placed modules. One function an allocation; `ALLOCATIONS` is the table of them.
+
+Whatever the ranks, every module has the scale of a uniform allocation, alpha / rank of the run.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from sweeper import methods
+from sweeper.errors import SpecError, unknown
+from sweeper.models.architecture import ROLES, Target
+from sweeper.models.budget import uniform
+from sweeper.ranks.importance import GOLDEN, bounds, probing, share_out
+from sweeper.spec import RunSpec
+
+Scores = Mapping[str, float]
+Allocate = Callable[[RunSpec, Sequence[Target], Sequence[Target], Scores | None], Mapping[Target, int]]
+
+
+def ranks(
+    spec: RunSpec, targets: Sequence[Target], every: Sequence[Target], scores: Scores | None = None
+) -> Mapping[Target, int]:
+    """Rank of every placed module.
+
+    Args:
+        targets: the placed modules. every: all that the model has.
+        scores: what a probe found, by module name; without it, modules count as equally important.
+
+    Raises:
+        SpecError: there is no such allocation, or the model has no room for what it asks.
+    """
+    if spec.allocation.name not in ALLOCATIONS:
+        raise SpecError(unknown("allocation", spec.allocation.name, ALLOCATIONS))
+    chosen = ALLOCATIONS[spec.allocation.name](spec, targets, every, scores)
+    if methods.find(spec.method.name).even and len(set(chosen.values())) > 1:
+        found = ", ".join(map(str, sorted(set(chosen.values()))))
+        raise SpecError(f"method={spec.method.name} has one rank for all modules; allocation.pattern gives {found}")
+    return chosen
+
+
+def matched(
+    spec: RunSpec, targets: Sequence[Target], every: Sequence[Target], scores: Scores | None
+) -> Mapping[Target, int]:
+    """The ranks whose trainable parameters come closest to a budget, as even as they can be.
+
+    Parameters are counted as the method counts them. The budget is `allocation.budget`; without one, what all linear
+    modules of all layers hold at `rank`, so that placements compare at equal parameters at every rank of a grid. Ranks
+    differ by at most one, except where a module is too small for more; the modules that get one more are spread evenly
+    over the model.
+    """
+    method = spec.method
+    wanted = spec.allocation.parameters
+
+    def count(target: Target, rank: int) -> int:
+        return methods.parameters(method, target, rank)
+
+    if wanted is None:
+        wanted = methods.trainable(method, uniform(_whole(every), spec.rank))
+    limits = {target: methods.find(method.name).highest(target) for target in targets}
+    least, most = methods.trainable(method, uniform(targets, 1)), methods.trainable(method, limits)
+    if not least <= wanted <= most:
+        raise SpecError(
+            f"allocation=matched: placement={spec.placement.name} has {least:,} (rank 1) to {most:,} trainable "
+            f"parameters on this model, not {wanted:,}"
+        )
+    low, high = 1, max(limits.values())
+    while low < high:  # the highest even rank within the budget
+        middle = (low + high + 1) // 2
+        held = methods.trainable(method, {target: min(middle, limit) for target, limit in limits.items()})
+        low, high = (middle, high) if held <= wanted else (low, middle - 1)
+    chosen = {target: min(low, limit) for target, limit in limits.items()}
+    if methods.find(method.name).even:
+        return chosen
+    left = wanted - methods.trainable(method, chosen)
+    spread = sorted(enumerate(chosen), key=lambda pair: (pair[0] * GOLDEN) % 1)  # neighbours far apart
+    for _, target in spread:
+        cost = count(target, chosen[target] + 1) - count(target, chosen[target])
+        if chosen[target] < limits[target] and abs(left - cost) < left:
+            chosen[target] += 1
+            left -= cost
+    return chosen
+
+
+def importance(
+    spec: RunSpec, targets: Sequence[Target], every: Sequence[Target], scores: Scores | None
+) -> Mapping[Target, int]:
+    """Ranks in proportion to a probe's scores, at the parameters of a uniform allocation or `allocation.budget`."""
+    asked = probing(spec)
+    assert asked is not None
+    if methods.find(spec.method.name).even:
+        raise SpecError(f"allocation=importance: method={spec.method.name} has one rank for all modules")
+
+    def price(target: Target, rank: int) -> int:
+        return methods.parameters(spec.method, target, rank)
+
+    wanted = spec.allocation.parameters or methods.trainable(spec.method, uniform(targets, spec.rank))
+    highest = bounds(targets, asked, wanted, price)
+    found = {target: 1.0 if scores is None else scores[target.name] for target in targets}
+    return share_out(found, wanted, least=asked.least, most=highest, price=price)
+
+
+def pattern(
+    spec: RunSpec, targets: Sequence[Target], every: Sequence[Target], scores: Scores | None
+) -> Mapping[Target, int]:
+    """`allocation.pattern`: role, or regular expression found in a module's name, -> rank; the last that fits counts.
+
+    What none fits has the run's rank.
+    """
+    chosen = uniform(targets, spec.rank)
+    for key, rank in spec.allocation.pattern.items():
+        fitting = [t for t in targets if (t.role == key if key in ROLES else re.search(key, t.name))]
+        if not fitting:
+            names = ", ".join(dict.fromkeys(target.role for target in targets))
+            raise SpecError(f"allocation.pattern: {key} fits none of the placed modules. Roles here: {names}.")
+        for target in fitting:
+            limit = methods.find(spec.method.name).highest(target)
+            if not 1 <= rank <= limit:
+                raise SpecError(f"allocation.pattern: {key}: rank {rank} must be 1 to {limit} for {target.name}")
+            chosen[target] = rank
+    return chosen
+
+
+def _whole(every: Sequence[Target]) -> list[Target]:
+    return [target for target in every if target.layer is not None and target.role in ROLES]
+
+
+ALLOCATIONS: dict[str, Allocate] = {
+    "uniform": lambda spec, targets, every, scores: uniform(targets, spec.rank),
+    "matched": matched,
+    "importance": importance,
+    "pattern": pattern,
+}

@@ -1,0 +1,121 @@
+"""The command line of `evaluate.py`: folders of runs, and Hydra's overrides of dataset and evaluation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sweeper import cli, compose, text
+from sweeper.errors import SpecError
+from sweeper.rescoring import lm_harness, rescore
+from sweeper.rescoring.rescore import Harnessed, Rescored
+from sweeper.spec import DatasetSpec, EvaluationSpec, Settings, unique
+from sweeper.sweep.display import make_console
+from sweeper.tasks.metrics import suite_score
+
+USAGE = """\
+python evaluate.py FOLDER... [dataset=NAME,...] [dataset.FIELD=...] [evaluation.FIELD=...] [trainer.device=...]
+
+  FOLDER   outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, or what adapters.py combine wrote
+  dataset  tasks to score on; without it, the one each run was trained on
+  evaluation.splits=[test] and evaluation.generate=true unless given; evaluation=lm_eval scores with lm-eval
+
+Results go to FOLDER/RUN_ID/evaluations/ and are printed as a table; records and adapters stay as they are."""
+DEFAULTS = {"evaluation.splits": "[test]", "evaluation.generate": "true"}
+OVERRIDES = ("dataset", "evaluation", "trainer.device")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Scores and prints.
+
+    Raises:
+        SweeperError: a folder without runs, or an override that cannot be used; nothing has been scored.
+    """
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return
+    folders = [Path(argument) for argument in arguments if "=" not in argument]
+    datasets, evaluation, settings = _composed([argument for argument in arguments if "=" in argument])
+    if not folders:
+        raise SpecError(f"no folder of runs given. Usage: {USAGE.splitlines()[0]}")
+    runs = rescore.find(folders)
+    rescore.check(runs, datasets or [run.spec.dataset for run in runs], evaluation)
+    console = make_console()
+    console.print(f"{len(runs)} saved run{'s' if len(runs) > 1 else ''} to score", markup=False)
+    if evaluation.name == lm_harness.NAME:
+        show_harness(list(rescore.harness(runs, datasets, evaluation, settings)), console)
+    else:
+        show(list(rescore.rescore(runs, datasets, evaluation, settings)), console)
+
+
+def _composed(overrides: Sequence[str]) -> tuple[list[DatasetSpec], EvaluationSpec, Settings]:
+    keys = [override.split("=")[0].lstrip("+~") for override in overrides]
+    for key in keys:
+        if not any(key == name or key.startswith(f"{name}.") for name in OVERRIDES):
+            raise SpecError(f"{key}: evaluate.py takes overrides of {', '.join(OVERRIDES)} only; a run keeps the rest")
+    if "dataset" not in keys and any(key.startswith("dataset.") for key in keys):
+        raise SpecError(
+            "dataset.FIELD=... needs dataset=NAME: without it each run is scored on its own dataset as it was"
+        )
+    lines = [*(f"{key}={value}" for key, value in DEFAULTS.items() if key not in keys), *overrides]
+    composition = compose.expand(lines, cli.composer_of(None))
+    specs = composition.specs
+    datasets = unique(spec.dataset for spec in specs) if "dataset" in keys else []
+    return datasets, specs[0].evaluation, composition.settings
+
+
+def show(found: Sequence[Rescored], console: Console) -> None:
+    """A table for every dataset and split, with the majority baseline and the base model as rows; the suite's score."""
+    for dataset, split in dict.fromkeys((one.dataset.name, one.split) for one in found):
+        part = [one for one in found if (one.dataset.name, one.split) == (dataset, split)]
+        names = list(dict.fromkeys(name for one in part for name in one.score.metrics))
+        cells = [["majority", "", *(_number(part[0].majority.get(name)) for name in names)]] if part[0].majority else []
+        bases = {one.run.spec.model.name: one.base for one in part}
+        for model, base in bases.items():
+            cells.append([f"base {model}", f"{base.nll:.4f}", *(_number(base.metrics.get(name)) for name in names)])
+        for one in part:
+            metrics = (_number(one.score.metrics.get(name)) for name in names)
+            cells.append([_label(one), f"{one.score.nll:.4f}", *metrics])
+        console.print(f"{dataset}, {split}: {part[0].score.examples} examples", style="bold", markup=False)
+        console.out(text.aligned(["run", "NLL", *names], cells), highlight=False)
+    for line in _suite(found):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def show_harness(found: Sequence[Harnessed], console: Console) -> None:
+    """A table for every task of lm-eval, with the base model as a row."""
+    for task in dict.fromkeys(name for one in found for name in one.scores):
+        names = list(dict.fromkeys(name for one in found for name in one.scores[task]))
+        bases = {one.run.spec.model.name: one.base[task] for one in found}
+        cells = [[f"base {model}", *(_number(base.get(name)) for name in names)] for model, base in bases.items()]
+        cells += [[_label(one), *(_number(one.scores[task].get(name)) for name in names)] for one in found]
+        console.print(f"{task}, by lm-eval", style="bold", markup=False)
+        console.out(text.aligned(["run", *names], cells), highlight=False)
+
+
+def _suite(found: Sequence[Rescored]) -> list[str]:
+    """One line a run: `suite_score` over the first metric of each dataset, where a run has at least two datasets."""
+    lines = []
+    for folder in dict.fromkeys(one.run.folder for one in found):
+        after: dict[str, float] = {}
+        before: dict[str, float] = {}
+        own = [one for one in found if one.run.folder == folder and one.split == "test"]
+        for one in own:
+            name = next((name for name in one.dataset.metrics if name in one.score.metrics), None)
+            if name is not None:
+                after[one.dataset.name], before[one.dataset.name] = one.score.metrics[name], one.base.metrics[name]
+        if len(after) > 1:
+            score = suite_score(after, before)
+            lines.append(f"suite of {', '.join(after)}: {_label(own[0])} {score:+.3f} (0: base model, 1: perfect)")
+    return lines
+
+
+def _label(one: Rescored | Harnessed) -> str:
+    spec = one.run.spec
+    if one.run.combined:
+        return f"{one.run.folder.name} {one.run.combined}"
+    return f"{one.run.folder.name} {spec.placement.name} r{spec.rank} seed {spec.seed}"
+
+
+def _number(value: float | Mapping[str, float] | None) -> str:
+    return "" if not isinstance(value, float | int) else f"{value:.3f}"

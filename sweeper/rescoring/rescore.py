@@ -1,0 +1,328 @@
+"""Scores saved adapters on any tasks, without training: what `evaluate.py` does.
+
+Adapters of one base model are scored together in a pack, the base model with them as slot -1. What is found goes to
+`RUN_FOLDER/evaluations/DATASET.json` and the rows of every example to `DATASET-SPLIT.jsonl` beside it; records stay as
+they are.
+"""
+
+import itertools
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweeper import record, tasks
+from sweeper.errors import DataError, Problems, SweeperError
+from sweeper.record import ADAPTER, COMBINED, RECORD, WEIGHTS, Score
+from sweeper.rescoring import lm_harness
+from sweeper.spec import DatasetSpec, EvaluationSpec, RunSpec, Settings, run_spec, to_mapping, unique
+from sweeper.tasks import baseline, general_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from sweeper.engine.pack import Pack
+    from sweeper.models import BaseModel
+
+FOLDER = "evaluations"
+TOGETHER = 16  # adapters in one pack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A completed run, or what `adapters.py combine` made of some: folder, spec and its adapter's ranks by module."""
+
+    folder: Path
+    spec: RunSpec
+    ranks: Mapping[str, int]
+    combined: str = ""
+
+    @property
+    def adapter(self) -> Path:
+        """The folder that PEFT reads."""
+        return self.folder / ADAPTER
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rescored:
+    """One run on one split of one dataset: its scores, the base model's, and the majority baseline's metrics."""
+
+    run: Saved
+    dataset: DatasetSpec
+    split: str
+    score: Score
+    base: Score
+    majority: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def find(paths: Sequence[Path]) -> list[Saved]:
+    """The completed runs in run folders and study folders.
+
+    Raises:
+        DataError: a path has no completed run with an adapter or weights.
+    """
+    found: dict[Path, Saved] = {}
+    for path in paths:
+        single = (path / RECORD).is_file() or (path / COMBINED).is_file()
+        folders = [path] if single else sorted(p.parent for p in path.glob(f"*/{RECORD}"))
+        runs = [run for folder in folders if (run := _read(folder)) is not None]
+        if not runs:
+            raise DataError(
+                f"{path}: no completed run with an adapter in it; give outputs/STUDY/RUN_ID or outputs/STUDY"
+            )
+        found |= {run.folder: run for run in runs}
+    return list(found.values())
+
+
+def _read(folder: Path) -> Saved | None:
+    if (folder / COMBINED).is_file():
+        return _read_combined(folder)
+    try:
+        known = record.read_record(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    saved = (folder / ADAPTER / "adapter_model.safetensors", folder / WEIGHTS / "model.safetensors")
+    if known.status != "completed" or not any(file.is_file() for file in saved):
+        return None
+    ranks = {module.name: module.rank for module in known.modules}
+    return Saved(folder=folder, spec=run_spec(known.spec), ranks=ranks)
+
+
+def _read_combined(folder: Path) -> Saved | None:
+    try:
+        note = json.loads((folder / COMBINED).read_text())
+        spec, ranks, method = run_spec(note["spec"]), dict(note["ranks"]), str(note["method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Saved(folder=folder, spec=spec, ranks=ranks, combined=f"{method} of {len(note['from'])}")
+
+
+def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec) -> None:
+    """Raises `Problems` with a line for everything that would stop the evaluation, before a model is loaded."""
+    from sweeper import models
+
+    problems: list[str] = []
+    wanted = unique(datasets)  # as many as there are runs, where each is scored on its own
+    acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in wanted]
+    acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in wanted]
+    if evaluation.name == lm_harness.NAME:
+        acts.append(partial(lm_harness.check, evaluation))
+    acts += [partial(models.check, model) for model in unique(run.spec.model for run in runs)]
+    for act in acts:
+        try:
+            act()
+        except SweeperError as error:
+            problems.extend(error.lines)
+    if problems:
+        raise Problems(problems)
+
+
+def rescore(
+    runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec, settings: Settings
+) -> Iterator[Rescored]:
+    """Scores every run on every dataset and split of `evaluation`, and writes what it finds to the run's folder.
+
+    Args:
+        datasets: each run is scored on all of them; empty takes the one it was trained on.
+    """
+    from sweeper.models.files import cache_folder
+
+    for base, same in _by_base(runs, settings):
+        wanted = unique(datasets or [run.spec.dataset for run in same])
+        for part in _parts(same):
+            with _pack(base, part) as pack:
+                for dataset in wanted:
+                    chosen = [run for run in part if datasets or run.spec.dataset == dataset]
+                    slots = [part.index(run) for run in chosen]
+                    yield from _on_dataset(pack, chosen, slots, dataset, evaluation, cache_folder() / "tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Harnessed:
+    """What lm-eval found of one run, and of its base model, by task and metric."""
+
+    run: Saved
+    scores: Mapping[str, Mapping[str, float]]
+    base: Mapping[str, Mapping[str, float]]
+
+
+def harness(
+    runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec, settings: Settings
+) -> Iterator[Harnessed]:
+    """As `rescore`, by lm-eval on the test split; writes `RUN_FOLDER/evaluations/lm_eval.json`."""
+    for base, same in _by_base(runs, settings):
+        wanted = unique(datasets or [run.spec.dataset for run in same])
+        asked: list[Any] = [lm_harness.as_task(d, tasks.load(d)["test"], base.tokenizer) for d in wanted]
+        asked += evaluation.options.get("tasks") or []
+        before = lm_harness.score(base.model, base.tokenizer, asked, evaluation.options)
+        for run in same:
+            found = lm_harness.score(adapted_model(base, run), base.tokenizer, asked, evaluation.options)
+            _add_harnessed(run, before, found)
+            yield Harnessed(run=run, scores=found, base=before)
+
+
+def _add_harnessed(
+    run: Saved, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Writes scores by task beside those of other tasks that an earlier command found."""
+    path = run.folder / FOLDER / "lm_eval.json"
+    try:
+        known = json.loads(path.read_text())
+        before, after = known["before"] | before, known["after"] | after
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or none that can be read
+    record.write_json(path, {"run_id": run.folder.name, "before": before, "after": after})
+
+
+def _by_base(runs: Sequence[Saved], settings: Settings) -> "Iterator[tuple[BaseModel, list[Saved]]]":
+    """Each base model, loaded when its turn comes, and the runs on it."""
+    from sweeper import methods
+    from sweeper.device import device_for, precision_for
+
+    device = device_for(settings.device)
+    for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
+        same = list(group)
+        spec = same[0].spec
+        yield methods.load_base(spec, dtype=precision_for(device, spec.trainer.precision), device=device), same
+
+
+def adapted_model(base: "BaseModel", run: Saved) -> Any:
+    """A run's model for others to use: stock PEFT around a twin of the base, or a twin with the run's own weights."""
+    from peft import PeftModel
+
+    from sweeper.engine.bank.alone import twin
+    from sweeper.methods.weights import load_weights
+    from sweeper.models.files import quiet
+
+    model = twin(base.model)
+    if (run.folder / WEIGHTS).is_dir():
+        load_weights(model, run.folder / WEIGHTS)
+        return model.eval()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
+        return PeftModel.from_pretrained(model, str(run.folder / ADAPTER)).eval()
+
+
+def _parts(runs: Sequence[Saved]) -> Iterator[list[Saved]]:
+    """Runs that are scored together: packed ones up to `TOGETHER` at once, the others one by one."""
+    from sweeper import methods
+
+    packed = [run for run in runs if methods.packs(run.spec)]
+    for start in range(0, len(packed), TOGETHER):
+        yield packed[start : start + TOGETHER]
+    yield from ([run] for run in runs if not methods.packs(run.spec))
+
+
+def _model_key(run: Saved) -> str:
+    from sweeper import methods
+
+    return repr((run.spec.model, run.spec.trainer.precision, methods.find(run.spec.method.name).quantised))
+
+
+def _on_dataset(
+    pack: "Pack", runs: Sequence[Saved], slots: Sequence[int], dataset: DatasetSpec, evaluation: EvaluationSpec,
+    cache: Path,
+) -> Iterator[Rescored]:  # fmt: skip
+    from sweeper.engine.evaluate import evaluate_examples, general_examples
+
+    model = runs[0].spec.model
+    key = f"{model.source}:{model.location}@{model.revision}"
+    encoded = tasks.encode(dataset, pack.base.tokenizer, model_key=key, cache=cache)
+    texts = tasks.load(dataset)
+    found: dict[str, list[Rescored]] = {}
+    for split in evaluation.splits:
+        general = split == general_text.SPLIT
+        examples = general_examples(pack) if general else encoded[split].examples
+        if not examples:
+            continue
+        began = time.perf_counter()
+        base, *adapted = evaluate_examples(
+            pack, [-1, *slots], examples, None if general else dataset, generation=evaluation.generate,
+            exact_match=not general and "exact_match" in dataset.metrics,
+        )  # fmt: skip
+        share = (time.perf_counter() - began) / (len(slots) + 1)
+        majority = {} if general else baseline.majority(texts, split, dataset.metrics)
+        for run, result in zip(runs, adapted, strict=True):
+            done = Rescored(
+                run=run, dataset=dataset, split=split, score=result.score, base=base.score, majority=majority,
+                seconds=share,
+            )  # fmt: skip
+            found.setdefault(str(run.folder), []).append(done)
+            rows = [{"split": split, "moment": "before", **row} for row in base.rows]
+            rows += [{"split": split, "moment": "after", **row} for row in result.rows]
+            record.write_lines(run.folder / FOLDER / f"{dataset.name}-{split}.jsonl", rows)
+            yield done
+    for results in found.values():
+        _write(results)
+
+
+def _write(results: Sequence[Rescored]) -> None:
+    run, dataset = results[0].run, results[0].dataset
+    plain = {
+        "run_id": run.folder.name,
+        "dataset": to_mapping(dataset),
+        "splits": {
+            one.split: {
+                "before": _plain(one.base), "after": _plain(one.score), "majority": dict(one.majority),
+                "seconds": one.seconds,
+            }
+            for one in results
+        },
+    }  # fmt: skip
+    record.write_json(run.folder / FOLDER / f"{dataset.name}.json", plain)
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return asdict(score) | {"metrics": dict(score.metrics), "perplexity": score.perplexity}
+
+
+def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
+    """A pack whose slots hold the runs' adapters, in order."""
+    import torch
+
+    from sweeper import methods
+    from sweeper.engine.bank.adapters import AdapterBank, AdapterSpec
+    from sweeper.engine.bank.alone import Alone
+    from sweeper.engine.pack import open_pack
+
+    targets = {target.name: target for target in base.targets}
+    adapters = [
+        methods.adapter(run.spec, {targets[name]: rank for name, rank in run.ranks.items()}).settled() for run in runs
+    ]
+    pack = open_pack(base, adapters, batch_size=1)
+    if isinstance(pack.bank, Alone):
+        pack.bank.read(runs[0].folder)
+        return pack
+    assert isinstance(pack.bank, AdapterBank)
+    for slot, (run, adapter) in enumerate(zip(runs, adapters, strict=True)):
+        assert isinstance(adapter, AdapterSpec)
+        saved = read_adapter(run.folder)
+        pack.bank.assign(slot, adapter, fresh=False)
+        with torch.no_grad():
+            for name, views in pack.bank.adapter(slot, adapter).items():
+                for view, value in zip(views, saved[name], strict=True):
+                    view.copy_(value)
+        pack.bank.refresh(slot)
+    return pack
+
+
+_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "vera_lambda_d",
+          "vera_lambda_b")  # fmt: skip
+
+
+def read_adapter(folder: Path) -> "dict[str, tuple[torch.Tensor, ...]]":
+    """A run's saved adapter: module name -> its parts, as `AdapterBank.parts` has them."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / ADAPTER / "adapter_model.safetensors")
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if part in _PARTS:
+            found.setdefault(name, {})[part] = tensor.t() if part.endswith("_B") else tensor
+    return {name: tuple(parts[part] for part in _PARTS if part in parts) for name, parts in found.items()}

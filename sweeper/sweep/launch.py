@@ -1,0 +1,278 @@
+"""One command from arms to table: plan, dry run or training, summary, and how it ended."""
+
+import dataclasses
+import importlib.util
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from sweeper import record, text
+from sweeper.arms import Arm, look_up, single
+from sweeper.engine.events import Event, RunFinished
+from sweeper.errors import Interrupted, RunsFailed, SpecError
+from sweeper.record import Record
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings, to_mapping
+from sweeper.sweep import forecast, scheduler, summary, tracking
+from sweeper.sweep import plan as planning
+from sweeper.sweep.display import make_console, make_display
+from sweeper.sweep.plan import Plan
+from sweeper.sweep.scheduler import Outcome, Scheduler, TrainRuns
+
+if TYPE_CHECKING:
+    from sweeper.compose import Composition
+
+
+def train(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, *, engine: TrainRuns | None = None
+) -> dict[str, Record]:
+    """Trains what is missing, prints and saves the table; returns the records of all runs that stand for an arm.
+
+    Raises:
+        Problems: bad input; nothing was trained and nothing written.
+        RunsFailed: every run was tried and some failed.
+        Interrupted: stopped by Ctrl-C.
+    """
+
+    def go(work: Scheduler) -> Outcome:
+        return scheduler.run(work, train=engine)
+
+    return _carry_out(arms, settings, search or SearchSettings(), go)
+
+
+def train_on_ray(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, **ray_settings: Any
+) -> dict[str, Record]:
+    """As `train`, on workers over Ray; `ray_settings` are the fields of `sweeper.sweep.workers.RaySettings`."""
+    if importlib.util.find_spec("ray") is None:
+        raise SpecError("hydra/launcher=ray needs the package ray: pip install '.[ray]'")
+    from sweeper.sweep import workers
+
+    chosen = workers.RaySettings(**ray_settings)
+    return _carry_out(arms, settings, search or SearchSettings(), lambda work: workers.run(work, chosen))
+
+
+def train_one(spec: RunSpec, settings: Settings, *, engine: TrainRuns | None = None) -> float | None:
+    """Trains one run, or finds it done; returns its validation NLL after training, None where it has none."""
+    return objective(train([single(spec)], settings, engine=engine).get(spec.run_id))
+
+
+def sweep(composition: "Composition", search: SearchSettings, launcher: Any) -> Any:
+    """Carries out a composition: our launchers pack runs, other Hydra launchers get a run a job."""
+    if hasattr(launcher, "run_all"):
+        return launcher.run_all(composition, search)
+
+    def go(work: Scheduler) -> Outcome:
+        return _as_jobs(work, composition.arms, launcher)
+
+    return _carry_out(composition.arms, composition.settings, search, go)
+
+
+def _as_jobs(work: Scheduler, arms: Sequence[Arm], launcher: Any) -> Outcome:
+    """Batches of runs as Hydra jobs; a batch ends before the next is asked for, and nothing is pruned midway."""
+    by_key = {arm.key: arm for arm in arms}
+    begun = 0
+    try:
+        while kinds := work.outlook():
+            pulled = work.pull(sum(kind.most for kind in kinds), [kind.key for kind in kinds])
+            if not pulled.requests:
+                break
+            typed = [_typed(by_key[one.kind], to_mapping(one.spec)) for one in pulled.requests]
+            for request in pulled.requests:
+                work.claims.give_back(request.run_id)  # the job is a command of its own and claims it
+            launcher.launch(typed, initial_job_idx=begun)
+            begun += len(typed)
+            for request in pulled.requests:
+                if record.status(request.folder) is None:
+                    work.abandon(request.run_id, "the job left no record")
+                else:
+                    found = record.read_record(request.folder)
+                    if found.search != request.search:  # a job knows nothing of the search it is part of
+                        found = dataclasses.replace(found, search=request.search)
+                        record.write_record(request.folder, found)
+                    work.report(RunFinished(record=found))
+    finally:
+        work.close()
+    return Outcome(records=work.records)
+
+
+def _carry_out(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Callable[[Scheduler], Outcome]
+) -> dict[str, Record]:
+    plan, console = planning.make(arms, settings, search), make_console()
+    if settings.dry_run:
+        show_plan(plan, settings, search, console)
+        return {}
+    early: list[Event] = []
+    work = Scheduler(arms, [run.run_id for run in plan.todo], settings, search, observers=[early.append])
+    left = bool(work.outlook())
+    announce(plan, search, console, left=left)
+    outcome = Outcome(records={})
+    if left:
+        display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan, settings)
+        work.observers = [display] if tracker is None else [display, tracker]
+        try:
+            with display:
+                for event in early:
+                    display(event)
+                outcome = go(work)
+        finally:
+            if tracker is not None:
+                tracker.close()
+    return conclude(plan, work, console, outcome)
+
+
+def objective(found: Record | None) -> float | None:
+    """What a search minimises unless told otherwise."""
+    score = None if found is None else found.scores.get("validation", {}).get("after")
+    return None if score is None else score.nll
+
+
+def announce(plan: Plan, search: SearchSettings, console: Console, *, left: bool) -> None:
+    if plan.tuned:
+        line = _search_line(plan, search) if left else "every trial that the budget allows is done; nothing to train"
+        console.print(line, markup=False, soft_wrap=True)
+        return
+    runs, todo = len(plan.runs), len(plan.todo)
+    done = f"{runs - todo} of {runs} runs {'is' if runs == 1 else 'are'} done already"
+    if not todo:
+        console.print(f"{done}; nothing to train", markup=False)
+    elif todo < runs:
+        console.print(f"{done}; training the other {todo}", markup=False)
+    else:
+        console.print(f"{runs} run{'s' if runs > 1 else ''} to train in {plan.study}", markup=False, soft_wrap=True)
+
+
+def _search_line(plan: Plan, search: SearchSettings) -> str:
+    arms = [arm for arm in plan.arms if arm.space]
+    trials = f"{search.trials} trials" if search.trials else "trials until the budget is used up"
+    seeds = len(arms[0].seeds)
+    repeated = f" x {seeds} seeds" if seeds > 1 else ""
+    tuned = dict.fromkeys(str(dimension) for arm in arms for dimension in arm.space)
+    fields = "; ".join(dimension + _where(dimension, arms) for dimension in tuned)
+    confirm = f", then the best on {len(search.confirm_seeds)} fresh seeds" if search.confirm_seeds else ""
+    arm_word = "arm" if len(arms) == 1 else "arms"
+    return f"{len(arms)} {arm_word}, {trials}{repeated} each{confirm}, in {plan.study}. Tuned: {fields}"
+
+
+def _where(dimension: str, arms: Sequence[Arm]) -> str:
+    """Which methods tune a dimension, where not every arm does: some have ranges of their own."""
+    tuning = [arm for arm in arms if dimension in map(str, arm.space)]
+    methods = dict.fromkeys(arm.default.method.name for arm in tuning)
+    return f" (method={','.join(methods)})" if len(tuning) < len(arms) else ""
+
+
+def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) -> dict[str, Record]:
+    """Prints the command's table, saves the study's, and raises where not every run completed."""
+    chosen = [request for requests in work.chosen().values() for request in requests]
+    found: dict[str, Record] = {}
+    for request in chosen:
+        if record.status(request.folder) is not None:
+            found[request.run_id] = record.read_record(request.folder)
+    several = len(work.how.objectives) > 1
+    if plan.tuned:
+        summary.show_search(work.table(), console)
+    if found:
+        summary.show(list(found.values()), console)
+        csv, markdown = summary.write(plan.study, _study_records(plan, found))
+        console.print(f"saved: {csv}, {markdown}", style="dim", soft_wrap=True)
+    failed = {run_id: one for run_id, one in {**outcome.records, **found}.items() if one.status == "failed"}
+    if outcome.interrupted and (work.running or work.outlook()):
+        raise Interrupted(_stopped(plan, found))
+    elsewhere = work.elsewhere()
+    if elsewhere:
+        what = "trials" if plan.tuned else "of these runs"
+        console.print(f"another command is still at work on {elsewhere} {what}; the same command later sums up all")
+    left = len(chosen) - len(found)
+    lines = [f"{row['arm']}: no trial completed" for row in work.table() if row["best"] is None and not several]
+    if failed or (left and not elsewhere):
+        lines += _failures(plan, failed, left, len(outcome.records) if plan.tuned else len(chosen))
+    if lines:
+        raise RunsFailed(lines)
+    return found
+
+
+def _stopped(plan: Plan, found: Mapping[str, Record]) -> str:
+    if plan.tuned:
+        return "stopped before every trial was done; the same command goes on from here"
+    left = len(plan.runs) - len(found)
+    return f"stopped with {len(found)} of {len(plan.runs)} runs done; the same command trains the other {left}"
+
+
+def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: Console) -> None:
+    """The dry run: every run (of a tuned arm, the default trial) with what it adapts and costs."""
+    from sweeper import naming
+
+    specs = [to_mapping(run.spec) for run in plan.runs]
+    fields = naming.varying(specs)
+    header = ["run", "placement", "rank", *fields, "modules", "trainable", "%", "train FLOPs", "est. memory", "status"]
+    costs = forecast.costs([run.spec for run in plan.runs], settings)
+    cells = []
+    for run, spec, cost in zip(plan.runs, specs, costs, strict=True):
+        flat = naming.flat(spec)
+        cells.append(
+            [
+                run.run_id,
+                str(flat["placement"]),
+                str(run.spec.rank),
+                *(str(flat.get(name)) for name in fields),
+                f"{cost.modules:,}",
+                f"{cost.parameters:,}",
+                f"{100 * cost.parameters / cost.total_parameters:.3f}",
+                text.amount(cost.flops),
+                text.size(cost.memory),
+                run.status or ("default trial" if plan.tuned else "to train"),
+            ]
+        )
+    console.out(text.aligned(header, cells), highlight=False)
+    console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
+    for line in forecast.notes([run.spec for run in plan.runs], costs):
+        console.print(line, markup=False, soft_wrap=True)
+    if plan.tuned:
+        console.print(_search_line(plan, search), markup=False)
+    for line in forecast.estimate(plan, search, settings, costs):
+        console.print(line, markup=False, soft_wrap=True)
+    runs = f"{len(plan.runs)} run{'' if len(plan.runs) == 1 else 's'}, {len(plan.todo)} to train; "
+    console.print(f"{'' if plan.tuned else runs}this was a dry run, nothing was trained", soft_wrap=True)
+
+
+def _study_records(plan: Plan, found: dict[str, Record]) -> list[Record]:
+    """The command's records, then those of former commands in the same study; unreadable ones are left out."""
+    others = []
+    for path in sorted(plan.study.glob(f"*/{record.RECORD}")):
+        if path.parent.name not in found:
+            try:
+                others.append(record.read_record(path.parent))
+            except (ValueError, KeyError, TypeError):
+                continue
+    return [*found.values(), *others]
+
+
+def _failures(plan: Plan, failed: dict[str, Record], left: int, runs: int) -> list[str]:
+    bad = len(failed) + left
+    lines = [f"{bad} of {max(runs, bad)} runs failed; the same command trains just these again"]
+    for run_id, one in failed.items():
+        error = one.error or {}
+        lines.append(f"{run_id}: {error.get('class', 'error')}: {error.get('message', 'no message')}")
+        repeat = _repeat(plan, one)
+        if repeat:
+            lines.append(f"  alone: {repeat}")
+    if left:
+        lines.append(f"{left} left no record")
+    return lines
+
+
+def _repeat(plan: Plan, failed: Record) -> str | None:
+    """The command that trains one run of a plan alone, if it is known how the run was typed."""
+    for arm in plan.arms:
+        mine = failed.search.get("arm") == arm.key or any(spec.run_id == failed.run_id for spec in arm.defaults)
+        if mine and arm.overrides:
+            return "python train.py " + shlex.join(_typed(arm, failed.spec))
+    return None
+
+
+def _typed(arm: Arm, spec: Mapping[str, Any]) -> list[str]:
+    """The overrides that compose a run of an arm alone, from the plain data of its spec."""
+    return list(arm.typed({dimension.key: look_up(spec, dimension.key) for dimension in arm.space}, spec["seed"]))

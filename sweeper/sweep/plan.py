@@ -1,0 +1,166 @@
+"""What a command would train: its runs less those done, checked before any weight is loaded."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sweeper import naming, record
+from sweeper.arms import Arm
+from sweeper.errors import Problems, SpecError, SweeperError
+from sweeper.search import check as checking
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings, to_mapping, unique
+
+if TYPE_CHECKING:
+    from sweeper.ranks.placement import Target
+
+DONE: tuple[record.Status, ...] = ("completed", "pruned", "diverged")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRun:
+    """A run of the command; `status` is that of its record, None where there is none."""
+
+    run_id: str
+    spec: RunSpec
+    folder: Path
+    status: record.Status | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All runs of a command, in grid order; of arms that are tuned, the trials with the default hyperparameters."""
+
+    study: Path
+    runs: tuple[PlannedRun, ...]
+    arms: tuple[Arm, ...]
+    retry_failed: bool = True
+
+    @property
+    def tuned(self) -> bool:
+        return any(arm.space for arm in self.arms)
+
+    @property
+    def fields(self) -> list[str]:
+        """What tells the runs of the command apart, besides placement and rank."""
+        varying = naming.varying([to_mapping(run.spec) for run in self.runs])
+        tuned = [dimension.key for arm in self.arms[:1] for dimension in arm.space]
+        return list(dict.fromkeys([*varying, *(key for key in tuned if key not in ("rank", *naming.GROUPS))]))
+
+    @property
+    def todo(self) -> tuple[PlannedRun, ...]:
+        if self.tuned:  # the search knows what it has left
+            return ()
+        done = DONE if self.retry_failed else (*DONE, "failed")
+        return tuple(run for run in self.runs if run.status not in done)
+
+
+def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None) -> Plan:
+    """The plan of a command, with everything that will be trained checked.
+
+    Raises:
+        Problems: what is wrong, one line each. Nothing has been written.
+    """
+    runs = []
+    for spec in (spec for arm in arms for spec in arm.defaults):
+        run_id = spec.run_id
+        folder = settings.folder / run_id
+        runs.append(PlannedRun(run_id=run_id, spec=spec, folder=folder, status=record.status(folder)))
+    plan = Plan(study=settings.folder, runs=tuple(runs), arms=tuple(arms), retry_failed=settings.retry_failed)
+    checking.check(arms, search or SearchSettings(), settings.folder)
+    check([run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)], settings)
+    return plan
+
+
+def check(specs: Sequence[RunSpec], settings: Settings) -> None:
+    """Raises `Problems` with a line for everything that would stop one of these runs."""
+    if not specs:
+        return
+    from sweeper import device, methods, models, tasks
+    from sweeper.sweep import tracking
+
+    problems: list[str] = []
+
+    def attempt(one: Callable[[], object]) -> bool:
+        try:
+            one()
+        except SweeperError as error:
+            problems.extend(error.lines)
+            return False
+        return True
+
+    attempt(lambda: tracking.check(settings))
+    attempt(lambda: _check_writable(settings.folder))
+    if settings.device.startswith("cuda"):
+        attempt(lambda: device.device_for(settings.device))
+    for dataset in unique(spec.dataset for spec in specs):
+        attempt(partial(tasks.check, dataset))
+    for dataset, evaluation in unique((spec.dataset, spec.evaluation) for spec in specs):
+        attempt(partial(tasks.check_evaluation, dataset, evaluation))
+    sound = {text for text, spec in _by_method(specs) if attempt(partial(methods.check, spec))}
+    found = unique(spec.model for spec in specs)
+    loadable = {repr(model) for model in found if attempt(partial(models.check, model))}
+    for model, dataset in unique((spec.model, spec.dataset) for spec in specs):
+        if repr(model) in loadable:
+            attempt(partial(models.check_length, model, dataset.max_length))
+    for spec in _distinct_targets(specs):
+        if repr(spec.model) in loadable and _method_text(spec) in sound:
+            attempt(partial(targets, spec))
+    if problems:
+        raise Problems(problems)
+
+
+def targets(spec: RunSpec) -> "tuple[Target, ...]":
+    """The modules a run adapts, from the model's structure alone.
+
+    Raises:
+        SweeperError: the placement does not fit the model, or the rank does not fit a module.
+    """
+    from sweeper import methods, models
+    from sweeper.ranks import allocation, placement
+
+    every = models.skeleton(spec.model)
+    chosen = placement.resolve(every, spec.placement, layers=placement.number_of_layers(every))
+    if spec.allocation.name == "uniform":
+        placement.check_rank(chosen, spec.rank, highest=methods.find(spec.method.name).highest)
+    allocation.ranks(spec, chosen, every)
+    return chosen
+
+
+def _check_writable(folder: Path) -> None:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise SpecError(
+            f"study folder {folder} cannot be written ({nearest}: {error.strerror}): choose another study=... "
+            "or output_root=..."
+        ) from None
+
+
+def _method_text(spec: RunSpec) -> str:
+    """All that a method's check looks at."""
+    return repr((spec.method, spec.placement, spec.allocation, spec.optim, spec.trainer, spec.evaluation.every_steps))
+
+
+def _by_method(specs: Iterable[RunSpec]) -> list[tuple[str, RunSpec]]:
+    return list({_method_text(spec): spec for spec in specs}.items())
+
+
+def _distinct_targets(specs: Iterable[RunSpec]) -> list[RunSpec]:
+    """One run for each model, method, placement, allocation and rank: what decides whether modules can be found."""
+    texts: dict[int, str] = {}
+
+    def text(section: object) -> str:
+        return texts.get(id(section)) or texts.setdefault(id(section), repr(section))
+
+    return list(
+        {
+            (text(spec.model), text(spec.method), text(spec.placement), text(spec.allocation), spec.rank): spec
+            for spec in specs
+        }.values()
+    )

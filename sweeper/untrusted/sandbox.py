@@ -1,0 +1,165 @@
+"""Runs programs that a model wrote, one process tree each, shut in by the kernel.
+
+A program sees no network, no process but its own, and a read-only file system but for an empty throw-away folder. CPU
+time, memory, processes, file size and wall time are limited, and the whole tree is killed when the time is over. What
+enforces that is in `jail.py`; `ready` tries it out on this machine, and where anything is not held nothing is
+run, unless the environment variable SWEEPER_UNSAFE_EXEC=1 says that the user answers for it. The check runs in the
+program's own process: a program that sets out to forge its verdict, rather than to do harm, can.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sweeper.errors import SweeperError
+
+JAIL = Path(__file__).with_name("jail.py")
+ALLOW = "SWEEPER_UNSAFE_EXEC"
+PASSED, WALL = "passed", "wall time"
+
+
+class SandboxError(SweeperError):
+    """Programs cannot be run safely on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Limits of one program: seconds of wall clock and CPU, bytes of address space a process, processes (threads
+    count), bytes of the working folder and of a file."""
+
+    wall_seconds: float = 10.0
+    cpu_seconds: int = 8
+    memory: int = 1 << 29
+    processes: int = 8
+    disk: int = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a program ended: `passed`, or why not (the class of an exception, a limit, or how it died)."""
+
+    reason: str
+
+    @property
+    def passed(self) -> bool:
+        return self.reason == PASSED
+
+
+def run_all(programs: Sequence[tuple[str, str]], limits: Limits | None = None) -> list[Outcome]:
+    """Runs the check of every (program, check), as many at once as there are CPUs.
+
+    A check is Python source that gets the program as the text `PROGRAM` and raises where it is wrong; it passes by
+    coming to its end.
+
+    Raises:
+        SandboxError: this machine cannot hold a program, see `ready`.
+    """
+    if not programs:
+        return []
+    contained = check()
+    with ThreadPoolExecutor(max_workers=min(len(programs), max(1, len(os.sched_getaffinity(0))))) as pool:
+        return list(pool.map(lambda one: run(one[0], one[1], limits or Limits(), contained=contained), programs))
+
+
+def run(program: str, check: str, limits: Limits, *, contained: bool = True) -> Outcome:
+    """Runs one check on one program. `contained` false leaves out namespaces and the read-only file system."""
+    token = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="sweeper-", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o755)  # the jail leaves root's identity before it enters
+        work, python = Path(folder, "work"), Path(folder, "python")
+        work.mkdir()
+        python.mkdir()
+        task = asdict(limits) | {
+            "program": program, "check": check, "token": token, "contained": contained,
+            "folder": str(work), "python": str(python),
+        }  # fmt: skip
+        process = subprocess.Popen(
+            [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-X", "utf8", str(JAIL)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, cwd="/", env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(work)},
+        )  # fmt: skip
+        try:
+            said, problem = process.communicate(json.dumps(task).encode(), timeout=limits.wall_seconds)
+        except subprocess.TimeoutExpired:
+            return Outcome(WALL)
+        finally:
+            _kill(process)
+    answer = said.decode(errors="replace")
+    if answer.startswith(token):
+        return Outcome(answer.removeprefix(token))
+    if process.returncode == 3 and problem:
+        raise SandboxError(f"a program cannot be shut in here: {problem.decode(errors='replace').strip()}")
+    return Outcome(f"died ({process.returncode})")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills the jail and, with its first process, everything in its namespace."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(Exception):
+        process.communicate(timeout=5)
+
+
+def check() -> bool:
+    """True where programs are shut in, False where the user has allowed them to run without that.
+
+    Raises:
+        SandboxError: neither.
+    """
+    if os.environ.get(ALLOW) == "1":
+        return False
+    ready()
+    return True
+
+
+HARMLESS = """\
+import decimal, math, random, re, socket
+x = math.comb(3, 3)
+with open("file", "w") as file:
+    file.write("x")
+"""
+# name of what must be held -> a program that comes to its end only where it is not
+PROBES = {
+    "network": "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())",
+    "file system": "import tempfile, os; [open(d + '/sweeper-probe', 'w') for d in ('/tmp', '/var/tmp', '/dev/shm')]",
+    "memory": "x = bytearray(1 << 30)",
+    "processes": (
+        "import os, time\nfor _ in range(40):\n    if os.fork() == 0:\n        time.sleep(1)\n        os._exit(0)"
+    ),
+    "processes of others": "import os\nassert os.getppid() <= 1\nos.kill(PARENT, 0)",
+    "capabilities": (
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "assert libc.mount(b'tmpfs', b'.', b'tmpfs', 0, None) == 0"
+    ),
+}
+
+
+@functools.cache
+def ready() -> None:
+    """Tries on this machine that a harmless program runs and that each limit holds; once a process.
+
+    Raises:
+        SandboxError: it cannot be enforced here; names what is not held.
+    """
+    limits = Limits(wall_seconds=20.0)
+    otherwise = f"leave the metric pass_at_1 out, or set {ALLOW}=1 to run programs without protection"
+    if sys.platform != "linux":
+        raise SandboxError(f"pass_at_1 runs generated programs shut in by Linux namespaces; {otherwise}")
+    try:
+        if not (harmless := run(HARMLESS, "exec(PROGRAM, globals())\nassert x == 1", limits)).passed:
+            raise SandboxError(f"a harmless program ended with {harmless.reason}")
+        for name, probe in PROBES.items():
+            if run("", probe.replace("PARENT", str(os.getpid())), limits).passed:
+                raise SandboxError(f"the limit on {name} does not hold")
+    except (SandboxError, OSError) as error:
+        raise SandboxError(f"pass_at_1 cannot run generated programs safely here ({error}); {otherwise}") from None

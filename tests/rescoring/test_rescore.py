@@ -1,0 +1,266 @@
+"""Saved adapters are scored as they were when they were trained; what is wrong is said before a model is loaded."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sweeper.engine import train_runs
+from sweeper.engine.events import RunFinished
+from sweeper.engine.requests import Fixed, RunRequest
+from sweeper.errors import DataError, Problems, SpecError
+from sweeper.record import read_record
+from sweeper.rescoring import command, rescore
+from sweeper.spec import DatasetSpec, EvaluationSpec, Settings
+from sweeper.sweep.display import make_console
+from sweeper.tasks.baseline import majority
+from sweeper.tasks.example import Example
+
+CHAIN = DatasetSpec(
+    name="chain_sum", family="chain_sum", train_examples=40, validation_examples=6, test_examples=8, max_length=64,
+    template="plain",
+)  # fmt: skip
+WORDS = ("red", "blue", "yellow", "brownish")
+TEST = EvaluationSpec(name="default", splits=("test", "general_text"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A study of two runs of different placement and rank, and its settings."""
+    return study(tmp_path_factory.mktemp("rescore"), "float32")
+
+
+def study(root: Path, precision: str) -> Settings:
+    from sweeper.ranks.placement import PLACEMENTS
+    from sweeper.spec import run_spec, to_mapping
+
+    settings = Settings(study="tiny", output_root=str(root), calibrate=False, device="cpu")
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 300,
+    }  # fmt: skip
+    requests = []
+    for placement, rank in (("attn", 4), ("full", 2)):
+        spec = run_spec(
+            {
+                "model": {"name": "tiny", "source": "random", "location": "llama", "config": sizes},
+                "dataset": to_mapping(CHAIN),
+                "method": {"name": "lora"},
+                "placement": {"name": placement, "roles": list(PLACEMENTS[placement])},
+                "allocation": {"name": "uniform"},
+                "rank": rank,
+                "optim": {"lr": 0.05},
+                "trainer": {"max_steps": 3, "batch_size": 2, "precision": precision},
+                "evaluation": to_mapping(TEST),
+            }
+        )
+        requests.append(RunRequest(run_id=spec.run_id, spec=spec, folder=settings.folder / spec.run_id))
+    events = list(train_runs(Fixed(requests), settings, should_stop=lambda: False))
+    assert [e.record.status for e in events if isinstance(e, RunFinished)] == ["completed"] * 2
+    return settings
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+def test_scores_are_those_of_the_record(precision: str, tolerance: float, tmp_path: Path) -> None:
+    settings = study(tmp_path, precision)
+    runs = rescore.find([settings.folder])
+    found = list(rescore.rescore(runs, [], TEST, settings))
+    assert len(found) == 4
+    for one in found:
+        scores = read_record(one.run.folder).scores[one.split]
+        assert one.score.nll == pytest.approx(scores["after"].nll, rel=tolerance)
+        assert one.base.nll == pytest.approx(scores["before"].nll, rel=tolerance)
+        assert one.score.metrics == scores["after"].metrics
+        assert abs(scores["after"].nll - scores["before"].nll) > 2e-2  # the adapters do something
+    assert [one.majority for one in found if one.split == "general_text"] == [{}, {}]
+
+
+def test_other_tasks_and_their_files(tiny: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    import dataclasses
+
+    other = dataclasses.replace(CHAIN, name="longer", options={"max_terms": 4, "max_digits": 3})
+    runs = rescore.find([tiny.folder])
+    found = list(rescore.rescore(runs, [CHAIN, other], EvaluationSpec(name="e", splits=("test",)), tiny))
+    assert [(one.dataset.name, one.score.examples) for one in found] == [("chain_sum", 8)] * 2 + [("longer", 8)] * 2
+    for run in runs:
+        plain = json.loads((run.folder / "evaluations" / "longer.json").read_text())
+        assert plain["run_id"] == run.folder.name
+        assert plain["splits"]["test"]["after"]["nll"] != plain["splits"]["test"]["before"]["nll"]
+        assert plain["splits"]["test"]["majority"].keys() == {"exact_match"}
+        rows = [
+            json.loads(line) for line in (run.folder / "evaluations" / "longer-test.jsonl").read_text().splitlines()
+        ]
+        assert [row["moment"] for row in rows] == ["before"] * 8 + ["after"] * 8
+    command.show(found, make_console())
+    shown = capsys.readouterr().out
+    assert shown.count("majority") == 2
+    assert shown.count("base tiny") == 2
+    assert shown.count("suite of chain_sum, longer") == 2
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing: no completed run with an adapter in it; give outputs/STUDY"):
+        rescore.find([tmp_path / "nothing"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "record.json").write_text("{}")
+    with pytest.raises(DataError, match="no completed run"):
+        rescore.find([tmp_path / "run"])
+
+
+def test_everything_wrong_is_said_at_once(tiny: Settings) -> None:
+    runs = rescore.find([tiny.folder])
+    bad = DatasetSpec(name="x", family="nowhere")
+    with pytest.raises(Problems) as caught:
+        rescore.check(runs, [bad], EvaluationSpec(name="e", splits=("tset",)))
+    assert [line.split(":")[0] for line in caught.value.lines] == ["dataset.family=nowhere", "evaluation.splits=tset"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            ["folder", "rank=4"],
+            SpecError,
+            r"rank: evaluate.py takes overrides of dataset, evaluation, trainer.device only",
+        ),
+        (["folder", "dataset.test_examples=5"], SpecError, r"dataset.FIELD=... needs dataset=NAME"),
+        (["dataset=chain_sum"], SpecError, r"no folder of runs given"),
+        (["folder", "dataset=chainsum"], Problems, r"dataset=chainsum: no such dataset. .* Did you mean chain_sum\?"),
+    ],
+)
+def test_a_wrong_command_says_what_is_right(
+    arguments: list[str], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", [str(root / "evaluate.py")])
+    with pytest.raises(error, match=message):
+        command.main(arguments)
+
+
+def test_the_command_scores_and_prints(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [str(root / "evaluate.py")])
+    options = ["dataset=chain_sum,icd10_chapter", "dataset.test_examples=21", "trainer.device=cpu"]
+    command.main([str(tiny.folder), *options])
+    shown = capsys.readouterr().out
+    assert "2 saved runs to score" in shown
+    assert "icd10_chapter, test: 21 examples" in shown
+    command.main(["--help"])
+    assert "python evaluate.py FOLDER" in capsys.readouterr().out
+
+
+def test_the_majority_baseline_by_hand(make_example: Callable[..., Example]) -> None:
+    splits = {
+        "train": [make_example("yes")] * 3 + [make_example("no")] * 2,
+        "test": [make_example("yes"), make_example("no"), make_example("no"), make_example("no", ("no", "never"))],
+    }
+    found = majority(splits, "test", ("exact_match", "choice_accuracy", "macro_f1", "pass_at_1"))
+    assert found["exact_match"] == 0.25
+    assert found["choice_accuracy"] == (1 + 0 + 0 + 0.5) / 4
+    assert found["macro_f1"] == pytest.approx((2 / 5 + 0) / 2)
+    assert "pass_at_1" not in found
+    assert majority({"train": (), "test": splits["test"]}, "test", ("exact_match",)) == {}
+
+
+@pytest.fixture
+def make_example() -> Callable[..., Example]:
+    return lambda response, choices=("yes", "no"): Example("i", "p", response, "g", choices=choices)
+
+
+def test_lm_eval_agrees_with_us(tiny: Settings, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """acc_norm of the adapters, loaded by stock PEFT, is our choice_accuracy; and generation compares alike."""
+    pytest.importorskip("lm_eval")
+    path = tmp_path / "choices.jsonl"
+    made = [{"prompt": f"Question {i}:", "response": WORDS[i % 4], "group": f"{i}"} for i in range(300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    choices = DatasetSpec(
+        name="choices", family="hub", path=str(tmp_path), train_examples=5, test_examples=30, template="plain",
+        metrics=("choice_accuracy",), max_length=64,
+        options={
+            "prompt": "{prompt}", "response": "{response}", "splits": {"train": "train"},
+            "choices": list(WORDS),
+        },
+    )  # fmt: skip
+    runs = rescore.find([tiny.folder])
+    ours = list(rescore.rescore(runs, [choices], EvaluationSpec(name="e", splits=("test",)), tiny))
+    by_them = EvaluationSpec(name="lm_eval", splits=("test",), options={"batch_size": 4})
+    rescore.check(runs, [choices], by_them)
+    theirs = list(rescore.harness(runs, [choices, CHAIN], by_them, tiny))
+    for us, them in zip(ours, theirs, strict=True):
+        assert us.run == them.run
+        assert them.scores["choices"]["acc_norm"] == pytest.approx(us.score.metrics["choice_accuracy"])
+        assert them.base["choices"]["acc_norm"] == pytest.approx(us.base.metrics["choice_accuracy"])
+        assert them.scores["chain_sum"] == {"exact_match": 0.0}
+        plain = json.loads((us.run.folder / "evaluations" / "lm_eval.json").read_text())
+        assert plain["after"] == them.scores
+    assert all(0 < us.base.metrics["choice_accuracy"] < 1 for us in ours)
+    command.show_harness(theirs, make_console())
+    assert capsys.readouterr().out.count("by lm-eval") == 2
+
+
+def test_a_dataset_that_many_runs_share_is_checked_once(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, checked = rescore.find([tiny.folder]), list[DatasetSpec]()
+    monkeypatch.setattr("sweeper.tasks.check", lambda dataset, **_: checked.append(dataset))
+    rescore.check(runs, [run.spec.dataset for run in runs], TEST)
+    assert checked == [CHAIN]
+
+
+def test_scores_of_lm_eval_stay_when_other_tasks_are_asked_for(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sweeper.rescoring import lm_harness
+
+    monkeypatch.setattr(lm_harness, "as_task", lambda *_: "ours")
+    runs = [replace(rescore.find([tiny.folder])[0], folder=tmp_path)]
+    monkeypatch.setattr(rescore, "adapted_model", lambda base, run: base.model)
+    for name, value in (("one", 0.1), ("two", 0.2), ("one", 0.3)):
+        scores = {name: {"acc": value}}
+        monkeypatch.setattr(lm_harness, "score", lambda *_, scores=scores: scores)
+        list(rescore.harness(runs, [], EvaluationSpec(name="lm_eval", splits=("test",)), tiny))
+    plain = json.loads((tmp_path / "evaluations" / "lm_eval.json").read_text())
+    assert plain["before"] == plain["after"] == {"one": {"acc": 0.3}, "two": {"acc": 0.2}}
+
+
+def test_the_limit_is_for_tasks_of_lm_eval_alone(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch, make_example: Callable[..., Example]
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from sweeper import models
+    from sweeper.rescoring import lm_harness
+
+    limits: dict[str, int | None] = {}
+
+    def evaluate(tasks: Sequence[Any], limit: int | None, **_: Any) -> dict[str, Any]:
+        limits.update({task if isinstance(task, str) else "ours": limit for task in tasks})
+        return {"results": {}}
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    # the real one reads the files of all tasks, for ten seconds
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: SimpleNamespace(all_tasks=["wikitext"]))
+    (run, _) = rescore.find([tiny.folder])
+    base = models.load(run.spec.model, dtype=torch.float32, device=torch.device("cpu"))
+    task = lm_harness.as_task(CHAIN, [make_example("yes")], base.tokenizer)
+    lm_harness.score(base.model, base.tokenizer, [task, "wikitext"], {"limit": 2})
+    assert limits == {"ours": None, "wikitext": 2}
+
+
+def test_lm_eval_is_for_saved_adapters_and_not_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sweeper import tasks
+    from sweeper.rescoring import lm_harness
+
+    by_them = EvaluationSpec(name="lm_eval", splits=("test",), options={"tsks": []})
+    with pytest.raises(SpecError, match=r"scores saved adapters: .* evaluate.py outputs/STUDY dataset=chain_sum"):
+        tasks.check_evaluation(CHAIN, by_them)
+    with pytest.raises(SpecError, match=r"evaluation.options=tsks: .* Did you mean tasks\?"):
+        lm_harness.check(by_them)
+    program = DatasetSpec(name="p", family="human_eval", metrics=("pass_at_1",), max_new_tokens=9)
+    with pytest.raises(SpecError, match="evaluation=default does that in a sandbox"):
+        lm_harness.as_task(program, [], None)  # type: ignore[arg-type]
+    monkeypatch.setattr(lm_harness, "is_installed", lambda name: False)
+    with pytest.raises(SpecError, match=r"needs the Python package lm-eval: make lm-eval, or pip install"):
+        lm_harness.check(EvaluationSpec(name="lm_eval"))

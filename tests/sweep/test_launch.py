@@ -1,0 +1,191 @@
+"""A whole command with a stand-in for the engine: train, repeat, fail, stop."""
+
+import csv
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sweeper import compose, record
+from sweeper.arms import grouped
+from sweeper.engine.events import RunFinished, Step
+from sweeper.errors import Interrupted, RunsFailed
+from sweeper.record import Record
+from sweeper.search.settings import SearchSettings
+from sweeper.spec import RunSpec, Settings
+from sweeper.sweep import launch, scheduler
+
+
+@pytest.fixture
+def specs(composer: Any) -> tuple[RunSpec, ...]:
+    return compose.expand(["experiment=smoke", "placement=attn,ff", "rank=4,8"], composer).specs
+
+
+def test_every_run_is_trained_once_and_then_never_again(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = launch.train(grouped(specs), study, engine=engine)
+    assert engine.trained == [spec.run_id for spec in specs]
+    assert list(first) == engine.trained
+    out = capsys.readouterr().out
+    assert "4 runs to train" in out
+    table = out[out.index("placement ") :]
+    again = launch.train(grouped(specs), study, engine=engine)
+    assert len(engine.trained) == 4
+    assert again == first
+    out = capsys.readouterr().out
+    assert out.startswith("4 of 4 runs are done already; nothing to train\n")
+    assert table in out
+
+
+def test_others_can_read_what_a_study_leaves(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
+    former = os.umask(0o027)
+    try:
+        launch.train(grouped(specs[:1]), study, engine=engine)
+    finally:
+        os.umask(former)
+    left = [path for path in study.folder.rglob("*") if path.is_file()]
+    assert {path.name for path in left} == {"record.json", "summary.csv", "summary.md"}
+    assert {path.stat().st_mode & 0o777 for path in left} == {0o640}
+
+
+def test_more_runs_extend_a_study(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch.train(grouped(specs[:3]), study, engine=engine)
+    launch.train(grouped(specs), study, engine=engine)
+    assert engine.trained == [spec.run_id for spec in specs]
+    assert "3 of 4 runs are done already; training the other 1" in capsys.readouterr().out
+
+
+def test_the_saved_table_is_that_of_the_study(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
+    launch.train(grouped(specs[:3]), study, engine=engine)
+    launch.train(grouped(specs[3:]), study, engine=engine)
+    with (study.folder / "summary.csv").open() as file:
+        ids = {row["run_id"] for row in csv.DictReader(file)} - {""}
+    assert ids == {spec.run_id for spec in specs}
+
+
+def test_a_failed_run_stops_no_other_and_the_command_says_so(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any
+) -> None:
+    engine.fail = {specs[1].run_id}
+    with pytest.raises(RunsFailed, match=r"(?s)1 of 4 runs failed; the same command.*OutOfMemoryError: no room"):
+        launch.train(grouped(specs), study, engine=engine)
+    assert len(engine.trained) == 4
+    engine.fail = set()
+    launch.train(grouped(specs), study, engine=engine)
+    assert engine.trained[4:] == [specs[1].run_id]
+
+
+def test_one_run_returns_its_objective(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
+    assert launch.train_one(specs[0], study, engine=engine) == 0.25
+    assert launch.train_one(specs[0], study, engine=engine) == 0.25
+    assert engine.trained == [specs[0].run_id]
+
+
+def test_ctrl_c_once_stops_after_the_step_and_resumes(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
+    engine.stop_after = 6  # in the second run
+    engine.interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped with 1 of 4 runs done; the same command trains the other 3"):
+        launch.train(grouped(specs), study, engine=engine)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert engine.trained == [specs[0].run_id]
+    engine.stop_after = None
+    assert len(launch.train(grouped(specs), study, engine=engine)) == 4
+    assert engine.trained == [spec.run_id for spec in specs]
+
+
+def test_ctrl_c_while_the_last_runs_train_is_no_failure(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any
+) -> None:
+    engine.stop_after = 1
+    engine.interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped with 0 of 1 runs done; the same command trains the other 1"):
+        launch.train(grouped(specs[:1]), study, engine=engine)
+
+
+def test_ctrl_c_twice_stops_at_once(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    engine.stop_after, engine.interrupt = 1, twice
+    with pytest.raises(KeyboardInterrupt):
+        launch.train(grouped(specs), study, engine=engine)
+    assert engine.trained == []
+
+
+def test_a_dry_run_trains_and_writes_nothing(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch.train(grouped(specs), dataclasses.replace(study, dry_run=True), engine=engine)
+    out = capsys.readouterr().out
+    assert all(spec.run_id in out for spec in specs)
+    assert "4 runs, 4 to train; this was a dry run" in out
+    assert not engine.trained
+    assert not study.folder.exists()
+
+
+def test_observers_see_every_event_in_order(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
+    seen: list[Any] = []
+    work = scheduler.Scheduler(grouped(specs), [spec.run_id for spec in specs], study, observers=[seen.append])
+    outcome = scheduler.run(work, train=engine)
+    assert [event.record.run_id for event in seen if isinstance(event, RunFinished)] == list(outcome.records)
+    assert sum(isinstance(event, Step) for event in seen) == sum(spec.trainer.max_steps for spec in specs)
+    assert not outcome.interrupted
+
+
+def test_a_run_without_scores_has_no_objective(make_record: Callable[..., Record]) -> None:
+    assert launch.objective(make_record(scores={})) is None
+    assert launch.objective(None) is None
+
+
+class JobLauncher:
+    """Stands for any Hydra launcher: a run a job."""
+
+    def __init__(self, jobs: Callable[[list[str]], None]) -> None:
+        self.jobs = jobs
+        self.calls: list[list[str]] = []
+
+    def launch(self, job_overrides: list[list[str]], initial_job_idx: int) -> None:
+        for overrides in job_overrides:
+            self.calls.append(overrides)
+            self.jobs(overrides)
+
+
+def test_another_launcher_gets_a_run_a_job(composer: Any, study: Settings, make_record: Callable[..., Record]) -> None:
+    found = compose.expand(["experiment=smoke", "placement=attn,ff", "rank=4,8"], composer)
+    found = dataclasses.replace(found, settings=study)
+
+    def job(overrides: list[str]) -> None:
+        spec, _ = compose.from_config(composer.compose(overrides))
+        if spec.rank == 4:
+            record.write_record(study.folder / spec.run_id, make_record(spec))
+
+    launcher = JobLauncher(job)
+    with pytest.raises(RunsFailed, match="2 of 4 runs failed"):
+        launch.sweep(found, SearchSettings(), launcher)
+    assert len(launcher.calls) == 4
+    with pytest.raises(RunsFailed):
+        launch.sweep(found, SearchSettings(), launcher)
+    assert [call[1:] for call in launcher.calls[4:]] == [
+        ["placement=attn", "rank=8", "seed=0"],
+        ["placement=ff", "rank=8", "seed=0"],
+    ]
+
+
+def test_a_scheduler_off_the_main_thread_needs_no_signals(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any
+) -> None:
+    import threading
+
+    work = scheduler.Scheduler(grouped(specs), [spec.run_id for spec in specs], study)
+    thread = threading.Thread(target=lambda: scheduler.run(work, train=engine))
+    thread.start()
+    thread.join()
+    assert len(engine.trained) == 4

@@ -1,0 +1,112 @@
+"""A plan is what is missing, checked; a plan that cannot be carried out leaves nothing behind."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeper import compose, record
+from sweeper.arms import grouped
+from sweeper.errors import Problems
+from sweeper.record import Record
+from sweeper.spec import RunSpec, Settings
+from sweeper.sweep import plan
+
+
+@pytest.fixture
+def specs(composer: Any) -> tuple[RunSpec, ...]:
+    return compose.expand(["experiment=smoke", "placement=attn,ff", "rank=4,8"], composer).specs
+
+
+def test_finished_runs_are_not_planned_again(
+    specs: tuple[RunSpec, ...], study: Settings, make_record: Callable[..., Record]
+) -> None:
+    for spec, status in zip(specs, ("completed", "diverged", "failed"), strict=False):
+        record.write_record(study.folder / spec.run_id, make_record(spec, status=status))
+    made = plan.make(grouped(specs), study)
+    assert [run.status for run in made.runs] == ["completed", "diverged", "failed", None]
+    assert [run.run_id for run in made.todo] == [specs[2].run_id, specs[3].run_id]
+    once = plan.make(grouped(specs), dataclasses.replace(study, retry_failed=False))
+    assert [run.run_id for run in once.todo] == [specs[3].run_id]
+
+
+def test_a_broken_record_counts_as_missing(specs: tuple[RunSpec, ...], study: Settings) -> None:
+    folder = study.folder / specs[0].run_id
+    folder.mkdir(parents=True)
+    (folder / record.RECORD).write_text('{"schema": 1, "status"')
+    assert plan.make(grouped(specs), study).runs[0].status is None
+
+
+def problems(overrides: list[str], composer: Any, study: Settings) -> tuple[str, ...]:
+    found = compose.expand(["experiment=smoke", *overrides], composer)
+    settings = dataclasses.replace(found.settings, output_root=study.output_root)
+    with pytest.raises(Problems) as caught:
+        plan.make(found.arms, settings)
+    assert not settings.folder.exists()
+    return caught.value.lines
+
+
+def test_texts_longer_than_a_models_learned_positions_are_refused(composer: Any, study: Settings) -> None:
+    lines = problems(["model=tiny_gpt2", "dataset.max_length=513"], composer, study)
+    assert lines == ("dataset.max_length=513: model=tiny_gpt2 has learned 512 positions. Choose at most 512.",)
+    for model, length in (("tiny_gpt2", 512), ("tiny_llama", 513), ("tiny_neox", 513)):
+        found = compose.expand(["experiment=smoke", f"model={model}", f"dataset.max_length={length}"], composer)
+        plan.make(found.arms, study)
+
+
+def test_what_does_not_fit_the_model_is_told_at_once(composer: Any, study: Settings) -> None:
+    lines = problems(["placement=attn,ff", "rank=4,65", "placement.layers=all,last:9,lowr"], composer, study)
+    text = "\n".join(lines)
+    assert "rank=65 is above the size of model.layers.0.self_attn.q_proj" in text
+    assert "placement.layers=last:9: this model has 4 layers" in text
+    assert "placement.layers=lowr: no such choice of layers. Choose from all" in text
+    assert len(lines) == len(set(lines))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["trainer.device=cuda:77"], "trainer.device=cuda:77: no such device here"),
+        (["dataset=jsonl", "dataset.path=/nowhere/x.jsonl"], "/nowhere/x.jsonl"),
+        (["model=path", "model.location=/nowhere"], "/nowhere"),
+        (["placement=custom", "placement.patterns=[nothing_like_it]"], "matches no module"),
+        (["tracking=wandb", "+tracking.projct=1"], "tracking.projct: no such field"),
+        (["dataset.template=chatt"], "Did you mean chat?"),
+        (["allocation=importance", "allocation.options.score=gradent"], "Did you mean gradient?"),
+        (["allocation=importance", "allocation.budget=9G"], "allocation=importance: ranks 1 to"),
+    ],
+)
+def test_each_mistake_has_its_line(overrides: list[str], line: str, composer: Any, study: Settings) -> None:
+    found = problems(overrides, composer, study)
+    assert len(found) == 1
+    assert line in found[0]
+
+
+def test_a_folder_that_cannot_be_written_is_told(specs: tuple[RunSpec, ...], study: Settings, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("mine")
+    with pytest.raises(Problems, match=r"cannot be written .*choose another study"):
+        plan.make(grouped(specs), dataclasses.replace(study, output_root=str(blocked)))
+    assert blocked.read_text() == "mine"
+
+
+def test_a_finished_study_needs_no_model(
+    make_spec: Callable[..., RunSpec], study: Settings, make_record: Callable[..., Record]
+) -> None:
+    """Nothing to train, nothing to check: the data or model may be gone since."""
+    spec = make_spec(model={"source": "path", "location": "/gone"})
+    record.write_record(study.folder / spec.run_id, make_record(spec))
+    assert not plan.make(grouped([spec]), study).todo
+
+
+def test_records_are_read_only_while_planning(
+    specs: tuple[RunSpec, ...], study: Settings, make_record: Callable[..., Record]
+) -> None:
+    path = record.write_record(study.folder / specs[0].run_id, make_record(specs[0]))
+    before = path.read_text()
+    plan.make(grouped(specs), study)
+    assert path.read_text() == before
+    assert json.loads(before)["status"] == "completed"

@@ -1,0 +1,140 @@
+"""Hostile programs end where they are and score nothing; what they were after is untouched."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sweeper.untrusted import sandbox
+from sweeper.untrusted.sandbox import Limits, SandboxError
+
+# A program is right if it defines answer() == 42; a hostile one may do what it likes before.
+CHECK = "exec(PROGRAM, globals())\nassert answer() == 42"
+LIMITS = Limits(wall_seconds=3.0, cpu_seconds=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ready() -> None:
+    try:
+        sandbox.ready()
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+def processes() -> set[str]:
+    """Command lines of the jails that run."""
+    lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {line for line in lines if str(sandbox.JAIL) in line}
+
+
+def test_right_and_wrong_programs() -> None:
+    programs = [
+        ("def answer(): return 42", CHECK),
+        ("def answer(): return 41", CHECK),
+        ("def answer(: return 42", CHECK),
+        ("", CHECK),
+        ("import math, random, re, decimal, itertools\ndef answer(): return math.comb(7, 2) * 2", CHECK),
+    ]
+    reasons = [outcome.reason for outcome in sandbox.run_all(programs, LIMITS)]
+    assert reasons == ["passed", "AssertionError", "SyntaxError", "NameError", "passed"]
+
+
+HOSTILE = {
+    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "endless loop": "while True: pass",
+    "sleep": "import time; time.sleep(60)",
+    "10 GB of memory": "x = bytearray(10 << 30)",
+    "memory in pieces": "x = []\nwhile True: x.append(bytearray(1 << 20))",
+    "threads": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
+    "a file without end": "with open('file', 'wb') as f:\n    while True: f.write(bytes(1 << 20))",
+    "many files": "n = 0\nwhile True:\n    n += 1\n    with open(f'{n}', 'wb') as f: f.write(bytes(1 << 20))",
+    "exit as if all were well": "import os; os._exit(0)",
+    "exit": "import sys; sys.exit(0)",
+    "a signal to itself": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "deep recursion": "def f(): return f()\nf()",
+    "a socket": "import socket; socket.create_connection(('127.0.0.1', PORT), timeout=2)",
+    "a name": "import socket; socket.getaddrinfo('localhost', 80); socket.create_connection(('localhost', PORT))",
+    "its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
+    "the parent outside": "import os, signal; os.kill(PARENT, signal.SIGKILL)",
+    "all": "import os, signal; os.kill(-1, signal.SIGKILL)",
+    "a daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)",
+    "a file outside": "open('OUTSIDE/file', 'w').write('x')",
+    "a deletion outside": "import os; os.unlink('OUTSIDE/kept')",
+    "another mount": (
+        "import ctypes, os\nlibc = ctypes.CDLL(None)\nassert libc.mount(None, b'/', None, 32 | 4096, None) == 0"
+    ),
+    "another user namespace": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
+    "its limits": "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "noise": "while True: print('x' * 10000)",
+    "noise wherever it can be heard": (
+        "import os\nwhile True:\n    for fd in range(64):\n        try: os.write(fd, b'passed' * 10000)\n"
+        "        except OSError: pass"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_are_held_and_score_nothing(name: str, tmp_path: Path) -> None:
+    import socket
+
+    kept = tmp_path / "kept"
+    kept.write_text("here")
+    os.chmod(tmp_path, 0o777)
+    before = processes()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.0)
+        program = HOSTILE[name].replace("PARENT", str(os.getpid())).replace("OUTSIDE", str(tmp_path))
+        program = program.replace("PORT", str(server.getsockname()[1]))
+        began = time.monotonic()
+        outcome = sandbox.run(program, CHECK, LIMITS)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert not outcome.passed
+    assert time.monotonic() - began < LIMITS.wall_seconds + 3
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert kept.read_text() == "here"
+    assert processes() <= before
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nassert not [p for p in os.listdir('/proc') if p.isdigit() and int(p) > 60]",
+        "import os\nassert sum(1 for _ in os.scandir('.')) == 0",
+        "import os\nassert not set(os.environ) - {'OMP_NUM_THREADS', 'PATH', 'HOME', 'LC_CTYPE', 'PWD'}",
+        "import socket\nassert [name for _, name in socket.if_nameindex()] in ([], ['lo'])",
+        "try: token\nexcept NameError: pass\nelse: raise AssertionError",
+    ],
+)
+def test_a_program_sees_nothing_of_outside(program: str) -> None:
+    assert sandbox.run(program + "\ndef answer(): return 42", CHECK, LIMITS).passed
+
+
+def test_where_a_limit_does_not_hold_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "PROBES", {"thoughts": "pass"})
+    sandbox.ready.cache_clear()
+    message = (
+        r"cannot run generated programs safely here \(the limit on thoughts does not hold\); .*SWEEPER_UNSAFE_EXEC=1"
+    )
+    try:
+        with pytest.raises(SandboxError, match=message):
+            sandbox.run_all([("", "pass")])
+        monkeypatch.setenv(sandbox.ALLOW, "1")
+        assert sandbox.run_all([("def answer(): return 42", CHECK)])[0].passed
+    finally:
+        sandbox.ready.cache_clear()
+
+
+def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    sandbox.ready.cache_clear()
+    try:
+        with pytest.raises(
+            SandboxError, match="Linux namespaces; leave the metric pass_at_1 out, or set SWEEPER_UNSAFE"
+        ):
+            sandbox.check()
+    finally:
+        sandbox.ready.cache_clear()
