@@ -51,6 +51,29 @@ def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
     raise AssertionError
 
 
+def reach(url: str) -> None:
+    """Looks whether the database of a search is there and writes nothing: its tables are made when the search begins.
+
+    Raises:
+        SpecError: the database cannot be reached or its driver is not installed.
+    """
+    import sqlalchemy
+
+    try:
+        given = sqlalchemy.make_url(url)
+        if given.get_backend_name() == "sqlite" and not (file := Path(given.database or "").absolute()).is_file():
+            if not os.access(file.parent, os.W_OK):  # to look into a file that is not there would make it
+                raise _unusable(OSError(f"{file.parent} is no folder that can be written"))
+            return
+        engine = sqlalchemy.create_engine(given)
+        try:
+            sqlalchemy.inspect(engine).get_table_names()
+        finally:
+            engine.dispose()
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise _unusable(error) from None
+
+
 def _unusable(error: Exception) -> SpecError:
     reason = str(error).strip().splitlines()[0]
     return SpecError(f"hydra.sweeper.storage: the database cannot be used ({reason})")
