@@ -122,6 +122,7 @@ def test_a_turn_asks_ray_at_most_once_what_there_is(crew: Any, monkeypatch: pyte
     assert [options["num_gpus"] for options in hired] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_of_its_pack_loses_nothing(root: Path, tmp_path: Path) -> None:
     axes = ["placement=attn,ff", "rank=2,4,8", "trainer.max_steps=150"]
     process = driver(root, tmp_path, "killed", axes)
@@ -143,6 +144,7 @@ def test_a_worker_killed_in_the_middle_of_its_pack_loses_nothing(root: Path, tmp
         assert steps == list(range(1, 151))
 
 
+@pytest.mark.slow
 def test_a_search_over_two_workers_prunes_and_stops_when_asked(root: Path, tmp_path: Path) -> None:
     axes = [
         "placement=attn,ff", "rank=4", "optim.lr=tag(log,interval(1e-4,1e-1))", "hydra.sweeper.n_trials=8",
