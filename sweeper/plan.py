@@ -120,6 +120,8 @@ def targets(spec: RunSpec) -> "tuple[Target, ...]":
     """
     from sweeper import allocation, methods, models, placement
 
+    if spec.allocation.options and spec.allocation.name != "importance":
+        raise SpecError(f"allocation.options: allocation={spec.allocation.name} has none, importance has")
     every = models.skeleton(spec.model)
     chosen = placement.resolve(every, spec.placement, layers=placement.number_of_layers(every))
     if spec.allocation.name == "uniform":
