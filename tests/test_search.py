@@ -407,6 +407,16 @@ def test_a_dry_run_looks_for_the_database_and_writes_nothing_to_it(
     assert len(optuna.get_all_study_names(f"sqlite:///{new}")) == 1
 
 
+def test_tables_of_another_optuna_are_one_line(tmp_path: Path) -> None:
+    settings = SearchSettings(storage=f"sqlite:///{tmp_path / 'searches.db'}")
+    storage.open_storage(settings, tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "searches.db")) as kept, kept:
+        kept.execute("UPDATE alembic_version SET version_num = 'v2.4.0.a'")
+    with pytest.raises(SpecError, match=r"cannot be used \(.*optuna storage upgrade") as caught:
+        storage.open_storage(settings, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_driver_that_starts_waits_for_another_that_is_about_to_sign_its_trial(
     go: Any, study: Settings, bowl: BowlEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
     """The storage of a study's searches: the URL that was given, or a journal file in the study folder.
 
     Raises:
-        SpecError: the database cannot be reached or its driver is not installed.
+        SpecError: the database cannot be reached, its driver is not installed, or its tables are of another Optuna.
     """
     if settings.storage is None:
         study.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
             if last:
                 raise _unusable(error) from None
             time.sleep(1)  # another driver is making the tables at this moment
-        except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:  # the last: of another Optuna
             raise _unusable(error) from None
     raise AssertionError
 
