@@ -70,22 +70,29 @@ def _run(options: argparse.Namespace) -> int:
     # Slow imports wait until there is something to do.
     from analysis import report, tables
     from analysis.analyse import analyse
+    from analysis.written import others
 
     found = analyse(study, metric=options.metric, tuned=options.tuned, draws=options.draws, seed=options.seed)
     written = tables.write(found, options.out / "tables")
     absent: dict[str, str] = {}
+    drawn: list[Path] = []
     if not options.no_figures:
         from analysis import figures
 
-        made, absent = figures.write(found, options.out / "figures")
-        written += made
-    written.append(report.write(found, options.out, absent=absent))
+        drawn, absent = figures.write(found, options.out / "figures")
+        written += drawn
+    written.append(report.write(found, options.out, absent=absent, drawn=drawn))
     for kind in options.export:
         written += exchange.write(found, options.out / kind, kind)
     for name, reason in absent.items():
         print(f"no figure {name}: {reason}")
     for row in found.tables["checks"].to_dict("records"):
         print(f"check: {row['check']}: {row['subject']}: {row['message']}")
+    for folder in dict.fromkeys([options.out / "figures", *(path.parent for path in written)]):
+        strange = others(folder, written) if folder != options.out else []
+        if strange:
+            more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+            print(f"not of this analysis, left in {folder}/: {', '.join(strange[:5])}{more}")
     print(f"{len(written)} files in {options.out}/; start with {options.out}/report.html")
     return 0
 

@@ -53,7 +53,7 @@ def from_published(path: Path) -> Rows:
     Raises:
         ValueError: it does not.
     """
-    plain = json.loads(path.read_text())
+    plain = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(plain, dict) or not isinstance(plain.get("rows"), list):
         raise ValueError(f"--import {path}: a published table is an object with source, model, dataset and rows")
     model = plain.get("model") or {}

@@ -21,6 +21,7 @@ from analysis.arms import BASE, FULL, higher_is_better
 from analysis.pareto import front
 from analysis.style import COLUMN, GREY, TEXT, Look, looks, styled
 from analysis.tables import number, title
+from analysis.written import settle
 
 Maker = Callable[[Analysis], Figure | str]
 """Makes a figure, or says why the study has no data for it."""
@@ -236,7 +237,7 @@ def write(
     analysis: Analysis, folder: Path, *, only: Sequence[str] = (), workers: int = 2
 ) -> tuple[list[Path], dict[str, str]]:
     """Saves every figure as PDF and PNG, on two processes where the system can fork. Returns the files, and for figures
-    left out the reason."""
+    left out the reason. Those that a former analysis wrote there and this one does not have are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in makers(analysis) if not only or name in only]
     with styled():  # makes the font that the processes share
@@ -251,6 +252,7 @@ def write(
     else:
         found = _save(analysis, names, folder)
     written = [folder / f"{name}.{suffix}" for name in names if found[name] is None for suffix in ("pdf", "png")]
+    settle(folder, written, among=[f"{name}.{suffix}" for name in only for suffix in ("pdf", "png")] or None)
     return written, {name: reason for name in names if (reason := found[name]) is not None}
 
 
@@ -271,8 +273,6 @@ def _save(analysis: Analysis, names: Sequence[str], folder: Path) -> dict[str, s
             made = makers(analysis)[name](analysis) if analysis.found.arms else "no completed run"
             if isinstance(made, str):
                 found[name] = made
-                for suffix in ("pdf", "png"):
-                    (folder / f"{name}.{suffix}").unlink(missing_ok=True)
                 continue
             made.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
             made.set_layout_engine("none")

@@ -125,7 +125,7 @@ class Study:
     def _lines(self, path: Path, wanted: str) -> list[dict[str, Any]]:
         # One parse of the lines that matter is four times faster than a parse of each line.
         try:
-            lines = path.read_text().splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
             return []
         kept = [line for line in lines if wanted in line] or [line for line in lines if line.strip()]
@@ -227,7 +227,7 @@ def _read(folder: Path, study: Study) -> dict[str, Any] | None:
         study.note(Problem(folder=str(folder), kind=kind, message=message))
 
     try:
-        text = (folder / RECORD).read_text()
+        text = (folder / RECORD).read_text(encoding="utf-8")
     except FileNotFoundError:
         problem("no record", "the run has not finished or was cut off; repeating its command completes it")
         return None

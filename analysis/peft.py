@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.analyse import Analysis
+from analysis.written import settle
 from sweeper.record import ADAPTER
 
 
@@ -31,7 +32,8 @@ def to_peft(analysis: Analysis, folder: Path) -> list[Path]:
         plain = _peft_result(row, solo=solo, split=analysis.found.split, loss=losses.get(row["run_id"]))
         stem = plain["run_info"]["experiment_name"].replace("/", "--")
         written.append(folder / f"{stem}.json")
-        written[-1].write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+        written[-1].write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    settle(folder, written)
     return written
 
 
@@ -118,7 +120,7 @@ def _train_config(row: Mapping[str, Any]) -> dict[str, Any]:
 def _peft_config(row: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter's own configuration where the run kept it, else the same fields from its record."""
     path = Path(str(row.get("folder"))) / ADAPTER / "adapter_config.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     roles = [role for role in str(row.get("placement.roles") or "").split(",") if role]
     stand_in = {
         "r": int(row["rank"]),
@@ -156,7 +158,7 @@ def from_peft(folder: Path) -> list[dict[str, Any]]:
     """
     rows, task = [], folder.parent.name if folder.name == "results" else folder.name
     for path in sorted(folder.glob("*.json")):
-        plain = json.loads(path.read_text())
+        plain = json.loads(path.read_text(encoding="utf-8"))
         if not (isinstance(plain, dict) and {"run_info", "train_info"} <= set(plain)):
             continue
         rows.append(_from_peft_result(plain, task, path))

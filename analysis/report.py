@@ -30,29 +30,32 @@ FIGURE_TEXT = {
 }
 
 
-def write(analysis: Analysis, folder: Path, *, absent: Mapping[str, str] | None = None) -> Path:
-    """Writes report.html; figures that lie in `folder`/figures are put into it."""
+def write(
+    analysis: Analysis, folder: Path, *, absent: Mapping[str, str] | None = None, drawn: Sequence[Path] | None = None
+) -> Path:
+    """Writes report.html with the figures `drawn` of this analysis; by default those that lie in `folder`/figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    plain = json.dumps(content(analysis, folder / "figures", absent or {}), separators=(",", ":"), allow_nan=False)
+    images = [*(folder / "figures").glob("*.png")] if drawn is None else [p for p in drawn if p.suffix == ".png"]
+    plain = json.dumps(content(analysis, images, absent or {}), separators=(",", ":"), allow_nan=False)
     parts = {
         "TITLE": html.escape(f"{analysis.study.name or 'imported runs'}: LoRA placement study"),
-        "STYLE": (_HERE / "report.css").read_text(),
-        "SCRIPT": (_HERE / "report.js").read_text(),
+        "STYLE": (_HERE / "report.css").read_text(encoding="utf-8"),
+        "SCRIPT": (_HERE / "report.js").read_text(encoding="utf-8"),
         # Inside a script element only "<" could end it early or open a comment.
         "DATA": plain.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"),
     }
-    pieces = (_HERE / "report.html").read_text().split("@@")
+    pieces = (_HERE / "report.html").read_text(encoding="utf-8").split("@@")
     text = "".join(parts.get(piece, piece) if i % 2 else piece for i, piece in enumerate(pieces))
     path = folder / "report.html"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
-def content(analysis: Analysis, figures: Path, absent: Mapping[str, str]) -> dict[str, Any]:
+def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str]) -> dict[str, Any]:
     """What the page shows, as plain data."""
     counts = ", ".join(f"{count:,} {name}" for name, count in analysis.study.counts().items())
     metrics = analysis.found.metrics
-    images = sorted(figures.glob("*.png"), key=lambda path: (list(FIGURE_TEXT).index(_kind(path.stem)), path.stem))
+    images = sorted(images, key=lambda path: (list(FIGURE_TEXT).index(_kind(path.stem)), path.stem))
     titles = TITLES | {"trainable_parameters": "trainable parameters", "trainable_percent": "trained, % of model"}
     titles |= {"train_flops": "training FLOPs", "train_seconds_solo": "training seconds alone", "seeds": "seeds"}
     titles |= {"peak_memory_solo_bytes": "peak memory alone (bytes)", "adapter_bytes": "adapter (bytes)"}

@@ -29,7 +29,7 @@ def pack(study: Path, archive: Path) -> Path:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for record in records:
-            texts = {RECORD: json.dumps(json.loads(record.read_text()), separators=(",", ":"))}
+            texts = {RECORD: json.dumps(json.loads(record.read_text(encoding="utf-8")), separators=(",", ":"))}
             predictions, metrics = record.parent / PREDICTIONS, record.parent / METRICS
             if predictions.is_file():
                 rows = [row for row in _rows(predictions) if row.get("split") == "test"]
@@ -54,7 +54,7 @@ def unpack(archive: Path | str, folder: Path | str | None = None) -> Path:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

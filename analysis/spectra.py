@@ -26,7 +26,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
         ValueError: it is not what this version reads.
     """
     try:
-        plain = json.loads((folder / SPECTRA).read_text())
+        plain = json.loads((folder / SPECTRA).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis.analyse import Analysis
 from analysis.arms import BASE, FULL, higher_is_better
+from analysis.written import settle
 
 TITLES = {
     "setting": "task", "trainable_parameters": "trainable", "trainable_percent": "%", "train_flops": "FLOPs",
@@ -212,13 +213,16 @@ def overall_best(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
 
 
 def write(analysis: Analysis, folder: Path) -> list[Path]:
-    """Writes each table as .md, .tex and .csv, the raw tables as .csv, and all.tex, which compiles them all."""
+    """Writes each table as .md, .tex and .csv, the raw tables as .csv, and all.tex, which compiles them all.
+
+    Tables that a former analysis wrote there and this one does not have are removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written, shown = [], sheets(analysis)
     for sheet in shown:
         written += [folder / f"{sheet.name}.md", folder / f"{sheet.name}.tex"]
-        written[-2].write_text(markdown(sheet) + "\n")
-        written[-1].write_text(latex(sheet))
+        written[-2].write_text(markdown(sheet) + "\n", encoding="utf-8")
+        written[-1].write_text(latex(sheet), encoding="utf-8")
         if sheet.name.startswith("placement_rank"):
             frame = pd.DataFrame([[cell.text for cell in row] for row in sheet.rows], columns=sheet.header)
             written.append(folder / f"{sheet.name}.csv")
@@ -227,7 +231,8 @@ def write(analysis: Analysis, folder: Path) -> list[Path]:
         written.append(folder / f"{name}.csv")
         table.to_csv(written[-1], index=False)
     written.append(folder / "all.tex")
-    written[-1].write_text(document(sheet.name for sheet in shown))
+    written[-1].write_text(document(sheet.name for sheet in shown), encoding="utf-8")
+    settle(folder, written)
     return written
 
 

@@ -63,3 +63,12 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> str:
     line = f"{what}={name}: no such {what}. Choose from {', '.join(listed)}."
     near = difflib.get_close_matches(name, listed, n=1)
     return f"{line} Did you mean {near[0]}?" if near else line
+
+
+def no_such_field(name: str, choices: Iterable[str]) -> str:
+    """One line for a field that does not exist, with the nearest one suggested.
+
+    >>> no_such_field("optim.lrr", ["optim.lr", "optim.eps"])
+    'optim.lrr: no such field. Choose from optim.eps, optim.lr. Did you mean optim.lr?'
+    """
+    return unknown("field", name, choices).removeprefix("field=")

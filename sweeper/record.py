@@ -5,8 +5,10 @@ import json
 import math
 import os
 import secrets
+import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -193,17 +195,53 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     A reader, or a crash, sees the old content or the new, never half; readable to whom the umask lets read.
     """
+    with replacing_file(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """As `replacing`, for a library that writes to a name, itself by a rename maybe and readable to its owner alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = _beside(path)
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        with temporary.open("xb"):
+            mode = temporary.stat().st_mode
+        yield temporary
+        _settle(temporary, mode)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write files into that takes the place of the folder `path` once all of them are on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _settle(file, temporary.stat().st_mode & 0o666)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def _settle(file: Path, mode: int) -> None:
+    with suppress(PermissionError):  # a file system where every file has the same mode
+        file.chmod(stat.S_IMODE(mode))
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def _score(values: dict[str, Any]) -> Score:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import dacite
 
-from sweeper.errors import SpecError
+from sweeper.errors import SpecError, no_such_field
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Layers = str | tuple[int, ...]
@@ -358,9 +358,9 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
     try:
         return dacite.from_dict(kind, dict(mapping), config)
     except dacite.UnexpectedDataError as error:
-        known = ", ".join(f"{prefix}{item.name}" for item in dataclasses.fields(kind))  # type: ignore[arg-type]
+        known = [f"{prefix}{item.name}" for item in dataclasses.fields(kind)]  # type: ignore[arg-type]
         names = ", ".join(f"{prefix}{key}" for key in sorted(error.keys))
-        raise SpecError(f"{names}: no such field. Choose from {known}.") from None
+        raise SpecError(no_such_field(names, known)) from None
     except dacite.MissingValueError as error:
         raise SpecError(f"{prefix}{error.field_path} is required: give {prefix}{error.field_path}=...") from None
     except dacite.WrongTypeError as error:

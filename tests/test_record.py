@@ -1,5 +1,6 @@
 """Records: what is written is read again, whole or not at all, and by whoever may."""
 
+import contextlib
 import json
 import math
 import os
@@ -67,3 +68,45 @@ def test_files_are_open_to_whom_the_umask_lets_in(tmp_path: Path) -> None:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert path.read_bytes() == "é → ü".encode()
+
+
+def by_rename(path: Path, content: str) -> None:
+    """Writes as a library does that is careful itself: another file, for its owner alone, takes the name."""
+    other = path.with_name("other")
+    other.write_text(content)
+    other.chmod(0o600)
+    other.replace(path)
+
+
+def test_what_a_library_writes_is_on_disk_before_it_takes_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut after the rename finds the content, not an empty file."""
+    path, folder = record.write_atomically(tmp_path / "file", "old"), tmp_path / "folder"
+    synced: list[tuple[int, str, bool]] = []
+    fsync = os.fsync
+
+    def note(number: int) -> None:
+        synced.append((os.fstat(number).st_ino, path.read_text(), folder.exists()))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with record.replacing_file(path) as temporary:
+        by_rename(temporary, "new")
+    with record.replacing_folder(folder) as made:
+        by_rename(made / "part", "new")
+    assert synced == [(path.stat().st_ino, "old", False), ((folder / "part").stat().st_ino, "new", False)]
+    assert (path.read_text(), (folder / "part").read_text()) == ("new", "new")
+    assert {stat.S_IMODE(one.stat().st_mode) for one in (path, folder / "part")} == {
+        stat.S_IMODE(record.write_atomically(tmp_path / "plain", "").stat().st_mode)
+    }
+
+
+def test_a_folder_that_is_cut_off_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for content in ("old", "new", None):
+        with contextlib.suppress(KeyboardInterrupt), record.replacing_folder(folder) as made:
+            (made / str(content)).write_text("")
+            if content is None:
+                raise KeyboardInterrupt
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["folder", "folder/new"]

@@ -1,6 +1,5 @@
 """An adapter merged into its base model, as a plain transformers model, checked to give the same logits."""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,18 +37,12 @@ def merge(run: Saved, out: Path, *, device: str = "auto", precision: Precision =
         model = peft_models.with_weights(base, tuned)
     ids = _ids(base)
     wanted = peft_models.logits(model, ids)
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with record.replacing_folder(out) as temporary:
         with peft_models.hushed():
             _save(model if tuned else model.merge_and_unload(safe_merge=True), base, temporary)
         found = _compared(base, temporary, ids, wanted)
         note = {"run_id": run.folder.name, "from": str(run.folder), "model": base.spec.name, **found}
         record.write_json(temporary / record.MERGED, note)
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return note
 
 

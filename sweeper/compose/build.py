@@ -5,7 +5,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 
-from sweeper.errors import SpecError, SweeperError
+from sweeper.errors import SpecError, SweeperError, no_such_field
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings, from_mapping
 
@@ -13,6 +13,7 @@ Plain = dict[str, Any]
 
 SCALARS = ("rank", "alpha", "seed")
 SECTIONS = {name: kind for name, kind in get_type_hints(RunSpec).items() if name not in SCALARS}
+SETTINGS = ("study", "output_root", "tracking", "sweep")
 _MISSING = "???"
 
 
@@ -93,6 +94,12 @@ def settings_of(plain: Plain, problems: list[str]) -> Settings | None:
     study, trainer, sweep = plain.get("study"), plain.get("trainer"), plain.get("sweep")
     if not isinstance(sweep, dict):
         problems.append(f"sweep must be a mapping, got {sweep}: give one of its fields, such as sweep.dry_run=true")
+    elsewhere = ("study", "output_root", "device", "tracking", "tracking_options")
+    known = [f"sweep.{name}" for name in Settings.__slots__ if name not in elsewhere]
+    strange = [name for name in map("sweep.{}".format, sweep if isinstance(sweep, dict) else ()) if name not in known]
+    if strange:
+        problems.extend(no_such_field(name, known) for name in strange)
+        return None
     mapping = {
         "study": str(study) if type(study) is int else study,  # study=2026 is a folder's name too
         "output_root": plain.get("output_root"),

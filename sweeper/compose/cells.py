@@ -6,6 +6,7 @@ options, a cell; plain values (rank, seed, optim.lr, ...) are set directly on th
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +16,10 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sweeper.compose.build import SCALARS, SECTIONS, Builder, Plain
+from sweeper.compose.build import SCALARS, SECTIONS, SETTINGS, Builder, Plain
 from sweeper.compose.composer import Composer, one_line
 from sweeper.compose.grid import Axis, Grid
-from sweeper.errors import SpecError, unknown
+from sweeper.errors import SpecError, no_such_field
 from sweeper.spec import RunSpec
 
 
@@ -52,6 +53,7 @@ class Cell:
             except OmegaConfBaseException:
                 problems.append(_no_such_field(name, self.plain))
                 return None
+        problems.extend(unused(cfg))
         return plain_of(cfg, problems)
 
 
@@ -68,6 +70,7 @@ def cells_of(grid: Grid, composer: Composer, problems: list[str]) -> Iterator[tu
             cfg = _compose(grid.fixed, typed(choice), composer, problems)
             if cfg is None:
                 return None
+            problems.extend(unused(cfg))
             live = _has_interpolation(OmegaConf.to_container(cfg, resolve=False), (*SECTIONS, *SCALARS))
             cells[choice] = Cell(compose=lambda: cfg, plain=plain_of(cfg, problems), live=live)
         return cells[choice]
@@ -147,7 +150,24 @@ def _no_such_field(key: str, plain: Plain) -> str:
     choices = [".".join([*path, name]) for name in node if name != "options"]
     if not choices:
         return f"{'.'.join([*path, leaf])}: no such field; {'.'.join(path)} has none here."
-    return unknown("field", ".".join([*path, leaf]), choices).replace("field=", "", 1)
+    return no_such_field(".".join([*path, leaf]), choices)
+
+
+def unused(cfg: DictConfig) -> list[str]:
+    """A line for each field beside those that there are; one that another's value is interpolated from is of use."""
+    known = (*SECTIONS, *SCALARS, *SETTINGS)
+    plain = cast(Plain, OmegaConf.to_container(cfg, resolve=False))
+    return [
+        no_such_field(name, known)
+        for name in map(str, plain)
+        if name not in known and not _mentions(plain, re.compile(rf"\$\{{[^}}]*\b{re.escape(name)}\b"))
+    ]
+
+
+def _mentions(node: Any, what: re.Pattern[str]) -> bool:
+    if isinstance(node, dict | list):
+        return any(_mentions(value, what) for value in (node.values() if isinstance(node, dict) else node))
+    return isinstance(node, str) and what.search(node) is not None
 
 
 def plain_of(cfg: DictConfig, problems: list[str]) -> Plain:

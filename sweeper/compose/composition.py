@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sweeper.arms import Arm, Params
 from sweeper.compose.build import Builder, differing, settings_of
-from sweeper.compose.cells import Cell, cells_of, plain_of
+from sweeper.compose.cells import Cell, cells_of, plain_of, unused
 from sweeper.compose.composer import Composer
 from sweeper.compose.grid import Axis, Grid, read_grid
 from sweeper.errors import Problems, SweeperError
@@ -40,7 +40,9 @@ def from_config(cfg: DictConfig) -> tuple[RunSpec, Settings]:
         Problems: a line for each value that cannot be used.
     """
     problems: list[str] = []
-    plain = plain_of(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), problems)
+    ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    plain = plain_of(ours, problems)
+    problems.extend(unused(ours))
     settings = settings_of(plain, problems)
     run = Builder(problems).run(plain, {})
     if problems or run is None or settings is None:
@@ -101,7 +103,7 @@ def _arm(
         where = cell(params)
         plain = {key: value for key, value in params.items() if all(key != axis.key for axis in grid.tuned)}
         run = None if where is None else where.run({**values, **plain, "seed": seed}, Builder(wrong))
-        if run is None:
+        if run is None or wrong:
             raise Problems(wrong)
         return run
 

@@ -8,18 +8,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sweeper.record import replacing_file
+
 CHECKPOINT = "checkpoint.safetensors"
 
 
 def save(folder: Path, state: dict[str, tuple[Tensor, ...]], progress: dict[str, Any]) -> None:
     """Replaces the checkpoint of a run: adapter and moments by module (`Pack.snapshot`), and its progress."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{name}/{place:02}": tensor.contiguous() for name, parts in state.items() for place, tensor in enumerate(parts)
     }
-    temporary = folder / f".{CHECKPOINT}"
-    save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
-    temporary.replace(folder / CHECKPOINT)
+    with replacing_file(folder / CHECKPOINT) as temporary:
+        save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
 
 
 def load(folder: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]] | None:
@@ -39,5 +39,6 @@ def load(folder: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]] |
 
 
 def remove(folder: Path) -> None:
-    for name in (CHECKPOINT, f".{CHECKPOINT}"):
-        (folder / name).unlink(missing_ok=True)
+    """Removes a run's checkpoint, and what a process that was killed while it saved one left of it."""
+    for path in (folder / CHECKPOINT, *folder.glob(f".{CHECKPOINT}*")):
+        path.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.engine.bank.vera import draw
 from sweeper.methods import lora, vera
 from sweeper.ranks.placement import Target
-from sweeper.record import ADAPTER
+from sweeper.record import ADAPTER, replacing_folder
 from sweeper.spec import RunSpec
 
 
@@ -35,21 +34,17 @@ def write_adapter(
         targets: the adapted modules. weights: module name -> A [rank, in] and B transposed [rank, out], and what else
             the form of the adapter has (`AdapterBank.parts`).
     """
-    final, temporary = folder / ADAPTER, folder / f".{ADAPTER}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     made = methods.adapter(spec, dict.fromkeys(targets, spec.rank))
     assert isinstance(made, AdapterSpec)
     form = made.form
     tensors = _vera(spec, targets, weights) if form == "vera" else _lora(targets, weights)
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     config = (
         _vera_config(spec, targets) if form == "vera" else _lora_config(spec, targets, weights, dora=form == "dora")
     )
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    (temporary / "adapter_config.json").write_text(json.dumps(plain, indent=1) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    with replacing_folder(folder / ADAPTER) as temporary:
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        (temporary / "adapter_config.json").write_text(json.dumps(plain, indent=1) + "\n")
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

@@ -58,11 +58,12 @@ def as_task(spec: DatasetSpec, examples: Sequence[Example], tokenizer: "PreTrain
         "test_split": "test",
         "num_fewshot": 0,
         "doc_to_text": lambda doc: doc["context"],
-        "target_delimiter": "" if docs[0]["context"][-1:].isspace() else " ",
+        "target_delimiter": "",  # one for all documents, which need not end alike
     }
     if all(example.choices for example in examples):
         return task | {
             "output_type": "multiple_choice",
+            "doc_to_text": _open_for_choices,
             "doc_to_choice": lambda doc: doc["choices"],
             "doc_to_target": lambda doc: doc["choices"].index(doc["response"]),
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
@@ -126,6 +127,15 @@ def score(
 def _document(spec: DatasetSpec, example: Example, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     context, _ = TEMPLATES[spec.template](example.prompt, spec.system, tokenizer)
     return {"context": context, "choices": list(example.choices), "response": example.response}
+
+
+def _open_for_choices(doc: Mapping[str, Any]) -> str:
+    """The context with the space that opens each choice where no white space does (`template.tokenise`).
+
+    lm-eval tokenises the end of a context with the choice, whose length, which `acc_norm` divides by, is without it.
+    """
+    opened = doc["context"][-1:].isspace() or all(choice[:1].isspace() for choice in doc["choices"])
+    return str(doc["context"]) if opened else f"{doc['context']} "
 
 
 def _table(docs: list[dict[str, Any]]) -> Any:

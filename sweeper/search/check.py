@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from sweeper.arms import Arm
 from sweeper.errors import Problems, SpecError, SweeperError
@@ -12,14 +11,14 @@ from sweeper.spec import RunSpec
 NLL = ("nll", "perplexity")  # scores of every dataset
 
 
-def check(arms: Sequence[Arm], search: SearchSettings, study: Path) -> None:
-    """Checks how the arms of a command are searched; `study` is the folder of their runs.
+def check(arms: Sequence[Arm], search: SearchSettings) -> None:
+    """Checks how the arms of a command are searched; writes nothing.
 
     Raises:
         Problems: what is wrong, one line each.
         SpecError: Optuna is needed and not installed.
     """
-    problems = [*(_tuned(arms, search, study) if any(arm.space for arm in arms) else _plain(search))]
+    problems = [*(_tuned(arms, search) if any(arm.space for arm in arms) else _plain(search))]
     if problems:
         raise Problems(problems)
 
@@ -32,15 +31,15 @@ def _plain(search: SearchSettings) -> Iterator[str]:
             yield f"hydra.sweeper.{name}={value}: no field is tuned. Tune one: 'optim.lr=tag(log,interval(1e-5,1e-2))'"
 
 
-def _tuned(arms: Sequence[Arm], search: SearchSettings, study: Path) -> Iterator[str]:
+def _tuned(arms: Sequence[Arm], search: SearchSettings) -> Iterator[str]:
     if importlib.util.find_spec("optuna") is None:
         raise SpecError("a search needs the package optuna: pip install '.[search]', or give lists, no ranges")
     from sweeper.search.samplers import make_pruner, make_sampler
-    from sweeper.search.storage import open_storage
+    from sweeper.search.storage import reach
 
     for make_one in (
         lambda: make_sampler(search, 0), lambda: make_pruner(search, arms[0]),
-        lambda: None if search.storage is None else open_storage(search, study),
+        lambda: None if search.storage is None else reach(search.storage),
     ):  # fmt: skip
         try:
             make_one()

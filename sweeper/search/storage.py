@@ -29,7 +29,7 @@ def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
     """The storage of a study's searches: the URL that was given, or a journal file in the study folder.
 
     Raises:
-        SpecError: the database cannot be reached or its driver is not installed.
+        SpecError: the database cannot be reached, its driver is not installed, or its tables are of another Optuna.
     """
     if settings.storage is None:
         study.mkdir(parents=True, exist_ok=True)
@@ -46,9 +46,32 @@ def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
             if last:
                 raise _unusable(error) from None
             time.sleep(1)  # another driver is making the tables at this moment
-        except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:  # the last: of another Optuna
             raise _unusable(error) from None
     raise AssertionError
+
+
+def reach(url: str) -> None:
+    """Looks whether the database of a search is there and writes nothing: its tables are made when the search begins.
+
+    Raises:
+        SpecError: the database cannot be reached or its driver is not installed.
+    """
+    import sqlalchemy
+
+    try:
+        given = sqlalchemy.make_url(url)
+        if given.get_backend_name() == "sqlite" and not (file := Path(given.database or "").absolute()).is_file():
+            if not os.access(file.parent, os.W_OK):  # to look into a file that is not there would make it
+                raise _unusable(OSError(f"{file.parent} is no folder that can be written"))
+            return
+        engine = sqlalchemy.create_engine(given)
+        try:
+            sqlalchemy.inspect(engine).get_table_names()
+        finally:
+            engine.dispose()
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise _unusable(error) from None
 
 
 def _unusable(error: Exception) -> SpecError:

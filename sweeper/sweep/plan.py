@@ -70,7 +70,7 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
         folder = settings.folder / run_id
         runs.append(PlannedRun(run_id=run_id, spec=spec, folder=folder, status=record.status(folder)))
     plan = Plan(study=settings.folder, runs=tuple(runs), arms=tuple(arms), retry_failed=settings.retry_failed)
-    checking.check(arms, search or SearchSettings(), settings.folder)
+    checking.check(arms, search or SearchSettings())
     check([run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)], settings)
     return plan
 
@@ -122,6 +122,8 @@ def targets(spec: RunSpec) -> "tuple[Target, ...]":
     from sweeper import methods, models
     from sweeper.ranks import allocation, placement
 
+    if spec.allocation.options and spec.allocation.name != "importance":
+        raise SpecError(f"allocation.options: allocation={spec.allocation.name} has none, importance has")
     every = models.skeleton(spec.model)
     chosen = placement.resolve(every, spec.placement, layers=placement.number_of_layers(every))
     if spec.allocation.name == "uniform":

@@ -177,18 +177,25 @@ class _Crew:
     holds: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     lost: int = 0
+    gpus: int = 0  # of the cluster
+    looked: float = -math.inf
+
+    def look(self) -> None:
+        """Asks Ray what the cluster has now, if it was not asked just before; everything else goes by the answer."""
+        if time.monotonic() - self.looked >= POLL_SECONDS:
+            self.gpus, self.looked = _gpus(), time.monotonic()
 
     def wanted(self) -> int:
-        """How many workers there shall be, by what the cluster has now."""
+        """How many workers there shall be."""
         if self.ray_settings.workers is not None:
             return self.ray_settings.workers
-        return _gpus() or 2
+        return self.gpus or 2
 
     def hire(self) -> None:
         """Starts workers for what is left to do."""
         for _ in range(self.wanted() - len(self.alive)):
             name = f"worker {next(self.numbers) + 1}"
-            gpus = min(1, _gpus())
+            gpus = min(1, self.gpus)
             cpus = self.ray_settings.cpus_per_worker or max(1, (os.cpu_count() or 1) // self.wanted())
             options = {
                 "num_gpus": gpus, "num_cpus": 0 if gpus else cpus, "max_restarts": 0,
@@ -262,6 +269,7 @@ def run(scheduler: Scheduler, ray_settings: RaySettings) -> Outcome:
         patience = math.inf
         try:
             while time.monotonic() < patience:
+                crew.look()
                 if stop.is_set():
                     patience = min(patience, time.monotonic() + STOP_SECONDS)
                 elif scheduler.outlook():

@@ -123,6 +123,8 @@ def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec, *, traini
             "evaluation=lm_eval scores saved adapters: train with another evaluation, then "
             f"python evaluate.py outputs/STUDY dataset={dataset.name} evaluation=lm_eval"
         )
+    if training and evaluation.options:
+        raise SpecError(f"evaluation.options: evaluation={evaluation.name} has none, lm_eval has")
     for split in evaluation.splits:
         if split not in (*SPLITS, general_text.SPLIT):
             raise SpecError(unknown("evaluation.splits", split, (*SPLITS, general_text.SPLIT)))

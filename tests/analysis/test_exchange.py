@@ -1,4 +1,5 @@
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,15 @@ def test_peft_reads_our_export(analysis: Analysis, tmp_path: Path) -> None:
         assert row["num_trainable_params"] == run["trainable_parameters"]
         assert row["train_time"] == pytest.approx(run["train_seconds_solo"])
         assert row["forgetting"] == pytest.approx(run["forgetting"])
+
+
+def test_a_run_that_is_gone_leaves_the_export(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=10, steps=3, modules=False)
+    exchange.write(analyse(load(study), draws=50), tmp_path / "peft", "peft")
+    (tmp_path / "peft" / "theirs.json").write_text("{}")
+    shutil.rmtree(sorted(study.iterdir())[0])
+    written = exchange.write(analyse(load(study), draws=50), tmp_path / "peft", "peft")
+    assert {*(tmp_path / "peft").glob("*.json")} == {*written, tmp_path / "peft" / "theirs.json"}
 
 
 def test_failed_runs_and_absent_costs_do_not_break_the_export(tmp_path: Path) -> None:

@@ -64,11 +64,17 @@ def test_records_without_parameter_counts_are_drawn_as_far_as_they_go(tmp_path: 
     assert any(path.stem == "rank_nll" for path in written)
 
 
-def test_a_figure_of_a_former_run_does_not_stay(tmp_path: Path) -> None:
+def test_a_figure_of_a_former_run_does_not_stay(analysis: Analysis, tmp_path: Path) -> None:
     study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=20, steps=2)
-    (tmp_path / "learn_forget.png").write_text("old")
-    figures.write(analyse(load(study), draws=50), tmp_path, only=["learn_forget"])
-    assert not (tmp_path / "learn_forget.png").exists()
+    small, two = analyse(load(study), draws=50), ["learn_forget", "pareto_nll"]
+    figures.write(analysis, tmp_path, only=two)
+    (tmp_path / "learn_forget.pdf").write_text("mine")
+    figures.write(small, tmp_path, only=["learn_forget"])
+    assert sorted(path.name for path in tmp_path.glob("*.p*")) == [
+        "learn_forget.pdf",
+        "pareto_nll.pdf",
+        "pareto_nll.png",
+    ]
 
 
 def test_placements_keep_their_look() -> None:

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,28 @@ def test_one_command_writes_everything(study_folder: Path, tmp_path: Path, capsy
     text = capsys.readouterr().out
     assert "84 completed" in text
     assert "check: tuned to the edge" in text
+
+
+def test_what_is_written_is_utf8_whatever_the_locale(study_folder: Path, root: Path, tmp_path: Path) -> None:
+    """Where text is ASCII unless said otherwise, as it is Latin elsewhere."""
+    command = [sys.executable, "-m", "analysis", str(study_folder), "--out", str(tmp_path), "--draws", "20"]
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [*command, "--no-figures", "--export", "peft"], cwd=root, env=os.environ | plain, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert " ± " in (tmp_path / "tables" / "efficiency.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "report.html").read_text(encoding="utf-8").isascii()
+
+
+def test_figures_of_a_former_analysis_are_told_of_and_not_in_the_report(
+    study_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "pareto_nll.png").write_text("of another study")
+    assert main([str(study_folder), "--out", str(tmp_path), "--draws", "20", "--no-figures"]) == 0
+    assert f"not of this analysis, left in {tmp_path}/figures/: pareto_nll.png\n" in capsys.readouterr().out
+    assert "data:image/png" not in (tmp_path / "report.html").read_text()
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,6 +9,7 @@ import pytest
 
 from analysis import Analysis
 from analysis.tables import COMMONEST, Cell, Sheet, latex, markdown, number, placement_rank, sheets, tex, write
+from analysis.written import NOTE, others
 
 NASTY = "50% of $x_1$ & {a\\b} #2 ~ ^ <é> 漢 | ± × …"
 
@@ -69,6 +72,35 @@ def test_latex_compiles(analysis: Analysis, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "all.pdf").stat().st_size > 10_000
+
+
+def test_a_table_of_a_former_analysis_does_not_stay_and_whatever_else_there_is_does(
+    analysis: Analysis, tmp_path: Path
+) -> None:
+    fewer = dataclasses.replace(
+        analysis, tables={name: t for name, t in analysis.tables.items() if name not in ("anova", "power", "slopes")}
+    )
+    (tmp_path / "notes.md").write_text("mine from the start")
+    (tmp_path / "anova.pdf").write_text("mine from the start")
+    write(analysis, tmp_path)
+    (tmp_path / "power.md").write_text("mine by now")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "slopes.md").write_text("mine from the start")
+    written = write(fewer, tmp_path)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    mine = {"notes.md", "anova.pdf", "power.md", "kept/slopes.md"}
+    assert left == {path.name for path in written} | mine | {NOTE}
+    assert all((tmp_path / name).read_text().startswith("mine") for name in mine)
+    assert others(tmp_path, written) == ["notes.md", "power.md"]
+
+
+@pytest.mark.parametrize("note", ["", "[]", '{"../mine.md": "DIGEST", "/": 3, "": null, "..": []}'])
+def test_a_note_that_is_not_ours_removes_nothing(note: str, analysis: Analysis, tmp_path: Path) -> None:
+    (tmp_path / "mine.md").write_text("mine")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / NOTE).write_text(note.replace("DIGEST", hashlib.sha256(b"mine").hexdigest()))
+    write(analysis, tmp_path / "tables")
+    assert (tmp_path / "mine.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

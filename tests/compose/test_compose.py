@@ -107,6 +107,20 @@ def test_added_fields_are_axes_too(composer: Any) -> None:
     assert [spec.method.options for spec in found.specs] == [{"note": "a"}, {"note": "b"}]
 
 
+def test_an_added_field_that_nothing_uses_is_refused(composer: Any) -> None:
+    for overrides in (["+foo=1"], ["+foo=1,2"], ["++foo.bar=1", "placement=attn,ff"], ["+foo=tag(tune,choice(1,2))"]):
+        (line,) = problems(overrides, composer)
+        assert "foo: no such field. Choose from allocation, alpha, dataset, " in line
+    with pytest.raises(Problems, match="foo: no such field"):
+        compose.from_config(composer.compose([*BASE, "+foo=1"]))
+
+
+def test_an_added_field_can_be_what_others_are_interpolated_from(composer: Any) -> None:
+    overrides = [*BASE, "+rate=2e-3", "optim.lr=${rate}", "rank=2,4"]
+    assert [spec.optim.lr for spec in compose.expand(overrides, composer).specs] == [2e-3, 2e-3]
+    assert compose.from_config(composer.compose(overrides[:-1]))[0].optim.lr == 2e-3
+
+
 def test_the_last_word_counts(composer: Any) -> None:
     assert [s.rank for s in compose.expand([*BASE, "rank=1,2", "rank=3"], composer).specs] == [3]
     assert [s.rank for s in compose.expand([*BASE, "rank=3", "rank=1,2"], composer).specs] == [1, 2]

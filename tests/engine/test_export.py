@@ -133,6 +133,8 @@ def test_exporting_again_replaces_the_folder(load: Any, place: Any, make_spec: A
     assert sorted(path.name for path in tmp_path.iterdir()) == [ADAPTER]
     files = sorted(path.name for path in (tmp_path / ADAPTER).iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    modes = {(tmp_path / ADAPTER / name).stat().st_mode for name in files}
+    assert len(modes) == 1, "weights are for everyone who may read the configuration"
     config = json.loads((tmp_path / ADAPTER / files[0]).read_text())
     assert sorted(config["target_modules"]) == sorted(target.name for target in targets)
     assert config["base_model_name_or_path"] == "llama"

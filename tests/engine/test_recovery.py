@@ -143,6 +143,36 @@ def test_a_damaged_checkpoint_is_ignored(
     identical(tmp_path / "undisturbed", tmp_path / "stopped", specs)
 
 
+def test_a_checkpoint_is_replaced_whole_under_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two commands each writes a file of its own; one that cannot leaves the old checkpoint and nothing else."""
+    write, names = checkpoint.save_file, list[Path]()
+
+    def noted(tensors: Any, path: Path, **metadata: Any) -> None:
+        names.append(path)
+        write(tensors, path, **metadata)
+
+    def full(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", noted)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, {"q": (torch.ones(2), torch.full((1,), step))}, {"step": step})
+    assert len(set(names)) == 2
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, {"q": (torch.ones(2),)}, {"step": 3})
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.CHECKPOINT]
+    found = checkpoint.load(tmp_path)
+    assert found is not None
+    assert (found[1], found[0]["q"][1].item()) == ({"step": 2}, 2)
+    (tmp_path / f".{checkpoint.CHECKPOINT}.0123").write_bytes(b"left by a process that was killed")
+    checkpoint.remove(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("from_step", [0, 3])
 def test_a_step_that_runs_out_of_memory_splits_the_pack(
     from_step: int, specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

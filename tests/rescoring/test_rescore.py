@@ -203,6 +203,27 @@ def test_lm_eval_agrees_with_us(tiny: Settings, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.count("by lm-eval") == 2
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_lm_eval_gets_the_text_of_each_document_that_we_would_score(first: int) -> None:
+    """Whichever comes first: what opens a choice depends on the end of its own prompt."""
+    api = pytest.importorskip("lm_eval.api.task")
+    from sweeper import lm_harness
+
+    words = ("yes", "perhaps")
+    made = [("Really?", words), ("Really?\nAnswer:\n", words), ("Really?", (" yes", " perhaps"))]
+    examples = [Example(f"{i}", prompt, own[1], "g", choices=own) for i, (prompt, own) in enumerate(made)]
+    spec = replace(CHAIN, metrics=("choice_accuracy",))
+    task = api.ConfigurableTask(
+        config=dict(lm_harness.as_task(spec, [*examples[first:], *examples[:first]], None))  # type: ignore[arg-type]
+    )
+    task.build_all_requests(rank=0, world_size=1)
+    texts = {"".join(request.args) for request in task.instances}
+    assert texts == {f"Really?{between}{word}" for between in (" ", "\nAnswer:\n") for word in words}
+    # per character the longer is the likelier, and a space that was put before it is none of its own
+    doc = next(doc for doc in task.task_docs if doc["choices"] == list(words))
+    assert task.process_results(doc, [(-3.4, False), (-7.1, False)])["acc_norm"] == 1
+
+
 def test_a_dataset_that_many_runs_share_is_checked_once(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, checked = rescore.find([tiny.folder]), list[DatasetSpec]()
     monkeypatch.setattr("sweeper.tasks.check", lambda dataset, **_: checked.append(dataset))

@@ -1,10 +1,13 @@
 """The search inside arms: how many trials, what is asked again, what is pruned, and what a repeated command does."""
 
+import contextlib
 import dataclasses
 import math
 import shlex
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -388,6 +391,9 @@ def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: st
          {"objectives": ("validation.choice_accuracy",), "pruner": "asha"}, "scored at its end: prune on"),
         ([LR], {"sampler_options": {"foo": 1}}, "sampler_options: .*foo"),
         ([LR], {"storage": "postgresql+psycopg://localhost:1/none"}, "the database cannot be used"),
+        ([LR], {"storage": "sqlite:////nowhere/searches.db"}, r"cannot be used \(/nowhere is no folder that can be"),
+        ([LR], {"storage": f"sqlite:///{__file__}"}, "cannot be used .*file is not a database"),
+        ([LR], {"storage": "nonsense"}, "cannot be used .*Could not parse"),
     ],
 )  # fmt: skip
 def test_a_search_that_cannot_work_is_refused_before_it_begins(
@@ -397,6 +403,32 @@ def test_a_search_that_cannot_work_is_refused_before_it_begins(
     with pytest.raises(Problems, match=line):
         planning.make(found.arms, study, SearchSettings(**search))
     assert not study.folder.exists()
+
+
+def test_a_dry_run_looks_for_the_database_and_writes_nothing_to_it(
+    go: Any, study: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old.db", tmp_path / "new.db"
+    with contextlib.closing(sqlite3.connect(old)) as kept, kept:
+        kept.execute("CREATE TABLE mine (n)")
+    before = old.read_bytes()
+    for file in (old, new):
+        go([*GRID, LR], dataclasses.replace(study, dry_run=True), n_trials=2, storage=f"sqlite:///{file}")
+    assert capsys.readouterr().out.count("this was a dry run") == 2
+    assert old.read_bytes() == before
+    assert not new.exists()
+    go(["experiment=smoke", "placement=attn", "rank=4", LR], n_trials=1, storage=f"sqlite:///{new}")
+    assert len(optuna.get_all_study_names(f"sqlite:///{new}")) == 1
+
+
+def test_tables_of_another_optuna_are_one_line(tmp_path: Path) -> None:
+    settings = SearchSettings(storage=f"sqlite:///{tmp_path / 'searches.db'}")
+    storage.open_storage(settings, tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "searches.db")) as kept, kept:
+        kept.execute("UPDATE alembic_version SET version_num = 'v2.4.0.a'")
+    with pytest.raises(SpecError, match=r"cannot be used \(.*optuna storage upgrade") as caught:
+        storage.open_storage(settings, tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_driver_that_starts_waits_for_another_that_is_about_to_sign_its_trial(

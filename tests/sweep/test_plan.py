@@ -76,6 +76,8 @@ def test_what_does_not_fit_the_model_is_told_at_once(composer: Any, study: Setti
         (["tracking=wandb", "+tracking.projct=1"], "tracking.projct: no such field"),
         (["dataset.template=chatt"], "Did you mean chat?"),
         (["allocation=importance", "allocation.options.score=gradent"], "Did you mean gradient?"),
+        (["+allocation.options.batches=3"], "allocation.options: allocation=uniform has none, importance has"),
+        (["+evaluation.options.limit=3"], "evaluation.options: evaluation=default has none, lm_eval has"),
         (["allocation=importance", "allocation.budget=9G"], "allocation=importance: ranks 1 to"),
     ],
 )

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -95,6 +96,33 @@ def test_a_worker_makes_room_for_its_own_part_alone(crew: Any, make_record: Call
     assert len(take(crew, "worker 1")) == 3
 
 
+def test_a_turn_asks_ray_at_most_once_what_there_is(crew: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes by it as a whole: a GPU that joins meanwhile is seen by the next."""
+    from sweeper import workers
+
+    asked, hired = list[int](), list[dict[str, Any]]()
+
+    def gpus() -> int:
+        asked.append(len(asked) + 2)
+        return asked[-1]
+
+    actor = SimpleNamespace(remote=lambda *_: SimpleNamespace(train=SimpleNamespace(remote=lambda: None)))
+    kind = SimpleNamespace(options=lambda **options: hired.append(options) or actor)
+    monkeypatch.setattr(workers, "_gpus", gpus)
+    monkeypatch.setattr(workers.ray, "remote", lambda _: kind)
+    crew.ray_settings, crew.holds = workers.RaySettings(), {}
+    for seconds, there in ((0.0, 2), (0.01, 2), (1.0, 3)):
+        monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda seconds=seconds: seconds))
+        crew.look()
+        crew.hire()
+        for worker in crew.holds:
+            take(crew, worker)
+        assert (len(crew.alive), crew.wanted()) == (there, there)
+    assert asked == [2, 3]
+    assert [options["num_gpus"] for options in hired] == [1, 1, 1]
+
+
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_of_its_pack_loses_nothing(root: Path, tmp_path: Path) -> None:
     axes = ["placement=attn,ff", "rank=2,4,8", "trainer.max_steps=150"]
     process = driver(root, tmp_path, "killed", axes)
@@ -116,6 +144,7 @@ def test_a_worker_killed_in_the_middle_of_its_pack_loses_nothing(root: Path, tmp
         assert steps == list(range(1, 151))
 
 
+@pytest.mark.slow
 def test_a_search_over_two_workers_prunes_and_stops_when_asked(root: Path, tmp_path: Path) -> None:
     axes = [
         "placement=attn,ff", "rank=4", "optim.lr=tag(log,interval(1e-4,1e-1))", "hydra.sweeper.n_trials=8",
