@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sweeper import text
 from sweeper.adapters import combine, merge, spectra
+from sweeper.console import make_console
 from sweeper.errors import DataError, SpecError
 from sweeper.rescoring import rescore
-from sweeper.sweep.display import make_console
 
 if TYPE_CHECKING:
     from sweeper.adapters.spectra import ModuleSpectrum

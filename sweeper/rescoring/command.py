@@ -6,11 +6,11 @@ from pathlib import Path
 from rich.console import Console
 
 from sweeper import cli, compose, text
+from sweeper.console import make_console
 from sweeper.errors import SpecError
 from sweeper.rescoring import lm_harness, rescore
 from sweeper.rescoring.rescore import Harnessed, Rescored
 from sweeper.spec import DatasetSpec, EvaluationSpec, Settings, unique
-from sweeper.sweep.display import make_console
 from sweeper.tasks.metrics import suite_score
 
 USAGE = """\

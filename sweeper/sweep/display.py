@@ -1,6 +1,5 @@
 """What people see while runs train: a live table in a terminal, plain lines anywhere else."""
 
-import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
@@ -14,14 +13,6 @@ from sweeper.engine.events import Event, RunFinished, RunStarted, Stage, Step, T
 from sweeper.sweep.board import Board, RunView
 from sweeper.sweep.plan import Plan
 from sweeper.text import clock_time, number, point
-
-
-def make_console() -> Console:
-    """Standard output; wide where it is no terminal, so that tables in logs are whole."""
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=200)
-    return console
 
 
 class Display(Protocol):

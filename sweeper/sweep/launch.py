@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sweeper import record, text
 from sweeper.arms import Arm, look_up, single
+from sweeper.console import make_console
 from sweeper.engine.events import Event, RunFinished
 from sweeper.errors import Interrupted, RunsFailed, SpecError
 from sweeper.record import Record
@@ -17,7 +18,7 @@ from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings, to_mapping
 from sweeper.sweep import forecast, scheduler, summary, tracking
 from sweeper.sweep import plan as planning
-from sweeper.sweep.display import make_console, make_display
+from sweeper.sweep.display import make_display
 from sweeper.sweep.plan import Plan
 from sweeper.sweep.scheduler import Outcome, Scheduler, TrainRuns
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sweeper import compose
+from sweeper.console import make_console
 from sweeper.errors import SpecError
 from sweeper.models.budget import lora_parameters, uniform
 from sweeper.ranks import allocation
@@ -14,7 +15,6 @@ from sweeper.ranks.placement import Target
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec
 from sweeper.sweep import forecast, launch, plan
-from sweeper.sweep.display import make_console
 from tests.ranks.test_allocation import SHAPES, every, placed
 
 Scores = Mapping[str, float]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sweeper.console import make_console
 from sweeper.engine import train_runs
 from sweeper.engine.events import RunFinished
 from sweeper.engine.requests import Fixed, RunRequest
@@ -17,7 +18,6 @@ from sweeper.errors import DataError, Problems, SpecError
 from sweeper.record import read_record
 from sweeper.rescoring import command, rescore
 from sweeper.spec import DatasetSpec, EvaluationSpec, Settings
-from sweeper.sweep.display import make_console
 from sweeper.tasks.baseline import majority
 from sweeper.tasks.example import Example
 
