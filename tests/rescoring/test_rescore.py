@@ -207,7 +207,7 @@ def test_lm_eval_agrees_with_us(tiny: Settings, capsys: pytest.CaptureFixture[st
 def test_lm_eval_gets_the_text_of_each_document_that_we_would_score(first: int) -> None:
     """Whichever comes first: what opens a choice depends on the end of its own prompt."""
     api = pytest.importorskip("lm_eval.api.task")
-    from sweeper import lm_harness
+    from sweeper.rescoring import lm_harness
 
     words = ("yes", "perhaps")
     made = [("Really?", words), ("Really?\nAnswer:\n", words), ("Really?", (" yes", " perhaps"))]

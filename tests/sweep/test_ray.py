@@ -98,7 +98,7 @@ def test_a_worker_makes_room_for_its_own_part_alone(crew: Any, make_record: Call
 
 def test_a_turn_asks_ray_at_most_once_what_there_is(crew: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And goes by it as a whole: a GPU that joins meanwhile is seen by the next."""
-    from sweeper import workers
+    from sweeper.sweep import workers
 
     asked, hired = list[int](), list[dict[str, Any]]()
 
