@@ -8,7 +8,6 @@ pack's. Where the base is in bfloat16 a trained weight of it is a working copy o
 
 import contextlib
 import copy
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from sweeper.engine.bank.optimizer import LR, MAX_NORM, WEIGHT_DECAY, PackedAdam
 from sweeper.engine.bank.store import BLOCK
 from sweeper.engine.bank.wrappers import Lanes
 from sweeper.models import BaseModel
-from sweeper.record import ADAPTER
+from sweeper.record import ADAPTER, replacing_folder
 
 Changed = Mapping[str, tuple[Tensor, ...]]
 
@@ -139,16 +138,12 @@ class Learnt:
         """Writes the files to a run's folder, whole or not at all; returns the bytes of the tensors."""
         if not self.files:
             return 0
-        final, temporary = run / self.folder, run / f".{self.folder}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, content in self.files.items():
-            if isinstance(content, str):
-                (temporary / name).write_text(content)
-            else:
-                save_file(dict(content), temporary / name, metadata={"format": "pt"})
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        with replacing_folder(run / self.folder) as temporary:
+            for name, content in self.files.items():
+                if isinstance(content, str):
+                    (temporary / name).write_text(content, encoding="utf-8")
+                else:
+                    save_file(dict(content), temporary / name, metadata={"format": "pt"})
         tensors = [
             tensor for content in self.files.values() if not isinstance(content, str) for tensor in content.values()
         ]
