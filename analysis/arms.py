@@ -17,7 +17,7 @@ TUNED = ("optim.",)
 BASE = "base model"
 FULL = "full fine-tuning"
 FULL_METHODS = ("full_ft", "full-finetuning", "full_finetuning")
-UNRANKED = ("bitfit", *FULL_METHODS)  # methods that have no rank, whatever the run's field says
+UNRANKED = ("bitfit", *FULL_METHODS)  # methods that have no rank and no alpha, whatever the run's fields say
 NOT_METRICS = ("perplexity", "perplexity_stated", "tokens", "examples")
 
 
@@ -123,8 +123,10 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
         ValueError: no run has `metric`, or a field of `tuned`.
     """
     runs = study.runs.copy()
-    full = runs["method"].isin(FULL_METHODS)
-    runs["rank"] = pd.to_numeric(runs["rank"]).mask(runs["method"].isin(UNRANKED))
+    full, unranked = runs["method"].isin(FULL_METHODS), runs["method"].isin(UNRANKED)
+    runs["rank"] = pd.to_numeric(runs["rank"]).mask(unranked)
+    if "alpha" in runs:
+        runs["alpha"] = runs["alpha"].mask(unranked)
     runs["placement"] = runs["placement"].mask(full, FULL)  # it is no placement of LoRA
     split = "test" if "test.nll" in runs and runs["test.nll"].notna().any() else "validation"
     fields = [key for key in varying(runs, study.fields) if not key.startswith("evaluation") and key != "seed"]

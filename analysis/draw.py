@@ -75,6 +75,24 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
+def dots(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
+    """A row an arm, the first on top, with its interval; an arrow where that goes on outside the axis. Columns: label,
+    the metric and its bounds."""
+    low, high = limits(arms, metric)
+    rows = np.arange(len(arms))[::-1]
+    begins, ends = (arms[f"{metric}_{end}"].clip(low, high) for end in ("low", "high"))
+    ax.hlines(rows, begins, ends, color="#0072B2", linewidth=0.8)
+    ax.plot(arms[metric], rows, "o", color="#0072B2", markersize=3.5)
+    for marker, edge, cut in (("<", low, arms[f"{metric}_low"] < low), (">", high, arms[f"{metric}_high"] > high)):
+        outside = rows[cut.to_numpy()]
+        ax.plot(np.full(len(outside), edge), outside, marker, color="#0072B2", markersize=3)
+    ax.set_yticks(rows, [str(label) for label in arms["label"]])
+    ax.set_ylim(-0.6, len(arms) - 0.4)
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+
+
 def rank_lines(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look]) -> None:
     """Score against rank, a line a placement, the 95% interval as a band."""
     for placement, group in arms.groupby("placement", sort=False):
@@ -268,6 +286,15 @@ def _log_ticks(ax: Axes, values: pd.Series, *, scientific: bool = False) -> None
 
 
 def _room(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
-    low, high = arms[f"{metric}_low"].min(), arms[f"{metric}_high"].max()
+    low, high = limits(arms, metric)
     if np.isfinite(low) and high > low:
         ax.set_ylim(low - 0.08 * (high - low), high + 0.12 * (high - low))
+
+
+def limits(arms: pd.DataFrame, metric: str) -> tuple[float, float]:
+    """From where to where an axis goes: all values, and intervals unless one is so wide that it would hide the rest."""
+    values, low, high = (arms[f"{metric}{end}"].astype(float) for end in ("", "_low", "_high"))
+    reach = max(values.max() - values.min(), 1.5 * float((high - low).median()))
+    if not reach > 0:  # one arm, or none with an interval
+        return float(low.min()), float(high.max())
+    return max(float(low.min()), values.min() - reach), min(float(high.max()), values.max() + reach)

@@ -26,21 +26,20 @@ from analysis.written import settle
 Maker = Callable[[Analysis], Figure | str]
 """Makes a figure, or says why the study has no data for it."""
 
-MOST_SETTINGS = 6
+MOST_SETTINGS, MOST_ARMS = 6, 30
 PANEL_HEIGHT = 1.95
 
 
 def pareto(analysis: Analysis, metric: str, cost: str = "trainable_parameters") -> Figure | str:
-    """Cost against the metric, with the front; of a study of methods, each has its own look."""
+    """Cost against the metric, with the front."""
     arms = _trained(analysis, metric)
-    arms = arms.assign(placement=_kinds(arms))
     if cost not in arms or arms[cost].isna().all():
         return f"no run has {cost}" + (" (solo calibration was off)" if "solo" in cost else "")
     arms = arms[arms[cost] > 0]
     if cost != "trainable_parameters":
         arms = _front_by(arms, metric, cost)
     label = {"train_seconds_solo": "training time alone (s)", "trainable_parameters": "trainable parameters"}
-    look = looks(_placements(arms))
+    look = _looks(analysis, arms)
     figure, axes = _panels(_names(arms))
     for name, ax in axes.items():
         draw.scatter(ax, arms[arms["setting"] == name], metric, cost, look)
@@ -53,12 +52,28 @@ def pareto(analysis: Analysis, metric: str, cost: str = "trainable_parameters") 
     return figure
 
 
+def every_arm(analysis: Analysis, metric: str) -> Figure | str:
+    """Every arm with its interval, best first, up to `MOST_ARMS` a panel."""
+    arms = _trained(analysis, metric)
+    if arms.groupby("setting").size().max() < 2:
+        return "fewer than two arms"
+    arms = arms.assign(label=_labels(arms)).sort_values(metric, ascending=not higher_is_better(metric), kind="stable")
+    arms = arms.groupby("setting").head(MOST_ARMS)
+    rows = int(arms.groupby("setting").size().max())
+    figure, axes = _panels(_names(arms), height=0.45 + 0.135 * rows)
+    for name, ax in axes.items():
+        draw.dots(ax, arms[arms["setting"] == name], metric)
+        ax.set_xlabel(_axis(analysis, metric))
+    _finish(figure, axes, {}, "")
+    return figure
+
+
 def rank_curves(analysis: Analysis, metric: str) -> Figure | str:
-    """The metric against rank, a line a placement."""
+    """The metric against rank, a line a placement (or method)."""
     arms = _trained(analysis, metric)
     if arms["rank"].nunique() < 2:
         return "the study has one rank"
-    look = looks(_placements(arms))
+    look = _looks(analysis, arms)
     figure, axes = _panels(_names(arms))
     for name, ax in axes.items():
         draw.rank_lines(ax, _simplest(analysis, arms[arms["setting"] == name]), metric, look)
@@ -67,12 +82,12 @@ def rank_curves(analysis: Analysis, metric: str) -> Figure | str:
 
 
 def heat_map(analysis: Analysis, metric: str) -> Figure | str:
-    """Placement × rank."""
+    """Placement (or method) × rank."""
     arms = _trained(analysis, metric)
     arms = arms[arms["rank"].notna()]
-    if len(arms) < 2:
-        return "fewer than two arms"
-    look = looks(_placements(arms))
+    if arms["rank"].nunique() < 2:
+        return "the study has one rank"
+    look = _looks(analysis, arms)
     figure, axes = _panels(_names(arms), height=0.75 + 0.28 * arms["placement"].nunique())
     for name, ax in axes.items():
         draw.heat(ax, _simplest(analysis, arms[arms["setting"] == name]), metric, look, higher=higher_is_better(metric))
@@ -82,30 +97,32 @@ def heat_map(analysis: Analysis, metric: str) -> Figure | str:
 
 
 def learning_rate(analysis: Analysis) -> Figure | str:
-    """Sensitivity to the learning rate of each placement, at up to three ranks."""
+    """Sensitivity to the learning rate of each placement (or method), at up to three ranks."""
     found = analysis.found
     runs = found.runs
     if "optim.lr" not in found.tuned or found.select not in runs:
         return "every run has the same learning rate"
     runs = runs[(runs["status"] == "completed") & runs[found.select].notna() & (runs["source"] == "study")]
-    runs = _of_simplest(analysis, runs[runs["rank"].notna()])
+    runs = _of_simplest(analysis, runs)
+    ranks = _spread(sorted(runs["rank"].dropna().unique()))
+    if not ranks:
+        return "no run with a rank was tuned"
+    runs = _at_the_only_rank(runs, ranks)
+    runs = runs[runs["rank"].isin(ranks)]
     trials = pd.DataFrame(
         {
             "setting": runs["setting"], "placement": runs["placement"], "rank": runs["rank"], "lr": runs["optim.lr"],
             "value": runs[found.select], "chosen": runs["chosen"],
         }
     )  # fmt: skip
-    look = looks(_placements(trials))
-    ranks = _spread(sorted(trials["rank"].dropna().unique()))
-    if not ranks:
-        return "no run with a rank was tuned"
+    look = _looks(analysis, trials)
     settings = _names(trials)[:3]
     figure, axes = _by_rank(settings, ranks, sharex=True)
     for (name, rank), ax in axes.items():
         part = trials[(trials["setting"] == name) & (trials["rank"] == rank)]
         if len(part):
             draw.learning_rates(ax, part, look)
-        if name == settings[-1]:
+        if name == settings[-1] or len(ranks) == 1:
             ax.set_xlabel("learning rate")
         if rank == ranks[0]:
             ax.set_ylabel(f"validation {title(analysis.metric)}")
@@ -121,19 +138,20 @@ def training_curves(analysis: Analysis) -> Figure | str:
         return "no run left a training curve"
     ranks = _spread(sorted(runs["rank"].dropna().unique()))
     settings = _names(runs)[:3]
+    runs = _at_the_only_rank(runs, ranks)
     runs = runs[runs["rank"].isin(ranks) & runs["setting"].isin(settings)]
     runs = runs.groupby(["setting", "placement", "rank"], dropna=False).head(5)
     table = analysis.study.curves(runs["run_id"])
     if table.empty:
         return "no run left a training curve"
     table = table.merge(runs[["run_id", "setting", "placement", "rank"]], on="run_id")
-    look = looks(_placements(table))
+    look = _looks(analysis, table)
     figure, axes = _by_rank(settings, ranks)
     for (name, rank), ax in axes.items():
         part = table[(table["setting"] == name) & (table["rank"] == rank)]
         if len(part):
             draw.curves(ax, part, look)
-        if name != settings[-1]:
+        if name != settings[-1] and len(ranks) > 1:
             ax.set_xlabel("")
         if rank == ranks[0]:
             ax.set_ylabel("training loss (nats)")
@@ -147,7 +165,7 @@ def learn_forget(analysis: Analysis) -> Figure | str:
     if "forgetting" not in arms or arms["forgetting"].isna().all():
         return "no run was scored on text outside its task (a split besides train, validation and test)"
     arms = arms[arms["forgetting"].notna()].reset_index(drop=True)
-    look = looks(_placements(arms))
+    look = _looks(analysis, arms)
     figure, axes = _panels(_names(arms))
     for name, ax in axes.items():
         draw.learn_forget(ax, arms[arms["setting"] == name], analysis.metric, look)
@@ -207,9 +225,10 @@ def share_kept(analysis: Analysis) -> Figure | str:
         return "no full fine-tuning and no full placement whose gain over the base model is clear"
     reference = FULL if (table["reference"] == FULL).any() else "full placement"
     table = table[table["reference"] == reference]
-    # of several methods at one placement and rank the best, as in the other figures: a line joins ranks, not methods
+    table = table.drop(columns="placement").merge(_trained(analysis, analysis.metric)[["setting", "arm", "placement"]])
+    # of what else differs at one rank the best, as in the other figures: a line joins ranks
     table = table.sort_values("share", ascending=False).drop_duplicates(["setting", "placement", "rank"]).sort_index()
-    look = looks(_placements(table))
+    look = _looks(analysis, table)
     figure, axes = _panels(_names(table))
     for name, ax in axes.items():
         draw.share_kept(ax, table[table["setting"] == name], look)
@@ -224,6 +243,7 @@ def makers(analysis: Analysis) -> dict[str, Maker]:
     for metric in [analysis.metric, *(name for name in analysis.found.metrics if name != analysis.metric)][:3]:
         found[f"pareto_{metric}"] = lambda one, metric=metric: pareto(one, metric)  # type: ignore[misc]
         found[f"rank_{metric}"] = lambda one, metric=metric: rank_curves(one, metric)  # type: ignore[misc]
+    found[f"arms_{analysis.metric}"] = lambda one: every_arm(one, one.metric)
     found["pareto_seconds"] = lambda one: pareto(one, one.metric, "train_seconds_solo")
     found[f"heatmap_{analysis.metric}"] = lambda one: heat_map(one, one.metric)
     return found | {
@@ -297,9 +317,16 @@ def _save_inherited(names: Sequence[str], folder: Path) -> dict[str, str | None]
     return _save(_inherited[0], names, folder)
 
 
-def _trained(analysis: Analysis, metric: str) -> pd.DataFrame:
+def _every(analysis: Analysis) -> pd.DataFrame:
+    """The arms that were trained, with their kind as placement."""
     arms = analysis.arms[analysis.arms["arm"] != BASE]
-    arms = arms[arms[metric].notna()].copy() if metric in arms else arms.iloc[:0].copy()
+    return arms.assign(placement=_kinds(arms))
+
+
+def _trained(analysis: Analysis, metric: str) -> pd.DataFrame:
+    """Those that have a metric, of the settings that are shown."""
+    arms = _every(analysis)
+    arms = arms[arms[metric].notna()] if metric in arms else arms.iloc[:0]
     if metric != analysis.metric:
         arms = _front_by(arms, metric, "trainable_parameters")
     shown = sorted(arms["setting"].unique())[:MOST_SETTINGS]
@@ -316,33 +343,55 @@ def _front_by(arms: pd.DataFrame, metric: str, cost: str) -> pd.DataFrame:
 
 
 def _simplest(analysis: Analysis, arms: pd.DataFrame) -> pd.DataFrame:
-    """One arm a placement and rank: the best where methods or other factors make several."""
+    """One arm a kind and rank: the best where other factors make several."""
     best = arms.sort_values(analysis.metric, ascending=not higher_is_better(analysis.metric))
     return best.drop_duplicates(["placement", "rank"]).sort_index()
 
 
 def _of_simplest(analysis: Analysis, runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the arms that `_simplest` keeps: a line joins runs of one method, never several methods' means."""
-    kept = {
-        (name, arm)
+    """The runs of the arms that `_simplest` keeps, with the kind of their arm: a line joins runs of one kind."""
+    kinds = {
+        (name, arm): kind
         for name, arms in _trained(analysis, analysis.metric).groupby("setting")
-        for arm in _simplest(analysis, arms)["arm"]
+        for arm, kind in _simplest(analysis, arms).set_index("arm")["placement"].items()
     }
-    pairs = zip(runs["setting"], runs["arm"], strict=True)
-    return runs[pd.Series([pair in kept for pair in pairs], index=runs.index, dtype=bool)]  # of no runs, none
+    pairs = list(zip(runs["setting"], runs["arm"], strict=True))
+    kept = runs[pd.Series([pair in kinds for pair in pairs], index=runs.index, dtype=bool)]  # of no runs, none
+    return kept.assign(placement=[kinds[pair] for pair in pairs if pair in kinds])
 
 
-def _placements(table: pd.DataFrame) -> list[str]:
-    return [str(name) for name in table["placement"].drop_duplicates() if not pd.isna(name)]
+def _at_the_only_rank(runs: pd.DataFrame, ranks: Sequence[float]) -> pd.DataFrame:
+    """Runs of methods without a rank stand beside the others where there is one panel for all."""
+    return runs.assign(rank=runs["rank"].fillna(ranks[0])) if len(ranks) == 1 else runs
+
+
+def _looks(analysis: Analysis, table: pd.DataFrame) -> dict[str, Look]:
+    """The looks of the kinds in a table, which are the same in every figure of the study."""
+    every = looks([str(name) for name in _every(analysis)["placement"].drop_duplicates()])
+    present = {str(name) for name in table["placement"]}
+    return {name: look for name, look in every.items() if name in present}
 
 
 def _kinds(arms: pd.DataFrame) -> pd.Series:
-    """What tells the points of a figure apart besides their ranks: placement, method, or both, whichever differ."""
-    if arms["method"].nunique() < 2:
-        return arms["placement"]
+    """What tells the arms of a figure apart besides their ranks: placement, method, or both, whichever differ, and the
+    allocation where arms would else be taken for one another.
+    """
     whole = arms["placement"] == FULL  # of which the placement is that of no adapter
-    both = arms["placement"].nunique() - whole.any() > 1
-    return arms["placement"].where(whole, arms["placement"] + " " + arms["method"] if both else arms["method"])
+    kinds = arms["placement"]
+    if arms["method"].nunique() > 1:
+        both = arms["placement"].nunique() - whole.any() > 1
+        kinds = kinds + " " + arms["method"] if both else arms["method"]
+    alike = pd.DataFrame({"setting": arms["setting"], "kind": kinds, "rank": arms["rank"]}).duplicated()
+    if "allocation" in arms and (alike & ~whole).any() and arms["allocation"].nunique() > 1:
+        kinds = kinds + " " + arms["allocation"].fillna("")
+    return arms["placement"].where(whole, kinds.str.strip())
+
+
+def _labels(arms: pd.DataFrame) -> pd.Series:
+    """A short name of each arm: its kind and, where ranks differ, its rank; else its full label."""
+    ranked = (arms["rank"].nunique() > 1) & arms["rank"].notna()
+    short = arms["placement"].where(~ranked, arms["placement"] + " r" + arms["rank"].map("{:g}".format))
+    return short.where(~pd.DataFrame({"s": arms["setting"], "l": short}).duplicated(keep=False), arms["arm"])
 
 
 def _names(table: pd.DataFrame) -> list[str]:
@@ -371,14 +420,18 @@ def _panels(names: Sequence[str], height: float = PANEL_HEIGHT) -> tuple[Figure,
 def _by_rank(
     settings: Sequence[str], ranks: Sequence[float], *, sharex: bool = False
 ) -> tuple[Figure, dict[tuple[str, float], Axes]]:
-    """A row a setting, a column a rank; each panel is titled."""
+    """A row a setting and a column a rank, or settings side by side where there is one rank; each panel is titled."""
+    beside = len(ranks) == 1
+    shape = (1, len(settings)) if beside else (len(settings), len(ranks))
     figure, grid = plt.subplots(
-        len(settings), len(ranks), figsize=(TEXT if len(ranks) > 1 else COLUMN, 0.5 + 1.55 * len(settings)),
-        sharex=sharex, sharey="row", squeeze=False, layout="constrained",
+        *shape, figsize=(TEXT if max(shape) > 1 else COLUMN, 0.5 + 1.55 * shape[0]), sharex=sharex and not beside,
+        sharey=False if beside else "row", squeeze=False, layout="constrained",
     )  # fmt: skip
-    axes = {(name, rank): grid[i][j] for i, name in enumerate(settings) for j, rank in enumerate(ranks)}
+    panels = grid.T if beside else grid
+    axes = {(name, rank): panels[i][j] for i, name in enumerate(settings) for j, rank in enumerate(ranks)}
     for (name, rank), ax in axes.items():
-        ax.set_title(f"{name}, rank {rank:g}" if len(settings) > 1 else f"rank {rank:g}")
+        parts = [name] * (len(settings) > 1) + [f"rank {rank:g}"] * (not beside or len(settings) == 1)
+        ax.set_title(", ".join(parts))
     return figure, axes
 
 
@@ -412,7 +465,8 @@ def _legend(figure: Figure, look: dict[str, Look]) -> None:
         Line2D([], [], color=one.colour, marker=one.marker, linestyle=one.line, label=name)
         for name, one in look.items()
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(look), 5), handlelength=2.6)
+    most = 5 if figure.get_figwidth() == TEXT else 3
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(look), most), handlelength=2.6)
 
 
 def _axis(analysis: Analysis, metric: str) -> str:

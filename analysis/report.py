@@ -18,8 +18,9 @@ _HERE = Path(__file__).parent
 _FILTERS = ("placement", "rank", "method", "allocation", "source")
 FIGURE_TEXT = {
     "pareto": "Cost against performance with 95% intervals; the front is filled and joined",
-    "rank": "Performance against rank, a line a placement, 95% bands",
-    "heatmap": "Placement by rank",
+    "arms": "Every arm with its 95% interval, best first",
+    "rank": "Performance against rank, a line a placement (or method), 95% bands",
+    "heatmap": "Placement (or method) by rank",
     "share_kept": "Share of the reference's gain kept, against the share of the model that is trained",
     "learning_rate": "Sensitivity to the learning rate; the chosen one is ringed",
     "training_curves": "Training loss, mean of seeds with their range",

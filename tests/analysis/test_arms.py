@@ -28,6 +28,14 @@ def test_the_trial_is_chosen_on_validation_and_reported_on_test(tmp_path: Path) 
     assert found.arms[found.arms["seeds"] > 0]["nll"].to_list() == [0.9] * 3
 
 
+def test_a_method_without_a_rank_is_one_arm_whatever_rank_and_alpha_its_runs_name(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4, 8), methods=("lora", "bitfit", "full_ft"), examples=20, steps=2)
+    labels = [arm.label for arm in analyse(load(study), draws=50).found.arms]
+    placed = ("attn", "ff", "full")
+    ranked = [f"{place} r{rank} lora" for place in placed for rank in (4, 8)]
+    assert sorted(labels) == sorted([*ranked, *(f"{place} bitfit" for place in placed), FULL])
+
+
 def test_a_trial_that_lost_replicates_does_not_win_by_it(tmp_path: Path) -> None:
     study = write_study(tmp_path / "s", ranks=(4,), lrs=(1e-3, 3e-3), examples=20, steps=2)
     runs = load(study).runs

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from analysis import Analysis, analyse, draw, figures, load
@@ -14,6 +15,7 @@ from tests.analysis.synthetic import edit, write_study
 
 ALL = {
     "pareto_nll", "rank_nll", "pareto_exact_match", "rank_exact_match", "pareto_seconds", "heatmap_nll", "share_kept",
+    "arms_nll",
     "learning_rate", "training_curves", "learn_forget", "where_rank_went", "where_energy_went", "importance",
 }  # fmt: skip
 
@@ -95,18 +97,53 @@ def test_methods_are_told_apart_in_a_study_of_them(tmp_path: Path) -> None:
     placements = ("attn", "ff", "full")
     assert names == {f"{place} {method}" for place in placements for method in methods[:2]} | {"full fine-tuning"}
     assert not [text for ax in figure.axes for text in ax.texts if text.get_text() == "4"]  # the rank of all
-    one = figures._trained(found, "nll").query("placement in ('full', 'full fine-tuning')")
+    one = found.arms.query("placement in ('full', 'full fine-tuning')")
     assert set(figures._kinds(one)) == {"lora", "bitfit", "full fine-tuning"}
     assert one[one["method"] == "bitfit"]["rank"].isna().all()
 
 
-def test_a_line_joins_runs_of_one_method(tmp_path: Path) -> None:
-    study = write_study(tmp_path / "s", ranks=(4, 8), lrs=(1e-3, 3e-3), methods=("lora", "dora"), examples=20, steps=2)
-    found = analyse(load(study), draws=50)
-    runs = figures._of_simplest(found, found.found.runs)
-    assert set(runs["method"]) <= {"lora", "dora"}
-    assert runs.groupby(["setting", "placement", "rank"])["method"].nunique().eq(1).all()
-    assert runs.groupby(["setting", "placement", "rank"])["optim.lr"].nunique().eq(2).all()
+def series(figure: Figure | str) -> set[str]:
+    """The names in a figure's legend."""
+    assert not isinstance(figure, str), figure
+    return {text.get_text() for text in figure.legends[0].get_texts()}
+
+
+def test_no_figure_leaves_a_method_out(tmp_path: Path) -> None:
+    methods = ("lora", "dora", "bitfit", "full_ft")
+    study = write_study(tmp_path / "s", ranks=(4, 8), lrs=(1e-3, 3e-3), methods=methods, examples=20, steps=2)
+    drawn = figures.make(analyse(load(study), draws=50))
+    ranked = {f"{place} {method}" for place in ("attn", "ff", "full") for method in ("lora", "dora")}
+    every = ranked | {f"{place} bitfit" for place in ("attn", "ff", "full")} | {"full fine-tuning"}
+    assert series(drawn["rank_nll"]) == every
+    assert series(drawn["learning_rate"]) == series(drawn["training_curves"]) == ranked
+    dots = drawn["arms_nll"]
+    assert not isinstance(dots, str)
+    labels = {label.get_text() for label in dots.axes[0].get_yticklabels()}
+    assert labels == (every - ranked) | {f"{name} r{rank}" for name in ranked for rank in (4, 8)}
+
+
+def test_methods_without_a_rank_stand_beside_the_others_where_there_is_one(tmp_path: Path) -> None:
+    study = write_study(
+        tmp_path / "s", ranks=(4,), lrs=(1e-3, 3e-3), methods=("lora", "bitfit", "full_ft"), examples=20, steps=2
+    )
+    drawn = figures.make(analyse(load(study), draws=50))
+    for name in ("learning_rate", "training_curves"):
+        assert {"attn lora", "attn bitfit", "full fine-tuning"} <= series(drawn[name])
+
+
+def test_an_interval_that_would_hide_the_rest_is_cut_and_says_so() -> None:
+    arms = pd.DataFrame({"label": list("abcd"), "nll": [0.3, 0.31, 0.32, 0.33]})
+    arms = arms.assign(nll_low=arms["nll"] - 0.02, nll_high=arms["nll"] + 0.02)
+    assert draw.limits(arms, "nll") == (pytest.approx(0.28), pytest.approx(0.35))
+    arms.loc[3, ["nll_low", "nll_high"]] = [-4.0, 5.0]
+    figure, ax = plt.subplots()
+    draw.dots(ax, arms, "nll")
+    low, high = ax.get_xlim()
+    assert 0.1 < low < 0.3
+    assert 0.33 < high < 0.5
+    arrows = [line for line in ax.lines if line.get_marker() in "<>" and len(line.get_xdata())]
+    assert [line.get_ydata().tolist() for line in arrows] == [[0], [0]]  # of the last row
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("rates", [(1e-3, 3e-3, 1e-2), (1.2e-3, 5.7e-3, 5.9e-3, 9.25e-3), (3.4e-5, 8.1e-2)])
