@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sweeper import methods
-from sweeper.engine.bank.forms import AdapterSpec
+from sweeper.engine.bank.forms import AdapterSpec, Form
 from sweeper.engine.bank.vera import draw
-from sweeper.methods import lora, vera
+from sweeper.methods import peft_config, vera
 from sweeper.ranks.placement import Target
 from sweeper.record import ADAPTER, replacing_folder
 from sweeper.spec import RunSpec
@@ -38,9 +36,7 @@ def write_adapter(
     assert isinstance(made, AdapterSpec)
     form = made.form
     tensors = _vera(spec, targets, weights) if form == "vera" else _lora(targets, weights)
-    config = (
-        _vera_config(spec, targets) if form == "vera" else _lora_config(spec, targets, weights, dora=form == "dora")
-    )
+    config = _config(spec, targets, weights, form)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     with replacing_folder(folder / ADAPTER) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -76,46 +72,9 @@ def _vera(spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[
     return tensors
 
 
-def _lora_config(
-    spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]], *, dora: bool
-) -> Any:
-    from peft import LoraConfig
-
-    ranks = {target.name: weights[target.name][0].shape[0] for target in targets}
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT takes each module's scale from its own rank and alpha
-    other = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
-    build: Any = LoraConfig  # its annotations are narrower than what it takes
-    return build(
-        r=common,
-        lora_alpha=lora.alpha_of(spec, common),
-        lora_dropout=spec.method.dropout,
-        use_rslora=spec.method.rank_stabilised,
-        use_dora=dora,
-        rank_pattern=other,
-        alpha_pattern={name: lora.alpha_of(spec, rank) for name, rank in other.items()},
-        **_common(spec, targets),
-    )
-
-
-def _vera_config(spec: RunSpec, targets: Sequence[Target]) -> Any:
-    from peft import VeraConfig
-
-    build: Any = VeraConfig
-    return build(
-        r=spec.rank,
-        projection_prng_key=vera.key(spec),
-        d_initial=vera.initial(spec),
-        vera_dropout=spec.method.dropout,
-        **_common(spec, targets),
-    )
-
-
-def _common(spec: RunSpec, targets: Sequence[Target]) -> dict[str, Any]:
-    return {
-        "target_modules": [target.name for target in targets],
-        "fan_in_fan_out": any(target.kind == "conv1d" for target in targets),
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": spec.model.location,
-        "inference_mode": True,
-    }
+def _config(spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]], form: Form) -> Any:
+    loaded = {"base_model_name_or_path": spec.model.location, "inference_mode": True}
+    if form == "vera":
+        return peft_config.vera_config(spec, targets, **loaded)
+    ranks = {target: len(weights[target.name][0]) for target in targets}
+    return peft_config.lora_config(spec, ranks, use_dora=form == "dora", **loaded)

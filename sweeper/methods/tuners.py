@@ -5,9 +5,7 @@ import dataclasses
 import io
 import json
 import math
-import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,8 +17,9 @@ from torch import Tensor, nn
 
 from sweeper.engine.bank.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.errors import SpecError, unknown
-from sweeper.methods import lora, qlora
+from sweeper.methods import qlora
 from sweeper.methods.method import Method, Ranks, lora_parameters
+from sweeper.methods.peft_config import lora_config, places
 from sweeper.methods.prompts import Prompted
 from sweeper.models import BaseModel
 from sweeper.models.files import first_line, quiet
@@ -145,26 +144,6 @@ class AdaptiveRanks(Tuned):
             self.config.rank_pattern = pattern
 
 
-def lora_config(spec: RunSpec, ranks: Ranks, **more: Any) -> Any:
-    """PEFT's configuration of a LoRA run with a rank for each module, all with the run's scale."""
-    from peft import LoraConfig
-
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT takes each module's scale from its own rank and alpha
-    other = {f"^{re.escape(target.name)}": rank for target, rank in ranks.items() if rank != common}
-    configure: Any = LoraConfig  # its annotations are narrower than what it takes
-    return configure(
-        r=common,
-        lora_alpha=lora.alpha_of(spec, common),
-        lora_dropout=spec.method.dropout,
-        use_rslora=spec.method.rank_stabilised,
-        rank_pattern=other,
-        alpha_pattern={name: lora.alpha_of(spec, rank) for name, rank in other.items()},
-        **_places(ranks),
-        **more,
-    )
-
-
 def dora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
     """DoRA (Liu et al. 2024) with dropout, which falls on the low-rank part alone and so leaves no packed form."""
     return _alone(spec, ranks, lambda base: Tuned(base, lora_config(spec, ranks, use_dora=True), cast=True))
@@ -189,7 +168,7 @@ def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
             tinit=before, tfinal=after, deltaT=_or(option("delta_t"), max(1, steps // 100)),
             beta1=option("beta1"), beta2=option("beta2"),
             orth_reg_weight=option("orthogonality"), lora_alpha=spec.alpha, lora_dropout=spec.method.dropout,
-            **_places(ranks),
+            **places(ranks),
         )  # fmt: skip
         return AdaptiveRanks(base, config)
 
@@ -223,7 +202,7 @@ def _tuner_config(spec: RunSpec, ranks: Ranks, base: BaseModel) -> Any:
     given = {"r": spec.rank, "alpha": spec.alpha, "lora_alpha": spec.alpha, "task_type": "CAUSAL_LM"}
     given |= {name: spec.method.dropout for name in fields if name.endswith("dropout") and spec.method.dropout}
     if "target_modules" in fields and kind.__name__ not in OWN_PLACES:
-        given |= _places(ranks)
+        given |= places(ranks)
     # (IA)3 scales what goes into these rather than what comes out
     given["feedforward_modules"] = [target.name for target in ranks if target.role == "ff_down"]
     chosen = {name: value for name, value in given.items() if name in fields} | arguments
@@ -232,15 +211,6 @@ def _tuner_config(spec: RunSpec, ranks: Ranks, base: BaseModel) -> Any:
             return kind(**chosen)
     except (TypeError, ValueError) as error:
         raise SpecError(f"method.options.arguments: {first_line(error)}") from error
-
-
-def _places(ranks: Ranks) -> dict[str, Any]:
-    """Where an adapter goes, in the words of PEFT's configurations."""
-    return {
-        "target_modules": [target.name for target in ranks],
-        "fan_in_fan_out": any(target.kind == "conv1d" for target in ranks),
-        "task_type": "CAUSAL_LM",
-    }
 
 
 def _alone(spec: RunSpec, ranks: Ranks, build: Callable[[BaseModel], Trainee]) -> AloneSpec:

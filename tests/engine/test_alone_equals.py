@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
-from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments
 
 from sweeper import methods, models
 from sweeper.engine.bank.alone import Alone, AloneSpec
-from sweeper.engine.batches import Tokens
 from sweeper.engine.loss import Head
-from sweeper.engine.pack import Job, Pack
+from sweeper.engine.pack import Pack
 from sweeper.models import BaseModel, budget
 from sweeper.spec import RunSpec
+
+from .trainer import collate, ordered, trainer_run
 
 pytestmark = [
     # PEFT still asks transformers by a name that is about to go
@@ -28,40 +27,12 @@ STEPS, BATCH = 10, 4
 OPTIM = {"lr": 2e-3, "weight_decay": 0.1, "warmup_fraction": 0.2, "max_grad_norm": 0.2, "beta2": 0.99}
 
 
-class Recording(Trainer):
-    """Keeps the exact loss of every forward pass, and reads the data in the order given."""
-
-    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.seen.append(float(loss))
-        return loss
-
-
-def collate(examples: list[Tokens]) -> dict[str, torch.Tensor]:
-    longest = max(len(example.input_ids) for example in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
-    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        labels[row, example.prompt_length : length] = ids[row, example.prompt_length : length]
-        mask[row, :length] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-
-
 def what_trains(spec: RunSpec, base: BaseModel, place: Any) -> AloneSpec:
     targets = place(base, spec.placement.name)
     found = methods.placed(spec.method, targets, base.targets, tied=models.is_tied(base.model))
     adapter = methods.adapter(spec, budget.uniform(found, spec.rank))
     assert isinstance(adapter, AloneSpec)
     return adapter
-
-
-def ordered(job: Job, accumulation: int = 1) -> list[Tokens]:
-    return [job.examples[i] for n in range(job.steps * accumulation) for i in job.order.batch(n)]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -88,17 +59,7 @@ def test_full_fine_tuning_equals_the_trainer(
     model = copy.deepcopy(base.model)
     for name in ours:
         model.get_parameter(name).requires_grad_()
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=accumulation, learning_rate=OPTIM["lr"], weight_decay=OPTIM["weight_decay"],
-        adam_beta2=OPTIM["beta2"], max_grad_norm=OPTIM["max_grad_norm"], lr_scheduler_type="cosine",
-        warmup_steps=int(STEPS * OPTIM["warmup_fraction"]), use_cpu=True, report_to=[], save_strategy="no",
-        disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, logging_strategy="no",
-    )  # fmt: skip
-    trainer = Recording(model=model, args=arguments, train_dataset=ordered(job, accumulation), data_collator=collate)
-    trainer.seen = []
-    trainer.train()
-    theirs = [sum(trainer.seen[n : n + accumulation]) for n in range(0, len(trainer.seen), accumulation)]
+    theirs = trainer_run(model, job, tmp_path, accumulation=accumulation)
 
     assert max(norms) > OPTIM["max_grad_norm"]  # clipping was at work
     assert losses == pytest.approx(theirs, rel=1e-5)

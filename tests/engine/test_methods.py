@@ -21,7 +21,8 @@ from sweeper.record import ADAPTER
 from sweeper.spec import RunSpec
 from sweeper.tasks import Encoded
 
-from .test_trainer import OPTIM, STEPS, trainer_run
+from .test_trainer import OPTIM, STEPS
+from .trainer import trainer_run
 
 pytestmark = [
     # PEFT still asks transformers by a name that is about to go
@@ -418,7 +419,7 @@ def test_a_packed_run_equals_trainer_with_peft(
     jobs = [made.job, *others]
     ours = train(base, jobs, capacities=[job.adapter.capacity for job in jobs], before_step=keep_start)[name]
     model = peft_model(base, made, start)
-    losses = trainer_run(model, made.job, 1, tmp_path)
+    losses = trainer_run(model, made.job, tmp_path)
     assert ours.losses == pytest.approx(losses, rel=1e-4)
     assert max(ours.norms) > OPTIM["max_grad_norm"]
     for module_name, parts in ours.adapter.items():
