@@ -10,6 +10,7 @@ The packs are timed after warm-up (compiling and capturing, reported apart); the
 
 import argparse
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -122,20 +123,24 @@ def main() -> None:
             found = packed([tuple(run) for run in json.loads(args.child)], args)
         print(json.dumps(found))
         return
-    rows = {"packed, 9 runs": ours(GRID, args), "one run alone": alone(args)}
+    measures = {"packed, 9 runs": lambda: ours(GRID, args), "one run alone": lambda: alone(args)}
     if args.saturated and args.device == "cuda":
-        rows[f"packed, {args.saturated} runs"] = ours((GRID * args.saturated)[: args.saturated], args)
-    rows |= {f"PEFT {mode}": yardstick(mode, args) for mode in args.modes}
-    rate = {name: row["run_steps_per_second"] for name, row in rows.items()}
-    print(f"{device()}: {args.model}, batch {args.batch} x {args.length}, arms attn,ff,full x 4,8,16")
-    for name, value in rate.items():
-        print(f"  {name:22s} {value:9.2f} run-steps/s  {value * args.batch * args.length:12,.0f} tokens/s")
+        many = (GRID * args.saturated)[: args.saturated]
+        measures[f"packed, {args.saturated} runs"] = lambda: ours(many, args)
+    measures |= {f"PEFT {mode}": functools.partial(yardstick, mode, args) for mode in args.modes}
+    print(f"{device()}: {args.model}, batch {args.batch} x {args.length}, arms attn,ff,full x 4,8,16", flush=True)
+    rows, rate = {}, {}
+    for name, measure in measures.items():  # each is told and kept at once: a machine may be lent for a while only
+        rows[name] = measure()
+        rate[name] = value = rows[name]["run_steps_per_second"]
+        per_second = value * args.batch * args.length
+        print(f"  {name:22s} {value:9.2f} run-steps/s  {per_second:12,.0f} tokens/s", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps({"device": device(), "model": args.model, "rows": rows}, indent=1) + "\n")
     for mode in args.modes:
         print(f"  packed, 9 runs / PEFT {mode}: {rate['packed, 9 runs'] / rate[f'PEFT {mode}']:.1f}x")
     if "loop" in args.modes:
         print(f"  one run alone / PEFT loop: {rate['one run alone'] / rate['PEFT loop']:.1f}x")
-    if args.json:
-        args.json.write_text(json.dumps({"device": device(), "model": args.model, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -144,9 +144,6 @@ def main() -> None:
     for kind in args.kinds:
         found[kind] = search(kind, args)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
-    for kind in args.kinds if args.seeds else ():
-        found[kind]["confirmed"] = confirm(kind, args)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
     first = found[args.kinds[0]]
     length = -(-round(first["length"]) // 8) * 8
     found["yardstick"] = yardstick(first["batch"], length, args.yardstick_steps)
@@ -157,6 +154,13 @@ def main() -> None:
         found[kind]["makespan_ratio"] = extrapolated / found[kind]["seconds"]
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     report(found, f"{first['batch']} x {length}")
+    for kind in args.kinds if args.seeds else ():
+        found[kind]["confirmed"] = confirm(kind, args)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        for arm, values in found[kind]["confirmed"].items():
+            print(f"{kind}: {arm:10} test on fresh seeds " + "  ".join(f"{value:.4f}" for value in values))
+    if all("confirmed" in found.get(kind, {}) for kind in KINDS):
+        compare(found["pruned"]["confirmed"], found["unpruned"]["confirmed"])
 
 
 def report(found: dict, shape: str) -> None:
@@ -172,13 +176,7 @@ def report(found: dict, shape: str) -> None:
             f"pruned, {one['run_steps']:,} run-steps, GPU busy {one['busy']:.0%} of {one['training_seconds']:.1f} s"
         )
         for arm, best in one["chosen"].items():
-            seeds = "  ".join(f"{value:.4f}" for value in one.get("confirmed", {}).get(arm, ()))
-            print(
-                f"  {arm:10} lr {best['lr']:.2e}  validation {best['validation']:.4f}  test {best['test']:.4f}"
-                f"  fresh seeds {seeds}"
-            )
-    if all("confirmed" in found.get(kind, {}) for kind in KINDS):
-        compare(found["pruned"]["confirmed"], found["unpruned"]["confirmed"])
+            print(f"  {arm:10} lr {best['lr']:.2e}  validation {best['validation']:.4f}  test {best['test']:.4f}")
 
 
 def compare(pruned: dict[str, list[float]], unpruned: dict[str, list[float]]) -> None:
