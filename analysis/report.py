@@ -56,7 +56,8 @@ def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str
     """What the page shows, as plain data."""
     counts = ", ".join(f"{count:,} {name}" for name, count in analysis.study.counts().items())
     metrics = analysis.found.metrics
-    images = sorted(images, key=lambda path: (list(FIGURE_TEXT).index(_kind(path.stem)), path.stem))
+    kinds, main = list(FIGURE_TEXT), f"_{analysis.metric}"
+    images = sorted(images, key=lambda path: (kinds.index(_kind(path.stem)), not path.stem.endswith(main), path.stem))
     titles = TITLES | {"trainable_parameters": "trainable parameters", "trainable_percent": "trained, % of model"}
     titles |= {"train_flops": "training FLOPs", "train_seconds_solo": "training seconds alone", "seeds": "seeds"}
     titles |= {"peak_memory_solo_bytes": "peak memory alone (bytes)", "adapter_bytes": "adapter (bytes)"}
