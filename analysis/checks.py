@@ -120,7 +120,12 @@ def _fairness(found: Arrangement) -> Iterator[tuple[str, str, str]]:
             "study",
             "trials are chosen and reported on validation: the reported scores are optimistic",
         )
-    single = [arm.label for arm in arms if len(arm.runs) == 1]
+    named = [
+        (f"{setting.name}: {arm.label}" if len(found.settings) > 1 else arm.label, arm)
+        for setting in found.settings
+        for arm in setting.arms
+    ]
+    single = [name for name, arm in named if len(arm.runs) == 1]
     if single:
         text = f"{len(single)} of {len(arms)} arms have one seed: their intervals cover evaluation examples only"
         yield "one seed", _some(single), text
@@ -130,7 +135,7 @@ def _fairness(found: Arrangement) -> Iterator[tuple[str, str, str]]:
             "study",
             "every arm ran at one learning rate; arms may differ in which one suits them",
         )
-    edges = [f"{arm.label} ({key} {side})" for arm in arms for key, side in arm.edges.items()]
+    edges = [f"{name} ({key} {side})" for name, arm in named for key, side in arm.edges.items()]
     if edges:
         text = f"the chosen value is at the edge of what was tried in {len(edges)} arms; a better one may lie outside"
         yield "tuned to the edge", _some(edges), text
@@ -150,7 +155,7 @@ def _fairness(found: Arrangement) -> Iterator[tuple[str, str, str]]:
             if worse:
                 text = f"{len(worse)} arms have a higher NLL than the base model ({reference:.4g})"
                 yield "worse than the base model", f"{setting.name}: {_some(worse)}", text
-    incomplete = [arm.label for arm in arms if arm.incomplete]
+    incomplete = [name for name, arm in named if arm.incomplete]
     if incomplete:
         text = f"{len(incomplete)} arms have replicates of the chosen trial that failed, diverged or were pruned"
         yield "missing replicates", _some(incomplete), text

@@ -47,6 +47,15 @@ def test_an_honest_study_has_no_contradictions(tmp_path: Path) -> None:
     assert set(analyse(load(study), draws=50).tables["checks"]["check"]) == {"unequal budgets"}
 
 
+def test_an_arm_is_named_with_its_task_where_there_are_several(tmp_path: Path) -> None:
+    study = write_study(
+        tmp_path / "s", ranks=(4,), seeds=(0,), datasets=("gsm_symbolic", "icd10_chapter"), examples=120, steps=2
+    )
+    found = analyse(load(study), draws=50).tables["checks"].set_index("check")
+    first = "gsm_symbolic: attn r4, gsm_symbolic: ff r4, gsm_symbolic: full r4, icd10_chapter: attn r4"
+    assert found.loc["one seed", "subject"] == f"{first} and 2 more"
+
+
 def test_contradictions_in_records_are_found(tmp_path: Path) -> None:
     study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=120, steps=2)
     attn, ff = (load(study).runs.set_index("placement")["folder"][name] for name in ("attn", "ff"))

@@ -74,7 +74,7 @@ def norms(
         _norms[(triton.cdiv(width, cols), slots)](
             weight, weight.stride(0), weight.stride(1), params, table, scale, squares[member], on.view(torch.int8),
             norm, fan_in, width, columns[member], norm.shape[1], member,
-            M=members, RANKS=16, INNER=64, COLS=cols, num_warps=4,
+            M=members, RANKS=16, INNER=128, COLS=cols, num_warps=4,
         )  # fmt: skip
 
 
