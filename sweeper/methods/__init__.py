@@ -129,6 +129,7 @@ def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec | AloneSpec:
     assert method.alone is not None, f"method={spec.method.name} neither packs nor trains alone"
     return replace(
         method.alone(spec, ranks),
+        key=alone_key(spec),
         average=spec.trainer.ema_decay,
         keep_best=spec.trainer.patience is not None,
         noise=spec.trainer.neftune_alpha,

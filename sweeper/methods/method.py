@@ -4,13 +4,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sweeper.engine.bank.alone import AloneSpec
+from sweeper.engine.bank.alone import AloneSpec, Trainee
 from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
+from sweeper.models import BaseModel
 from sweeper.models.architecture import Target, smaller_side
 from sweeper.spec import MethodSpec, RunSpec
 
 Ranks = Mapping[Target, int]
+
+
+def trained_alone(spec: RunSpec, ranks: Ranks, build: Callable[[BaseModel], Trainee]) -> AloneSpec:
+    """What a run trains alone: what `build` puts on a twin of the base model."""
+    named = {target.name: rank for target, rank in ranks.items()}
+    return AloneSpec(build=build, ranks=named, dropout=spec.method.dropout, seed=spec.seed)
 
 
 def lora_parameters(method: MethodSpec, target: Target, rank: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sweeper.engine.bank.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.errors import SpecError, unknown
 from sweeper.methods import qlora
-from sweeper.methods.method import Method, Ranks, lora_parameters
+from sweeper.methods.method import Method, Ranks, lora_parameters, trained_alone
 from sweeper.methods.peft_config import lora_config, places
 from sweeper.methods.prompts import Prompted
 from sweeper.models import BaseModel
@@ -146,12 +146,12 @@ class AdaptiveRanks(Tuned):
 
 def dora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
     """DoRA (Liu et al. 2024) with dropout, which falls on the low-rank part alone and so leaves no packed form."""
-    return _alone(spec, ranks, lambda base: Tuned(base, lora_config(spec, ranks, use_dora=True), cast=True))
+    return trained_alone(spec, ranks, lambda base: Tuned(base, lora_config(spec, ranks, use_dora=True), cast=True))
 
 
 def quantised_lora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
     """LoRA on the quantised base that `methods.load_base` made."""
-    return _alone(spec, ranks, lambda base: Tuned(base, lora_config(spec, ranks), cast=True))
+    return trained_alone(spec, ranks, lambda base: Tuned(base, lora_config(spec, ranks), cast=True))
 
 
 def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
@@ -172,7 +172,7 @@ def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
         )  # fmt: skip
         return AdaptiveRanks(base, config)
 
-    return replace(_alone(spec, ranks, build), settles=steps - _phases(spec)[1])
+    return replace(trained_alone(spec, ranks, build), settles=steps - _phases(spec)[1])
 
 
 def initial_rank(method: MethodSpec, rank: int) -> int:
@@ -185,7 +185,7 @@ def any_tuner(spec: RunSpec, ranks: Ranks) -> AloneSpec:
     given the placed modules, and the run's rank, alpha and dropout.
     """
     graphable = str(PEFT.option(spec.method, "tuner")).upper() in CAPTURED
-    return _alone(spec, ranks, lambda base: Tuned(base, _tuner_config(spec, ranks, base), graphable=graphable))
+    return trained_alone(spec, ranks, lambda base: Tuned(base, _tuner_config(spec, ranks, base), graphable=graphable))
 
 
 def tuners() -> dict[str, Any]:
@@ -211,13 +211,6 @@ def _tuner_config(spec: RunSpec, ranks: Ranks, base: BaseModel) -> Any:
             return kind(**chosen)
     except (TypeError, ValueError) as error:
         raise SpecError(f"method.options.arguments: {first_line(error)}") from error
-
-
-def _alone(spec: RunSpec, ranks: Ranks, build: Callable[[BaseModel], Trainee]) -> AloneSpec:
-    from sweeper.methods import alone_key
-
-    named = {target.name: rank for target, rank in ranks.items()}
-    return AloneSpec(key=alone_key(spec), build=build, ranks=named, dropout=spec.method.dropout, seed=spec.seed)
 
 
 def _check_adalora(spec: RunSpec) -> None:

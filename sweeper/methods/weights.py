@@ -1,6 +1,6 @@
 """Methods that train weights of the model itself: full fine-tuning, and BitFit's biases."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sweeper.engine.bank.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.errors import SpecError
-from sweeper.methods.method import Method, Ranks
+from sweeper.methods.method import Method, Ranks, trained_alone
 from sweeper.models import BaseModel
 from sweeper.models.architecture import Target
 from sweeper.record import WEIGHTS
@@ -91,7 +91,7 @@ def full_ft(spec: RunSpec, ranks: Ranks) -> AloneSpec:
         limits = {target.name: min(target.in_features, target.out_features) for target in ranks}
         return OwnWeights(base, names, ranks=limits, saved=FULL_FT.option(spec.method, "save"))
 
-    return _alone(spec, ranks, build)
+    return trained_alone(spec, ranks, build)
 
 
 def bitfit(spec: RunSpec, ranks: Ranks) -> AloneSpec:
@@ -101,15 +101,7 @@ def bitfit(spec: RunSpec, ranks: Ranks) -> AloneSpec:
         names = [f"{target.name}.bias" for target in ranks]
         return OwnWeights(base, names, ranks={target.name: 0 for target in ranks})
 
-    return _alone(spec, ranks, build)
-
-
-def _alone(spec: RunSpec, ranks: Ranks, build: Callable[[BaseModel], Trainee]) -> AloneSpec:
-    from sweeper.methods import alone_key
-
-    return AloneSpec(
-        key=alone_key(spec), build=build, ranks={t.name: rank for t, rank in ranks.items()}, dropout=0.0, seed=spec.seed
-    )
+    return trained_alone(spec, ranks, build)
 
 
 def _trains_all(method: MethodSpec) -> bool:

@@ -112,7 +112,7 @@ def _carry_out(
     announce(plan, search, console, left=left)
     outcome = Outcome(records={})
     if left:
-        display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan, settings)
+        display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan.fields, settings)
         work.observers = [display] if tracker is None else [display, tracker]
         try:
             with display:

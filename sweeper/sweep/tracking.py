@@ -3,7 +3,8 @@
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from sweeper import naming
@@ -11,7 +12,6 @@ from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, RunS
 from sweeper.errors import SpecError, unknown
 from sweeper.record import TENSORBOARD, Record
 from sweeper.spec import Settings, to_mapping
-from sweeper.sweep.plan import Plan
 
 
 class RunLog(Protocol):
@@ -29,10 +29,14 @@ OpenLog = Callable[[str, str, Mapping[str, Any]], RunLog]
 
 
 class Tracker:
-    """Feeds events to one log a run; several are open at once where runs are packed."""
+    """Feeds events to one log a run; several are open at once where runs are packed.
 
-    def __init__(self, plan: Plan, open_log: OpenLog, *, every_steps: int = 1) -> None:
-        self.fields = plan.fields
+    Args:
+        fields: what runs are named by, besides placement and rank.
+    """
+
+    def __init__(self, fields: Sequence[str], open_log: OpenLog, *, every_steps: int = 1) -> None:
+        self.fields = fields
         self.configs: dict[str, Mapping[str, Any]] = {}
         self.open_log, self.every_steps = open_log, every_steps
         self.logs: dict[str, RunLog] = {}
@@ -74,13 +78,13 @@ class Tracker:
         return self.logs[run_id]
 
 
-def make(plan: Plan, settings: Settings) -> Tracker | None:
-    """The tracker that the settings ask for; None for tracking=none."""
+def make(fields: Sequence[str], settings: Settings) -> Tracker | None:
+    """The tracker that the settings ask for, of runs told apart by `fields`; None for tracking=none."""
     if settings.tracking == "none":
         return None
     _, _, open_log = TRACKERS[settings.tracking]
     options = dict(settings.tracking_options)
-    return Tracker(plan, open_log(plan, options), every_steps=options.get("every_steps", 1))
+    return Tracker(fields, open_log(settings.folder, options), every_steps=options.get("every_steps", 1))
 
 
 def check(settings: Settings) -> None:
@@ -137,10 +141,10 @@ def summary(record: Record) -> dict[str, float]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _wandb(plan: Plan, options: Mapping[str, Any]) -> OpenLog:
+def _wandb(study: Path, options: Mapping[str, Any]) -> OpenLog:
     import wandb
 
-    folder = plan.study.absolute()
+    folder = study.absolute()
 
     class Log:
         def __init__(self, run: Any) -> None:
@@ -161,7 +165,7 @@ def _wandb(plan: Plan, options: Mapping[str, Any]) -> OpenLog:
                 entity=options.get("entity"),
                 mode=options.get("mode"),
                 dir=str(folder),
-                group=plan.study.name,
+                group=study.name,
                 name=label,
                 config={"run_id": run_id, **config},
                 reinit="create_new",  # a pack has several runs in one process
@@ -177,7 +181,7 @@ def _wandb(plan: Plan, options: Mapping[str, Any]) -> OpenLog:
     return open_log
 
 
-def _tensorboard(plan: Plan, options: Mapping[str, Any]) -> OpenLog:
+def _tensorboard(study: Path, options: Mapping[str, Any]) -> OpenLog:
     import json
 
     from torch.utils.tensorboard import SummaryWriter
@@ -198,14 +202,14 @@ def _tensorboard(plan: Plan, options: Mapping[str, Any]) -> OpenLog:
 
     def open_log(run_id: str, label: str, config: Mapping[str, Any]) -> RunLog:
         name = re.sub(r"[^\w.=+-]+", "_", label)
-        writer = SummaryWriter(str(plan.study / TENSORBOARD / f"{name}-{run_id}"))
+        writer = SummaryWriter(str(study / TENSORBOARD / f"{name}-{run_id}"))
         writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```")
         return Log(writer)
 
     return open_log
 
 
-TRACKERS: Mapping[str, tuple[str, tuple[str, ...], Callable[[Plan, Mapping[str, Any]], OpenLog]]] = {
+TRACKERS: Mapping[str, tuple[str, tuple[str, ...], Callable[[Path, Mapping[str, Any]], OpenLog]]] = {
     "tensorboard": ("tensorboard", ("every_steps",), _tensorboard),
     "wandb": ("wandb", ("mode", "project", "entity", "every_steps"), _wandb),
 }

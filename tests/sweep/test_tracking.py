@@ -17,10 +17,10 @@ from sweeper.sweep.plan import Plan, PlannedRun
 
 
 @pytest.fixture
-def plan(make_spec: Callable[..., RunSpec], tmp_path: Path) -> Plan:
+def plan(make_spec: Callable[..., RunSpec], study: Settings) -> Plan:
     specs = [make_spec(rank=rank) for rank in (4, 8)]
-    runs = [PlannedRun(run_id=s.run_id, spec=s, folder=tmp_path / s.run_id, status=None) for s in specs]
-    return Plan(study=tmp_path / "study", runs=tuple(runs), arms=tuple(grouped(specs)))
+    runs = [PlannedRun(run_id=s.run_id, spec=s, folder=study.folder / s.run_id, status=None) for s in specs]
+    return Plan(study=study.folder, runs=tuple(runs), arms=tuple(grouped(specs)))
 
 
 def play(tracker: tracking.Tracker, plan: Plan, make_record: Callable[..., Record]) -> None:
@@ -63,7 +63,7 @@ def test_each_run_has_its_own_log(plan: Plan, make_record: Callable[..., Record]
         assert label == f"attn r{config['rank']}"
         return logs.setdefault(run_id, MemoryLog())
 
-    play(tracking.Tracker(plan, open_log), plan, make_record)
+    play(tracking.Tracker(plan.fields, open_log), plan, make_record)
     first, second = (logs[run.run_id] for run in plan.runs)
     assert [step for step, _ in first.rows] == [1, 2, 2]
     assert first.rows[0][1] == {
@@ -85,7 +85,7 @@ def test_tensorboard_files_hold_curves_and_summary(
 
     settings = dataclasses.replace(study, tracking="tensorboard", tracking_options={"every_steps": 1})
     tracking.check(settings)
-    tracker = tracking.make(plan, settings)
+    tracker = tracking.make(plan.fields, settings)
     assert tracker is not None
     play(tracker, plan, make_record)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -107,7 +107,7 @@ def test_wandb_offline_runs_live_side_by_side(
     options = {"mode": "offline", "project": "p", "entity": None, "every_steps": 1}
     settings = dataclasses.replace(study, tracking="wandb", tracking_options=options)
     tracking.check(settings)
-    tracker = tracking.make(plan, settings)
+    tracker = tracking.make(plan.fields, settings)
     assert tracker is not None
     play(tracker, plan, make_record)
     runs = sorted((plan.study / "wandb").glob("offline-run-*"))
@@ -156,7 +156,7 @@ def test_wandb_that_cannot_begin_says_so_in_one_line(
         raise wandb.errors.CommError("no network\nand more")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    tracker = tracking.make(plan, dataclasses.replace(study, tracking="wandb"))
+    tracker = tracking.make(plan.fields, dataclasses.replace(study, tracking="wandb"))
     assert tracker is not None
     with pytest.raises(SpecError, match=r"^tracking=wandb cannot begin a run: no network\. WANDB_MODE=offline needs"):
         play(tracker, plan, make_record)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,12 @@ from sweeper.engine.bank import penalty, sparse, starts
 from sweeper.engine.bank.dora import Gain
 from sweeper.engine.bank.forms import AdapterSpec, Capacity
 from sweeper.engine.bank.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK
+from sweeper.engine.bank.optimizer import PackedAdamW
 from sweeper.engine.bank.store import Segment, Store, fetch_all
 from sweeper.engine.bank.vera import Shared, draw
 from sweeper.engine.bank.wrappers import Adapted, AdaptedEmbedding, Group, Lanes
 from sweeper.engine.transfer import send
 from sweeper.models.architecture import Target
-
-if TYPE_CHECKING:
-    from sweeper.engine.bank.optimizer import PackedAdamW
 
 __all__ = ["AdapterBank", "AdapterSpec", "Capacity"]
 
@@ -124,9 +122,7 @@ class AdapterBank(Store):
         for name, wrapper in self.wrappers.items():
             _replace(self.model, name, wrapper.base)
 
-    def make_optimizer(self) -> "PackedAdamW":
-        from sweeper.engine.bank.optimizer import PackedAdamW
-
+    def make_optimizer(self) -> PackedAdamW:
         return PackedAdamW(self)
 
     @property

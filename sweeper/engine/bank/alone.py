@@ -31,17 +31,17 @@ class AloneSpec:
     """What one run trains by itself.
 
     Attributes:
-        key: equal for runs that cost the same, which are those that can use one another's compiled model.
         build: puts the method on a twin of the base model; draws from torch's generator, which is seeded.
         ranks: module name -> rank of the placed modules. dropout: of what is put on them.
+        key: equal for runs that cost the same, which are those that can use one another's compiled model.
         settles: steps until what is trained is of its final size. average, keep_best, noise: as in `AdapterSpec`.
     """
 
-    key: str
     build: Callable[[BaseModel], "Trainee"]
     ranks: Mapping[str, int]
     dropout: float
     seed: int
+    key: str = ""
     average: float | None = None
     keep_best: bool = False
     noise: float = 0.0

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sweeper.engine.bank.adapters import AdapterBank
-from sweeper.engine.bank.store import BLOCK
+from sweeper.engine.bank.store import BLOCK, Store
 from sweeper.spec import OptimSpec
 
 # columns of the hyperparameter table [J, 8]; a row of NaN marks an idle slot
@@ -47,14 +46,14 @@ def hyperparameters(optim: OptimSpec, step: int, max_steps: int) -> list[float]:
 
 @dataclass
 class PackedAdamW:
-    """AdamW (Loshchilov & Hutter 2019) over an `AdapterBank`, clipped by each run's own gradient norm.
+    """AdamW (Loshchilov & Hutter 2019) over a `Store`, clipped by each run's own gradient norm.
 
     A slot whose gradient norm is not finite, or whose learning-rate row is NaN (idle), keeps its parameters and
     moments. A value's rate (`bank.rates`) multiplies the learning rate of its run; one of rate 0 is frozen: it is part
     of no norm and has no moments.
     """
 
-    bank: AdapterBank
+    bank: Store
 
     def __post_init__(self) -> None:
         slots = len(self.bank.capacities)
