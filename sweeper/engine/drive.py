@@ -6,20 +6,17 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from sweeper.engine import checkpoint
 from sweeper.engine.bank.interface import Saved
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate, queue_evaluation
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.engine.loaded import Loaded
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.progress import Progress
 from sweeper.engine.run_queue import RunQueue
 from sweeper.spec import RunSpec
-
-if TYPE_CHECKING:
-    from sweeper.engine.session import Session
 
 Made = Event | Callable[[], Event | None]  # an event, or what the reader of events does (and perhaps makes one of)
 
@@ -35,8 +32,9 @@ WAIT_SECONDS = 0.2  # between looks whether to stop, while a pack waits to hear 
 class Drive:
     """A pack and the runs in its slots. `fill`, then `go`; `running` are those that are in it."""
 
-    def __init__(self, session: "Session", pack: Pack, queue: RunQueue, solo: Mapping[str, Solo]) -> None:
-        self.session, self.pack, self.queue, self.solo = session, pack, queue, solo
+    def __init__(self, loaded: Loaded, pack: Pack, queue: RunQueue, solo: Mapping[str, Solo]) -> None:
+        self.loaded, self.context = loaded, loaded.context
+        self.pack, self.queue, self.solo = pack, queue, solo
         self.running: dict[str, Progress] = {}
         self.clock = Clock(pack, self.running)
         self.told: threading.Event | None = None  # set when the reader of events knows which runs have ended
@@ -46,7 +44,7 @@ class Drive:
         """Puts runs into the slots that are free."""
         arrived = []
         began = time.perf_counter()
-        with self.session.timeline.span("refill"):
+        with self.context.timeline.span("refill"):
             self.queue.want(len(self.pack.jobs) - len(self.pack.active))
             for run in list(self.queue.waiting):
                 slot = self.pack.free_slot(run.job.adapter)
@@ -70,14 +68,14 @@ class Drive:
         if not spec.evaluation.before:
             return
         key = repr((spec.dataset, spec.evaluation))
-        if key not in self.session.base_scores:
-            self.session.base_scores[key] = {}
+        if key not in self.loaded.scores:
+            self.loaded.scores[key] = {}
             yield from self._catch_up()
             for split in spec.evaluation.splits:
                 yield Stage(message=f"evaluating the base model on {spec.dataset.name} {split}")
-                self.session.base_scores[key][split] = evaluate(self.pack, [-1], progress.prepared, split)[0]
+                self.loaded.scores[key][split] = evaluate(self.pack, [-1], progress.prepared, split)[0]
             self.clock.restart()
-        for split, found in self.session.base_scores[key].items():
+        for split, found in self.loaded.scores[key].items():
             yield self._scored(progress, split, "before", found)
 
     def go(self) -> Iterator[Made]:
@@ -87,7 +85,7 @@ class Drive:
             if self.told is not None and (self.told.is_set() or not self.pack.active):
                 yield from self._follow()
                 continue
-            if self.session.should_stop():
+            if self.context.should_stop():
                 yield from self._catch_up()
                 self.checkpoint()
                 return
@@ -96,7 +94,7 @@ class Drive:
             if self.told is None and self._has_room() and now - asked > ASK_SECONDS:
                 yield from self.fill()
                 asked = now
-            elif now - saved > self.session.settings.checkpoint_seconds:
+            elif now - saved > self.context.settings.checkpoint_seconds:
                 yield from self._catch_up()
                 self.checkpoint()
                 saved = now
@@ -104,7 +102,7 @@ class Drive:
 
     def _step(self) -> Iterator[Made]:
         """One step of all, and what it leads to: scores, runs that are pruned, runs that end."""
-        with self.session.timeline.span("train") as span:
+        with self.context.timeline.span("train") as span:
             self.pack.step()
             span.name = "compile" if self.pack.warming else "train"
             moving = any(not (job.finished or job.halted) for _, job in self.pack.active)
@@ -125,10 +123,10 @@ class Drive:
     def _follow(self) -> Iterator[Made]:
         """Fills slots when it is known what became of the runs that left them: their successors may depend on it."""
         assert self.told is not None
-        while not (self.told.wait(WAIT_SECONDS) or self.session.should_stop()):
+        while not (self.told.wait(WAIT_SECONDS) or self.context.should_stop()):
             pass
         self.told = None
-        if not self.session.should_stop():
+        if not self.context.should_stop():
             self._run_ahead()
             yield from self.fill()
         if not self.pack.pending:
@@ -140,7 +138,7 @@ class Drive:
         if not (self.clock.in_flight and self.pack.active and empty):
             return
         wanted = _steps_of(1.5 * self.arrival_seconds * empty, self.clock.step_seconds) - len(self.pack.pending)
-        with self.session.timeline.span("train"):
+        with self.context.timeline.span("train"):
             for _ in range(wanted):
                 if self.pack.warming or any(self._leads_on(job) for _, job in self.pack.active):
                     return
@@ -153,7 +151,7 @@ class Drive:
 
     def _catch_up(self) -> Iterator[Made]:
         """Waits for every step there was."""
-        with self.session.timeline.span("train"):
+        with self.context.timeline.span("train"):
             arrived = self.clock.collect()
         yield from arrived
 
@@ -166,7 +164,7 @@ class Drive:
         if not due:
             return
         groups = _by_dataset(due)
-        with self.session.timeline.span("evaluate"):
+        with self.context.timeline.span("evaluate"):
             begun = [
                 queue_evaluation(
                     self.pack, [slot for slot, _ in group], group[0][1].prepared, VALIDATION, generation=False
@@ -175,7 +173,7 @@ class Drive:
             ]
         yield from self._catch_up()  # only now: a GPU has more to do
         for group, results in zip(groups, begun, strict=True):
-            with self.session.timeline.span("evaluate"):
+            with self.context.timeline.span("evaluate"):
                 found = results()
             for (slot, progress), result in zip(group, found, strict=True):
                 yield self._scored(progress, VALIDATION, str(progress.prepared.job.done), result)
@@ -195,7 +193,7 @@ class Drive:
                 self.pack.bank.take_best(slot)
         for group in _by_dataset(whole):
             for split in group[0][1].request.spec.evaluation.splits:
-                with self.session.timeline.span("evaluate"):
+                with self.context.timeline.span("evaluate"):
                     found = evaluate(self.pack, [slot for slot, _ in group], group[0][1].prepared, split)
                 for (_, progress), result in zip(group, found, strict=True):
                     yield self._scored(progress, split, "after", result)
@@ -212,12 +210,12 @@ class Drive:
             del self.running[progress.request.run_id]
 
     def _write(self, progress: Progress, weights: Saved) -> Event:
-        session, pack = self.session, self.pack
+        context, pack = self.context, self.pack
         solo = self.solo.get(progress.prepared.shape)
         try:
-            record = progress.write(session.settings, weights(), solo, pack, session.environment(pack))
+            record = progress.write(context.settings, weights(), solo, pack, context.environment(pack))
         except OSError as error:
-            return session.failed(progress, error)
+            return context.failed(progress, error)
         return RunFinished(record=record)
 
     def _scored(self, progress: Progress, split: str, moment: str, found: EvaluatedSplit) -> Evaluated:

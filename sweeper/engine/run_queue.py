@@ -2,32 +2,32 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sweeper.engine.events import Event
+from sweeper.engine.loaded import Loaded
 from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import Kind, RunRequest, Source
 from sweeper.engine.sharing import model_key, pack_key
 from sweeper.errors import SweeperError
 
-if TYPE_CHECKING:
-    from sweeper.engine.session import Session
-
 
 class RunQueue:
-    """The runs that wait for a slot of packs of one key, and the source that more come from."""
+    """The runs that wait for a slot of packs of one key, and the source that more come from.
+
+    Attributes:
+        aside: what the source gave that cannot share these packs.
+    """
 
     def __init__(
-        self, session: "Session", source: Source, kinds: Sequence[Kind], key: tuple[Any, ...],
-        strays: Sequence[Prepared],
-    ) -> None:  # fmt: skip
-        self.session, self.source, self.key = session, source, key
+        self, loaded: Loaded, source: Source, kinds: Sequence[Kind], key: tuple[Any, ...], strays: Sequence[Prepared]
+    ) -> None:
+        self.loaded, self.source, self.key = loaded, source, key
         self.kinds = {kind.key for kind in kinds}
         self.waiting: deque[Prepared] = deque()
         self.more = True
         self.failures: list[tuple[RunRequest, Exception]] = []
-        taken = {run.request.run_id for run in strays}
-        session.strays = [request for request in session.strays if request.run_id not in taken]
+        self.aside: list[RunRequest] = []
         for run in strays:
             self._add(run)
 
@@ -46,19 +46,19 @@ class RunQueue:
         """Runs that could not even be prepared, as failed."""
         while self.failures:
             request, error = self.failures.pop()
-            yield self.session.failed(Progress(request), error)
+            yield self.loaded.context.failed(Progress(request), error)
 
     def _prepare(self, request: RunRequest) -> None:
-        if model_key(request.spec) != self.session.model_key or self.session.must_wait(request.spec):
-            self.session.strays.append(request)
+        if model_key(request.spec) != self.loaded.key or self.loaded.must_wait(request.spec):
+            self.aside.append(request)
             return
         try:
-            run = self.session.prepare(request)
+            run = self.loaded.prepare(request)
         except (SweeperError, ValueError) as error:
             self.failures.append((request, error))
             return
         if pack_key_of(run) != self.key:
-            self.session.strays.append(request)
+            self.aside.append(request)
         else:
             self._add(run)
 

@@ -10,28 +10,26 @@ from typing import Any
 
 import torch
 
-from sweeper import methods, models, tasks
-from sweeper.device import device_for, precision_for
-from sweeper.engine import calibrate, compilation, environment, export, probe
+from sweeper import methods, models
+from sweeper.device import precision_for
+from sweeper.engine import calibrate, compilation, export
 from sweeper.engine.ahead import ahead
 from sweeper.engine.bank.alone import AloneSpec
 from sweeper.engine.bank.forms import Capacity
-from sweeper.engine.batches import DataOrder, distinct_lengths
+from sweeper.engine.batches import distinct_lengths
+from sweeper.engine.context import Context
 from sweeper.engine.drive import Drive, Made
-from sweeper.engine.evaluate import EvaluatedSplit
-from sweeper.engine.events import Event, RunFinished, Stage
+from sweeper.engine.events import Event, Stage
+from sweeper.engine.loaded import Loaded
 from sweeper.engine.memory import MOST, runs_that_fit
-from sweeper.engine.pack import Job, Pack, verified_head
+from sweeper.engine.pack import Pack, verified_head
 from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import Kind, RunRequest, Source
 from sweeper.engine.run_queue import RunQueue, pack_key_of
-from sweeper.engine.sharing import model_key, probe_key
-from sweeper.engine.timeline import Timeline
+from sweeper.engine.sharing import model_key
 from sweeper.errors import SweeperError
-from sweeper.models import BaseModel, budget, is_tied
-from sweeper.models.architecture import Target, number_of_layers
-from sweeper.models.files import cache_folder
-from sweeper.ranks import allocation, importance, placement
+from sweeper.models import BaseModel
+from sweeper.models.architecture import number_of_layers
 from sweeper.spec import RunSpec, Settings
 
 REFUSED_AT_ONCE = 64
@@ -54,17 +52,9 @@ class Session:
     """What one device trains for one command. `train` is the whole interface."""
 
     def __init__(self, settings: Settings, should_stop: Callable[[], bool]) -> None:
-        self.settings, self.should_stop = settings, should_stop
-        self.device = device_for(settings.device)
-        self.cache = cache_folder()
-        self.timeline = Timeline()
-        self.base: BaseModel | None = None
-        self.model_key = ""
-        self.strays: list[RunRequest] = []
-        self.encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
-        self.base_scores: dict[str, dict[str, EvaluatedSplit]] = {}
-        self.probes: dict[str, probe.Probe] = {}
-        self.packing = False
+        self.context = Context(settings, should_stop)
+        self.loaded: Loaded | None = None
+        self.strays: list[RunRequest] = []  # handed out for a pack they could not join: a tuned batch size, say
 
     def train(self, source: Source) -> Iterator[Event]:
         """Trains what a source has, model by model, pack by pack; says at the end where the time went.
@@ -73,48 +63,56 @@ class Session:
         judged.
         """
         made = self._train(source)
-        for item in ahead(made, AHEAD) if in_background(self.device) else made:
+        for item in ahead(made, AHEAD) if in_background(self.context.device) else made:
             event = item() if callable(item) else item
             if event is not None:
                 yield event
-        yield Stage(message=f"time: {self.timeline}")
+        yield Stage(message=f"time: {self.context.timeline}")
 
     def _train(self, source: Source) -> Iterator[Made]:
-        if in_background(self.device):
+        if in_background(self.context.device):
             gc.freeze()  # or the many objects of the imports are looked through in the middle of training
             yield export.get_ready
-        while not self.should_stop():
-            kinds = list(source.outlook())
-            specs = [*(kind.spec for kind in kinds), *(request.spec for request in self.strays)]
-            wanted = sorted({model_key(spec) for spec in specs})
-            if not wanted:
-                return
-            key = self.model_key if self.model_key in wanted else wanted[0]
-            kinds = [kind for kind in kinds if model_key(kind.spec) == key]
-            if key != self.model_key:
-                problem = yield from self._load(key, kinds[0].spec if kinds else self._strays(key)[0].spec)
-                if problem is not None:
-                    yield from self._refuse(source, kinds, self._strays(key), problem)
-                    continue
-            groups = yield from self._alike(source, kinds, self._strays(key))
-            if groups:
-                moved = yield from self._train_alike(source, *groups[0])
-                if not moved:
-                    time.sleep(IDLE_SECONDS)
+        more = True
+        while more and not self.context.should_stop():
+            more = yield from self._turn(source)
 
-    def _load(self, key: str, spec: RunSpec) -> Generator[Made, None, Exception | None]:
+    def _turn(self, source: Source) -> Generator[Made, None, bool]:
+        """Trains runs of one model that can share a pack; returns False where there are none left."""
+        kinds = list(source.outlook())
+        specs = [*(kind.spec for kind in kinds), *(request.spec for request in self.strays)]
+        wanted = sorted({model_key(spec) for spec in specs})
+        if not wanted:
+            return False
+        key = self.loaded.key if self.loaded is not None and self.loaded.key in wanted else wanted[0]
+        kinds = [kind for kind in kinds if model_key(kind.spec) == key]
+        strays = [request for request in self.strays if model_key(request.spec) == key]
+        loaded = yield from self._load(key, (kinds or strays)[0].spec)
+        if isinstance(loaded, Exception):
+            yield from self._refuse(source, kinds, strays, loaded)
+            return True
+        groups = yield from self._alike(loaded, source, kinds, strays)
+        if groups:
+            moved = yield from self._train_alike(loaded, source, *groups[0])
+            if not moved:
+                time.sleep(IDLE_SECONDS)
+        return True
+
+    def _load(self, key: str, spec: RunSpec) -> Generator[Made, None, Loaded | Exception]:
+        """The base model of a key, in place of the former one; or why it cannot be had."""
+        if self.loaded is not None and self.loaded.key == key:
+            return self.loaded
         yield Stage(message=models.loading_message(spec.model))
         try:
-            dtype = precision_for(self.device, spec.trainer.precision)
-            self.base, self.model_key = None, ""  # the former model's memory is free before the next one is read
-            with self.timeline.span("load"):
-                base = methods.load_base(spec, dtype=dtype, device=self.device)
+            dtype = precision_for(self.context.device, spec.trainer.precision)
+            self.loaded = None  # its memory is free before the next one is read
+            with self.context.timeline.span("load"):
+                base = methods.load_base(spec, dtype=dtype, device=self.context.device)
                 verified_head(base)
         except (SweeperError, OSError, torch.OutOfMemoryError) as error:
             return error.with_traceback(None)
-        self.base, self.model_key = base, key
-        self.encoded, self.base_scores, self.probes = {}, {}, {}
-        return None
+        self.loaded = Loaded(base, key, self.context)
+        return self.loaded
 
     def _refuse(
         self, source: Source, kinds: Sequence[Kind], strays: Sequence[RunRequest], error: Exception
@@ -125,24 +123,20 @@ class Session:
         found = list(strays)
         while found or (found := list(source.pull(REFUSED_AT_ONCE, keys).requests)):
             for request in found:
-                yield self.failed(Progress(request), error)
+                yield self.context.failed(Progress(request), error)
             found = []
 
-    def _strays(self, key: str) -> list[RunRequest]:
-        """Runs that were handed out for a pack they could not join: a tuned batch size, say."""
-        return [request for request in self.strays if model_key(request.spec) == key]
-
     def _alike(
-        self, source: Source, kinds: Sequence[Kind], strays: Sequence[RunRequest]
+        self, loaded: Loaded, source: Source, kinds: Sequence[Kind], strays: Sequence[RunRequest]
     ) -> Generator[Made, None, list[tuple[dict[str, Any], list[Kind], list[Prepared], list[Prepared]]]]:
         """What can share a pack: options of the pack, kinds, a run prepared of each, and prepared strays."""
         groups: dict[tuple[Any, ...], tuple[list[Kind], list[Prepared], list[Prepared]]] = {}
         for kind in kinds:
-            sample = RunRequest(run_id=kind.spec.run_id, spec=kind.spec, folder=self.settings.folder / "-")
-            if self._unprobed(kind.spec):
+            sample = RunRequest(run_id=kind.spec.run_id, spec=kind.spec, folder=self.context.settings.folder / "-")
+            if loaded.unprobed(kind.spec):
                 yield Stage(message=f"probing which modules matter on {kind.spec.dataset.name}")
             try:
-                run = self.prepare(sample)
+                run = loaded.prepare(sample)
             except (SweeperError, ValueError) as error:
                 yield from self._refuse(source, [kind], [], error)
                 continue
@@ -151,112 +145,61 @@ class Session:
             members[1].append(run)
             for spec in kind.others:
                 with contextlib.suppress(SweeperError, ValueError):
-                    members[1].append(self.prepare(dataclasses.replace(sample, run_id=spec.run_id, spec=spec)))
+                    members[1].append(loaded.prepare(dataclasses.replace(sample, run_id=spec.run_id, spec=spec)))
         for request in strays:
             try:
-                run = self.prepare(request)
+                run = loaded.prepare(request)
             except (SweeperError, ValueError) as error:
                 yield from self._refuse(source, [], [request], error)
                 continue
             groups.setdefault(pack_key_of(run), ([], [], []))[2].append(run)
         return [(dict(key), *groups[key]) for key in sorted(groups)]
 
-    def prepare(self, request: RunRequest) -> Prepared:
-        base, spec = self.base, request.spec
-        assert base is not None
-        targets = placement.resolve(base.targets, spec.placement, layers=number_of_layers(base.targets))
-        splits = self._splits(base, spec)
-        probed = self._probe(base, spec, targets, splits)
-        ranks = allocation.ranks(spec, targets, base.targets, None if probed is None else probed.scores)
-        if (found := methods.placed(spec.method, targets, base.targets, tied=is_tied(base.model))) != targets:
-            ranks = budget.uniform(found, spec.rank)
-        examples = splits["train"].examples
-        lengths = [len(example.input_ids) for example in examples]
-        job = Job(
-            run_id=request.run_id, adapter=methods.adapter(spec, ranks), optim=spec.optim,
-            steps=spec.trainer.max_steps, seed=spec.seed, examples=examples,
-            order=DataOrder(lengths, spec.trainer.batch_size, spec.seed),
-        )  # fmt: skip
-        return Prepared(request=request, job=job, ranks=ranks, splits=splits, probe=probed)
-
-    def _probe(
-        self, base: BaseModel, spec: RunSpec, targets: Sequence[Target], splits: dict[str, tasks.EncodedSplit]
-    ) -> probe.Probe | None:
-        """What allocates a run's ranks by importance; None where nothing has to be probed."""
-        asked = importance.probing(spec)
-        if asked is None:
-            return None
-        key = probe_key(spec)
-        if key not in self.probes:
-            assert not self.packing  # the base must be bare
-            question = probe.Question(
-                asked=asked, targets=probe.probed(base, targets), examples=splits["train"].examples,
-                batch_size=spec.trainer.batch_size, seed=spec.seed if asked.seed is None else asked.seed,
-            )  # fmt: skip
-            with self.timeline.span("probe"):
-                self.probes[key] = probe.find(base, question, self.cache / "probes")
-        return self.probes[key]
-
-    def must_wait(self, spec: RunSpec) -> bool:
-        """Whether a run needs a probe of the bare base model while a pack is on it."""
-        return self.packing and self._unprobed(spec)
-
-    def _unprobed(self, spec: RunSpec) -> bool:
-        return spec.allocation.name == importance.NAME and probe_key(spec) not in self.probes
-
-    def _splits(self, base: BaseModel, spec: RunSpec) -> dict[str, tasks.EncodedSplit]:
-        key = repr(spec.dataset)
-        if key not in self.encoded:
-            model_key = f"{spec.model.source}:{spec.model.location}@{spec.model.revision}"
-            self.encoded[key] = tasks.encode(
-                spec.dataset, base.tokenizer, model_key=model_key, cache=self.cache / "tokens"
-            )
-        return self.encoded[key]
-
     def _train_alike(
-        self, source: Source, options: dict[str, Any], kinds: list[Kind], probes: list[Prepared], strays: list[Prepared]
-    ) -> Generator[Made, None, bool]:
+        self, loaded: Loaded, source: Source, options: dict[str, Any], kinds: list[Kind], probes: list[Prepared],
+        strays: list[Prepared],
+    ) -> Generator[Made, None, bool]:  # fmt: skip
         """Trains runs that can share a pack, in as many packs as memory asks for; returns whether there were any."""
-        base = self.base
-        assert base is not None
-        key = tuple(options.items())
+        base, key = loaded.base, tuple(options.items())
         alone = bool(options["alone"])
         options = {name: value for name, value in options.items() if name not in ("length", "alone")}
         samples = [*strays, *probes]
         options["lengths_vary"] = distinct_lengths([len(e.input_ids) for run in samples for e in run.job.examples]) > 1
-        queue = RunQueue(self, source, kinds, key, strays)
+        queue = RunQueue(loaded, source, kinds, key, strays)
+        taken = {run.request.run_id for run in strays}
+        self.strays = [request for request in self.strays if request.run_id not in taken]
         at_once = 1 if alone else most_at_once(kinds, strays)
-        options |= self._compilation(kinds, strays, samples, options["lengths_vary"])
+        options |= self._compilation(base, kinds, strays, samples, options["lengths_vary"])
         solo: dict[str, calibrate.Solo] = {}
-        if self.settings.calibrate and queue.want(1):
+        if self.context.settings.calibrate and queue.want(1):
             yield from self._calibrate(base, samples, options, solo)
-        limit = runs_that_fit(
-            base, [(run, solo.get(run.shape)) for run in samples], self.settings, self.device, at_once=at_once
-        )
+        measured = [(run, solo.get(run.shape)) for run in samples]
+        limit = runs_that_fit(base, measured, self.context.settings, self.context.device, at_once=at_once)
         moved = False
-        while queue.want(max(limit, 1)) and not self.should_stop():
+        while queue.want(max(limit, 1)) and not self.context.should_stop():
             moved = True
-            overfull = yield from self._train_pack(base, queue, limit, options, solo, probes)
+            overfull = yield from self._train_pack(loaded, queue, limit, options, solo, probes)
             if overfull:
                 limit = overfull // 2
         yield from queue.problems()
+        self.strays += queue.aside
         return moved
 
     def _compilation(
-        self, kinds: Sequence[Kind], strays: Sequence[Prepared], samples: Sequence[Prepared], lengths_vary: bool
-    ) -> dict[str, bool]:
+        self, base: BaseModel, kinds: Sequence[Kind], strays: Sequence[Prepared], samples: Sequence[Prepared],
+        lengths_vary: bool,
+    ) -> dict[str, bool]:  # fmt: skip
         """Whether layers are compiled and steps captured, on CUDA. A run alone is measured uncompiled in any case."""
-        chosen = self.settings.compile
-        if self.device.type != "cuda" or chosen == "off":
+        chosen = self.context.settings.compile
+        if self.context.device.type != "cuda" or chosen == "off":
             return {"compiled": False, "captured": False}
         passes = sum(kind.left * kind.spec.trainer.max_steps * kind.spec.trainer.accumulation for kind in kinds)
         passes += sum(run.job.steps * run.request.spec.trainer.accumulation for run in strays)
-        together = max(1, min(self.settings.max_pack or MOST, most_at_once(kinds, strays)))
+        together = max(1, min(self.context.settings.max_pack or MOST, most_at_once(kinds, strays)))
         lengths = [len(example.input_ids) for run in samples for example in run.job.examples[:1000]]
-        assert self.base is not None
         pays = compilation.pays(
-            passes / together, layers=number_of_layers(self.base.targets),
-            width=self.base.model.config.get_text_config().hidden_size,
+            passes / together, layers=number_of_layers(base.targets),
+            width=base.model.config.get_text_config().hidden_size,
             tokens=together * samples[0].request.spec.trainer.batch_size * sum(lengths) / len(lengths),
             lengths_vary=lengths_vary,
         )  # fmt: skip
@@ -264,21 +207,21 @@ class Session:
 
     def _calibrate(self, base, queue, options, solo) -> Iterator[Made]:
         for run in queue:
-            if run.shape in solo or run.job.steps == 0 or self.should_stop():
+            if run.shape in solo or run.job.steps == 0 or self.context.should_stop():
                 continue
             spec = run.request.spec
             method = "" if spec.method.name == "lora" else f", {spec.method.name},"
             yield Stage(message=f"measuring {spec.placement.name} rank {spec.rank}{method} alone")
             try:
-                with self.timeline.span("measure alone"):
+                with self.context.timeline.span("measure alone"):
                     solo[run.shape] = calibrate.measure(
-                        base, run.job, options | {"compiled": False}, self.cache / "calibrations"
+                        base, run.job, options | {"compiled": False}, self.context.cache / "calibrations"
                     )
             except (RuntimeError, SweeperError):  # out of memory is one; training meets it again and records it
                 continue
 
     def _train_pack(
-        self, base: BaseModel, queue: RunQueue, limit: int, options, solo, probes: Sequence[Prepared]
+        self, loaded: Loaded, queue: RunQueue, limit: int, options, solo, probes: Sequence[Prepared]
     ) -> Generator[Made, None, int]:
         """Trains one pack until nothing is left for it. Returns 0, or the number of runs that did not fit together.
 
@@ -298,11 +241,11 @@ class Session:
             capacities = [Capacity.union(run.capacity for run in (*waiting, *probes))] * slots
         running: dict[str, Progress] = {}
         try:
-            with self.timeline.span("set up"):
-                pack = Pack(base, capacities, **options)
-            drive = Drive(self, pack, queue, solo)
+            with self.context.timeline.span("set up"):
+                pack = Pack(loaded.base, capacities, **options)
+            drive = Drive(loaded, pack, queue, solo)
             running = drive.running
-            with pack, self._on_base():
+            with pack, loaded.packed():
                 try:
                     yield from drive.fill()
                     yield from drive.go()
@@ -317,17 +260,9 @@ class Session:
         self._free_memory()
         if not running and exact and slots == 1:
             run = waiting.popleft()
-            yield self.failed(Progress(run.request, run), problem)
+            yield self.context.failed(Progress(run.request, run), problem)
             return 0
         return (yield from self._recover(queue, running, problem, slots))
-
-    @contextlib.contextmanager
-    def _on_base(self) -> Iterator[None]:
-        self.packing = True
-        try:
-            yield
-        finally:
-            self.packing = False
 
     def _recover(
         self, queue: RunQueue, running: dict[str, Progress], error: Exception, slots: int
@@ -335,7 +270,7 @@ class Session:
         """Runs of a pack that broke go back to the queue from their last good step; a run alone has failed."""
         if len(running) == 1:
             (alone,) = running.values()
-            yield self.failed(alone, error)
+            yield self.context.failed(alone, error)
             return 0
         for progress in reversed(running.values()):
             progress.prepared.rewind()
@@ -345,13 +280,6 @@ class Session:
         yield Stage(message=f"{what} with {size} runs together; going on with {max(1, size // 2)}")
         return size
 
-    def failed(self, progress: Progress, error: BaseException) -> RunFinished:
-        return RunFinished(record=progress.write_failure(self.settings, error, self.environment(None)))
-
-    def environment(self, pack: Pack | None) -> dict[str, Any]:
-        described = environment.describe(self.device, None if pack is None else next(pack.model.parameters()).dtype)
-        return described if pack is None else described | {"compiled": pack.compiled}
-
     def _free_memory(self) -> None:
-        if self.device.type == "cuda":
+        if self.context.device.type == "cuda":
             torch.cuda.empty_cache()

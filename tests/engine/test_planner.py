@@ -129,9 +129,9 @@ def test_layers_are_compiled_where_that_pays(
     chosen: str, steps: int, wanted: tuple[bool, bool], load: Any, make_run: Any, runs: list[Prepared]
 ) -> None:
     session = Session(Settings(study="s", compile=chosen, device="cpu"), lambda: False)  # type: ignore[arg-type]
-    session.device, session.base = torch.device("cuda"), load("llama")
+    session.context.device = torch.device("cuda")
     kinds = [Kind(key="all", spec=make_run(trainer={"max_steps": steps}), most=9, left=9)]
-    found = session._compilation(kinds, [], runs, lengths_vary=True)
+    found = session._compilation(load("llama"), kinds, [], runs, lengths_vary=True)
     assert (found["compiled"], found["captured"]) == wanted
 
 
