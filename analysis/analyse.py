@@ -59,7 +59,7 @@ def analyse(
         "importance": effects.importance(found, metric=metric, seed=seed),
         "power": compare.power_table(found, metric=metric),
         "hypervolume": hypervolumes(found, draws=sampler, metric=metric),
-        "spectra": spectra.table(found),
+        "spectra": spectra_table(found),
         "tuned": tuned_table(found),
         "failures": failures(study),
         "checks": checks.check(study, found),
@@ -209,6 +209,22 @@ def tuned_table(found: Arrangement) -> pd.DataFrame:
     ]  # fmt: skip
     columns = ["setting", "arm", "trials", *found.tuned, found.select, "edge", *(["confirmed"] if confirmed else [])]
     return pd.DataFrame(rows, columns=columns) if rows else pd.DataFrame(columns=columns)
+
+
+def spectra_table(found: Arrangement) -> pd.DataFrame:
+    """A row an arm whose replicates have spectra: means over them, and the share of each role in the energy."""
+    rows = []
+    for arm in found.arms:
+        if "update_norm" not in arm.runs or arm.runs["update_norm"].isna().all():
+            continue
+        runs = arm.runs[arm.runs["update_norm"].notna()]
+        means = {key: float(runs[key].mean()) for key in spectra.NUMBERS}
+        by_role = [key for key in runs if str(key).startswith(spectra.ENERGY)]
+        shares = {key.removeprefix(spectra.ENERGY): float(runs[key].mean()) for key in by_role}
+        largest = sorted(((role, share) for role, share in shares.items() if share > 0), key=lambda pair: -pair[1])
+        energy = ", ".join(f"{role} {share:.0%}" for role, share in largest)
+        rows.append({"setting": arm.setting, "arm": arm.label, "runs": len(runs), **means, "energy": energy})
+    return pd.DataFrame(rows, columns=["setting", "arm", "runs", *spectra.NUMBERS, "energy"])
 
 
 def failures(study: Study) -> pd.DataFrame:

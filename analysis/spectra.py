@@ -1,22 +1,17 @@
-"""What `adapters.py spectra` found of a run's update: columns of the runs table, rows by module, a table by arm."""
+"""What `adapters.py spectra` found of a run's update: columns of the runs table, rows by module."""
 
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import pandas as pd
+from typing import Any
 
 from sweeper.record import SPECTRA
-
-if TYPE_CHECKING:
-    from analysis.arms import Arrangement
 
 SCHEMA = 1
 NUMBERS = ("update_norm", "effective_rank", "stable_rank", "intruder_dimensions")
 BY_MODULE = ("name", "role", "layer", "energy_share", "update_norm", "effective_rank", "intruder_dimensions")
-_ENERGY = "energy."
+ENERGY = "energy."
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -54,21 +49,6 @@ def columns(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "intruder_dimensions": sum(intruders) if intruders else math.nan,
     }
     for row in rows:
-        key = f"{_ENERGY}{row['role']}"
+        key = f"{ENERGY}{row['role']}"
         found[key] = found.get(key, 0.0) + row["energy_share"]
     return found
-
-
-def table(found: "Arrangement") -> pd.DataFrame:
-    """A row an arm whose replicates have spectra: means over them, and the share of each role in the energy."""
-    rows = []
-    for arm in found.arms:
-        if "update_norm" not in arm.runs or arm.runs["update_norm"].isna().all():
-            continue
-        runs = arm.runs[arm.runs["update_norm"].notna()]
-        means = {key: float(runs[key].mean()) for key in NUMBERS}
-        shares = {key.removeprefix(_ENERGY): float(runs[key].mean()) for key in runs if str(key).startswith(_ENERGY)}
-        largest = sorted(((role, share) for role, share in shares.items() if share > 0), key=lambda pair: -pair[1])
-        energy = ", ".join(f"{role} {share:.0%}" for role, share in largest)
-        rows.append({"setting": arm.setting, "arm": arm.label, "runs": len(runs), **means, "energy": energy})
-    return pd.DataFrame(rows, columns=["setting", "arm", "runs", *NUMBERS, "energy"])

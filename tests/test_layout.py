@@ -1,6 +1,7 @@
-"""Folders of the source import one way: what a sweep is made of knows nothing of the sweep."""
+"""The source imports one way, file by file and folder by folder: what a sweep is made of knows nothing of the sweep."""
 
 import ast
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -14,21 +15,49 @@ def place(module: str) -> str:
     return "engine.bank" if module.startswith(SLOTS) else module.split(".")[1]
 
 
-def imports(path: Path) -> list[str]:
+def modules(root: Path) -> dict[str, Path]:
+    paths = [path for name in ("sweeper", "analysis") for path in (root / name).rglob("*.py")]
+    return {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
     """Every module of ours that a file imports, at the top or inside a function."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-    return [f"{node.module}.{name.name}" for node in nodes for name in node.names if str(node.module) == "sweeper"] + [
-        str(node.module) for node in nodes if str(node.module).startswith("sweeper.")
-    ]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module in known:
+            for name in node.names:
+                full = f"{node.module}.{name.name}"
+                yield full if full in known else str(node.module)
 
 
-def test_no_folder_imports_what_imports_it(root: Path) -> None:
-    graph: dict[str, set[str]] = {}
-    for path in (root / "sweeper").rglob("*.py"):
-        here = place(".".join(path.relative_to(root).with_suffix("").parts))
-        graph.setdefault(here, set()).update({place(module) for module in imports(path)} - {here})
-    assert graph["sweep"] >= {"compose", "engine", "ranks", "search"}
+def check(graph: dict[str, set[str]]) -> None:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+@pytest.fixture
+def graph(root: Path) -> dict[str, set[str]]:
+    """module -> what it imports"""
+    known = modules(root)
+    return {name: set(imports(path, known)) - {name} for name, path in known.items()}
+
+
+def test_no_file_imports_what_imports_it(graph: dict[str, set[str]]) -> None:
+    assert graph["sweeper.engine.drive"] > {"sweeper.engine.run_queue", "sweeper.spec"}
+    check(graph)
+
+
+def test_no_folder_imports_what_imports_it(graph: dict[str, set[str]]) -> None:
+    folders: dict[str, set[str]] = {}
+    for module, found in graph.items():
+        if module.startswith("sweeper."):
+            here = place(module)
+            folders.setdefault(here, set()).update({place(other) for other in found} - {here})
+    assert folders["sweep"] >= {"compose", "engine", "ranks", "search"}
+    check(folders)
+
+
+def test_a_circle_is_found() -> None:
+    with pytest.raises(pytest.fail.Exception, match=" imports "):
+        check({"a": {"b"}, "b": {"c"}, "c": {"b"}})
