@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from sweeper import naming
 from sweeper.errors import SpecError
 from sweeper.spec import RunSpec, to_mapping
 
@@ -141,6 +142,14 @@ def grouped(specs: Sequence[RunSpec]) -> list[Arm]:
     for spec in specs:
         found.setdefault(single(spec).key, []).append(spec)
     return [replace(single(same[0]), defaults=tuple(same)) for same in found.values()]
+
+
+def labels(arms: Sequence[Arm]) -> dict[str, str]:
+    """Key -> a short name, of what tells an arm from the others and is not tuned."""
+    plain = [to_mapping(arm.default) for arm in arms]
+    tuned = {dimension.key for arm in arms for dimension in arm.space}
+    fields = naming.varying(plain)
+    return {arm.key: naming.label(spec, fields, tuned) for arm, spec in zip(arms, plain, strict=True)}
 
 
 def short_hash(content: Any) -> str:

@@ -1,6 +1,6 @@
 """What tells runs apart, in the words people type: for the live view, the tables and the trackers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 # a group's name stands for the group; what its options also say is shown only where it varies by itself
@@ -32,10 +32,12 @@ def varying(specs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in differing if key not in ("placement", "rank") and not _follows(key, rows, differing)]
 
 
-def label(spec: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """A short name such as "attn r8 seed=1"; `fields` as from `varying`."""
+def label(spec: Mapping[str, Any], fields: Sequence[str], but: Collection[str] = ()) -> str:
+    """A short name such as "attn r8 seed=1"; `fields` as from `varying`. What is in `but` is no part of it."""
     row = flat(spec)
-    return " ".join([f"{row['placement']} r{row['rank']}", *(f"{key.split('.')[-1]}={row.get(key)}" for key in fields)])
+    words = {"placement": row["placement"], "rank": f"r{row['rank']}"}
+    words |= {key: f"{key.split('.')[-1]}={row.get(key)}" for key in fields}
+    return " ".join(str(word) for key, word in words.items() if key not in but) or "all"
 
 
 def _follows(key: str, rows: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> bool:

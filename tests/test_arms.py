@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sweeper import compose
-from sweeper.arms import Dimension, grouped, number_of_points
+from sweeper.arms import Dimension, grouped, labels, number_of_points
 from sweeper.errors import SpecError
 from sweeper.spec import RunSpec
 
@@ -91,3 +91,16 @@ def test_a_default_outside_of_the_range_is_no_trial(composer: Any) -> None:
 def test_specs_that_differ_in_their_seed_are_one_arm(make_spec: Callable[..., RunSpec]) -> None:
     arms = grouped([make_spec(seed=0), make_spec(rank=8), make_spec(seed=1)])
     assert [arm.seeds for arm in arms] == [(0, 1), (0,)]
+
+
+def test_an_arm_is_named_by_what_is_not_tuned(composer: Any) -> None:
+    def names(*overrides: str) -> list[str]:
+        return list(
+            labels(compose.expand(["experiment=smoke", "placement=attn", "rank=4", *overrides], composer).arms).values()
+        )
+
+    lr = "optim.lr=interval(1e-5,1e-2)"
+    assert names("method=lora,bitfit", lr) == ["attn r4 method=lora", "attn r4 method=bitfit"]
+    assert names("method=lora,bitfit") == ["attn r4 method=lora lr=0.001", "attn r4 method=bitfit lr=0.01"]
+    assert names("rank=tag(tune,choice(4,8))", lr) == ["attn"]
+    assert names("placement=tag(tune,choice(attn,ff))", "rank=tag(tune,choice(4,8))") == ["all"]

@@ -11,14 +11,14 @@ from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, tu
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import budget
 from sweeper.models.architecture import HEAD, Target
-from sweeper.spec import MethodSpec, RunSpec
+from sweeper.spec import MethodSpec, PlacementSpec, RunSpec
 
 if TYPE_CHECKING:
     import torch
 
     from sweeper.models import BaseModel
 
-__all__ = ["METHODS", "Method", "adapter", "check", "find", "held", "packs", "parameters", "trainable"]
+__all__ = ["METHODS", "Method", "adapter", "check", "effective", "find", "held", "packs", "parameters", "trainable"]
 
 METHODS: dict[str, Method] = {
     "lora": lora.LORA,
@@ -48,6 +48,22 @@ def find(name: str) -> Method:
     if name not in METHODS:
         raise SpecError(unknown("method", name, METHODS))
     return METHODS[name]
+
+
+def effective(spec: RunSpec) -> RunSpec:
+    """The run with one value for everything that its method does not look at: equal where the same would be trained."""
+    without = lacks(spec.method)
+    if "rank" in without:
+        spec = replace(spec, rank=1, alpha=1.0)
+    if "placement" in without:
+        spec = replace(spec, placement=PlacementSpec(name="all", head=True))
+    return spec
+
+
+def lacks(method: MethodSpec) -> list[str]:
+    """Which of rank and placement change nothing of what a method trains."""
+    found = find(method.name)
+    return ["rank"] * (not found.ranked) + ["placement"] * found.whole(method)
 
 
 def packs(spec: RunSpec) -> bool:

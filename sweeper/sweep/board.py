@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sweeper import naming
+from sweeper.arms import labels
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Stage, Step, TrialEnded
 from sweeper.record import Record
 from sweeper.spec import RunSpec, to_mapping
@@ -96,11 +97,10 @@ class Board:
         board = cls(views={}, fields=plan.fields, clock=clock, begun=clock())
         for run in plan.todo:
             board.add(run.run_id, run.spec)
-        arms = [to_mapping(arm.default) for arm in plan.arms]
-        fields = naming.varying(arms)
-        for arm, spec in zip(plan.arms, arms, strict=True):
+        names = labels(plan.arms)
+        for arm in plan.arms:
             if arm.space:
-                label, steps = naming.label(spec, fields), arm.default.trainer.max_steps
+                label, steps = names[arm.key], arm.default.trainer.max_steps
                 board.arms[arm.key] = ArmView(label=label, wanted=wanted, seeds=len(arm.seeds), steps=steps)
         return board
 

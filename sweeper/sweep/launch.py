@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -103,11 +104,13 @@ def _carry_out(
     arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Callable[[Scheduler], Outcome]
 ) -> dict[str, Record]:
     plan, console = planning.make(arms, settings, search), make_console()
+    for line in _left_out(plan):
+        console.print(line, markup=False, soft_wrap=True)
     if settings.dry_run:
         show_plan(plan, settings, search, console)
         return {}
     early: list[Event] = []
-    work = Scheduler(arms, [run.run_id for run in plan.todo], settings, search, observers=[early.append])
+    work = Scheduler(plan.arms, [run.run_id for run in plan.todo], settings, search, observers=[early.append])
     left = bool(work.outlook())
     announce(plan, search, console, left=left)
     outcome = Outcome(records={})
@@ -144,6 +147,18 @@ def announce(plan: Plan, search: SearchSettings, console: Console, *, left: bool
         console.print(f"{done}; training the other {todo}", markup=False)
     else:
         console.print(f"{runs} run{'s' if runs > 1 else ''} to train in {plan.study}", markup=False, soft_wrap=True)
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """A line for each method that has arms which would train the same."""
+    from sweeper import methods
+
+    kinds = Counter((arm.default.method.name, *methods.lacks(arm.default.method)) for arm in plan.left_out)
+    return [
+        f"method={name} has no {' and no '.join(lacking)}: {number} arm{'' if number == 1 else 's'} left out, "
+        "which would train the same as another"
+        for (name, *lacking), number in kinds.items()
+    ]
 
 
 def _search_line(plan: Plan, search: SearchSettings) -> str:
@@ -204,7 +219,7 @@ def _stopped(plan: Plan, found: Mapping[str, Record]) -> str:
 
 def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: Console) -> None:
     """The dry run: every run (of a tuned arm, the default trial) with what it adapts and costs."""
-    from sweeper import naming
+    from sweeper import methods, naming
 
     specs = [to_mapping(run.spec) for run in plan.runs]
     fields = naming.varying(specs)
@@ -212,12 +227,12 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
     costs = forecast.costs([run.spec for run in plan.runs], settings)
     cells = []
     for run, spec, cost in zip(plan.runs, specs, costs, strict=True):
-        flat = naming.flat(spec)
+        flat, lacking = naming.flat(spec), methods.lacks(run.spec.method)
         cells.append(
             [
                 run.run_id,
-                str(flat["placement"]),
-                str(run.spec.rank),
+                "all" if "placement" in lacking else run.spec.placement.name,
+                "-" if "rank" in lacking else str(run.spec.rank),
                 *(str(flat.get(name)) for name in fields),
                 f"{cost.modules:,}",
                 f"{cost.parameters:,}",

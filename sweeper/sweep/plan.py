@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,12 +32,17 @@ class PlannedRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All runs of a command, in grid order; of arms that are tuned, the trials with the default hyperparameters."""
+    """All runs of a command, in grid order; of arms that are tuned, the trials with the default hyperparameters.
+
+    Attributes:
+        left_out: arms that are not among them, as they would train what another one does.
+    """
 
     study: Path
     runs: tuple[PlannedRun, ...]
     arms: tuple[Arm, ...]
     retry_failed: bool = True
+    left_out: tuple[Arm, ...] = ()
 
     @property
     def tuned(self) -> bool:
@@ -72,7 +77,29 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
     plan = Plan(study=settings.folder, runs=tuple(runs), arms=tuple(arms), retry_failed=settings.retry_failed)
     checking.check(arms, search or SearchSettings())
     check([run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)], settings)
-    return plan
+    return _without_likes(plan)
+
+
+def _without_likes(plan: Plan) -> Plan:
+    """Leaves one arm of those that would train the same: one that has a record already, if any has."""
+    from sweeper import methods
+
+    groups: dict[str, list[Arm]] = {}
+    for arm in plan.arms:
+        same = tuple(map(methods.effective, arm.defaults))
+        groups.setdefault((arm if same == arm.defaults else replace(arm, defaults=same)).key, []).append(arm)
+    if len(groups) == len(plan.arms):
+        return plan
+    begun = {run.run_id for run in plan.runs if run.status is not None}
+    chosen = (
+        next((arm for arm in alike if any(spec.run_id in begun for spec in arm.defaults)), alike[0])
+        for alike in groups.values()
+    )
+    kept = {arm.key: arm for arm in chosen}
+    wanted = {spec.run_id for arm in kept.values() for spec in arm.defaults}
+    runs = tuple(run for run in plan.runs if run.run_id in wanted)
+    left_out = tuple(arm for arm in plan.arms if arm.key not in kept)
+    return replace(plan, runs=runs, arms=tuple(kept.values()), left_out=left_out)
 
 
 def check(specs: Sequence[RunSpec], settings: Settings) -> None:

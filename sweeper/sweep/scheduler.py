@@ -20,8 +20,8 @@ from functools import cached_property
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sweeper import naming, record
-from sweeper.arms import Arm
+from sweeper import record
+from sweeper.arms import Arm, labels
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, Stage, TrialEnded
 from sweeper.engine.requests import Kind, Pulled, RunRequest, Source
 from sweeper.record import Record
@@ -384,11 +384,11 @@ class Scheduler:
 
     def label(self, arm: Arm) -> str:
         """A short name of an arm, with what tells it from the others."""
-        return naming.label(to_mapping(arm.default), self._fields)
+        return self._labels[arm.key]
 
     @cached_property
-    def _fields(self) -> list[str]:
-        return naming.varying([to_mapping(state.arm.default) for state in self.states.values()])
+    def _labels(self) -> dict[str, str]:
+        return labels([state.arm for state in self.states.values()])
 
     def _request(self, state: _ArmState, spec: RunSpec, search: dict[str, Any] | None = None) -> RunRequest:
         run_id = spec.run_id

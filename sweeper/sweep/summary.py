@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sweeper import naming
 from sweeper.record import Record, Score, perplexity, write_atomically
+from sweeper.spec import MethodSpec
 from sweeper.text import aligned, number, point, size
 
 BASE = "none (base model)"
@@ -110,15 +111,18 @@ _TITLES = {"exact_match": "accuracy"}
 
 
 def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[str, Any]:
+    from sweeper import methods  # imports torch
+
     flat = naming.flat(record.spec)
+    lacking = methods.lacks(MethodSpec(name=flat["method"], options=record.spec["method"].get("options", {})))
     moments = record.scores.get(SPLIT, {})
     cost = record.efficiency
     share = record.trainable_parameters / record.total_parameters if record.total_parameters else None
     row = {
         "run_id": record.run_id,
         "status": record.status,
-        "placement": flat["placement"],
-        "rank": _ranks(record, flat["rank"]),
+        "placement": "all" if "placement" in lacking else flat["placement"],
+        "rank": None if "rank" in lacking else _ranks(record, flat["rank"]),
         **{key: flat.get(key) for key in fields},
         "trainable_parameters": record.trainable_parameters or None,
         "trainable_percent": None if share is None else 100 * share,
@@ -135,11 +139,7 @@ def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[
 
 
 def _ranks(record: Record, nominal: Any) -> Any:
-    """The rank of the modules, or from the lowest to the highest where an allocation spread them; None: it has none."""
-    from sweeper import methods  # imports torch
-
-    if not methods.find(record.spec["method"]["name"]).ranked:
-        return None
+    """The rank of the modules, or from the lowest to the highest where an allocation spread them."""
     found = {module.rank for module in record.modules}
     if len(found) < 2:
         return next(iter(found), nominal)

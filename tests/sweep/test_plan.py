@@ -112,3 +112,31 @@ def test_records_are_read_only_while_planning(
     plan.make(grouped(specs), study)
     assert path.read_text() == before
     assert json.loads(before)["status"] == "completed"
+
+
+def arms_of(overrides: list[str], composer: Any, study: Settings) -> plan.Plan:
+    found = compose.expand(["experiment=smoke", "placement=attn,ff", "rank=4,8", *overrides], composer)
+    return plan.make(found.arms, study)
+
+
+def test_arms_that_would_train_the_same_are_one(composer: Any, study: Settings) -> None:
+    made = arms_of(["method=lora,bitfit,full_ft", "seed=0,1"], composer, study)
+    kinds = [(arm.default.method.name, arm.default.placement.name, arm.default.rank) for arm in made.arms]
+    lora = [("lora", name, rank) for name in ("attn", "ff") for rank in (4, 8)]
+    assert sorted(kinds) == [("bitfit", "attn", 4), ("bitfit", "ff", 4), ("full_ft", "attn", 4), *lora]
+    assert len(made.left_out) == 2 + 3
+    assert [run.run_id for run in made.runs] == [spec.run_id for arm in made.arms for spec in arm.defaults]
+    placed = arms_of(["method=full_ft", "method.options.modules=placed"], composer, study)
+    assert [arm.default.placement.name for arm in placed.arms] == ["attn", "ff"]
+
+
+def test_of_arms_that_would_train_the_same_the_one_that_has_runs_is_kept(
+    composer: Any, study: Settings, make_record: Callable[..., Record]
+) -> None:
+    *_, last = compose.expand(["experiment=smoke", "placement=ff", "rank=8", "method=full_ft"], composer).specs
+    record.write_record(study.folder / last.run_id, make_record(last))
+    made = arms_of(["method=full_ft", "seed=0,1"], composer, study)
+    assert [(run.spec.placement.name, run.spec.rank, run.status) for run in made.runs] == [
+        ("ff", 8, "completed"),
+        ("ff", 8, None),
+    ]
