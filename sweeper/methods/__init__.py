@@ -83,6 +83,8 @@ def check(spec: RunSpec) -> None:
     method.check_options(spec.method)
     if not method.ranked and spec.allocation.name != "uniform":
         raise SpecError(f"allocation={spec.allocation.name} spreads rank, and method={spec.method.name} has none")
+    if spec.method.rank_stabilised and not method.scaled:
+        raise SpecError(f"method.rank_stabilised=true: method={spec.method.name} has no alpha / rank to stabilise")
     if spec.placement.embeddings and not method.embeddings:
         able = ", ".join(name for name, one in METHODS.items() if one.embeddings)
         raise SpecError(f"placement.embeddings=true: method={spec.method.name} cannot adapt the embedding; {able} can")

@@ -21,7 +21,7 @@ from sweeper.methods import qlora
 from sweeper.methods.method import Method, Ranks, lora_parameters
 from sweeper.methods.peft_config import lora_config, places
 from sweeper.methods.prompts import Prompted
-from sweeper.models import BaseModel
+from sweeper.models import BaseModel, learned_positions
 from sweeper.models.files import first_line, quiet
 from sweeper.spec import MethodSpec, RunSpec
 from sweeper.tasks.package import is_installed
@@ -259,6 +259,26 @@ def _check_tuner(spec: RunSpec) -> None:
         )
     if name not in tuners():
         raise SpecError(unknown("method.options.tuner", name, sorted(tuners())))
+    _check_arguments(spec, name)
+
+
+def _check_arguments(spec: RunSpec, tuner: str) -> None:
+    arguments = PEFT.option(spec.method, "arguments")
+    fields = {field.name for field in dataclasses.fields(tuners()[tuner])}
+    for needed in ("num_virtual_tokens", "token_indices", "adapter_len", "adapter_layers"):
+        if needed in fields and not arguments.get(needed):
+            raise SpecError(
+                f"method.options.tuner={tuner} needs {needed}: give '+method.options.arguments={{{needed}: ...}}'"
+            )
+    if spec.method.dropout and not any(name.endswith("dropout") for name in fields):
+        raise SpecError(f"method.dropout={spec.method.dropout}: method.options.tuner={tuner} has no dropout")
+    virtual = arguments.get("num_virtual_tokens", 0)
+    most = learned_positions(spec.model) if isinstance(virtual, int) and virtual else None
+    if most is not None and spec.dataset.max_length + virtual > most:
+        raise SpecError(
+            f"dataset.max_length={spec.dataset.max_length} and num_virtual_tokens={virtual}: model={spec.model.name} "
+            f"has learned {most} positions. Choose dataset.max_length at most {most - virtual}."
+        )
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -303,10 +323,10 @@ ADALORA = Method(
         "initial": 1.5, "tinit": None, "tfinal": None, "delta_t": None, "beta1": 0.85, "beta2": 0.85,
         "orthogonality": 0.5,
     },
-    check=_check_adalora, inner_rank=initial_rank, ranges={"optim.lr": (1e-3, 1e-1)},
+    check=_check_adalora, scaled=False, inner_rank=initial_rank, ranges={"optim.lr": (1e-3, 1e-1)},
 )  # fmt: skip
 QLORA = Method(alone=quantised_lora, check=qlora.check, quantised=True)
 PEFT = Method(
     alone=any_tuner, parameters=lora_parameters, options={"tuner": "", "arguments": {}}, check=_check_tuner,
-    work="none",
+    scaled=False, work="none",
 )  # fmt: skip

@@ -562,6 +562,7 @@ def test_noise_on_the_embedding_changes_training_alone(make_alone: Any, run_all:
     ("changes", "message"),
     [
         ({"method": {"name": "full_ft", "options": {"modules": "some"}}}, "method.options.modules=some: choose all"),
+        ({"method": {"name": "full_ft", "rank_stabilised": True}}, "method=full_ft has no alpha / rank to stabilise"),
         ({"method": {"name": "full_ft", "dropout": 0.1}}, "method.dropout=0.1: method=full_ft has no adapter"),
         ({"method": {"name": "bitfit"}, "optim": {"norm_penalty": 1.0}}, "optim.norm_penalty is for the A and B"),
         ({"method": {"name": "qlora"}, "optim": {"lr_ratio": 4.0}}, "optim.lr_ratio is for the A and B"),
