@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     if not folders:
         raise SpecError(f"no folder of runs given. Usage: {USAGE.splitlines()[0]}")
     runs = rescore.find(folders)
-    rescore.check(runs, datasets or [run.spec.dataset for run in runs], evaluation)
+    rescore.check(runs, datasets, evaluation)
     console = make_console()
     console.print(f"{len(runs)} saved run{'s' if len(runs) > 1 else ''} to score", markup=False)
     if evaluation.name == lm_harness.NAME:

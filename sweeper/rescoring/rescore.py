@@ -103,16 +103,22 @@ def _read_combined(folder: Path) -> Saved | None:
 
 
 def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec) -> None:
-    """Raises `Problems` with a line for everything that would stop the evaluation, before a model is loaded."""
+    """Raises `Problems` with a line for everything that would stop the evaluation, before a model is loaded.
+
+    Args:
+        datasets: as `rescore` takes them.
+    """
     from sweeper import models
 
     problems: list[str] = []
-    wanted = unique(datasets)  # as many as there are runs, where each is scored on its own
+    wanted = unique(datasets or [run.spec.dataset for run in runs])
     acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in wanted]
     acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in wanted]
     if evaluation.name == lm_harness.NAME:
         acts.append(partial(lm_harness.check, evaluation))
-    acts += [partial(models.check, model) for model in unique(run.spec.model for run in runs)]
+    for model in unique(run.spec.model for run in runs):
+        acts.append(partial(models.check, model))
+        acts += [partial(models.check_length, model, dataset.max_length) for dataset in unique(datasets)]
     for act in acts:
         try:
             act()

@@ -112,6 +112,15 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         rescore.find([tmp_path / "run"])
 
 
+def test_texts_longer_than_a_models_learned_positions_are_refused(tiny: Settings) -> None:
+    run = rescore.find([tiny.folder])[0]
+    config = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32, "vocab_size": 300}
+    learned = replace(run.spec, model=replace(run.spec.model, name="tiny_gpt2", location="gpt2", config=config))
+    with pytest.raises(Problems, match=r"dataset.max_length=64: model=tiny_gpt2 has learned 32 positions"):
+        rescore.check([run, replace(run, spec=learned)], [CHAIN], TEST)
+    rescore.check([run], [CHAIN], TEST)
+
+
 def test_everything_wrong_is_said_at_once(tiny: Settings) -> None:
     runs = rescore.find([tiny.folder])
     bad = DatasetSpec(name="x", family="nowhere")
