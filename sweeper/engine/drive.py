@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from sweeper.engine import checkpoint
 from sweeper.engine.bank.interface import Saved
 from sweeper.engine.calibrate import Solo
@@ -16,6 +18,7 @@ from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Sta
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.progress import Progress
 from sweeper.engine.run_queue import RunQueue
+from sweeper.models.files import first_line
 from sweeper.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -71,11 +74,12 @@ class Drive:
             return
         key = repr((spec.dataset, spec.evaluation))
         if key not in self.session.base_scores:
-            self.session.base_scores[key] = {}
             yield from self._catch_up()
+            scores = {}
             for split in spec.evaluation.splits:
                 yield Stage(message=f"evaluating the base model on {spec.dataset.name} {split}")
-                self.session.base_scores[key][split] = evaluate(self.pack, [-1], progress.prepared, split)[0]
+                scores[split] = evaluate(self.pack, [-1], progress.prepared, split)[0]
+            self.session.base_scores[key] = scores  # of all splits, or of none where memory ran out
             self.clock.restart()
         for split, found in self.session.base_scores[key].items():
             yield self._scored(progress, split, "before", found)
@@ -89,7 +93,7 @@ class Drive:
                 continue
             if self.session.should_stop():
                 yield from self._catch_up()
-                self.checkpoint()
+                yield from self.checkpoint()
                 return
             yield from self._step()
             now = time.monotonic()
@@ -98,7 +102,7 @@ class Drive:
                 asked = now
             elif now - saved > self.session.settings.checkpoint_seconds:
                 yield from self._catch_up()
-                self.checkpoint()
+                yield from self.checkpoint()
                 saved = now
                 self.clock.restart()
 
@@ -224,13 +228,16 @@ class Drive:
         progress.note_scores(split, moment, found)
         return Evaluated(run_id=progress.request.run_id, split=split, moment=moment, score=found.score)
 
-    def checkpoint(self) -> None:
-        """Saves what trains to the run folders."""
+    def checkpoint(self) -> Iterator[Made]:
+        """Saves what trains to the run folders; a run that cannot be saved trains on."""
         for slot, job in self.pack.active:
             progress = self.running[job.run_id]
             state = self.pack.snapshot(slot)
             progress.prepared.keep(state, progress)
-            checkpoint.save(progress.request.folder, state, progress.saved())
+            try:
+                checkpoint.save(progress.request.folder, state, progress.saved())
+            except (OSError, SafetensorError) as error:
+                yield Stage(message=f"{job.run_id}: its checkpoint cannot be written: {first_line(error)}")
 
     def _ended(self) -> list[tuple[int, Job]]:
         """Runs that go no further, and of which every step is known."""
