@@ -22,7 +22,17 @@ from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest
 from sweeper.models import total_parameters
 from sweeper.models.architecture import Target
-from sweeper.record import METRICS, PREDICTIONS, Efficiency, Module, Record, Score, write_lines, write_record
+from sweeper.record import (
+    METRICS,
+    PREDICTIONS,
+    Efficiency,
+    Module,
+    Record,
+    Score,
+    remove_leftovers,
+    write_lines,
+    write_record,
+)
 from sweeper.spec import Settings, to_mapping
 from sweeper.tasks import EncodedSplit
 
@@ -51,7 +61,8 @@ class Prepared:
         return repr((self.job.adapter.shape(), spec.trainer, spec.dataset))
 
     def resume(self) -> None:
-        """Takes up the checkpoint of a run that was cut off, if its folder holds one."""
+        """Takes up the checkpoint of a run that was cut off, if there is one, and clears away what else it left."""
+        remove_leftovers(self.request.folder)
         found = checkpoint.load(self.request.folder)
         adapter = self.job.adapter
         if found is None or self.job.done > 0:

@@ -169,9 +169,22 @@ def test_a_checkpoint_is_replaced_whole_under_a_name_of_its_own(
     found = checkpoint.load(tmp_path)
     assert found is not None
     assert (found[1], found[0]["q"][1].item()) == ({"step": 2}, 2)
-    (tmp_path / f".{checkpoint.CHECKPOINT}.0123").write_bytes(b"left by a process that was killed")
     checkpoint.remove(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(
+    specs: list[RunSpec], run_all: Any, tmp_path: Path
+) -> None:
+    run_all(specs, "stopped", stop_after=3)
+    folder, token = tmp_path / "stopped" / specs[0].run_id, "0123456789abcdef"
+    (folder / f".{checkpoint.CHECKPOINT}.{token}").write_bytes(b"half")
+    (folder / f".adapter.{token}").mkdir()
+    (folder / f".adapter.{token}" / "adapter_model.safetensors").write_bytes(b"half")
+    (folder / ".notes").write_text("someone's own")
+    run_all(specs, "stopped")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {".notes", "adapter", "metrics.jsonl", "predictions.jsonl", "record.json"}
 
 
 @pytest.mark.parametrize("from_step", [0, 3])
