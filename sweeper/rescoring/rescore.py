@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import record, tasks
+from sweeper import naming, record, tasks
 from sweeper.errors import DataError, Problems, SweeperError
 from sweeper.record import ADAPTER, COMBINED, RECORD, WEIGHTS, Score
 from sweeper.rescoring import lm_harness
@@ -100,6 +100,13 @@ def _read_combined(folder: Path) -> Saved | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Saved(folder=folder, spec=spec, ranks=ranks, combined=f"{method} of {len(note['from'])}")
+
+
+def labels(runs: Sequence[Saved]) -> dict[Path, str]:
+    """Folder -> what a table calls a run: its id and what tells it from the others."""
+    specs = {run.folder: to_mapping(run.spec) for run in runs if not run.combined}
+    fields = naming.varying(list(specs.values()))
+    return {run.folder: f"{run.folder.name} {run.combined or naming.label(specs[run.folder], fields)}" for run in runs}
 
 
 def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec) -> None:

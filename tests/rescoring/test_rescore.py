@@ -100,7 +100,20 @@ def test_other_tasks_and_their_files(tiny: Settings, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert shown.count("majority") == 2
     assert shown.count("base tiny") == 2
+    assert all(f"{run.folder.name} {run.spec.placement.name} r{run.spec.rank}  " in shown for run in runs)
     assert shown.count("suite of chain_sum, longer") == 2
+
+
+def test_a_label_has_what_tells_a_run_from_the_others(tiny: Settings) -> None:
+    run = rescore.find([tiny.folder])[0]
+    spec = run.spec
+    other = replace(spec, method=replace(spec.method, name="dora"), optim=replace(spec.optim, lr=0.1), seed=3)
+    mixed = replace(run, folder=tiny.folder / "mixed", combined="add of 2")
+    found = rescore.labels([run, replace(run, folder=tiny.folder / "b", spec=other), mixed])
+    place = f"{spec.placement.name} r{spec.rank}"
+    assert found[tiny.folder / "b"] == f"b {place} method=dora lr=0.1 seed=3"
+    assert found[run.folder] == f"{run.folder.name} {place} method=lora lr=0.05 seed=0"
+    assert found[tiny.folder / "mixed"] == "mixed add of 2"
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
