@@ -103,7 +103,9 @@ def train_flops(method: MethodSpec, targets: Sequence[Target], ranks: Ranks, *, 
     if found.work == "product":
         products = {target: found.inner_rank(method, rank) for target, rank in ranks.items()}
         return budget.train_flops(targets, products, length=length, tokens=tokens)
-    dense = tuple(ranks) if found.work == "weight" else ()
+    # of a model with tied ends the head is no module of its own, and yet its weight's gradient is a product there
+    trained = targets if found.whole(method) else ranks
+    dense = tuple(trained) if found.work == "weight" else ()
     return budget.train_flops(targets, dict.fromkeys(ranks, 0), length=length, tokens=tokens, dense=dense)
 
 
