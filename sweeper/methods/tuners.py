@@ -222,8 +222,8 @@ def _alone(spec: RunSpec, ranks: Ranks, build: Callable[[BaseModel], Trainee]) -
 
 def _check_adalora(spec: RunSpec) -> None:
     steps = spec.trainer.max_steps
-    if steps < 1:
-        raise SpecError("method=adalora spreads its ranks while it trains: trainer.max_steps must be at least 1")
+    if steps < 2:  # importance is known after the first step, and the last ranks are given up after another
+        raise SpecError("method=adalora spreads its ranks while it trains: trainer.max_steps must be at least 2")
     if spec.trainer.ema_decay is not None:
         raise SpecError("trainer.ema_decay: an average of method=adalora's weights has ranks that were given up")
     if spec.allocation.name != "uniform":
@@ -233,7 +233,7 @@ def _check_adalora(spec: RunSpec) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise SpecError(f"method.options.{name} must be a whole number of steps, at least {least}, got {value}")
     before, after = _phases(spec)
-    if before >= steps - after:
+    if steps - after < max(before + 1, 2):
         raise SpecError(
             f"method.options.tinit={before} and tfinal={after} leave none of trainer.max_steps={steps} to spread ranks"
         )
