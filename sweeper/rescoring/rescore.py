@@ -324,15 +324,28 @@ def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     return pack
 
 
+def read_tensors(file: Path) -> "dict[str, torch.Tensor]":
+    """What a run saved, by name.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+
+
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "vera_lambda_d",
           "vera_lambda_b")  # fmt: skip
 
 
 def read_adapter(folder: Path) -> "dict[str, tuple[torch.Tensor, ...]]":
     """A run's saved adapter: module name -> its parts, as `AdapterBank.parts` has them."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / ADAPTER / "adapter_model.safetensors")
+    tensors = read_tensors(folder / ADAPTER / "adapter_model.safetensors")
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")

@@ -1,6 +1,7 @@
 """Saved adapters are scored as they were when they were trained; what is wrong is said before a model is loaded."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_a_label_has_what_tells_a_run_from_the_others(tiny: Settings) -> None:
     assert found[tiny.folder / "b"] == f"b {place} method=dora lr=0.1 seed=3"
     assert found[run.folder] == f"{run.folder.name} {place} method=lora lr=0.05 seed=0"
     assert found[tiny.folder / "mixed"] == "mixed add of 2"
+
+
+def test_a_damaged_adapter_is_named(tiny: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(rescore.find([tiny.folder])[0].folder, folder)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"damaged/adapter/adapter_model.safetensors: cannot be read: "):
+        list(rescore.rescore(rescore.find([folder]), [], TEST, tiny))
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
