@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -231,6 +232,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process that was killed left half written in a folder that nobody else writes to."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

@@ -40,6 +40,10 @@ class ModelSpec:
     roles: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.config and self.source != "random":
+            raise SpecError(f"model.config.{next(iter(self.config))}: model={self.name} comes with a config of its own")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacementSpec:
@@ -302,6 +306,9 @@ class Settings:
 
         if self.checkpoint_seconds <= 0:
             raise SpecError(f"sweep.checkpoint_seconds must be above 0, got {self.checkpoint_seconds}")
+        if self.tracking == "none" and self.tracking_options:
+            name = next(iter(self.tracking_options))
+            raise SpecError(f"tracking.{name}: tracking=none has no fields. Choose tracking=tensorboard or wandb.")
 
     @property
     def folder(self) -> Path:

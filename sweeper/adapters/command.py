@@ -97,29 +97,28 @@ def _combine(options: argparse.Namespace) -> None:
 def _spectra(options: argparse.Namespace) -> None:
     look = spectra.Look(top=options.top, epsilon=options.epsilon, base=not options.update_only)
     console = make_console()
+    runs = rescore.find(options.run)
+    labels = rescore.labels(runs)
     cells = []
-    for run, modules in spectra.spectra(rescore.find(options.run), look, device=options.device):
+    for run, modules in spectra.spectra(runs, look, device=options.device):
         if not modules:
             console.print(f"{run.folder}: changed no matrix of the model", markup=False, soft_wrap=True)
             continue
         console.print(f"{run.folder / spectra.FILE}", markup=False, highlight=False, soft_wrap=True)
-        cells.append(_row(run, modules))
+        cells.append([labels[run.folder], *_row(modules)])
     if not cells:
         raise DataError("spectra: no run changed a matrix of its model, so there is no spectrum to look at")
-    header = ["run", "placement", "rank", "|dW|", "effective rank", "stable rank", "intruders", "energy by role"]
+    header = ["run", "|dW|", "effective rank", "stable rank", "intruders", "energy by role"]
     console.out(text.aligned(header, cells), highlight=False)
 
 
-def _row(run: "Saved", modules: "Sequence[ModuleSpectrum]") -> list[str]:
+def _row(modules: "Sequence[ModuleSpectrum]") -> list[str]:
     intruders = [one.intruder_dimensions for one in modules if one.intruder_dimensions is not None]
     examined = sum(one.examined or 0 for one in modules)
     roles: dict[str, float] = {}
     for one in modules:
         roles[one.role] = roles.get(one.role, 0.0) + one.energy_share
     return [
-        run.folder.name,
-        run.combined or run.spec.placement.name,
-        str(run.spec.rank),
         f"{sum(one.update_norm**2 for one in modules) ** 0.5:.3g}",
         f"{sum(one.effective_rank for one in modules) / len(modules):.2f}",
         f"{sum(one.stable_rank for one in modules) / len(modules):.2f}",

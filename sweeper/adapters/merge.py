@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sweeper import record
 from sweeper.adapters import peft_models
 from sweeper.errors import DataError, ModelError
+from sweeper.models.files import first_line
 from sweeper.rescoring.rescore import Saved
 from sweeper.spec import Precision
 
@@ -33,17 +34,27 @@ def merge(run: Saved, out: Path, *, device: str = "auto", precision: Precision =
     if tuned is None:
         peft_models.untie(base, set(run.ranks))
         model = peft_models.adapted(base, {"default": run.adapter})
+        if not hasattr(model, "merge_and_unload"):
+            kind = model.peft_config["default"].peft_type.value
+            raise DataError(f"merge: {run.folder.name} is {kind}, which changes no weight of the model")
     else:
         model = peft_models.with_weights(base, tuned)
     ids = _ids(base)
     wanted = peft_models.logits(model, ids)
     with record.replacing_folder(out) as temporary:
         with peft_models.hushed():
-            _save(model if tuned else model.merge_and_unload(safe_merge=True), base, temporary)
+            _save(model if tuned else _merged(model), base, temporary)
         found = _compared(base, temporary, ids, wanted)
         note = {"run_id": run.folder.name, "from": str(run.folder), "model": base.spec.name, **found}
         record.write_json(temporary / record.MERGED, note)
     return note
+
+
+def _merged(model: Any) -> Any:
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError) as error:
+        raise DataError(f"merge: PEFT cannot: {first_line(error)}") from error
 
 
 def _ids(base: "BaseModel") -> "torch.Tensor":

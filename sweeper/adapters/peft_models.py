@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sweeper.errors import DataError
 from sweeper.models.files import first_line, quiet
 from sweeper.record import WEIGHTS
+from sweeper.rescoring import rescore
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,8 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
     Raises:
         DataError: PEFT cannot read one of them, or cannot put them on this model.
     """
+    from safetensors import SafetensorError
+
     with hushed():
         from peft import PeftModel
 
@@ -52,7 +55,7 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
                     model = PeftModel.from_pretrained(base.model, str(folder), adapter_name=name, torch_device=device)
                 else:
                     model.load_adapter(str(folder), adapter_name=name, torch_device=device)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             if model is not None:
                 remove(model)
             raise DataError(f"{folder}: PEFT cannot load it: {first_line(error)}") from error
@@ -61,10 +64,8 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
 
 def own_weights(folder: Path) -> "dict[str, torch.Tensor] | None":
     """Parameter name -> trained value, of a run that trained the model itself; None where it has an adapter."""
-    from safetensors.torch import load_file
-
     file = folder / WEIGHTS / "model.safetensors"
-    return load_file(file) if file.is_file() else None
+    return rescore.read_tensors(file) if file.is_file() else None
 
 
 def with_weights(base: "BaseModel", tuned: "Mapping[str, torch.Tensor]") -> Any:

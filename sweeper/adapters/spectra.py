@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import record
 from sweeper.adapters import peft_models
-from sweeper.errors import SpecError
+from sweeper.errors import DataError, SpecError
+from sweeper.models.files import first_line
 from sweeper.rescoring.rescore import Saved
 
 if TYPE_CHECKING:
@@ -130,9 +131,14 @@ def look_at(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced]:
 def _of_adapter(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced]:
     model = peft_models.adapted(base, {"default": run.adapter})
     try:
-        layers = [(name, layer) for name, layer in model.base_model.model.named_modules() if _is_tuned(layer)]
         targets = {target.name: target for target in base.targets}
-        return {name: _reduced(layer.get_base_layer(), targets[name], _of_layer(layer), look) for name, layer in layers}
+        found = {}
+        for name, layer in model.get_base_model().named_modules():
+            if name in targets and _is_tuned(layer):  # norms that were trained are no matrices
+                found[name] = _reduced(layer.get_base_layer(), targets[name], _of_layer(layer), look)
+        return found
+    except (ValueError, NotImplementedError) as error:
+        raise DataError(f"spectra: {run.folder}: PEFT cannot merge it: {first_line(error)}") from error
     finally:
         peft_models.remove(model)
 

@@ -148,6 +148,9 @@ def _no_such_field(key: str, plain: Plain) -> str:
         node = node[part]
         path.append(part)
     choices = [".".join([*path, name]) for name in node if name != "options"]
+    if isinstance(node.get(leaf), dict):
+        whole, keys = ".".join([*path, leaf]), ", ".join(node[leaf]) or "none"
+        return f"{whole} has the keys {keys}; where it takes others, they are added with '+{whole}={{...}}'"
     if not choices:
         return f"{'.'.join([*path, leaf])}: no such field; {'.'.join(path)} has none here."
     return no_such_field(".".join([*path, leaf]), choices)

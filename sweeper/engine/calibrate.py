@@ -21,7 +21,7 @@ from sweeper.engine.pack import Job, Pack, open_pack
 from sweeper.models import BaseModel, held_bytes
 from sweeper.record import write_atomically
 
-TIMED_STEPS = 2
+TIMED_STEPS, MOST_WARM = 2, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,8 @@ def measure(base: BaseModel, job: Job, pack_options: dict[str, Any], cache: Path
         return Solo(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         pass
-    found = _measure(base, dataclasses.replace(job, done=0, tokens=0, state=None), pack_options)
+    steps = max(job.steps, MOST_WARM + TIMED_STEPS)  # a run may be shorter than what is measured
+    found = _measure(base, dataclasses.replace(job, done=0, tokens=0, state=None, steps=steps), pack_options)
     write_atomically(path, json.dumps(dataclasses.asdict(found)))
     return found
 
@@ -71,7 +72,7 @@ def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
         activations = _activations(pack, job)
         fixed = dataclasses.replace(job, order=_Typical(job, pack.accumulation))
         pack.jobs[0] = fixed
-        pack.warm_up(2 if pack.captured else 1)
+        pack.warm_up(MOST_WARM if pack.captured else 1)
         _wait(pack)
         began = time.perf_counter()
         for _ in range(TIMED_STEPS):

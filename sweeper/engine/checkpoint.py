@@ -39,6 +39,5 @@ def load(folder: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]] |
 
 
 def remove(folder: Path) -> None:
-    """Removes a run's checkpoint, and what a process that was killed while it saved one left of it."""
-    for path in (folder / CHECKPOINT, *folder.glob(f".{CHECKPOINT}*")):
-        path.unlink(missing_ok=True)
+    """Removes a run's checkpoint."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from safetensors import SafetensorError
+
 from sweeper.engine import checkpoint
 from sweeper.engine.bank.interface import Saved
 from sweeper.engine.calibrate import Solo
@@ -16,6 +18,7 @@ from sweeper.engine.loaded import Loaded
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.progress import Progress
 from sweeper.engine.run_queue import RunQueue
+from sweeper.models.files import first_line
 from sweeper.spec import RunSpec
 
 Made = Event | Callable[[], Event | None]  # an event, or what the reader of events does (and perhaps makes one of)
@@ -69,11 +72,12 @@ class Drive:
             return
         key = repr((spec.dataset, spec.evaluation))
         if key not in self.loaded.scores:
-            self.loaded.scores[key] = {}
             yield from self._catch_up()
+            scores = {}
             for split in spec.evaluation.splits:
                 yield Stage(message=f"evaluating the base model on {spec.dataset.name} {split}")
-                self.loaded.scores[key][split] = evaluate(self.pack, [-1], progress.prepared, split)[0]
+                scores[split] = evaluate(self.pack, [-1], progress.prepared, split)[0]
+            self.loaded.scores[key] = scores  # of all splits, or of none where memory ran out
             self.clock.restart()
         for split, found in self.loaded.scores[key].items():
             yield self._scored(progress, split, "before", found)
@@ -87,7 +91,7 @@ class Drive:
                 continue
             if self.context.should_stop():
                 yield from self._catch_up()
-                self.checkpoint()
+                yield from self.checkpoint()
                 return
             yield from self._step()
             now = time.monotonic()
@@ -96,7 +100,7 @@ class Drive:
                 asked = now
             elif now - saved > self.context.settings.checkpoint_seconds:
                 yield from self._catch_up()
-                self.checkpoint()
+                yield from self.checkpoint()
                 saved = now
                 self.clock.restart()
 
@@ -222,13 +226,16 @@ class Drive:
         progress.note_scores(split, moment, found)
         return Evaluated(run_id=progress.request.run_id, split=split, moment=moment, score=found.score)
 
-    def checkpoint(self) -> None:
-        """Saves what trains to the run folders."""
+    def checkpoint(self) -> Iterator[Made]:
+        """Saves what trains to the run folders; a run that cannot be saved trains on."""
         for slot, job in self.pack.active:
             progress = self.running[job.run_id]
             state = self.pack.snapshot(slot)
             progress.prepared.keep(state, progress)
-            checkpoint.save(progress.request.folder, state, progress.saved())
+            try:
+                checkpoint.save(progress.request.folder, state, progress.saved())
+            except (OSError, SafetensorError) as error:
+                yield Stage(message=f"{job.run_id}: its checkpoint cannot be written: {first_line(error)}")
 
     def _ended(self) -> list[tuple[int, Job]]:
         """Runs that go no further, and of which every step is known."""

@@ -1,6 +1,7 @@
 """Greedy text from every adapter of a pack at once, with a KV cache."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sweeper.device import free_bytes
 from sweeper.engine.pack import Pack
+from sweeper.models import learned_positions
 
 CACHE_SHARE = 0.3  # of the free memory of a GPU, for the KV cache
 STOP_EVERY = 8  # generated tokens between two looks for stop strings
@@ -40,7 +42,8 @@ def generate(
         stop_ids: ids that end a text.
         stop_strings: texts that end a text; up to `STOP_EVERY` further tokens may have been written, see `cut`.
     Returns:
-        For each slot, the continuations in the order of the prompts.
+        For each slot, the continuations in the order of the prompts. A model with learned positions writes up to the
+        last of them.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: list[dict[int, Generated]] = [{} for _ in slots]
@@ -81,6 +84,8 @@ def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids, stop_stri
     done = torch.zeros(len(ids), dtype=torch.bool, device=pack.device)
     written: list[Tensor] = []
     takes_positions = "position_ids" in inspect.signature(pack.model.base_model.forward).parameters
+    most = learned_positions(pack.base.spec)
+    room = math.inf if most is None else most - getattr(pack.bank.decoder, "virtual", 0)
     window = STOP_EVERY + max((len(text.encode()) for text in stop_strings), default=0)
     for count in range(1, max_new_tokens + 1):
         pack.bank.lanes.tokens = ids.shape[1]
@@ -93,15 +98,19 @@ def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids, stop_stri
             tails = torch.stack(written[-window:], dim=1).tolist()
             ended = [cut(text, stop_strings)[1] for text in pack.base.tokenizer.batch_decode(tails)]
             done |= torch.tensor(ended, device=pack.device)
+        ids, positions = token[:, None], positions[:, -1:] + 1
+        if math.isfinite(room):
+            done |= positions[:, 0] >= room
+            positions = positions.clamp(max=room - 1)
         if bool(done.all()):
             break
-        ids, positions = token[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     ends = set(stop_ids)
     texts = []
-    for row in torch.stack(written, dim=1).tolist():
+    for number, row in enumerate(torch.stack(written, dim=1).tolist()):
         end = next((i for i, token in enumerate(row) if token in ends), None)
-        texts.append(Generated(tuple(row[:end]), end is None))
+        left = room - len(prompts[number % len(prompts)])  # tokens that may follow a prompt, of which it sees all
+        texts.append(Generated(tuple(row[:end]), end is None or end > left))
     return texts
 
 

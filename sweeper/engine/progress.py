@@ -22,7 +22,17 @@ from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest
 from sweeper.models import total_parameters
 from sweeper.models.architecture import Target
-from sweeper.record import METRICS, PREDICTIONS, Efficiency, Module, Record, Score, write_lines, write_record
+from sweeper.record import (
+    METRICS,
+    PREDICTIONS,
+    Efficiency,
+    Module,
+    Record,
+    Score,
+    remove_leftovers,
+    write_lines,
+    write_record,
+)
 from sweeper.spec import Settings, to_mapping
 from sweeper.tasks import EncodedSplit
 
@@ -51,7 +61,8 @@ class Prepared:
         return repr((self.job.adapter.shape(), spec.trainer, spec.dataset))
 
     def resume(self) -> None:
-        """Takes up the checkpoint of a run that was cut off, if its folder holds one."""
+        """Takes up the checkpoint of a run that was cut off, if there is one, and clears away what else it left."""
+        remove_leftovers(self.request.folder)
         found = checkpoint.load(self.request.folder)
         adapter = self.job.adapter
         if found is None or self.job.done > 0:
@@ -92,10 +103,14 @@ class Progress:
         self.predictions: list[dict[str, Any]] = []
         self.started: str = before.get("started", _now())
         self.began = time.monotonic()
-        self.diverged = self.pruned = self.stopped = False
         self.noted: int = 0 if prepared is None else prepared.job.done  # steps whose results are known
         self.best: tuple[float, int] | None = tuple(before["best"]) if before.get("best") else None
         self.waited: int = before.get("waited", 0)
+        self.pruned = False
+        self.diverged = any(not math.isfinite(row["loss"]) for row in self.metrics if "loss" in row)
+        self.stopped = self._out_of_patience()
+        if prepared is not None:
+            prepared.job.halted = self.diverged or self.stopped
 
     @property
     def prepared(self) -> Prepared:
@@ -130,14 +145,17 @@ class Progress:
 
     def judge(self, nll: float) -> bool:
         """Notes a validation NLL of a run that may end early; returns whether it is the lowest so far."""
-        patience = self.request.spec.trainer.patience
-        better = self.best is None or nll < self.best[0]
+        better = math.isfinite(nll) and (self.best is None or nll < self.best[0])
         if better:
             self.best, self.waited = (nll, self._done), 0
         else:
             self.waited += 1
-            self.stopped = patience is not None and self.waited >= patience and not self.prepared.job.finished
+            self.stopped = self._out_of_patience()
         return better
+
+    def _out_of_patience(self) -> bool:
+        patience = self.request.spec.trainer.patience
+        return patience is not None and self.waited >= patience and not self.prepared.job.finished
 
     @property
     def _done(self) -> int:

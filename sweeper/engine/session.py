@@ -252,7 +252,7 @@ class Session:
                 except torch.OutOfMemoryError:  # what failed moved nothing: every run goes on from where it is
                     for result in pack.drain():
                         yield running[result.job.run_id].note_step(result, 0.0)
-                    drive.checkpoint()
+                    yield from drive.checkpoint()
                     raise
             return 0
         except (RuntimeError, SweeperError) as error:

@@ -99,6 +99,8 @@ def check(spec: RunSpec) -> None:
     method.check_options(spec.method)
     if not method.ranked and spec.allocation.name != "uniform":
         raise SpecError(f"allocation={spec.allocation.name} spreads rank, and method={spec.method.name} has none")
+    if spec.method.rank_stabilised and not method.scaled:
+        raise SpecError(f"method.rank_stabilised=true: method={spec.method.name} has no alpha / rank to stabilise")
     if spec.placement.embeddings and not method.embeddings:
         able = ", ".join(name for name, one in METHODS.items() if one.embeddings)
         raise SpecError(f"placement.embeddings=true: method={spec.method.name} cannot adapt the embedding; {able} can")
@@ -117,7 +119,9 @@ def train_flops(method: MethodSpec, targets: Sequence[Target], ranks: Ranks, *, 
     if found.work == "product":
         products = {target: found.inner_rank(method, rank) for target, rank in ranks.items()}
         return budget.train_flops(targets, products, length=length, tokens=tokens)
-    dense = tuple(ranks) if found.work == "weight" else ()
+    # of a model with tied ends the head is no module of its own, and yet its weight's gradient is a product there
+    trained = targets if found.whole(method) else ranks
+    dense = tuple(trained) if found.work == "weight" else ()
     return budget.train_flops(targets, dict.fromkeys(ranks, 0), length=length, tokens=tokens, dense=dense)
 
 

@@ -38,6 +38,7 @@ class Method:
         check: raises SpecError for a run that the method cannot train.
         ranked: whether the method has a rank at all.
         even: whether every module must have the same rank.
+        scaled: whether the update has the factor alpha / rank.
         highest: the highest rank that makes sense in a module.
         embeddings: whether it can adapt the token embedding.
         whole: whether it trains every weight of the model, wherever the placement is.
@@ -56,6 +57,7 @@ class Method:
     check: Callable[[RunSpec], None] = lambda spec: None
     ranked: bool = True
     even: bool = False
+    scaled: bool = True
     highest: Callable[[Target], int] = smaller_side
     embeddings: bool = False
     whole: Callable[[MethodSpec], bool] = lambda method: False

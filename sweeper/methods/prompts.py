@@ -17,12 +17,16 @@ class Prompted:
 
     peft: Any
 
+    @property
+    def virtual(self) -> int:
+        """Tokens that go before the text."""
+        return int(self.peft.active_peft_config.num_virtual_tokens)
+
     def __call__(
         self, *, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None,
         position_ids: Tensor | None = None, use_cache: bool = False,
     ) -> Any:  # fmt: skip
-        config = self.peft.active_peft_config
-        inner, virtual, rows = self.peft.get_base_model().base_model, config.num_virtual_tokens, len(input_ids)
+        inner, virtual, rows = self.peft.get_base_model().base_model, self.virtual, len(input_ids)
         options: dict[str, Any] = {"use_cache": use_cache, "past_key_values": past_key_values}
         if attention_mask is not None:
             options["attention_mask"] = torch.cat([attention_mask.new_ones(rows, virtual), attention_mask], dim=1)

@@ -21,7 +21,7 @@ from sweeper.methods import qlora
 from sweeper.methods.method import Method, Ranks, lora_parameters, trained_alone
 from sweeper.methods.peft_config import lora_config, places
 from sweeper.methods.prompts import Prompted
-from sweeper.models import BaseModel
+from sweeper.models import BaseModel, learned_positions
 from sweeper.models.files import first_line, quiet
 from sweeper.spec import MethodSpec, RunSpec
 from sweeper.tasks.package import is_installed
@@ -215,8 +215,8 @@ def _tuner_config(spec: RunSpec, ranks: Ranks, base: BaseModel) -> Any:
 
 def _check_adalora(spec: RunSpec) -> None:
     steps = spec.trainer.max_steps
-    if steps < 1:
-        raise SpecError("method=adalora spreads its ranks while it trains: trainer.max_steps must be at least 1")
+    if steps < 2:  # importance is known after the first step, and the last ranks are given up after another
+        raise SpecError("method=adalora spreads its ranks while it trains: trainer.max_steps must be at least 2")
     if spec.trainer.ema_decay is not None:
         raise SpecError("trainer.ema_decay: an average of method=adalora's weights has ranks that were given up")
     if spec.allocation.name != "uniform":
@@ -226,7 +226,7 @@ def _check_adalora(spec: RunSpec) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise SpecError(f"method.options.{name} must be a whole number of steps, at least {least}, got {value}")
     before, after = _phases(spec)
-    if before >= steps - after:
+    if steps - after < max(before + 1, 2):
         raise SpecError(
             f"method.options.tinit={before} and tfinal={after} leave none of trainer.max_steps={steps} to spread ranks"
         )
@@ -252,6 +252,26 @@ def _check_tuner(spec: RunSpec) -> None:
         )
     if name not in tuners():
         raise SpecError(unknown("method.options.tuner", name, sorted(tuners())))
+    _check_arguments(spec, name)
+
+
+def _check_arguments(spec: RunSpec, tuner: str) -> None:
+    arguments = PEFT.option(spec.method, "arguments")
+    fields = {field.name for field in dataclasses.fields(tuners()[tuner])}
+    for needed in ("num_virtual_tokens", "token_indices", "adapter_len", "adapter_layers"):
+        if needed in fields and not arguments.get(needed):
+            raise SpecError(
+                f"method.options.tuner={tuner} needs {needed}: give '+method.options.arguments={{{needed}: ...}}'"
+            )
+    if spec.method.dropout and not any(name.endswith("dropout") for name in fields):
+        raise SpecError(f"method.dropout={spec.method.dropout}: method.options.tuner={tuner} has no dropout")
+    virtual = arguments.get("num_virtual_tokens", 0)
+    most = learned_positions(spec.model) if isinstance(virtual, int) and virtual else None
+    if most is not None and spec.dataset.max_length + virtual > most:
+        raise SpecError(
+            f"dataset.max_length={spec.dataset.max_length} and num_virtual_tokens={virtual}: model={spec.model.name} "
+            f"has learned {most} positions. Choose dataset.max_length at most {most - virtual}."
+        )
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -296,10 +316,10 @@ ADALORA = Method(
         "initial": 1.5, "tinit": None, "tfinal": None, "delta_t": None, "beta1": 0.85, "beta2": 0.85,
         "orthogonality": 0.5,
     },
-    check=_check_adalora, inner_rank=initial_rank, ranges={"optim.lr": (1e-3, 1e-1)},
+    check=_check_adalora, scaled=False, inner_rank=initial_rank, ranges={"optim.lr": (1e-3, 1e-1)},
 )  # fmt: skip
 QLORA = Method(alone=quantised_lora, check=qlora.check, quantised=True)
 PEFT = Method(
     alone=any_tuner, parameters=lora_parameters, options={"tuner": "", "arguments": {}}, check=_check_tuner,
-    work="none",
+    scaled=False, work="none",
 )  # fmt: skip

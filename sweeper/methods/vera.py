@@ -40,8 +40,6 @@ def _parameters(method: MethodSpec, target: Target, rank: int) -> int:
 
 
 def _check(spec: RunSpec) -> None:
-    if spec.method.rank_stabilised:
-        raise SpecError("method.rank_stabilised=true: method=vera has no alpha to stabilise")
     if spec.optim.orthogonality_penalty or spec.optim.norm_penalty:
         raise SpecError("method=vera trains neither A nor B: of the penalties it takes optim.update_penalty alone")
     if key(spec) < 0:
@@ -54,6 +52,7 @@ VERA = Method(
     options={"d_initial": 0.1, "projection_key": 0},
     check=_check,
     even=True,
+    scaled=False,
     highest=lambda target: MOST,
     ranges={"optim.lr": (1e-3, 1e-1)},
 )

@@ -126,9 +126,9 @@ def _matrix(method: MethodSpec, target: Target, rank: int) -> int:
 
 FULL_FT = Method(
     alone=full_ft, parameters=_matrix, options={"modules": "all", "save": True}, check=_check_full_ft, ranked=False,
-    embeddings=True, whole=_trains_all, work="weight", ranges={"optim.lr": (1e-5, 1e-3)},
+    scaled=False, embeddings=True, whole=_trains_all, work="weight", ranges={"optim.lr": (1e-5, 1e-3)},
 )  # fmt: skip
 BITFIT = Method(
     alone=bitfit, parameters=lambda method, target, rank: target.out_features, check=_check_no_dropout, ranked=False,
-    work="none", ranges={"optim.lr": (1e-3, 1e-1)},
+    scaled=False, work="none", ranges={"optim.lr": (1e-3, 1e-1)},
 )  # fmt: skip

@@ -145,9 +145,14 @@ def check(spec: ModelSpec) -> None:
         folder(spec, weights=True)
 
 
+def learned_positions(spec: ModelSpec) -> int | None:
+    """The most positions a text may have; None where positions are computed, as rotary ones are. Reads no weights."""
+    return _outline(_key(spec))[3]
+
+
 def check_length(spec: ModelSpec, length: int) -> None:
     """Raises SpecError where texts of `length` tokens have more positions than the model has learned."""
-    most = _outline(_key(spec))[3]
+    most = learned_positions(spec)
     if most is not None and length > most:
         raise SpecError(
             f"dataset.max_length={length}: model={spec.name} has learned {most} positions. Choose at most {most}."

@@ -175,6 +175,8 @@ def _convert(source: Path, final: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    for left in final.parent.glob(f".{final.name}.*/"):  # by a process that was killed; the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
     try:
         # transformers draws a progress bar here that no setting switches off

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     if not folders:
         raise SpecError(f"no folder of runs given. Usage: {USAGE.splitlines()[0]}")
     runs = rescore.find(folders)
-    rescore.check(runs, datasets or [run.spec.dataset for run in runs], evaluation)
+    rescore.check(runs, datasets, evaluation)
     console = make_console()
     console.print(f"{len(runs)} saved run{'s' if len(runs) > 1 else ''} to score", markup=False)
     if evaluation.name == lm_harness.NAME:
@@ -66,6 +66,7 @@ def _composed(overrides: Sequence[str]) -> tuple[list[DatasetSpec], EvaluationSp
 
 def show(found: Sequence[Rescored], console: Console) -> None:
     """A table for every dataset and split, with the majority baseline and the base model as rows; the suite's score."""
+    labels = rescore.labels([one.run for one in found])
     for dataset, split in dict.fromkeys((one.dataset.name, one.split) for one in found):
         part = [one for one in found if (one.dataset.name, one.split) == (dataset, split)]
         names = list(dict.fromkeys(name for one in part for name in one.score.metrics))
@@ -75,25 +76,26 @@ def show(found: Sequence[Rescored], console: Console) -> None:
             cells.append([f"base {model}", f"{base.nll:.4f}", *(_number(base.metrics.get(name)) for name in names)])
         for one in part:
             metrics = (_number(one.score.metrics.get(name)) for name in names)
-            cells.append([_label(one), f"{one.score.nll:.4f}", *metrics])
+            cells.append([labels[one.run.folder], f"{one.score.nll:.4f}", *metrics])
         console.print(f"{dataset}, {split}: {part[0].score.examples} examples", style="bold", markup=False)
         console.out(text.aligned(["run", "NLL", *names], cells), highlight=False)
-    for line in _suite(found):
+    for line in _suite(found, labels):
         console.print(line, markup=False, soft_wrap=True)
 
 
 def show_harness(found: Sequence[Harnessed], console: Console) -> None:
     """A table for every task of lm-eval, with the base model as a row."""
+    labels = rescore.labels([one.run for one in found])
     for task in dict.fromkeys(name for one in found for name in one.scores):
         names = list(dict.fromkeys(name for one in found for name in one.scores[task]))
         bases = {one.run.spec.model.name: one.base[task] for one in found}
         cells = [[f"base {model}", *(_number(base.get(name)) for name in names)] for model, base in bases.items()]
-        cells += [[_label(one), *(_number(one.scores[task].get(name)) for name in names)] for one in found]
+        cells += [[labels[one.run.folder], *(_number(one.scores[task].get(name)) for name in names)] for one in found]
         console.print(f"{task}, by lm-eval", style="bold", markup=False)
         console.out(text.aligned(["run", *names], cells), highlight=False)
 
 
-def _suite(found: Sequence[Rescored]) -> list[str]:
+def _suite(found: Sequence[Rescored], labels: Mapping[Path, str]) -> list[str]:
     """One line a run: `suite_score` over the first metric of each dataset, where a run has at least two datasets."""
     lines = []
     for folder in dict.fromkeys(one.run.folder for one in found):
@@ -106,15 +108,8 @@ def _suite(found: Sequence[Rescored]) -> list[str]:
                 after[one.dataset.name], before[one.dataset.name] = one.score.metrics[name], one.base.metrics[name]
         if len(after) > 1:
             score = suite_score(after, before)
-            lines.append(f"suite of {', '.join(after)}: {_label(own[0])} {score:+.3f} (0: base model, 1: perfect)")
+            lines.append(f"suite of {', '.join(after)}: {labels[folder]} {score:+.3f} (0: base model, 1: perfect)")
     return lines
-
-
-def _label(one: Rescored | Harnessed) -> str:
-    spec = one.run.spec
-    if one.run.combined:
-        return f"{one.run.folder.name} {one.run.combined}"
-    return f"{one.run.folder.name} {spec.placement.name} r{spec.rank} seed {spec.seed}"
 
 
 def _number(value: float | Mapping[str, float] | None) -> str:

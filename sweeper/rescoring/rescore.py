@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import record, tasks
+from sweeper import naming, record, tasks
 from sweeper.errors import DataError, Problems, SweeperError
 from sweeper.record import ADAPTER, COMBINED, RECORD, WEIGHTS, Score
 from sweeper.rescoring import lm_harness
@@ -102,17 +102,30 @@ def _read_combined(folder: Path) -> Saved | None:
     return Saved(folder=folder, spec=spec, ranks=ranks, combined=f"{method} of {len(note['from'])}")
 
 
+def labels(runs: Sequence[Saved]) -> dict[Path, str]:
+    """Folder -> what a table calls a run: its id and what tells it from the others."""
+    specs = {run.folder: to_mapping(run.spec) for run in runs if not run.combined}
+    fields = naming.varying(list(specs.values()))
+    return {run.folder: f"{run.folder.name} {run.combined or naming.label(specs[run.folder], fields)}" for run in runs}
+
+
 def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec) -> None:
-    """Raises `Problems` with a line for everything that would stop the evaluation, before a model is loaded."""
+    """Raises `Problems` with a line for everything that would stop the evaluation, before a model is loaded.
+
+    Args:
+        datasets: as `rescore` takes them.
+    """
     from sweeper import models
 
     problems: list[str] = []
-    wanted = unique(datasets)  # as many as there are runs, where each is scored on its own
+    wanted = unique(datasets or [run.spec.dataset for run in runs])
     acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in wanted]
     acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in wanted]
     if evaluation.name == lm_harness.NAME:
         acts.append(partial(lm_harness.check, evaluation))
-    acts += [partial(models.check, model) for model in unique(run.spec.model for run in runs)]
+    for model in unique(run.spec.model for run in runs):
+        acts.append(partial(models.check, model))
+        acts += [partial(models.check_length, model, dataset.max_length) for dataset in unique(datasets)]
     for act in acts:
         try:
             act()
@@ -311,15 +324,28 @@ def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     return pack
 
 
+def read_tensors(file: Path) -> "dict[str, torch.Tensor]":
+    """What a run saved, by name.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+
+
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "vera_lambda_d",
           "vera_lambda_b")  # fmt: skip
 
 
 def read_adapter(folder: Path) -> "dict[str, tuple[torch.Tensor, ...]]":
     """A run's saved adapter: module name -> its parts, as `AdapterBank.parts` has them."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / ADAPTER / "adapter_model.safetensors")
+    tensors = read_tensors(folder / ADAPTER / "adapter_model.safetensors")
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")

@@ -28,6 +28,7 @@ from sweeper.tasks import (
     jsonl,
     licence_category,
     medmcqa,
+    metrics,
     privacy_policy_qa,
     pubmed,
 )
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 # Raise whenever the same spec and data would give other tokens, so that no stale cache file is read.
-CODE_VERSION = 4
+CODE_VERSION = 5
 
 
 class Family(Protocol):
@@ -143,9 +144,15 @@ def stop_strings(spec: DatasetSpec) -> tuple[str, ...]:
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
-    """The splits as text: "train", "validation" and "test", disjoint by group, the same for the same `split_seed`."""
+    """The splits as text: "train", "validation" and "test", disjoint by group, the same for the same `split_seed`.
+
+    Raises:
+        DataError: as `check`, or an example lacks what a metric of the dataset needs.
+    """
     _check_names(spec)
     splits = FAMILIES[spec.family].load(spec)
+    for split in SPLITS:
+        metrics.check(spec.metrics, splits[split])
     return {split: splits[split] for split in SPLITS}
 
 
@@ -156,7 +163,8 @@ def encode(
 
     What is longer than `max_length` loses the left part of its prompt (a start token stays), so the end of the
     question and the turn of the assistant are kept, and is counted in `truncated`. A response is never cut: if it
-    leaves no room for a prompt, the example is left out and named in `dropped`.
+    leaves no room for a prompt, the example is left out and named in `dropped`. Where there are answers to choose
+    among, the longest of them takes the room, so that all are scored after the same prompt.
 
     Raises:
         DataError: as `load`; or `max_length` leaves a split empty.
@@ -208,14 +216,14 @@ def _encode_split(
     starts = int(adds_start(tokenizer))
     for example in examples:
         prompt, response = tokenise(spec.template, example.prompt, example.response, spec.system, tokenizer)
-        room = spec.max_length - len(response)
+        choices = tuple(_choice(example.prompt, text, spec, tokenizer, known) for text in example.choices)
+        room = spec.max_length - max([len(response), *(len(choice.ids) + 1 for choice in choices)])
         if room <= starts:
             dropped.append(example.id)
             continue
         if len(prompt) > room:
             truncated += 1
             prompt = prompt[:starts] + prompt[len(prompt) - room + starts :]
-        choices = tuple(_choice(example.prompt, text, spec, tokenizer, known) for text in example.choices)
         encoded.append(Encoded(example.id, (*prompt, *response), len(prompt), choices, example.check))
     if examples and not encoded:
         raise DataError(f"dataset.max_length={spec.max_length} is too short for every response of the {name} split")

@@ -13,6 +13,7 @@ from typing import Any
 
 from sweeper.errors import DataError, unknown
 from sweeper.spec import DatasetSpec
+from sweeper.tasks import metrics
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.split import split_examples
 
@@ -23,7 +24,8 @@ OPTIONAL = ("id", "group", "split", "check")
 
 def check(spec: DatasetSpec) -> None:
     """Reads and splits the whole file, which for a file that trains in hours takes seconds."""
-    load(spec)
+    for examples in load(spec).values():
+        metrics.check(spec.metrics, examples)
 
 
 def version(spec: DatasetSpec) -> str:

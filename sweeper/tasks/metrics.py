@@ -8,8 +8,11 @@ import functools
 import importlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from sweeper.errors import DataError
+from sweeper.tasks.example import Example
 
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 FENCED = re.compile(r"```[\w+-]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -134,6 +137,23 @@ CORPUS: dict[str, tuple[Callable[[Sequence[str], Sequence[str]], float], str]] =
 }
 METRICS = (*sorted(TEACHER_FORCED), *TEXT, *CORPUS, *sorted(CHOICE), *sorted(PROGRAM))
 GENERATED = frozenset({*TEXT, *CORPUS, *PROGRAM})
+
+
+def check(wanted: Iterable[str], examples: Iterable[Example]) -> None:
+    """Raises DataError where a metric needs of an example what it does not have: answers to choose among, a check."""
+    wanted = list(wanted)
+    choosing, running = ([name for name in wanted if name in kind] for kind in (CHOICE, PROGRAM))
+    if not (choosing or running):
+        return
+    for example in examples:
+        if choosing and example.response not in example.choices:
+            lacks = "has none" if not example.choices else f"has {example.response[:40]!r} not among them"
+            raise DataError(
+                f"dataset.metrics={choosing[0]} needs answers to choose among, and example {example.id} {lacks}"
+            )
+        if running and not example.check:
+            raise DataError(f"dataset.metrics={running[0]} needs a check of every program, and {example.id} has none")
+
 
 # metric -> (module, name to give to pip)
 PACKAGES = {"rouge_l": ("rouge_score", "rouge-score")} | dict.fromkeys(

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, VeraConfig
+from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,6 +110,18 @@ def test_other_kinds_of_adapters(config: Any, fields: Any, by_peft: Callable[...
     base = peft_models.load_base(run.spec, "cpu", "float32")
     wanted = logits(PeftModel.from_pretrained(base.model, run.adapter))
     torch.testing.assert_close(logits(load(tmp_path / "merged")), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias:UserWarning")
+def test_what_cannot_be_merged_is_refused_in_a_line(saved: Make, by_peft: Callable[..., Saved], tmp_path: Path) -> None:
+    prompt, bias = saved("a", "gpt2"), by_peft("b", BeftConfig)
+    own = peft_models.load_base(prompt.spec, "cpu", "float32").model
+    get_peft_model(own, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(prompt.adapter)
+    with pytest.raises(DataError, match=r"merge: a is PROMPT_TUNING, which changes no weight of the model"):
+        merge.merge(prompt, tmp_path / "merged", device="cpu")
+    with pytest.raises(DataError, match=r"merge: PEFT cannot: Base layer has no bias"):
+        merge.merge(bias, tmp_path / "merged", device="cpu")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_weights_that_were_trained_themselves(saved: Make, tmp_path: Path) -> None:

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import save_file
 
 from sweeper.adapters import command, peft_models, spectra
@@ -178,6 +187,23 @@ def test_without_the_bases_spectrum(saved: Make) -> None:
     for name, one in part.items():
         assert (one.intruder_dimensions, one.overlap_left, one.examined) == (None, None, None)
         assert (one.update_norm, one.effective_rank) == (whole[name].update_norm, whole[name].effective_rank)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+def test_virtual_tokens_and_norms_have_no_spectrum_on_any_architecture(saved: Make) -> None:
+    configs = [PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), LNTuningConfig(task_type="CAUSAL_LM")]
+    for place, config in enumerate(configs):
+        run = saved(str(place), "gpt2")
+        own = peft_models.load_base(run.spec, "cpu", "float32").model
+        get_peft_model(own, config).save_pretrained(run.adapter)
+        assert found(run) == {}
+
+
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias:UserWarning")
+def test_an_adapter_that_peft_cannot_merge_is_named(by_peft: Make) -> None:
+    run = by_peft("a", BeftConfig)
+    with pytest.raises(DataError, match=rf"spectra: {run.folder}: PEFT cannot merge it: Base layer has no bias"):
+        found(run)
 
 
 def test_what_changes_no_matrix_has_no_spectrum(saved: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -562,6 +562,7 @@ def test_noise_on_the_embedding_changes_training_alone(make_alone: Any, run_all:
     ("changes", "message"),
     [
         ({"method": {"name": "full_ft", "options": {"modules": "some"}}}, "method.options.modules=some: choose all"),
+        ({"method": {"name": "full_ft", "rank_stabilised": True}}, "method=full_ft has no alpha / rank to stabilise"),
         ({"method": {"name": "full_ft", "dropout": 0.1}}, "method.dropout=0.1: method=full_ft has no adapter"),
         ({"method": {"name": "bitfit"}, "optim": {"norm_penalty": 1.0}}, "optim.norm_penalty is for the A and B"),
         ({"method": {"name": "qlora"}, "optim": {"lr_ratio": 4.0}}, "optim.lr_ratio is for the A and B"),
@@ -572,7 +573,8 @@ def test_noise_on_the_embedding_changes_training_alone(make_alone: Any, run_all:
             {"method": {"name": "peft", "options": PREFIX}, "trainer": {"activation_checkpointing": True}},
             "trainer.activation_checkpointing=true: method.options.tuner=PREFIX_TUNING",
         ),
-        ({"method": {"name": "adalora"}, "trainer": {"max_steps": 0}}, "trainer.max_steps must be at least 1"),
+        ({"method": {"name": "adalora", "options": {"tinit": 0, "tfinal": 11}}}, "tinit=0 and tfinal=11 leave none"),
+        ({"method": {"name": "adalora"}, "trainer": {"max_steps": 1}}, "trainer.max_steps must be at least 2"),
         ({"method": {"name": "adalora"}, "trainer": {"ema_decay": 0.9}}, "trainer.ema_decay: "),
         ({"method": {"name": "adalora"}, "allocation": {"name": "matched"}}, "allocation=matched: method=adalora"),
     ],
@@ -584,6 +586,13 @@ def test_what_a_method_cannot_do_is_said_before(changes: dict[str, Any], message
     with pytest.raises(SpecError) as caught:
         methods.check(spec)
     assert message in str(caught.value)
+
+
+def test_the_shortest_adalora_spreads_its_ranks(make_alone: Any, run_all: Any, tmp_path: Path) -> None:
+    done = trained_with(make_alone, run_all, tmp_path, {"name": "adalora"}, trainer={"max_steps": 2})
+    assert done.status == "completed"
+    ranks = [module.rank for module in done.modules]
+    assert sum(ranks) == done.spec["rank"] * len(ranks)
 
 
 def test_qlora_says_what_to_install(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,10 +60,10 @@ def filled_pack(base: Any, made: list[Any]) -> Pack:
     return pack
 
 
-def reference(model: Any, prompt: tuple[int, ...], stops: list[int]) -> tuple[int, ...]:
+def reference(model: Any, prompt: tuple[int, ...], stops: list[int], new: int = NEW) -> tuple[int, ...]:
     written = model.generate(
         input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=NEW, do_sample=False, eos_token_id=stops or None, pad_token_id=0, use_cache=True,
+        max_new_tokens=new, do_sample=False, eos_token_id=stops or None, pad_token_id=0, use_cache=True,
     )  # fmt: skip
     return tuple(written[0, len(prompt) :].tolist())
 
@@ -93,6 +93,22 @@ def test_packed_greedy_text_is_what_generate_writes(kind: str, load: Any, adapte
             assert text.ids == (wanted[:-1] if ended else wanted)
             assert text.capped == (not ended)
     assert {text.capped for texts in stopped for text in texts} == {True, False}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_text_ends_where_the_learned_positions_do(rows: int, load: Any, adapters: Any) -> None:
+    """The last position gives one more token, and what is beside a long prompt is written to its end."""
+    base = load("gpt2")
+    most = base.model.config.n_positions
+    long = tuple(RNG.integers(3, 280, most - 4).tolist())
+    with filled_pack(base, adapters(base)) as pack:
+        found = generate(pack, [-1, 0], [long, PROMPTS[0]], max_new_tokens=NEW, stop_ids=[-7], rows=rows)
+        early = generate(pack, [-1], [long], max_new_tokens=NEW, stop_ids=[found[0][0].ids[-1]], rows=rows)
+    assert [[len(text.ids) for text in texts] for texts in found] == [[5, NEW]] * 2
+    assert all(text.capped for texts in found for text in texts)
+    assert found[0][0].ids == reference(base.model, long, [], 5)
+    assert found[0][1].ids == reference(base.model, PROMPTS[0], [])
+    assert not early[0][0].capped
 
 
 def test_exact_match_by_teacher_forcing_is_greedy_text_equal_to_the_response(load: Any, adapters: Any) -> None:

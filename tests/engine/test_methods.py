@@ -313,7 +313,7 @@ def test_what_is_pruned_is_what_the_loss_does_not_feel(load: Any, make: Any) -> 
         ({"name": "sparse", "options": {"prune_from": 0.8}}, "prune_from=0.8 must be below prune_to=0.7"),
         ({"name": "pissa", "options": {"niter": -1}}, "niter must be at least 0"),
         ({"name": "lora_plus", "options": {"ratio": 0.0}}, "ratio must be above 0"),
-        ({"name": "vera", "rank_stabilised": True}, "method=vera has no alpha to stabilise"),
+        ({"name": "vera", "rank_stabilised": True}, "method=vera has no alpha / rank to stabilise"),
     ],
 )
 def test_what_cannot_be_is_named(method: dict[str, Any], line: str, make_spec: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sweeper import record
 from sweeper.engine import checkpoint, drive
@@ -168,9 +169,22 @@ def test_a_checkpoint_is_replaced_whole_under_a_name_of_its_own(
     found = checkpoint.load(tmp_path)
     assert found is not None
     assert (found[1], found[0]["q"][1].item()) == ({"step": 2}, 2)
-    (tmp_path / f".{checkpoint.CHECKPOINT}.0123").write_bytes(b"left by a process that was killed")
     checkpoint.remove(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(
+    specs: list[RunSpec], run_all: Any, tmp_path: Path
+) -> None:
+    run_all(specs, "stopped", stop_after=3)
+    folder, token = tmp_path / "stopped" / specs[0].run_id, "0123456789abcdef"
+    (folder / f".{checkpoint.CHECKPOINT}.{token}").write_bytes(b"half")
+    (folder / f".adapter.{token}").mkdir()
+    (folder / f".adapter.{token}" / "adapter_model.safetensors").write_bytes(b"half")
+    (folder / ".notes").write_text("someone's own")
+    run_all(specs, "stopped")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {".notes", "adapter", "metrics.jsonl", "predictions.jsonl", "record.json"}
 
 
 @pytest.mark.parametrize("from_step", [0, 3])
@@ -209,6 +223,65 @@ def test_an_evaluation_that_runs_out_of_memory_costs_no_step(
     monkeypatch.setattr(drive, "evaluate", limited)
     assert once_each(run_all(specs, "tight"), specs)
     alike(tmp_path / "roomy", tmp_path / "tight", specs)
+
+
+def test_base_scores_that_run_out_of_memory_are_taken_again(
+    specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_all(specs, "roomy")
+    whole, calls = drive.evaluate, []
+
+    def limited(pack: Pack, slots: Any, run: Any, split: str) -> Any:
+        calls.append((list(slots), split))
+        if calls.count(([-1], "test")) == 1 and calls[-1] == ([-1], "test"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(pack, slots, run, split)
+
+    monkeypatch.setattr(drive, "evaluate", limited)
+    run_all(specs, "tight")
+    for spec in specs:
+        one, two = (record.read_record(tmp_path / study / spec.run_id) for study in ("roomy", "tight"))
+        assert {split: one.scores[split]["before"] for split in one.scores} == {
+            split: two.scores[split]["before"] for split in two.scores
+        }
+
+
+def test_a_run_out_of_patience_trains_no_further_when_its_last_scores_run_out_of_memory(
+    make_run: Any, run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optim = {"lr": 0.15, "schedule": "constant", "warmup_fraction": 0.0}
+    trainer = {"max_steps": 24, "patience": 2}
+    pair = [make_run("full", seed=seed, trainer=trainer, optim=optim, evaluation={"every_steps": 1}) for seed in (0, 1)]
+    run_all(pair, "roomy")
+    whole, calls = drive.evaluate, []
+
+    def limited(pack: Pack, slots: Any, *args: Any) -> Any:
+        calls.append(list(slots))
+        if sum(slots != [-1] for slots in calls) == 1 and slots != [-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(pack, slots, *args)
+
+    monkeypatch.setattr(drive, "evaluate", limited)
+    run_all(pair, "tight")
+    for spec in pair:
+        one, two = (record.read_record(tmp_path / study / spec.run_id) for study in ("roomy", "tight"))
+        assert one.saved == two.saved
+        assert one.saved["stopped_early"]
+        assert one.steps == two.steps < 24
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_no_run(
+    specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, path: Path, **_: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    run_all(specs, "roomy")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    events = run_all(specs, "full", checkpoint_seconds=1e-9)
+    said = [event.message for event in events if isinstance(event, Stage) and "checkpoint" in event.message]
+    assert f"{specs[0].run_id}: its checkpoint cannot be written: No space left on device" in said
+    identical(tmp_path / "roomy", tmp_path / "full", specs)
 
 
 def test_a_pack_that_cannot_even_be_built_is_made_smaller(

@@ -260,6 +260,15 @@ def test_no_steps_leave_the_base_model(make_run: Any, run_all: Any, tmp_path: Pa
         assert moments["after"].nll == pytest.approx(moments["before"].nll, rel=1e-6)
 
 
+def test_a_run_shorter_than_a_calibration_is_calibrated(make_run: Any, run_all: Any, tmp_path: Path) -> None:
+    spec = make_run(trainer={"max_steps": 1})
+    run_all([spec], calibrate=True)
+    (found,) = trained(tmp_path / "study", [spec])
+    assert (found.status, found.steps) == ("completed", 1)
+    assert found.efficiency.train_seconds_solo is not None
+    assert found.efficiency.train_seconds_solo > 0
+
+
 def test_training_ahead_of_what_is_known_leaves_the_same(
     specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

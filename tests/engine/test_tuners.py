@@ -1,6 +1,7 @@
 """Every tuner of PEFT: it trains a causal language model through `method=peft`, or the table says why it does not."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,30 @@ def test_a_tuner_that_there_is_not_is_named(make_run: Any) -> None:
         methods.check(make_run("full", method={"name": "peft", "options": {"tuner": "locr"}}))
     with pytest.raises(SpecError, match=r"method.options.tuner=: "):
         methods.check(make_run("full", method={"name": "peft"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"tuner": "prompt_tuning"},
+            r"tuner=PROMPT_TUNING needs num_virtual_tokens: give '\+method.options.arguments=",
+        ),
+        ({"tuner": "trainable_tokens"}, "method.options.tuner=TRAINABLE_TOKENS needs token_indices: give"),
+        (
+            {"tuner": "prefix_tuning", "arguments": {"num_virtual_tokens": 65}},
+            r"dataset.max_length=64 and num_virtual_tokens=65: .* 128 positions. Choose dataset.max_length at most 63",
+        ),
+    ],
+)
+def test_what_a_tuner_lacks_is_said_before(options: Any, message: str, make_run: Any, tiny_spec: Any) -> None:
+    model = asdict(tiny_spec("gpt2"))
+    with pytest.raises(SpecError, match=message):
+        methods.check(make_run("full", model=model, method={"name": "peft", "options": options}))
+
+
+def test_dropout_for_a_tuner_that_has_none_is_refused(make_run: Any) -> None:
+    method = {"name": "peft", "dropout": 0.1, "options": {"tuner": "ia3"}}
+    with pytest.raises(SpecError, match=r"method.dropout=0.1: method.options.tuner=IA3 has no dropout"):
+        methods.check(make_run("full", method=method))
+    methods.check(make_run("full", method=method | {"options": {"tuner": "loha"}}))

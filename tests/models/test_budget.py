@@ -10,10 +10,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sweeper import methods
 from sweeper.models import budget
 from sweeper.models.architecture import structure
 from sweeper.ranks.placement import PLACEMENTS, Target, number_of_layers, resolve
-from sweeper.spec import PlacementSpec
+from sweeper.spec import MethodSpec, PlacementSpec
 
 # PEFT still asks transformers by a name that is about to go
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -85,6 +86,22 @@ def check_training_flops(kind: str, ranks: dict[Target, int]) -> None:
     forward = budget.forward_flops_per_token(targets_of(kind), length=LENGTH) * BATCH * LENGTH
     uncounted = rest.get_total_flops() - forward
     closed = budget.train_flops(targets_of(kind), ranks, length=LENGTH, tokens=BATCH * LENGTH)
+    assert closed == counter.get_total_flops() - uncounted
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_flops_of_every_weight_are_what_torch_counts(kind: str, tied: bool) -> None:
+    model = build(kind, tie_word_embeddings=tied)
+    every, full_ft = structure(model), MethodSpec(name="full_ft")
+    ranks = budget.uniform(methods.placed(full_ft, (), every, tied=tied), RANK)
+    with FlopCounterMode(display=False) as rest, torch.no_grad():
+        model(batch(), use_cache=False)
+    uncounted = rest.get_total_flops() - budget.forward_flops_per_token(every, length=LENGTH) * BATCH * LENGTH
+    model.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        model(batch(), use_cache=False).logits.sum().backward()
+    closed = methods.train_flops(full_ft, every, ranks, length=LENGTH, tokens=BATCH * LENGTH)
     assert closed == counter.get_total_flops() - uncounted
 
 

@@ -264,6 +264,10 @@ class TestConversion:
         assert len(set(found)) == 1
 
     def test_a_failure_leaves_nothing_behind(self, cache: Path, tmp_path: Path) -> None:
+        """Nor is there anything left of a conversion that was killed."""
+        final = files.converted_folder(str(tmp_path / "a.gguf"))
+        (final.parent / f".{final.name}.killed").mkdir(parents=True)
+        (final.parent / f".{final.name}.killed" / "model.safetensors").write_bytes(b"half")
         with pytest.raises(ModelError, match=r"a\.gguf cannot be dequantised"):
             files.converted(str(tmp_path / "a.gguf"))
         assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []

@@ -1,6 +1,7 @@
 """Saved adapters are scored as they were when they were trained; what is wrong is said before a model is loaded."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +101,28 @@ def test_other_tasks_and_their_files(tiny: Settings, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert shown.count("majority") == 2
     assert shown.count("base tiny") == 2
+    assert all(f"{run.folder.name} {run.spec.placement.name} r{run.spec.rank}  " in shown for run in runs)
     assert shown.count("suite of chain_sum, longer") == 2
+
+
+def test_a_label_has_what_tells_a_run_from_the_others(tiny: Settings) -> None:
+    run = rescore.find([tiny.folder])[0]
+    spec = run.spec
+    other = replace(spec, method=replace(spec.method, name="dora"), optim=replace(spec.optim, lr=0.1), seed=3)
+    mixed = replace(run, folder=tiny.folder / "mixed", combined="add of 2")
+    found = rescore.labels([run, replace(run, folder=tiny.folder / "b", spec=other), mixed])
+    place = f"{spec.placement.name} r{spec.rank}"
+    assert found[tiny.folder / "b"] == f"b {place} method=dora lr=0.1 seed=3"
+    assert found[run.folder] == f"{run.folder.name} {place} method=lora lr=0.05 seed=0"
+    assert found[tiny.folder / "mixed"] == "mixed add of 2"
+
+
+def test_a_damaged_adapter_is_named(tiny: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(rescore.find([tiny.folder])[0].folder, folder)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"damaged/adapter/adapter_model.safetensors: cannot be read: "):
+        list(rescore.rescore(rescore.find([folder]), [], TEST, tiny))
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
@@ -110,6 +132,15 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "record.json").write_text("{}")
     with pytest.raises(DataError, match="no completed run"):
         rescore.find([tmp_path / "run"])
+
+
+def test_texts_longer_than_a_models_learned_positions_are_refused(tiny: Settings) -> None:
+    run = rescore.find([tiny.folder])[0]
+    config = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32, "vocab_size": 300}
+    learned = replace(run.spec, model=replace(run.spec.model, name="tiny_gpt2", location="gpt2", config=config))
+    with pytest.raises(Problems, match=r"dataset.max_length=64: model=tiny_gpt2 has learned 32 positions"):
+        rescore.check([run, replace(run, spec=learned)], [CHAIN], TEST)
+    rescore.check([run], [CHAIN], TEST)
 
 
 def test_everything_wrong_is_said_at_once(tiny: Settings) -> None:

@@ -96,6 +96,17 @@ def test_long_prompts_lose_their_left_and_long_responses_are_left_out(
     assert len(long.input_ids) == 16
 
 
+def test_every_choice_has_room_after_the_same_prompt(write_jsonl: Callable[..., str], make_tokenizer: Make) -> None:
+    choices = ["no", "yes, on the whole"]
+    rows = [{"prompt": f"{i:02} " + "x" * 40, "response": choices[i % 2], "choices": choices} for i in range(20)]
+    spec = DatasetSpec(name="m", family="jsonl", path=write_jsonl(*rows), max_length=32, template="plain")
+    for split in tasks.encode(spec, make_tokenizer(), model_key="m", cache=None).values():
+        assert split.truncated == len(split.examples) > 0
+        assert len({e.prompt_length for e in split.examples}) == 1
+        for example in split.examples:
+            assert max(example.prompt_length + len(choice.ids) for choice in example.choices) <= spec.max_length
+
+
 def test_a_length_that_leaves_a_split_empty_is_refused(spec: DatasetSpec, make_tokenizer: Make) -> None:
     with pytest.raises(DataError, match=r"dataset.max_length=8 is too short for every response of the train split"):
         tasks.encode(replace(spec, max_length=8), make_tokenizer(), model_key="m", cache=None)

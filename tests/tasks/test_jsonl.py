@@ -96,3 +96,23 @@ def test_choices_and_checks_come_along(write_jsonl: Writer) -> None:
     made = [{**row, "choices": ["no", row["response"]], "check": "assert PROGRAM"} for row in rows(30)]
     found = [e for part in tasks.load(spec(write_jsonl(*made))).values() for e in part]
     assert all(e.choices == ("no", e.response) and e.check == "assert PROGRAM" for e in found)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("choice_accuracy", "dataset.metrics=choice_accuracy needs answers to choose among, and example last has none"),
+        ("macro_f1", "dataset.metrics=macro_f1 needs answers to choose among"),
+        ("pass_at_1", "dataset.metrics=pass_at_1 needs a check of every program, and last has none"),
+    ],
+)
+def test_a_metric_whose_need_one_line_does_not_meet_is_refused(metric: str, message: str, write_jsonl: Writer) -> None:
+    """Without a check any program would pass, and without choices there is nothing to choose."""
+    whole = rows(30, choices=[f"answer {i}" for i in range(30)], check="assert True")
+    path = write_jsonl(*whole, {"prompt": "another", "response": "one", "id": "last"})
+    asked = spec(path, metrics=(metric,), max_new_tokens=4)
+    with pytest.raises(DataError, match=message):
+        tasks.check(asked)
+    with pytest.raises(DataError, match=message):
+        tasks.load(asked)
+    tasks.check(spec(write_jsonl(*whole), metrics=(metric,), max_new_tokens=4))
