@@ -218,7 +218,7 @@ class Drive:
         solo = self.solo.get(progress.prepared.shape)
         try:
             record = progress.write(context.settings, weights(), solo, pack, context.environment(pack))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             return context.failed(progress, error)
         return RunFinished(record=record)
 

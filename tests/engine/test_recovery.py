@@ -399,8 +399,11 @@ def test_a_model_whose_head_is_unknown_fails_with_its_reason(
     assert all("turns hidden states into logits" in done.error["message"] for done in found.values() if done.error)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
 def test_a_folder_that_cannot_be_written_fails_its_run_alone(
-    specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     from sweeper.engine import progress
 
@@ -408,7 +411,7 @@ def test_a_folder_that_cannot_be_written_fails_its_run_alone(
 
     def full(folder: Path, *args: Any) -> int:
         if folder.name == specs[0].run_id:
-            raise OSError(28, "No space left on device")
+            raise error
         return write(folder, *args)
 
     monkeypatch.setattr(progress, "write_adapter", full)
