@@ -17,7 +17,7 @@ from matplotlib.patheffects import withStroke
 
 from analysis import draw
 from analysis.analyse import Analysis
-from analysis.arms import BASE, FULL, higher_is_better
+from analysis.arms import BASE, FULL, higher_is_better, kinds
 from analysis.pareto import front
 from analysis.style import COLUMN, GREY, TEXT, Look, looks, styled
 from analysis.tables import number, title
@@ -320,7 +320,7 @@ def _save_inherited(names: Sequence[str], folder: Path) -> dict[str, str | None]
 def _every(analysis: Analysis) -> pd.DataFrame:
     """The arms that were trained, with their kind as placement."""
     arms = analysis.arms[analysis.arms["arm"] != BASE]
-    return arms.assign(placement=_kinds(arms))
+    return arms.assign(placement=kinds(arms))
 
 
 def _trained(analysis: Analysis, metric: str) -> pd.DataFrame:
@@ -350,14 +350,14 @@ def _simplest(analysis: Analysis, arms: pd.DataFrame) -> pd.DataFrame:
 
 def _of_simplest(analysis: Analysis, runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of the arms that `_simplest` keeps, with the kind of their arm: a line joins runs of one kind."""
-    kinds = {
+    kind_of = {
         (name, arm): kind
         for name, arms in _trained(analysis, analysis.metric).groupby("setting")
         for arm, kind in _simplest(analysis, arms).set_index("arm")["placement"].items()
     }
     pairs = list(zip(runs["setting"], runs["arm"], strict=True))
-    kept = runs[pd.Series([pair in kinds for pair in pairs], index=runs.index, dtype=bool)]  # of no runs, none
-    return kept.assign(placement=[kinds[pair] for pair in pairs if pair in kinds])
+    kept = runs[pd.Series([pair in kind_of for pair in pairs], index=runs.index, dtype=bool)]  # of no runs, none
+    return kept.assign(placement=[kind_of[pair] for pair in pairs if pair in kind_of])
 
 
 def _at_the_only_rank(runs: pd.DataFrame, ranks: Sequence[float]) -> pd.DataFrame:
@@ -370,21 +370,6 @@ def _looks(analysis: Analysis, table: pd.DataFrame) -> dict[str, Look]:
     every = looks([str(name) for name in _every(analysis)["placement"].drop_duplicates()])
     present = {str(name) for name in table["placement"]}
     return {name: look for name, look in every.items() if name in present}
-
-
-def _kinds(arms: pd.DataFrame) -> pd.Series:
-    """What tells the arms of a figure apart besides their ranks: placement, method, or both, whichever differ, and the
-    allocation where arms would else be taken for one another.
-    """
-    whole = arms["placement"] == FULL  # of which the placement is that of no adapter
-    kinds = arms["placement"]
-    if arms["method"].nunique() > 1:
-        both = arms["placement"].nunique() - whole.any() > 1
-        kinds = kinds + " " + arms["method"] if both else arms["method"]
-    alike = pd.DataFrame({"setting": arms["setting"], "kind": kinds, "rank": arms["rank"]}).duplicated()
-    if "allocation" in arms and (alike & ~whole).any() and arms["allocation"].nunique() > 1:
-        kinds = kinds + " " + arms["allocation"].fillna("")
-    return arms["placement"].where(whole, kinds.str.strip())
 
 
 def _labels(arms: pd.DataFrame) -> pd.Series:

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.analyse import Analysis
-from analysis.arms import BASE, higher_is_better
+from analysis.arms import BASE, higher_is_better, kinds
+from analysis.style import Look, looks
 from analysis.tables import TITLES, Sheet, latex, markdown, number, sheets, title
 
 _HERE = Path(__file__).parent
@@ -55,13 +56,14 @@ def write(
 def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str]) -> dict[str, Any]:
     """What the page shows, as plain data."""
     counts = ", ".join(f"{count:,} {name}" for name, count in analysis.study.counts().items())
-    metrics = analysis.found.metrics
-    kinds, main = list(FIGURE_TEXT), f"_{analysis.metric}"
-    images = sorted(images, key=lambda path: (kinds.index(_kind(path.stem)), not path.stem.endswith(main), path.stem))
+    metrics, arms = analysis.found.metrics, _with_runs(analysis)
+    order, main = list(FIGURE_TEXT), f"_{analysis.metric}"
+    images = sorted(images, key=lambda path: (order.index(_kind(path.stem)), not path.stem.endswith(main), path.stem))
     titles = TITLES | {"trainable_parameters": "trainable parameters", "trainable_percent": "trained, % of model"}
-    titles |= {"train_flops": "training FLOPs", "train_seconds_solo": "training seconds alone", "seeds": "seeds"}
-    titles |= {"peak_memory_solo_bytes": "peak memory alone (bytes)", "adapter_bytes": "adapter (bytes)"}
-    titles |= {"train_seconds_amortised": "seconds, share of a pack", "tokens_per_second_solo": "tokens/s alone"}
+    titles |= {"nll": "NLL (nats/token)", "train_flops": "training FLOPs"}
+    titles |= {"train_seconds_solo": "training seconds alone", "peak_memory_solo_bytes": "peak memory alone (bytes)"}
+    titles |= {"tokens_per_second_solo": "tokens/s alone", "adapter_bytes": "adapter (bytes)"}
+    titles |= {"train_seconds_amortised": "seconds, share of a pack"}
     return {
         "title": f"LoRA placement study: {analysis.study.name or 'imported runs'}",
         "counts": f"{len(analysis.study.runs):,} runs ({counts}); {len(analysis.found.arms)} arms.",
@@ -72,8 +74,9 @@ def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str
         "filters": list(_FILTERS),
         "answers": answers(analysis),
         "notes": analysis.notes,
-        "arms": _columns(_with_runs(analysis)),
-        "runs": _columns(_runs(analysis)),
+        "looks": [{"kind": kind, "colour": look.colour, "marker": look.marker} for kind, look in _looks(arms).items()],
+        "arms": _columns(arms),
+        "runs": _columns(_runs(analysis).merge(arms[["setting", "arm", "kind"]], on=["setting", "arm"], how="left")),
         "sheets": [_sheet(sheet) for sheet in sheets(analysis)],
         "figures": [{"src": _image(path), "alt": f"{_alt(path.stem)}."} for path in images],
         "absent": [f"No figure {name}: {reason}." for name, reason in absent.items()],
@@ -146,11 +149,17 @@ def _interval(row: Any, metric: str) -> str:
 
 
 def _with_runs(analysis: Analysis) -> pd.DataFrame:
+    """The arms with their runs and their kind."""
     arms = analysis.arms.copy()
     ids = {(arm.setting, arm.label): ", ".join(arm.runs["run_id"].head(6)) for arm in analysis.found.arms}
     keys = zip(arms["setting"], arms["arm"], strict=True) if len(arms) else []
     arms["run_ids"] = [ids.get(key) for key in keys] if len(arms) else []
-    return arms
+    return arms.assign(kind=kinds(arms[arms["arm"] != BASE]) if len(arms) else None)
+
+
+def _looks(arms: pd.DataFrame) -> dict[str, Look]:
+    """The look of each kind, as in the figures."""
+    return looks([str(kind) for kind in arms["kind"].dropna().drop_duplicates()])
 
 
 def _runs(analysis: Analysis) -> pd.DataFrame:

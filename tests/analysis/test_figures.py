@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from analysis import Analysis, analyse, draw, figures, load
+from analysis.arms import kinds
 from analysis.style import COLUMN, TEXT, looks
 from tests.analysis.synthetic import edit, write_study
 
@@ -98,7 +99,7 @@ def test_methods_are_told_apart_in_a_study_of_them(tmp_path: Path) -> None:
     assert names == {f"{place} {method}" for place in placements for method in methods[:2]} | {"full fine-tuning"}
     assert not [text for ax in figure.axes for text in ax.texts if text.get_text() == "4"]  # the rank of all
     one = found.arms.query("placement in ('full', 'full fine-tuning')")
-    assert set(figures._kinds(one)) == {"lora", "bitfit", "full fine-tuning"}
+    assert set(kinds(one)) == {"lora", "bitfit", "full fine-tuning"}
     assert one[one["method"] == "bitfit"]["rank"].isna().all()
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from analysis import Analysis, analyse, figures, load, report
-from tests.analysis.synthetic import edit, write_study
+from analysis.style import looks
+from tests.analysis.synthetic import Truth, edit, write_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>parent.broken = 1</script><img src=x onerror='parent.broken = 1'>"
@@ -25,9 +26,15 @@ document.getElementById("f").addEventListener("load", () => {
   try {
     seen.wide = doc.documentElement.scrollWidth;
     seen.points = count();
-    const filter = doc.querySelector('[data-filter="placement"][data-value="attn"]');
+    const looks = () => [...doc.querySelectorAll("#chart .point")].map((point) =>
+      point.getAttribute("fill") + point.getAttribute("d").replace(/[\\d.,-]+/g, ""));
+    const legend = () => [...doc.querySelectorAll("#legend li")].map((item) => item.textContent);
+    seen.looks = looks();
+    seen.legend = legend();
+    const filter = doc.querySelector("[data-filter]");
     filter.click();
     seen.filtered = count();
+    seen.left = legend();
     filter.click();
     doc.querySelector("#chart .point").dispatchEvent(new win.Event("focus"));
     seen.tip = doc.getElementById("tip").hidden ? null : doc.getElementById("tip").textContent;
@@ -124,6 +131,8 @@ def test_it_works_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
     assert seen["wide"] <= width  # nothing sticks out: it can be read on a phone
     assert seen["points"] == 7
     assert seen["filtered"] == 5
+    assert seen["legend"] == ["attn lora", "ff lora", "full fine-tuning", "full lora"]
+    assert seen["left"] == ["ff lora", "full fine-tuning", "full lora"]
     assert "trainable parameters" in seen["tip"]
     assert "training seconds alone" in seen["axis"]
     assert seen["runs"] == 2 * 3 * (6 + 1)  # both learning rates
@@ -137,6 +146,23 @@ def test_it_works_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
     assert seen["images"] == [True, True]
     assert seen["unnamed"] == 0
     assert "LaTeX" in seen["copied"] or "did not allow" in seen["copied"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_methods_are_told_apart_as_in_the_figures(tmp_path: Path) -> None:
+    methods = ("lora", "dora", "pissa", "olora", "relora", "rslora", "lora_fa", "lora_plus", "bitfit", "full_ft")
+    one = Truth(placements={"full": 0.1})
+    study = write_study(tmp_path / "s", truth=one, ranks=(4,), seeds=(0,), methods=methods, examples=20, steps=2)
+    found = analyse(load(study), draws=50)
+    seen = browse(report.write(found, tmp_path / "paper"), tmp_path, 390)
+    assert seen["errors"] == []
+    kinds = sorted(["full fine-tuning", *methods[:-1]])
+    assert seen["legend"] == kinds
+    assert seen["left"] == ["full fine-tuning"]  # without those of the first placement
+    assert len(set(seen["looks"])) == len(kinds)
+    colours = {look.colour.replace("#000000", "currentColor") for look in looks(kinds).values()}
+    assert {look.split("M")[0] for look in seen["looks"]} == colours
+    assert seen["wide"] <= 390
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
