@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import checks, compare, effects, pareto, spectra, stats
-from analysis.arms import BASE, Arm, Arrangement, Setting, arrange, higher_is_better
+from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
 from analysis.load import STATUSES, Study
 from analysis.stats import Draws
 from sweeper.record import perplexity
@@ -178,7 +178,8 @@ def hypervolumes(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd
         arms = [arm for arm in setting.arms if metric in arm.scores and arm.parameters > 0]
         groups = {"all": arms}
         for arm in arms:
-            groups.setdefault(str(arm.factors["placement"]), []).append(arm)
+            if arm.factors["placement"] != FULL:  # at the reference itself, whatever its score
+                groups.setdefault(str(arm.factors["placement"]), []).append(arm)
         for name, group in groups.items():
             if not group:
                 continue
