@@ -68,8 +68,9 @@ def analyse(
 
 
 def summarise(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd.DataFrame:
-    """A row an arm, the base model of each setting first: factors, costs (medians over replicates), every metric with
-    its interval, and whether it is on the front of trainable parameters against `metric`, with its probability.
+    """A row an arm, the base model of each setting first: factors, costs (medians over replicates), forgetting and
+    every metric with their intervals, and whether it is on the front of trainable parameters against `metric`, with its
+    probability.
     """
     rows = []
     for setting in found.settings:
@@ -82,6 +83,7 @@ def summarise(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd.Da
                 "arm": arm.label,
             }
             row |= {key: value for key, value in arm.factors.items() if key not in row} | _cost_columns(setting, arm)
+            row |= _forgetting(arm, draws)
             for name in found.metrics:
                 row |= _estimates(found, arm, name, draws)
             row |= members.get(arm.label, {})
@@ -92,11 +94,22 @@ def summarise(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd.Da
 
 def _cost_columns(setting: Setting, arm: Arm) -> dict[str, float]:
     row = {"trainable_parameters": arm.parameters, "trainable_percent": 100 * arm.parameters / setting.total}
-    for key in (*COSTS, *(column for column in arm.runs if column.startswith("forgetting"))):
-        if arm.is_base or key not in arm.runs:
-            row[key] = 0.0 if arm.is_base and key.startswith("forgetting") else np.nan
-        else:
-            row[key] = float(pd.to_numeric(arm.runs[key], errors="coerce").median())
+    for key in COSTS:
+        known = not arm.is_base and key in arm.runs
+        row[key] = float(pd.to_numeric(arm.runs[key], errors="coerce").median()) if known else np.nan
+    return row
+
+
+def _forgetting(arm: Arm, draws: Draws) -> dict[str, float]:
+    """Mean over replicates of each measure of forgetting, with its interval over seeds; 0 for the base model."""
+    row: dict[str, float] = {}
+    for key in (str(column) for column in arm.runs if str(column).startswith("forgetting")):
+        values = pd.to_numeric(arm.runs[key], errors="coerce").dropna().to_numpy(dtype=float)
+        if arm.is_base or not len(values):
+            row[key] = 0.0 if arm.is_base else np.nan
+            continue
+        one = stats.interval(values[:, None], draws=draws)
+        row |= {key: one.estimate, f"{key}_low": one.low, f"{key}_high": one.high}
     return row
 
 
@@ -234,6 +247,7 @@ def notes(found: Arrangement) -> list[str]:
     lines = [
         f"Scores are of the {found.split} split; NLL in nats per response token; perplexity = exp(NLL).",
         "Brackets are 95% intervals: seeds and evaluation examples resampled, t quantiles for few seeds.",
+        "Scores that single examples do not have, such as macro F1, have intervals over seeds only.",
         "Seconds, memory and tokens/s are of a run alone on its device (solo calibration), never shares of a pack.",
         f"{BASE}: the model before training, on the same examples.",
     ]

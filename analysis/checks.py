@@ -129,6 +129,11 @@ def _fairness(found: Arrangement) -> Iterator[tuple[str, str, str]]:
     if single:
         text = f"{len(single)} of {len(arms)} arms have one seed: their intervals cover evaluation examples only"
         yield "one seed", _some(single), text
+    metric = found.select.removeprefix("validation.")
+    whole = [name for name, arm in named if metric in arm.scores and not arm.scores[metric].ids]
+    if whole:
+        text = f"{len(whole)} of {len(arms)} arms have no {metric} of single examples: their intervals cover seeds only"
+        yield "no scores of single examples", _some(whole), text
     if not any(key.endswith(".lr") for key in found.tuned):
         yield (
             "one learning rate",

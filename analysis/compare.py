@@ -83,7 +83,7 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
 
 def _tested(a: Scores | None, b: Scores | None, metric: str, draws: Draws) -> dict[str, Any] | None:
     shared = aligned(a, b) if a is not None and b is not None else None
-    if shared is None:
+    if shared is None or a is None:
         return None
     a_RE, b_RE, w_E = shared
     found = stats.paired(a_RE, b_RE, w_E, draws=draws)
@@ -92,7 +92,7 @@ def _tested(a: Scores | None, b: Scores | None, metric: str, draws: Draws) -> di
         "interval": found.difference, "difference": found.difference.estimate,
         "low": found.difference.low, "high": found.difference.high,
         "p": found.p, "p_permutation": found.p_permutation, "effect": found.effect, "share_improved": share,
-        "seeds": found.difference.seeds, "examples": found.difference.examples,
+        "seeds": found.difference.seeds, "examples": found.difference.examples if a.ids else np.nan,
     }  # fmt: skip
 
 

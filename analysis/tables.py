@@ -151,7 +151,7 @@ def efficiency(analysis: Analysis) -> Sheet:
         cells.append(Cell(value=row["arm"], text=row["arm"]))
         cells += [Cell(value=row[key], text=show(key, row[key])) for key in costs]
         cells += [_estimate(row, key, (row["setting"], row["arm"]) in bold.get(key, set())) for key in scores]
-        cells += [Cell(value=row[key], text=show(key, row[key])) for key in forgetting]
+        cells += [_estimate(row, key) for key in forgetting]
         rows.append(cells)
     return Sheet(name="efficiency", caption=CAPTIONS["efficiency"], header=header, rows=rows)
 

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 from analysis import Analysis, analyse, load
 from analysis.arms import FULL, Scores, aligned, arrange, varying
@@ -118,6 +119,16 @@ def test_the_truth_is_found(analysis: Analysis) -> None:
     importance = analysis.tables["importance"].set_index(["setting", "field"])["importance"]
     assert importance["icd10_chapter", "placement"] > importance["icd10_chapter", "seed"]
     assert set(arrange(analysis.study).metrics) == {"nll", "exact_match"}
+
+
+def test_forgetting_is_a_mean_with_an_interval_over_seeds(analysis: Analysis) -> None:
+    arms = analysis.arms.set_index(["setting", "arm"])
+    for arm in analysis.found.arms:
+        row, values = arms.loc[(arm.setting, arm.label)], arm.runs["forgetting"]
+        assert row["forgetting"] == pytest.approx(values.mean())
+        low, high = student.interval(0.95, 2, values.mean(), values.sem())
+        assert (row["forgetting_low"], row["forgetting_high"]) == pytest.approx((low, high))
+    assert arms.loc[("icd10_chapter", "base model"), "forgetting"] == 0
 
 
 def test_tasks_are_averaged_with_equal_weight(analysis: Analysis) -> None:
