@@ -107,7 +107,7 @@ def answers(analysis: Analysis) -> list[str]:
             f"{_interval(best, metric)}{size}{before}."
         )
         found += _cheapest(analysis, str(name), best, trained)
-        found += _placements(analysis, str(name))
+        found += _comparisons(analysis, str(name))
     return found or ["No run completed, so there is nothing to compare yet."]
 
 
@@ -125,20 +125,25 @@ def _cheapest(analysis: Analysis, name: str, best: Any, trained: pd.DataFrame) -
     ]
 
 
-def _placements(analysis: Analysis, name: str) -> list[str]:
+def _comparisons(analysis: Analysis, name: str) -> list[str]:
+    """How often which placement or method won against another."""
+    factors = {arm.label: arm.factors for arm in analysis.found.arms if arm.setting == name}
     lines = []
-    for table, what in (("tests", "at equal rank"), ("matched_budget", "at equal parameters")):
+    for table, family, key, what in (
+        ("tests", "placement", "placement", "placements at equal rank"),
+        ("matched_budget", "matched budget", "placement", "placements at equal parameters"),
+        ("tests", "method", "method", "methods at equal placement and rank"),
+    ):
         tests = analysis.tables[table]
-        tests = tests[(tests["setting"] == name) & (tests["metric"] == analysis.metric)]
-        tests = tests[tests["family"].isin(("placement", "matched budget"))]
+        tests = tests[(tests["setting"] == name) & (tests["metric"] == analysis.metric) & (tests["family"] == family)]
         if tests.empty:
             continue
         wins: dict[str, int] = {}
-        for arm in tests["better"]:
-            winner = str(arm).split(" r", maxsplit=1)[0] if arm else "no significant difference"
+        for arm in tests["better"]:  # a matched arm may stand between two ranks, "ff r4 … ff r8"
+            winner = str(factors[arm.split(" … ")[0]][key]) if arm else "no significant difference"
             wins[winner] = wins.get(winner, 0) + 1
         text = ", ".join(f"{who} in {count}" for who, count in sorted(wins.items(), key=lambda item: -item[1]))
-        lines.append(f"{name}: of {len(tests)} comparisons of placements {what}, better after Holm: {text}.")
+        lines.append(f"{name}: of {len(tests)} comparisons of {what}, better after Holm: {text}.")
     return lines
 
 

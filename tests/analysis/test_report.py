@@ -10,6 +10,7 @@ import pytest
 
 from analysis import Analysis, analyse, figures, load, report
 from analysis.style import looks
+from sweeper.record import PREDICTIONS, RECORD
 from tests.analysis.synthetic import Truth, edit, write_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -79,17 +80,21 @@ addEventListener("securitypolicyviolation", (event) => errors.push(event.violate
 console.error = (...words) => errors.push(words.join(" "));</script>"""
 
 
-def browse(path: Path, folder: Path, width: int) -> dict[str, Any]:
-    page = path.read_text().replace('<meta charset="utf-8">', '<meta charset="utf-8">' + WATCH, 1)
-    driver = folder / f"driver{width}.html"
-    driver.write_text(DRIVER.replace("@@WIDTH@@", str(width)).replace("@@REPORT@@", html.escape(page)))
+def chromium(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     assert CHROMIUM is not None
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
         "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
-        "--virtual-time-budget=8000", "--window-size=1300,1000", "--dump-dom", driver.as_uri(),
+        "--virtual-time-budget=8000", *options,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def browse(path: Path, folder: Path, width: int) -> dict[str, Any]:
+    page = path.read_text().replace('<meta charset="utf-8">', '<meta charset="utf-8">' + WATCH, 1)
+    driver = folder / f"driver{width}.html"
+    driver.write_text(DRIVER.replace("@@WIDTH@@", str(width)).replace("@@REPORT@@", html.escape(page)))
+    done = chromium(folder, "--window-size=1300,1000", "--dump-dom", driver.as_uri())
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found is not None, done.stderr[-2000:]
     assert found[1], f"the page did not answer: {done.stderr[-2000:]}"
@@ -148,6 +153,14 @@ def test_it_works_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
     assert "LaTeX" in seen["copied"] or "did not allow" in seen["copied"]
 
 
+@pytest.mark.skipif(CHROMIUM is None or shutil.which("pdftotext") is None, reason="no Chromium, or no pdftotext")
+def test_tables_keep_their_headings_in_print(page: Path, tmp_path: Path) -> None:
+    chromium(tmp_path, f"--print-to-pdf={tmp_path / 'report.pdf'}", page.as_uri())
+    text = subprocess.run(["pdftotext", tmp_path / "report.pdf", "-"], capture_output=True, text=True).stdout
+    assert {"task", "placement", "r=4", "r=16"} <= set(text.splitlines())
+    assert "Copy LaTeX" not in text
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 def test_methods_are_told_apart_as_in_the_figures(tmp_path: Path) -> None:
     methods = ("lora", "dora", "pissa", "olora", "relora", "rslora", "lora_fa", "lora_plus", "bitfit", "full_ft")
@@ -177,6 +190,22 @@ def test_text_from_records_stays_text(tmp_path: Path) -> None:
     assert not seen["broken"]
     assert seen["errors"] == []
     assert EVIL in seen["title"]
+
+
+def test_the_answers_say_which_method_won(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4, 8), methods=("lora", "dora"), examples=40, steps=2)
+    for run in study.iterdir():
+        if '"name": "dora"' in (run / RECORD).read_text():
+            lines = [json.loads(line) for line in (run / PREDICTIONS).read_text().splitlines()]
+            worse = [row | {"nll": row["nll"] + (row["moment"] == "after") * row["tokens"]} for row in lines]
+            (run / PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in worse))
+    said = report.answers(analyse(load(study), draws=50))
+    won = [line for line in said if "comparisons of methods at equal placement and rank" in line]
+    assert [line.split("of ", 1)[1] for line in won] == [
+        "6 comparisons of methods at equal placement and rank, better after Holm: lora in 6."
+    ]
+    matched = next(line for line in said if "at equal parameters" in line)
+    assert not re.search(r" r\d", matched)
 
 
 def test_without_parameter_counts_nothing_is_said_of_them(tmp_path: Path) -> None:
