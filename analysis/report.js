@@ -102,6 +102,7 @@ function filters() {
       input.addEventListener("change", () => { state.hidden[key][input.checked ? "delete" : "add"](value); draw(); });
     }
   }
+  box.parentElement.hidden = !box.children.length;
 }
 
 function visible(row) {
@@ -175,7 +176,7 @@ function draw() {
   const points = rows[state.level].filter(visible);
   const title = `${data.titles[state.y] || state.y} against ${data.titles[state.x] || state.x}`;
   make("title", { id: "chart-title" }, title, chart);
-  byId("chart-note").textContent = points.length ? `${points.length} ${state.level} shown.` : "Nothing to show: no point has both values, or all are filtered out.";
+  byId("chart-note").textContent = points.length ? `${points.length} ${points.length === 1 ? state.level.slice(0, -1) : state.level} shown.` : "Nothing to show: no point has both values, or all are filtered out.";
   chart.dataset.points = points.length;
   legend(points);
   if (!points.length) return;
@@ -321,7 +322,7 @@ for (const figure of data.figures) {
   make("figcaption", {}, figure.alt, box);
 }
 list(byId("absent"), data.absent);
-if (rows.arms.length) { controls(); filters(); draw(); } else { byId("explore").hidden = true; }
+if (rows.arms.length) { controls(); filters(); draw(); } else { byId("explore").hidden = document.querySelector('nav [href="#explore"]').hidden = true; }
 tables();
 let resizing = 0;
 addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(draw, 120); });

@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.analyse import Analysis
 from analysis.arms import BASE, higher_is_better, kinds
+from analysis.load import STATUSES
 from analysis.style import Look, looks
 from analysis.tables import TITLES, Sheet, latex, markdown, number, sheets, title
 
@@ -55,7 +56,6 @@ def write(
 
 def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str]) -> dict[str, Any]:
     """What the page shows, as plain data."""
-    counts = ", ".join(f"{count:,} {name}" for name, count in analysis.study.counts().items())
     metrics, arms = analysis.found.metrics, _with_runs(analysis)
     order, main = list(FIGURE_TEXT), f"_{analysis.metric}"
     images = sorted(images, key=lambda path: (order.index(_kind(path.stem)), not path.stem.endswith(main), path.stem))
@@ -66,7 +66,7 @@ def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str
     titles |= {"train_seconds_amortised": "seconds, share of a pack"}
     return {
         "title": f"LoRA placement study: {analysis.study.name or 'imported runs'}",
-        "counts": f"{len(analysis.study.runs):,} runs ({counts}); {len(analysis.found.arms)} arms.",
+        "counts": _counts(analysis),
         "metric": analysis.metric,
         "base": BASE,
         "higher": [metric for metric in metrics if higher_is_better(metric)] + ["tokens_per_second_solo"],
@@ -88,6 +88,16 @@ def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str
     }
 
 
+def _counts(analysis: Analysis) -> str:
+    """How many runs of which status, how many arms, and how often there was which problem."""
+    every = analysis.study.counts()
+    ended = ", ".join(f"{every[status]:,} {status}" for status in STATUSES if status in every)
+    runs, arms = len(analysis.study.runs), len(analysis.found.arms)
+    problems = [f"{kind}: {count:,}" for kind, count in every.items() if kind not in STATUSES]
+    text = f"{runs:,} run{'' if runs == 1 else 's'} ({ended}); {arms:,} arm{'' if arms == 1 else 's'}"
+    return "; ".join([text, *problems]) + "."
+
+
 def answers(analysis: Analysis) -> list[str]:
     """The findings in sentences, each with its interval or test."""
     found = []
@@ -102,8 +112,9 @@ def answers(analysis: Analysis) -> list[str]:
         before = f"; the base model has {number(float(base[metric].iloc[0]))}" if len(base) and metric in base else ""
         percent = best["trainable_percent"]
         size = "" if pd.isna(percent) else f", with {percent:.3g}% of the parameters trained"
+        most = f"the {'highest' if up else 'lowest'} " if len(trained) > 1 else ""
         found.append(
-            f"{name}: {best['arm']} has the {'highest' if up else 'lowest'} {analysis.found.split} {title(metric)}, "
+            f"{name}: {best['arm']} has {most}{analysis.found.split} {title(metric)}, "
             f"{_interval(best, metric)}{size}{before}."
         )
         found += _cheapest(analysis, str(name), best, trained)

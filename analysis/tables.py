@@ -122,7 +122,7 @@ def placement_rank(analysis: Analysis, metric: str) -> Sheet:
     direction = "higher" if higher_is_better(metric) else "lower"
     what = f"{title(metric)} on {analysis.found.split} by placement and rank"
     caption = f"{what} ({direction} is better), ± half of the 95% interval."
-    if len(ranks) > 1 and arms["rank"].isna().any():
+    if len(ranks) > 1 and arms.loc[arms["arm"] != BASE, "rank"].isna().any():
         caption += " What has no rank stands in the first column."
     return Sheet(name=name, caption=caption, header=header, rows=rows)
 
@@ -163,8 +163,8 @@ def efficiency(analysis: Analysis) -> Sheet:
 def plain(name: str, table: pd.DataFrame) -> Sheet:
     """Any table as it is; an estimate and its interval become one column."""
     columns = [key for key in table if key not in ("low", "high", "significant")]
-    if "arm" in columns:  # which says them
-        columns = [key for key in columns if key not in ("placement", "rank")]
+    said = ("placement", "rank") if "arm" in columns else ("family",) if name == "matched_budget" else ()
+    columns = [key for key in columns if key not in said]
     if "setting" in table and table["setting"].nunique() == 1:
         columns.remove("setting")
     spread = "low" in table
@@ -385,7 +385,7 @@ def _estimate(row: dict[str, Any], metric: str, bold: bool = False) -> Cell:
 def _between(value: float, low: float, high: float) -> str:
     if math.isnan(value):
         return "–"
-    if math.isnan(low):
+    if math.isnan(low) or low == high:
         return number(value)
     half = (high - low) / 2
     decimals = min(max(1 - math.floor(math.log10(half)), 0), 6) if half > 0 else 4

@@ -161,6 +161,18 @@ def test_tables_keep_their_headings_in_print(page: Path, tmp_path: Path) -> None
     assert "Copy LaTeX" not in text
 
 
+def test_one_run_is_one(tmp_path: Path) -> None:
+    one = Truth(placements={"full": 0.1})
+    study = write_study(tmp_path / "s", truth=one, ranks=(4,), seeds=(0,), examples=20, steps=2)
+    said = report.content(analyse(load(study), draws=50), [], {})
+    assert said["counts"] == "1 run (1 completed); 1 arm."
+    assert said["answers"][0].startswith("icd10_chapter: full r4 has test NLL, 0.")
+    edit(next(study.iterdir()), lambda plain: plain.update(status="pruned", scores={}))
+    said = report.content(analyse(load(study), draws=50), [], {})
+    assert said["counts"] == "1 run (1 pruned); 0 arms; arm without a completed run: 1."
+    assert said["answers"] == ["No run completed, so there is nothing to compare yet."]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 def test_methods_are_told_apart_as_in_the_figures(tmp_path: Path) -> None:
     methods = ("lora", "dora", "pissa", "olora", "relora", "rslora", "lora_fa", "lora_plus", "bitfit", "full_ft")
