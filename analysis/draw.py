@@ -248,7 +248,7 @@ def share_kept(ax: Axes, shares: pd.DataFrame, looks: Mapping[str, Look]) -> Non
     ax.axhline(100, color=GREY, linewidth=0.6)
     ax.axhline(95, color=GREY, linewidth=0.6, linestyle="--")
     _log_ticks(ax, shares["percent"])
-    ax.set_xlabel("trained parameters (% of model)")
+    ax.set_xlabel("trained (% of model)")
 
 
 def _log_height(ax: Axes, values: pd.Series, most: float) -> None:

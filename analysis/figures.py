@@ -485,8 +485,13 @@ def _legend(figure: Figure, look: dict[str, Look], *, lines: bool = True) -> Non
         Line2D([], [], color=one.colour, marker=one.marker, linestyle=one.line if lines else "none", label=name)
         for name, one in look.items()
     ]
-    most = 5 if figure.get_figwidth() == TEXT else 3
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(look), most), handlelength=2.6)
+    for columns in range(min(len(look), 5), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.6)
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    rows = -(-len(look) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.14 * max(rows - 2, 0))  # not at the panels' cost
 
 
 def _axis(analysis: Analysis, metric: str, split: str = "") -> str:

@@ -329,8 +329,8 @@ def tex(text: str) -> str:
 
 
 def title(key: str) -> str:
-    """A column's name for people."""
-    return TITLES.get(key, key.replace("_", " "))
+    """A column's name for people; a field of the configuration keeps its own."""
+    return TITLES.get(key, key if "." in key else key.replace("_", " "))
 
 
 def show(key: str, value: Any) -> str:

@@ -164,6 +164,17 @@ def series(figure: Figure | str) -> set[str]:
     return {text.get_text() for text in figure.legends[0].get_texts()}
 
 
+def test_a_legend_of_long_names_is_not_cut() -> None:
+    for width, names in ((COLUMN, ["attn importance", "ff importance", "full importance"]), (TEXT, list("abcdefg"))):
+        with styled():
+            figure, _ = plt.subplots(figsize=(width, 2), layout="constrained")
+            figures._legend(figure, looks([f"{name}{end}" for name in names for end in ("", " of a method")]))
+            figure.draw_without_rendering()
+            box = figure.legends[0].get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+            plt.close(figure)
+
+
 def test_no_figure_leaves_a_method_out(tmp_path: Path) -> None:
     methods = ("lora", "dora", "bitfit", "full_ft")
     study = write_study(tmp_path / "s", ranks=(4, 8), lrs=(1e-3, 3e-3), methods=methods, examples=20, steps=2)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis import Analysis, analyse, load
-from analysis.tables import COMMONEST, Cell, Sheet, latex, markdown, number, placement_rank, sheets, tex, write
+from analysis.tables import COMMONEST, Cell, Sheet, latex, markdown, number, placement_rank, sheets, tex, title, write
 from analysis.written import NOTE, others
 from tests.analysis.synthetic import write_study
 
@@ -134,6 +134,10 @@ def test_a_note_that_is_not_ours_removes_nothing(note: str, analysis: Analysis, 
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_a_field_keeps_its_name() -> None:
+    assert [title(key) for key in ("trainer.max_steps", "macro_f1", "nll")] == ["trainer.max_steps", "macro f1", "NLL"]
 
 
 def test_the_commonest_answer_stands_below_the_base_model(analysis: Analysis) -> None:
