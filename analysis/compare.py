@@ -260,12 +260,13 @@ def needed(enough: Callable[[int], bool], start: int, most: int) -> int | None:
 
 
 def power_table(found: Arrangement, *, metric: str = "nll", target: float = 0.8) -> pd.DataFrame:
-    """For each pair of placements at equal rank: the power this study had for the difference it saw, and how many seeds
-    (at these examples) or examples (at these seeds) give `target`. None: not even 1,000 seeds or a million examples."""
+    """For each pair of placements or methods at equal rank: the power this study had for the difference it saw, and how
+    many seeds (at these examples) or examples (at these seeds) give `target`. None: not even 1,000 seeds or a million
+    examples."""
     rows = []
     for pair in pairs(found):
         a, b = pair.a.scores.get(metric), pair.b.scores.get(metric)
-        shared = aligned(a, b) if a is not None and b is not None and pair.family == "placement" else None
+        shared = aligned(a, b) if a is not None and b is not None and pair.family in ("placement", "method") else None
         if shared is None or min(shared[0].shape) < 2:
             continue
         d_RE: Array = shared[1] - shared[0]

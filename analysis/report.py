@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.analyse import Analysis
-from analysis.arms import BASE, higher_is_better, kinds
+from analysis.arms import BASE, FULL, higher_is_better, kinds
 from analysis.load import STATUSES
 from analysis.style import Look, looks
 from analysis.tables import TITLES, Sheet, latex, markdown, number, sheets, title
@@ -129,8 +129,9 @@ def _cheapest(analysis: Analysis, name: str, best: Any, trained: pd.DataFrame) -
     if shares.empty:
         return []
     small = shares.loc[shares["percent"].idxmin()]
+    reference = FULL if small["reference"] == FULL else f"the {small['reference']}"
     return [
-        f"{name}: the smallest arm that surely keeps 95% of the gain of the {small['reference']} is {small['arm']} "
+        f"{name}: the smallest arm that keeps 95% of the gain of {reference} with its whole interval is {small['arm']} "
         f"({100 * small['share']:.1f}% [{100 * small['low']:.1f}, {100 * small['high']:.1f}] with "
         f"{small['percent']:.3g}% of the model, {small['percent_of_reference']:.3g}% of the reference's parameters)."
     ]

@@ -183,9 +183,9 @@ def plain(name: str, table: pd.DataFrame) -> Sheet:
 
 
 def bold_arms(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
-    """(setting, arm) of arms that beat every other placement at their rank significantly, after Holm."""
+    """(setting, arm) of arms that significantly beat, after Holm, all at their rank that differ in one other factor."""
     tests = analysis.tables["tests"]
-    tests = tests[(tests["metric"] == metric) & (tests["family"] == "placement")]
+    tests = tests[(tests["metric"] == metric) & ~tests["family"].isin(("rank", BASE, FULL))]
     found = set()
     for setting, group in tests.groupby("setting"):
         for arm in set(group["a"]) | set(group["b"]):

@@ -78,6 +78,17 @@ def test_latex_compiles(analysis: Analysis, tmp_path: Path) -> None:
     assert (tmp_path / "all.pdf").stat().st_size > 10_000
 
 
+def test_bold_is_the_best_of_methods_too(tmp_path: Path) -> None:
+    """Two methods that are alike are not both the best, whatever they do to other placements."""
+    study = write_study(tmp_path / "s", ranks=(4, 8), methods=("lora", "dora"), examples=60, steps=2)
+    found = analyse(load(study), draws=200)
+    placement = found.tables["tests"].query("family == 'placement' and metric == 'nll'")
+    assert set(placement[placement["b"].str.startswith("full")]["better"]) >= {"full r4 lora", "full r4 dora"}
+    assert not [cell for row in placement_rank(found, "nll").rows for cell in row if cell.bold]
+    pairs = set(zip(found.tables["power"]["a"], found.tables["power"]["b"], strict=True))
+    assert ("attn r4 dora", "attn r4 lora") in pairs
+
+
 def test_a_method_without_a_rank_keeps_its_name_and_its_placement(tmp_path: Path) -> None:
     study = write_study(
         tmp_path / "s", ranks=(4, 8), seeds=(0,), methods=("lora", "bitfit", "full_ft"), examples=20, steps=2
