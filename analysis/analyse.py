@@ -143,7 +143,9 @@ def _membership(setting: Setting, metric: str, draws: Draws) -> dict[str, dict[s
     )
     cost = np.array([arm.parameters for arm in arms])
     means = np.array([_mean(arm, metric) for arm in arms]) * _oriented(metric)
-    chances, members = pareto.membership(cost, loss_BA), pareto.front(cost, means)
+    known = all(arm.scores[metric].x_RE.size > 1 for arm in arms)  # else a draw would be the number itself
+    chances = pareto.membership(cost, loss_BA) if known else np.full(len(arms), np.nan)
+    members = pareto.front(cost, means)
     return {
         arm.label: {"on_front": bool(member), "front_probability": float(chance)}
         for arm, member, chance in zip(arms, members, chances, strict=True)
@@ -203,7 +205,8 @@ def hypervolumes(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd
             )
             volumes = [pareto.hypervolume(cost, losses, reference) for losses in drawn[:400]]
             point = pareto.hypervolume(cost, sign * np.array([_mean(arm, metric) for arm in group]), reference)
-            low, high = np.quantile(volumes, [0.025, 0.975])
+            known = all(arm.scores[metric].x_RE.size > 1 for arm in group)
+            low, high = np.quantile(volumes, [0.025, 0.975]) if known else (np.nan, np.nan)
             row: dict[str, Any] = {"setting": setting.name, "metric": metric, "placement": name, "arms": len(group)}
             rows.append(row | {"hypervolume": point, "low": low, "high": high})
     return pd.DataFrame(rows, columns=["setting", "metric", "placement", "arms", "hypervolume", "low", "high"])
