@@ -171,7 +171,7 @@ def _with_runs(analysis: Analysis) -> pd.DataFrame:
     ids = {(arm.setting, arm.label): ", ".join(arm.runs["run_id"].head(6)) for arm in analysis.found.arms}
     keys = zip(arms["setting"], arms["arm"], strict=True) if len(arms) else []
     arms["run_ids"] = [ids.get(key) for key in keys] if len(arms) else []
-    return arms.assign(kind=kinds(arms[arms["arm"] != BASE]) if len(arms) else None)
+    return arms.assign(kind=kinds(arms[arms["arm"] != BASE]) if analysis.found.arms else None)
 
 
 def _looks(arms: pd.DataFrame) -> dict[str, Look]:
