@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -63,6 +64,7 @@ def every_arm(analysis: Analysis, metric: str) -> Figure | str:
     figure, axes = _panels(_names(arms), height=0.45 + 0.135 * rows)
     for name, ax in axes.items():
         draw.dots(ax, arms[arms["setting"] == name], metric)
+        _shorten(ax)
         ax.set_xlabel(_axis(analysis, metric))
     _finish(figure, axes, {}, "")
     return figure
@@ -92,6 +94,7 @@ def heat_map(analysis: Analysis, metric: str) -> Figure | str:
     size, higher = 7 if min(len(axes), 3) * arms["rank"].nunique() <= 12 else 5, higher_is_better(metric)
     for name, ax in axes.items():
         draw.heat(ax, _simplest(analysis, arms[arms["setting"] == name]), metric, look, higher=higher, size=size)
+        _shorten(ax)
     _finish(figure, axes, {}, "")
     figure.suptitle(_axis(analysis, metric), fontsize=8)
     return figure
@@ -467,12 +470,24 @@ def _finish(figure: Figure, axes: dict[str, Axes], look: dict[str, Look], label:
     _legend(figure, look, lines=lines)
 
 
-def _title(ax: Axes, text: str) -> None:
-    """A title that stays over its panel: a long one has two lines or is smaller."""
+def _letters(ax: Axes) -> float:
+    """How many letters of one point are as wide as a panel."""
     spec, figure = ax.get_subplotspec(), ax.get_figure(root=True)
     assert spec is not None
     assert figure is not None
-    letters = 0.7 * 72 * float(figure.get_figwidth()) / spec.get_gridspec().ncols / 0.62  # of one point that fit
+    return 72 * float(figure.get_figwidth()) / spec.get_gridspec().ncols / 0.62
+
+
+def _shorten(ax: Axes) -> None:
+    """Takes the middle out of names beside a panel that would leave it less than half of its width."""
+    half = int(_letters(ax) / 7 / 4)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    ax.set_yticks(ax.get_yticks(), [n if len(n) <= 2 * half else f"{n[: half - 1]}…{n[-half:]}" for n in names])
+
+
+def _title(ax: Axes, text: str) -> None:
+    """A title that stays over its panel: a long one has two lines or is smaller."""
+    letters = 0.7 * _letters(ax)
     text = text if 8 * len(text) <= letters else text.replace(", ", "\n")
     ax.set_title(text, fontsize=min(8.0, letters / max(1, *map(len, text.split("\n")))))
 
@@ -485,11 +500,15 @@ def _legend(figure: Figure, look: dict[str, Look], *, lines: bool = True) -> Non
         Line2D([], [], color=one.colour, marker=one.marker, linestyle=one.line if lines else "none", label=name)
         for name, one in look.items()
     ]
+    place: dict[str, Any] = {"handles": handles, "loc": "outside upper center", "handlelength": 2.6}
     for columns in range(min(len(look), 5), 0, -1):
-        legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.6)
-        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+        legend = figure.legend(ncols=columns, **place)
+        wide = legend.get_window_extent().width / figure.bbox.width
+        if wide <= 1:
             break
         legend.remove()
+    else:
+        figure.legend(ncols=1, fontsize=7 / wide, **place)
     rows = -(-len(look) // columns)
     figure.set_figheight(figure.get_figheight() + 0.14 * max(rows - 2, 0))  # not at the panels' cost
 

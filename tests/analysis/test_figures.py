@@ -164,6 +164,27 @@ def series(figure: Figure | str) -> set[str]:
     return {text.get_text() for text in figure.legends[0].get_texts()}
 
 
+def test_long_names_leave_room_for_the_panel(tmp_path: Path) -> None:
+    """As placements are named that come from PEFT, by their target modules."""
+    study = write_study(tmp_path / "s", ranks=(4, 8), seeds=(0,), examples=20, steps=2)
+    for folder in study.iterdir():
+        edit(
+            folder, lambda plain: plain["spec"]["placement"].update(name="+".join(plain["spec"]["placement"]["roles"]))
+        )
+    found = analyse(load(study), draws=50)
+    with styled():
+        for made in (
+            figures.every_arm(found, "nll"),
+            figures.heat_map(found, "nll"),
+            figures.rank_curves(found, "nll"),
+        ):
+            assert not isinstance(made, str)
+            made.draw_without_rendering()
+            assert made.axes[0].get_window_extent().width > 0.3 * made.bbox.width
+            assert all(legend.get_window_extent().x1 <= made.bbox.x1 for legend in made.legends)
+            plt.close(made)
+
+
 def test_a_legend_of_long_names_is_not_cut() -> None:
     for width, names in ((COLUMN, ["attn importance", "ff importance", "full importance"]), (TEXT, list("abcdefg"))):
         with styled():
