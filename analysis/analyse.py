@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import checks, compare, effects, pareto, spectra, stats
-from analysis.arms import BASE, Arm, Arrangement, Setting, arrange, higher_is_better
+from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
 from analysis.load import STATUSES, Study
 from analysis.stats import Draws
 from sweeper.record import perplexity
@@ -68,8 +68,9 @@ def analyse(
 
 
 def summarise(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd.DataFrame:
-    """A row an arm, the base model of each setting first: factors, costs (medians over replicates), every metric with
-    its interval, and whether it is on the front of trainable parameters against `metric`, with its probability.
+    """A row an arm, the base model of each setting first: factors, costs (medians over replicates), forgetting and
+    every metric with their intervals, and whether it is on the front of trainable parameters against `metric`, with its
+    probability.
     """
     rows = []
     for setting in found.settings:
@@ -82,6 +83,7 @@ def summarise(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd.Da
                 "arm": arm.label,
             }
             row |= {key: value for key, value in arm.factors.items() if key not in row} | _cost_columns(setting, arm)
+            row |= _forgetting(arm, draws)
             for name in found.metrics:
                 row |= _estimates(found, arm, name, draws)
             row |= members.get(arm.label, {})
@@ -92,11 +94,22 @@ def summarise(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd.Da
 
 def _cost_columns(setting: Setting, arm: Arm) -> dict[str, float]:
     row = {"trainable_parameters": arm.parameters, "trainable_percent": 100 * arm.parameters / setting.total}
-    for key in (*COSTS, *(column for column in arm.runs if column.startswith("forgetting"))):
-        if arm.is_base or key not in arm.runs:
-            row[key] = 0.0 if arm.is_base and key.startswith("forgetting") else np.nan
-        else:
-            row[key] = float(pd.to_numeric(arm.runs[key], errors="coerce").median())
+    for key in COSTS:
+        known = not arm.is_base and key in arm.runs
+        row[key] = float(pd.to_numeric(arm.runs[key], errors="coerce").median()) if known else np.nan
+    return row
+
+
+def _forgetting(arm: Arm, draws: Draws) -> dict[str, float]:
+    """Mean over replicates of each measure of forgetting, with its interval over seeds; 0 for the base model."""
+    row: dict[str, float] = {}
+    for key in (str(column) for column in arm.runs if str(column).startswith("forgetting")):
+        values = pd.to_numeric(arm.runs[key], errors="coerce").dropna().to_numpy(dtype=float)
+        if arm.is_base or not len(values):
+            row[key] = 0.0 if arm.is_base else np.nan
+            continue
+        one = stats.interval(values[:, None], draws=draws)
+        row |= {key: one.estimate, f"{key}_low": one.low, f"{key}_high": one.high}
     return row
 
 
@@ -130,7 +143,9 @@ def _membership(setting: Setting, metric: str, draws: Draws) -> dict[str, dict[s
     )
     cost = np.array([arm.parameters for arm in arms])
     means = np.array([_mean(arm, metric) for arm in arms]) * _oriented(metric)
-    chances, members = pareto.membership(cost, loss_BA), pareto.front(cost, means)
+    known = all(arm.scores[metric].x_RE.size > 1 for arm in arms)  # else a draw would be the number itself
+    chances = pareto.membership(cost, loss_BA) if known else np.full(len(arms), np.nan)
+    members = pareto.front(cost, means)
     return {
         arm.label: {"on_front": bool(member), "front_probability": float(chance)}
         for arm, member, chance in zip(arms, members, chances, strict=True)
@@ -178,7 +193,8 @@ def hypervolumes(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd
         arms = [arm for arm in setting.arms if metric in arm.scores and arm.parameters > 0]
         groups = {"all": arms}
         for arm in arms:
-            groups.setdefault(str(arm.factors["placement"]), []).append(arm)
+            if arm.factors["placement"] != FULL:  # at the reference itself, whatever its score
+                groups.setdefault(str(arm.factors["placement"]), []).append(arm)
         for name, group in groups.items():
             if not group:
                 continue
@@ -189,7 +205,8 @@ def hypervolumes(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd
             )
             volumes = [pareto.hypervolume(cost, losses, reference) for losses in drawn[:400]]
             point = pareto.hypervolume(cost, sign * np.array([_mean(arm, metric) for arm in group]), reference)
-            low, high = np.quantile(volumes, [0.025, 0.975])
+            known = all(arm.scores[metric].x_RE.size > 1 for arm in group)
+            low, high = np.quantile(volumes, [0.025, 0.975]) if known else (np.nan, np.nan)
             row: dict[str, Any] = {"setting": setting.name, "metric": metric, "placement": name, "arms": len(group)}
             rows.append(row | {"hypervolume": point, "low": low, "high": high})
     return pd.DataFrame(rows, columns=["setting", "metric", "placement", "arms", "hypervolume", "low", "high"])
@@ -249,6 +266,7 @@ def notes(found: Arrangement) -> list[str]:
     lines = [
         f"Scores are of the {found.split} split; NLL in nats per response token; perplexity = exp(NLL).",
         "Brackets are 95% intervals: seeds and evaluation examples resampled, t quantiles for few seeds.",
+        "Scores that single examples do not have, such as macro F1, have intervals over seeds only.",
         "Seconds, memory and tokens/s are of a run alone on its device (solo calibration), never shares of a pack.",
         f"{BASE}: the model before training, on the same examples.",
     ]

@@ -112,6 +112,21 @@ def varying(runs: pd.DataFrame, fields: Sequence[str]) -> list[str]:
     return [key for key in differing if not follows(key)]
 
 
+def kinds(arms: pd.DataFrame) -> pd.Series:
+    """What tells trained arms apart besides their ranks: placement, method, or both, whichever differ, and the
+    allocation where arms would else be taken for one another. A kind has one look in the figures and the report.
+    """
+    whole = arms["placement"] == FULL  # of which the placement is that of no adapter
+    found = arms["placement"]
+    if arms["method"].nunique() > 1:
+        both = arms["placement"].nunique() - whole.any() > 1
+        found = found + " " + arms["method"] if both else arms["method"]
+    alike = pd.DataFrame({"setting": arms["setting"], "kind": found, "rank": arms["rank"]}).duplicated()
+    if "allocation" in arms and (alike & ~whole).any() and arms["allocation"].nunique() > 1:
+        found = found + " " + arms["allocation"].fillna("")
+    return arms["placement"].where(whole, found.str.strip())
+
+
 def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> Arrangement:
     """Groups completed runs into settings and arms, chooses each arm's trial and reads its per-example scores.
 

@@ -127,8 +127,14 @@ def _fairness(found: Arrangement) -> Iterator[tuple[str, str, str]]:
     ]
     single = [name for name, arm in named if len(arm.runs) == 1]
     if single:
-        text = f"{len(single)} of {len(arms)} arms have one seed: their intervals cover evaluation examples only"
+        text = f"{len(single)} of {len(arms)} arms have one seed: their intervals say nothing of other seeds"
         yield "one seed", _some(single), text
+    metric = found.select.removeprefix("validation.")
+    whole = [name for name, arm in named if metric in arm.scores and not arm.scores[metric].ids]
+    if whole:
+        text = f"{len(whole)} of {len(arms)} arms have no {metric} of single examples: "
+        text += "their intervals say nothing of other examples"
+        yield "no scores of single examples", _some(whole), text
     if not any(key.endswith(".lr") for key in found.tuned):
         yield (
             "one learning rate",

@@ -83,7 +83,7 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
 
 def _tested(a: Scores | None, b: Scores | None, metric: str, draws: Draws) -> dict[str, Any] | None:
     shared = aligned(a, b) if a is not None and b is not None else None
-    if shared is None:
+    if shared is None or a is None:
         return None
     a_RE, b_RE, w_E = shared
     found = stats.paired(a_RE, b_RE, w_E, draws=draws)
@@ -92,7 +92,7 @@ def _tested(a: Scores | None, b: Scores | None, metric: str, draws: Draws) -> di
         "interval": found.difference, "difference": found.difference.estimate,
         "low": found.difference.low, "high": found.difference.high,
         "p": found.p, "p_permutation": found.p_permutation, "effect": found.effect, "share_improved": share,
-        "seeds": found.difference.seeds, "examples": found.difference.examples,
+        "seeds": found.difference.seeds, "examples": found.difference.examples if a.ids else np.nan,
     }  # fmt: skip
 
 
@@ -260,12 +260,13 @@ def needed(enough: Callable[[int], bool], start: int, most: int) -> int | None:
 
 
 def power_table(found: Arrangement, *, metric: str = "nll", target: float = 0.8) -> pd.DataFrame:
-    """For each pair of placements at equal rank: the power this study had for the difference it saw, and how many seeds
-    (at these examples) or examples (at these seeds) give `target`. None: not even 1,000 seeds or a million examples."""
+    """For each pair of placements or methods at equal rank: the power this study had for the difference it saw, and how
+    many seeds (at these examples) or examples (at these seeds) give `target`. None: not even 1,000 seeds or a million
+    examples."""
     rows = []
     for pair in pairs(found):
         a, b = pair.a.scores.get(metric), pair.b.scores.get(metric)
-        shared = aligned(a, b) if a is not None and b is not None and pair.family == "placement" else None
+        shared = aligned(a, b) if a is not None and b is not None and pair.family in ("placement", "method") else None
         if shared is None or min(shared[0].shape) < 2:
             continue
         d_RE: Array = shared[1] - shared[0]

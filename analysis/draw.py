@@ -116,9 +116,9 @@ def rank_lines(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Lo
 
 
 def heat(
-    ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look], *, higher: bool, digits: int = 3
+    ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look], *, higher: bool, size: float = 7
 ) -> None:
-    """Placement × rank with the score in each cell; lighter is better."""
+    """Placement × rank with the score in each cell, written in a font of `size`; lighter is better."""
     table = arms.pivot_table(index="placement", columns="rank", values=metric, sort=False)
     table = table.loc[[name for name in looks if name in table.index], sorted(table.columns)]
     values = table.to_numpy(dtype=float)
@@ -128,7 +128,7 @@ def heat(
         if not np.isnan(value) and values.size <= 80:
             bright = (norm(value) if higher else 1 - norm(value)) > 0.5
             colour = "black" if bright else "white"
-            ax.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color=colour)
+            ax.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=size, color=colour)
     step = max(1, int(np.ceil(len(table.columns) / 8)))
     ax.set_xticks(range(0, len(table.columns), step), [f"{rank:g}" for rank in table.columns[::step]])
     ax.set_yticks(range(len(table)), [str(name) for name in table.index])
@@ -138,9 +138,11 @@ def heat(
     ax.set_xlabel("rank")
 
 
-def learning_rates(ax: Axes, trials: pd.DataFrame, looks: Mapping[str, Look]) -> None:
+def learning_rates(
+    ax: Axes, trials: pd.DataFrame, looks: Mapping[str, Look], *, rates: pd.Series | None = None
+) -> None:
     """Validation score against learning rate, a line a placement; each seed a faint point, the chosen rate ringed.
-    Columns: placement, lr, value, chosen."""
+    Columns: placement, lr, value, chosen. `rates` are those of all panels that share the axis."""
     for placement, group in trials.groupby("placement", sort=False):
         look = looks[str(placement)]
         ax.plot(
@@ -157,12 +159,8 @@ def learning_rates(ax: Axes, trials: pd.DataFrame, looks: Mapping[str, Look]) ->
                 "markeredgewidth": 0.8,
             }
             ax.plot([best.iloc[0]], [means[best.iloc[0]]], "o", **ring)
-    _log_ticks(ax, trials["lr"], scientific=True)
-    low, high = trials["value"].min(), trials["value"].max()
-    if low > 0 and high / low > 8:
-        ax.set_yscale("log")
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _log_ticks(ax, trials["lr"] if rates is None else rates, scientific=True)
+    _log_height(ax, trials["value"], 8)
 
 
 def curves(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> None:
@@ -176,11 +174,7 @@ def curves(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> None:
             smooth.index, smooth.min(axis=1), smooth.max(axis=1), color=look.colour, alpha=0.15, linewidth=0
         )
         ax.plot(smooth.index, smooth.mean(axis=1), color=look.colour, linestyle=look.line)
-    low, high = table["loss"].min(), table["loss"].max()
-    if low > 0 and high / low > 20:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+    _log_height(ax, table["loss"], 20)
     ax.set_xlabel("step")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
@@ -196,8 +190,9 @@ def learn_forget(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, 
             edgecolors="white", linewidths=0.5, zorder=3,
         )  # fmt: skip
     ax.axvline(0, color=GREY, linewidth=0.6)
+    ax.margins(0.08)
     ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.set_xlabel("forgetting: rise of NLL elsewhere (nats)")
+    ax.set_xlabel("forgetting: rise of NLL elsewhere (nats/token)")
 
 
 def by_role_and_layer(ax: Axes, modules: pd.DataFrame, value: str, top: float) -> Any:
@@ -223,7 +218,7 @@ def bars(ax: Axes, table: pd.DataFrame) -> None:
     errors = np.clip(np.abs(table[["low", "high"]].to_numpy().T - table["importance"].to_numpy()), 0, None)
     colours = ["#b8c0c8" if name == "interactions and noise" else "#0072B2" for name in table["field"]]
     ax.barh(
-        table["field"].map(lambda name: name.removeprefix("optim.")),
+        table["field"].map(lambda name: name.removeprefix("optim.").replace(" and ", "\nand ")),
         100 * table["importance"],
         color=colours,
         height=0.6,
@@ -253,7 +248,17 @@ def share_kept(ax: Axes, shares: pd.DataFrame, looks: Mapping[str, Look]) -> Non
     ax.axhline(100, color=GREY, linewidth=0.6)
     ax.axhline(95, color=GREY, linewidth=0.6, linestyle="--")
     _log_ticks(ax, shares["percent"])
-    ax.set_xlabel("trained parameters (% of model)")
+    ax.set_xlabel("trained (% of model)")
+
+
+def _log_height(ax: Axes, values: pd.Series, most: float) -> None:
+    """A log axis where the largest value is more than `most` times the smallest; 1, 2, 5 ticks over few decades."""
+    ratio = values.max() / values.min() if values.min() > 0 else 1.0
+    if ratio > most:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 500 else (1.0,)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _log_ticks(ax: Axes, values: pd.Series, *, scientific: bool = False) -> None:
@@ -280,6 +285,7 @@ def _log_ticks(ax: Axes, values: pd.Series, *, scientific: bool = False) -> None
         ax.xaxis.set_major_formatter(FuncFormatter(amount))
     ax.xaxis.set_minor_formatter(NullFormatter())
     if ratio < 1.01:
+        ax.xaxis.set_major_locator(FixedLocator(known.head(1)))
         ax.set_xlim(known.min() / 2, known.max() * 2) if len(known) else None
     else:
         ax.set_xlim(known.min() / ratio**0.12, known.max() * ratio**0.16)

@@ -38,26 +38,31 @@ def anova(y: Array, factors: pd.DataFrame, interactions: Sequence[tuple[str, str
 
 
 def placement_by_rank(found: Arrangement, metric: str = "nll") -> pd.DataFrame:
-    """A row a term and setting: score ~ placement + rank + placement × rank, with the seed as a block."""
+    """A row a term and setting: score ~ placement + rank + placement × rank + whatever else tells arms apart, with the
+    seed as a block. Methods without a rank count where rank is no factor."""
     parts = []
-    for name, runs in _chosen(found, metric):
-        factors = pd.DataFrame({key: runs[key].astype(str) for key in ("placement", "rank")})
-        crossed = [("placement", "rank")] if factors.nunique().min() > 1 else []
-        factors = factors[[key for key in factors if factors[key].nunique() > 1]]
+    for name, every in _chosen(found, metric):
+        ranked = every[every["rank"].notna()]
+        runs = ranked if "rank" in _factors(found, name, ranked) else every
+        factors = _factors(found, name, runs)
+        if factors.empty:
+            continue
+        crossed = [("placement", "rank")] if {"placement", "rank"} <= set(factors) else []
         if runs["seed"].nunique() > 1:
             factors["seed"] = runs["seed"].astype(str)
-        if len(factors.columns):
-            table = anova(runs[f"{found.split}.{metric}"].to_numpy(dtype=float), factors, crossed)
-            parts.append(table.assign(setting=name, metric=metric))
+        table = anova(runs[f"{found.split}.{metric}"].to_numpy(dtype=float), factors, crossed)
+        parts.append(table.assign(setting=name, metric=metric))
     columns = ["setting", "metric", "term", "ss", "df", "f", "p", "partial_eta2"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def slopes(found: Arrangement, metric: str = "nll") -> pd.DataFrame:
-    """Change of the score for each doubling of the rank, by placement: least squares on log2(rank), t interval."""
-    rows = []
+    """Change of the score for each doubling of the rank, over arms that differ in nothing else: least squares on
+    log2(rank), t interval."""
+    rows, others = [], _others(found)
     for name, runs in _chosen(found, metric):
-        for placement, group in runs.groupby("placement"):
+        runs = runs[runs["rank"].notna()]
+        for keys, group in runs.groupby(["placement", *others], dropna=False):
             x = np.log2(group["rank"].to_numpy(dtype=float))
             y = group[f"{found.split}.{metric}"].to_numpy(dtype=float)
             if len(np.unique(x)) < 2 or len(x) < 3:
@@ -68,8 +73,10 @@ def slopes(found: Arrangement, metric: str = "nll") -> pd.DataFrame:
             half = float(special.stdtrit(len(x) - 2, 0.975)) * error
             p = float(2 * special.stdtr(len(x) - 2, -abs(slope) / error)) if error > 0 else 0.0
             values = {"slope": slope, "low": slope - half, "high": slope + half, "p": p}
-            rows.append({"setting": name, "metric": metric, "placement": placement, **values, "runs": len(x)})
-    return pd.DataFrame(rows, columns=["setting", "metric", "placement", "slope", "low", "high", "p", "runs"])
+            arm = dict(zip(["placement", *others], keys, strict=True))
+            rows.append({"setting": name, "metric": metric, **arm, **values, "runs": len(x)})
+    columns = ["setting", "metric", "placement", *others, "slope", "low", "high", "p", "runs"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def importance(found: Arrangement, *, metric: str = "nll", draws: int = 200, seed: int = 0) -> pd.DataFrame:
@@ -77,23 +84,27 @@ def importance(found: Arrangement, *, metric: str = "nll", draws: int = 200, see
 
     The functional analysis of variance of Hutter et al. (2014), which on a grid is the classical one: type II sum of
     squares of the main effect over the total. What is left is interactions and noise. Numbers with more than 8 values
-    are cut at their quantiles into 6. Intervals: percentile bootstrap over runs.
+    are cut at their quantiles into 6. A field that follows from another of the arms' (each method at a rank of its own)
+    has no variance of its own and is left out. Intervals: normal, with the standard error of a bootstrap over runs;
+    its percentiles would lie above a small share, because runs that are drawn twice explain each other.
     """
     rows = []
     rng = np.random.default_rng(seed)
     for setting in found.settings:
         runs = found.runs[(found.runs["setting"] == setting.name) & (found.runs["status"] == "completed")]
         runs = runs[runs[found.select].notna()] if found.select in runs else runs.iloc[:0]
-        names = ["method", "placement", "allocation", "rank", *found.tuned, "seed"]
-        names += [key for arm in setting.arms[:1] for key in arm.factors if key not in names]
-        names = [key for key in varying(runs, names) if key in runs]
+        own = ["method", "placement", "allocation", "rank"]
+        own += [key for arm in setting.arms[:1] for key in arm.factors if key not in own]
+        own = list(_independent(runs, [key for key in varying(runs, own) if key in runs]))
+        names = [*own, *(key for key in varying(runs, [*found.tuned, "seed"]) if key not in own)]
         if len(runs) < 4 or len(names) < 2:
             continue
         y, codes = runs[found.select].to_numpy(dtype=float), [_codes(runs[key]) for key in names]
         point = _explained(y, codes)
-        picks = rng.integers(0, len(y), (draws, len(y))) if len(y) <= 2000 else rng.integers(0, len(y), (draws, 2000))
+        picks = rng.integers(0, len(y), (draws, min(len(y), 2000)))
         drawn = np.array([_explained(y[pick], [code[pick] for code in codes]) for pick in picks])
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        half = special.ndtri(0.975) * drawn.std(axis=0, ddof=1) * (picks.shape[1] / len(y)) ** 0.5
+        low, high = np.clip([point - half, point + half], 0, 1)
         for i, name in enumerate([*names, "interactions and noise"]):
             rows.append(
                 {"setting": setting.name, "field": name, "importance": point[i], "low": low[i], "high": high[i]}
@@ -123,8 +134,32 @@ def _codes(values: pd.Series) -> NDArrayInt:
 def _chosen(found: Arrangement, metric: str) -> list[tuple[str, pd.DataFrame]]:
     runs = found.runs[found.runs["chosen"]]
     column = f"{found.split}.{metric}"
-    runs = runs[runs[column].notna() & runs["rank"].notna()] if column in runs else runs.iloc[:0]
+    runs = runs[runs[column].notna()] if column in runs else runs.iloc[:0]
     return [(str(name), group) for name, group in runs.groupby("setting")]
+
+
+def _others(found: Arrangement) -> list[str]:
+    """What tells arms apart besides placement and rank."""
+    factors = list(found.arms[0].factors) if found.arms else []
+    keys = [key for key in factors if key not in ("placement", "rank", "alpha")]
+    return [key for key in keys if len({repr(arm.factors[key]) for arm in found.arms}) > 1]
+
+
+def _factors(found: Arrangement, setting: str, runs: pd.DataFrame) -> pd.DataFrame:
+    """The factors of a setting's arms that differ in these runs and do not follow from another, as text."""
+    factors = next(list(arm.factors) for arm in found.arms if arm.setting == setting)
+    keys = ["placement", "rank", *(key for key in factors if key not in ("placement", "rank"))]
+    return _independent(runs, [key for key in keys if runs[key].nunique(dropna=False) > 1]).astype(str)
+
+
+def _independent(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """The columns that do not follow from another one; of two that say the same, the first."""
+    kept = list(keys)
+    for key in reversed(keys):
+        others = [other for other in kept if other != key]
+        if any(runs.groupby(other, dropna=False)[key].nunique(dropna=False).max() <= 1 for other in others):
+            kept.remove(key)
+    return runs[kept]
 
 
 def _dummies(values: pd.Series) -> Array:

@@ -3,10 +3,11 @@
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -17,7 +18,7 @@ from matplotlib.patheffects import withStroke
 
 from analysis import draw
 from analysis.analyse import Analysis
-from analysis.arms import BASE, FULL, higher_is_better
+from analysis.arms import BASE, FULL, higher_is_better, kinds
 from analysis.pareto import front
 from analysis.style import COLUMN, GREY, TEXT, Look, looks, styled
 from analysis.tables import number, title
@@ -45,9 +46,9 @@ def pareto(analysis: Analysis, metric: str, cost: str = "trainable_parameters") 
         draw.scatter(ax, arms[arms["setting"] == name], metric, cost, look)
         ax.set_xlabel(label.get(cost, cost))
         _base_note(ax, analysis, name, metric)
-    _finish(figure, axes, look, _axis(analysis, metric))
+    _finish(figure, axes, look, _axis(analysis, metric), lines=False)
     figure.draw_without_rendering()  # the layout decides how far apart points are
-    for name, ax in axes.items() if arms["rank"].nunique() > 1 else ():
+    for name, ax in axes.items() if _over_ranks(arms) else ():
         draw.rank_labels(ax, arms[arms["setting"] == name], metric, cost, higher=higher_is_better(metric))
     return figure
 
@@ -63,6 +64,7 @@ def every_arm(analysis: Analysis, metric: str) -> Figure | str:
     figure, axes = _panels(_names(arms), height=0.45 + 0.135 * rows)
     for name, ax in axes.items():
         draw.dots(ax, arms[arms["setting"] == name], metric)
+        _shorten(ax)
         ax.set_xlabel(_axis(analysis, metric))
     _finish(figure, axes, {}, "")
     return figure
@@ -71,8 +73,8 @@ def every_arm(analysis: Analysis, metric: str) -> Figure | str:
 def rank_curves(analysis: Analysis, metric: str) -> Figure | str:
     """The metric against rank, a line a placement (or method)."""
     arms = _trained(analysis, metric)
-    if arms["rank"].nunique() < 2:
-        return "the study has one rank"
+    if not _over_ranks(arms):
+        return "no arms differ in rank alone"
     look = _looks(analysis, arms)
     figure, axes = _panels(_names(arms))
     for name, ax in axes.items():
@@ -85,14 +87,16 @@ def heat_map(analysis: Analysis, metric: str) -> Figure | str:
     """Placement (or method) × rank."""
     arms = _trained(analysis, metric)
     arms = arms[arms["rank"].notna()]
-    if arms["rank"].nunique() < 2:
-        return "the study has one rank"
+    if not _over_ranks(arms):
+        return "no arms differ in rank alone"
     look = _looks(analysis, arms)
     figure, axes = _panels(_names(arms), height=0.75 + 0.28 * arms["placement"].nunique())
+    size, higher = 7 if min(len(axes), 3) * arms["rank"].nunique() <= 12 else 5, higher_is_better(metric)
     for name, ax in axes.items():
-        draw.heat(ax, _simplest(analysis, arms[arms["setting"] == name]), metric, look, higher=higher_is_better(metric))
-    for name, ax in axes.items():
-        ax.set_title(_axis(analysis, metric) if len(axes) == 1 else f"{name}: {_axis(analysis, metric)}")
+        draw.heat(ax, _simplest(analysis, arms[arms["setting"] == name]), metric, look, higher=higher, size=size)
+        _shorten(ax)
+    _finish(figure, axes, {}, "")
+    figure.suptitle(_axis(analysis, metric), fontsize=8)
     return figure
 
 
@@ -104,11 +108,9 @@ def learning_rate(analysis: Analysis) -> Figure | str:
         return "every run has the same learning rate"
     runs = runs[(runs["status"] == "completed") & runs[found.select].notna() & (runs["source"] == "study")]
     runs = _of_simplest(analysis, runs)
-    ranks = _spread(sorted(runs["rank"].dropna().unique()))
-    if not ranks:
-        return "no run with a rank was tuned"
-    runs = _at_the_only_rank(runs, ranks)
-    runs = runs[runs["rank"].isin(ranks)]
+    if runs.empty:
+        return f"no run has a score on {found.select.split('.')[0]}"
+    runs, ranks = _at_ranks(runs)
     trials = pd.DataFrame(
         {
             "setting": runs["setting"], "placement": runs["placement"], "rank": runs["rank"], "lr": runs["optim.lr"],
@@ -121,11 +123,12 @@ def learning_rate(analysis: Analysis) -> Figure | str:
     for (name, rank), ax in axes.items():
         part = trials[(trials["setting"] == name) & (trials["rank"] == rank)]
         if len(part):
-            draw.learning_rates(ax, part, look)
+            shared = trials[trials["setting"].isin(settings)] if len(ranks) > 1 else part
+            draw.learning_rates(ax, part, look, rates=shared["lr"])
         if name == settings[-1] or len(ranks) == 1:
             ax.set_xlabel("learning rate")
         if rank == ranks[0]:
-            ax.set_ylabel(f"validation {title(analysis.metric)}")
+            ax.set_ylabel(_axis(analysis, analysis.metric, "validation").replace(" (", "\n("))
     _legend(figure, look)
     return figure
 
@@ -136,10 +139,8 @@ def training_curves(analysis: Analysis) -> Figure | str:
     runs = _of_simplest(analysis, runs[runs["chosen"] & runs["folder"].notna()]) if "folder" in runs else runs.iloc[:0]
     if runs.empty:
         return "no run left a training curve"
-    ranks = _spread(sorted(runs["rank"].dropna().unique()))
     settings = _names(runs)[:3]
-    runs = _at_the_only_rank(runs, ranks)
-    runs = runs[runs["rank"].isin(ranks) & runs["setting"].isin(settings)]
+    runs, ranks = _at_ranks(runs[runs["setting"].isin(settings)])
     runs = runs.groupby(["setting", "placement", "rank"], dropna=False).head(5)
     table = analysis.study.curves(runs["run_id"])
     if table.empty:
@@ -154,7 +155,7 @@ def training_curves(analysis: Analysis) -> Figure | str:
         if name != settings[-1] and len(ranks) > 1:
             ax.set_xlabel("")
         if rank == ranks[0]:
-            ax.set_ylabel("training loss (nats)")
+            ax.set_ylabel("training loss\n(nats/token)")
     _legend(figure, look)
     return figure
 
@@ -169,28 +170,34 @@ def learn_forget(analysis: Analysis) -> Figure | str:
     figure, axes = _panels(_names(arms))
     for name, ax in axes.items():
         draw.learn_forget(ax, arms[arms["setting"] == name], analysis.metric, look)
-    _finish(figure, axes, look, _axis(analysis, analysis.metric))
+    _finish(figure, axes, look, _axis(analysis, analysis.metric), lines=False)
     return figure
 
 
 def where_rank_went(analysis: Analysis) -> Figure | str:
-    """Rank by layer and role, for up to four arms: those of uneven rank, else the highest rank of each placement."""
-    arms = [arm for arm in analysis.found.arms if analysis.study.layouts.get(arm.runs["layout"].iloc[0])]
+    """Rank by layer and role, for up to four arms: those of uneven rank (of the same ranks one arm), else the highest
+    rank of each placement (or method)."""
+    found = [arm for arm in analysis.found.arms if not pd.isna(arm.factors["rank"])]
+    arms = [arm for arm in found if analysis.study.layouts.get(arm.runs["layout"].iloc[0])]
     arms = [arm for arm in arms if arm.setting == arms[0].setting]
+    layouts = {arm.runs["layout"].iloc[0]: arm for arm in reversed(arms)}
+    arms = [arm for arm in arms if layouts[arm.runs["layout"].iloc[0]] is arm]
     tables = {arm.label: analysis.study.modules([arm.runs["run_id"].iloc[0]]) for arm in arms}
     tables = {label: table[table["layer"].notna()] for label, table in tables.items() if len(table)}
     if not any(len(table) for table in tables.values()):
         return "no record lists its adapted modules"
     uneven = [label for label, table in tables.items() if table["rank"].nunique() > 1]
-    last: dict[str, str] = {str(arm.factors["placement"]): arm.label for arm in arms if arm.label in tables}
-    chosen = (uneven or list(last.values()))[:4]
+    names = _named(analysis, arms[0].setting)
+    chosen = (uneven or _last(names, tables))[:4]
     top = max(float(tables[label]["rank"].max()) for label in chosen)
-    ticks = sorted({float(tables[label]["rank"].min()) for label in chosen} | {top})
-    return _module_maps({label: tables[label] for label in chosen}, "rank", "rank", top, ticks=ticks)
+    lowest = sorted({float(tables[label]["rank"].min()) for label in chosen})
+    ticks = [rank for rank in lowest if rank < 0.85 * top]  # others would be written over the highest
+    return _module_maps({names[label][1]: tables[label] for label in chosen}, "rank", "rank", top, ticks=[*ticks, top])
 
 
 def where_energy_went(analysis: Analysis) -> Figure | str:
-    """Share of the update's squared norm by layer and role, mean over seeds: the highest rank of each placement."""
+    """Share of the update's squared norm by layer and role, mean over seeds: the highest rank of each placement (or
+    method)."""
     tables: dict[str, pd.DataFrame] = {}
     for arm in (arm for arm in analysis.found.arms if arm.setting == analysis.found.arms[0].setting):
         rows = analysis.study.spectra(arm.runs["run_id"] if "update_norm" in arm.runs else [])
@@ -199,10 +206,10 @@ def where_energy_went(analysis: Analysis) -> Figure | str:
             tables[arm.label] = percent.groupby(["role", "layer"], sort=False, as_index=False)["share"].mean()
     if not tables:
         return "no run has spectra (python adapters.py spectra outputs/STUDY makes them)"
-    last = {str(arm.factors["placement"]): arm.label for arm in analysis.found.arms if arm.label in tables}
-    chosen = list(last.values())[:4]
+    names = _named(analysis, analysis.found.arms[0].setting)
+    chosen = _last(names, tables)[:4]
     top = max(float(tables[label]["share"].max()) for label in chosen)
-    return _module_maps({label: tables[label] for label in chosen}, "share", "energy (%)", top)
+    return _module_maps({names[label][1]: tables[label] for label in chosen}, "share", "energy (%)", top)
 
 
 def importance(analysis: Analysis) -> Figure | str:
@@ -210,7 +217,7 @@ def importance(analysis: Analysis) -> Figure | str:
     table = analysis.tables["importance"]
     if table.empty:
         return "fewer than two fields vary, or fewer than four runs"
-    figure, axes = _panels(_names(table), height=0.7 + 0.22 * table["field"].nunique())
+    figure, axes = _panels(_names(table)[:MOST_SETTINGS], height=0.7 + 0.22 * table["field"].nunique())
     for name, ax in axes.items():
         draw.bars(ax, table[table["setting"] == name])
     _finish(figure, axes, {}, "")
@@ -320,7 +327,7 @@ def _save_inherited(names: Sequence[str], folder: Path) -> dict[str, str | None]
 def _every(analysis: Analysis) -> pd.DataFrame:
     """The arms that were trained, with their kind as placement."""
     arms = analysis.arms[analysis.arms["arm"] != BASE]
-    return arms.assign(placement=_kinds(arms))
+    return arms.assign(placement=kinds(arms))
 
 
 def _trained(analysis: Analysis, metric: str) -> pd.DataFrame:
@@ -350,19 +357,27 @@ def _simplest(analysis: Analysis, arms: pd.DataFrame) -> pd.DataFrame:
 
 def _of_simplest(analysis: Analysis, runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of the arms that `_simplest` keeps, with the kind of their arm: a line joins runs of one kind."""
-    kinds = {
+    kind_of = {
         (name, arm): kind
         for name, arms in _trained(analysis, analysis.metric).groupby("setting")
         for arm, kind in _simplest(analysis, arms).set_index("arm")["placement"].items()
     }
     pairs = list(zip(runs["setting"], runs["arm"], strict=True))
-    kept = runs[pd.Series([pair in kinds for pair in pairs], index=runs.index, dtype=bool)]  # of no runs, none
-    return kept.assign(placement=[kinds[pair] for pair in pairs if pair in kinds])
+    kept = runs[pd.Series([pair in kind_of for pair in pairs], index=runs.index, dtype=bool)]  # of no runs, none
+    return kept.assign(placement=[kind_of[pair] for pair in pairs if pair in kind_of])
 
 
-def _at_the_only_rank(runs: pd.DataFrame, ranks: Sequence[float]) -> pd.DataFrame:
-    """Runs of methods without a rank stand beside the others where there is one panel for all."""
-    return runs.assign(rank=runs["rank"].fillna(ranks[0])) if len(ranks) == 1 else runs
+def _over_ranks(table: pd.DataFrame) -> bool:
+    """Whether arms differ in rank alone: of methods at one rank each, only the methods do."""
+    return bool((table.groupby(["setting", "placement"])["rank"].nunique() > 1).any())
+
+
+def _at_ranks(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[float]]:
+    """Runs at up to three ranks, and these; where arms do not differ in rank alone all stand together at one."""
+    ranks = _spread(sorted(runs["rank"].dropna().unique()))
+    if not _over_ranks(runs):
+        return runs.assign(rank=0.0), [0.0]
+    return runs[runs["rank"].isin(ranks)], ranks
 
 
 def _looks(analysis: Analysis, table: pd.DataFrame) -> dict[str, Look]:
@@ -372,26 +387,24 @@ def _looks(analysis: Analysis, table: pd.DataFrame) -> dict[str, Look]:
     return {name: look for name, look in every.items() if name in present}
 
 
-def _kinds(arms: pd.DataFrame) -> pd.Series:
-    """What tells the arms of a figure apart besides their ranks: placement, method, or both, whichever differ, and the
-    allocation where arms would else be taken for one another.
-    """
-    whole = arms["placement"] == FULL  # of which the placement is that of no adapter
-    kinds = arms["placement"]
-    if arms["method"].nunique() > 1:
-        both = arms["placement"].nunique() - whole.any() > 1
-        kinds = kinds + " " + arms["method"] if both else arms["method"]
-    alike = pd.DataFrame({"setting": arms["setting"], "kind": kinds, "rank": arms["rank"]}).duplicated()
-    if "allocation" in arms and (alike & ~whole).any() and arms["allocation"].nunique() > 1:
-        kinds = kinds + " " + arms["allocation"].fillna("")
-    return arms["placement"].where(whole, kinds.str.strip())
-
-
 def _labels(arms: pd.DataFrame) -> pd.Series:
     """A short name of each arm: its kind and, where ranks differ, its rank; else its full label."""
-    ranked = (arms["rank"].nunique() > 1) & arms["rank"].notna()
+    ranked = _over_ranks(arms) & arms["rank"].notna()
     short = arms["placement"].where(~ranked, arms["placement"] + " r" + arms["rank"].map("{:g}".format))
     return short.where(~pd.DataFrame({"s": arms["setting"], "l": short}).duplicated(keep=False), arms["arm"])
+
+
+def _named(analysis: Analysis, setting: str) -> dict[str, tuple[str, str]]:
+    """The kind and the short name of each arm of a setting, by its label."""
+    arms = _every(analysis)
+    arms = arms[arms["setting"] == setting]
+    named = zip(arms["placement"].astype(str), _labels(arms), strict=True)
+    return dict(zip(arms["arm"], named, strict=True))
+
+
+def _last(names: dict[str, tuple[str, str]], labels: Collection[str]) -> list[str]:
+    """The last of the arms of each kind: that of the highest rank."""
+    return list({names[label][0]: label for label in names if label in labels}.values())
 
 
 def _names(table: pd.DataFrame) -> list[str]:
@@ -430,8 +443,7 @@ def _by_rank(
     panels = grid.T if beside else grid
     axes = {(name, rank): panels[i][j] for i, name in enumerate(settings) for j, rank in enumerate(ranks)}
     for (name, rank), ax in axes.items():
-        parts = [name] * (len(settings) > 1) + [f"rank {rank:g}"] * (not beside or len(settings) == 1)
-        ax.set_title(", ".join(parts))
+        _title(ax, ", ".join([name] * (len(settings) > 1) + [f"rank {rank:g}"] * (not beside)))
     return figure, axes
 
 
@@ -444,34 +456,66 @@ def _module_maps(
     )
     for ax, (name, table) in zip(grid[0], tables.items(), strict=True):
         image = draw.by_role_and_layer(ax, table, value, top)
-        ax.set_title(name)
+        _title(ax, name)
     figure.colorbar(image, ax=list(grid[0]), label=label, shrink=0.9, pad=0.01, ticks=ticks)
     return figure
 
 
-def _finish(figure: Figure, axes: dict[str, Axes], look: dict[str, Look], label: str) -> None:
+def _finish(figure: Figure, axes: dict[str, Axes], look: dict[str, Look], label: str, *, lines: bool = True) -> None:
     for i, (name, ax) in enumerate(axes.items()):
         if len(axes) > 1:
-            ax.set_title(name)
+            _title(ax, name)
         if i % 3 == 0 and label:
             ax.set_ylabel(label)
-    _legend(figure, look)
+    _legend(figure, look, lines=lines)
 
 
-def _legend(figure: Figure, look: dict[str, Look]) -> None:
+def _letters(ax: Axes) -> float:
+    """How many letters of one point are as wide as a panel."""
+    spec, figure = ax.get_subplotspec(), ax.get_figure(root=True)
+    assert spec is not None
+    assert figure is not None
+    return 72 * float(figure.get_figwidth()) / spec.get_gridspec().ncols / 0.62
+
+
+def _shorten(ax: Axes) -> None:
+    """Takes the middle out of names beside a panel that would leave it less than half of its width."""
+    half = int(_letters(ax) / 7 / 4)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    ax.set_yticks(ax.get_yticks(), [n if len(n) <= 2 * half else f"{n[: half - 1]}…{n[-half:]}" for n in names])
+
+
+def _title(ax: Axes, text: str) -> None:
+    """A title that stays over its panel: a long one has two lines or is smaller."""
+    letters = 0.7 * _letters(ax)
+    text = text if 8 * len(text) <= letters else text.replace(", ", "\n")
+    ax.set_title(text, fontsize=min(8.0, letters / max(1, *map(len, text.split("\n")))))
+
+
+def _legend(figure: Figure, look: dict[str, Look], *, lines: bool = True) -> None:
+    """The looks by name; without `lines` where the figure has points only."""
     if len(look) < 2:
         return
     handles = [
-        Line2D([], [], color=one.colour, marker=one.marker, linestyle=one.line, label=name)
+        Line2D([], [], color=one.colour, marker=one.marker, linestyle=one.line if lines else "none", label=name)
         for name, one in look.items()
     ]
-    most = 5 if figure.get_figwidth() == TEXT else 3
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(look), most), handlelength=2.6)
+    place: dict[str, Any] = {"handles": handles, "loc": "outside upper center", "handlelength": 2.6}
+    for columns in range(min(len(look), 5), 0, -1):
+        legend = figure.legend(ncols=columns, **place)
+        wide = legend.get_window_extent().width / figure.bbox.width
+        if wide <= 1:
+            break
+        legend.remove()
+    else:
+        figure.legend(ncols=1, fontsize=7 / wide, **place)
+    rows = -(-len(look) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.14 * max(rows - 2, 0))  # not at the panels' cost
 
 
-def _axis(analysis: Analysis, metric: str) -> str:
+def _axis(analysis: Analysis, metric: str, split: str = "") -> str:
     unit = " (nats/token)" if metric == "nll" else ""
-    return f"{analysis.found.split} {title(metric)}{unit}"
+    return f"{split or analysis.found.split} {title(metric)}{unit}"
 
 
 def _base_note(ax: Axes, analysis: Analysis, setting: str, metric: str) -> None:

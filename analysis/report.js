@@ -3,11 +3,12 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
-const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#777777"];
-const FIXED = { attn: 0, ff: 1, full: 2 };
+// Black is the page's ink, which is light on a dark page.
+const LOOKS = new Map(data.looks.map((look) => [look.kind, { ...look, colour: look.colour === "#000000" ? "currentColor" : look.colour }]));
+const lookOf = (row) => LOOKS.get(row.kind) || { colour: "#777777", marker: "o" };
 
 function make(tag, attributes = {}, text = null, parent = null) {
-  const svg = ["svg", "g", "path", "line", "text", "title"].includes(tag);
+  const svg = ["svg", "path", "line", "text", "title"].includes(tag);
   const element = svg ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   if (text !== null) element.textContent = text;
@@ -101,6 +102,7 @@ function filters() {
       input.addEventListener("change", () => { state.hidden[key][input.checked ? "delete" : "add"](value); draw(); });
     }
   }
+  box.parentElement.hidden = !box.children.length;
 }
 
 function visible(row) {
@@ -123,12 +125,35 @@ function ticks(low, high, log) {
   return found;
 }
 
-function mark(kind, x, y, size) {
-  const d = size * 0.9;
-  if (kind === 1) return `M${x - d},${y - d}h${2 * d}v${2 * d}h${-2 * d}z`;
-  if (kind === 2) return `M${x},${y - 1.2 * d}L${x + 1.2 * d},${y + d}H${x - 1.2 * d}z`;
-  if (kind === 3) return `M${x},${y - 1.3 * d}L${x + 1.3 * d},${y}L${x},${y + 1.3 * d}L${x - 1.3 * d},${y}z`;
+// Corners of each marker of the figures around its centre; a circle has none.
+const star = Array.from({ length: 10 }, (_, i) => [(i % 2 ? 0.55 : 1.35) * Math.sin(i * Math.PI / 5), (i % 2 ? -0.55 : -1.35) * Math.cos(i * Math.PI / 5)]);
+const plus = [[-0.4, -1.2], [0.4, -1.2], [0.4, -0.4], [1.2, -0.4], [1.2, 0.4], [0.4, 0.4], [0.4, 1.2], [-0.4, 1.2], [-0.4, 0.4], [-1.2, 0.4], [-1.2, -0.4], [-0.4, -0.4]];
+const CORNERS = {
+  s: [[-0.9, -0.9], [0.9, -0.9], [0.9, 0.9], [-0.9, 0.9]],
+  "^": [[0, -1.1], [1.1, 0.9], [-1.1, 0.9]],
+  v: [[0, 1.1], [1.1, -0.9], [-1.1, -0.9]],
+  D: [[0, -1.2], [1.2, 0], [0, 1.2], [-1.2, 0]],
+  P: plus,
+  X: plus.map(([x, y]) => [0.8 * (x - y), 0.8 * (x + y)]),
+  "*": star,
+};
+
+function mark(marker, x, y, size) {
+  const corners = CORNERS[marker];
+  if (corners) return `M${corners.map(([right, down]) => `${x + size * right},${y + size * down}`).join("L")}z`;
   return `M${x - size},${y}a${size},${size} 0 1,0 ${2 * size},0a${size},${size} 0 1,0 ${-2 * size},0z`;
+}
+
+function legend(points) {
+  const box = byId("legend"), present = new Set(points.map((row) => row.kind));
+  box.replaceChildren();
+  if (LOOKS.size < 2) return;
+  for (const [kind, look] of LOOKS) {
+    if (!present.has(kind)) continue;
+    const item = make("li", {}, null, box);
+    make("path", { d: mark(look.marker, 8, 8, 5), fill: look.colour }, null, make("svg", { width: 16, height: 16, "aria-hidden": "true" }, null, item));
+    make("span", {}, kind, item);
+  }
 }
 
 function front(points) {
@@ -143,7 +168,7 @@ function front(points) {
 function draw() {
   const chart = byId("chart"), narrow = chart.clientWidth < 520;
   const width = Math.max(300, chart.clientWidth || 800), height = narrow ? 340 : 430;
-  const box = { left: 58, right: 14, top: 34, bottom: 44 };
+  const box = { left: 58, right: 14, top: 26, bottom: 44 };
   chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
   chart.setAttribute("height", height);
   chart.replaceChildren();
@@ -151,8 +176,9 @@ function draw() {
   const points = rows[state.level].filter(visible);
   const title = `${data.titles[state.y] || state.y} against ${data.titles[state.x] || state.x}`;
   make("title", { id: "chart-title" }, title, chart);
-  byId("chart-note").textContent = points.length ? `${points.length} ${state.level} shown.` : "Nothing to show: no point has both values, or all are filtered out.";
+  byId("chart-note").textContent = points.length ? `${points.length} ${points.length === 1 ? state.level.slice(0, -1) : state.level} shown.` : "Nothing to show: no point has both values, or all are filtered out.";
   chart.dataset.points = points.length;
+  legend(points);
   if (!points.length) return;
   const bars = state.level === "arms" && `${state.y}_low` in levels.arms;
   const xs = points.map((row) => row[state.x]);
@@ -176,25 +202,15 @@ function draw() {
   }
   make("text", { x: (box.left + width - box.right) / 2, y: height - 8, "text-anchor": "middle" }, data.titles[state.x] || state.x, chart);
   make("text", { x: 6, y: 14 }, data.titles[state.y] || state.y, chart);
-  const groups = [...new Set(rows.arms.concat(rows.runs).map((row) => row.placement))].filter((name) => name && name !== data.base);
-  const rest = groups.filter((name) => !(name in FIXED));
-  const kind = (name) => (name in FIXED ? FIXED[name] : 3 + Math.max(rest.indexOf(name), 0));
-  let at = width - box.right;
-  for (const name of [...groups].reverse()) {
-    if (groups.length > 6 || !points.some((row) => row.placement === name)) continue;
-    at -= 7 * String(name).length + 26;
-    make("path", { d: mark(kind(name), at, 10, 5), fill: COLOURS[kind(name) % COLOURS.length] }, null, chart);
-    make("text", { x: at + 9, y: 14 }, name, chart);
-  }
   if (state.front && points.length > 1) {
     const line = front(points).map((row, i) => (i ? `H${px(row[state.x])}V${py(row[state.y])}` : `M${px(row[state.x])},${py(row[state.y])}`));
     make("path", { class: "front", d: line.join("") }, null, chart);
   }
   for (const row of points) {
-    const [x, y] = [px(row[state.x]), py(row[state.y])], colour = COLOURS[kind(row.placement) % COLOURS.length];
+    const [x, y] = [px(row[state.x]), py(row[state.y])], { colour, marker } = lookOf(row);
     if (bars && typeof row[state.y + "_low"] === "number")
       make("line", { x1: x, x2: x, y1: py(row[state.y + "_low"]), y2: py(row[state.y + "_high"]), stroke: colour }, null, chart);
-    const point = make("path", { class: "point", d: mark(kind(row.placement), x, y, state.level === "arms" ? 6 : 4), fill: colour, tabindex: state.level === "arms" ? 0 : -1, role: "img", "aria-label": describe(row), "fill-opacity": state.level === "arms" ? 0.9 : 0.55 }, null, chart);
+    const point = make("path", { class: "point", d: mark(marker, x, y, state.level === "arms" ? 6 : 4), fill: colour, tabindex: state.level === "arms" ? 0 : -1, role: "img", "aria-label": describe(row), "fill-opacity": state.level === "arms" ? 0.9 : 0.55 }, null, chart);
     for (const event of ["mouseenter", "focus", "click"]) point.addEventListener(event, () => tip(row, x, y));
     for (const event of ["mouseleave", "blur"]) point.addEventListener(event, hideTip);
   }
@@ -306,7 +322,7 @@ for (const figure of data.figures) {
   make("figcaption", {}, figure.alt, box);
 }
 list(byId("absent"), data.absent);
-if (rows.arms.length) { controls(); filters(); draw(); } else { byId("explore").hidden = true; }
+if (rows.arms.length) { controls(); filters(); draw(); } else { byId("explore").hidden = document.querySelector('nav [href="#explore"]').hidden = true; }
 tables();
 let resizing = 0;
 addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(draw, 120); });

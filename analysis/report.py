@@ -11,7 +11,9 @@ from typing import Any
 import pandas as pd
 
 from analysis.analyse import Analysis
-from analysis.arms import BASE, higher_is_better
+from analysis.arms import BASE, FULL, higher_is_better, kinds
+from analysis.load import STATUSES
+from analysis.style import Look, looks
 from analysis.tables import TITLES, Sheet, latex, markdown, number, sheets, title
 
 _HERE = Path(__file__).parent
@@ -54,17 +56,17 @@ def write(
 
 def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str]) -> dict[str, Any]:
     """What the page shows, as plain data."""
-    counts = ", ".join(f"{count:,} {name}" for name, count in analysis.study.counts().items())
-    metrics = analysis.found.metrics
-    kinds, main = list(FIGURE_TEXT), f"_{analysis.metric}"
-    images = sorted(images, key=lambda path: (kinds.index(_kind(path.stem)), not path.stem.endswith(main), path.stem))
+    metrics, arms = analysis.found.metrics, _with_runs(analysis)
+    order, main = list(FIGURE_TEXT), f"_{analysis.metric}"
+    images = sorted(images, key=lambda path: (order.index(_kind(path.stem)), not path.stem.endswith(main), path.stem))
     titles = TITLES | {"trainable_parameters": "trainable parameters", "trainable_percent": "trained, % of model"}
-    titles |= {"train_flops": "training FLOPs", "train_seconds_solo": "training seconds alone", "seeds": "seeds"}
-    titles |= {"peak_memory_solo_bytes": "peak memory alone (bytes)", "adapter_bytes": "adapter (bytes)"}
-    titles |= {"train_seconds_amortised": "seconds, share of a pack", "tokens_per_second_solo": "tokens/s alone"}
+    titles |= {"nll": "NLL (nats/token)", "train_flops": "training FLOPs"}
+    titles |= {"train_seconds_solo": "training seconds alone", "peak_memory_solo_bytes": "peak memory alone (bytes)"}
+    titles |= {"tokens_per_second_solo": "tokens/s alone", "adapter_bytes": "adapter (bytes)"}
+    titles |= {"train_seconds_amortised": "seconds, share of a pack"}
     return {
         "title": f"LoRA placement study: {analysis.study.name or 'imported runs'}",
-        "counts": f"{len(analysis.study.runs):,} runs ({counts}); {len(analysis.found.arms)} arms.",
+        "counts": _counts(analysis),
         "metric": analysis.metric,
         "base": BASE,
         "higher": [metric for metric in metrics if higher_is_better(metric)] + ["tokens_per_second_solo"],
@@ -72,8 +74,9 @@ def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str
         "filters": list(_FILTERS),
         "answers": answers(analysis),
         "notes": analysis.notes,
-        "arms": _columns(_with_runs(analysis)),
-        "runs": _columns(_runs(analysis)),
+        "looks": [{"kind": kind, "colour": look.colour, "marker": look.marker} for kind, look in _looks(arms).items()],
+        "arms": _columns(arms),
+        "runs": _columns(_runs(analysis).merge(arms[["setting", "arm", "kind"]], on=["setting", "arm"], how="left")),
         "sheets": [_sheet(sheet) for sheet in sheets(analysis)],
         "figures": [{"src": _image(path), "alt": f"{_alt(path.stem)}."} for path in images],
         "absent": [f"No figure {name}: {reason}." for name, reason in absent.items()],
@@ -83,6 +86,16 @@ def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str
             for row in analysis.tables["failures"].head(50).to_dict("records")
         ],
     }
+
+
+def _counts(analysis: Analysis) -> str:
+    """How many runs of which status, how many arms, and how often there was which problem."""
+    every = analysis.study.counts()
+    ended = ", ".join(f"{every[status]:,} {status}" for status in STATUSES if status in every)
+    runs, arms = len(analysis.study.runs), len(analysis.found.arms)
+    problems = [f"{kind}: {count:,}" for kind, count in every.items() if kind not in STATUSES]
+    text = f"{runs:,} run{'' if runs == 1 else 's'} ({ended}); {arms:,} arm{'' if arms == 1 else 's'}"
+    return "; ".join([text, *problems]) + "."
 
 
 def answers(analysis: Analysis) -> list[str]:
@@ -99,12 +112,13 @@ def answers(analysis: Analysis) -> list[str]:
         before = f"; the base model has {number(float(base[metric].iloc[0]))}" if len(base) and metric in base else ""
         percent = best["trainable_percent"]
         size = "" if pd.isna(percent) else f", with {percent:.3g}% of the parameters trained"
+        most = f"the {'highest' if up else 'lowest'} " if len(trained) > 1 else ""
         found.append(
-            f"{name}: {best['arm']} has the {'highest' if up else 'lowest'} {analysis.found.split} {title(metric)}, "
+            f"{name}: {best['arm']} has {most}{analysis.found.split} {title(metric)}, "
             f"{_interval(best, metric)}{size}{before}."
         )
         found += _cheapest(analysis, str(name), best, trained)
-        found += _placements(analysis, str(name))
+        found += _comparisons(analysis, str(name))
     return found or ["No run completed, so there is nothing to compare yet."]
 
 
@@ -115,27 +129,33 @@ def _cheapest(analysis: Analysis, name: str, best: Any, trained: pd.DataFrame) -
     if shares.empty:
         return []
     small = shares.loc[shares["percent"].idxmin()]
+    reference = FULL if small["reference"] == FULL else f"the {small['reference']}"
     return [
-        f"{name}: the smallest arm that surely keeps 95% of the gain of the {small['reference']} is {small['arm']} "
+        f"{name}: the smallest arm that keeps 95% of the gain of {reference} with its whole interval is {small['arm']} "
         f"({100 * small['share']:.1f}% [{100 * small['low']:.1f}, {100 * small['high']:.1f}] with "
         f"{small['percent']:.3g}% of the model, {small['percent_of_reference']:.3g}% of the reference's parameters)."
     ]
 
 
-def _placements(analysis: Analysis, name: str) -> list[str]:
+def _comparisons(analysis: Analysis, name: str) -> list[str]:
+    """How often which placement or method won against another."""
+    factors = {arm.label: arm.factors for arm in analysis.found.arms if arm.setting == name}
     lines = []
-    for table, what in (("tests", "at equal rank"), ("matched_budget", "at equal parameters")):
+    for table, family, key, what in (
+        ("tests", "placement", "placement", "placements at equal rank"),
+        ("matched_budget", "matched budget", "placement", "placements at equal parameters"),
+        ("tests", "method", "method", "methods at equal placement and rank"),
+    ):
         tests = analysis.tables[table]
-        tests = tests[(tests["setting"] == name) & (tests["metric"] == analysis.metric)]
-        tests = tests[tests["family"].isin(("placement", "matched budget"))]
+        tests = tests[(tests["setting"] == name) & (tests["metric"] == analysis.metric) & (tests["family"] == family)]
         if tests.empty:
             continue
         wins: dict[str, int] = {}
-        for arm in tests["better"]:
-            winner = str(arm).split(" r", maxsplit=1)[0] if arm else "no significant difference"
+        for arm in tests["better"]:  # a matched arm may stand between two ranks, "ff r4 … ff r8"
+            winner = str(factors[arm.split(" … ")[0]][key]) if arm else "no significant difference"
             wins[winner] = wins.get(winner, 0) + 1
         text = ", ".join(f"{who} in {count}" for who, count in sorted(wins.items(), key=lambda item: -item[1]))
-        lines.append(f"{name}: of {len(tests)} comparisons of placements {what}, better after Holm: {text}.")
+        lines.append(f"{name}: of {len(tests)} comparisons of {what}, better after Holm: {text}.")
     return lines
 
 
@@ -146,11 +166,17 @@ def _interval(row: Any, metric: str) -> str:
 
 
 def _with_runs(analysis: Analysis) -> pd.DataFrame:
+    """The arms with their runs and their kind."""
     arms = analysis.arms.copy()
     ids = {(arm.setting, arm.label): ", ".join(arm.runs["run_id"].head(6)) for arm in analysis.found.arms}
     keys = zip(arms["setting"], arms["arm"], strict=True) if len(arms) else []
     arms["run_ids"] = [ids.get(key) for key in keys] if len(arms) else []
-    return arms
+    return arms.assign(kind=kinds(arms[arms["arm"] != BASE]) if analysis.found.arms else None)
+
+
+def _looks(arms: pd.DataFrame) -> dict[str, Look]:
+    """The look of each kind, as in the figures."""
+    return looks([str(kind) for kind in arms["kind"].dropna().drop_duplicates()])
 
 
 def _runs(analysis: Analysis) -> pd.DataFrame:

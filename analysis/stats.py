@@ -38,7 +38,8 @@ class Paired:
     """Difference b − a of two arms over shared seeds and examples.
 
     `effect` is Cohen's d of the paired differences (mean over standard deviation, over examples, seeds averaged);
-    `share` is the share of (seed, example) pairs in which b is lower than a, ties counting half.
+    `share` is the share of (seed, example) pairs in which b is lower than a, ties counting half. Without per-example
+    scores `effect` and `p_permutation`, which are over examples, are NaN.
     """
 
     difference: Interval
@@ -185,11 +186,11 @@ def paired(a_RE: Array, b_RE: Array, w_E: Array | None = None, *, draws: Draws) 
         raise ValueError(f"paired scores need one shape, got {a_RE.shape} and {b_RE.shape}")
     d_RE = np.asarray(b_RE, dtype=float) - np.asarray(a_RE, dtype=float)
     found = interval(d_RE, w_E, draws=draws, strict=True)
-    d_E = d_RE.mean(axis=0) if d_RE.shape[1] > 1 else d_RE[:, 0]
+    d_E = d_RE.mean(axis=0)
     spread = float(np.std(d_E, ddof=1)) if len(d_E) > 1 else np.nan
     effect = float(d_E.mean()) / spread if spread > 0 else np.nan
     share = float((d_RE < 0).mean() + 0.5 * (d_RE == 0).mean())
-    weighted = d_E if w_E is None or len(w_E) != len(d_E) else d_E * w_E / w_E.mean()
+    weighted = d_E if w_E is None else d_E * w_E / w_E.mean()
     return Paired(
         difference=found, p=p_value(found), p_permutation=sign_flip(weighted, draws=draws), effect=effect, share=share
     )

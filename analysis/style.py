@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from fontTools import subset
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
-matplotlib.use("Agg")
+if "inline" not in os.environ.get("MPLBACKEND", ""):  # which shows figures in a notebook; elsewhere they become files
+    matplotlib.use("Agg")
 
 COLUMN, TEXT = 3.25, 6.75
 """Widths in inches of one column and of both in a two-column conference paper."""

@@ -31,9 +31,9 @@ CAPTIONS = {
     "tuned": "Hyperparameters chosen on validation in each arm.",
     "failures": "Runs that did not complete and folders that could not be read.",
     "checks": "Checks: numbers that contradict each other and comparisons that may not be fair.",
-    "anova": "Analysis of variance of the score over placement and rank, seeds as blocks (type II).",
-    "slopes": "Change of the score for each doubling of the rank.",
-    "power": "Power of the paired tests, and the seeds or examples that 80% power would need.",
+    "anova": "Analysis of variance over what tells arms apart, seeds as blocks (type II), on these examples.",
+    "slopes": "Change of the score for each doubling of the rank, on these examples.",
+    "power": "Power of one paired test at 5% (before Holm), and the seeds or examples that 80% would need.",
     "hypervolume": "Hypervolume of each placement's ranks (log10 trainable parameters by score, up to the base model).",
     "importance": "Share of the variance of the validation score that each field explains.",
     "all_tasks": "Mean over tasks of equal weight.",
@@ -97,10 +97,12 @@ def placement_rank(analysis: Analysis, metric: str) -> Sheet:
         for row in group[group["rank"].isna()].to_dict("records"):  # the base model, full fine-tuning
             if not ranks:
                 continue
-            blank = [Cell(value=None, text="") for _ in extra]
+            whole = row["placement"] in (BASE, FULL)  # which has no method of adapters, no allocation
+            keys = [
+                Cell(value=None, text="") if whole else Cell(value=row[key], text=show("", row[key])) for key in extra
+            ]
             cells = [_estimate(row, metric)] + [Cell(value=None, text="") for _ in ranks[1:]]
-            name = str(row["placement"] if row["placement"] in (BASE, FULL) else row["arm"])
-            rows.append([*lead, Cell(value=name, text=name), *blank, *cells])
+            rows.append([*lead, Cell(value=row["placement"], text=str(row["placement"])), *keys, *cells])
         commonest = _commonest(analysis, str(setting), metric)
         if ranks and commonest is not None:
             empty = [Cell(value=None, text="")]
@@ -120,6 +122,8 @@ def placement_rank(analysis: Analysis, metric: str) -> Sheet:
     direction = "higher" if higher_is_better(metric) else "lower"
     what = f"{title(metric)} on {analysis.found.split} by placement and rank"
     caption = f"{what} ({direction} is better), ± half of the 95% interval."
+    if len(ranks) > 1 and arms.loc[arms["arm"] != BASE, "rank"].isna().any():
+        caption += " What has no rank stands in the first column."
     return Sheet(name=name, caption=caption, header=header, rows=rows)
 
 
@@ -151,7 +155,7 @@ def efficiency(analysis: Analysis) -> Sheet:
         cells.append(Cell(value=row["arm"], text=row["arm"]))
         cells += [Cell(value=row[key], text=show(key, row[key])) for key in costs]
         cells += [_estimate(row, key, (row["setting"], row["arm"]) in bold.get(key, set())) for key in scores]
-        cells += [Cell(value=row[key], text=show(key, row[key])) for key in forgetting]
+        cells += [_estimate(row, key) for key in forgetting]
         rows.append(cells)
     return Sheet(name="efficiency", caption=CAPTIONS["efficiency"], header=header, rows=rows)
 
@@ -159,6 +163,8 @@ def efficiency(analysis: Analysis) -> Sheet:
 def plain(name: str, table: pd.DataFrame) -> Sheet:
     """Any table as it is; an estimate and its interval become one column."""
     columns = [key for key in table if key not in ("low", "high", "significant")]
+    said = ("placement", "rank") if "arm" in columns else ("family",) if name == "matched_budget" else ()
+    columns = [key for key in columns if key not in said]
     if "setting" in table and table["setting"].nunique() == 1:
         columns.remove("setting")
     spread = "low" in table
@@ -177,9 +183,9 @@ def plain(name: str, table: pd.DataFrame) -> Sheet:
 
 
 def bold_arms(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
-    """(setting, arm) of arms that beat every other placement at their rank significantly, after Holm."""
+    """(setting, arm) of arms that significantly beat, after Holm, all at their rank that differ in one other factor."""
     tests = analysis.tables["tests"]
-    tests = tests[(tests["metric"] == metric) & (tests["family"] == "placement")]
+    tests = tests[(tests["metric"] == metric) & ~tests["family"].isin(("rank", BASE, FULL))]
     found = set()
     for setting, group in tests.groupby("setting"):
         for arm in set(group["a"]) | set(group["b"]):
@@ -247,9 +253,9 @@ def markdown(sheet: Sheet) -> str:
 
 
 def latex(sheet: Sheet) -> str:
-    """A booktabs table; a longtable where it does not fit on a page; scaled to the text width where it is wide."""
-    numeric = [all(_is_number(row[i].value) for row in sheet.rows) for i in range(len(sheet.header))]
-    columns = "".join("r" if right else "l" for right in numeric)
+    """A booktabs table; a longtable where it does not fit on a page, turned where it is wide; else scaled to the text
+    width where it is wide. Sentences break into lines."""
+    columns, letters, sentences = _layout(sheet)
     head = " & ".join(tex(text) for text in sheet.header) + r" \\"
     body = [
         " & ".join(rf"\textbf{{{tex(cell.text)}}}" if cell.bold else tex(cell.text) for cell in row) + r" \\"
@@ -257,10 +263,13 @@ def latex(sheet: Sheet) -> str:
     ]
     caption, label = tex(sheet.caption), sheet.name.replace("_", "-")
     if len(body) > 45:
-        lines = [r"{\scriptsize\setlength{\tabcolsep}{3pt}", rf"\begin{{longtable}}{{{columns}}}"]
+        opening, closing = (r"\begin{landscape}", r"\end{landscape}") if letters > 125 else ("", "")
+        size = r"\tiny" if letters > 175 else r"\scriptsize"
+        lines = [opening, rf"{{{size}\setlength{{\tabcolsep}}{{3pt}}", rf"\begin{{longtable}}{{{columns}}}"]
         lines += [rf"\caption{{{caption}}}\label{{tab:{label}}}\\", r"\toprule", head, r"\midrule", r"\endhead"]
-        return "\n".join([*lines, r"\bottomrule", r"\endfoot", *body, r"\end{longtable}}"]) + "\n"
-    wide = max((sum(len(cell.text) + 2 for cell in row) for row in sheet.rows), default=0) > 85
+        lines += [r"\bottomrule", r"\endfoot", *body, r"\end{longtable}}", closing]
+        return "\n".join(line for line in lines if line) + "\n"
+    wide = letters > 110 and not sentences
     opening, closing = (r"\resizebox{\textwidth}{!}{%", "}") if wide else ("", "")
     lines = [r"\begin{table}[t]", r"\centering\small", rf"\caption{{{caption}}}", rf"\label{{tab:{label}}}", opening]
     lines += [
@@ -275,9 +284,24 @@ def latex(sheet: Sheet) -> str:
     return "\n".join([*(line for line in lines if line), *([closing] if closing else []), r"\end{table}"]) + "\n"
 
 
+def _layout(sheet: Sheet) -> tuple[str, int, bool]:
+    """LaTeX's columns of a sheet, about how many letters it is wide, and whether sentences break into lines in what the
+    other columns leave of the width."""
+    texts = zip(sheet.header, *([cell.text for cell in row] for row in sheet.rows), strict=True)
+    widths = [max(map(len, column)) for column in texts]
+    long = [width > 45 for width in widths]
+    rest = 0.97 - sum(0.025 + 0.01 * width * (width <= 45) for width in widths)
+    sentences = any(long) and rest > 0.25
+    columns = ""
+    for i, one in enumerate(long):
+        number = all(_is_number(row[i].value) for row in sheet.rows)
+        columns += rf"p{{{rest / sum(long):.2f}\textwidth}}" if one and sentences else "r" if number else "l"
+    return columns, sum(min(width, 45) + 2 for width in widths), sentences
+
+
 def document(names: Iterable[str]) -> str:
     """A LaTeX document with every table, to read them or to see that they compile."""
-    packages = [rf"\usepackage{{{name}}}" for name in ("booktabs", "longtable", "graphicx")]
+    packages = [rf"\usepackage{{{name}}}" for name in ("booktabs", "longtable", "graphicx", "pdflscape")]
     inputs = [rf"\input{{{name}}}" + "\n" + r"\clearpage" for name in names]
     head = [r"\documentclass{article}", r"\usepackage[margin=2cm]{geometry}", *packages]
     return "\n".join([*head, r"\begin{document}", *inputs, r"\end{document}"]) + "\n"
@@ -305,8 +329,8 @@ def tex(text: str) -> str:
 
 
 def title(key: str) -> str:
-    """A column's name for people."""
-    return TITLES.get(key, key.replace("_", " "))
+    """A column's name for people; a field of the configuration keeps its own."""
+    return TITLES.get(key, key if "." in key else key.replace("_", " "))
 
 
 def show(key: str, value: Any) -> str:
@@ -361,7 +385,7 @@ def _estimate(row: dict[str, Any], metric: str, bold: bool = False) -> Cell:
 def _between(value: float, low: float, high: float) -> str:
     if math.isnan(value):
         return "–"
-    if math.isnan(low):
+    if math.isnan(low) or low == high:
         return number(value)
     half = (high - low) / 2
     decimals = min(max(1 - math.floor(math.log10(half)), 0), 6) if half > 0 else 4

@@ -3,9 +3,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 from analysis import Analysis, analyse, load
 from analysis.arms import FULL, Scores, aligned, arrange, varying
+from sweeper.record import PREDICTIONS
 from tests.analysis.synthetic import edit, write_study
 
 
@@ -118,6 +120,27 @@ def test_the_truth_is_found(analysis: Analysis) -> None:
     importance = analysis.tables["importance"].set_index(["setting", "field"])["importance"]
     assert importance["icd10_chapter", "placement"] > importance["icd10_chapter", "seed"]
     assert set(arrange(analysis.study).metrics) == {"nll", "exact_match"}
+
+
+def test_one_number_an_arm_has_no_chance_of_being_on_the_front(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4, 8), seeds=(0,), examples=20, steps=2)
+    for folder in study.iterdir():
+        (folder / PREDICTIONS).unlink()
+    found = analyse(load(study), draws=50)
+    assert found.arms["on_front"].any()
+    assert found.arms["front_probability"].isna().all()
+    assert found.tables["hypervolume"][["low", "high"]].isna().all(axis=None)
+    assert found.tables["hypervolume"]["hypervolume"].notna().all()
+
+
+def test_forgetting_is_a_mean_with_an_interval_over_seeds(analysis: Analysis) -> None:
+    arms = analysis.arms.set_index(["setting", "arm"])
+    for arm in analysis.found.arms:
+        row, values = arms.loc[(arm.setting, arm.label)], arm.runs["forgetting"]
+        assert row["forgetting"] == pytest.approx(values.mean())
+        low, high = student.interval(0.95, 2, values.mean(), values.sem())
+        assert (row["forgetting_low"], row["forgetting_high"]) == pytest.approx((low, high))
+    assert arms.loc[("icd10_chapter", "base model"), "forgetting"] == 0
 
 
 def test_tasks_are_averaged_with_equal_weight(analysis: Analysis) -> None:

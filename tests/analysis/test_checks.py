@@ -5,6 +5,7 @@ import pytest
 from analysis import analyse, load
 from analysis.checks import expected_parameters
 from analysis.exchange import from_published
+from sweeper.record import PREDICTIONS
 from tests.analysis.synthetic import edit, write_study
 
 DATA = Path(__file__).parent / "data"
@@ -54,6 +55,20 @@ def test_an_arm_is_named_with_its_task_where_there_are_several(tmp_path: Path) -
     found = analyse(load(study), draws=50).tables["checks"].set_index("check")
     first = "gsm_symbolic: attn r4, gsm_symbolic: ff r4, gsm_symbolic: full r4, icd10_chapter: attn r4"
     assert found.loc["one seed", "subject"] == f"{first} and 2 more"
+
+
+def test_seeds_alone_never_pass_for_examples(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), lrs=(1e-3, 3e-3), examples=120, steps=2)
+    for folder in study.iterdir():
+        (folder / PREDICTIONS).unlink()
+    found = analyse(load(study), draws=50)
+    check = found.tables["checks"].set_index("check").loc["no scores of single examples"]
+    assert (
+        check["message"] == "3 of 3 arms have no nll of single examples: their intervals say nothing of other examples"
+    )
+    tests = found.tables["tests"].query("family == 'placement'")
+    assert tests["p"].notna().all()
+    assert tests[["p_permutation", "effect", "examples"]].isna().all(axis=None)
 
 
 def test_contradictions_in_records_are_found(tmp_path: Path) -> None:

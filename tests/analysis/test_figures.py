@@ -1,5 +1,7 @@
 import re
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from analysis import Analysis, analyse, draw, figures, load
-from analysis.style import COLUMN, TEXT, looks
-from tests.analysis.synthetic import edit, write_study
+from analysis.arms import kinds
+from analysis.style import COLUMN, TEXT, looks, styled
+from tests.analysis.synthetic import Truth, edit, write_study
 
 ALL = {
     "pareto_nll", "rank_nll", "pareto_exact_match", "rank_exact_match", "pareto_seconds", "heatmap_nll", "share_kept",
@@ -53,8 +56,61 @@ def test_figures_without_their_data_say_why(tmp_path: Path) -> None:
 def test_full_fine_tuning_alone_has_no_figure_over_ranks(tmp_path: Path) -> None:
     study = write_study(tmp_path / "s", methods=("full_ft",), ranks=(4,), lrs=(1e-3, 3e-3), examples=20, steps=2)
     written, absent = figures.write(analyse(load(study), draws=50), tmp_path / "f", workers=1)
-    assert "no run with a rank" in absent["learning_rate"]
-    assert written
+    assert {"rank_nll", "heatmap_nll", "where_rank_went"} <= set(absent)
+    assert {"learning_rate", "training_curves"} <= {path.stem for path in written}
+
+
+def test_no_point_lies_outside_a_panel_that_shares_its_axis(tmp_path: Path) -> None:
+    for rank, rates in ((4, (1e-5, 1e-4)), (16, (1e-2, 3e-2))):
+        write_study(tmp_path / "s", ranks=(rank,), lrs=rates, examples=20, steps=2)
+    figure = figures.learning_rate(analyse(load(tmp_path / "s"), draws=50))
+    assert not isinstance(figure, str)
+    for ax in figure.axes:
+        low, high = ax.get_xlim()
+        assert all(low < x < high for line in ax.lines for x in line.get_xdata())
+    plt.close(figure)
+
+
+def test_methods_at_ranks_of_their_own_stand_in_one_panel(tmp_path: Path) -> None:
+    """As VeRA does at 256 where others have 8: no line joins ranks, no figure over ranks is made of single points."""
+    methods = ("lora", "dora", "bitfit", "full_ft")
+    one = Truth(placements={"full": 0.1})
+    study = write_study(tmp_path / "s", truth=one, ranks=(4,), lrs=(1e-3, 3e-3), methods=methods, examples=20, steps=2)
+
+    def change(plain: dict[str, Any]) -> None:
+        if plain["spec"]["method"]["name"] == "dora":
+            plain["spec"]["rank"] = 256
+            plain["modules"][0]["rank"] = 200
+        if plain["spec"]["method"]["name"] == "full_ft":
+            plain["modules"] = [{"name": "q", "role": "attn_q", "layer": 0, "rank": 576, "parameters": 9}]
+
+    for folder in study.iterdir():
+        edit(folder, change)
+    drawn = figures.make(analyse(load(study), draws=50))
+    assert drawn["rank_nll"] == drawn["heatmap_nll"] == "no arms differ in rank alone"
+    for name in ("learning_rate", "training_curves"):
+        assert series(drawn[name]) == {"lora", "dora", "bitfit", "full fine-tuning"}
+    where = drawn["where_rank_went"]
+    assert not isinstance(where, str)
+    assert [ax.get_title() for ax in where.axes] == ["dora", ""]  # the uneven one and the colour bar
+
+
+def test_titles_of_many_long_names_stay_apart(tmp_path: Path) -> None:
+    names = tuple(f"dataset_with_a_long_name_{i}" for i in range(4))
+    study = write_study(
+        tmp_path / "s", datasets=names, ranks=(2, 4, 8, 16, 32), lrs=(1e-3, 3e-3), seeds=(0,), examples=10, steps=2,
+        modules=False,
+    )  # fmt: skip
+    found = analyse(load(study), draws=50)
+    with styled():
+        for made in (figures.heat_map(found, "nll"), figures.importance(found), figures.learning_rate(found)):
+            assert not isinstance(made, str)
+            made.draw_without_rendering()
+            boxes = [ax.title.get_window_extent() for ax in made.axes if ax.get_title()]
+            assert len(boxes) >= 4
+            assert all(box.x0 >= 0 and box.x1 <= made.bbox.x1 for box in boxes)
+            assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+            plt.close(made)
 
 
 def test_records_without_parameter_counts_are_drawn_as_far_as_they_go(tmp_path: Path) -> None:
@@ -98,7 +154,7 @@ def test_methods_are_told_apart_in_a_study_of_them(tmp_path: Path) -> None:
     assert names == {f"{place} {method}" for place in placements for method in methods[:2]} | {"full fine-tuning"}
     assert not [text for ax in figure.axes for text in ax.texts if text.get_text() == "4"]  # the rank of all
     one = found.arms.query("placement in ('full', 'full fine-tuning')")
-    assert set(figures._kinds(one)) == {"lora", "bitfit", "full fine-tuning"}
+    assert set(kinds(one)) == {"lora", "bitfit", "full fine-tuning"}
     assert one[one["method"] == "bitfit"]["rank"].isna().all()
 
 
@@ -106,6 +162,38 @@ def series(figure: Figure | str) -> set[str]:
     """The names in a figure's legend."""
     assert not isinstance(figure, str), figure
     return {text.get_text() for text in figure.legends[0].get_texts()}
+
+
+def test_long_names_leave_room_for_the_panel(tmp_path: Path) -> None:
+    """As placements are named that come from PEFT, by their target modules."""
+    study = write_study(tmp_path / "s", ranks=(4, 8), seeds=(0,), examples=20, steps=2)
+    for folder in study.iterdir():
+        edit(
+            folder, lambda plain: plain["spec"]["placement"].update(name="+".join(plain["spec"]["placement"]["roles"]))
+        )
+    found = analyse(load(study), draws=50)
+    with styled():
+        for made in (
+            figures.every_arm(found, "nll"),
+            figures.heat_map(found, "nll"),
+            figures.rank_curves(found, "nll"),
+        ):
+            assert not isinstance(made, str)
+            made.draw_without_rendering()
+            assert made.axes[0].get_window_extent().width > 0.3 * made.bbox.width
+            assert all(legend.get_window_extent().x1 <= made.bbox.x1 for legend in made.legends)
+            plt.close(made)
+
+
+def test_a_legend_of_long_names_is_not_cut() -> None:
+    for width, names in ((COLUMN, ["attn importance", "ff importance", "full importance"]), (TEXT, list("abcdefg"))):
+        with styled():
+            figure, _ = plt.subplots(figsize=(width, 2), layout="constrained")
+            figures._legend(figure, looks([f"{name}{end}" for name in names for end in ("", " of a method")]))
+            figure.draw_without_rendering()
+            box = figure.legends[0].get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+            plt.close(figure)
 
 
 def test_no_figure_leaves_a_method_out(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,16 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -
     made = names["made"]
     assert isinstance(made, dict)
     assert not isinstance(made["pareto_nll"], str)
+
+
+@pytest.mark.parametrize(("chosen", "kept"), [("module://an_inline_backend", True), ("tkagg", False)])
+def test_a_notebook_keeps_the_backend_that_shows_its_figures(chosen: str, kept: bool, tmp_path: Path) -> None:
+    (tmp_path / "an_inline_backend.py").write_text("from matplotlib.backends.backend_agg import FigureCanvas\n")
+    code = "import matplotlib, analysis.style; print(matplotlib.get_backend())"
+    folders = os.pathsep.join([str(tmp_path), str(NOTEBOOK.parents[1])])
+    environment = os.environ | {"MPLBACKEND": chosen, "PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == (chosen if kept else "Agg"), done.stderr
 
 
 def test_outputs_are_stripped_and_only_analysis_is_called() -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from analysis import Analysis, analyse, figures, load, report
-from tests.analysis.synthetic import edit, write_study
+from analysis.style import looks
+from sweeper.record import PREDICTIONS, RECORD
+from tests.analysis.synthetic import Truth, edit, write_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>parent.broken = 1</script><img src=x onerror='parent.broken = 1'>"
@@ -25,9 +27,15 @@ document.getElementById("f").addEventListener("load", () => {
   try {
     seen.wide = doc.documentElement.scrollWidth;
     seen.points = count();
-    const filter = doc.querySelector('[data-filter="placement"][data-value="attn"]');
+    const looks = () => [...doc.querySelectorAll("#chart .point")].map((point) =>
+      point.getAttribute("fill") + point.getAttribute("d").replace(/[\\d.,-]+/g, ""));
+    const legend = () => [...doc.querySelectorAll("#legend li")].map((item) => item.textContent);
+    seen.looks = looks();
+    seen.legend = legend();
+    const filter = doc.querySelector("[data-filter]");
     filter.click();
     seen.filtered = count();
+    seen.left = legend();
     filter.click();
     doc.querySelector("#chart .point").dispatchEvent(new win.Event("focus"));
     seen.tip = doc.getElementById("tip").hidden ? null : doc.getElementById("tip").textContent;
@@ -72,17 +80,21 @@ addEventListener("securitypolicyviolation", (event) => errors.push(event.violate
 console.error = (...words) => errors.push(words.join(" "));</script>"""
 
 
-def browse(path: Path, folder: Path, width: int) -> dict[str, Any]:
-    page = path.read_text().replace('<meta charset="utf-8">', '<meta charset="utf-8">' + WATCH, 1)
-    driver = folder / f"driver{width}.html"
-    driver.write_text(DRIVER.replace("@@WIDTH@@", str(width)).replace("@@REPORT@@", html.escape(page)))
+def chromium(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     assert CHROMIUM is not None
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
         "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
-        "--virtual-time-budget=8000", "--window-size=1300,1000", "--dump-dom", driver.as_uri(),
+        "--virtual-time-budget=8000", *options,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def browse(path: Path, folder: Path, width: int) -> dict[str, Any]:
+    page = path.read_text().replace('<meta charset="utf-8">', '<meta charset="utf-8">' + WATCH, 1)
+    driver = folder / f"driver{width}.html"
+    driver.write_text(DRIVER.replace("@@WIDTH@@", str(width)).replace("@@REPORT@@", html.escape(page)))
+    done = chromium(folder, "--window-size=1300,1000", "--dump-dom", driver.as_uri())
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found is not None, done.stderr[-2000:]
     assert found[1], f"the page did not answer: {done.stderr[-2000:]}"
@@ -124,6 +136,8 @@ def test_it_works_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
     assert seen["wide"] <= width  # nothing sticks out: it can be read on a phone
     assert seen["points"] == 7
     assert seen["filtered"] == 5
+    assert seen["legend"] == ["attn lora", "ff lora", "full fine-tuning", "full lora"]
+    assert seen["left"] == ["ff lora", "full fine-tuning", "full lora"]
     assert "trainable parameters" in seen["tip"]
     assert "training seconds alone" in seen["axis"]
     assert seen["runs"] == 2 * 3 * (6 + 1)  # both learning rates
@@ -139,6 +153,44 @@ def test_it_works_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
     assert "LaTeX" in seen["copied"] or "did not allow" in seen["copied"]
 
 
+@pytest.mark.skipif(CHROMIUM is None or shutil.which("pdftotext") is None, reason="no Chromium, or no pdftotext")
+def test_tables_keep_their_headings_in_print(page: Path, tmp_path: Path) -> None:
+    chromium(tmp_path, f"--print-to-pdf={tmp_path / 'report.pdf'}", page.as_uri())
+    text = subprocess.run(["pdftotext", tmp_path / "report.pdf", "-"], capture_output=True, text=True).stdout
+    assert {"task", "placement", "r=4", "r=16"} <= set(text.splitlines())
+    assert "Copy LaTeX" not in text
+
+
+def test_one_run_is_one(tmp_path: Path) -> None:
+    one = Truth(placements={"full": 0.1})
+    study = write_study(tmp_path / "s", truth=one, ranks=(4,), seeds=(0,), examples=20, steps=2)
+    said = report.content(analyse(load(study), draws=50), [], {})
+    assert said["counts"] == "1 run (1 completed); 1 arm."
+    assert said["answers"][0].startswith("icd10_chapter: full r4 has test NLL, 0.")
+    # pruned after its base model was scored
+    edit(next(study.iterdir()), lambda plain: plain.update(status="pruned"))
+    said = report.content(analyse(load(study), draws=50), [], {})
+    assert said["counts"] == "1 run (1 pruned); 0 arms; arm without a completed run: 1."
+    assert said["answers"] == ["No run completed, so there is nothing to compare yet."]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_methods_are_told_apart_as_in_the_figures(tmp_path: Path) -> None:
+    methods = ("lora", "dora", "pissa", "olora", "relora", "rslora", "lora_fa", "lora_plus", "bitfit", "full_ft")
+    one = Truth(placements={"full": 0.1})
+    study = write_study(tmp_path / "s", truth=one, ranks=(4,), seeds=(0,), methods=methods, examples=20, steps=2)
+    found = analyse(load(study), draws=50)
+    seen = browse(report.write(found, tmp_path / "paper"), tmp_path, 390)
+    assert seen["errors"] == []
+    kinds = sorted(["full fine-tuning", *methods[:-1]])
+    assert seen["legend"] == kinds
+    assert seen["left"] == ["full fine-tuning"]  # without those of the first placement
+    assert len(set(seen["looks"])) == len(kinds)
+    colours = {look.colour.replace("#000000", "currentColor") for look in looks(kinds).values()}
+    assert {look.split("M")[0] for look in seen["looks"]} == colours
+    assert seen["wide"] <= 390
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 def test_text_from_records_stays_text(tmp_path: Path) -> None:
     study = write_study(tmp_path / "s", ranks=(4,), seeds=(0, 1), examples=20, steps=2, modules=False)
@@ -151,6 +203,22 @@ def test_text_from_records_stays_text(tmp_path: Path) -> None:
     assert not seen["broken"]
     assert seen["errors"] == []
     assert EVIL in seen["title"]
+
+
+def test_the_answers_say_which_method_won(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4, 8), methods=("lora", "dora"), examples=40, steps=2)
+    for run in study.iterdir():
+        if '"name": "dora"' in (run / RECORD).read_text():
+            lines = [json.loads(line) for line in (run / PREDICTIONS).read_text().splitlines()]
+            worse = [row | {"nll": row["nll"] + (row["moment"] == "after") * row["tokens"]} for row in lines]
+            (run / PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in worse))
+    said = report.answers(analyse(load(study), draws=50))
+    won = [line for line in said if "comparisons of methods at equal placement and rank" in line]
+    assert [line.split("of ", 1)[1] for line in won] == [
+        "6 comparisons of methods at equal placement and rank, better after Holm: lora in 6."
+    ]
+    matched = next(line for line in said if "at equal parameters" in line)
+    assert not re.search(r" r\d", matched)
 
 
 def test_without_parameter_counts_nothing_is_said_of_them(tmp_path: Path) -> None:

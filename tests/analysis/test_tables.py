@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import Analysis
-from analysis.tables import COMMONEST, Cell, Sheet, latex, markdown, number, placement_rank, sheets, tex, write
+from analysis import Analysis, analyse, load
+from analysis.tables import COMMONEST, Cell, Sheet, latex, markdown, number, placement_rank, sheets, tex, title, write
 from analysis.written import NOTE, others
+from tests.analysis.synthetic import write_study
 
 NASTY = "50% of $x_1$ & {a\\b} #2 ~ ^ <é> 漢 | ± × …"
 
@@ -71,7 +73,41 @@ def test_latex_compiles(analysis: Analysis, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:]
+    over = [float(points) for points in re.findall(r"Overfull .hbox \(([\d.]+)pt too wide\)", done.stdout)]
+    assert max(over, default=0) < 57  # points of the margin of a page
     assert (tmp_path / "all.pdf").stat().st_size > 10_000
+
+
+def test_bold_is_the_best_of_methods_too(tmp_path: Path) -> None:
+    """Two methods that are alike are not both the best, whatever they do to other placements."""
+    study = write_study(tmp_path / "s", ranks=(4, 8), methods=("lora", "dora"), examples=60, steps=2)
+    found = analyse(load(study), draws=200)
+    placement = found.tables["tests"].query("family == 'placement' and metric == 'nll'")
+    assert set(placement[placement["b"].str.startswith("full")]["better"]) >= {"full r4 lora", "full r4 dora"}
+    assert not [cell for row in placement_rank(found, "nll").rows for cell in row if cell.bold]
+    pairs = set(zip(found.tables["power"]["a"], found.tables["power"]["b"], strict=True))
+    assert ("attn r4 dora", "attn r4 lora") in pairs
+
+
+def test_a_method_without_a_rank_keeps_its_name_and_its_placement(tmp_path: Path) -> None:
+    study = write_study(
+        tmp_path / "s", ranks=(4, 8), seeds=(0,), methods=("lora", "bitfit", "full_ft"), examples=20, steps=2
+    )
+    sheet = placement_rank(analyse(load(study), draws=50), "nll")
+    assert sheet.header[:2] == ["placement", "method"]
+    firsts = [(row[0].text, row[1].text) for row in sheet.rows]
+    assert firsts[0] == ("base model", "")
+    assert set(firsts[1:5]) == {("full fine-tuning", ""), *((name, "bitfit") for name in ("attn", "ff", "full"))}
+    assert "no rank stands in the first column" in sheet.caption
+
+
+def test_wide_tables_fit_on_a_page() -> None:
+    cells = [Cell(value=1.0, text="0.123 [0.100, 0.200]")] * 8
+    assert latex(Sheet(name="x", caption="", header=["x"] * 8, rows=[cells] * 50)).startswith("\\begin{landscape}")
+    sentence = [Cell(value="", text="a sentence that breaks into lines, " * 4), Cell(value=1, text="1")]
+    text = latex(Sheet(name="x", caption="", header=["x", "y"], rows=[sentence]))
+    assert "p{0.9" in text
+    assert "resizebox" not in text
 
 
 def test_a_table_of_a_former_analysis_does_not_stay_and_whatever_else_there_is_does(
@@ -109,6 +145,10 @@ def test_a_note_that_is_not_ours_removes_nothing(note: str, analysis: Analysis, 
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_a_field_keeps_its_name() -> None:
+    assert [title(key) for key in ("trainer.max_steps", "macro_f1", "nll")] == ["trainer.max_steps", "macro f1", "NLL"]
 
 
 def test_the_commonest_answer_stands_below_the_base_model(analysis: Analysis) -> None:
