@@ -304,6 +304,29 @@ def test_a_failed_trial_is_named_with_the_command_that_trains_it_alone(
     assert spec.optim.lr != 1e-3
 
 
+def test_a_line_that_was_cut_off_costs_no_other(
+    go: Any, bowl: BowlEngine, study: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a power cut or a full disk leaves the journal: the trial it told the end of is told again, from its record."""
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR]
+    go(axes, n_trials=4)
+    journal = study.folder / storage.JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-20])
+    monkeypatch.setattr("sweeper.search.study.alive", lambda trial: False)
+    for wanted in (4, 6):
+        go(axes, n_trials=wanted)
+        assert len(bowl.trained) == wanted
+        (one,) = studies(study)
+        assert sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in one.get_trials()) == wanted
+
+
+def test_a_damaged_journal_is_named(go: Any, study: Settings) -> None:
+    study.folder.mkdir()
+    (study.folder / storage.JOURNAL).write_text("not\nJSON\n")
+    with pytest.raises(SpecError, match=r"search\.journal cannot be read"):
+        go(["experiment=smoke", LR], n_trials=2)
+
+
 def test_a_diverged_trial_is_the_worst_of_all(go: Any, bowl: BowlEngine, study: Settings) -> None:
     bowl.diverge = lambda spec: spec.optim.lr >= 1e-2
     chosen = go(["experiment=smoke", "placement=attn", "rank=4", LR], n_trials=8)
