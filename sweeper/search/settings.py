@@ -7,7 +7,8 @@ from sweeper.errors import SpecError
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "nsga2")
 PRUNERS = ("none", "median", "asha", "hyperband", "patient")
-COSTS = ("trainable_parameters", "train_flops", "train_seconds_solo", "peak_memory_solo_bytes")
+MEASURED = ("train_seconds_solo", "peak_memory_solo_bytes")
+COSTS = ("trainable_parameters", "train_flops", *MEASURED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +67,10 @@ class SearchSettings:
             refuse("pruner", self.pruner, "pruning needs a single objective")
         if self.pruner != "none" and not self.objectives[0].startswith("validation."):
             refuse("pruner", self.pruner, f"{self.objectives[0]} does not change while a run trains")
+        if len(set(self.confirm_seeds)) < len(self.confirm_seeds):
+            refuse("confirm_seeds", list(self.confirm_seeds), "give each once")
+        if not all(0 <= seed < 2**31 for seed in self.confirm_seeds):
+            refuse("confirm_seeds", list(self.confirm_seeds), "seeds are in [0, 2**31)")
         if self.confirm_seeds and len(self.objectives) > 1:
             refuse("confirm_seeds", list(self.confirm_seeds), "several objectives have no single best trial to confirm")
 

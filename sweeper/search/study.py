@@ -46,7 +46,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """How a trial ended: "completed", "pruned" or "failed", and its value (of the first objective)."""
+    """How a trial ended: "completed", "pruned", "diverged" or "failed", and its value (of the first objective)."""
 
     state: str
     value: float | None = None
@@ -242,7 +242,8 @@ class ArmSearch:
         if any(map(math.isnan, values)):  # a cost that was not measured
             return self._fail(trial)
         self.study.tell(trial.optuna_trial, values=values)
-        return Told(state="completed", value=values[0])
+        state = "diverged" if "diverged" in statuses else "completed"
+        return Told(state=state, value=values[0] if math.isfinite(values[0]) else None)
 
     def _fail(self, trial: Trial) -> Told:
         trial.optuna_trial.set_user_attr("outcome", "failed")

@@ -198,8 +198,9 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
 def _stopped(plan: Plan, found: Mapping[str, Record]) -> str:
     if plan.tuned:
         return "stopped before every trial was done; the same command goes on from here"
-    left = len(plan.runs) - len(found)
-    return f"stopped with {len(found)} of {len(plan.runs)} runs done; the same command trains the other {left}"
+    done = sum(one.status in plan.done for one in found.values())
+    left = len(plan.runs) - done
+    return f"stopped with {done} of {len(plan.runs)} runs done; the same command trains the other {left}"
 
 
 def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: Console) -> None:

@@ -51,11 +51,15 @@ class Plan:
         return list(dict.fromkeys([*varying, *(key for key in tuned if key not in ("rank", *naming.GROUPS))]))
 
     @property
+    def done(self) -> tuple[record.Status, ...]:
+        """Statuses of runs that the command does not train again."""
+        return DONE if self.retry_failed else (*DONE, "failed")
+
+    @property
     def todo(self) -> tuple[PlannedRun, ...]:
         if self.tuned:  # the search knows what it has left
             return ()
-        done = DONE if self.retry_failed else (*DONE, "failed")
-        return tuple(run for run in self.runs if run.status not in done)
+        return tuple(run for run in self.runs if run.status not in self.done)
 
 
 def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None) -> Plan:
@@ -70,7 +74,7 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
         folder = settings.folder / run_id
         runs.append(PlannedRun(run_id=run_id, spec=spec, folder=folder, status=record.status(folder)))
     plan = Plan(study=settings.folder, runs=tuple(runs), arms=tuple(arms), retry_failed=settings.retry_failed)
-    checking.check(arms, search or SearchSettings())
+    checking.check(arms, search or SearchSettings(), calibrate=settings.calibrate)
     check([run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)], settings)
     return plan
 

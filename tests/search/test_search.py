@@ -327,13 +327,18 @@ def test_a_damaged_journal_is_named(go: Any, study: Settings) -> None:
         go(["experiment=smoke", LR], n_trials=2)
 
 
-def test_a_diverged_trial_is_the_worst_of_all(go: Any, bowl: BowlEngine, study: Settings) -> None:
+def test_a_diverged_trial_is_the_worst_of_all(
+    go: Any, bowl: BowlEngine, study: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
     bowl.diverge = lambda spec: spec.optim.lr >= 1e-2
     chosen = go(["experiment=smoke", "placement=attn", "rank=4", LR], n_trials=8)
     assert all(one.spec["optim"]["lr"] < 1e-2 for one in chosen.values())
     (one,) = studies(study)
     values = {t.params["optim.lr"]: t.value for t in one.get_trials()}
     assert all((value == math.inf) == (lr >= 1e-2) for lr, value in values.items())
+    told = [line for line in capsys.readouterr().out.splitlines() if "attn r4 trial" in line]
+    assert sum("): diverged; best" in line for line in told) == sum(lr >= 1e-2 for lr in values) > 0
+    assert "inf" not in "".join(told)
 
 
 def test_a_trial_whose_cost_was_not_measured_failed(go: Any, study: Settings) -> None:
@@ -391,6 +396,8 @@ def test_at_most_a_quarter_of_the_trials_run_before_the_first_is_known(go: Any, 
         ({"objectives": ("validation.nll", "train_flops"), "pruner": "asha"}, "pruning needs a single objective"),
         ({"objectives": ("train_flops",), "pruner": "asha"}, "does not change while a run trains"),
         ({"objectives": ("validation.nll", "train_flops"), "confirm_seeds": (1,)}, "no single best trial"),
+        ({"confirm_seeds": (1, 1)}, r"hydra.sweeper.confirm_seeds=\[1, 1\]: give each once"),
+        ({"confirm_seeds": (-1,)}, r"seeds are in \[0, 2\*\*31\)"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: str) -> None:
@@ -426,6 +433,15 @@ def test_a_search_that_cannot_work_is_refused_before_it_begins(
     with pytest.raises(Problems, match=line):
         planning.make(found.arms, study, SearchSettings(**search))
     assert not study.folder.exists()
+
+
+def test_a_cost_that_is_not_measured_is_no_objective(composer: Any, study: Settings) -> None:
+    found, search = (
+        compose.expand(["experiment=smoke", LR], composer),
+        SearchSettings(objectives=("train_seconds_solo",)),
+    )
+    with pytest.raises(Problems, match=r"train_seconds_solo is measured on a run alone: give sweep\.calibrate=true"):
+        planning.make(found.arms, dataclasses.replace(study, calibrate=False), search)
 
 
 def test_a_dry_run_looks_for_the_database_and_writes_nothing_to_it(
