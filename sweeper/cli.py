@@ -66,7 +66,8 @@ def run(main: Callable[[], object]) -> int:
         return 130
     except Exception as error:
         if _no_room(error):
-            return _report(NoRoom(f"{error}: make room; the same command goes on from what is saved"))
+            reason = str(error).strip().splitlines()[-1]  # a worker's error has its traceback before it
+            return _report(NoRoom(f"{reason}: make room; the same command goes on from what is saved"))
         if not _from_hydra(error):
             raise
         return _report(_explain(error, sys.argv[1:]))
@@ -99,6 +100,8 @@ def _no_room(error: BaseException) -> bool:
 
 def _from_hydra(error: BaseException) -> bool:
     """Whether Hydra or OmegaConf raised this about the command, rather than a part of ours about itself."""
+    if type(error).__module__.split(".")[0] == "hydra":  # whose traceback may end in what it called
+        return True
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

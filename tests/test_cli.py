@@ -91,6 +91,7 @@ def test_shell_completion_knows_groups_and_options(root: Path, tmp_path: Path) -
         (["+sweep.retry=3", "+optim.lrr=1"], ["Did you mean sweep.retries?", "Did you mean optim.lr?"]),
         (["hydra/launcher=nope"], ["hydra/launcher=nope: no such hydra/launcher"]),
         (["hydra.nope=1"], ["hydra.nope"]),
+        (["hydra.mode=BOTH"], ["Error merging override hydra.mode=BOTH"]),
         (["hydra.sweepr.n_trials=3"], ["hydra.sweepr: no such hydra field. Choose from callbacks, "]),
         (["-m", "rank=4,8", "hydra.launcher.workers=2"], ["hydra.launcher.workers is a field of hydra/launcher=ray"]),
         (
@@ -142,6 +143,14 @@ def test_the_main_grid_is_nine_runs(root: Path, tmp_path: Path) -> None:
     overlay = train(root, tmp_path, "experiment=placement_grid", *common)
     assert overlay.stdout == out.stdout, overlay.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_of_an_overlay_can_be_repeated_alone(root: Path, tmp_path: Path) -> None:
+    """As the line of a failed one says: a search of nothing would be refused."""
+    overlays = ["experiment=smoke", "search=lr", "evaluation.every_steps=2"]
+    out = train(root, tmp_path, *overlays, "optim.lr=0.002", "seed=0", "hydra.mode=RUN", "sweep.dry_run=true")
+    assert out.returncode == 0, out.stderr
+    assert "1 run, 1 to train" in out.stdout
 
 
 def test_a_sweep_trains_once_and_prints_its_table_again(root: Path, tmp_path: Path) -> None:

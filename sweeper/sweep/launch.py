@@ -271,7 +271,8 @@ def _repeat(plan: Plan, failed: Record) -> str | None:
     for arm in plan.arms:
         mine = failed.search.get("arm") == arm.key or any(spec.run_id == failed.run_id for spec in arm.defaults)
         if mine and arm.overrides:
-            return "python train.py " + shlex.join(_typed(arm, failed.spec))
+            one = ["hydra.mode=RUN"] if arm.space else []  # of an overlay that makes a search of it, such as search=lr
+            return "python train.py " + shlex.join([*_typed(arm, failed.spec), *one])
     return None
 
 

@@ -299,6 +299,7 @@ def test_a_failed_trial_is_named_with_the_command_that_trains_it_alone(
     with pytest.raises(RunsFailed) as failed:
         go(["experiment=smoke", "placement=attn", "rank=4", LR], n_trials=2)
     (alone,) = [line.partition("train.py ")[2] for line in failed.value.lines if "alone:" in line]
+    assert alone.endswith(" hydra.mode=RUN")
     spec, _ = compose.from_config(composer.compose(shlex.split(alone)))
     assert spec in bowl.trained
     assert spec.optim.lr != 1e-3
