@@ -122,17 +122,13 @@ def _arm(
 
 def _try_ends(arm: Arm, problems: list[str]) -> None:
     """A run at either end of every tuned range, so that a range no run can use is met before work starts."""
-    middle = arm.default_params or {
-        dimension.key: dimension.choices[0] if dimension.choices else dimension.low for dimension in arm.space
-    }
     plain = to_mapping(arm.default)
-    for dimension in arm.space:
+    for dimension, params in arm.ends():
         if dimension.kind == "float" and type(look_up(plain, dimension.key)) is int:
             span = f"{dimension.low:g},{dimension.high:g}"
             problems.append(f"{dimension}: not every number is whole. Write '{dimension.key}=int(interval({span}))'")
             continue
-        for value in dimension.choices or (dimension.low, dimension.high):
-            try:
-                arm.make({**middle, dimension.key: value}, arm.seeds[0])
-            except SweeperError as error:
-                problems.extend(f"{dimension}: {line}" for line in error.lines)
+        try:
+            arm.make(params, arm.seeds[0])
+        except SweeperError as error:
+            problems.extend(f"{dimension}: {line}" for line in error.lines)

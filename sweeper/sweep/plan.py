@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeper import naming, record
-from sweeper.arms import Arm
+from sweeper.arms import Arm, Params
 from sweeper.errors import Problems, SpecError, SweeperError
 from sweeper.search import check as checking
 from sweeper.search.settings import SearchSettings
@@ -75,8 +75,18 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
         runs.append(PlannedRun(run_id=run_id, spec=spec, folder=folder, status=record.status(folder)))
     plan = Plan(study=settings.folder, runs=tuple(runs), arms=tuple(arms), retry_failed=settings.retry_failed)
     checking.check(arms, search or SearchSettings(), calibrate=settings.calibrate)
-    check([run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)], settings)
+    specs = [run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)]
+    check([*specs, *(arm.make(params, arm.seeds[0]) for arm in arms for _, params in arm.ends())], settings)
     return plan
+
+
+def usable(arm: Arm, params: Params, settings: Settings) -> bool:
+    """Whether runs of an arm can train with these values of its tuned fields."""
+    try:
+        check([arm.make(params, arm.seeds[0])], settings)
+    except SweeperError:
+        return False
+    return True
 
 
 def check(specs: Sequence[RunSpec], settings: Settings) -> None:

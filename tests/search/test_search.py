@@ -321,6 +321,29 @@ def test_a_line_that_was_cut_off_costs_no_other(
         assert sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in one.get_trials()) == wanted
 
 
+@pytest.mark.parametrize("axis", ["method.dropout=interval(0,0.9)", "rank=int(interval(4,30))"])
+def test_a_range_is_not_widened_to_what_no_run_can_use(
+    axis: str, go: Any, bowl: BowlEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(f"{__name__}.loss", lambda spec, share=1.0: 2 + spec.method.dropout - spec.rank / 100)
+    go(["experiment=smoke", "placement=attn", axis], n_trials=20, widen=2)
+    assert len(bowl.trained) == 20
+    assert "at the edge of its range" in capsys.readouterr().out
+
+
+def test_values_that_do_not_go_together_are_one_trial_and_not_the_end_of_all(
+    go: Any, bowl: BowlEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, every = "trainer.max_steps=tag(tune,choice(25,15))", "evaluation.every_steps=tag(tune,choice(5,20))"
+    axes = ["model=tiny_llama", "search=lr", "placement=attn", "rank=4", "optim.lr=1e-3", "trainer.patience=1"]
+    for _ in range(2):
+        go([*axes, steps, every], n_trials=4)
+        assert len(bowl.trained) == 3
+    out = capsys.readouterr().out
+    assert out.count("trainer.max_steps=15, evaluation.every_steps=20 cannot be tried: trainer.patience=1 counts") == 1
+    assert "every trial that the budget allows is done; nothing to train" in out
+
+
 def test_a_damaged_journal_is_named(go: Any, study: Settings) -> None:
     study.folder.mkdir()
     (study.folder / storage.JOURNAL).write_text("not\nJSON\n")
@@ -420,6 +443,8 @@ def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: st
          {"objectives": ("validation.final_number",)}, "give evaluation.generate=true"),
         ([LR, "dataset.metrics=[choice_accuracy]", "evaluation.every_steps=1"],
          {"objectives": ("validation.choice_accuracy",), "pruner": "asha"}, "scored at its end: prune on"),
+        (["rank=tag(tune,choice(4,100))"], {}, "rank=100 is above the size of .*: choose at most"),
+        (["rank=int(interval(4,8))", "placement.layers=tag(tune,choice(all,first:9))"], {}, "this model has 4 layers"),
         ([LR], {"sampler_options": {"foo": 1}}, "sampler_options: .*foo"),
         ([LR], {"storage": "postgresql+psycopg://localhost:1/none"}, "the database cannot be used"),
         ([LR], {"storage": "sqlite:////nowhere/searches.db"}, r"cannot be used \(/nowhere is no folder that can be"),
