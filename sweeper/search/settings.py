@@ -48,7 +48,7 @@ class SearchSettings:
 
         for name, least in (("n_trials", 1), ("max_tokens", 1), ("max_seconds", 0), ("parallel", 1), ("widen", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # nan is neither, and no clock passes it
                 refuse(name, value, f"must be at least {least}")
         for name, choices in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
             if getattr(self, name) not in choices:
