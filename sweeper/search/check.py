@@ -34,11 +34,11 @@ def _plain(search: SearchSettings) -> Iterator[str]:
 def _tuned(arms: Sequence[Arm], search: SearchSettings, calibrate: bool) -> Iterator[str]:
     if importlib.util.find_spec("optuna") is None:
         raise SpecError("a search needs the package optuna: pip install '.[search]', or give lists, no ranges")
-    from sweeper.search.samplers import make_pruner, make_sampler
+    from sweeper.search.samplers import make_pruner, try_sampler
     from sweeper.search.storage import reach
 
     for make_one in (
-        lambda: make_sampler(search, 0), lambda: make_pruner(search, arms[0]),
+        lambda: try_sampler(search, next(arm.space for arm in arms if arm.space)), lambda: make_pruner(search, arms[0]),
         lambda: None if search.storage is None else reach(search.storage),
     ):  # fmt: skip
         try:

@@ -447,6 +447,7 @@ def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: st
         (["rank=tag(tune,choice(4,100))"], {}, "rank=100 is above the size of .*: choose at most"),
         (["rank=int(interval(4,8))", "placement.layers=tag(tune,choice(all,first:9))"], {}, "this model has 4 layers"),
         ([LR], {"sampler_options": {"foo": 1}}, "sampler_options: .*foo"),
+        ([LR], {"sampler_options": {"n_startup_trials": "a"}}, "sampler_options: .*not supported between .*int.*str"),
         ([LR], {"storage": "postgresql+psycopg://localhost:1/none"}, "the database cannot be used"),
         ([LR], {"storage": "sqlite:////nowhere/searches.db"}, r"cannot be used \(/nowhere is no folder that can be"),
         ([LR], {"storage": f"sqlite:///{__file__}"}, "cannot be used .*file is not a database"),
