@@ -15,4 +15,5 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    cli.put_flags_last()
     sys.exit(cli.run(main))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -116,6 +116,13 @@ class Arm:
         plain = to_mapping(self.default)
         found = {dimension.key: look_up(plain, dimension.key) for dimension in self.space}
         return found if all(dimension.holds(found[dimension.key]) for dimension in self.space) else None
+
+    def ends(self) -> Iterator[tuple[Dimension, dict[str, Any]]]:
+        """Points at both ends of every range and at every choice, else by default or at the first value of each."""
+        middle = self.default_params or {d.key: d.choices[0] if d.choices else d.low for d in self.space}
+        for dimension in self.space:
+            for value in dimension.choices or (dimension.low, dimension.high):
+                yield dimension, {**middle, dimension.key: value}
 
     @cached_property
     def widest(self) -> RunSpec | None:

@@ -1,6 +1,7 @@
 """How a command ends: one line an error, an exit code, no traceback for what is the user's to mend."""
 
 import atexit
+import errno
 import gc
 import os
 import re
@@ -18,12 +19,28 @@ if TYPE_CHECKING:
 FULL = "HYDRA_FULL_ERROR"
 
 
+class NoRoom(SweeperError):
+    """There is no room to write what was trained."""
+
+    exit_code = 1
+
+
 class Quit(SystemExit):
     """Carries an error of a single run past Hydra, which would print about it, to `run`."""
 
     def __init__(self, error: SweeperError) -> None:
         super().__init__(error.exit_code)
         self.error = error
+
+
+def put_flags_last() -> None:
+    """Makes `study=mine -m rank=4,8` what it looks like: Hydra takes no overrides behind a flag that follows others."""
+    from hydra._internal.utils import get_args_parser
+
+    known, rest = get_args_parser().parse_known_args()
+    if rest and not any(word.startswith("-") for word in rest):
+        overrides = [*known.overrides, *rest]
+        sys.argv[1:] = [*overrides, *(word for word in sys.argv[1:] if word not in overrides)]
 
 
 def run(main: Callable[[], object]) -> int:
@@ -48,6 +65,9 @@ def run(main: Callable[[], object]) -> int:
         print("error: stopped at once; the same command trains what is missing", file=sys.stderr)
         return 130
     except Exception as error:
+        if _no_room(error):
+            reason = str(error).strip().splitlines()[-1]  # a worker's error has its traceback before it
+            return _report(NoRoom(f"{reason}: make room; the same command goes on from what is saved"))
         if not _from_hydra(error):
             raise
         return _report(_explain(error, sys.argv[1:]))
@@ -64,16 +84,24 @@ def train(cfg: "DictConfig") -> float | None:
     from sweeper import compose
     from sweeper.sweep import launch
 
+    hydra = HydraConfig.get()
     try:
-        return launch.train_one(*compose.from_config(cfg))
+        return launch.train_one(*compose.from_config(cfg, chosen=hydra.runtime.choices))
     except SweeperError as error:
-        if HydraConfig.get().mode == RunMode.RUN:
+        if hydra.mode == RunMode.RUN:
             raise Quit(error) from None
         raise
 
 
+def _no_room(error: BaseException) -> bool:
+    """Whether a disk is full; not every library says so by an OSError."""
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+
+
 def _from_hydra(error: BaseException) -> bool:
     """Whether Hydra or OmegaConf raised this about the command, rather than a part of ours about itself."""
+    if type(error).__module__.split(".")[0] == "hydra":  # whose traceback may end in what it called
+        return True
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -94,7 +122,7 @@ def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
     from sweeper import compose
 
     parsed = get_args(arguments)
-    lines: list[str] = _no_such_sweeper_field(str(error))
+    lines: list[str] = _no_such_hydra_field(str(error))
     try:
         composer = composer_of(parsed.config_dir)
         if not parsed.multirun:
@@ -107,21 +135,27 @@ def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
     return Problems(lines or [compose.one_line(error)])
 
 
-def _no_such_sweeper_field(message: str) -> list[str]:
-    """A line with the fields of `hydra.sweeper` or `hydra.launcher`, if the message is about one that is not there."""
+def _no_such_hydra_field(message: str) -> list[str]:
+    """A line with the fields of `hydra`, its sweeper or its launcher, if the message is about one that is not there."""
     from dataclasses import fields
 
+    from hydra.conf import HydraConf
     from hydra_plugins.lora_sweeper.ablation_sweeper import AblationSweeperConf
     from hydra_plugins.lora_sweeper.ray_launcher import RayLauncherConf
 
-    match = re.search(r"hydra\.(sweeper|launcher)\.(\w+)\.?(\w*)", message)
-    if match is None or not message.startswith("Could not override"):
+    match = re.match(r"Could not override 'hydra\.(\w+)\.?(\w*)\.?(\w*)", message)
+    if match is None:
         return []
-    kind = AblationSweeperConf if match[1] == "sweeper" else RayLauncherConf
-    names = [field.name for field in fields(kind) if not field.name.startswith("_")]
-    if match[2] in names:  # a mapping, empty until it is given
-        return [f"hydra.{match[1]}.{match[2]} is given whole: 'hydra.{match[1]}.{match[2]}={{{match[3]}: ...}}'"]
-    return [unknown(f"hydra.{match[1]} field", match[2], names).replace(" field=", ".", 1)]
+    kind = {"sweeper": AblationSweeperConf, "launcher": RayLauncherConf}.get(match[1], HydraConf)
+    known = [field.name for field in fields(kind) if not field.name.startswith("_")]
+    if kind is HydraConf:
+        return [] if match[1] in known else [unknown("hydra field", match[1], known).replace(" field=", ".", 1)]
+    name = f"hydra.{match[1]}.{match[2]}"
+    if match[2] in known and match[3]:  # a mapping, empty until it is given
+        return [f"{name} is given whole: '{name}={{{match[3]}: ...}}'"]
+    if match[2] in known:  # of the launcher, for which others than Ray's have no fields
+        return [f"{name} is a field of hydra/launcher=ray: give that as well"]
+    return [unknown(f"hydra.{match[1]} field", match[2], known).replace(" field=", ".", 1)]
 
 
 def composer_of(config_dir: str | None) -> "Composer":

@@ -438,7 +438,9 @@ def _in_words(kind: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in get_args(kind))
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(_in_words(choice) for choice in get_args(kind))
-    return "a mapping" if get_origin(kind) is dict else "a list"
+    if get_origin(kind) is dict:
+        return "a mapping"
+    return "a list of whole numbers" if get_args(kind)[:1] == (int,) else "a list"
 
 
 def _as_typed(value: Any) -> str:
@@ -447,4 +449,6 @@ def _as_typed(value: Any) -> str:
         return "nothing"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_as_typed, value))}]"
     return str(value)

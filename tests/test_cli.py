@@ -1,11 +1,14 @@
 """The command line as a user meets it: real processes, their output and exit codes."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from sweeper import cli
 
 
 def train(root: Path, cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -88,6 +91,14 @@ def test_shell_completion_knows_groups_and_options(root: Path, tmp_path: Path) -
         (["+sweep.retry=3", "+optim.lrr=1"], ["Did you mean sweep.retries?", "Did you mean optim.lr?"]),
         (["hydra/launcher=nope"], ["hydra/launcher=nope: no such hydra/launcher"]),
         (["hydra.nope=1"], ["hydra.nope"]),
+        (["hydra.mode=BOTH"], ["Error merging override hydra.mode=BOTH"]),
+        (["hydra.sweepr.n_trials=3"], ["hydra.sweepr: no such hydra field. Choose from callbacks, "]),
+        (["-m", "rank=4,8", "hydra.launcher.workers=2"], ["hydra.launcher.workers is a field of hydra/launcher=ray"]),
+        (
+            ["placement=[attn,ff]"],
+            ["placement: a run has one option of this group. With -m, 'placement=a,b' runs each."],
+        ),
+        (["study=a", "-m", "placement=attn,atn", "-cd", "."], ["placement=atn: no such placement"]),
         (["-cd", "/nowhere"], ["/nowhere"]),
     ],
 )
@@ -105,6 +116,18 @@ def test_mistakes_are_one_line_each_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ValueError("I/O error: No space left on device")]
+)
+def test_a_full_disk_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> None:
+        raise error
+
+    assert cli.run(write) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("No space left on device: make room; the same command goes on from what is saved")
+
+
 def test_full_errors_on_request(root: Path, tmp_path: Path) -> None:
     out = train(root, tmp_path, "placement=atn", HYDRA_FULL_ERROR="1")
     assert out.returncode == 1
@@ -120,6 +143,14 @@ def test_the_main_grid_is_nine_runs(root: Path, tmp_path: Path) -> None:
     overlay = train(root, tmp_path, "experiment=placement_grid", *common)
     assert overlay.stdout == out.stdout, overlay.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_of_an_overlay_can_be_repeated_alone(root: Path, tmp_path: Path) -> None:
+    """As the line of a failed one says: a search of nothing would be refused."""
+    overlays = ["experiment=smoke", "search=lr", "evaluation.every_steps=2"]
+    out = train(root, tmp_path, *overlays, "optim.lr=0.002", "seed=0", "hydra.mode=RUN", "sweep.dry_run=true")
+    assert out.returncode == 0, out.stderr
+    assert "1 run, 1 to train" in out.stdout
 
 
 def test_a_sweep_trains_once_and_prints_its_table_again(root: Path, tmp_path: Path) -> None:

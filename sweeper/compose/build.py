@@ -89,6 +89,11 @@ def _probe() -> Plain:
     }
 
 
+def one_option(group: str) -> str:
+    """A line for several options of a group in one run, which Hydra would merge so that the last one counts."""
+    return f"{group}: a run has one option of this group. With -m, '{group}=a,b' runs each."
+
+
 def settings_of(plain: Plain, problems: list[str]) -> Settings | None:
     tracking = dict(plain.get("tracking") or {"name": "none"})
     study, trainer, sweep = plain.get("study"), plain.get("trainer"), plain.get("sweep")

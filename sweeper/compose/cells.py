@@ -132,7 +132,11 @@ def _compose(fixed: Sequence[str], chosen: Sequence[str], composer: Composer, pr
 
 def _blame(override: Override, composer: Composer, good: Sequence[str], error: SpecError) -> str:
     if "Could not override" in str(error):
-        return _no_such_field(override.key_or_group, plain_of(composer.compose(good), []))
+        cfg, key, value = composer.compose(good), override.key_or_group, override.value()
+        if isinstance(value, dict):  # a mapping is merged: one of its fields is not there
+            known = OmegaConf.select(cfg, key) or {}
+            key = next((f"{key}.{name}" for name in value if name not in known), key)
+        return _no_such_field(key, plain_of(cfg, []))
     return str(error)
 
 

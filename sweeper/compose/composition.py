@@ -1,19 +1,19 @@
 """Every arm of a command: the grid times the cells, each combination once."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sweeper.arms import Arm, Params
-from sweeper.compose.build import Builder, differing, settings_of
+from sweeper.arms import Arm, Params, look_up
+from sweeper.compose.build import SECTIONS, Builder, differing, one_option, settings_of
 from sweeper.compose.cells import Cell, cells_of, plain_of, unused
 from sweeper.compose.composer import Composer
 from sweeper.compose.grid import Axis, Grid, read_grid
 from sweeper.errors import Problems, SweeperError
-from sweeper.spec import RunSpec, Settings
+from sweeper.spec import RunSpec, Settings, to_mapping
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +33,8 @@ class Composition:
         return tuple(spec for arm in self.arms for spec in arm.defaults)
 
 
-def from_config(cfg: DictConfig) -> tuple[RunSpec, Settings]:
-    """The run a composed configuration describes.
+def from_config(cfg: DictConfig, chosen: Container[str] = SECTIONS) -> tuple[RunSpec, Settings]:
+    """The run a composed configuration describes; `chosen` are the groups of which one option was.
 
     Raises:
         Problems: a line for each value that cannot be used.
@@ -43,6 +43,7 @@ def from_config(cfg: DictConfig) -> tuple[RunSpec, Settings]:
     ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     plain = plain_of(ours, problems)
     problems.extend(unused(ours))
+    problems.extend(one_option(name) for name in SECTIONS if name in plain and name not in chosen)
     settings = settings_of(plain, problems)
     run = Builder(problems).run(plain, {})
     if problems or run is None or settings is None:
@@ -121,12 +122,13 @@ def _arm(
 
 def _try_ends(arm: Arm, problems: list[str]) -> None:
     """A run at either end of every tuned range, so that a range no run can use is met before work starts."""
-    middle = arm.default_params or {
-        dimension.key: dimension.choices[0] if dimension.choices else dimension.low for dimension in arm.space
-    }
-    for dimension in arm.space:
-        for value in dimension.choices or (dimension.low, dimension.high):
-            try:
-                arm.make({**middle, dimension.key: value}, arm.seeds[0])
-            except SweeperError as error:
-                problems.extend(f"{dimension}: {line}" for line in error.lines)
+    plain = to_mapping(arm.default)
+    for dimension, params in arm.ends():
+        if dimension.kind == "float" and type(look_up(plain, dimension.key)) is int:
+            span = f"{dimension.low:g},{dimension.high:g}"
+            problems.append(f"{dimension}: not every number is whole. Write '{dimension.key}=int(interval({span}))'")
+            continue
+        try:
+            arm.make(params, arm.seeds[0])
+        except SweeperError as error:
+            problems.extend(f"{dimension}: {line}" for line in error.lines)

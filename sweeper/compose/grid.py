@@ -8,6 +8,7 @@ from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
 
 from sweeper.arms import Dimension
+from sweeper.compose.build import SECTIONS, one_option
 from sweeper.compose.composer import Composer
 from sweeper.errors import SpecError, unknown
 from sweeper.spec import RunSpec
@@ -63,13 +64,23 @@ def read_grid(overrides: Sequence[str], composer: Composer, problems: list[str])
         try:
             override = composer.parse(line)
         except HydraException:
-            problems.append(f"{line}: cannot be read. Write field=value; quote values with commas, brackets or spaces.")
+            problems.append(_unreadable(line))
             continue
         if not override.is_hydra_override():
             reader.take(override)
-        elif composer.is_group(override.key_or_group) and not override.is_sweep_override():
+        elif override.is_sweep_override():
+            key, _, values = line.partition("=")
+            problems.append(f"{line}: {key} is no axis of a grid. Give one value; a list is '{key}=[{values}]'")
+        elif composer.is_group(override.key_or_group):
             _known_options(override, [override.value()], composer, problems)
     return reader.grid()
+
+
+def _unreadable(line: str) -> str:
+    key, equals, value = line.partition("=")
+    if equals and not value.isascii():
+        return f"{line}: cannot be read. Letters beyond ASCII need quotes of their own: '{key}=\"{value}\"'"
+    return f"{line}: cannot be read. Write field=value; quote values with commas, brackets or spaces."
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,7 +137,7 @@ class _Reader:
 
     def _vary(self, key: str, override: Override, group: bool) -> None:
         """Adds an axis; of a group, with the options that there are."""
-        axis = _axis(override, self.problems)
+        axis = _axis(override, self.composer.options(override.key_or_group) if group else (), self.problems)
         if axis is None:
             return
         if group:
@@ -163,11 +174,16 @@ def _dimension(override: Override, group: bool, problems: list[str]) -> Dimensio
         return None
 
 
-def _axis(override: Override, problems: list[str]) -> Axis | None:
+def _axis(override: Override, options: Sequence[str], problems: list[str]) -> Axis | None:
     key, line = override.get_key_element(), override.input_line
-    found = list(override.sweep_iterator(transformer=Transformer.identity))
+    try:
+        found = list(override.sweep_iterator(transformer=Transformer.identity))
+    except ValueError as error:  # a step of 0
+        problems.append(f"{line}: {error}")
+        return None
     if not found:
-        problems.append(f"{line}: there is no value in this axis. Give a list: {key}=a,b,c")
+        advice = f"Choose from {', '.join(options)}." if options else f"Give a list: {key}=a,b,c"
+        problems.append(f"{line}: there is no value in this axis. {advice}")
         return None
     if _is_setting(override.key_or_group):
         problems.append(f"{line}: {key} does not change a result, so it is no axis of a grid. Give one value.")
@@ -185,6 +201,9 @@ def _known_options(override: Override, values: Sequence[Any], composer: Composer
     if override.is_delete():
         return list(values)
     for value in values:
+        if isinstance(value, list) and group in SECTIONS:
+            problems.append(one_option(group))
+            continue
         names = value if isinstance(value, list) else [value]
         strange = [name for name in names if not isinstance(name, str) or not composer.has_option(group, name)]
         if not strange:

@@ -113,7 +113,7 @@ def random_config(spec: ModelSpec) -> "PretrainedConfig":
     """The config of a random model: `spec.config` for the architecture `spec.location`, with the tokenizer's ids.
 
     Raises:
-        ModelError: no such architecture, or a vocabulary too small for the byte-level tokenizer.
+        ModelError: no such architecture, values it cannot use, or a vocabulary too small for the byte-level tokenizer.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -123,9 +123,11 @@ def random_config(spec: ModelSpec) -> "PretrainedConfig":
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if spec.location not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(unknown("model.location", spec.location, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    config = AutoConfig.for_model(
-        spec.location, **{"vocab_size": 512, **special, "pad_token_id": tokenizer.pad_token_id, **values}
-    )
+    given = {"vocab_size": 512, **special, "pad_token_id": tokenizer.pad_token_id, **values}
+    try:
+        config = AutoConfig.for_model(spec.location, **given)
+    except Exception as error:
+        raise ModelError(f"model={spec.name}: model.config cannot be used: {first_line(error)}") from error
     if config.vocab_size < len(tokenizer):
         raise ModelError(f"model.config.vocab_size must be at least {len(tokenizer)}, got {config.vocab_size}")
     return config

@@ -5,20 +5,20 @@ from collections.abc import Iterator, Sequence
 
 from sweeper.arms import Arm
 from sweeper.errors import Problems, SpecError, SweeperError
-from sweeper.search.settings import SearchSettings
+from sweeper.search.settings import MEASURED, SearchSettings
 from sweeper.spec import RunSpec
 
 NLL = ("nll", "perplexity")  # scores of every dataset
 
 
-def check(arms: Sequence[Arm], search: SearchSettings) -> None:
-    """Checks how the arms of a command are searched; writes nothing.
+def check(arms: Sequence[Arm], search: SearchSettings, *, calibrate: bool = True) -> None:
+    """Checks how the arms of a command are searched; writes nothing. `calibrate`: whether runs are measured alone.
 
     Raises:
         Problems: what is wrong, one line each.
         SpecError: Optuna is needed and not installed.
     """
-    problems = [*(_tuned(arms, search) if any(arm.space for arm in arms) else _plain(search))]
+    problems = [*(_tuned(arms, search, calibrate) if any(arm.space for arm in arms) else _plain(search))]
     if problems:
         raise Problems(problems)
 
@@ -31,14 +31,14 @@ def _plain(search: SearchSettings) -> Iterator[str]:
             yield f"hydra.sweeper.{name}={value}: no field is tuned. Tune one: 'optim.lr=tag(log,interval(1e-5,1e-2))'"
 
 
-def _tuned(arms: Sequence[Arm], search: SearchSettings) -> Iterator[str]:
+def _tuned(arms: Sequence[Arm], search: SearchSettings, calibrate: bool) -> Iterator[str]:
     if importlib.util.find_spec("optuna") is None:
         raise SpecError("a search needs the package optuna: pip install '.[search]', or give lists, no ranges")
-    from sweeper.search.samplers import make_pruner, make_sampler
+    from sweeper.search.samplers import make_pruner, try_sampler
     from sweeper.search.storage import reach
 
     for make_one in (
-        lambda: make_sampler(search, 0), lambda: make_pruner(search, arms[0]),
+        lambda: try_sampler(search, next(arm.space for arm in arms if arm.space)), lambda: make_pruner(search, arms[0]),
         lambda: None if search.storage is None else reach(search.storage),
     ):  # fmt: skip
         try:
@@ -47,7 +47,7 @@ def _tuned(arms: Sequence[Arm], search: SearchSettings) -> Iterator[str]:
             yield from error.lines
     for arm in arms:
         yield from _unpruned(arm.default, search)
-        yield from _unscored(arm.default, search)
+        yield from _unscored(arm.default, search, calibrate)
     used = sorted(set(search.confirm_seeds) & {seed for arm in arms for seed in arm.seeds})
     if used:
         yield (
@@ -71,12 +71,14 @@ def _unpruned(spec: RunSpec, search: SearchSettings) -> Iterator[str]:
         yield f"{start}, and {search.objectives[0]} is scored at its end: prune on validation.nll"
 
 
-def _unscored(spec: RunSpec, search: SearchSettings) -> Iterator[str]:
+def _unscored(spec: RunSpec, search: SearchSettings, calibrate: bool) -> Iterator[str]:
     """A line for each objective that no run of an arm would have a score for."""
     from sweeper.tasks.metrics import GENERATED
 
     for objective in search.objectives:
         start, name = f"hydra.sweeper.objectives={objective}", objective.removeprefix("validation.")
+        if objective in MEASURED and not calibrate:
+            yield f"{start} is measured on a run alone: give sweep.calibrate=true"
         if name == objective:
             continue  # a cost
         if "validation" not in spec.evaluation.splits:

@@ -77,6 +77,22 @@ def make_sampler(settings: SearchSettings, seed: int) -> BaseSampler:
     return made
 
 
+def try_sampler(settings: SearchSettings, space: Space) -> None:
+    """Draws two points of a space and forgets them, for Optuna looks at some options only when it draws.
+
+    Raises:
+        SpecError: as `make_sampler`, or an option whose value the sampler cannot use.
+    """
+    values = [0.0] * len(settings.objectives)
+    directions = [optuna.study.StudyDirection.MINIMIZE] * len(values)
+    study = optuna.create_study(sampler=make_sampler(settings, 0), directions=directions)
+    try:
+        for _ in range(2 if settings.sampler_options else 0):
+            study.tell(study.ask(distributions(space)), values)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SpecError(f"hydra.sweeper.sampler_options: {str(error).strip().splitlines()[0]}") from None
+
+
 def make_pruner(settings: SearchSettings, arm: Arm) -> optuna.pruners.BasePruner:
     """The Optuna pruner of a name, with the arm's evaluation interval as its smallest resource.
 

@@ -7,7 +7,8 @@ from sweeper.errors import SpecError
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "nsga2")
 PRUNERS = ("none", "median", "asha", "hyperband", "patient")
-COSTS = ("trainable_parameters", "train_flops", "train_seconds_solo", "peak_memory_solo_bytes")
+MEASURED = ("train_seconds_solo", "peak_memory_solo_bytes")
+COSTS = ("trainable_parameters", "train_flops", *MEASURED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ class SearchSettings:
 
         for name, least in (("n_trials", 1), ("max_tokens", 1), ("max_seconds", 0), ("parallel", 1), ("widen", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # nan is neither, and no clock passes it
                 refuse(name, value, f"must be at least {least}")
         for name, choices in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
             if getattr(self, name) not in choices:
@@ -66,6 +67,10 @@ class SearchSettings:
             refuse("pruner", self.pruner, "pruning needs a single objective")
         if self.pruner != "none" and not self.objectives[0].startswith("validation."):
             refuse("pruner", self.pruner, f"{self.objectives[0]} does not change while a run trains")
+        if len(set(self.confirm_seeds)) < len(self.confirm_seeds):
+            refuse("confirm_seeds", list(self.confirm_seeds), "give each once")
+        if not all(0 <= seed < 2**31 for seed in self.confirm_seeds):
+            refuse("confirm_seeds", list(self.confirm_seeds), "seeds are in [0, 2**31)")
         if self.confirm_seeds and len(self.objectives) > 1:
             refuse("confirm_seeds", list(self.confirm_seeds), "several objectives have no single best trial to confirm")
 

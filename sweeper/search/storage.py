@@ -29,14 +29,18 @@ def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
     """The storage of a study's searches: the URL that was given, or a journal file in the study folder.
 
     Raises:
-        SpecError: the database cannot be reached, its driver is not installed, or its tables are of another Optuna.
+        SpecError: the journal is damaged, or the database cannot be reached, its driver is not installed or its tables
+            are of another Optuna.
     """
     if settings.storage is None:
         study.mkdir(parents=True, exist_ok=True)
         path = str(study / JOURNAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return JournalStorage(JournalFileBackend(path, lock_obj=_KernelLock(path)))  # type: ignore[arg-type]
+            try:
+                return JournalStorage(_Journal(path, lock_obj=_KernelLock(path)))  # type: ignore[arg-type]
+            except (ValueError, KeyError) as error:  # what is in it is not JSON, or not what Optuna writes
+                raise SpecError(f"{path} cannot be read ({error}): move it away; what is recorded stays") from None
     import sqlalchemy.exc
 
     for last in (False, False, True):
@@ -77,6 +81,25 @@ def reach(url: str) -> None:
 def _unusable(error: Exception) -> SpecError:
     reason = str(error).strip().splitlines()[0]
     return SpecError(f"hydra.sweeper.storage: the database cannot be used ({reason})")
+
+
+class _Journal(JournalFileBackend):
+    """A journal that goes on after a crash or a full disk in the middle of a line.
+
+    Such a line was never read by anyone. The library would glue the next one to it, and then read no line any more.
+    """
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self._lock.acquire()  # again inside, which it allows
+        try:
+            with open(self._file_path, "r+b") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                if file.read() not in (b"", b"\n"):
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            super().append_logs(logs)
+        finally:
+            self._lock.release()
 
 
 class _KernelLock:

@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeper.arms import Arm, Space, number_of_points, short_hash
+from sweeper.arms import Arm, Dimension, Params, Space, number_of_points, short_hash
 from sweeper.record import COMPLETED, Record
 from sweeper.search.samplers import NumberSeeded, distributions, make_pruner
 from sweeper.search.settings import SearchSettings
@@ -25,6 +25,7 @@ from sweeper.search.storage import alive, being_signed, this_driver
 SIGN_SECONDS = 60.0  # between signs of life of a trial
 STALE_SECONDS = 1.0  # between looks at what other drivers did
 MOST_POINTS = 10_000  # of a space whose points are still enumerated
+REFUSED = "refused"  # outcome of a trial that would not be another one if it were tried again
 MOST_REPEATS = 50  # suggestions in a row that were made before, until a space counts as used up
 
 _DIRECTIONS = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MAXIMIZE}
@@ -46,7 +47,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """How a trial ended: "completed", "pruned" or "failed", and its value (of the first objective)."""
+    """How a trial ended: "completed", "pruned", "diverged" or "failed", and its value (of the first objective)."""
 
     state: str
     value: float | None = None
@@ -67,12 +68,14 @@ class ArmSearch:
 
     Args:
         find: run id -> its record, if it has one.
+        usable: whether runs can train with a point, asked of one that lies outside the space.
     """
 
     def __init__(
-        self, arm: Arm, settings: SearchSettings, storage: BaseStorage, find: Callable[[str], Record | None]
-    ) -> None:
-        self.arm, self.settings, self.storage, self.find = arm, settings, storage, find
+        self, arm: Arm, settings: SearchSettings, storage: BaseStorage, find: Callable[[str], Record | None],
+        usable: Callable[[Params], bool] = lambda params: True,
+    ) -> None:  # fmt: skip
+        self.arm, self.settings, self.storage, self.find, self.usable = arm, settings, storage, find, usable
         self.space: Space = arm.space
         self.widened = 0
         self.running: dict[int, Trial] = {}
@@ -242,10 +245,17 @@ class ArmSearch:
         if any(map(math.isnan, values)):  # a cost that was not measured
             return self._fail(trial)
         self.study.tell(trial.optuna_trial, values=values)
-        return Told(state="completed", value=values[0])
+        state = "diverged" if "diverged" in statuses else "completed"
+        return Told(state=state, value=values[0] if math.isfinite(values[0]) else None)
 
-    def _fail(self, trial: Trial) -> Told:
-        trial.optuna_trial.set_user_attr("outcome", "failed")
+    def refuse(self, trial: Trial) -> None:
+        """Ends a trial whose values no run can use together."""
+        self.running.pop(trial.number, None)
+        self._seen = None
+        self._fail(trial, REFUSED)
+
+    def _fail(self, trial: Trial, outcome: str = "failed") -> Told:
+        trial.optuna_trial.set_user_attr("outcome", outcome)
         self.study.tell(trial.optuna_trial, state=TrialState.FAIL)
         return Told(state="failed")
 
@@ -285,7 +295,17 @@ class ArmSearch:
         best = self.best()
         if best is None or not best.edges:
             return None
-        return tuple(d.widened(best.edges[d.key]) if d.key in best.edges else d for d in self.space)  # type: ignore[arg-type]
+        wider = tuple(self._widened(d, best) for d in self.space)
+        return None if wider == self.space else wider
+
+    def _widened(self, dimension: Dimension, best: Best) -> Dimension:
+        """The dimension, wider at the end where the best trial lies, unless no run can use what lies there."""
+        end: Any = best.edges.get(dimension.key)
+        if end is None:
+            return dimension
+        wider = dimension.widened(end)
+        value = wider.low if end == "low" else wider.high
+        return wider if self.usable({**best.params, dimension.key: value}) else dimension
 
     # -- resuming
 
@@ -298,9 +318,10 @@ class ArmSearch:
         while any(map(being_signed, self._trials(fresh=True))):
             time.sleep(0.1)
         for trial in self._trials(fresh=True):
+            outcome = trial.user_attrs.get("outcome")
             if trial.state == TrialState.RUNNING and trial.number not in self.running and not alive(trial):
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-            elif not (trial.state == TrialState.FAIL and (retry_failed or "outcome" not in trial.user_attrs)):
+            elif trial.state != TrialState.FAIL or outcome == REFUSED or (outcome is not None and not retry_failed):
                 continue
             self.study.enqueue_trial(dict(trial.params), user_attrs={"repeats": trial.number})
             again += 1
@@ -339,7 +360,10 @@ class ArmSearch:
         return sum(t.number < number for t in self._trials(fresh=True))
 
     def _made_before(self, number: int, params: Mapping[str, Any]) -> bool:
-        return any(t.number < number and t.params == params and t.state != TrialState.FAIL for t in self._trials())
+        def counts(t: FrozenTrial) -> bool:
+            return t.state != TrialState.FAIL or t.user_attrs.get("outcome") == REFUSED
+
+        return any(t.number < number and t.params == params and counts(t) for t in self._trials())
 
     def _void(self, trial: optuna.Trial, why: str) -> None:
         self._seen = None

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeper.engine.events import Event, RunFinished, RunStarted, Stage, Step, TrialEnded
-from sweeper.sweep.board import Board, RunView
+from sweeper.sweep.board import ArmView, Board, RunView
 from sweeper.sweep.plan import Plan
 from sweeper.text import clock_time, number, point
 
@@ -52,8 +52,10 @@ class LiveDisplay:
 
     def render(self) -> Group:
         parts: list[Table | Text] = []
-        if self.board.arms:
-            parts += [self._arms(), Text("")]
+        arms = list(self.board.arms.values())[: max(self.console.height // 2, 3)]
+        if arms:
+            more = len(self.board.arms) - len(arms)
+            parts += [self._arms(arms), Text(f"and {more} more arms" if more else "", style="dim")]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("run", no_wrap=True)
         for name in ("step", "loss", "tokens/s", "ETA", "validation NLL"):
@@ -61,7 +63,7 @@ class LiveDisplay:
         views = list(self.board.views.values())
         if self.board.arms:  # of hundreds of trials, those that train
             views = [view for view in views if view.state in ("training", "failed")]
-        shown = _visible(views, max(self.console.height - 5 - len(self.board.arms), 3))
+        shown = _visible(views, max(self.console.height - 5 - len(arms), 3))
         for view in shown:
             table.add_row(*self._row(view), style=_STYLES.get(view.state, ""))
         hidden = len(views) - len(shown)
@@ -73,14 +75,13 @@ class LiveDisplay:
             parts.append(Text(self.board.stage, style="dim"))
         return Group(*parts)
 
-    def _arms(self) -> Table:
+    def _arms(self, arms: Sequence[ArmView]) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("arm", no_wrap=True)
         for name in ("trials", "pruned", "failed", "best"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("with", no_wrap=True)
-        room = max(self.console.height // 2, 3)
-        for arm in list(self.board.arms.values())[:room]:
+        for arm in arms:
             table.add_row(arm.label, arm.trials(), str(arm.pruned), str(arm.failed), number(arm.best, 4), arm.params())
         return table
 

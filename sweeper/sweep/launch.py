@@ -213,8 +213,9 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
 def _stopped(plan: Plan, found: Mapping[str, Record]) -> str:
     if plan.tuned:
         return "stopped before every trial was done; the same command goes on from here"
-    left = len(plan.runs) - len(found)
-    return f"stopped with {len(found)} of {len(plan.runs)} runs done; the same command trains the other {left}"
+    done = sum(one.status in plan.done for one in found.values())
+    left = len(plan.runs) - done
+    return f"stopped with {done} of {len(plan.runs)} runs done; the same command trains the other {left}"
 
 
 def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: Console) -> None:
@@ -285,7 +286,8 @@ def _repeat(plan: Plan, failed: Record) -> str | None:
     for arm in plan.arms:
         mine = failed.search.get("arm") == arm.key or any(spec.run_id == failed.run_id for spec in arm.defaults)
         if mine and arm.overrides:
-            return "python train.py " + shlex.join(_typed(arm, failed.spec))
+            one = ["hydra.mode=RUN"] if arm.space else []  # of an overlay that makes a search of it, such as search=lr
+            return "python train.py " + shlex.join([*_typed(arm, failed.spec), *one])
     return None
 
 

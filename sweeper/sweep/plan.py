@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeper import naming, record
-from sweeper.arms import Arm
+from sweeper.arms import Arm, Params
 from sweeper.errors import Problems, SpecError, SweeperError
 from sweeper.search import check as checking
 from sweeper.search.settings import SearchSettings
@@ -56,11 +56,15 @@ class Plan:
         return list(dict.fromkeys([*varying, *(key for key in tuned if key not in ("rank", *naming.GROUPS))]))
 
     @property
+    def done(self) -> tuple[record.Status, ...]:
+        """Statuses of runs that the command does not train again."""
+        return DONE if self.retry_failed else (*DONE, "failed")
+
+    @property
     def todo(self) -> tuple[PlannedRun, ...]:
         if self.tuned:  # the search knows what it has left
             return ()
-        done = DONE if self.retry_failed else (*DONE, "failed")
-        return tuple(run for run in self.runs if run.status not in done)
+        return tuple(run for run in self.runs if run.status not in self.done)
 
 
 def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None) -> Plan:
@@ -75,8 +79,9 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
         folder = settings.folder / run_id
         runs.append(PlannedRun(run_id=run_id, spec=spec, folder=folder, status=record.status(folder)))
     plan = Plan(study=settings.folder, runs=tuple(runs), arms=tuple(arms), retry_failed=settings.retry_failed)
-    checking.check(arms, search or SearchSettings())
-    check([run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)], settings)
+    checking.check(arms, search or SearchSettings(), calibrate=settings.calibrate)
+    specs = [run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)]
+    check([*specs, *(arm.make(params, arm.seeds[0]) for arm in arms for _, params in arm.ends())], settings)
     return _without_likes(plan)
 
 
@@ -100,6 +105,15 @@ def _without_likes(plan: Plan) -> Plan:
     runs = tuple(run for run in plan.runs if run.run_id in wanted)
     left_out = tuple(arm for arm in plan.arms if arm.key not in kept)
     return replace(plan, runs=runs, arms=tuple(kept.values()), left_out=left_out)
+
+
+def usable(arm: Arm, params: Params, settings: Settings) -> bool:
+    """Whether runs of an arm can train with these values of its tuned fields."""
+    try:
+        check([arm.make(params, arm.seeds[0])], settings)
+    except SweeperError:
+        return False
+    return True
 
 
 def check(specs: Sequence[RunSpec], settings: Settings) -> None:

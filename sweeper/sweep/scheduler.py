@@ -24,10 +24,13 @@ from sweeper import record
 from sweeper.arms import Arm, labels
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, Stage, TrialEnded
 from sweeper.engine.requests import Kind, Pulled, RunRequest, Source
+from sweeper.errors import SweeperError
 from sweeper.record import Record
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings, to_mapping
+from sweeper.sweep import plan as planning
 from sweeper.sweep.claims import Claims
+from sweeper.text import point
 
 if TYPE_CHECKING:
     from sweeper.search.study import ArmSearch, Trial
@@ -117,7 +120,8 @@ class Scheduler:
 
         storage = open_storage(self.how, self.settings.folder)
         for state in states:
-            state.search = search = ArmSearch(state.arm, self.how, storage, self.find)
+            usable = functools.partial(planning.usable, state.arm, settings=self.settings)
+            state.search = search = ArmSearch(state.arm, self.how, storage, self.find, usable)
             search.recover(retry_failed=self.settings.retry_failed)
             state.tokens = self._tokens_so_far(state)
             for number, params in search.unfinished():
@@ -333,8 +337,14 @@ class Scheduler:
 
     def _start(self, state: _ArmState, trial: "Trial") -> None:
         """Queues the replicates of a trial; those that have a record already count as they are."""
-        for seed in state.arm.seeds:
-            spec = state.arm.make(trial.params, seed)
+        assert state.search is not None
+        try:
+            specs = [state.arm.make(trial.params, seed) for seed in state.arm.seeds]
+        except SweeperError as error:  # values that go with others, not with one another
+            state.search.refuse(trial)
+            self.notify(Stage(message=f"{self.label(state.arm)}: {point(trial.params)} cannot be tried: {error}"))
+            return
+        for seed, spec in zip(state.arm.seeds, specs, strict=True):
             trial.runs[spec.run_id] = seed
             found = self.find(spec.run_id)
             if found is not None:

@@ -213,6 +213,7 @@ def test_a_hub_model_in_the_cache_needs_no_network(closed_hub: Path, saved: Path
     [
         ({"location": "lama"}, "Did you mean .*llama"),
         ({"config": {"vocab_size": 100}}, "vocab_size must be at least 259"),
+        ({"config": {"hidden_size": 7, "num_attention_heads": 4}}, "model.config cannot be used: .*not a multiple"),
     ],
 )
 def test_a_random_model_that_cannot_be_built_is_refused(fields: dict[str, Any], message: str) -> None:

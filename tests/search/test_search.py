@@ -299,18 +299,70 @@ def test_a_failed_trial_is_named_with_the_command_that_trains_it_alone(
     with pytest.raises(RunsFailed) as failed:
         go(["experiment=smoke", "placement=attn", "rank=4", LR], n_trials=2)
     (alone,) = [line.partition("train.py ")[2] for line in failed.value.lines if "alone:" in line]
+    assert alone.endswith(" hydra.mode=RUN")
     spec, _ = compose.from_config(composer.compose(shlex.split(alone)))
     assert spec in bowl.trained
     assert spec.optim.lr != 1e-3
 
 
-def test_a_diverged_trial_is_the_worst_of_all(go: Any, bowl: BowlEngine, study: Settings) -> None:
+def test_a_line_that_was_cut_off_costs_no_other(
+    go: Any, bowl: BowlEngine, study: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a power cut or a full disk leaves the journal: the trial it told the end of is told again, from its record."""
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR]
+    go(axes, n_trials=4)
+    journal = study.folder / storage.JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-20])
+    monkeypatch.setattr("sweeper.search.study.alive", lambda trial: False)
+    for wanted in (4, 6):
+        go(axes, n_trials=wanted)
+        assert len(bowl.trained) == wanted
+        (one,) = studies(study)
+        assert sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in one.get_trials()) == wanted
+
+
+@pytest.mark.parametrize("axis", ["method.dropout=interval(0,0.9)", "rank=int(interval(4,30))"])
+def test_a_range_is_not_widened_to_what_no_run_can_use(
+    axis: str, go: Any, bowl: BowlEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(f"{__name__}.loss", lambda spec, share=1.0: 2 + spec.method.dropout - spec.rank / 100)
+    go(["experiment=smoke", "placement=attn", axis], n_trials=20, widen=2)
+    assert len(bowl.trained) == 20
+    assert "at the edge of its range" in capsys.readouterr().out
+
+
+def test_values_that_do_not_go_together_are_one_trial_and_not_the_end_of_all(
+    go: Any, bowl: BowlEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, every = "trainer.max_steps=tag(tune,choice(25,15))", "evaluation.every_steps=tag(tune,choice(5,20))"
+    axes = ["model=tiny_llama", "search=lr", "placement=attn", "rank=4", "optim.lr=1e-3", "trainer.patience=1"]
+    for _ in range(2):
+        go([*axes, steps, every], n_trials=4)
+        assert len(bowl.trained) == 3
+    out = capsys.readouterr().out
+    assert out.count("trainer.max_steps=15, evaluation.every_steps=20 cannot be tried: trainer.patience=1 counts") == 1
+    assert "every trial that the budget allows is done; nothing to train" in out
+
+
+def test_a_damaged_journal_is_named(go: Any, study: Settings) -> None:
+    study.folder.mkdir()
+    (study.folder / storage.JOURNAL).write_text("not\nJSON\n")
+    with pytest.raises(SpecError, match=r"search\.journal cannot be read"):
+        go(["experiment=smoke", LR], n_trials=2)
+
+
+def test_a_diverged_trial_is_the_worst_of_all(
+    go: Any, bowl: BowlEngine, study: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
     bowl.diverge = lambda spec: spec.optim.lr >= 1e-2
     chosen = go(["experiment=smoke", "placement=attn", "rank=4", LR], n_trials=8)
     assert all(one.spec["optim"]["lr"] < 1e-2 for one in chosen.values())
     (one,) = studies(study)
     values = {t.params["optim.lr"]: t.value for t in one.get_trials()}
     assert all((value == math.inf) == (lr >= 1e-2) for lr, value in values.items())
+    told = [line for line in capsys.readouterr().out.splitlines() if "attn r4 trial" in line]
+    assert sum("): diverged; best" in line for line in told) == sum(lr >= 1e-2 for lr in values) > 0
+    assert "inf" not in "".join(told)
 
 
 def test_a_trial_whose_cost_was_not_measured_failed(go: Any, study: Settings) -> None:
@@ -362,12 +414,15 @@ def test_at_most_a_quarter_of_the_trials_run_before_the_first_is_known(go: Any, 
         ({"sampler": "foo"}, "hydra.sweeper.sampler=foo: no such sampler. Choose from tpe, gp, "),
         ({"pruner": "foo"}, "no such pruner"),
         ({"n_trials": 0}, "must be at least 1"),
+        ({"max_seconds": math.nan}, "hydra.sweeper.max_seconds=nan: must be at least 0"),
         ({"objectives": ("nll",)}, "choose from validation.nll"),
         ({"direction": ("down",)}, "choose minimize or maximize"),
         ({"direction": ("minimize", "maximize")}, "give one for each objective"),
         ({"objectives": ("validation.nll", "train_flops"), "pruner": "asha"}, "pruning needs a single objective"),
         ({"objectives": ("train_flops",), "pruner": "asha"}, "does not change while a run trains"),
         ({"objectives": ("validation.nll", "train_flops"), "confirm_seeds": (1,)}, "no single best trial"),
+        ({"confirm_seeds": (1, 1)}, r"hydra.sweeper.confirm_seeds=\[1, 1\]: give each once"),
+        ({"confirm_seeds": (-1,)}, r"seeds are in \[0, 2\*\*31\)"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: str) -> None:
@@ -389,7 +444,10 @@ def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: st
          {"objectives": ("validation.final_number",)}, "give evaluation.generate=true"),
         ([LR, "dataset.metrics=[choice_accuracy]", "evaluation.every_steps=1"],
          {"objectives": ("validation.choice_accuracy",), "pruner": "asha"}, "scored at its end: prune on"),
+        (["rank=tag(tune,choice(4,100))"], {}, "rank=100 is above the size of .*: choose at most"),
+        (["rank=int(interval(4,8))", "placement.layers=tag(tune,choice(all,first:9))"], {}, "this model has 4 layers"),
         ([LR], {"sampler_options": {"foo": 1}}, "sampler_options: .*foo"),
+        ([LR], {"sampler_options": {"n_startup_trials": "a"}}, "sampler_options: .*not supported between .*int.*str"),
         ([LR], {"storage": "postgresql+psycopg://localhost:1/none"}, "the database cannot be used"),
         ([LR], {"storage": "sqlite:////nowhere/searches.db"}, r"cannot be used \(/nowhere is no folder that can be"),
         ([LR], {"storage": f"sqlite:///{__file__}"}, "cannot be used .*file is not a database"),
@@ -403,6 +461,15 @@ def test_a_search_that_cannot_work_is_refused_before_it_begins(
     with pytest.raises(Problems, match=line):
         planning.make(found.arms, study, SearchSettings(**search))
     assert not study.folder.exists()
+
+
+def test_a_cost_that_is_not_measured_is_no_objective(composer: Any, study: Settings) -> None:
+    found, search = (
+        compose.expand(["experiment=smoke", LR], composer),
+        SearchSettings(objectives=("train_seconds_solo",)),
+    )
+    with pytest.raises(Problems, match=r"train_seconds_solo is measured on a run alone: give sweep\.calibrate=true"):
+        planning.make(found.arms, dataclasses.replace(study, calibrate=False), search)
 
 
 def test_a_dry_run_looks_for_the_database_and_writes_nothing_to_it(

@@ -176,6 +176,18 @@ def test_the_live_view_of_a_search_has_a_line_an_arm_and_one_a_running_trial(sea
     assert "1/4" in text
 
 
+def test_arms_that_a_small_terminal_has_no_room_for_are_counted(
+    make_spec: Callable[..., RunSpec], searched: Plan
+) -> None:
+    space = searched.arms[0].space
+    arms = [dataclasses.replace(arm, space=space) for arm in grouped([make_spec(rank=rank) for rank in range(1, 8)])]
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=8, record=True)
+    console.print(display.LiveDisplay(Board.of(dataclasses.replace(searched, arms=tuple(arms))), console).render())
+    text = console.export_text()
+    assert [f"r{rank} " in text for rank in range(1, 8)] == [True] * 4 + [False] * 3
+    assert "and 3 more arms" in text
+
+
 def test_trials_not_asked_for_yet_count_in_the_time_to_go(searched: Plan) -> None:
     clock = Clock()
     board = Board.of(searched, clock, wanted=8)

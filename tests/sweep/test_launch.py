@@ -100,6 +100,13 @@ def test_ctrl_c_once_stops_after_the_step_and_resumes(specs: tuple[RunSpec, ...]
     assert engine.trained == [spec.run_id for spec in specs]
 
 
+def test_what_failed_before_a_stop_is_not_done(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
+    engine.fail, engine.stop_after = {specs[0].run_id}, 6  # in the third run
+    engine.interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped with 1 of 4 runs done; the same command trains the other 3"):
+        launch.train(grouped(specs), study, engine=engine)
+
+
 def test_ctrl_c_while_the_last_runs_train_is_no_failure(
     specs: tuple[RunSpec, ...], study: Settings, engine: Any
 ) -> None:
