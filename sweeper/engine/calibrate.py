@@ -5,6 +5,7 @@ the record. The measurement is kept on disk, since an arm of the same shape on t
 same again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -60,7 +61,8 @@ def measure(base: BaseModel, job: Job, pack_options: dict[str, Any], cache: Path
         pass
     steps = max(job.steps, MOST_WARM + TIMED_STEPS)  # a run may be shorter than what is measured
     found = _measure(base, dataclasses.replace(job, done=0, tokens=0, state=None, steps=steps), pack_options)
-    write_atomically(path, json.dumps(dataclasses.asdict(found)))
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
+        write_atomically(path, json.dumps(dataclasses.asdict(found)))
     return found
 
 

@@ -101,14 +101,17 @@ def find(base: BaseModel, question: Question, cache: Path) -> Probe:
         ModelError: it does not fit in memory, or its scores are no numbers or all 0.
     """
     path = cache / f"{question.key(base)}.json"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
+            cache.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(path.with_suffix(".lock")))
         try:
             return Probe(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             pass
         found = measure(base, question)
-        write_atomically(path, json.dumps(dataclasses.asdict(found)))
+        with contextlib.suppress(OSError):
+            write_atomically(path, json.dumps(dataclasses.asdict(found)))
     return found
 
 

@@ -80,7 +80,8 @@ class Session:
     def _turn(self, source: Source) -> Generator[Made, None, bool]:
         """Trains runs of one model that can share a pack; returns False where there are none left."""
         kinds = list(source.outlook())
-        specs = [*(kind.spec for kind in kinds), *(request.spec for request in self.strays)]
+        # strays first: what is yet to come may wait for them
+        specs = [request.spec for request in self.strays] or [kind.spec for kind in kinds]
         wanted = sorted({model_key(spec) for spec in specs})
         if not wanted:
             return False
@@ -129,7 +130,7 @@ class Session:
     def _alike(
         self, loaded: Loaded, source: Source, kinds: Sequence[Kind], strays: Sequence[RunRequest]
     ) -> Generator[Made, None, list[tuple[dict[str, Any], list[Kind], list[Prepared], list[Prepared]]]]:
-        """What can share a pack: options of the pack, kinds, a run prepared of each, and prepared strays."""
+        """What can share a pack: its options, kinds, a run prepared of each, and prepared strays; those first."""
         groups: dict[tuple[Any, ...], tuple[list[Kind], list[Prepared], list[Prepared]]] = {}
         for kind in kinds:
             sample = RunRequest(run_id=kind.spec.run_id, spec=kind.spec, folder=self.context.settings.folder / "-")
@@ -153,7 +154,7 @@ class Session:
                 yield from self._refuse(source, [], [request], error)
                 continue
             groups.setdefault(pack_key_of(run), ([], [], []))[2].append(run)
-        return [(dict(key), *groups[key]) for key in sorted(groups)]
+        return [(dict(key), *groups[key]) for key in sorted(groups, key=lambda key: (not groups[key][2], key))]
 
     def _train_alike(
         self, loaded: Loaded, source: Source, options: dict[str, Any], kinds: list[Kind], probes: list[Prepared],

@@ -234,6 +234,13 @@ def test_a_probe_is_kept_on_disk(
     assert probe.find(base, bounded, tmp_path) == first
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(load: Make, make_examples: Make, tmp_path: Path) -> None:
+    base = load("llama")
+    (tmp_path / "file").touch()
+    asked = question(base, make_examples(0))
+    assert probe.find(base, asked, tmp_path / "file" / "probes").scores == probe.measure(base, asked).scores
+
+
 def test_scores_that_are_no_numbers_are_refused(load: Make, make_examples: Make) -> None:
     base = copied(load("llama"))
     probe.verified_head(base)

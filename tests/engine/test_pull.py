@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from sweeper import record
+from sweeper import record, tasks
 from sweeper.arms import Arm, Dimension
-from sweeper.engine import train_runs
+from sweeper.engine import session, train_runs
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage
 from sweeper.engine.requests import Kind, Pulled, RunRequest
-from sweeper.errors import RunsFailed
+from sweeper.errors import DataError, RunsFailed
 from sweeper.search.settings import SearchSettings
-from sweeper.spec import RunSpec, Settings
+from sweeper.spec import DatasetSpec, RunSpec, Settings
 from sweeper.sweep import launch
 
 
@@ -138,6 +138,19 @@ def test_a_run_of_another_model_waits_until_its_model_is_loaded(play: Any, make_
     assert sum(isinstance(event, Stage) and "loading" in event.message for event in events) == 2
 
 
+@pytest.mark.parametrize("what", ["batch size", "model"])
+def test_what_was_put_off_goes_first_where_all_else_waits_for_it(
+    what: str, play: Any, make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other: dict[str, Any] = {"trainer": {"max_steps": 2, "batch_size": 7}}
+    if what == "model":
+        other = {"model": {"name": "shallow", "config": {**make_run("attn").model.config, "num_hidden_layers": 1}}}
+    monkeypatch.setattr(session.time, "sleep", lambda _: pytest.fail("nothing moves"))
+    specs = [make_run("attn", trainer={"max_steps": 2}), make_run("attn", **other), make_run("ff")]
+    play(specs, "waiting", at_once=1)
+    assert len(list((tmp_path / "waiting").glob("*/record.json"))) == 3
+
+
 def tuned(make_run: Callable[..., RunSpec], name: str) -> Arm:
     space = (Dimension(key="optim.lr", kind="float", low=1e-4, high=1e-1, log=True),)
     changes: dict[str, Any] = {"trainer": {"max_steps": 12}, "evaluation": {"every_steps": 3}}
@@ -174,12 +187,20 @@ def test_a_tuned_value_no_run_can_have_fails_its_trials_and_no_other(
 ) -> None:
     """What is wrong with these comes out only when their data is read."""
     monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path / "cache"))
+    read = tasks.load
+
+    def torn(spec: DatasetSpec) -> Any:
+        if spec.split_seed == 1:
+            raise DataError("a file is damaged")
+        return read(spec)
+
+    monkeypatch.setattr(tasks, "load", torn)
     settings = Settings(study="search", output_root=str(tmp_path), device="cpu", calibrate=False)
-    space = (Dimension(key="dataset.template", kind="choice", choices=("plain", "none")),)
+    space = (Dimension(key="dataset.split_seed", kind="choice", choices=(0, 1)),)
     arm = Arm(
         defaults=(make_run("attn"),), space=space,
-        make=lambda params, seed: make_run("attn", dataset={"template": params["dataset.template"]}, seed=seed),
+        make=lambda params, seed: make_run("attn", dataset={"split_seed": params["dataset.split_seed"]}, seed=seed),
     )  # fmt: skip
-    with pytest.raises(RunsFailed, match="template"):
+    with pytest.raises(RunsFailed, match="a file is damaged"):
         launch.train([arm], settings, SearchSettings(n_trials=2))
     assert sorted(one.status for one in record.records(settings.folder)) == ["completed", "failed"]

@@ -250,6 +250,16 @@ def test_solo_figures_come_from_a_calibration_that_is_kept(specs: list[RunSpec],
     alike(tmp_path / "plain", tmp_path / "one", specs[:2])
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(
+    specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path / "file" / "cache"))
+    run_all(specs[:1], calibrate=True)
+    (found,) = trained(tmp_path / "study", specs[:1])
+    assert found.efficiency.train_seconds_solo is not None
+
+
 def test_no_steps_leave_the_base_model(make_run: Any, run_all: Any, tmp_path: Path) -> None:
     """A fresh adapter is the identity, and there is nothing to calibrate."""
     spec = make_run("full", trainer={"max_steps": 0})
