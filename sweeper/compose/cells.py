@@ -133,8 +133,8 @@ def _compose(fixed: Sequence[str], chosen: Sequence[str], composer: Composer, pr
 def _blame(override: Override, composer: Composer, good: Sequence[str], error: SpecError) -> str:
     if "Could not override" in str(error):
         cfg, key, value = composer.compose(good), override.key_or_group, override.value()
-        if isinstance(value, dict):  # a mapping is merged: one of its fields is not there
-            known = OmegaConf.select(cfg, key) or {}
+        known = OmegaConf.select(cfg, key)
+        if isinstance(value, dict) and known:  # a mapping is merged: one of its fields is not there
             key = next((f"{key}.{name}" for name in value if name not in known), key)
         return _no_such_field(key, plain_of(cfg, []))
     return str(error)
@@ -153,8 +153,8 @@ def _no_such_field(key: str, plain: Plain) -> str:
         path.append(part)
     choices = [".".join([*path, name]) for name in node if name != "options"]
     if isinstance(node.get(leaf), dict):
-        whole, keys = ".".join([*path, leaf]), ", ".join(node[leaf]) or "none"
-        return f"{whole} has the keys {keys}; where it takes others, they are added with '+{whole}={{...}}'"
+        whole = ".".join([*path, leaf])
+        return f"{whole} has no keys yet; where it takes any, they are added with '+{whole}={{...}}'"
     if not choices:
         return f"{'.'.join([*path, leaf])}: no such field; {'.'.join(path)} has none here."
     return no_such_field(".".join([*path, leaf]), choices)
