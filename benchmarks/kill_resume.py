@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 COMMAND = [
-    "-m", "experiment=smoke", "placement=attn,ff", "rank=4", "seed=0,1", "optim.lr=tag(log,interval(1e-4,1e-1))",
+    "-m", "experiment=smoke", "placement=attn,ff", "rank=4", "seed=0,1", "optim.lr=tag(log,interval(1e-4,1e-2))",
     "hydra.sweeper.n_trials=6", "hydra.sweeper.sampler=random", "trainer.max_steps=24", "evaluation.every_steps=8",
     "hydra.sweeper.confirm_seeds=[2]", "sweep.checkpoint_seconds=0.2", "sweep.calibrate=false", "sweep.max_pack=3",
 ]  # fmt: skip
