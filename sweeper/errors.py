@@ -72,3 +72,14 @@ def no_such_field(name: str, choices: Iterable[str]) -> str:
     'optim.lrr: no such field. Choose from optim.eps, optim.lr. Did you mean optim.lr?'
     """
     return unknown("field", name, choices).removeprefix("field=")
+
+
+def gist(error: BaseException, most: int = 300) -> str:
+    """All that an error of a library says, fit for one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says; the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import record
 from sweeper.adapters import peft_models
-from sweeper.errors import DataError, SpecError, unknown
-from sweeper.models.files import first_line
+from sweeper.errors import DataError, SpecError, gist, unknown
 from sweeper.rescoring.rescore import Saved
 from sweeper.spec import MethodSpec, to_mapping
 
@@ -156,7 +155,7 @@ def _combined(model: Any, shares: Sequence[float], asked: Combination) -> "dict[
                 majority_sign_method=asked.majority_sign,
             )  # fmt: skip
     except (ValueError, RuntimeError, KeyError) as error:
-        reason = first_line(error)
+        reason = gist(error)
         peft_models.remove(model)
         raise DataError(f"combine --method {asked.method}: PEFT cannot: {reason}") from error
     found = {}

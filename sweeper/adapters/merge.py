@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import record
 from sweeper.adapters import peft_models
-from sweeper.errors import DataError, ModelError
-from sweeper.models.files import first_line
+from sweeper.errors import DataError, ModelError, gist
 from sweeper.rescoring.rescore import Saved
 from sweeper.spec import Precision
 
@@ -54,7 +53,7 @@ def _merged(model: Any) -> Any:
     try:
         return model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
-        raise DataError(f"merge: PEFT cannot: {first_line(error)}") from error
+        raise DataError(f"merge: PEFT cannot: {gist(error)}") from error
 
 
 def _ids(base: "BaseModel") -> "torch.Tensor":

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper.errors import DataError
-from sweeper.models.files import first_line, quiet
+from sweeper.errors import DataError, gist
+from sweeper.models.files import quiet
 from sweeper.record import WEIGHTS
 from sweeper.rescoring import rescore
 
@@ -58,7 +58,7 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             if model is not None:
                 remove(model)
-            raise DataError(f"{folder}: PEFT cannot load it: {first_line(error)}") from error
+            raise DataError(f"{folder}: PEFT cannot load it: {gist(error)}") from error
     return model.eval()
 
 

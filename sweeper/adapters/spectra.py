@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import record
 from sweeper.adapters import peft_models
-from sweeper.errors import DataError, SpecError
-from sweeper.models.files import first_line
+from sweeper.errors import DataError, SpecError, gist
 from sweeper.rescoring.rescore import Saved
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def _of_adapter(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced
                 found[name] = _reduced(layer.get_base_layer(), targets[name], _of_layer(layer), look)
         return found
     except (ValueError, NotImplementedError) as error:
-        raise DataError(f"spectra: {run.folder}: PEFT cannot merge it: {first_line(error)}") from error
+        raise DataError(f"spectra: {run.folder}: PEFT cannot merge it: {gist(error)}") from error
     finally:
         peft_models.remove(model)
 

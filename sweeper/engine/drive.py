@@ -18,7 +18,7 @@ from sweeper.engine.loaded import Loaded
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.progress import Progress
 from sweeper.engine.run_queue import RunQueue
-from sweeper.models.files import first_line
+from sweeper.errors import gist
 from sweeper.spec import RunSpec
 
 Made = Event | Callable[[], Event | None]  # an event, or what the reader of events does (and perhaps makes one of)
@@ -235,7 +235,7 @@ class Drive:
             try:
                 checkpoint.save(progress.request.folder, state, progress.saved())
             except (OSError, SafetensorError) as error:
-                yield Stage(message=f"{job.run_id}: its checkpoint cannot be written: {first_line(error)}")
+                yield Stage(message=f"{job.run_id}: its checkpoint cannot be written: {gist(error)}")
 
     def _ended(self) -> list[tuple[int, Job]]:
         """Runs that go no further, and of which every step is known."""

@@ -20,6 +20,7 @@ from sweeper.engine.export import write_adapter
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest
+from sweeper.errors import first_line
 from sweeper.models import total_parameters
 from sweeper.models.architecture import Target
 from sweeper.record import (
@@ -260,7 +261,6 @@ class Progress:
 
     def write_failure(self, settings: Settings, error: BaseException, environment: Mapping[str, Any]) -> Record:
         """Records that the run failed, with the class and the first line of the message."""
-        text = str(error).strip() or type(error).__name__
         record = Record(
             run_id=self.request.run_id,
             study=settings.study,
@@ -269,7 +269,7 @@ class Progress:
             steps=self._done,
             environment=environment,
             search=self.request.search,
-            error={"class": type(error).__name__, "message": text.splitlines()[0][:500]},
+            error={"class": type(error).__name__, "message": first_line(error)[:500]},
             started=self.started,
             finished=_now(),
         )

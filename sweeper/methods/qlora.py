@@ -10,7 +10,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sweeper.errors import SpecError
+from sweeper.errors import SpecError, first_line
 from sweeper.tasks.package import is_installed
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def quantised(base: "BaseModel", device: "torch.device") -> "BaseModel":
         except (RuntimeError, NotImplementedError, AssertionError) as error:
             raise SpecError(
                 f"method=qlora: bitsandbytes {bnb.__version__} cannot quantise {target.name} on {device}: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
         if wrong:
             raise SpecError(

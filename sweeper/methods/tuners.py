@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from sweeper.engine.bank.alone import AloneSpec, Trainee, on_host, twin
-from sweeper.errors import SpecError, unknown
+from sweeper.errors import SpecError, gist, unknown
 from sweeper.methods import qlora
 from sweeper.methods.method import Method, Ranks, lora_parameters, trained_alone
 from sweeper.methods.peft_config import lora_config, places
 from sweeper.methods.prompts import Prompted
 from sweeper.models import BaseModel, learned_positions
-from sweeper.models.files import first_line, quiet
+from sweeper.models.files import quiet
 from sweeper.spec import MethodSpec, RunSpec
 from sweeper.tasks.package import is_installed
 
@@ -50,7 +50,7 @@ class Tuned(Trainee):
             with quiet(), _unwarned(), contextlib.redirect_stderr(io.StringIO()):  # some draw progress bars
                 self.peft = make(peft)
         except (ValueError, TypeError, NotImplementedError, AssertionError, KeyError, AttributeError) as error:
-            raise SpecError(f"PEFT refuses: {first_line(error)}") from error
+            raise SpecError(f"PEFT refuses: {gist(error)}") from error
         self.config = self.peft.peft_config[NAME]
         if self.cast:
             dtype = next(self.base.model.parameters()).dtype
@@ -210,7 +210,7 @@ def _tuner_config(spec: RunSpec, ranks: Ranks, base: BaseModel) -> Any:
         with _unwarned():
             return kind(**chosen)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"method.options.arguments: {first_line(error)}") from error
+        raise SpecError(f"method.options.arguments: {gist(error)}") from error
 
 
 def _check_adalora(spec: RunSpec) -> None:

@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sweeper.errors import ModelError, SpecError
+from sweeper.errors import ModelError, SpecError, gist
 from sweeper.models.architecture import Target, structure
-from sweeper.models.files import byte_tokenizer, converted_folder, first_line, folder, gguf_file, quiet, random_config
+from sweeper.models.files import byte_tokenizer, converted_folder, folder, gguf_file, quiet, random_config
 from sweeper.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -271,4 +271,4 @@ def _failure(spec: ModelSpec, what: str, error: Exception) -> ModelError:
             f"model={spec.name}: {spec.location} brings code of its own, which is not run unless "
             "model.trust_remote_code=true"
         )
-    return ModelError(f"model={spec.name}: {what}: {first_line(error)}")
+    return ModelError(f"model={spec.name}: {what}: {gist(error)}")

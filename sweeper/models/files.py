@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper.errors import ModelError, unknown
+from sweeper.errors import ModelError, gist, unknown
 from sweeper.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def converted(location: str) -> Path:
     except OSError as error:
         raise ModelError(
             f"model.location={location}: cannot write the converted model to {final.parent} "
-            f"({first_line(error)}). Set SWEEPER_CACHE to a folder with room for it."
+            f"({gist(error)}). Set SWEEPER_CACHE to a folder with room for it."
         ) from error
     return final
 
@@ -127,7 +127,7 @@ def random_config(spec: ModelSpec) -> "PretrainedConfig":
     try:
         config = AutoConfig.for_model(spec.location, **given)
     except Exception as error:
-        raise ModelError(f"model={spec.name}: model.config cannot be used: {first_line(error)}") from error
+        raise ModelError(f"model={spec.name}: model.config cannot be used: {gist(error)}") from error
     if config.vocab_size < len(tokenizer):
         raise ModelError(f"model.config.vocab_size must be at least {len(tokenizer)}, got {config.vocab_size}")
     return config
@@ -167,12 +167,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def first_line(error: BaseException, most: int = 300) -> str:
-    """What an error of a library says, fit for one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
 def _convert(source: Path, final: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -188,7 +182,7 @@ def _convert(source: Path, final: Path) -> None:
                 tokenizer = AutoTokenizer.from_pretrained(source.parent, **arguments)
                 model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **arguments)
             except Exception as error:
-                raise ModelError(f"{source} cannot be dequantised: {first_line(error)}") from error
+                raise ModelError(f"{source} cannot be dequantised: {gist(error)}") from error
             # the weights are plain now, and save_pretrained refuses what still says it is quantised
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
@@ -235,9 +229,9 @@ def _hub_folder(spec: ModelSpec, *, weights: bool) -> Path:
     except RepositoryNotFoundError:
         why = "is not on the hub, or private (log in with `hf auth login`)"
     except HfHubHTTPError as error:
-        why = f"cannot be fetched from the hub ({first_line(error)})"
+        why = f"cannot be fetched from the hub ({gist(error)})"
     except Exception as error:  # the hub's client raises its HTTP library's own errors, which differ by version
-        why = f"is not in the local hub cache and the hub cannot be reached ({first_line(error)})"
+        why = f"is not in the local hub cache and the hub cannot be reached ({gist(error)})"
     raise ModelError(f"model={spec.name}: {spec.location} {why}. {_otherwise()}")
 
 

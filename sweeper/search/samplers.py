@@ -10,7 +10,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.arms import Arm, Dimension, Space, short_hash
-from sweeper.errors import SpecError
+from sweeper.errors import SpecError, first_line
 from sweeper.search.settings import SearchSettings
 
 
@@ -90,7 +90,7 @@ def try_sampler(settings: SearchSettings, space: Space) -> None:
         for _ in range(2 if settings.sampler_options else 0):
             study.tell(study.ask(distributions(space)), values)
     except (TypeError, ValueError, AttributeError) as error:
-        raise SpecError(f"hydra.sweeper.sampler_options: {str(error).strip().splitlines()[0]}") from None
+        raise SpecError(f"hydra.sweeper.sampler_options: {first_line(error)}") from None
 
 
 def make_pruner(settings: SearchSettings, arm: Arm) -> optuna.pruners.BasePruner:
@@ -119,7 +119,7 @@ def _made(what: str, kind: Callable[..., Any], options: Mapping[str, Any]) -> An
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return kind(**options)
     except (TypeError, ValueError, ImportError) as error:
-        raise SpecError(f"hydra.sweeper.{what}_options: {str(error).strip().splitlines()[0]}") from None
+        raise SpecError(f"hydra.sweeper.{what}_options: {first_line(error)}") from None
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:

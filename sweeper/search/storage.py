@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeper.errors import SpecError
+from sweeper.errors import SpecError, first_line
 from sweeper.search.settings import SearchSettings
 
 JOURNAL = "search.journal"
@@ -79,7 +79,7 @@ def reach(url: str) -> None:
 
 
 def _unusable(error: Exception) -> SpecError:
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     return SpecError(f"hydra.sweeper.storage: the database cannot be used ({reason})")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from sweeper import naming
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Step
-from sweeper.errors import SpecError, unknown
+from sweeper.errors import SpecError, first_line, unknown
 from sweeper.record import TENSORBOARD, Record
 from sweeper.spec import Settings, to_mapping
 
@@ -172,7 +172,7 @@ def _wandb(study: Path, options: Mapping[str, Any]) -> OpenLog:
                 settings=wandb.Settings(silent=True),
             )
         except wandb.errors.Error as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise SpecError(
                 f"tracking=wandb cannot begin a run: {reason}. WANDB_MODE=offline needs no network."
             ) from error

@@ -24,7 +24,7 @@ from ray.exceptions import RayActorError, RayError
 
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage
 from sweeper.engine.requests import Kind, Pulled
-from sweeper.errors import SweeperError
+from sweeper.errors import SweeperError, first_line
 from sweeper.spec import Settings
 from sweeper.sweep.scheduler import Outcome, Scheduler, stop_on_signal
 
@@ -322,7 +322,7 @@ def _connected(ray_settings: RaySettings) -> Iterator[None]:
                 logging_level=logging.ERROR,
             )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise NoWorkers(f"hydra.launcher.address={ray_settings.address}: {str(error).splitlines()[0]}") from None
+            raise NoWorkers(f"hydra.launcher.address={ray_settings.address}: {first_line(error)}") from None
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sweeper.errors import DataError
+from sweeper.errors import DataError, first_line
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.package import require
@@ -121,7 +121,7 @@ def read(spec: DatasetSpec) -> Tables:
                 "use a dataset that needs no network (icd10_chapter, gsm_symbolic, jsonl) or a folder as dataset.path"
             ) from None
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"dataset={spec.name}: {spec.path} cannot be loaded: {_first_line(error)}") from None
+            raise DataError(f"dataset={spec.name}: {spec.path} cannot be loaded: {first_line(error)}") from None
     names = spec.options.get("splits") or {split: split for split in SPLITS if split in source}
     missing = [f"{ours}: {theirs}" for ours, theirs in names.items() if theirs not in source]
     if missing or "train" not in names:
@@ -147,9 +147,9 @@ def _offline_if_unreachable(spec: DatasetSpec) -> Iterator[None]:
     try:
         huggingface_hub.HfApi().dataset_info(str(spec.path), revision=spec.options.get("revision"), timeout=10)
     except HfHubHTTPError as error:
-        raise DataError(f"dataset={spec.name}: the hub refuses {spec.path}: {_first_line(error)}") from None
+        raise DataError(f"dataset={spec.name}: the hub refuses {spec.path}: {first_line(error)}") from None
     except ValueError as error:
-        raise DataError(f"dataset={spec.name}: {spec.path} is no folder and no hub id: {_first_line(error)}") from None
+        raise DataError(f"dataset={spec.name}: {spec.path} is no folder and no hub id: {first_line(error)}") from None
     except Exception:  # whatever the HTTP library of the day raises when nothing answers
         before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -198,7 +198,3 @@ def _without_overlap(examples: list[Example], marked: Mapping[str, str]) -> list
         seen.update(("prompt", prompt_key(e.prompt)) for e in part)
         kept += part
     return kept
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
