@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,19 +22,16 @@ pytestmark = [
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[str]:
+def database() -> Iterator[str]:
     """URL of a new server that lives as long as the test."""
     pytest.importorskip("psycopg")
     programs = PROGRAMS[-1].parent if PROGRAMS else Path(str(shutil.which("initdb"))).parent
     root = os.geteuid() == 0  # the server refuses to run as root
     user = "postgres" if root else pwd.getpwuid(os.geteuid()).pw_name
-    folder = tmp_path / "postgres"
-    folder.mkdir()
+    # not in pytest's folder, which another pytest that starts meanwhile closes to other users
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
     if root:
         shutil.chown(folder, user)
-        for parent in folder.parents:
-            if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001:
-                parent.chmod(parent.stat().st_mode | 0o011)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,6 +50,7 @@ def database(tmp_path: Path) -> Iterator[str]:
         yield f"postgresql+psycopg://sweeper@127.0.0.1:{port}/postgres"
     finally:
         call("pg_ctl", "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(folder)
 
 
 def test_two_drivers_share_the_trials_and_none_is_run_twice(database: str, root: Path, tmp_path: Path) -> None:
