@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sweeper import methods
+from sweeper.engine.bank.alone import twin
 from sweeper.engine.bank.forms import AdapterSpec, Form
 from sweeper.engine.bank.vera import draw
 from sweeper.methods import peft_config, vera
+from sweeper.methods.weights import load_weights
+from sweeper.models import BaseModel
+from sweeper.models.files import quiet
 from sweeper.ranks.placement import Target
-from sweeper.record import ADAPTER, replacing_folder
+from sweeper.record import ADAPTER, WEIGHTS, replacing_folder
 from sweeper.spec import RunSpec
 
 
@@ -42,6 +47,22 @@ def write_adapter(
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(plain, indent=1) + "\n")
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def as_stock(base: BaseModel, run: Path) -> Any:
+    """What a run left, as others load it: stock PEFT around a twin of the base, or a twin with the run's own weights.
+
+    The base may have no pack on it.
+    """
+    from peft import PeftModel
+
+    model = twin(base.model)
+    if (run / WEIGHTS).is_dir():
+        load_weights(model, run / WEIGHTS)
+        return model.eval()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
+        return PeftModel.from_pretrained(model, str(run / ADAPTER), torch_device=str(base.model.device)).eval()
 
 
 def _lora(targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:

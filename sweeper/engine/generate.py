@@ -1,6 +1,5 @@
-"""Greedy text from every adapter of a pack at once, with a KV cache."""
+"""Greedy text from every adapter of a pack at once."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor
 from sweeper.device import free_bytes
 from sweeper.engine.pack import Pack
 from sweeper.models import learned_positions
+from sweeper.models.forward import CachedDecoding, WholeDecoding
 
 CACHE_SHARE = 0.3  # of the free memory of a GPU, for the KV cache
 STOP_EVERY = 8  # generated tokens between two looks for stop strings
@@ -35,7 +35,10 @@ def generate(
     rows: int,
     stop_strings: Sequence[str] = (),
 ) -> list[list[Generated]]:
-    """Greedy continuations of every prompt for each of `slots`, all adapters at once, with a KV cache.
+    """Greedy continuations of every prompt for each of `slots`, all adapters at once.
+
+    Through a key-value cache where the model's verdict says that it gives the numbers of whole rows; else every token
+    is computed again at each step.
 
     Args:
         rows: sequences of one adapter in a batch.
@@ -68,8 +71,6 @@ def cut(text: str, stop_strings: Sequence[str]) -> tuple[str, bool]:
 
 
 def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids, stop_strings=()) -> list[Generated]:
-    from transformers import DynamicCache
-
     length = max(map(len, prompts))
     ids = torch.zeros(len(prompts), length, dtype=torch.int64)
     mask = torch.zeros(len(prompts), length, dtype=torch.int64)
@@ -79,32 +80,31 @@ def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids, stop_stri
     ids, mask = (t.repeat(len(slots), 1).to(pack.device) for t in (ids, mask))
     stops = torch.tensor(list(stop_ids), device=pack.device)
     pack.use_lanes(slots)
-    cache = DynamicCache(config=pack.model.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    lengths = mask.sum(1)
+    decoding: CachedDecoding | WholeDecoding
+    if pack.base.verdict.cached:
+        decoding = CachedDecoding(pack.bank.decoder, pack.model, ids, mask)
+    else:
+        decoding = WholeDecoding(pack.hidden, ids, mask)
     done = torch.zeros(len(ids), dtype=torch.bool, device=pack.device)
     written: list[Tensor] = []
-    takes_positions = "position_ids" in inspect.signature(pack.model.base_model.forward).parameters
     most = learned_positions(pack.base.spec)
     room = math.inf if most is None else most - getattr(pack.bank.decoder, "virtual", 0)
     window = STOP_EVERY + max((len(text.encode()) for text in stop_strings), default=0)
     for count in range(1, max_new_tokens + 1):
-        pack.bank.lanes.tokens = ids.shape[1]
-        where = {"position_ids": positions} if takes_positions else {}
-        out = pack.bank.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
-        token = pack.head.logits(out.last_hidden_state[:, -1]).argmax(-1)
+        pack.bank.lanes.tokens = decoding.tokens
+        token = pack.head.logits(decoding.hidden()).argmax(-1)
         written.append(torch.where(done, stops[0], token))
         done |= torch.isin(token, stops)
         if stop_strings and count % STOP_EVERY == 0:
             tails = torch.stack(written[-window:], dim=1).tolist()
             ended = [cut(text, stop_strings)[1] for text in pack.base.tokenizer.batch_decode(tails)]
             done |= torch.tensor(ended, device=pack.device)
-        ids, positions = token[:, None], positions[:, -1:] + 1
         if math.isfinite(room):
-            done |= positions[:, 0] >= room
-            positions = positions.clamp(max=room - 1)
+            done |= lengths + count > room
         if bool(done.all()):
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        decoding.append(token, None if most is None else int(room))
     ends = set(stop_ids)
     texts = []
     for number, row in enumerate(torch.stack(written, dim=1).tolist()):

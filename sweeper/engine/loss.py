@@ -7,12 +7,14 @@ Shapes: L lanes, K target tokens a lane (padded), D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sweeper.engine.bank.lowrank import ROW_STRIDE
+from sweeper.models.head import HeadForm, StockHead, apply
 
 CHUNK_LOGITS = 1 << 28  # logits held at once, in values
 
@@ -118,11 +120,15 @@ def token_loss(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float 
 
 @dataclass(frozen=True)
 class Head:
-    """How a model turns hidden states into logits: output matrix, soft cap (Gemma 2) and divisor (Granite)."""
+    """How a model turns hidden states into logits: `module`, then a divisor (Granite) and a soft cap (Gemma 2)."""
 
     module: nn.Module
-    softcap: float | None = None
-    divisor: float = 1.0
+    form: HeadForm = HeadForm()
+
+    @classmethod
+    def of(cls, model: Any, form: HeadForm) -> "Head":
+        """The head of a model whose verdict has this form."""
+        return cls(StockHead(model) if form.stock else model.get_output_embeddings(), form)
 
     def scores(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, TokenScores]:
         """Loss [L] = sum of weight * NLL, and the token scores.
@@ -131,7 +137,7 @@ class Head:
             hidden: [L*K, D] states that predict the targets. targets: [L, K] token ids.
             weights: [L, K] float32; 0 for padding.
         """
-        flat = (targets.flatten(), weights.flatten(), self.softcap, self.divisor)
+        flat = (targets.flatten(), weights.flatten(), self.form.softcap, self.form.divisor)
         if type(self.module) is nn.Linear:
             weight, bias = self.module.weight, self.module.bias
             trained = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -161,5 +167,4 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., D], as the stock model computes them."""
-        logits = self.module(hidden).float() / self.divisor
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return apply(self.module, self.form, hidden)

@@ -8,7 +8,6 @@ the gradients are those of runs alone.
 import contextlib
 import hashlib
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,8 @@ from sweeper.engine.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCo
 from sweeper.engine.compilation import compile_layers, decoder_layers, eager, uncompile_layers
 from sweeper.engine.loss import Head
 from sweeper.engine.transfer import Fetched, fetch
-from sweeper.errors import ModelError
 from sweeper.models import BaseModel
+from sweeper.models.forward import hidden_states
 from sweeper.spec import OptimSpec
 
 
@@ -114,7 +113,6 @@ class Pack:
     ) -> None:
         self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
         self.device, self.dtype = next(base.model.parameters()).device, next(base.model.parameters()).dtype
-        self.stock = verified_head(base)
         self.bank: Bank
         if isinstance(capacities, AloneSpec):
             self.bank = Alone(base, capacities, self.device)
@@ -170,7 +168,7 @@ class Pack:
     @property
     def head(self) -> Head:
         """The head of the model that the present lanes run through."""
-        return Head(self.bank.serving.get_output_embeddings(), self.stock.softcap, self.stock.divisor)
+        return Head.of(self.bank.serving, self.base.verdict.head)
 
     def free_slot(self, adapter: AdapterSpec | AloneSpec) -> int | None:
         """A slot that is empty and can hold an adapter of these ranks, or None."""
@@ -279,11 +277,10 @@ class Pack:
             )
             lanes.slots = held.copy_(torch.tensor(list(slots), dtype=torch.int32), non_blocking=True)
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Last hidden states [rows, T, D] of right-padded token ids [rows, T]."""
+    def hidden(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Last hidden states [rows, T, D] of token ids [rows, T], padded on the right from `lengths` [rows]."""
         self.bank.lanes.tokens = ids.shape[1]
-        with _no_padding_mask():
-            return self.bank.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden_states(self.bank.decoder, ids, lengths, self.base.verdict.padding)
 
     def scores(self, batch: Batch) -> Tensor:
         """NLL of every target token, and 1 where it is the likeliest, [2, L, K] float32; no gradients, no dropout."""
@@ -293,7 +290,7 @@ class Pack:
         return self._scores(batch.to(self.device))
 
     def _scores(self, batch: Batch) -> Tensor:
-        hidden = self.hidden(batch.ids)
+        hidden = self.hidden(batch.ids, batch.lengths)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
         _, found = self.head.scores(rows, batch.targets, batch.weights)
         return torch.stack([found.nll, found.correct.float()])
@@ -334,7 +331,7 @@ class Pack:
         return losses
 
     def _forward_backward(self, batch: Batch) -> Tensor:
-        hidden = self.hidden(batch.ids)
+        hidden = self.hidden(batch.ids, batch.lengths)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
         losses, _ = self.head.scores(rows, batch.targets, batch.weights)
         losses.sum().backward()
@@ -393,38 +390,6 @@ def _row(job: Job) -> list[float]:
     return row
 
 
-def verified_head(base: BaseModel) -> Head:
-    """The model's head as `Head`, checked once against the logits of the stock forward pass.
-
-    Raises:
-        ModelError: the stock model does something to its logits that `Head` does not know.
-    """
-    if base.model in _VERIFIED:
-        softcap, divisor = _VERIFIED[base.model]
-        return Head(base.model.get_output_embeddings(), softcap, divisor)
-    model, config = base.model, base.model.config
-    head = Head(
-        model.get_output_embeddings(),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        divisor=float(getattr(config, "logits_scaling", None) or 1.0),
-    )
-    ids = torch.arange(12, device=next(model.parameters()).device).view(1, -1) % config.vocab_size
-    with torch.no_grad(), eager():
-        stock = model(input_ids=ids, use_cache=False).logits.float()
-        ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
-    if not torch.allclose(stock, ours, rtol=tolerance, atol=tolerance * max(1.0, float(stock.abs().max()))):
-        raise ModelError(
-            f"model={base.spec.name}: {type(model).__name__} turns hidden states into logits in a way the engine does "
-            "not know (known: an output matrix, final_logit_softcapping, logits_scaling)"
-        )
-    _VERIFIED[model] = (head.softcap, head.divisor)
-    return head
-
-
-_VERIFIED: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[float | None, float]]" = weakref.WeakKeyDictionary()
-
-
 def _attention(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
     """The attention kernel to train with: torch's choice, except where its backward pass on a CPU is the slow one.
 
@@ -433,28 +398,3 @@ def _attention(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractC
     if device.type == "cpu" and dtype == torch.bfloat16:
         return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _no_padding_mask() -> Iterator[None]:
-    """Within it, models that attend by `sdpa` take their causal kernel and build no mask, not even while captured.
-
-    Right: rows are padded on the right, and a causal token never sees what follows. Local attention shorter than the
-    row still gets its mask.
-    """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
-
-    stock = masks["sdpa"]
-
-    def skip(*args: Any, **kwargs: Any) -> Any:
-        local, length = kwargs.get("local_size"), kwargs.get("kv_length")
-        behind = length is not None and kwargs.get("q_length", length) != length  # tokens that came before these
-        if not behind and (local is None or (length is not None and length < local)):
-            return None
-        return stock(*args, **kwargs)
-
-    masks["sdpa"] = skip
-    try:
-        yield
-    finally:
-        masks["sdpa"] = stock

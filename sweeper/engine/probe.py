@@ -36,10 +36,11 @@ from torch.nn import functional
 
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.compilation import eager
-from sweeper.engine.pack import verified_head
+from sweeper.engine.loss import Head
 from sweeper.errors import ModelError
 from sweeper.models import BaseModel, budget
 from sweeper.models.architecture import EMBEDDING, EXPERTS, HEAD, Target
+from sweeper.models.forward import hidden_states, inner_model
 from sweeper.ranks import spectrum
 from sweeper.ranks.importance import Probing
 from sweeper.record import write_atomically
@@ -117,7 +118,6 @@ def find(base: BaseModel, question: Question, cache: Path) -> Probe:
 
 def measure(base: BaseModel, question: Question) -> Probe:
     """Probes a base model that no pack is installed on. As `find`, without a cache."""
-    verified_head(base)  # before there are hooks that would see its check
     began = time.perf_counter()
     score = question.asked.score
     try:
@@ -160,7 +160,7 @@ def _look(
         observer.begin(mask, rows=max(ROWS // question.asked.batches, 1))
     ends = any(target.role == HEAD for target in question.targets)
     with torch.set_grad_enabled(score != "activation"):
-        hidden = base.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        hidden = hidden_states(inner_model(base.model), batch.ids, lengths, base.verdict.padding)
         if score != "activation":
             _loss(base, hidden, batch, whole=ends).backward()
         elif ends:
@@ -184,7 +184,7 @@ def _groups(question: Question) -> Iterator[list[Target]]:
 
 def _loss(base: BaseModel, hidden: Tensor, batch: Batch, *, whole: bool) -> Tensor:
     """The batch's weighted NLL; `whole` goes through the head as a module, so that a hook on it sees its gradient."""
-    head = verified_head(base)
+    head = Head.of(base.model, base.verdict.head)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
     if not whole:
         return head.scores(rows, batch.targets, batch.weights)[0].sum()

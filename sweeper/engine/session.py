@@ -22,7 +22,7 @@ from sweeper.engine.drive import Drive, Made
 from sweeper.engine.events import Event, Stage
 from sweeper.engine.loaded import Loaded
 from sweeper.engine.memory import MOST, runs_that_fit
-from sweeper.engine.pack import Pack, verified_head
+from sweeper.engine.pack import Pack
 from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import Kind, RunRequest, Source
 from sweeper.engine.run_queue import RunQueue, pack_key_of
@@ -109,7 +109,6 @@ class Session:
             self.loaded = None  # its memory is free before the next one is read
             with self.context.timeline.span("load"):
                 base = methods.load_base(spec, dtype=dtype, device=self.context.device)
-                verified_head(base)
         except (SweeperError, OSError, torch.OutOfMemoryError) as error:
             return error.with_traceback(None)
         self.loaded = Loaded(base, key, self.context)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sweeper.models.forward import inner_model
+
 
 @dataclass(frozen=True)
 class Prompted:
@@ -26,7 +28,7 @@ class Prompted:
         self, *, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None,
         position_ids: Tensor | None = None, use_cache: bool = False,
     ) -> Any:  # fmt: skip
-        inner, virtual, rows = self.peft.get_base_model().base_model, self.virtual, len(input_ids)
+        inner, virtual, rows = inner_model(self.peft.get_base_model()), self.virtual, len(input_ids)
         options: dict[str, Any] = {"use_cache": use_cache, "past_key_values": past_key_values}
         if attention_mask is not None:
             options["attention_mask"] = torch.cat([attention_mask.new_ones(rows, virtual), attention_mask], dim=1)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import ModelError, SpecError, gist
+from sweeper.models import proof
 from sweeper.models.architecture import Target, structure
 from sweeper.models.files import byte_tokenizer, converted_folder, folder, gguf_file, quiet, random_config
 from sweeper.spec import ModelSpec
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class BaseModel:
     """A frozen base model in eval mode with its tokenizer and its adaptable modules.
 
-    `stop_ids` are the ids that generation stops at; the tokenizer's end-of-text id is one of them.
+    `stop_ids` are the ids that generation stops at; the tokenizer's end-of-text id is one of them. `verdict` says how
+    the model is to be called.
     """
 
     model: "PreTrainedModel"
@@ -28,16 +30,18 @@ class BaseModel:
     targets: tuple[Target, ...]
     spec: ModelSpec
     stop_ids: tuple[int, ...]
+    verdict: proof.Verdict
 
 
 def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> BaseModel:
-    """Loads a base model: frozen, eval mode, dropout rates 0, no key-value cache in its config.
+    """Loads a base model and proves it: frozen, eval mode, dropout rates 0, no key-value cache in its config.
 
     The attention implementation is transformers' own choice: scaled_dot_product_attention where the architecture
     supports it, eager otherwise. The first load of a GGUF dequantises it into the cache, which takes about 20 s.
 
     Raises:
-        ModelError: there is no such model, or it needs the network and there is none.
+        ModelError: there is no such model, it needs the network and there is none, its files lack weights, or the
+            engine would give other numbers than the stock model (`sweeper.models.proof`).
     """
     from transformers import AutoModelForCausalLM
 
@@ -50,16 +54,21 @@ def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> Ba
             config = _settle(_config(spec))
             arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": spec.trust_remote_code}
             try:
-                model = AutoModelForCausalLM.from_pretrained(where, **arguments)
+                model, account = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **arguments)
             except Exception as error:
                 raise _failure(spec, "the model cannot be loaded", error) from error
+            _check_account(spec, model, account)
     model.eval().requires_grad_(False)
     model.to(device)
     tokenizer = load_tokenizer(spec)
     stops = _stop_ids(spec) or (int(tokenizer.eos_token_id),)
     model.generation_config.eos_token_id = list(stops)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return BaseModel(model=model, tokenizer=tokenizer, targets=structure(model, spec.roles), spec=spec, stop_ids=stops)
+    verdict = proof.verdict(model, spec, tokenizer.all_special_ids)
+    targets = structure(model, spec.roles)
+    return BaseModel(
+        model=model, tokenizer=tokenizer, targets=targets, spec=spec, stop_ids=stops, verdict=verdict
+    )  # fmt: skip
 
 
 def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
@@ -240,14 +249,16 @@ def _config(spec: ModelSpec) -> "PretrainedConfig":
 
 
 def _settle(config: "PretrainedConfig") -> "PretrainedConfig":
-    """Sets every dropout rate to 0 and switches the key-value cache off, in nested configs as well."""
+    """Sets every rate of dropout and of a router's noise to 0 and switches the key-value cache off, in nested configs
+    as well.
+    """
     from transformers import PretrainedConfig
 
     config.use_cache = False
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             _settle(value)
-        elif "drop" in name and isinstance(value, float):
+        elif ("drop" in name or "jitter" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
@@ -263,6 +274,40 @@ def _stop_ids(spec: ModelSpec) -> tuple[int, ...]:
         if (where / "generation_config.json").is_file():
             value = GenerationConfig.from_pretrained(where).eos_token_id or value
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def _check_account(spec: ModelSpec, model: Any, account: Any) -> None:
+    """Raises ModelError where weights of the model are not the checkpoint's, or some of the checkpoint's are lost.
+
+    `account` is transformers' own; tied weights are none that are missing.
+    """
+    kind = type(model).__name__
+    faults = [
+        (account["missing_keys"], "the checkpoint has no values for"),
+        (account["mismatched_keys"], "the checkpoint has other shapes of"),
+        (account.get("conversion_errors") or (), "the checkpoint's values cannot be converted for"),
+        (_lost(model, account["unexpected_keys"]), "the model has no place for the checkpoint's"),
+    ]
+    for keys, what in faults:
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(
+                f"model={spec.name}: {what} {', '.join(names[:3])}{more}, as a {kind}: it is a checkpoint of another "
+                "kind of model, or not whole"
+            )
+
+
+def _lost(model: Any, unexpected: Any) -> list[str]:
+    """Tensors of the checkpoint that belong to modules which the model has: a bias or norm that it does not use."""
+    modules = {name.removeprefix(f"{model.base_model_prefix}.") for name, _ in model.named_modules()} - {""}
+    layers = [name for name in modules if any(part.isdigit() for part in name.split("."))]
+    found = []
+    for key in unexpected:
+        owner, _, leaf = str(key).removeprefix(f"{model.base_model_prefix}.").rpartition(".")
+        if leaf in ("weight", "bias") and (owner in layers or owner.rpartition(".")[0] in layers):
+            found.append(str(key))
+    return found
 
 
 def _failure(spec: ModelSpec, what: str, error: Exception) -> ModelError:

@@ -237,3 +237,12 @@ def _hub_folder(spec: ModelSpec, *, weights: bool) -> Path:
 
 def _otherwise() -> str:
     return f"Without network, choose from {OFFLINE_CHOICES}."
+
+
+def local_files(spec: ModelSpec) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file of a model that is at hand: what tells that one of them has changed."""
+    if spec.source == "random":
+        return []
+    where = converted_folder(spec.location) if spec.source == "gguf" else folder(spec, weights=False)
+    found = [path for path in sorted(where.rglob("*")) if path.is_file()]
+    return [(str(path.relative_to(where)), path.stat().st_size, path.stat().st_mtime_ns) for path in found]

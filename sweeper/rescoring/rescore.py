@@ -8,7 +8,6 @@ they are.
 import itertools
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -206,19 +205,9 @@ def _by_base(runs: Sequence[Saved], settings: Settings) -> "Iterator[tuple[BaseM
 
 def adapted_model(base: "BaseModel", run: Saved) -> Any:
     """A run's model for others to use: stock PEFT around a twin of the base, or a twin with the run's own weights."""
-    from peft import PeftModel
+    from sweeper.engine.export import as_stock
 
-    from sweeper.engine.bank.alone import twin
-    from sweeper.methods.weights import load_weights
-    from sweeper.models.files import quiet
-
-    model = twin(base.model)
-    if (run.folder / WEIGHTS).is_dir():
-        load_weights(model, run.folder / WEIGHTS)
-        return model.eval()
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
-        return PeftModel.from_pretrained(model, str(run.folder / ADAPTER)).eval()
+    return as_stock(base, run.folder)
 
 
 def _parts(runs: Sequence[Saved]) -> Iterator[list[Saved]]:

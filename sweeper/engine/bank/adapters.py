@@ -18,6 +18,7 @@ from sweeper.engine.bank.vera import Shared, draw
 from sweeper.engine.bank.wrappers import Adapted, AdaptedEmbedding, Group, Lanes
 from sweeper.engine.transfer import send
 from sweeper.models.architecture import Target
+from sweeper.models.forward import inner_model
 
 __all__ = ["AdapterBank", "AdapterSpec", "Capacity"]
 
@@ -133,7 +134,7 @@ class AdapterBank(Store):
     @property
     def decoder(self) -> Any:
         """Its inner model, which gives hidden states."""
-        return self.model.base_model
+        return inner_model(self.model)
 
     @property
     def draws(self) -> bool:

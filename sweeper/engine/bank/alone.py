@@ -21,6 +21,7 @@ from sweeper.engine.bank.optimizer import LR, MAX_NORM, WEIGHT_DECAY, PackedAdam
 from sweeper.engine.bank.store import BLOCK
 from sweeper.engine.bank.wrappers import Lanes
 from sweeper.models import BaseModel
+from sweeper.models.forward import inner_model
 from sweeper.record import ADAPTER, replacing_folder
 
 Changed = Mapping[str, tuple[Tensor, ...]]
@@ -90,7 +91,7 @@ class Trainee:
     @property
     def decoder(self) -> Callable[..., Any]:
         """Called as the base's inner model is, and gives the last hidden state of every token that it was given."""
-        decoder: Callable[..., Any] = self.model.base_model
+        decoder: Callable[..., Any] = inner_model(self.model)
         return decoder
 
     def fresh(self) -> Mapping[str, Tensor] | None:
@@ -264,7 +265,7 @@ class Alone:
 
     @property
     def decoder(self) -> Callable[..., Any]:
-        return self.base.model.base_model if self.lanes.host_slots == (-1,) else self.trainee.decoder
+        return inner_model(self.base.model) if self.lanes.host_slots == (-1,) else self.trainee.decoder
 
     def install(self) -> None:
         """Nothing is put on the base model."""
