@@ -1,0 +1,172 @@
+"""A tiny, randomly initialised model of every causal language model type that transformers knows.
+
+    build("mixtral")            # float32, eval mode, in well under a second, without network
+    names(); kind("mixtral"); refusal("bert")
+
+The sizes come from one table of field names; `_CHANGES` holds what a type needs beside it, `_VARIANTS` rows that set
+an option of a type. Weights are large on purpose: at the usual 0.02 a model of two layers all but ignores its context,
+and a wrong mask, position or adapter changes nothing that can be measured.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+VOCABULARY, LAYERS, WINDOW = 320, 2, 6
+
+_SMALL: Mapping[str, Any] = {
+    # widths
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim", "embedding_size", "lru_width"), 32),
+    **dict.fromkeys(("dim_model_base", "attention_hidden_size", "input_embedding_size", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("output_embedding_size", "pronunciation_embed_dim", "shape_embed_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 64),
+    **dict.fromkeys(("dff", "dim_ff", "d_inner", "feed_forward_size", "intermediate_size_mlp"), 64),
+    **dict.fromkeys(("dense_intermediate_size", "shared_intermediate_size"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 24),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 24),
+    # heads
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "swa_num_attention_heads"), 4),
+    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads", "linear_num_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("linear_num_value_heads",), 4),
+    **dict.fromkeys(("head_dim", "d_head", "dim_head", "kv_channels", "swa_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "rotary_dim", "linear_head_dim"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "attention_head_size"), 8),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 16),
+    "query_pre_attn_scalar": 8,
+    # layers
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), LAYERS),
+    # vocabulary and positions
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"), 256),
+    **dict.fromkeys(("context_length", "max_source_positions", "model_max_length"), 256),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    # reach of attention: shorter than the rows it is tried on, so that it acts
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), WINDOW),
+    **dict.fromkeys(("attention_chunk_size", "local_attention"), 8),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size"), 4),
+    # mixtures of experts
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_shared_experts", "num_shared_experts"), 1),
+    **dict.fromkeys(("moe_num_shared_experts", "first_k_dense_replace", "num_dense_layers", "zero_expert_num"), 1),
+    # state spaces
+    **dict.fromkeys(("state_size", "ssm_state_size", "mamba_d_state", "mamba_dt_rank", "time_step_rank"), 8),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 8),
+    "mamba_d_ssm": 64,
+    "n_groups": 1,
+    # indexers and hyper-connections
+    **dict.fromkeys(("index_head_dim", "index_n_heads"), 8),
+    **dict.fromkeys(("index_topk",), 6),
+    **dict.fromkeys(("hc_mult", "hc_count"), 2),
+    "hc_lowrank": 8,
+}
+
+# what a type needs beside the table above
+_CHANGES: Mapping[str, Mapping[str, Any]] = {}
+
+_VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {}
+
+
+def names() -> list[str]:
+    """Every type of transformers' table of causal language models, then the variants, as `type (option)`."""
+    return [*types(), *(name for name, (of, _) in _VARIANTS.items() if of in types())]
+
+
+@functools.cache
+def types() -> tuple[str, ...]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def config(name: str) -> "PretrainedConfig":
+    """The tiny config of a row."""
+    from transformers import CONFIG_MAPPING
+
+    of, changes = _VARIANTS.get(name, (name, {}))
+    with _quiet():
+        return CONFIG_MAPPING[of](**_fields(CONFIG_MAPPING[of], of) | dict(changes))
+
+
+def build(name: str, *, seed: int = 0, std: float = 0.2) -> "PreTrainedModel":
+    """The tiny model of a row: float32, eval mode, weights that show a fault."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config(name), dtype=torch.float32)
+        _initialise(model, std)
+    return model.eval()
+
+
+def _fields(config_class: Any, of: str) -> dict[str, Any]:
+    """What to call the class of a config with, so that it describes a tiny model with each kind of layer."""
+    default = config_class()
+    known = {field.name for field in dataclasses.fields(config_class)}
+    found = {name: value for name, value in _SMALL.items() if name in known and _replaceable(getattr(default, name))}
+    found |= _layers(default, known)
+    for name, value in vars(default).items():
+        if hasattr(value, "model_type") and name in known:
+            found[name] = _fields(type(value), value.model_type) | {"model_type": value.model_type}
+    return found | dict(_CHANGES.get(of, {}))
+
+
+def _replaceable(value: Any) -> bool:
+    return value is None or isinstance(value, int | list | str) and not isinstance(value, bool)
+
+
+def _layers(default: Any, known: set[str]) -> dict[str, Any]:
+    """The first layers of the default config that show each of its kinds: sliding and full, dense and sparse."""
+    count = getattr(default, "num_hidden_layers", None)
+    lists = {
+        name: value
+        for name, value in vars(default).items()
+        if isinstance(value, list) and len(value) == count and name in known
+    }
+    if not lists:
+        return {}
+    rows = list(zip(*lists.values(), strict=True))
+    chosen = sorted({rows.index(row) for row in rows})
+    chosen = chosen if len(chosen) >= LAYERS else list(range(LAYERS))
+    return {name: [value[i] for i in chosen] for name, value in lists.items()} | {"num_hidden_layers": len(chosen)}
+
+
+def _initialise(model: "torch.nn.Module", std: float) -> None:
+    """Matrices anew, normal with `std`; vectors and what steers a recurrence keep their beginning, with noise."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(noise * std if parameter.ndim > 1 else parameter + noise * std / 2)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings about tiny configs (token ids beyond a vocabulary, missing kernels)."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
