@@ -77,10 +77,56 @@ _SMALL: Mapping[str, Any] = {
     "hc_lowrank": 8,
 }
 
+_ALTERNATE = ["sliding_attention", "full_attention"]
+_SHARED = ["mamba", "mamba", "hybrid", "mamba", "hybrid"]  # the hybrid layers share one attention block
+_DECODER = {"is_decoder": True}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+
 # what a type needs beside the table above
-_CHANGES: Mapping[str, Mapping[str, Any]] = {}
+_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"), _DECODER),
+    **dict.fromkeys(("ernie", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"), _DECODER),
+    **dict.fromkeys(("roformer", "xlm-roberta", "xlm-roberta-xl"), _DECODER),
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), {"logit_scale": 1.0}),
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"use_cache": False, "local_attention_window_len": WINDOW, "encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {
+        "logit_scale": 1.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), _ROPE | {"mrope_section": [2, 1, 1]}),
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _ALTERNATE * 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "qwen4_exp_text": _INDEXER,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": _DECODER | {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0, "mode": "train"},
+    "xmod": _DECODER | {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
+    **dict.fromkeys(("zamba", "zamba2"), {"num_hidden_layers": 5, "layers_block_type": _SHARED}),
+}
 
 _VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {}
+
+
+# matrices whose beginning means something: rates at which a state decays
+_KEPT = ("A_log", "time_decay", "time_first", "recurrent_param")
 
 
 def names() -> list[str]:
@@ -120,7 +166,9 @@ def _fields(config_class: Any, of: str) -> dict[str, Any]:
     """What to call the class of a config with, so that it describes a tiny model with each kind of layer."""
     default = config_class()
     known = {field.name for field in dataclasses.fields(config_class)}
-    found = {name: value for name, value in _SMALL.items() if name in known and _replaceable(getattr(default, name))}
+    found = {name: value for name, value in _SMALL.items() if name in known and _replaceable(vars(default).get(name))}
+    if "kv_lora_rank" in known:
+        found["num_key_value_heads"] = found["num_attention_heads"]  # multi-head latent attention has no groups
     found |= _layers(default, known)
     for name, value in vars(default).items():
         if hasattr(value, "model_type") and name in known:
@@ -153,9 +201,12 @@ def _initialise(model: "torch.nn.Module", std: float) -> None:
     import torch
 
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue  # sinusoidal positions, which saving leaves out
+        noise = torch.randn(parameter.shape)
+        vector = parameter.numel() == parameter.shape[-1] if parameter.ndim else True
         with torch.no_grad():
-            noise = torch.randn(parameter.shape)
-            parameter.copy_(noise * std if parameter.ndim > 1 else parameter + noise * std / 2)
+            parameter.copy_(parameter + noise * std / 2 if vector or name.endswith(_KEPT) else noise * std)
 
 
 @contextlib.contextmanager
