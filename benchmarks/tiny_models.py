@@ -81,6 +81,11 @@ _ALTERNATE = ["sliding_attention", "full_attention"]
 _SHARED = ["mamba", "mamba", "hybrid", "mamba", "hybrid"]  # the hybrid layers share one attention block
 _DECODER = {"is_decoder": True}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_LATENT = {  # of the layers with a window, which dots3 describes apart
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 4),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "head_dim"), 16),
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), 8),
+}
 _INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -97,6 +102,8 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), {"logit_scale": 1.0}),
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"use_cache": False, "local_attention_window_len": WINDOW, "encoder_hash_byte_group_vocab": 64},
+    **dict.fromkeys(("blt_local_encoder", "blt_local_decoder"), {"hidden_size_global": 32, "num_key_value_heads": 4}),
+    **dict.fromkeys(("blt_global_transformer", "blt_patcher"), {"num_key_value_heads": 4}),
     "cohere_compass_text": {
         "logit_scale": 1.0,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -106,23 +113,120 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _ALTERNATE * 2},
+    **dict.fromkeys(("dots3_note_text",), {f"swa_{name}": size for name, size in _LATENT.items()}),
+    "dots3_note": {
+        "vision_config": {"hidden_size": 32, "num_attention_heads": 4, "adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_out_dim": 32},
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": _ALTERNATE * 2,
+        "hidden_size_per_layer_input": 8,
+        "intermediate_size": 64,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+    },
+    "gemma4_text": {"hidden_size_per_layer_input": 8, "global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
+    "got_ocr2_vision": {"output_channels": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "inkling_text": {"logits_mup_width_multiplier": 1.0},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
+    "lfm2": {"block_multiple_of": 16, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"interleave_moe_layer_step": 2},
     "mamba2": {"num_heads": 8},
     "qwen4_exp_text": _INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": _DECODER | {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0, "mode": "train"},
     "xmod": _DECODER | {"default_language": "en_XX"},
-    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
-    **dict.fromkeys(("zamba", "zamba2"), {"num_hidden_layers": 5, "layers_block_type": _SHARED}),
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "layer_types": ["hybrid", "hybrid_sliding"]},
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
+    "youtu": {"pad_token_id": None},  # its loader zeroes the row of the padding token
+    "zamba": {
+        "num_hidden_layers": 5,
+        "layers_block_type": _SHARED,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "zamba2": {"num_hidden_layers": 5, "layers_block_type": _SHARED, "num_key_value_heads": 4},
 }
 
-_VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {}
+_LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+# rows beside the types: name -> type, what its config says instead
+_VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "falcon (alibi)": ("falcon", {"alibi": True}),
+    "falcon (new decoder architecture)": ("falcon", {"new_decoder_architecture": True}),
+    "falcon (a key for each head)": ("falcon", {"multi_query": False, "num_kv_heads": 4}),
+    "falcon (alibi, sequential)": ("falcon", {"alibi": True, "parallel_attn": False, "bias": True}),
+    "mpt (no alibi)": ("mpt", {"attn_config": {"alibi": False}}),
+    "gpt2 (reordered attention)": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "gpt_bigcode (a key for each head)": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_neox (sequential)": ("gpt_neox", {"use_parallel_residual": False}),
+    "opt (projections, norm after)": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "llama (biases)": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama (dynamic rope)": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}, "max_position_embeddings": 16},
+    ),
+    "llama (yarn)": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "phi3 (longrope)": (
+        "phi3",
+        {"rope_parameters": _LONG | {"original_max_position_embeddings": 16}, "original_max_position_embeddings": 16},
+    ),
+    "mistral (no window)": ("mistral", {"sliding_window": None}),
+    "qwen2 (windows above layer 1)": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen3 (windows above layer 1)": ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}),
+    "starcoder2 (no window)": ("starcoder2", {"sliding_window": None}),
+    "stablelm (parallel)": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "phi (query and key norms)": ("phi", {"qk_layernorm": True}),
+    "cohere (query and key norms)": ("cohere", {"use_qk_norm": True}),
+    "olmo (clipped)": ("olmo", {"clip_qkv": 0.5}),
+    "doge (experts)": ("doge", {"is_moe": True, "num_experts": 16}),
+    "deepseek_v2 (whole queries)": ("deepseek_v2", {"q_lora_rank": None}),
+    "deepseek_v3 (grouped routing)": ("deepseek_v3", {"n_group": 2, "topk_group": 1}),
+    "qwen3_moe (dense first)": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "hrm_text (no prefix)": ("hrm_text", {"prefix_lm": False}),
+    "zamba2 (two blocks, adapters)": (
+        "zamba2",
+        {"num_mem_blocks": 2, "use_shared_attention_adapter": True, "use_mem_rope": True, "adapter_rank": 8},
+    ),
+    "bert (encoder)": ("bert", {"is_decoder": False}),
+    "roberta (encoder)": ("roberta", {"is_decoder": False}),
+    "gemma3 (bidirectional)": ("gemma3", {"text_config": {"use_bidirectional_attention": True}}),
+    "gemma3_text (bidirectional)": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "xlm (masked)": ("xlm", {"causal": False}),
+    "xlnet (bidirectional)": ("xlnet", {"attn_type": "bi"}),
+}
+
+_SEES_AHEAD = "its tokens see the ones after them"
+_DRAFTS = "it drafts for another model, whose keys, values and hidden states it reads"
+_AUDIO = "it predicts several codebooks of audio at once, and no text"
+_REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("cpmant", "doge (experts)"), _SEES_AHEAD),
+    **{name: _SEES_AHEAD for name in _VARIANTS if name.endswith(("(encoder)", "(bidirectional)", "(masked)"))},
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), _AUDIO),
+}
+
+# rows that need larger weights than the others for their context to show
+_GAIN: Mapping[str, float] = {}
 
 
 # matrices whose beginning means something: rates at which a state decays
@@ -141,13 +245,18 @@ def types() -> tuple[str, ...]:
     return tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def refusal(name: str) -> str | None:
+    """Why the row is no decoder-only language model of text; None where it is one."""
+    return _REFUSED.get(name)
+
+
 def config(name: str) -> "PretrainedConfig":
     """The tiny config of a row."""
     from transformers import CONFIG_MAPPING
 
     of, changes = _VARIANTS.get(name, (name, {}))
     with _quiet():
-        return CONFIG_MAPPING[of](**_fields(CONFIG_MAPPING[of], of) | dict(changes))
+        return CONFIG_MAPPING[of](**_merged(_fields(CONFIG_MAPPING[of], of), changes))
 
 
 def build(name: str, *, seed: int = 0, std: float = 0.2) -> "PreTrainedModel":
@@ -158,7 +267,7 @@ def build(name: str, *, seed: int = 0, std: float = 0.2) -> "PreTrainedModel":
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config(name), dtype=torch.float32)
-        _initialise(model, std)
+        _initialise(model, std * _GAIN.get(name, 1.0))
     return model.eval()
 
 
@@ -173,7 +282,17 @@ def _fields(config_class: Any, of: str) -> dict[str, Any]:
     for name, value in vars(default).items():
         if hasattr(value, "model_type") and name in known:
             found[name] = _fields(type(value), value.model_type) | {"model_type": value.model_type}
-    return found | dict(_CHANGES.get(of, {}))
+    return _merged(found, _CHANGES.get(of, {}))
+
+
+def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with changes, those inside a nested config as well."""
+    nested = {
+        name: _merged(fields[name], value)
+        for name, value in changes.items()
+        if name.endswith("_config") and isinstance(fields.get(name), dict)
+    }
+    return {**fields, **changes, **nested}
 
 
 def _replaceable(value: Any) -> bool:
@@ -186,7 +305,7 @@ def _layers(default: Any, known: set[str]) -> dict[str, Any]:
     lists = {
         name: value
         for name, value in vars(default).items()
-        if isinstance(value, list) and len(value) == count and name in known
+        if isinstance(value, list) and len(value) == count and name in known and value != list(range(count))
     }
     if not lists:
         return {}
