@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,7 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("dots3_note_text",), {f"swa_{name}": size for name, size in _LATENT.items()}),
     "dots3_note": {
         "vision_config": {"hidden_size": 32, "num_attention_heads": 4, "adapter_in_dim": 32, "adapter_out_dim": 32},
-        "audio_config": {"adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
     },
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -127,13 +128,14 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
         "laurel_rank": 8,
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
     },
-    "gemma4_text": {"hidden_size_per_layer_input": 8, "global_head_dim": 16},
+    "gemma4_text": {"num_experts": None, "hidden_size_per_layer_input": 8, "global_head_dim": 16},
     "gemma4_unified_text": {"global_head_dim": 16},
     "got_ocr2_vision": {"output_channels": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "inkling_text": {"logits_mup_width_multiplier": 1.0},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
+    **dict.fromkeys(("laguna", "mellum"), {"layer_types": _ALTERNATE}),
     "lfm2": {"block_multiple_of": 16, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"interleave_moe_layer_step": 2},
@@ -157,6 +159,7 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "zamba2": {"num_hidden_layers": 5, "layers_block_type": _SHARED, "num_key_value_heads": 4},
 }
 
+_WINDOWS = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 
 # rows beside the types: name -> type, what its config says instead
@@ -191,17 +194,22 @@ _VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"rope_parameters": _LONG | {"original_max_position_embeddings": 16}, "original_max_position_embeddings": 16},
     ),
     "mistral (no window)": ("mistral", {"sliding_window": None}),
-    "qwen2 (windows above layer 1)": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
-    "qwen3 (windows above layer 1)": ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen2 (windows above layer 1)": ("qwen2", _WINDOWS),
+    "qwen3 (windows above layer 1)": ("qwen3", _WINDOWS),
     "starcoder2 (no window)": ("starcoder2", {"sliding_window": None}),
-    "stablelm (parallel)": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "stablelm (parallel)": ("stablelm", {"use_parallel_residual": True}),
+    "stablelm (query and key norms)": ("stablelm", {"qk_layernorm": True}),
     "phi (query and key norms)": ("phi", {"qk_layernorm": True}),
-    "cohere (query and key norms)": ("cohere", {"use_qk_norm": True}),
-    "olmo (clipped)": ("olmo", {"clip_qkv": 0.5}),
+    "cohere (query and key norms)": ("cohere", {"use_qk_norm": True, "logit_scale": 4.0}),
+    "olmo (clipped)": ("olmo", {"clip_qkv": 2.0}),
     "doge (experts)": ("doge", {"is_moe": True, "num_experts": 16}),
     "deepseek_v2 (whole queries)": ("deepseek_v2", {"q_lora_rank": None}),
     "deepseek_v3 (grouped routing)": ("deepseek_v3", {"n_group": 2, "topk_group": 1}),
     "qwen3_moe (dense first)": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "gemma4_text (experts)": (
+        "gemma4_text",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    ),
     "hrm_text (no prefix)": ("hrm_text", {"prefix_lm": False}),
     "zamba2 (two blocks, adapters)": (
         "zamba2",
@@ -215,18 +223,38 @@ _VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "xlnet (bidirectional)": ("xlnet", {"attn_type": "bi"}),
 }
 
+_ENCODERS = {of for of, changes in _CHANGES.items() if "is_decoder" in changes and of != "reformer"} | {"xlm", "xlnet"}
+_HALVES = (
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
+    *("prophetnet", "trocr", "whisper"),
+)
+_PARALLEL_MIXERS = ("falcon_h1", "inkling_text", "inkling2_text")  # attention and another mixer in one layer
+
 _SEES_AHEAD = "its tokens see the ones after them"
 _DRAFTS = "it drafts for another model, whose keys, values and hidden states it reads"
+_TIMM = "its vision tower is one of timm's, another package; its language model is gemma3n_text"
 _AUDIO = "it predicts several codebooks of audio at once, and no text"
 _REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("cpmant", "doge (experts)"), _SEES_AHEAD),
     **{name: _SEES_AHEAD for name in _VARIANTS if name.endswith(("(encoder)", "(bidirectional)", "(masked)"))},
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),
+    "gemma3n": _TIMM,
     **dict.fromkeys(("musicgen", "musicgen_melody"), _AUDIO),
 }
 
 # rows that need larger weights than the others for their context to show
-_GAIN: Mapping[str, float] = {}
+_GAIN: Mapping[str, float] = {
+    **dict.fromkeys(("apertus", "bart", "bert", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot-small"), 1.5),
+    **dict.fromkeys(("bloom", "codegen", "ctrl", "data2vec-text", "electra", "ernie", "falcon", "fuyu", "gemma"), 1.5),
+    **dict.fromkeys(("gpt_neox", "gptj", "hrm_text", "hy_v3", "jetmoe", "mbart", "megatron-bert", "mvp"), 1.5),
+    **dict.fromkeys(("nanochat", "openai-gpt", "pegasus", "phi", "plbart", "rembert", "roberta"), 1.5),
+    **dict.fromkeys(("roberta-prelayernorm", "roformer", "trocr", "xglm", "xlm-roberta-xl", "xlnet"), 1.5),
+    **dict.fromkeys(("falcon (new decoder architecture)", "falcon (a key for each head)"), 1.5),
+    **dict.fromkeys(("falcon (alibi, sequential)", "opt (projections, norm after)", "hrm_text (no prefix)"), 1.5),
+    **dict.fromkeys(("bert (encoder)", "roberta (encoder)", "xlnet (bidirectional)", "cohere"), 1.5),
+    **dict.fromkeys(("falcon (alibi)", "minicpm3", "phi (query and key norms)", "roc_bert"), 2.0),
+    **dict.fromkeys(("cpmant", "marian", "zaya"), 2.5),
+}
 
 
 # matrices whose beginning means something: rates at which a state decays
@@ -243,6 +271,37 @@ def types() -> tuple[str, ...]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def kind(name: str) -> str:
+    """What is special about a row, in a few words: `moe, sliding`, `state space`; `dense` where nothing is."""
+    of = _VARIANTS.get(name, (name, {}))[0]
+    if of in _HALVES:
+        return "decoder half of an encoder-decoder"
+    if of in _ENCODERS:
+        return "encoder" if refusal(name) else "encoder made a decoder"
+    if refusal(name):
+        return "no language model" if refusal(name) != _SEES_AHEAD else "bidirectional"
+    whole = config(name)
+    text = whole.get_text_config()
+    fields = vars(text)
+    layers = set(fields.get("layer_types") or getattr(text, "layers_block_type", None) or ())
+    mixers = {layer for layer in layers if not _attends(layer)}
+    experts = any(isinstance(v, int) and v > 1 for k, v in fields.items() if re.search("experts$", k))
+    found = {
+        "vision-language": hasattr(whole, "vision_config") or of == "mllama",
+        "state space": of in ("mamba", "mamba2", "falcon_mamba"),
+        "recurrent": of in ("rwkv", "xlstm"),
+        "hybrid": bool(mixers) or of in _PARALLEL_MIXERS,
+        "latent attention": "kv_lora_rank" in fields,
+        "moe": experts and of != "doge" or bool(fields.get("is_moe")) or of == "dbrx",
+        "sliding": any("sliding" in layer for layer in layers) or _slides(text) or of in ("gpt_neo", "reformer"),
+        "compressed": any("compressed" in layer for layer in layers),
+        "chunked": "chunked_attention" in layers,
+        "alibi": of == "bloom" or bool(fields.get("alibi")) or of == "mpt" and text.attn_config.alibi,
+        "dynamic mask": of == "doge",
+    }
+    return ", ".join(label for label, holds in found.items() if holds) or "dense"
 
 
 def refusal(name: str) -> str | None:
@@ -293,6 +352,15 @@ def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         if name.endswith("_config") and isinstance(fields.get(name), dict)
     }
     return {**fields, **changes, **nested}
+
+
+def _attends(layer: str) -> bool:
+    return "attention" in layer and "linear" not in layer or layer in ("mlp", "moe", "attention")
+
+
+def _slides(text: "PretrainedConfig") -> bool:
+    window = getattr(text, "sliding_window", None)
+    return bool(window) and getattr(text, "use_sliding_window", True) and not getattr(text, "layer_types", None)
 
 
 def _replaceable(value: Any) -> bool:
