@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,10 +120,9 @@ def untie(base: "BaseModel", changed: "set[str]") -> None:
     base.model.config.tie_word_embeddings = False
 
 
-def logits(model: Any, ids: "torch.Tensor") -> "torch.Tensor":
-    """Float32 logits on the CPU."""
+def logits(model: Any, rows: "Sequence[torch.Tensor]") -> "list[torch.Tensor]":
+    """Float32 logits [T, V] of each row of token ids [T], which the model is given alone; on the CPU."""
     import torch
 
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float().cpu()
-    return found
+        return [model(input_ids=row[None], use_cache=False).logits[0, -len(row) :].float().cpu() for row in rows]

@@ -17,9 +17,9 @@ from sweeper.engine.bank.vera import draw
 from sweeper.methods import peft_config, vera
 from sweeper.methods.weights import load_weights
 from sweeper.models import BaseModel
-from sweeper.models.files import quiet
+from sweeper.models.files import base_reference, quiet
 from sweeper.ranks.placement import Target
-from sweeper.record import ADAPTER, WEIGHTS, replacing_folder
+from sweeper.record import ADAPTER, WEIGHTS, replacing_folder, write_atomically
 from sweeper.spec import RunSpec
 
 
@@ -29,19 +29,21 @@ def get_ready() -> None:
 
 
 def write_adapter(
-    folder: Path, spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]]
-) -> int:
+    folder: Path, spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]], *,
+    as_parameters: bool = False,
+) -> int:  # fmt: skip
     """Writes `folder/adapter/` and returns the bytes of its weights.
 
     Args:
         targets: the adapted modules. weights: module name -> A [rank, in] and B transposed [rank, out], and what else
             the form of the adapter has (`AdapterBank.parts`).
+        as_parameters: name the weights rather than their modules, for models whose modules PEFT takes for others.
     """
     made = methods.adapter(spec, dict.fromkeys(targets, spec.rank))
     assert isinstance(made, AdapterSpec)
     form = made.form
     tensors = _vera(spec, targets, weights) if form == "vera" else _lora(targets, weights)
-    config = _config(spec, targets, weights, form)
+    config = _config(spec, targets, weights, form, as_parameters=as_parameters)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     with replacing_folder(folder / ADAPTER) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -63,6 +65,27 @@ def as_stock(base: BaseModel, run: Path) -> Any:
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
         return PeftModel.from_pretrained(model, str(run / ADAPTER), torch_device=str(base.model.device)).eval()
+
+
+def write_readme(run: Path, spec: RunSpec, refused: str | None) -> None:
+    """Says beside an adapter how it is loaded; `refused` is why stock PEFT does not give the engine's logits."""
+    folder = run / ADAPTER
+    if not folder.is_dir():
+        return
+    base = base_reference(spec.model)["base_model_name_or_path"]
+    lines = [f"# Adapter of run {run.name}", "", f"Method {spec.method.name} on {spec.model.name} ({base}).", ""]
+    if refused is None:
+        lines += [
+            "```python", "from peft import PeftModel", "",
+            'model = PeftModel.from_pretrained(base_model, "adapter")  # gives the logits that were scored', "```",
+        ]  # fmt: skip
+    else:
+        lines += [
+            f"Stock PEFT does not give the logits that were scored: {refused}.", "",
+            "    python adapters.py merge RUN_FOLDER --out merged    # a plain transformers model that gives them", "",
+            "`RUN_FOLDER` is the folder above this one; `python evaluate.py RUN_FOLDER` scores it as it is.",
+        ]  # fmt: skip
+    write_atomically(folder / "README.md", "\n".join(lines) + "\n")
 
 
 def _lora(targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
@@ -93,8 +116,14 @@ def _vera(spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[
     return tensors
 
 
-def _config(spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]], form: Form) -> Any:
-    loaded = {"base_model_name_or_path": spec.model.location, "inference_mode": True}
+def _config(
+    spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]], form: Form, *,
+    as_parameters: bool,
+) -> Any:  # fmt: skip
+    loaded: dict[str, Any] = {**base_reference(spec.model), "inference_mode": True}
+    if as_parameters:
+        names = [f"{target.name}.weight" for target in targets]
+        loaded |= {"target_modules": [], "target_parameters": names, "lora_dropout": 0.0}
     if form == "vera":
         return peft_config.vera_config(spec, targets, **loaded)
     ranks = {target: len(weights[target.name][0]) for target in targets}

@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,17 @@ class ExportProof:
 
     Attributes:
         refused: why stock PEFT does not give the engine's logits; None where it does.
+        as_parameters: whether it does so only where the adapter names the weights rather than their modules.
         unreached: modules whose adapter changes nothing, for the model does not call them as modules.
         effect, difference: the throw-away adapter's largest change of a log-probability, and the largest difference
             between PEFT and the engine, in nats.
     """
 
     refused: str | None = None
+    as_parameters: bool = False
     unreached: tuple[str, ...] = ()
     effect: float = 0.0
-    difference: float = 0.0
+    difference: float | None = 0.0
 
 
 def key_of(spec: RunSpec) -> str:
@@ -91,14 +93,24 @@ def prove(
         weights = pack.bank.saved(0, adapter)()
     if isinstance(weights, Learnt) and not weights.files:
         return ExportProof(effect=effect)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder)
-        if isinstance(weights, Learnt):
-            weights.write(run)
-        else:
-            write_adapter(run, spec, list(ranks), weights)
-        tamper(run)
-        return _compared(base, run, rows, ours, effect, unreached)
+    found = ExportProof(effect=effect, unreached=unreached)
+    # a LoRA of other weights than PEFT takes the names of their modules for can name the weights
+    plain = not isinstance(weights, Learnt) and adapter.form == "lora"
+    for as_parameters in (False, True) if plain else (False,):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder)
+            if isinstance(weights, Learnt):
+                weights.write(run)
+            else:
+                write_adapter(run, spec, list(ranks), weights, as_parameters=as_parameters)
+            tamper(run)
+            refused, difference = _compared(base, run, rows, ours, effect)
+        if refused is None or found.refused is None:
+            shown = difference if math.isfinite(difference) else None
+            found = replace(found, refused=refused, as_parameters=as_parameters, difference=shown)
+        if refused is None:
+            break
+    return found
 
 
 def log_probabilities(pack: Pack, slot: int, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -121,22 +133,20 @@ def stock_log_probabilities(model: Any, rows: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _compared(
-    base: BaseModel, run: Path, rows: Sequence[Tensor], ours: Sequence[Tensor], effect: float,
-    unreached: tuple[str, ...],
-) -> ExportProof:  # fmt: skip
+    base: BaseModel, run: Path, rows: Sequence[Tensor], ours: Sequence[Tensor], effect: float
+) -> tuple[str | None, float]:
+    """Why what lies in a run folder is not what the engine had, if it is not, and by how many nats."""
     try:
         theirs = stock_log_probabilities(as_stock(base, run), rows)
     except Exception as error:  # whatever PEFT and the model's code raise over an adapter that they cannot take
-        return ExportProof(refused=f"{type(error).__name__}: {gist(error)}", unreached=unreached, effect=effect)
+        return f"{type(error).__name__}: {gist(error)}", math.inf
     difference = _largest(theirs, ours)
-    limit = LIMITS[base.model.dtype] * max(effect, EFFECT)
-    refused = None
-    if not difference <= limit:
-        refused = (
-            f"loaded with stock PEFT it gives log-probabilities that differ by up to {difference:.2g} nats "
-            f"(the adapter changes them by {effect:.2g})"
-        )
-    return ExportProof(refused=refused, unreached=unreached, effect=effect, difference=difference)
+    if difference <= LIMITS[base.model.dtype] * max(effect, EFFECT):
+        return None, difference
+    return (
+        f"loaded with stock PEFT it gives log-probabilities that differ by up to {difference:.2g} nats (the adapter "
+        f"changes them by {effect:.2g})"
+    ), difference
 
 
 def _move(pack: Pack, adapter: Any, rows: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:

@@ -4,14 +4,16 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from sweeper import methods, tasks
-from sweeper.engine import probe
+from sweeper.engine import export_proof, probe
 from sweeper.engine.batches import DataOrder
 from sweeper.engine.context import Context
 from sweeper.engine.evaluate import EvaluatedSplit
+from sweeper.engine.export_proof import ExportProof
 from sweeper.engine.pack import Job
 from sweeper.engine.progress import Prepared
 from sweeper.engine.requests import RunRequest
 from sweeper.engine.sharing import probe_key
+from sweeper.errors import ModelError
 from sweeper.models import BaseModel, budget, is_tied
 from sweeper.models.architecture import Target, number_of_layers
 from sweeper.ranks import allocation, importance, placement
@@ -30,6 +32,7 @@ class Loaded:
         self.scores: dict[str, dict[str, EvaluatedSplit]] = {}
         self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self._probes: dict[str, probe.Probe] = {}
+        self._exports: dict[str, ExportProof] = {}
         self._packed = False
 
     def prepare(self, request: RunRequest) -> Prepared:
@@ -52,11 +55,12 @@ class Loaded:
             steps=spec.trainer.max_steps, seed=spec.seed, examples=examples,
             order=DataOrder(lengths, spec.trainer.batch_size, spec.seed),
         )  # fmt: skip
-        return Prepared(request=request, job=job, ranks=ranks, splits=splits, probe=probed)
+        exported = self._export(spec, ranks)
+        return Prepared(request=request, job=job, ranks=ranks, splits=splits, probe=probed, exported=exported)
 
     def must_wait(self, spec: RunSpec) -> bool:
-        """Whether a run needs a probe of the bare base model while a pack is on it."""
-        return self._packed and self.unprobed(spec)
+        """Whether a run needs the bare base model, for a probe or a proof, while a pack is on it."""
+        return self._packed and (self.unprobed(spec) or export_proof.key_of(spec) not in self._exports)
 
     def unprobed(self, spec: RunSpec) -> bool:
         """Whether a run needs a probe that there has not been yet."""
@@ -88,6 +92,26 @@ class Loaded:
             with self.context.timeline.span("probe"):
                 self._probes[key] = probe.find(self.base, question, self.context.cache / "probes")
         return self._probes[key]
+
+    def _export(self, spec: RunSpec, ranks: Mapping[Target, int]) -> ExportProof:
+        """How what the run leaves will be loaded.
+
+        Raises:
+            ModelError: the model does not call a module that the run adapts.
+        """
+        key = export_proof.key_of(spec)
+        if key not in self._exports:
+            assert not self._packed  # the base must be bare
+            with self.context.timeline.span("prove"):
+                self._exports[key] = export_proof.find(self.base, spec, ranks, self.context.cache / "exports")
+        found = self._exports[key]
+        if found.unreached:
+            some = ", ".join(found.unreached[:3])
+            raise ModelError(
+                f"placement={spec.placement.name}: model={spec.model.name} does not call {some} as modules, so an "
+                "adapter there would change nothing. Leave them out with placement=custom or placement.layers."
+            )
+        return found
 
     def _splits(self, spec: RunSpec) -> dict[str, tasks.EncodedSplit]:
         key = repr(spec.dataset)

@@ -16,7 +16,8 @@ from sweeper.engine.bank.forms import AdapterSpec, Capacity
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit
 from sweeper.engine.events import Step
-from sweeper.engine.export import write_adapter
+from sweeper.engine.export import write_adapter, write_readme
+from sweeper.engine.export_proof import ExportProof
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest
@@ -48,6 +49,7 @@ class Prepared:
     splits: Mapping[str, EncodedSplit]
     before: dict[str, Any] = field(default_factory=dict)
     probe: Probe | None = None
+    exported: ExportProof = ExportProof()
 
     @property
     def capacity(self) -> Capacity:
@@ -204,7 +206,7 @@ class Progress:
             search=self.request.search,
             saved={
                 "step": run.job.done if self.best is None else self.best[1], "stopped_early": self.stopped,
-                "average": spec.trainer.ema_decay is not None,
+                "average": spec.trainer.ema_decay is not None, **self._not_carried(),
             },
             started=self.started,
             finished=_now(),
@@ -232,9 +234,18 @@ class Progress:
         """Writes what the run has learnt; returns its bytes. A pruned one leaves nothing: of such there are many."""
         if self.pruned:
             return 0
+        run, spec, proved = self.request.folder, self.request.spec, self.prepared.exported
         if isinstance(weights, Learnt):
-            return weights.write(self.request.folder)
-        return write_adapter(self.request.folder, self.request.spec, list(self.prepared.ranks), weights)
+            size = weights.write(run)
+        else:
+            size = write_adapter(run, spec, list(self.prepared.ranks), weights, as_parameters=proved.as_parameters)
+        write_readme(run, spec, proved.refused)
+        return size
+
+    def _not_carried(self) -> dict[str, str]:
+        """What the record says of an adapter that stock PEFT does not give back."""
+        refused = self.prepared.exported.refused
+        return {} if refused is None else {"peft": refused}
 
     def _efficiency(self, adapter_bytes: int, solo: Solo | None, pack: Pack) -> Efficiency:
         run = self.prepared

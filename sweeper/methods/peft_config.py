@@ -29,16 +29,16 @@ def lora_config(spec: RunSpec, ranks: Ranks, **more: Any) -> Any:
     # PEFT takes each module's scale from its own rank and alpha
     other = {f"^{re.escape(target.name)}": rank for target, rank in ranks.items() if rank != common}
     configure: Any = LoraConfig  # its annotations are narrower than what it takes
-    return configure(
-        r=common,
-        lora_alpha=lora.alpha_of(spec, common),
-        lora_dropout=spec.method.dropout,
-        use_rslora=spec.method.rank_stabilised,
-        rank_pattern=other,
-        alpha_pattern={name: lora.alpha_of(spec, rank) for name, rank in other.items()},
+    given = {
+        "r": common,
+        "lora_alpha": lora.alpha_of(spec, common),
+        "lora_dropout": spec.method.dropout,
+        "use_rslora": spec.method.rank_stabilised,
+        "rank_pattern": other,
+        "alpha_pattern": {name: lora.alpha_of(spec, rank) for name, rank in other.items()},
         **places(ranks),
-        **more,
-    )
+    }
+    return configure(**(given | more))
 
 
 def vera_config(spec: RunSpec, targets: Iterable[Target], **more: Any) -> Any:

@@ -22,7 +22,7 @@ from sweeper.methods.method import Method, Ranks, lora_parameters, trained_alone
 from sweeper.methods.peft_config import lora_config, places
 from sweeper.methods.prompts import Prompted
 from sweeper.models import BaseModel, learned_positions
-from sweeper.models.files import quiet
+from sweeper.models.files import base_reference, quiet
 from sweeper.spec import MethodSpec, RunSpec
 from sweeper.tasks.package import is_installed
 
@@ -71,7 +71,7 @@ class Tuned(Trainee):
 
         with _unwarned():
             tensors = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        plain = self.config.to_dict() | {"inference_mode": True, "base_model_name_or_path": self.base.spec.location}
+        plain = self.config.to_dict() | {"inference_mode": True, **base_reference(self.base.spec)}
         text = json.dumps(plain, indent=1, sort_keys=True, default=_plain) + "\n"
         return {"adapter_model.safetensors": on_host(tensors), "adapter_config.json": text}
 

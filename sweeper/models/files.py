@@ -45,6 +45,15 @@ def folder(spec: ModelSpec, *, weights: bool) -> Path:
     return found
 
 
+def base_reference(spec: ModelSpec) -> dict[str, str | None]:
+    """What an adapter's config says of its base: where transformers finds it, and at which revision of the hub."""
+    if spec.source == "path":
+        return {"base_model_name_or_path": str(Path(spec.location).expanduser().absolute()), "revision": None}
+    if spec.source == "gguf":
+        return {"base_model_name_or_path": str(converted_folder(spec.location)), "revision": None}
+    return {"base_model_name_or_path": spec.location, "revision": spec.revision}
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: the environment variable SWEEPER_CACHE, or a folder in the user's cache."""
     chosen = os.environ.get("SWEEPER_CACHE")

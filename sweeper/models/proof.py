@@ -32,6 +32,8 @@ ROUNDING = 8.0  # times the rounding that was measured is still rounding
 ULPS = 64  # and so is this many units in the last place of the largest log-probability
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError)
 """What a model's own code raises where it is not made for what it is given."""
+MOST_ROUNDING = {"float32": 0.01, "float16": 0.3, "bfloat16": 1.0}
+"""Nats; a model that differs from itself by more from batch to batch does not keep its rows apart."""
 CACHED = 16.0  # times that is what a state that is carried on may differ from one computed as a whole
 
 
@@ -154,6 +156,11 @@ class _Rows:
         try:
             self.alone = [self._stock(row[None])[0] for row in self.rows]
             self.rounding = self._rounding()
+            if not self.rounding <= MOST_ROUNDING[str(self.model.dtype).removeprefix("torch.")]:
+                return (
+                    f"{kind} gives a row other log-probabilities beside other rows than alone (by up to "
+                    f"{self.rounding:.2g} nats): its rows are not independent"
+                )
             if (why := self._looks_ahead()) is not None:
                 return why
             hidden = last_hidden(inner(input_ids=self.rows[0][None], use_cache=False))

@@ -147,7 +147,7 @@ def rescore(
     for base, same in _by_base(runs, settings):
         wanted = unique(datasets or [run.spec.dataset for run in same])
         for part in _parts(same):
-            with _pack(base, part) as pack:
+            with packed(base, part) as pack:
                 for dataset in wanted:
                     chosen = [run for run in part if datasets or run.spec.dataset == dataset]
                     slots = [part.index(run) for run in chosen]
@@ -283,7 +283,7 @@ def _plain(score: Score) -> dict[str, Any]:
     return asdict(score) | {"metrics": dict(score.metrics), "perplexity": score.perplexity}
 
 
-def _pack(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
+def packed(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     """A pack whose slots hold the runs' adapters, in order."""
     import torch
 

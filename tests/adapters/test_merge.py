@@ -40,7 +40,7 @@ def load(folder: Path) -> Any:
 
 
 def logits(model: Any) -> torch.Tensor:
-    return peft_models.logits(model, IDS)
+    return torch.stack(peft_models.logits(model, list(IDS)))
 
 
 CASES = [

@@ -167,6 +167,9 @@ def twin(model: nn.Module) -> Any:
         state = getattr(module, "quant_state", None)
         if state is not None:
             memo[id(state)] = state
+        for value in vars(module).values():  # such as a recurrent state that the last batch left
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
 
 
