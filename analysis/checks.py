@@ -15,7 +15,12 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "ff": ("ff_gate", "ff_up", "ff_down"),
 }
 ROLES = {**ROLES, "full": (*ROLES["attn"], *ROLES["ff"])}
-FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ff_gate_up": ("ff_gate", "ff_up")}
+FUSED = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "attn_qk": ("attn_q", "attn_k"),
+    "attn_kv": ("attn_k", "attn_v"),
+    "ff_gate_up": ("ff_gate", "ff_up"),
+}
 FEW_EXAMPLES = 100
 
 

@@ -26,7 +26,7 @@ from sweeper.models.roles import (
     Target,
     block_members,
     block_targets,
-    peft_refuses,
+    bypassed,
 )
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ def structure(model: "nn.Module", roles: Mapping[str, str] | None = None) -> tup
         if name is not None:
             found[name] = replace(matrices[name], role=role)
     products = {name: target for name, target in matrices.items() if target.kind != "embedding"}
-    refused = peft_refuses(getattr(getattr(model, "config", None), "model_type", None))
+    out_of_reach = bypassed(getattr(getattr(model, "config", None), "model_type", None))
     for layer, members in enumerate(blocks):
         for target in block_targets(members, products):
-            barred = target.role in MIXER and target.name.rpartition(".")[2] in refused
+            barred = target.role in MIXER and target.name.rpartition(".")[2] in out_of_reach
             found[target.name] = replace(target, layer=layer, role=OTHER if barred else target.role)
     if not blocks:
         found = {**matrices, **found}

@@ -2,7 +2,7 @@
 
 Counting rules. One multiply-add is 2 operations. Counted: every matrix of the blocks, the head at every token
 (supervised or not), the two products of attention over the full square of positions (a causal kernel may do half),
-and the adapters. Not counted: embedding look-ups, norms, activations, softmax, loss, optimiser, MoE routers, and
+and the adapters. Not counted: recurrences and convolutions of token mixers, embedding look-ups, norms, activations, softmax, loss, optimiser, MoE routers, and
 the second forward pass of activation checkpointing, which is no work of the model's.
 
 What lies below the lowest adapter needs no gradient, so the backward pass ends there; of the first adapted layer only
@@ -23,8 +23,12 @@ LOGIT_VALUES = 1 << 28
 Ranks = Mapping[Target, int]
 Place = tuple[int, int]
 
+# what writes to the residual stream
+INTO_STREAM = ("attn_o", "ff_down", "mixer_out")
 # order of the roles inside a sequential block
-_STAGE = {"attn_q": 0, "attn_k": 0, "attn_v": 0, "attn_qkv": 0, "attn_o": 1} | {
+_STAGE = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_qk", "attn_kv", "mixer_in"), 0) | {
+    "attn_o": 1,
+    "mixer_out": 1,
     "ff_gate": 2,
     "ff_up": 2,
     "ff_gate_up": 2,
@@ -143,7 +147,7 @@ def activation_bytes(
     for target in targets:
         if target.layer is not None and target.layer >= lowest:
             per_layer[target.layer] += _kept(target) * bytes_per_value + ranks.get(target, 0) * bytes_per_value
-    hidden = max((target.out_features for target in targets if target.role in ("attn_o", "ff_down")), default=0)
+    hidden = max((target.out_features for target in targets if target.role in INTO_STREAM), default=0)
     per_layer = [kept + 8 * hidden * bytes_per_value if kept else 0.0 for kept in per_layer]
     tokens = batch_size * length
     kept = sum(per_layer)
@@ -225,6 +229,6 @@ def _attention_gradients(live: set[str]) -> int:
 
 def _kept(target: Target) -> int:
     """Values of one token that are kept for the backward pass because of this module."""
-    if target.role in ("attn_o", "ff_down"):
+    if target.role in INTO_STREAM:
         return target.in_features
     return target.out_features * (2 if target.role.startswith("attn_") else 1)

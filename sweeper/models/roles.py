@@ -122,7 +122,9 @@ def block_targets(members: Sequence[Named], matrices: Matrices) -> Iterator[Targ
             elif kind == "attention":
                 yield from _attention(full, inside)
             else:
-                yield from _feed_forward(inside)
+                aside = [target for target in inside if _is_aside(target.name.removeprefix(full))]
+                yield from aside
+                yield from _feed_forward([target for target in inside if target not in aside])
     yield from loose if parts["feed_forward"] else _feed_forward(loose)
 
 
@@ -131,9 +133,16 @@ def block_members(name: str, block: "nn.Module") -> list[Named]:
 
 
 def peft_refuses(model_type: str | None) -> tuple[str, ...]:
-    """Leaf names that PEFT puts no adapter on in models of a type: Mamba's kernels read those weights themselves."""
+    """Leaf names that PEFT puts no LoRA on in models of a type, for Mamba's kernels read those weights themselves."""
     types = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
     return ("out_proj", "conv1d") if model_type in types else ()
+
+
+def bypassed(model_type: str | None) -> tuple[str, ...]:
+    """Leaf names of a token mixer that an adapter has no hold on: what PEFT refuses, and where it does not know of it
+    the output projection that the fused kernel of a Mamba 2 layer multiplies with itself.
+    """
+    return ("out_proj",) if model_type in ("bamba", "granitemoehybrid", "zamba2") else peft_refuses(model_type)
 
 
 def _parts(members: Sequence[Named], matrices: Matrices) -> dict[str, list[Named]]:
@@ -163,9 +172,10 @@ def _part(name: str, module: "nn.Module") -> str:
     if name in _CROSS_PARTS:
         return "cross"
     recurs = any(hasattr(module, parameter) for parameter in _STATE)
-    if recurs or "decoder" not in kind and any(word in kind for word in _MIXER_CLASSES):
+    mixes = any(word in kind for word in _MIXER_CLASSES) and not ("decoderlayer" in kind or "feedforward" in kind)
+    if recurs or mixes:
         return "mixer"
-    if name in _ATTENTION_PARTS or "attention" in kind or "attn" in kind:
+    if name in _ATTENTION_PARTS or "decoderlayer" not in kind and ("attention" in kind or "attn" in kind):
         return "attention"
     if name in _FEED_FORWARD_PARTS or any(word in kind for word in _FEED_FORWARD_CLASSES):
         return "feed_forward"

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from sweeper.errors import ModelError, SpecError, unknown
 from sweeper.models.architecture import (
     ATTENTION,
+    ATTENTION_EXPERTS,
     EMBEDDING,
+    EXPERTS,
     FEED_FORWARD,
     FUSED,
     HEAD,
+    MIXER,
+    OTHER,
     ROLES,
     Target,
     listing,
@@ -24,8 +28,10 @@ __all__ = [
     "Target",
     "check_rank",
     "number_of_layers",
+    "report",
     "resolve",
     "select_layers",
+    "unadapted",
 ]
 
 PLACEMENTS: Mapping[str, tuple[str, ...]] = {
@@ -38,7 +44,10 @@ PLACEMENTS: Mapping[str, tuple[str, ...]] = {
     "ff_in": ("ff_gate", "ff_up"),
     "ff_out": ("ff_down",),
     "full": (*ATTENTION, *FEED_FORWARD),
+    "mixer": MIXER,
+    "all": (*ATTENTION, *FEED_FORWARD, *MIXER),
 }
+PARTS: Mapping[str, tuple[str, ...]] = {"attention": ATTENTION, "feed-forward": FEED_FORWARD, "token mixer": MIXER}
 LAYER_CHOICES = "all, lower_half, upper_half, middle_half, every_other, first:K, last:K or a list such as [0,3,7]"
 
 
@@ -123,6 +132,10 @@ def _by_role(targets: Sequence[Target], placement: PlacementSpec) -> list[Target
         if role not in ROLES:
             raise SpecError(unknown("placement.roles", role, ROLES))
         asked |= set(FUSED.get(role, (role,)))
+    if all(asked & set(part) for part in PARTS.values()):  # whatever the model has of the three
+        present = {part for target in targets for part in _components(target.role)}
+        absent = [part for part in PARTS.values() if not present & set(part) and _understood(targets, part)]
+        asked -= {role for part in absent for role in part} if len(absent) < len(PARTS) else set()
     for part in (ATTENTION, FEED_FORWARD):
         if asked & set(part):
             _check_part(targets, placement, part)
@@ -138,6 +151,8 @@ def _by_role(targets: Sequence[Target], placement: PlacementSpec) -> list[Target
     missing = asked - {part for target in picked for part in _components(target.role)}
     if "ff_up" in asked:
         missing.discard("ff_gate")  # a feed-forward block without a gate is entered through ff_up alone
+    if "mixer_in" in asked - missing:
+        missing.discard("mixer_out")  # adapters have no hold on that of some Mamba layers
     if missing:
         raise SpecError(
             f"placement={placement.name}: this model has no {', '.join(sorted(missing))}. "
@@ -147,18 +162,24 @@ def _by_role(targets: Sequence[Target], placement: PlacementSpec) -> list[Target
 
 
 def _check_part(targets: Sequence[Target], placement: PlacementSpec, part: tuple[str, ...]) -> None:
-    """Raises where a selected layer has no known attention (or feed-forward) module."""
-    label = "attention" if part is ATTENTION else "feed-forward"
-    if part is FEED_FORWARD:
-        for target in targets:
-            if target.kind == "experts":
-                raise SpecError(
-                    f"placement={placement.name}: the feed-forward blocks of this model are mixtures of experts "
-                    f"({target.name}) whose weights are not one matrix a layer, and adapting only some experts would "
-                    f"not be the placement asked for. Choose from {', '.join(_workable(targets))} or custom."
-                )
+    """Raises where a selected layer has no known attention (or feed-forward) module and may well have one."""
+    label = next(label for label, roles in PARTS.items() if roles == part)
     known = {target.layer for target in targets if set(_components(target.role)) & set(part)}
-    lacking = sorted({target.layer for target in targets if target.layer is not None} - known)
+    for target in targets:
+        if part is FEED_FORWARD and target.role == EXPERTS and target.layer not in known:
+            raise SpecError(
+                f"placement={placement.name}: the feed-forward blocks of this model are mixtures of experts "
+                f"({target.name}) whose weights are not one matrix a layer, and adapting only some experts would "
+                f"not be the placement asked for. Choose from {', '.join(_workable(targets))} or custom."
+            )
+        if part is ATTENTION and target.role == ATTENTION_EXPERTS:
+            raise SpecError(
+                f"placement={placement.name}: the queries and outputs of this model's attention are mixtures of "
+                f"experts ({target.name}) whose weights are not one matrix a layer. "
+                f"Choose from {', '.join([*_workable(targets), 'custom'])}."
+            )
+    mixing = {target.layer for target in targets if part is ATTENTION and target.role in MIXER}
+    lacking = sorted(_in_doubt(targets) - known - mixing) if known else []
     if lacking or not known:
         where = f"layers {', '.join(map(str, lacking[:6]))}{', ...' if lacking[6:] else ''}" if known else "this model"
         raise ModelError(
@@ -167,6 +188,81 @@ def _check_part(targets: Sequence[Target], placement: PlacementSpec, part: tuple
             f"for example roles: {{{part[0]}: 'regular expression for the end of a module name'}} "
             f"(roles: {', '.join(ROLES)}), choose other placement.layers, or use placement=custom."
         )
+
+
+def _in_doubt(targets: Sequence[Target]) -> set[int]:
+    """Layers with modules of which nothing is known, not even the part of the layer that they belong to.
+
+    What lies beside modules with a role belongs to their part: what steers a state, or selects keys.
+    """
+    layers = {target.layer for target in targets if target.layer is not None}
+    told = {target.layer for target in targets if target.role != OTHER}
+    parts = {target.name.rpartition(".")[0] for target in targets if target.role != OTHER and target.layer is not None}
+    strange = {
+        target.layer
+        for target in targets
+        if target.role == OTHER and target.layer is not None and not any(_within(target.name, part) for part in parts)
+    }
+    return strange | (layers - told)
+
+
+def _within(name: str, part: str) -> bool:
+    return name.startswith(f"{part}.") or part.startswith(f"{name.rpartition('.')[0]}.")
+
+
+def _understood(targets: Sequence[Target], part: tuple[str, ...]) -> bool:
+    """Whether it is known that a model lacks a part altogether, so that there is nothing of it to adapt."""
+    roles = {target.role for target in targets}
+    if part is ATTENTION:
+        return bool(roles & set(MIXER)) and ATTENTION_EXPERTS not in roles and not _in_doubt(targets)
+    return part is MIXER or EXPERTS not in roles and not _in_doubt(targets)
+
+
+def unadapted(targets: Sequence[Target], placement: PlacementSpec, *, layers: int) -> list[str]:
+    """What a placement by roles leaves as it is though its name may promise it, a line each; none for most models.
+
+    `full` is attention and feed-forward: token mixers of a hybrid model are not in it. Experts that a router chooses
+    are never adapted, and a mixer's output projection is not where nothing but its kernel reads it.
+    """
+    if not placement.roles:
+        return []
+    chosen = set(select_layers(placement.layers, layers))
+    inside = [target for target in targets if target.layer in chosen]
+    asked = {part for role in placement.roles for part in FUSED.get(role, (role,))}
+    lines = []
+    mixers = [target for target in inside if target.role in MIXER]
+    if mixers and not asked & set(MIXER):
+        where = sorted({target.layer for target in mixers if target.layer is not None})
+        lines.append(
+            f"placement={placement.name} leaves the token mixers that are not attention as they are: "
+            f"{listing(mixers, most=4)}, in {len(where)} of {len(chosen)} layers. placement=mixer adapts them, "
+            "placement=all these and the rest"
+        )
+    if "mixer_out" in asked and mixers and not any(target.role == "mixer_out" for target in mixers):
+        lines.append(
+            f"placement={placement.name} leaves the token mixers' output projections as they are: a kernel reads "
+            "those weights itself, past any adapter"
+        )
+    experts = [target.name for target in inside if target.role == EXPERTS]
+    if experts and asked & set(FEED_FORWARD):
+        more = f" and {len(experts) - 1} more" if len(experts) > 1 else ""
+        lines.append(
+            f"placement={placement.name} leaves the experts that a router chooses as they are ({experts[0]}{more}): "
+            "of the feed-forward modules it adapts those that every token meets"
+        )
+    return lines
+
+
+def report(targets: Sequence[Target], names: Iterable[str] = ("attn", "ff", "full", "mixer", "all")) -> dict[str, str]:
+    """For each named placement the number of modules it adapts in a model, or the line that refuses it."""
+    found = {}
+    for name in names:
+        spec = PlacementSpec(name=name, roles=PLACEMENTS[name])
+        try:
+            found[name] = str(len(resolve(targets, spec, layers=number_of_layers(targets))))
+        except (SpecError, ModelError) as error:
+            found[name] = str(error)
+    return found
 
 
 def _by_pattern(targets: Sequence[Target], pattern: str, placement: PlacementSpec) -> list[Target]:
@@ -191,13 +287,22 @@ def _components(role: str) -> tuple[str, ...]:
 def _workable(targets: Sequence[Target]) -> list[str]:
     """Names of the placements that these targets can honour."""
     present = {role for target in targets for role in _components(target.role)}
-    experts = any(target.kind == "experts" for target in targets)
+    routed = {target.layer for target in targets if target.role == EXPERTS}
+    dense = {target.layer for target in targets if set(_components(target.role)) & set(FEED_FORWARD)}
+    barred = set(FEED_FORWARD) if routed - dense else set()
+    if any(target.role == ATTENTION_EXPERTS for target in targets):
+        barred |= set(ATTENTION)
     names = []
     for name, roles in PLACEMENTS.items():
         asked = set(roles)
+        if name == "all":
+            if not present & set(MIXER):
+                continue  # the same as full
+            asked = {role for part in PARTS.values() if present & set(part) for role in part}
         split = any(set(parts) & asked and not set(parts) <= asked for parts in _fused_in(targets))
-        lacks = asked - present - ({"ff_gate"} if "ff_up" in present else set())
-        if not split and not lacks and not (experts and asked & set(FEED_FORWARD)):
+        spared = {"ff_gate"} if "ff_up" in present else set()
+        spared |= {"mixer_out"} if "mixer_in" in present else set()
+        if not split and not asked - present - spared and not asked & barred:
             names.append(name)
     return names
 

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sweeper import record
 from sweeper.search.settings import SearchSettings
@@ -76,10 +77,17 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
 
 
 def notes(specs: Sequence[RunSpec], costs: Sequence[Cost]) -> list[str]:
-    """What the costs of a plan cannot say yet: ranks that a probe will allocate."""
-    from sweeper.ranks import importance
+    """What the costs of a plan do not say: ranks that a probe will allocate, and what placements leave as it is."""
+    from sweeper import methods, models
+    from sweeper.ranks import importance, placement
 
-    found = {}
+    found: dict[Any, str] = {}
+    for spec in specs:
+        key = repr((spec.model, spec.placement))
+        if key not in found and "placement" not in methods.lacks(spec.method):
+            every = models.skeleton(spec.model)
+            lines = placement.unadapted(every, spec.placement, layers=placement.number_of_layers(every))
+            found[key] = "\n".join(f"{spec.model.name}: {line}" for line in lines)
     for spec, cost in zip(specs, costs, strict=True):
         asked = importance.probing(spec)
         if asked is not None:
@@ -88,7 +96,7 @@ def notes(specs: Sequence[RunSpec], costs: Sequence[Cost]) -> list[str]:
                 f"allocation=importance, {spec.placement.name}: a probe ({asked.score}, {looked}) decides each "
                 f"module's rank before training; {cost.parameters:,} parameters in all, to within 1%"
             )
-    return list(found.values())
+    return [line for lines in found.values() for line in lines.splitlines()]
 
 
 def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequence[Cost]) -> list[str]:

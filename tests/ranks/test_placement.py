@@ -147,6 +147,10 @@ def test_a_placement_adapts_exactly_its_roles_or_is_refused(kind: str, name: str
         with pytest.raises(SpecError, match=workable):
             placed(targets_of(kind), name)
         return
+    if name == "mixer":
+        with pytest.raises(SpecError, match=r"no mixer_in, mixer_out\. Choose from attn, .*full, custom\."):
+            placed(targets_of(kind), name)
+        return
     parts = {"attn_qkv": {"attn_q", "attn_k", "attn_v"}, "ff_gate_up": {"ff_gate", "ff_up"}}
     wanted = {
         f"{block.format(layer)}.{leaf}"
