@@ -14,7 +14,7 @@ import functools
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -321,14 +321,16 @@ def config(name: str) -> "PretrainedConfig":
         return CONFIG_MAPPING[of](**_merged(_fields(CONFIG_MAPPING[of], of), changes))
 
 
-def build(name: str, *, seed: int = 0, std: float = 0.2) -> "PreTrainedModel":
-    """The tiny model of a row: float32, eval mode, weights that show a fault."""
+def build(
+    name: str, *, seed: int = 0, std: float = 0.2, prepare: Callable[[Any], Any] = lambda config: config
+) -> "PreTrainedModel":
+    """The tiny model of a row: float32, eval mode, weights that show a fault. `prepare` may change its config."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config(name), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(prepare(config(name)), dtype=torch.float32)
         _initialise(model, std * _GAIN.get(name, 1.0))
     return model.eval()
 

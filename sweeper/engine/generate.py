@@ -1,7 +1,7 @@
 """Greedy text from every adapter of a pack at once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from sweeper.device import free_bytes
 from sweeper.engine.pack import Pack
 from sweeper.models import learned_positions
+from sweeper.models.architecture import number_of_layers
 from sweeper.models.forward import CachedDecoding, WholeDecoding
 
 CACHE_SHARE = 0.3  # of the free memory of a GPU, for the KV cache
@@ -88,7 +89,7 @@ def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids, stop_stri
         decoding = WholeDecoding(pack.hidden, ids, mask)
     done = torch.zeros(len(ids), dtype=torch.bool, device=pack.device)
     written: list[Tensor] = []
-    most = learned_positions(pack.base.spec)
+    most = learned_positions(pack.base.model)
     room = math.inf if most is None else most - getattr(pack.bank.decoder, "virtual", 0)
     window = STOP_EVERY + max((len(text.encode()) for text in stop_strings), default=0)
     for count in range(1, max_new_tokens + 1):
@@ -118,10 +119,15 @@ def rows_together(pack: Pack, lanes: int, length: int, budget: int) -> int:
     """Sequences of one adapter that are generated at once. On a GPU a new token costs its launches, however many rows
     it is for, so there are as many as memory has room for.
     """
-    if pack.device.type == "cuda":
-        config = pack.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_token = 2 * config.num_hidden_layers * heads * width * pack.dtype.itemsize
-        budget = max(budget, int(CACHE_SHARE * free_bytes(pack.device)) // per_token)
+    if pack.device.type == "cuda" and pack.base.verdict.cached:
+        width = max(_key_widths(pack), default=pack.model.get_input_embeddings().weight.shape[1])
+        per_token = 2 * number_of_layers(pack.base.targets) * width * pack.dtype.itemsize
+        budget = max(budget, int(CACHE_SHARE * free_bytes(pack.device)) // max(per_token, 1))
     return max(1, budget // (lanes * length))
+
+
+def _key_widths(pack: Pack) -> Iterator[int]:
+    """Values that each layer's cache holds of a token's keys, where the model's projections tell."""
+    for target in pack.base.targets:
+        if target.role == "attn_k":
+            yield target.out_features

@@ -131,7 +131,7 @@ class Pack:
             compile_layers(self.model, dynamic=True if lengths_vary else None)
         self.captured = CapturedStep(self.forward_backward) if able and (compiled or captured) else None
         self.captured_scores = None if self.captured is None else CapturedStep(self._scores)
-        values = len(decoder_layers(self.model)) * self.model.config.get_text_config().hidden_size
+        values = len(decoder_layers(self.model)) * self.model.get_input_embeddings().weight.shape[1]
         self._step_lanes, self._score_lanes = (
             LaneCounts(len(self.jobs), recording=by_layer * len(decoder_layers(self.model)), token=by_value * values)
             for by_layer, by_value in (STEP_COSTS, SCORE_COSTS)

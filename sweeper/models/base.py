@@ -51,10 +51,11 @@ def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> Ba
             model = _random(spec, dtype)
         else:
             where = folder(spec, weights=True)
-            config = _settle(_config(spec))
+            config = settle(_config(spec))
             arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": spec.trust_remote_code}
+            arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that all are named
             try:
-                model, account = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **arguments)
+                model, account = AutoModelForCausalLM.from_pretrained(where, **arguments)
             except Exception as error:
                 raise _failure(spec, "the model cannot be loaded", error) from error
             _check_account(spec, model, account)
@@ -154,17 +155,26 @@ def check(spec: ModelSpec) -> None:
         folder(spec, weights=True)
 
 
-def learned_positions(spec: ModelSpec) -> int | None:
+def learned_positions(of: "ModelSpec | PreTrainedModel") -> int | None:
     """The most positions a text may have; None where positions are computed, as rotary ones are. Reads no weights."""
-    return _outline(_key(spec))[3]
+    return _outline(_key(of))[3] if isinstance(of, ModelSpec) else _positions(of)
 
 
 def check_length(spec: ModelSpec, length: int) -> None:
-    """Raises SpecError where texts of `length` tokens have more positions than the model has learned."""
+    """Raises SpecError where texts of `length` tokens have more positions than the model has learned, or are so long
+    that those of a batch change one another's.
+    """
     most = learned_positions(spec)
     if most is not None and length > most:
         raise SpecError(
             f"dataset.max_length={length}: model={spec.name} has learned {most} positions. Choose at most {most}."
+        )
+    most = _outline(_key(spec))[4]
+    if most is not None and length > most:
+        raise SpecError(
+            f"dataset.max_length={length}: beyond {most} tokens the longest row of a batch changes the rotary positions "
+            f"of all in model={spec.name} (dynamic or LongRoPE scaling), so scores would depend on the batch. Choose at "
+            f"most {most}."
         )
 
 
@@ -183,7 +193,7 @@ def stock_config(spec: ModelSpec) -> "PretrainedConfig":
 def _random(spec: ModelSpec, dtype: "torch.dtype") -> Any:
     import torch
 
-    config = _settle(random_config(spec))
+    config = settle(random_config(spec))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(spec.config.get("seed", 0)))
         # made in float32 and then cast, so that every precision starts from the same weights
@@ -195,8 +205,10 @@ def _key(spec: ModelSpec) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _outline(key: str) -> tuple[tuple[Target, ...], int, bool, int | None]:
-    """Targets, parameters, whether the ends are tied, learned positions; the spec as JSON, for it cannot be hashed."""
+def _outline(key: str) -> tuple[tuple[Target, ...], int, bool, int | None, int | None]:
+    """Targets, parameters, whether the ends are tied, learned positions, and tokens beyond which rotary ones stretch;
+    the spec as JSON, for it cannot be hashed.
+    """
     import torch
 
     spec = ModelSpec(**json.loads(key))
@@ -206,7 +218,8 @@ def _outline(key: str) -> tuple[tuple[Target, ...], int, bool, int | None]:
             model = _from_config(config, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
         raise _failure(spec, "the model cannot be built", error) from error
-    return structure(model, spec.roles), total_parameters(model), is_tied(model), _positions(model)
+    found = structure(model, spec.roles), total_parameters(model), is_tied(model), _positions(model)
+    return *found, proof.stretching(config)
 
 
 def _positions(model: Any) -> int | None:
@@ -248,7 +261,7 @@ def _config(spec: ModelSpec) -> "PretrainedConfig":
         raise _failure(spec, "its config cannot be read", error) from error
 
 
-def _settle(config: "PretrainedConfig") -> "PretrainedConfig":
+def settle(config: "PretrainedConfig") -> "PretrainedConfig":
     """Sets every rate of dropout and of a router's noise to 0 and switches the key-value cache off, in nested configs
     as well.
     """
@@ -257,7 +270,7 @@ def _settle(config: "PretrainedConfig") -> "PretrainedConfig":
     config.use_cache = False
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
-            _settle(value)
+            settle(value)
         elif ("drop" in name or "jitter" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config

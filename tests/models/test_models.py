@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from sweeper import models
 from sweeper.errors import ModelError
 from sweeper.models import files
-from sweeper.models.base import _settle
+from sweeper.models.base import settle
 from sweeper.ranks.placement import PLACEMENTS, number_of_layers, resolve
 from sweeper.spec import ModelSpec, PlacementSpec, from_mapping
 
@@ -308,5 +308,5 @@ def test_the_default_model_loads_fast_and_knows_the_capital_of_france() -> None:
 def test_dropout_is_off_in_nested_configs() -> None:
     inner, outer = PretrainedConfig(attention_dropout=0.1), PretrainedConfig(resid_pdrop=0.2, layerdrop=0.1, other=0.3)
     outer.text_config = inner
-    settled = _settle(outer)
+    settled = settle(outer)
     assert (settled.resid_pdrop, settled.layerdrop, settled.other, inner.attention_dropout) == (0.0, 0.0, 0.3, 0.0)
