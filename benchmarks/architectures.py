@@ -122,7 +122,10 @@ def look(name: str, *, faults: bool = True) -> Row:
     row.cached = "" if generated(base) != alone(base) else "cache" if verdict.cached else "whole rows"
     proved = export_proof.prove(base, spec, ranks)
     row.export = f"{proved.difference:.0e}" if proved.refused is None else ""
-    row.refused = proved.refused or ", ".join(proved.unreached)
+    if proved.refused is not None:
+        row.refused = f"it trains, and its adapters are for `adapters.py merge` alone: {proved.refused}"
+    elif proved.unreached:
+        row.refused = f"an adapter on {', '.join(proved.unreached[:3])} changes nothing"
     if faults:
         row.faults = planted(base, spec, ranks)
     return row

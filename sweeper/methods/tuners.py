@@ -6,7 +6,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,21 @@ class Tuned(Trainee):
     Args:
         config: PEFT's. cast: keep the adapter in the base's precision, its float32 values in the store; else it is in
             the precision that PEFT chooses. graphable: whether its steps can be captured, unless they draw dropout.
+        places: the modules that it adapts, no more and no fewer; None where that is the tuner's own affair.
+
+    Raises:
+        SpecError: PEFT refuses, or puts its adapters elsewhere.
     """
 
-    def __init__(self, base: BaseModel, config: Any, *, cast: bool = False, graphable: bool = True) -> None:
+    def __init__(
+        self, base: BaseModel, config: Any, *, cast: bool = False, graphable: bool = True,
+        places: Iterable[str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(twin(base.model))
         self.base, self.cast = base, cast
         self._wrap(lambda peft: peft.get_peft_model(self.model, config, autocast_adapter_dtype=not cast))
+        if places is not None:
+            self._check_places(set(places))
         self.graphable = graphable and not any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.peft.modules())
 
     def _wrap(self, make: Callable[[Any], Any]) -> None:
@@ -57,6 +66,20 @@ class Tuned(Trainee):
             for name, parameter in self.peft.named_parameters():
                 if f".{NAME}." in name:
                     parameter.data = parameter.data.to(dtype)
+
+    def _check_places(self, wanted: set[str]) -> None:
+        """For some mixtures of experts PEFT takes the names of modules for those of the experts' weights."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        named = self.peft.get_base_model().named_modules()
+        found = {name for name, module in named if isinstance(module, BaseTunerLayer)}
+        found = {name for name in found if not any(name.startswith(f"{other}.") for other in found)}
+        if found != wanted:
+            missing, more = sorted(wanted - found), sorted(found - wanted)
+            raise SpecError(
+                f"PEFT adapts {more[0] if more else 'nothing'} in place of {missing[0] if missing else 'nothing'} in a "
+                f"{type(self.model).__name__}. Choose a method that packs (lora, rslora, pissa, ...), or another placement."
+            )
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
@@ -87,8 +110,8 @@ class AdaptiveRanks(Tuned):
 
     importance = True
 
-    def __init__(self, base: BaseModel, config: Any) -> None:
-        super().__init__(base, config)
+    def __init__(self, base: BaseModel, config: Any, places: Iterable[str]) -> None:
+        super().__init__(base, config, places=places)
         self.adapter = self.peft.base_model
 
     def penalty(self) -> Tensor | None:
@@ -146,12 +169,17 @@ class AdaptiveRanks(Tuned):
 
 def dora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
     """DoRA (Liu et al. 2024) with dropout, which falls on the low-rank part alone and so leaves no packed form."""
-    return trained_alone(spec, ranks, lambda base: Tuned(base, lora_config(spec, ranks, use_dora=True), cast=True))
+    return trained_alone(spec, ranks, lambda base: _lora(spec, ranks, base, use_dora=True))
 
 
 def quantised_lora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
     """LoRA on the quantised base that `methods.load_base` made."""
-    return trained_alone(spec, ranks, lambda base: Tuned(base, lora_config(spec, ranks), cast=True))
+    return trained_alone(spec, ranks, lambda base: _lora(spec, ranks, base))
+
+
+def _lora(spec: RunSpec, ranks: Ranks, base: BaseModel, **more: Any) -> Tuned:
+    names = [target.name for target in ranks]
+    return Tuned(base, lora_config(spec, ranks, **more), cast=True, places=names)
 
 
 def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
@@ -170,7 +198,7 @@ def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
             orth_reg_weight=option("orthogonality"), lora_alpha=spec.alpha, lora_dropout=spec.method.dropout,
             **places(ranks),
         )  # fmt: skip
-        return AdaptiveRanks(base, config)
+        return AdaptiveRanks(base, config, [target.name for target in ranks])
 
     return replace(trained_alone(spec, ranks, build), settles=steps - _phases(spec)[1])
 
@@ -185,7 +213,14 @@ def any_tuner(spec: RunSpec, ranks: Ranks) -> AloneSpec:
     given the placed modules, and the run's rank, alpha and dropout.
     """
     graphable = str(PEFT.option(spec.method, "tuner")).upper() in CAPTURED
-    return trained_alone(spec, ranks, lambda base: Tuned(base, _tuner_config(spec, ranks, base), graphable=graphable))
+
+    def build(base: BaseModel) -> Tuned:
+        config = _tuner_config(spec, ranks, base)
+        given = set(getattr(config, "target_modules", None) or ())
+        names = {target.name for target in ranks}
+        return Tuned(base, config, graphable=graphable, places=names if given == names else None)
+
+    return trained_alone(spec, ranks, build)
 
 
 def tuners() -> dict[str, Any]:

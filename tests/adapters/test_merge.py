@@ -154,7 +154,7 @@ def test_a_merge_that_is_not_equal_leaves_nothing(saved: Make, tmp_path: Path, m
 
     def shifted(model: Any, ids: torch.Tensor) -> torch.Tensor:
         seen.append(1)
-        return honest(model, ids) + 0.01 * len(seen)
+        return [one + 0.01 * len(seen) for one in honest(model, ids)]
 
     monkeypatch.setattr(peft_models, "logits", shifted)
     with pytest.raises(ModelError, match=r"logits differ by up to 0.01, more than the 0.0001 that float32 explains"):
