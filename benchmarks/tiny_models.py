@@ -200,6 +200,10 @@ _VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2 (windows above layer 1)": ("qwen2", _WINDOWS),
     "qwen3 (windows above layer 1)": ("qwen3", _WINDOWS),
     "starcoder2 (no window)": ("starcoder2", {"sliding_window": None}),
+    "mllama (cross-attention)": (
+        "mllama",
+        {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1], "layer_types": None}},
+    ),
     "stablelm (parallel)": ("stablelm", {"use_parallel_residual": True}),
     "stablelm (query and key norms)": ("stablelm", {"qk_layernorm": True}),
     "phi (query and key norms)": ("phi", {"qk_layernorm": True}),

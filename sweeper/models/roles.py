@@ -1,5 +1,6 @@
 """What the matrices of one transformer block do, told from their place, their names and their shapes."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -120,7 +121,7 @@ def block_targets(members: Sequence[Named], matrices: Matrices) -> Iterator[Targ
             elif kind == "other" or not _alone(full, module, found):
                 yield from inside
             elif kind == "attention":
-                yield from _attention(full, inside)
+                yield from _attention(full, inside, one_input=_has_one_input(module))
             else:
                 aside = [target for target in inside if _is_aside(target.name.removeprefix(full))]
                 yield from aside
@@ -193,12 +194,18 @@ def _alone(full: str, module: "nn.Module", found: Sequence[Named]) -> bool:
     return sum(not _holds_experts(*other) for other in found) == 1
 
 
-def _attention(full: str, inside: Sequence[Target]) -> Iterator[Target]:
+def _has_one_input(module: "nn.Module") -> bool:
+    """Whether an attention reads queries, keys and values from one tensor; Inkling 2's mixes three of earlier layers."""
+    names = inspect.signature(module.forward).parameters
+    return not any(name in names for name in ("key_hidden_states", "value_hidden_states"))
+
+
+def _attention(full: str, inside: Sequence[Target], *, one_input: bool) -> Iterator[Target]:
     core = [target for target in inside if not _is_aside(target.name.removeprefix(full))]
     yield from (target for target in inside if target not in core)
     roles = _named(core, _ATTENTION_LEAVES)
     if len(roles) == len(set(roles.values())) and _attention_fits({role: t for t, role in roles.items()}):
-        yield from _given(core, roles)
+        yield from _given(core, roles, siblings=one_input)
         return
     both = {
         role: (*_ATTENTION_LEAVES.get(role, ()), *_ATTENTION_MORE.get(role, ()))
