@@ -33,8 +33,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    *("ATTENTION", "ATTENTION_EXPERTS", "CROSS", "EMBEDDING", "EXPERTS", "FEED_FORWARD", "FUSED", "HEAD", "MIXER"),
-    *("OTHER", "ROLES", "Target", "listing", "matches", "number_of_layers", "smaller_side", "structure"),
+    "ATTENTION",
+    "ATTENTION_EXPERTS",
+    "CROSS",
+    "EMBEDDING",
+    "EXPERTS",
+    "FEED_FORWARD",
+    "FUSED",
+    "HEAD",
+    "MIXER",
+    "OTHER",
+    "ROLES",
+    "Target",
+    "listing",
+    "matches",
+    "number_of_layers",
+    "smaller_side",
+    "structure",
 ]
 
 Layer = list[tuple[str, "nn.Module"]]

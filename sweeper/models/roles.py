@@ -156,7 +156,7 @@ def _parts(members: Sequence[Named], matrices: Matrices) -> dict[str, list[Named
             continue
         kind = _part(full.rpartition(".")[2], child)
         listed = isinstance(child, nn.ModuleList) and not _are_experts(full, child)
-        if listed or kind == "other" and not full.endswith("norm"):
+        if listed or (kind == "other" and not full.endswith("norm")):
             inner = _parts(block_members(full, child), matrices)
             if any(found for other, found in inner.items() if other != "other"):
                 for other, found in inner.items():
@@ -176,7 +176,7 @@ def _part(name: str, module: "nn.Module") -> str:
     mixes = any(word in kind for word in _MIXER_CLASSES) and not ("decoderlayer" in kind or "feedforward" in kind)
     if recurs or mixes:
         return "mixer"
-    if name in _ATTENTION_PARTS or "decoderlayer" not in kind and ("attention" in kind or "attn" in kind):
+    if name in _ATTENTION_PARTS or ("decoderlayer" not in kind and ("attention" in kind or "attn" in kind)):
         return "attention"
     if name in _FEED_FORWARD_PARTS or any(word in kind for word in _FEED_FORWARD_CLASSES):
         return "feed_forward"
@@ -195,7 +195,7 @@ def _alone(full: str, module: "nn.Module", found: Sequence[Named]) -> bool:
 
 
 def _has_one_input(module: "nn.Module") -> bool:
-    """Whether an attention reads queries, keys and values from one tensor; Inkling 2's mixes three of earlier layers."""
+    """Whether an attention reads queries, keys and values from one tensor; Inkling 2's reads three."""
     names = inspect.signature(module.forward).parameters
     return not any(name in names for name in ("key_hidden_states", "value_hidden_states"))
 
@@ -278,9 +278,7 @@ def _attention_fits(roles: Mapping[str, Target]) -> bool:
         return widths in ({out}, {2 * out})  # Zamba's attention reads the embedding as well
     if set(roles) == {"attn_qkv", "attn_o"}:
         fused, out_projection = roles["attn_qkv"], roles["attn_o"]
-        return (
-            fused.in_features == out_projection.out_features and fused.out_features > out_projection.in_features
-        )
+        return fused.in_features == out_projection.out_features and fused.out_features > out_projection.in_features
     return False
 
 
@@ -329,7 +327,9 @@ def _expert_weights(name: str, module: "nn.Module") -> "list[nn.Parameter]":
 
 
 def _holds_experts(name: str, module: "nn.Module") -> bool:
-    return any(_expert_weights(f"{name}.{child_name}".rstrip("."), child) for child_name, child in module.named_modules())
+    return any(
+        _expert_weights(f"{name}.{child_name}".rstrip("."), child) for child_name, child in module.named_modules()
+    )
 
 
 def _experts(name: str, module: "nn.Module", role: str) -> Iterator[Target]:
@@ -357,7 +357,8 @@ def _mixture(name: str, module: "nn.Module", inside: Sequence[Target]) -> Iterat
     left = [
         target
         for target in inside
-        if not any(target.name.startswith(f"{one.name}.") for one in experts) and target.out_features not in {1, *counts}
+        if not any(target.name.startswith(f"{one.name}.") for one in experts)
+        and target.out_features not in {1, *counts}
     ]
     shared = [target for target in left if not _is_aside(target.name.removeprefix(name))]
     by_parent: dict[str, list[Target]] = {}

@@ -215,7 +215,7 @@ def _understood(targets: Sequence[Target], part: tuple[str, ...]) -> bool:
     roles = {target.role for target in targets}
     if part is ATTENTION:
         return bool(roles & set(MIXER)) and ATTENTION_EXPERTS not in roles and not _in_doubt(targets)
-    return part is MIXER or EXPERTS not in roles and not _in_doubt(targets)
+    return part is MIXER or (EXPERTS not in roles and not _in_doubt(targets))
 
 
 def unadapted(targets: Sequence[Target], placement: PlacementSpec, *, layers: int) -> list[str]:
