@@ -342,6 +342,15 @@ def build(name: str, *, seed: int = 0, std: float = 0.2) -> "PreTrainedModel":
     return model.eval()
 
 
+def outline(name: str) -> "PreTrainedModel":
+    """The model of a row without weights, for what can be told from its modules."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config(name))
+
+
 def _fields(config_class: Any, of: str) -> dict[str, Any]:
     """What to call the class of a config with, so that it describes a tiny model with each kind of layer."""
     default = config_class()

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from benchmarks import tiny_models
 from sweeper.errors import ModelError, SpecError
@@ -106,8 +105,7 @@ def known(name: str) -> None:
 @functools.cache
 def targets_of(name: str) -> tuple[Target, ...]:
     known(name)
-    with torch.device("meta"):
-        return structure(AutoModelForCausalLM.from_config(tiny_models.config(name)))
+    return structure(tiny_models.outline(name))
 
 
 def roles_of(name: str) -> dict[str, str]:
@@ -195,11 +193,10 @@ def test_a_layer_in_doubt_is_refused_and_one_with_another_mixer_is_not() -> None
             self.something = nn.Sequential(nn.Linear(32, 32))
             self.mlp = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
 
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(tiny_models.config("lfm2"))
-        attention = PlacementSpec(name="attn", roles=PLACEMENTS["attn"])
-        assert {t.layer for t in resolve(structure(model), attention, layers=2)} == {1}
-        model.model.layers.append(Odd())
+    model: Any = tiny_models.outline("lfm2")
+    attention = PlacementSpec(name="attn", roles=PLACEMENTS["attn"])
+    assert {t.layer for t in resolve(structure(model), attention, layers=2)} == {1}
+    model.model.layers.append(Odd())
     for name in ("attn", "full", "all"):
         spec = PlacementSpec(name=name, roles=PLACEMENTS[name])
         with pytest.raises(ModelError, match=r"attention modules of layers 2\..*something\.0 \(32 -> 32\)"):
@@ -211,8 +208,7 @@ def test_names_that_peft_refuses_are_those_that_it_refuses() -> None:
 
     for name in ("mamba", "falcon_h1", "nemotron_h"):
         known(name)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(tiny_models.config(name))
+        model = tiny_models.outline(name)
         assert "out_proj" in peft_refuses(name)
         assert set(peft_refuses(name)) == set(bypassed(name))
         with pytest.raises(ValueError, match="incompatible with Mamba"):
