@@ -128,6 +128,7 @@ def _matrices(model: "nn.Module") -> dict[str, Target]:
     from transformers.pytorch_utils import Conv1D
 
     found = {}
+    first: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             kind, shape = "linear", (module.in_features, module.out_features)
@@ -137,8 +138,16 @@ def _matrices(model: "nn.Module") -> dict[str, Target]:
             kind, shape = "embedding", (module.num_embeddings, module.embedding_dim)
         else:
             continue
+        same = first.setdefault(id(module.weight), name) if kind != "embedding" else name
         found[name] = Target(
-            name=name, role=OTHER, layer=None, in_features=shape[0], out_features=shape[1], kind=kind, inputs=name
+            name=name,
+            role=OTHER,
+            layer=None,
+            in_features=shape[0],
+            out_features=shape[1],
+            kind=kind,
+            inputs=name,
+            shares=None if same == name else same,
         )
     return found
 

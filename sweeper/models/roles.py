@@ -78,6 +78,7 @@ _ASIDE = ("indexer", "compressor", "adapter", "router", "sconv")
 class Target:
     """One module that can be adapted. `inputs` is equal for modules called on the very same input tensor.
 
+    `shares` names an earlier module that has the same weight, as a block does that is used at several layers.
     kind "experts" stands for a mixture's expert weights, which are counted but not adapted: there
     `in_features * out_features` is the number of weights one token meets.
     """
@@ -89,6 +90,7 @@ class Target:
     out_features: int
     kind: str
     inputs: str
+    shares: str | None = None
 
 
 Named = tuple[str, "nn.Module"]

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from benchmarks import tiny_models
+from sweeper import methods
 from sweeper.errors import ModelError, SpecError
 from sweeper.models import budget
 from sweeper.models.architecture import FUSED, ROLES, Target, structure
 from sweeper.models.roles import bypassed, peft_refuses
 from sweeper.ranks.placement import PLACEMENTS, number_of_layers, report, resolve, unadapted
-from sweeper.spec import PlacementSpec
+from sweeper.spec import MethodSpec, PlacementSpec
 
 LLAMA = "self_attn.q_proj=attn_q self_attn.k_proj=attn_k self_attn.v_proj=attn_v self_attn.o_proj=attn_o"
 GATED = "mlp.gate_proj=ff_gate mlp.up_proj=ff_up mlp.down_proj=ff_down"
@@ -245,6 +246,19 @@ def test_training_costs_count_the_mixers_that_are_adapted() -> None:
     assert more >= sum(4 * 4 * (target.in_features + target.out_features) for target in mixers)
     kept = [budget.activation_bytes(targets, r, batch_size=2, length=8, bytes_per_value=4) for r in (ranks, fewer)]
     assert kept[0] >= kept[1] > 0
+
+
+def test_a_block_used_at_two_layers_has_an_adapter_at_each_and_its_weights_once() -> None:
+    targets = targets_of("zamba")
+    placed = resolve(targets, PlacementSpec(name="attn", roles=PLACEMENTS["attn"]), layers=5)
+    assert [target.shares for target in placed[:4]] == [None] * 4
+    assert [target.shares for target in placed[4:]] == [target.name for target in placed[:4]]
+    ranks = budget.uniform(placed, 4)
+    lora = sum(4 * (target.in_features + target.out_features) for target in placed)
+    assert methods.trainable(MethodSpec(name="lora"), ranks) == lora
+    weights = sum(target.in_features * target.out_features for target in placed[:4])
+    assert methods.trainable(MethodSpec(name="full_ft", options={"modules": "placed"}), ranks) == weights
+    assert all(target.shares is None for name in ("llama", "gpt2", "bloom") for target in targets_of(name))
 
 
 def test_fused_roles_are_made_of_roles() -> None:
