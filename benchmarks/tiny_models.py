@@ -25,7 +25,9 @@ VOCABULARY, LAYERS, WINDOW = 320, 2, 6
 
 _SMALL: Mapping[str, Any] = {
     # widths
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim", "embedding_size", "lru_width"), 32),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim", "embedding_size", "lru_width"), 32
+    ),
     **dict.fromkeys(("dim_model_base", "attention_hidden_size", "input_embedding_size", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("output_embedding_size", "pronunciation_embed_dim", "shape_embed_dim"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 64),
@@ -100,11 +102,11 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"), _DECODER),
     **dict.fromkeys(("ernie", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"), _DECODER),
     **dict.fromkeys(("roformer", "xlm-roberta", "xlm-roberta-xl"), _DECODER),
-    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), {"logit_scale": 1.0}),
+    **{key: {"logit_scale": 1.0} for key in ("cohere", "cohere2", "cohere2_moe")},
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"use_cache": False, "local_attention_window_len": WINDOW, "encoder_hash_byte_group_vocab": 64},
-    **dict.fromkeys(("blt_local_encoder", "blt_local_decoder"), {"hidden_size_global": 32, "num_key_value_heads": 4}),
-    **dict.fromkeys(("blt_global_transformer", "blt_patcher"), {"num_key_value_heads": 4}),
+    **{key: {"hidden_size_global": 32, "num_key_value_heads": 4} for key in ("blt_local_encoder", "blt_local_decoder")},
+    **{key: {"num_key_value_heads": 4} for key in ("blt_global_transformer", "blt_patcher")},
     "cohere_compass_text": {
         "logit_scale": 1.0,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -114,7 +116,7 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    **dict.fromkeys(("dots3_note_text",), {f"swa_{name}": size for name, size in _LATENT.items()}),
+    **{key: {f"swa_{name}": size for name, size in _LATENT.items()} for key in ("dots3_note_text",)},
     "dots3_note": {
         "vision_config": {"hidden_size": 32, "num_attention_heads": 4, "adapter_in_dim": 32, "adapter_out_dim": 32},
         "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
@@ -179,7 +181,10 @@ _VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama (biases)": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama (dynamic rope)": (
         "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}, "max_position_embeddings": 16},
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+            "max_position_embeddings": 16,
+        },
     ),
     "llama (yarn)": (
         "llama",
@@ -200,6 +205,10 @@ _VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2 (windows above layer 1)": ("qwen2", _WINDOWS),
     "qwen3 (windows above layer 1)": ("qwen3", _WINDOWS),
     "starcoder2 (no window)": ("starcoder2", {"sliding_window": None}),
+    "mllama (cross-attention)": (
+        "mllama",
+        {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1], "layer_types": None}},
+    ),
     "stablelm (parallel)": ("stablelm", {"use_parallel_residual": True}),
     "stablelm (query and key norms)": ("stablelm", {"qk_layernorm": True}),
     "phi (query and key norms)": ("phi", {"qk_layernorm": True}),
@@ -297,11 +306,11 @@ def kind(name: str) -> str:
         "recurrent": of in ("rwkv", "xlstm"),
         "hybrid": bool(mixers) or of in _PARALLEL_MIXERS,
         "latent attention": "kv_lora_rank" in fields,
-        "moe": experts and of != "doge" or bool(fields.get("is_moe")) or of == "dbrx",
+        "moe": (experts and of != "doge") or bool(fields.get("is_moe")) or of == "dbrx",
         "sliding": any("sliding" in layer for layer in layers) or _slides(text) or of in ("gpt_neo", "reformer"),
         "compressed": any("compressed" in layer for layer in layers),
         "chunked": "chunked_attention" in layers,
-        "alibi": of == "bloom" or bool(fields.get("alibi")) or of == "mpt" and text.attn_config.alibi,
+        "alibi": of == "bloom" or bool(fields.get("alibi")) or (of == "mpt" and text.attn_config.alibi),
         "dynamic mask": of == "doge",
     }
     return ", ".join(label for label, holds in found.items() if holds) or "dense"
@@ -335,6 +344,15 @@ def build(
     return model.eval()
 
 
+def outline(name: str) -> "PreTrainedModel":
+    """The model of a row without weights, for what can be told from its modules."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config(name))
+
+
 def _fields(config_class: Any, of: str) -> dict[str, Any]:
     """What to call the class of a config with, so that it describes a tiny model with each kind of layer."""
     default = config_class()
@@ -360,7 +378,7 @@ def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 def _attends(layer: str) -> bool:
-    return "attention" in layer and "linear" not in layer or layer in ("mlp", "moe", "attention")
+    return ("attention" in layer and "linear" not in layer) or layer in ("mlp", "moe", "attention")
 
 
 def _slides(text: "PretrainedConfig") -> bool:
@@ -369,7 +387,7 @@ def _slides(text: "PretrainedConfig") -> bool:
 
 
 def _replaceable(value: Any) -> bool:
-    return value is None or isinstance(value, int | list | str) and not isinstance(value, bool)
+    return value is None or (isinstance(value, int | list | str) and not isinstance(value, bool))
 
 
 def _layers(default: Any, known: set[str]) -> dict[str, Any]:

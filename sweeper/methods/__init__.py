@@ -81,8 +81,9 @@ def trainable(method: MethodSpec, ranks: Ranks, *, total: int = 0) -> int:
     """Trainable parameters of a run on a model of `total` parameters."""
     if find(method.name).whole(method):
         return total
-    count = find(method.name).parameters
-    return sum(count(method, target, rank) for target, rank in ranks.items())
+    found, names = find(method.name), {target.name for target in ranks}
+    once = {t: rank for t, rank in ranks.items() if found.work != "weight" or t.shares not in names}
+    return sum(found.parameters(method, target, rank) for target, rank in once.items())
 
 
 def held(spec: RunSpec, ranks: Ranks, *, total: int) -> int:

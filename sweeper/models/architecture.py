@@ -33,8 +33,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    *("ATTENTION", "ATTENTION_EXPERTS", "CROSS", "EMBEDDING", "EXPERTS", "FEED_FORWARD", "FUSED", "HEAD", "MIXER"),
-    *("OTHER", "ROLES", "Target", "listing", "matches", "number_of_layers", "smaller_side", "structure"),
+    "ATTENTION",
+    "ATTENTION_EXPERTS",
+    "CROSS",
+    "EMBEDDING",
+    "EXPERTS",
+    "FEED_FORWARD",
+    "FUSED",
+    "HEAD",
+    "MIXER",
+    "OTHER",
+    "ROLES",
+    "Target",
+    "listing",
+    "matches",
+    "number_of_layers",
+    "smaller_side",
+    "structure",
 ]
 
 Layer = list[tuple[str, "nn.Module"]]
@@ -62,9 +77,13 @@ def structure(model: "nn.Module", roles: Mapping[str, str] | None = None) -> tup
     products = {name: target for name, target in matrices.items() if target.kind != "embedding"}
     out_of_reach = bypassed(getattr(getattr(model, "config", None), "model_type", None))
     for layer, members in enumerate(blocks):
-        for target in block_targets(members, products):
+        inside = list(block_targets(members, products))
+        found_roles = {part for target in inside for part in FUSED.get(target.role, (target.role,))}
+        skipped = CROSS in found_roles and not found_roles & {*ATTENTION, *MIXER}  # a layer for images: no text enters
+        for target in inside:
             barred = target.role in MIXER and target.name.rpartition(".")[2] in out_of_reach
-            found[target.name] = replace(target, layer=layer, role=OTHER if barred else target.role)
+            role = CROSS if skipped else OTHER if barred else target.role
+            found[target.name] = replace(target, layer=layer, role=role)
     if not blocks:
         found = {**matrices, **found}
     found.update(_declared(roles or {}, matrices, found))
@@ -109,6 +128,7 @@ def _matrices(model: "nn.Module") -> dict[str, Target]:
     from transformers.pytorch_utils import Conv1D
 
     found = {}
+    first: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             kind, shape = "linear", (module.in_features, module.out_features)
@@ -118,8 +138,16 @@ def _matrices(model: "nn.Module") -> dict[str, Target]:
             kind, shape = "embedding", (module.num_embeddings, module.embedding_dim)
         else:
             continue
+        same = first.setdefault(id(module.weight), name) if kind != "embedding" else name
         found[name] = Target(
-            name=name, role=OTHER, layer=None, in_features=shape[0], out_features=shape[1], kind=kind, inputs=name
+            name=name,
+            role=OTHER,
+            layer=None,
+            in_features=shape[0],
+            out_features=shape[1],
+            kind=kind,
+            inputs=name,
+            shares=None if same == name else same,
         )
     return found
 
@@ -144,6 +172,7 @@ def _ends(model: "nn.Module", matrices: Mapping[str, Target]) -> tuple[str | Non
 # models of several stacks, in the order a text passes through them
 _STACKS: Mapping[str, tuple[str, ...]] = {
     "blt": ("model.local_encoder.layers", "model.global_transformer.layers", "model.local_decoder.layers"),
+    "hrm_text": ("model.L_module.layers", "model.H_module.layers"),
 }
 
 

@@ -2,8 +2,9 @@
 
 Counting rules. One multiply-add is 2 operations. Counted: every matrix of the blocks, the head at every token
 (supervised or not), the two products of attention over the full square of positions (a causal kernel may do half),
-and the adapters. Not counted: recurrences and convolutions of token mixers, embedding look-ups, norms, activations, softmax, loss, optimiser, MoE routers, and
-the second forward pass of activation checkpointing, which is no work of the model's.
+and the adapters. Not counted: recurrences and convolutions of token mixers, embedding look-ups, norms, activations,
+softmax, loss, optimiser, MoE routers, and the second forward pass of activation checkpointing, which is no work of the
+model's.
 
 What lies below the lowest adapter needs no gradient, so the backward pass ends there; of the first adapted layer only
 what comes after its first adapter is counted. Blocks are taken to be sequential (attention, then feed-forward); for

@@ -1,5 +1,6 @@
 """What the matrices of one transformer block do, told from their place, their names and their shapes."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -77,6 +78,7 @@ _ASIDE = ("indexer", "compressor", "adapter", "router", "sconv")
 class Target:
     """One module that can be adapted. `inputs` is equal for modules called on the very same input tensor.
 
+    `shares` names an earlier module that has the same weight, as a block does that is used at several layers.
     kind "experts" stands for a mixture's expert weights, which are counted but not adapted: there
     `in_features * out_features` is the number of weights one token meets.
     """
@@ -88,6 +90,7 @@ class Target:
     out_features: int
     kind: str
     inputs: str
+    shares: str | None = None
 
 
 Named = tuple[str, "nn.Module"]
@@ -120,7 +123,7 @@ def block_targets(members: Sequence[Named], matrices: Matrices) -> Iterator[Targ
             elif kind == "other" or not _alone(full, module, found):
                 yield from inside
             elif kind == "attention":
-                yield from _attention(full, inside)
+                yield from _attention(full, inside, one_input=_has_one_input(module))
             else:
                 aside = [target for target in inside if _is_aside(target.name.removeprefix(full))]
                 yield from aside
@@ -155,7 +158,7 @@ def _parts(members: Sequence[Named], matrices: Matrices) -> dict[str, list[Named
             continue
         kind = _part(full.rpartition(".")[2], child)
         listed = isinstance(child, nn.ModuleList) and not _are_experts(full, child)
-        if listed or kind == "other" and not full.endswith("norm"):
+        if listed or (kind == "other" and not full.endswith("norm")):
             inner = _parts(block_members(full, child), matrices)
             if any(found for other, found in inner.items() if other != "other"):
                 for other, found in inner.items():
@@ -175,7 +178,7 @@ def _part(name: str, module: "nn.Module") -> str:
     mixes = any(word in kind for word in _MIXER_CLASSES) and not ("decoderlayer" in kind or "feedforward" in kind)
     if recurs or mixes:
         return "mixer"
-    if name in _ATTENTION_PARTS or "decoderlayer" not in kind and ("attention" in kind or "attn" in kind):
+    if name in _ATTENTION_PARTS or ("decoderlayer" not in kind and ("attention" in kind or "attn" in kind)):
         return "attention"
     if name in _FEED_FORWARD_PARTS or any(word in kind for word in _FEED_FORWARD_CLASSES):
         return "feed_forward"
@@ -193,12 +196,18 @@ def _alone(full: str, module: "nn.Module", found: Sequence[Named]) -> bool:
     return sum(not _holds_experts(*other) for other in found) == 1
 
 
-def _attention(full: str, inside: Sequence[Target]) -> Iterator[Target]:
+def _has_one_input(module: "nn.Module") -> bool:
+    """Whether an attention reads queries, keys and values from one tensor; Inkling 2's reads three."""
+    names = inspect.signature(module.forward).parameters
+    return not any(name in names for name in ("key_hidden_states", "value_hidden_states"))
+
+
+def _attention(full: str, inside: Sequence[Target], *, one_input: bool) -> Iterator[Target]:
     core = [target for target in inside if not _is_aside(target.name.removeprefix(full))]
     yield from (target for target in inside if target not in core)
     roles = _named(core, _ATTENTION_LEAVES)
     if len(roles) == len(set(roles.values())) and _attention_fits({role: t for t, role in roles.items()}):
-        yield from _given(core, roles)
+        yield from _given(core, roles, siblings=one_input)
         return
     both = {
         role: (*_ATTENTION_LEAVES.get(role, ()), *_ATTENTION_MORE.get(role, ()))
@@ -271,9 +280,7 @@ def _attention_fits(roles: Mapping[str, Target]) -> bool:
         return widths in ({out}, {2 * out})  # Zamba's attention reads the embedding as well
     if set(roles) == {"attn_qkv", "attn_o"}:
         fused, out_projection = roles["attn_qkv"], roles["attn_o"]
-        return (
-            fused.in_features == out_projection.out_features and fused.out_features > out_projection.in_features
-        )
+        return fused.in_features == out_projection.out_features and fused.out_features > out_projection.in_features
     return False
 
 
@@ -322,7 +329,9 @@ def _expert_weights(name: str, module: "nn.Module") -> "list[nn.Parameter]":
 
 
 def _holds_experts(name: str, module: "nn.Module") -> bool:
-    return any(_expert_weights(f"{name}.{child_name}".rstrip("."), child) for child_name, child in module.named_modules())
+    return any(
+        _expert_weights(f"{name}.{child_name}".rstrip("."), child) for child_name, child in module.named_modules()
+    )
 
 
 def _experts(name: str, module: "nn.Module", role: str) -> Iterator[Target]:
@@ -350,7 +359,8 @@ def _mixture(name: str, module: "nn.Module", inside: Sequence[Target]) -> Iterat
     left = [
         target
         for target in inside
-        if not any(target.name.startswith(f"{one.name}.") for one in experts) and target.out_features not in {1, *counts}
+        if not any(target.name.startswith(f"{one.name}.") for one in experts)
+        and target.out_features not in {1, *counts}
     ]
     shared = [target for target in left if not _is_aside(target.name.removeprefix(name))]
     by_parent: dict[str, list[Target]] = {}

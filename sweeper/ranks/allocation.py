@@ -4,11 +4,11 @@ Whatever the ranks, every module has the scale of a uniform allocation, alpha / 
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from sweeper import methods
 from sweeper.errors import SpecError, unknown
-from sweeper.models.architecture import ROLES, Target
+from sweeper.models.architecture import ATTENTION, EXPERTS, FEED_FORWARD, FUSED, ROLES, Target
 from sweeper.models.budget import uniform
 from sweeper.ranks.importance import GOLDEN, bounds, probing, share_out
 from sweeper.spec import RunSpec
@@ -121,7 +121,14 @@ def pattern(
 
 
 def _whole(every: Sequence[Target]) -> list[Target]:
-    return [target for target in every if target.layer is not None and target.role in ROLES]
+    """Attention and feed-forward. Mixers and shared experts were no targets at first, and run ids outlive that."""
+    routed = {target.layer for target in every if target.role == EXPERTS}
+    return [target for target in every if target.layer is not None and _counts(target, routed)]
+
+
+def _counts(target: Target, routed: Collection[int | None]) -> bool:
+    parts = set(FUSED.get(target.role, (target.role,)))
+    return parts <= set(ATTENTION) or (parts <= set(FEED_FORWARD) and target.layer not in routed)
 
 
 ALLOCATIONS: dict[str, Allocate] = {

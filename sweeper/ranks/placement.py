@@ -181,12 +181,13 @@ def _check_part(targets: Sequence[Target], placement: PlacementSpec, part: tuple
     mixing = {target.layer for target in targets if part is ATTENTION and target.role in MIXER}
     lacking = sorted(_in_doubt(targets) - known - mixing) if known else []
     if lacking or not known:
+        mixers = ", or mixer: its token mixers are not attention" if any(t.role in MIXER for t in targets) else ""
         where = f"layers {', '.join(map(str, lacking[:6]))}{', ...' if lacking[6:] else ''}" if known else "this model"
         raise ModelError(
             f"placement={placement.name}: cannot tell which are the {label} modules of {where}. The linear modules "
             f"there are {listing(t for t in targets if not known or t.layer in lacking)}. Declare roles in conf/model, "
             f"for example roles: {{{part[0]}: 'regular expression for the end of a module name'}} "
-            f"(roles: {', '.join(ROLES)}), choose other placement.layers, or use placement=custom."
+            f"(roles: {', '.join(ROLES)}), choose other placement.layers, or use placement=custom{mixers}."
         )
 
 
@@ -196,18 +197,17 @@ def _in_doubt(targets: Sequence[Target]) -> set[int]:
     What lies beside modules with a role belongs to their part: what steers a state, or selects keys.
     """
     layers = {target.layer for target in targets if target.layer is not None}
-    told = {target.layer for target in targets if target.role != OTHER}
-    parts = {target.name.rpartition(".")[0] for target in targets if target.role != OTHER and target.layer is not None}
-    strange = {
-        target.layer
-        for target in targets
-        if target.role == OTHER and target.layer is not None and not any(_within(target.name, part) for part in parts)
-    }
-    return strange | (layers - told)
+    told = [target for target in targets if target.role != OTHER and target.layer is not None]
+    parts = {_part(target) for target in told} - {""}
+    untold = [target for target in targets if target.role == OTHER and target.layer is not None]
+    strange = {target.layer for target in untold if target.layer is not None and _part(target) not in parts}
+    return strange | (layers - {target.layer for target in told})
 
 
-def _within(name: str, part: str) -> bool:
-    return name.startswith(f"{part}.") or part.startswith(f"{name.rpartition('.')[0]}.")
+def _part(target: Target) -> str:
+    """The name of the child of the block that a module lies in; empty for one that lies in the block itself."""
+    found = re.match(r"(?:.*?\.)?\d+\.[^.]+(?=\.)", target.name)
+    return found[0] if found else ""
 
 
 def _understood(targets: Sequence[Target], part: tuple[str, ...]) -> bool:
@@ -215,7 +215,7 @@ def _understood(targets: Sequence[Target], part: tuple[str, ...]) -> bool:
     roles = {target.role for target in targets}
     if part is ATTENTION:
         return bool(roles & set(MIXER)) and ATTENTION_EXPERTS not in roles and not _in_doubt(targets)
-    return part is MIXER or EXPERTS not in roles and not _in_doubt(targets)
+    return part is MIXER or (EXPERTS not in roles and not _in_doubt(targets))
 
 
 def unadapted(targets: Sequence[Target], placement: PlacementSpec, *, layers: int) -> list[str]:

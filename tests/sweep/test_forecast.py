@@ -67,3 +67,21 @@ def test_the_pace_of_another_model_is_no_estimate(
     other = dataclasses.replace(specs[1], model=dataclasses.replace(specs[1].model, name="large"))
     asked = plan.make(grouped([other]), study)
     assert forecast.estimate(asked, SearchSettings(), study, costs)[1].startswith("no run of large on this device")
+
+
+def test_the_plan_says_what_a_placement_leaves(composer: Any, study: Settings) -> None:
+    hybrid = [
+        "model.location=lfm2",
+        "+model.config.layer_types=[conv,full_attention]",
+        "model.config.num_hidden_layers=2",
+    ]
+    arguments = ["experiment=smoke", "placement=attn,full,all", "rank=4,8", *hybrid]
+    specs = compose.expand(arguments, composer).specs
+    lines = forecast.notes(specs, forecast.costs(specs, study))
+    assert [line.split(" leaves ")[0] for line in lines] == [
+        "tiny_llama: placement=attn",
+        "tiny_llama: placement=full",
+    ]
+    assert all("conv.in_proj" in line and "placement=all" in line for line in lines)
+    plain = compose.expand(["experiment=smoke", "placement=attn,full,all", "rank=4"], composer).specs
+    assert forecast.notes(plain, forecast.costs(plain, study)) == []
