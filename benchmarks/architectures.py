@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -223,7 +222,7 @@ def zero_one(run: Path) -> None:
     """A planted fault: one tensor of the saved adapter is zero."""
     file = run / ADAPTER / "adapter_model.safetensors"
     tensors = load_file(file)
-    name = next(name for name in reversed(sorted(tensors)) if "lora_B" in name)
+    name = next(name for name in sorted(tensors, reverse=True) if "lora_B" in name)
     tensors[name] = torch.zeros_like(tensors[name])
     save_file(tensors, file, metadata={"format": "pt"})
 
@@ -235,7 +234,7 @@ def hushed() -> Iterator[None]:
         yield
 
 
-def page(rows: Sequence[Row], seconds: float) -> str:
+def page(rows: Sequence[Row]) -> str:
     """docs/models.md."""
     import peft
     import transformers
@@ -248,17 +247,17 @@ def page(rows: Sequence[Row], seconds: float) -> str:
         "",
         "Which models train here, and how each is proved. Made by `python -m benchmarks.architectures`.",
         "",
-        "Before a model is trained it is proved on its own weights: short rows padded in one batch, as they are trained "
-        "on, must give the log-probabilities that the stock model gives each row alone; so must the key-value cache, "
-        "else text is generated from whole rows, which is slower; and an adapter of the run's method on the run's "
-        "modules, saved and loaded with stock PEFT, must give the engine's. What rounding explains is measured. Where a "
-        "model fails it is refused with the reason. Verdicts are kept in the cache folder, by the model's content, "
-        "versions, device and precision.",
+        "Before a model is trained it is proved on its own weights: short rows padded in one batch, as they are "
+        "trained on, must give the log-probabilities that the stock model gives each row alone; so must the key-value "
+        "cache, else text is generated from whole rows, which is slower; and an adapter of the run's method on the "
+        "run's modules, saved and loaded with stock PEFT, must give the engine's. What rounding explains is measured. "
+        "Where a model fails it is refused with the reason. Verdicts are kept in the cache folder, by the model's "
+        "content, versions, device and precision.",
         "",
-        f"The table does that with every causal language model class of transformers {transformers.__version__} that can "
-        f"be built, tiny and in float32 (PEFT {peft.__version__}, torch {torch.__version__.split('+')[0]}, CPU), and "
-        "with options that change how a class attends. Numbers are the largest differences of a log-probability, in "
-        "nats. A row passes if all four columns do.",
+        f"The table does that with every causal language model class of transformers {transformers.__version__} that "
+        f"can be built, tiny and in float32 (PEFT {peft.__version__}, torch {torch.__version__.split('+')[0]}, CPU), "
+        "and with options that change how a class attends. Numbers are the largest differences of a log-probability, "
+        "in nats. A row passes if all four columns do.",
         "",
         f"**{len(passed)} of {len(rows)} rows pass all four columns, {len(refused)} are refused, "
         f"{len(rows) - len(passed) - len(refused)} differ without a word.** Each check was tried on each row with "
@@ -266,7 +265,8 @@ def page(rows: Sequence[Row], seconds: float) -> str:
         f"{faults.total()} were found.",
         "",
         "- *placement*: modules that each named placement adapts.",
-        "- *packed = stock*: `causal`, without a mask; `masked`, with the model's own masks. Rows of 24, 17 and 9 tokens.",
+        "- *packed = stock*: `causal`, without a mask; `masked`, with the model's own masks. Rows of 24, 17 and 9 "
+        "tokens.",
         "- *cached = uncached*: whether text is generated through the cache or from whole rows; either way six tokens "
         "after each row are those of the stock model, row by row, without a cache.",
         "- *export*: LoRA of rank 4 on all that can be placed, through stock PEFT.",
@@ -292,7 +292,7 @@ def main() -> int:
     parser.add_argument("--no-faults", action="store_true", help="plant no faults")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    began, rows = time.perf_counter(), []
+    rows: list[Row] = []
     for name in options.only or tiny_models.names():
         with hushed():
             try:
@@ -304,12 +304,15 @@ def main() -> int:
         rows.append(row)
         missed = [fault for fault, found in row.faults.items() if not found]
         state = "passes" if row.passes else f"refused: {row.refused}" if row.refused else "DIFFERS"
-        print(f"{name}: {state}; {row.packed}; {row.cached}; {row.export}" + f"; MISSED {missed}" * bool(missed), flush=True)
+        print(
+            f"{name}: {state}; {row.packed}; {row.cached}; {row.export}" + f"; MISSED {missed}" * bool(missed),
+            flush=True,
+        )
     silent = [row.name for row in rows if not (row.passes or row.refused)]
     missed = [row.name for row in rows if not all(row.faults.values())]
     print(f"{sum(row.passes for row in rows)} of {len(rows)} pass, {len(silent)} differ: {silent}; missed: {missed}")
     if not options.only:
-        write_atomically(PAGE, page(rows, time.perf_counter() - began))
+        write_atomically(PAGE, page(rows))
     return int(bool(silent or missed))
 
 

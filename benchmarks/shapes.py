@@ -30,7 +30,9 @@ def base_model(shape: str, device: str, dtype: torch.dtype | None = None) -> Bas
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=dtype)
     model.eval().requires_grad_(False)
     spec = ModelSpec(name=shape, source="random", location="llama")
-    return BaseModel(model=model, tokenizer=None, targets=structure(model), spec=spec, stop_ids=(), verdict=prove(model))
+    return BaseModel(
+        model=model, tokenizer=None, targets=structure(model), spec=spec, stop_ids=(), verdict=prove(model)
+    )
 
 
 def adapter(base: BaseModel, placement: str, rank: int, seed: int = 0) -> AdapterSpec:

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sweeper import methods
 from sweeper.engine.bank.alone import Alone, Learnt
+from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.engine.batches import collate, supervised
 from sweeper.engine.export import as_stock, write_adapter
 from sweeper.engine.pack import Pack, open_pack
@@ -57,6 +58,9 @@ class ExportProof:
     unreached: tuple[str, ...] = ()
     effect: float = 0.0
     difference: float | None = 0.0
+
+
+UNPROVED = ExportProof()
 
 
 def key_of(spec: RunSpec) -> str:
@@ -95,7 +99,7 @@ def prove(
         return ExportProof(effect=effect)
     found = ExportProof(effect=effect, unreached=unreached)
     # a LoRA of other weights than PEFT takes the names of their modules for can name the weights
-    plain = not isinstance(weights, Learnt) and adapter.form == "lora"
+    plain = isinstance(adapter, AdapterSpec) and adapter.form == "lora"
     for as_parameters in (False, True) if plain else (False,):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder)
@@ -119,9 +123,7 @@ def log_probabilities(pack: Pack, slot: int, rows: Sequence[Tensor]) -> list[Ten
     with torch.no_grad(), pack.evaluating():
         pack.use_lanes([slot])
         states = pack.hidden(pad_sequence(list(rows), batch_first=True), lengths)
-        return [
-            pack.head.logits(state[: len(row)]).log_softmax(-1) for state, row in zip(states, rows, strict=True)
-        ]
+        return [pack.head.logits(state[: len(row)]).log_softmax(-1) for state, row in zip(states, rows, strict=True)]
 
 
 def stock_log_probabilities(model: Any, rows: Sequence[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sweeper.device import free_bytes
 from sweeper.engine.pack import Pack
-from sweeper.models import learned_positions
+from sweeper.models import hidden_size, learned_positions
 from sweeper.models.architecture import number_of_layers
 from sweeper.models.forward import CachedDecoding, WholeDecoding
 
@@ -120,7 +120,7 @@ def rows_together(pack: Pack, lanes: int, length: int, budget: int) -> int:
     it is for, so there are as many as memory has room for.
     """
     if pack.device.type == "cuda" and pack.base.verdict.cached:
-        width = max(_key_widths(pack), default=pack.model.get_input_embeddings().weight.shape[1])
+        width = max(_key_widths(pack), default=hidden_size(pack.model))
         per_token = 2 * number_of_layers(pack.base.targets) * width * pack.dtype.itemsize
         budget = max(budget, int(CACHE_SHARE * free_bytes(pack.device)) // max(per_token, 1))
     return max(1, budget // (lanes * length))

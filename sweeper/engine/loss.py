@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sweeper.engine.bank.lowrank import ROW_STRIDE
-from sweeper.models.head import HeadForm, StockHead, apply
+from sweeper.models.head import StockHead, apply
+from sweeper.models.verdict import PLAIN, HeadForm
 
 CHUNK_LOGITS = 1 << 28  # logits held at once, in values
 
@@ -123,7 +124,7 @@ class Head:
     """How a model turns hidden states into logits: `module`, then a divisor (Granite) and a soft cap (Gemma 2)."""
 
     module: nn.Module
-    form: HeadForm = HeadForm()
+    form: HeadForm = PLAIN
 
     @classmethod
     def of(cls, model: Any, form: HeadForm) -> "Head":

@@ -28,7 +28,7 @@ from sweeper.engine.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCo
 from sweeper.engine.compilation import compile_layers, decoder_layers, eager, uncompile_layers
 from sweeper.engine.loss import Head
 from sweeper.engine.transfer import Fetched, fetch
-from sweeper.models import BaseModel
+from sweeper.models import BaseModel, hidden_size
 from sweeper.models.forward import hidden_states
 from sweeper.spec import OptimSpec
 
@@ -131,7 +131,7 @@ class Pack:
             compile_layers(self.model, dynamic=True if lengths_vary else None)
         self.captured = CapturedStep(self.forward_backward) if able and (compiled or captured) else None
         self.captured_scores = None if self.captured is None else CapturedStep(self._scores)
-        values = len(decoder_layers(self.model)) * self.model.get_input_embeddings().weight.shape[1]
+        values = len(decoder_layers(self.model)) * hidden_size(self.model)
         self._step_lanes, self._score_lanes = (
             LaneCounts(len(self.jobs), recording=by_layer * len(decoder_layers(self.model)), token=by_value * values)
             for by_layer, by_value in (STEP_COSTS, SCORE_COSTS)

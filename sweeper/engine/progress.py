@@ -17,7 +17,7 @@ from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit
 from sweeper.engine.events import Step
 from sweeper.engine.export import write_adapter, write_readme
-from sweeper.engine.export_proof import ExportProof
+from sweeper.engine.export_proof import UNPROVED, ExportProof
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest
@@ -49,7 +49,7 @@ class Prepared:
     splits: Mapping[str, EncodedSplit]
     before: dict[str, Any] = field(default_factory=dict)
     probe: Probe | None = None
-    exported: ExportProof = ExportProof()
+    exported: ExportProof = UNPROVED
 
     @property
     def capacity(self) -> Capacity:

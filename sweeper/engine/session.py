@@ -199,7 +199,7 @@ class Session:
         lengths = [len(example.input_ids) for run in samples for example in run.job.examples[:1000]]
         pays = compilation.pays(
             passes / together, layers=number_of_layers(base.targets),
-            width=base.model.get_input_embeddings().weight.shape[1],
+            width=models.hidden_size(base.model),
             tokens=together * samples[0].request.spec.trainer.batch_size * sum(lengths) / len(lengths),
             lengths_vary=lengths_vary,
         )  # fmt: skip

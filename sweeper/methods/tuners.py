@@ -78,7 +78,7 @@ class Tuned(Trainee):
             missing, more = sorted(wanted - found), sorted(found - wanted)
             raise SpecError(
                 f"PEFT adapts {more[0] if more else 'nothing'} in place of {missing[0] if missing else 'nothing'} in a "
-                f"{type(self.model).__name__}. Choose a method that packs (lora, rslora, pissa, ...), or another placement."
+                f"{type(self.model).__name__}. Choose a method that packs (lora, rslora, pissa), or another placement."
             )
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ from sweeper.errors import ModelError, SpecError, gist
 from sweeper.models import proof
 from sweeper.models.architecture import Target, structure
 from sweeper.models.files import byte_tokenizer, converted_folder, folder, gguf_file, quiet, random_config
+from sweeper.models.verdict import Verdict
 from sweeper.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class BaseModel:
     targets: tuple[Target, ...]
     spec: ModelSpec
     stop_ids: tuple[int, ...]
-    verdict: proof.Verdict
+    verdict: Verdict
 
 
 def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> BaseModel:
@@ -46,6 +47,7 @@ def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> Ba
     from transformers import AutoModelForCausalLM
 
     model: Any
+    read: Any = AutoModelForCausalLM.from_pretrained
     with quiet():
         if spec.source == "random":
             model = _random(spec, dtype)
@@ -55,7 +57,7 @@ def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> Ba
             arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": spec.trust_remote_code}
             arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that all are named
             try:
-                model, account = AutoModelForCausalLM.from_pretrained(where, **arguments)
+                model, account = read(where, **arguments)
             except Exception as error:
                 raise _failure(spec, "the model cannot be loaded", error) from error
             _check_account(spec, model, account)
@@ -117,6 +119,12 @@ def total_parameters(of: "ModelSpec | torch.nn.Module") -> int:
     return sum(_numel(parameter) for parameter in of.parameters())
 
 
+def hidden_size(model: "PreTrainedModel") -> int:
+    """Channels of a token's vector where it enters the model."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[1])
+
+
 def held_bytes(model: "torch.nn.Module") -> int:
     """Memory of a model's weights."""
     return sum(_bytes(parameter) for parameter in model.parameters())
@@ -172,9 +180,9 @@ def check_length(spec: ModelSpec, length: int) -> None:
     most = _outline(_key(spec))[4]
     if most is not None and length > most:
         raise SpecError(
-            f"dataset.max_length={length}: beyond {most} tokens the longest row of a batch changes the rotary positions "
-            f"of all in model={spec.name} (dynamic or LongRoPE scaling), so scores would depend on the batch. Choose at "
-            f"most {most}."
+            f"dataset.max_length={length}: beyond {most} tokens the longest row of a batch changes the rotary "
+            f"positions of all in model={spec.name} (dynamic or LongRoPE scaling), so scores would depend on the "
+            f"batch. Choose at most {most}."
         )
 
 

@@ -3,14 +3,12 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Padding = Literal["causal", "masked"]
-"""How rows of unequal length share a batch. `causal`: without a mask, for a token never sees what follows it, so
-padding on the right changes nothing. `masked`: with the model's own masks, for models that read them otherwise."""
+from sweeper.models.verdict import Padding
 
 
 def inner_model(model: Any) -> Any:

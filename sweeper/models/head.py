@@ -2,28 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sweeper.models.forward import inner_model
+from sweeper.models.verdict import HeadForm
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far logits may be from the stock model's, relative to the largest."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadForm:
-    """Logits as `softcap * tanh(y / softcap)` of y = (output matrix · hidden) / divisor.
-
-    `stock` where they are something else: then the model's own code makes them (`StockHead`).
-    """
-
-    softcap: float | None = None
-    divisor: float = 1.0
-    stock: bool = False
 
 
 class StockHead(nn.Module):

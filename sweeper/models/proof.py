@@ -10,18 +10,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper.errors import ModelError, first_line, gist
+from sweeper.errors import ModelError, gist
 from sweeper.models.files import cache_folder, local_files, quiet
-from sweeper.models.head import HeadForm
+from sweeper.models.verdict import HeadForm, Padding, Verdict
 from sweeper.record import write_atomically
 from sweeper.spec import ModelSpec
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 VERSION = 1
@@ -35,24 +32,6 @@ FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Key
 MOST_ROUNDING = {"float32": 0.01, "float16": 0.3, "bfloat16": 1.0}
 """Nats; a model that differs from itself by more from batch to batch does not keep its rows apart."""
 CACHED = 16.0  # times that is what a state that is carried on may differ from one computed as a whole
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """How a model is called so that its numbers are the stock model's.
-
-    Attributes:
-        padding: how rows of unequal length share a batch (`sweeper.models.forward.Padding`).
-        cached: whether text is generated through the key-value cache; else every token is computed again at each step.
-        head: how logits follow from hidden states.
-        differences: what was measured, in nats: the largest differences of a log-probability. `rounding` is the stock
-            model against itself, `causal` and `masked` rows padded each way, `cached` rows grown through the cache.
-    """
-
-    padding: str = "causal"
-    cached: bool = True
-    head: HeadForm = HeadForm()
-    differences: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def verdict(model: Any, spec: ModelSpec, special: Sequence[int] = ()) -> Verdict:
@@ -161,8 +140,9 @@ class _Rows:
                     f"{kind} gives a row other log-probabilities beside other rows than alone (by up to "
                     f"{self.rounding:.2g} nats): its rows are not independent"
                 )
-            if (why := self._looks_ahead()) is not None:
-                return why
+            ahead = self._looks_ahead()
+            if ahead is not None:
+                return ahead
             hidden = last_hidden(inner(input_ids=self.rows[0][None], use_cache=False))
         except FAILURES as error:
             return f"{kind} cannot run as a language model: {type(error).__name__}: {gist(error)}"
@@ -171,7 +151,9 @@ class _Rows:
             return f"{kind} makes its logits of more than its last hidden states"
         self.head = head
         found = {"rounding": self.rounding}
-        for padding in ("causal", "masked"):
+        why = ""
+        ways: tuple[Padding, ...] = ("causal", "masked")
+        for padding in ways:
             try:
                 found[padding] = self._padded(inner, padding)
             except FAILURES as error:
@@ -280,7 +262,9 @@ def stretching(config: Any) -> int | None:
     found = []
     for one in kinds:
         if one.get("rope_type", one.get("type")) in ("dynamic", "longrope"):
-            most = one.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+            most = one.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
             found.append(int(most or text.max_position_embeddings))
     return min(found, default=None)
 

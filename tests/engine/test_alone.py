@@ -178,7 +178,7 @@ def test_a_method_trains_and_is_what_it_says(
             pack.use_lanes(slots)
             pack.model.eval()
             with torch.no_grad():
-                found.append(pack.head.logits(pack.hidden(ids)))
+                found.append(pack.head.logits(pack.hidden(ids, torch.full((len(ids),), ids.shape[1]))))
         fresh = (found[0] - found[1]).abs().max()
         assert (fresh < 1e-5) == identity
         torch.testing.assert_close(found[0], logits(base.model), rtol=1e-5, atol=1e-5)

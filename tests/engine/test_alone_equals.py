@@ -14,6 +14,7 @@ from sweeper.engine.bank.alone import Alone, AloneSpec
 from sweeper.engine.loss import Head
 from sweeper.engine.pack import Pack
 from sweeper.models import BaseModel, budget
+from sweeper.models.verdict import HeadForm
 from sweeper.spec import RunSpec
 
 from .trainer import collate, ordered, trainer_run
@@ -137,7 +138,7 @@ def test_a_trained_head_has_autograds_gradients(bias: bool, softcap: float | Non
     weights = torch.rand(1, 12, generator=generator)
     weights[0, -3:] = 0
     inputs = [hidden, *linear.parameters()]
-    head = Head(linear, softcap, divisor)
+    head = Head(linear, HeadForm(softcap=softcap, divisor=divisor))
     (loss,), scores = head.scores(hidden, targets, weights)
     found = torch.autograd.grad(3 * loss, inputs)
     nll = torch.nn.functional.cross_entropy(head.logits(hidden), targets[0], reduction="none")

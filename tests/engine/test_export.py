@@ -46,7 +46,7 @@ def engine_logits(base: BaseModel, job: Job, ids: torch.Tensor) -> torch.Tensor:
         pack.add(job)
         pack.model.eval()
         pack.use_lanes([0])
-        return pack.head.logits(pack.hidden(ids))
+        return pack.head.logits(pack.hidden(ids, torch.full((len(ids),), ids.shape[1])))
 
 
 def check(

@@ -124,7 +124,9 @@ def test_a_proof_is_made_once_for_a_model_a_method_and_a_placement(
     assert len(made) == 3
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "vera", "pissa", "relora", "sparse", "full_ft", "bitfit", "adalora"])
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", "vera", "pissa", "relora", "sparse", "full_ft", "bitfit", "adalora"]
+)
 def test_every_method_comes_back_as_it_was(method: str, make_run: Any, load: Any) -> None:
     base = load("llama")
     spec = make_run("full", method={"name": method}, trainer={"max_steps": 20})

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from sweeper.engine import loss
 from sweeper.engine.loss import Head
+from sweeper.models.verdict import HeadForm
 
 LANES, TARGETS, HIDDEN, VOCABULARY = 3, 5, 12, 41
 
@@ -18,7 +19,7 @@ def head(*, bias: bool = False, softcap: float | None = None, divisor: float = 1
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    return Head(module, softcap=softcap, divisor=divisor)
+    return Head(module, HeadForm(softcap=softcap, divisor=divisor))
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:

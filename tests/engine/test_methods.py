@@ -118,7 +118,7 @@ def test_training_lowers_the_nll_and_the_saved_adapter_is_what_was_trained(
         pack.bank.derive()
         pack.use_lanes([0])
         with torch.no_grad():
-            ours = pack.head.logits(pack.hidden(ids))
+            ours = pack.head.logits(pack.hidden(ids, torch.full((len(ids),), ids.shape[1])))
     loaded = PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path / ADAPTER)
     with torch.no_grad():
         torch.testing.assert_close(ours, loaded(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
@@ -201,7 +201,7 @@ def logits(pack: Pack, ids: torch.Tensor) -> torch.Tensor:
     pack.bank.derive()
     pack.use_lanes([0])
     with torch.no_grad():
-        return pack.head.logits(pack.hidden(ids))
+        return pack.head.logits(pack.hidden(ids, torch.full((len(ids),), ids.shape[1])))
 
 
 def test_relora_restarts_with_the_function_it_had_and_the_largest_moments(load: Any, make: Any) -> None:

@@ -243,7 +243,6 @@ def test_a_cache_that_cannot_be_written_is_done_without(load: Make, make_example
 
 def test_scores_that_are_no_numbers_are_refused(load: Make, make_examples: Make) -> None:
     base = copied(load("llama"))
-    probe.verified_head(base)
     base.model.get_submodule("model.layers.0.mlp.up_proj").weight.data.fill_(float("inf"))
     with pytest.raises(ModelError, match="score=gradient is nowhere a number above 0"):
         probe.measure(base, question(base, make_examples(0)))

@@ -15,7 +15,7 @@ from sweeper import models
 from sweeper.errors import ModelError, SpecError
 from sweeper.models import forward, proof
 from sweeper.models.base import settle
-from sweeper.models.head import HeadForm
+from sweeper.models.verdict import HeadForm
 from sweeper.spec import ModelSpec
 
 CPU = torch.device("cpu")
