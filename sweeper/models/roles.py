@@ -112,9 +112,9 @@ def block_targets(members: Sequence[Named], matrices: Matrices) -> Iterator[Targ
         for full, module in found:
             inside = _inside(full, matrices)
             if kind == "feed_forward" and _holds_experts(full, module):
-                yield from _mixture(full, module, inside)
+                yield from _mixture(full, module, inside, members)
             elif kind == "attention" and any("experts" in type(one).__name__.lower() for one in module.modules()):
-                yield from _experts(full, module, ATTENTION_EXPERTS)
+                yield from _experts(full, module, ATTENTION_EXPERTS, members)
                 yield from inside
             elif kind == "cross":
                 yield from (replace(target, role=CROSS) for target in inside)
@@ -318,13 +318,15 @@ def _are_experts(name: str, module: "nn.Module") -> bool:
 
 
 def _expert_weights(name: str, module: "nn.Module") -> "list[nn.Parameter]":
-    """The weights of experts that a module holds itself: three-dimensional, or those of a list of experts."""
+    """The weights of experts that a module holds itself: three-dimensional, or in one matrix (DBRX), or in a list."""
     from torch import nn
 
     if _are_experts(name, module):
         return [p for p in module.parameters() if p.ndim == 2]
     if isinstance(module, nn.Conv1d):
         return []
+    if hasattr(module, "moe_num_experts"):
+        return [p for p in module.parameters(recurse=False) if p.ndim == 2]
     return [p for p in module.parameters(recurse=False) if p.ndim == 3 and p.shape[0] > 1]
 
 
@@ -334,28 +336,28 @@ def _holds_experts(name: str, module: "nn.Module") -> bool:
     )
 
 
-def _experts(name: str, module: "nn.Module", role: str) -> Iterator[Target]:
-    """One target for the expert weights of each module that holds some."""
-    from torch import nn
-
+def _experts(name: str, module: "nn.Module", role: str, beside: Sequence[Named]) -> Iterator[Target]:
+    """One target for the expert weights of each module that holds some; the router may lie beside it in the block."""
     for child_name, child in module.named_modules():
         full = f"{name}.{child_name}" if child_name else name
         weights = _expert_weights(full, child)
         if not weights:
             continue
-        experts = len(child) if isinstance(child, nn.ModuleList) else weights[0].shape[0]
+        experts = _number_of_experts(child, weights)
         width = min(min(p.shape[-2:]) for p in weights)
-        used = sum(p.numel() for p in weights) * _active_experts(module, experts) // experts
+        active = _active_experts([module, *(other for _, other in beside)], experts)
+        used = sum(p.numel() for p in weights) * active // experts
         yield Target(
             name=full, role=role, layer=None, in_features=width, out_features=used // width, kind="experts", inputs=full
         )  # fmt: skip
 
 
-def _mixture(name: str, module: "nn.Module", inside: Sequence[Target]) -> Iterator[Target]:
+def _mixture(name: str, module: "nn.Module", inside: Sequence[Target], beside: Sequence[Named]) -> Iterator[Target]:
     """A target for all expert weights, the experts that every token meets with their roles; no router."""
-    experts = list(_experts(name, module, EXPERTS))
+    experts = list(_experts(name, module, EXPERTS, beside))
     yield from experts
-    counts = {_number_of_experts(module, target, name) for target in experts}
+    holders = {one.name: module.get_submodule(one.name.removeprefix(name).removeprefix(".")) for one in experts}
+    counts = {_number_of_experts(one, _expert_weights(full, one)) for full, one in holders.items()}
     left = [
         target
         for target in inside
@@ -371,20 +373,20 @@ def _mixture(name: str, module: "nn.Module", inside: Sequence[Target]) -> Iterat
     yield from (target for target in left if target not in shared)
 
 
-def _number_of_experts(module: "nn.Module", experts: Target, name: str) -> int:
+def _number_of_experts(holder: "nn.Module", weights: "Sequence[nn.Parameter]") -> int:
     from torch import nn
 
-    holder = module.get_submodule(experts.name.removeprefix(name).removeprefix("."))
     if isinstance(holder, nn.ModuleList):
         return len(holder)
-    return _expert_weights(experts.name, holder)[0].shape[0]
+    return int(getattr(holder, "moe_num_experts", weights[0].shape[0]))
 
 
-def _active_experts(module: "nn.Module", experts: int) -> int:
-    """How many experts a token meets; all of them where the module does not say."""
-    for child in module.modules():
-        for attribute in ("top_k", "num_experts_per_tok"):
-            value = getattr(child, attribute, None)
+def _active_experts(modules: "Sequence[nn.Module]", experts: int) -> int:
+    """How many experts a token meets, as a router or else its config says; all of them where nothing does."""
+    inside = [child for module in modules for child in module.modules()]
+    for one in (*inside, *(child.config for child in inside if hasattr(child, "config"))):
+        for attribute in ("top_k", "num_experts_per_tok", "top_k_experts"):
+            value = getattr(one, attribute, None)
             if isinstance(value, int):
                 return min(value, experts)
     return experts

@@ -60,6 +60,7 @@ MORE: dict[str, tuple[tuple[int, int, int, int, int], str]] = {
     "bert": ((8, 4, 12, 0, 12), "intermediate.dense=ff_up output.dense=ff_down attention.output.dense=attn_o"),
     "blt": ((24, 18, 42, 0, 42), "self_attn.q_proj=attn_q"),
     "ctrl": ((8, 4, 12, 0, 12), "multi_head_attention.Wq=attn_q multi_head_attention.dense=attn_o"),
+    "dbrx": ((4, 0, 0, 0, 0), "norm_attn_norm.attn.Wqkv=attn_qkv ffn.experts.mlp=ff_experts"),
     "deepseek_v3": (
         (10, 6, 16, 0, 16),
         "self_attn.q_a_proj=attn_q self_attn.q_b_proj=attn_q self_attn.kv_a_proj_with_mqa=attn_kv "
@@ -151,6 +152,14 @@ def test_every_adapted_module_is_met_by_a_text_and_siblings_read_the_same_tensor
         assert {tensor.shape[-1] for tensor in met[target.name]} == {target.in_features}
         sibling = next(other for other in placed if other.inputs == target.inputs)
         assert met[target.name][0] is met[sibling.name][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices"), [("mixtral", 3 * 64), ("dbrx", 3 * 24), ("gemma4_text (experts)", 3 * 24)]
+)
+def test_a_token_pays_for_the_experts_it_meets(name: str, matrices: int) -> None:
+    experts = [target for target in targets_of(name) if target.role == "ff_experts"]
+    assert [one.in_features * one.out_features for one in experts] == [2 * 32 * matrices] * 2
 
 
 def test_queries_beside_keys_of_another_input_are_no_siblings() -> None:
