@@ -68,7 +68,11 @@ class Prepared:
         adapter = self.job.adapter
         if found is None or self.job.done > 0:
             return
-        if isinstance(adapter, AloneSpec) or (set(found[0]) == set(adapter.ranks) and self._same_ranks(found[0])):
+        if isinstance(adapter, AloneSpec):
+            matches = adapter.resumes(found[0])
+        else:
+            matches = set(found[0]) == set(adapter.ranks) and self._same_ranks(found[0])
+        if matches:
             self.job.state, self.before = found
             self.job.done, self.job.tokens = self.before["done"], self.before["tokens"]
 

@@ -35,6 +35,7 @@ class AloneSpec:
         ranks: module name -> rank of the placed modules. dropout: of what is put on them.
         key: equal for runs that cost the same, which are those that can use one another's compiled model.
         settles: steps until what is trained is of its final size. average, keep_best, noise: as in `AdapterSpec`.
+        outdated: part of the names of what only former versions trained; their checkpoints are not gone on from.
     """
 
     build: Callable[[BaseModel], "Trainee"]
@@ -46,11 +47,16 @@ class AloneSpec:
     keep_best: bool = False
     noise: float = 0.0
     settles: int = 0
+    outdated: str | None = None
     restarts: None = None
 
     def saveable(self, step: int) -> bool:
         """Whether what there is after a step is such as the method is to leave."""
         return step >= self.settles
+
+    def resumes(self, names: Iterable[str]) -> bool:
+        """Whether a checkpoint of parameters with these names can be gone on from."""
+        return self.outdated is None or not any(self.outdated in name for name in names)
 
     def settled(self) -> "AloneSpec":
         """What is left of it to be scored."""
