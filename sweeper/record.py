@@ -96,7 +96,8 @@ class Efficiency:
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """Everything the analysis may know about a run. `scores` maps split -> "before"/"after" -> Score; `data`
-    has the sizes of each split and, as `majority`, what always giving the commonest training answer scores on it.
+    has the sizes of each split and, as `majority`, what always giving the commonest training answer scores on it; of
+    "train" also the `order` of its examples (none: that of former versions, in which each pass of a step had its own).
 
     `saved` says which weights were scored "after" and saved: those of which `step`, whether a moving `average` of them,
     and whether the run was `stopped_early`.

@@ -72,7 +72,7 @@ def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
         weights = held_bytes(pack.model)
         state = pack.bank.state_bytes
         activations = _activations(pack, job)
-        fixed = dataclasses.replace(job, order=_Typical(job, pack.accumulation))
+        fixed = dataclasses.replace(job, order=_Typical(job))
         pack.jobs[0] = fixed
         pack.warm_up(MOST_WARM if pack.captured else 1)
         _wait(pack)
@@ -86,16 +86,18 @@ def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
 
 
 class _Typical(DataOrder):
-    """Data order that repeats the run's batch of median length."""
+    """Data order that repeats the run's step of median length."""
 
-    def __init__(self, job: Job, accumulation: int) -> None:
-        super().__init__(job.order.lengths, job.order.batch_size, job.order.seed)
-        batches = [job.order.batch(i) for i in range(accumulation * 16)]
-        longest = [max(len(job.examples[i].input_ids) for i in batch) for batch in batches]
-        self.chosen = batches[sorted(range(len(batches)), key=lambda i: longest[i])[len(batches) // 2]]
+    def __init__(self, job: Job) -> None:
+        order = job.order
+        super().__init__(order.lengths, order.batch_size, order.seed, accumulation=order.accumulation)
+        passes = range(order.accumulation)
+        steps = [[order.batch(step * order.accumulation + micro) for micro in passes] for step in range(16)]
+        padded = [sum(max(len(job.examples[i].input_ids) for i in batch) for batch in step) for step in steps]
+        self.chosen = steps[sorted(range(len(steps)), key=lambda i: padded[i])[len(steps) // 2]]
 
     def batch(self, index: int) -> list[int]:
-        return self.chosen
+        return self.chosen[index % self.accumulation]
 
 
 def _activations(pack: Pack, job: Job) -> int:

@@ -50,7 +50,7 @@ class Loaded:
         job = Job(
             run_id=request.run_id, adapter=methods.adapter(spec, ranks), optim=spec.optim,
             steps=spec.trainer.max_steps, seed=spec.seed, examples=examples,
-            order=DataOrder(lengths, spec.trainer.batch_size, spec.seed),
+            order=DataOrder(lengths, spec.trainer.batch_size, spec.seed, accumulation=spec.trainer.accumulation),
         )  # fmt: skip
         return Prepared(request=request, job=job, ranks=ranks, splits=splits, probe=probed)
 

@@ -197,7 +197,8 @@ class Progress:
             steps=run.job.done,
             scores=self.scores,
             data={
-                name: {
+                name: ({"order": "by step"} if name == "train" else {})
+                | {
                     "examples": len(split.examples), "truncated": split.truncated, "dropped": len(split.dropped),
                     "tokens": sum(len(e.input_ids) for e in split.examples), "majority": dict(split.majority),
                 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sweeper.engine import loss
-from sweeper.engine.bank import lowrank
+from sweeper.engine.bank import lowrank, seeds
 from sweeper.engine.bank.adapters import AdapterBank
 from sweeper.engine.bank.optimizer import PackedAdamW, hyperparameters
 from sweeper.spec import OptimSpec
@@ -252,7 +252,8 @@ def test_sensitivities_of_the_slots_that_learn_a_pattern(load: Any, make_adapter
         assert any(changed) is moved
 
 
-def test_dropout_masks_have_the_same_bits() -> None:
+@pytest.mark.parametrize("seed", [3_333_333_333, seeds.for_rows(3_333_333_333, 12)])
+def test_dropout_masks_have_the_same_bits(seed: int) -> None:
     """With A the identity and B the identity, an adapter of full rank shows its mask."""
     from sweeper.engine.bank import kernels
 
@@ -261,13 +262,13 @@ def test_dropout_masks_have_the_same_bits() -> None:
     table = torch.tensor([[[size, 0, size * size, 0]]], dtype=torch.int32)
     arguments = [
         torch.ones(rows, size), [torch.zeros(rows, size)], params, table, torch.ones(1, 1),
-        torch.zeros(1, dtype=torch.int32), torch.tensor([0.25]), torch.tensor([3_333_333_333]), torch.tensor([17]),
+        torch.zeros(1, dtype=torch.int32), torch.tensor([0.25]), torch.tensor([seed]), torch.tensor([17]),
     ]  # fmt: skip
     there = [[p.to(DEVICE) for p in value] if isinstance(value, list) else value.to(DEVICE) for value in arguments]
     kernels.forward(*there, size, tokens, True)
     (y,) = there[1]
     index = lowrank.row_index(rows, tokens, torch.device("cpu"))
-    mask = lowrank.keep_mask(3_333_333_333, 17, index, size, 0.25)
+    mask = lowrank.keep_mask(seed, 17, index, size, 0.25)
     assert torch.equal(y.cpu() != 0, mask)
 
 

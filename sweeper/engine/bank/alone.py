@@ -336,7 +336,8 @@ class Alone:
         return not self.graphable or self.lanes.noisy
 
     def seed(self, seeds: Sequence[int]) -> None:
-        self.draw = None if self.graphable else seeds[0]
+        # torch's generator on a CPU takes 32 bits: those above, of a later pass of the step, must not be lost
+        self.draw = None if self.graphable else (seeds[0] ^ (seeds[0] >> 32) * 0x9E3779B1) & 0xFFFFFFFF
         if self.lanes.noisy:
             self.lanes.seeds.copy_(torch.tensor(seeds), non_blocking=True)
 

@@ -23,8 +23,9 @@ def _mix(value):
 
 @triton.jit
 def _keep(seed, salt, rows, features, p):
-    # same bits as lowrank.keep_mask; rows [R], features [C]
-    row_key = _mix(rows.to(tl.uint32) ^ seed.to(tl.uint32))
+    # same bits as lowrank.keep_mask; rows [R], features [C], seed int64
+    rows = rows.to(tl.uint32) + (seed >> 32).to(tl.uint32) * 65536
+    row_key = _mix(rows ^ seed.to(tl.uint32))
     feature = features.to(tl.uint32) * 0x9E3779B1
     bits = _mix((row_key[:, None] ^ feature[None, :]) ^ salt.to(tl.uint32))
     return bits >= (p * 4294967296.0).to(tl.uint32)
