@@ -275,7 +275,8 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
     environment = plain.get("environment") or {}
-    row |= {"device": environment.get("device"), "git_commit": environment.get("git_commit")}
+    row |= {"device": environment.get("device"), "device_type": environment.get("device_type")}
+    row |= {"git_commit": environment.get("git_commit")}
     row |= {f"versions.{name}": version for name, version in (environment.get("versions") or {}).items()}
     error = plain.get("error") or {}
     row |= {"error": error.get("class"), "error_message": error.get("message")}

@@ -75,12 +75,15 @@ class Efficiency:
 
     Seconds are wall clock, memory is bytes, `train_flops` is the closed form of `sweeper.models.budget`. The probe's
     cost is that of the probe whose scores allocated the ranks, in full, also where several runs share it.
+    `memory_measured` says how the solo peak was (`sweeper.engine.calibrate`); records of former versions do not have it,
+    and on CUDA the run that was measured first in its process has that process's one-off allocations in its peak.
     """
 
     train_seconds_amortised: float | None = None
     eval_seconds_amortised: float | None = None
     train_seconds_solo: float | None = None
     peak_memory_solo_bytes: int | None = None
+    memory_measured: str | None = None
     tokens_per_second_solo: float | None = None
     train_tokens: int = 0
     train_flops: float = 0.0

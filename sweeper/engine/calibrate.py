@@ -3,13 +3,19 @@
 Packing makes every run cheaper, so a share of a pack's time says nothing about a run alone. The two are kept apart in
 the record. The measurement is kept on disk, since an arm of the same shape on the same device and versions costs the
 same again.
+
+A process allocates some things once: work spaces of cuBLAS for each thread and stream, plans, the allocator's own
+segments. They are no run's, and the run that is measured first must not be charged with them: memory is measured in a
+second pass over a batch, as the bytes that were asked for, and not as the sizes of the blocks that the allocator found.
 """
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +29,17 @@ from sweeper.models import BaseModel, held_bytes
 from sweeper.record import write_atomically
 
 TIMED_STEPS, MOST_WARM = 2, 2
+# how memory is measured, in records and in the key of what is kept on disk: once there was no first pass
+WARM_PASS, SAVED_TENSORS = "warm pass", "saved tensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Solo:
     """Seconds of one optimiser step, its tokens, and peak memory in bytes, of a run alone.
 
-    On CUDA the peak is what the allocator measured. On a CPU it is the sum of what torch must hold at once: the base,
-    the adapter with gradient and moments, and everything saved for the backward pass.
+    Memory is that of the base, of the adapter with gradient and moments, and of activations. On CUDA these are what a
+    pass asked of the allocator at its peak; on a CPU everything that is saved for the backward pass. What libraries keep
+    for the process is not in it. `memory_measured` says which of the two.
     """
 
     step_seconds: float
@@ -38,6 +47,7 @@ class Solo:
     peak_memory_bytes: int
     state_bytes: int
     activation_bytes: int
+    memory_measured: str
 
 
 def key_of(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> str:
@@ -47,7 +57,7 @@ def key_of(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> str:
     lengths = sorted(len(example.input_ids) for example in job.examples)
     described = [
         dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, job.adapter.shape(),
-        pack_options, lengths[len(lengths) // 2], lengths[-1],
+        pack_options, lengths[len(lengths) // 2], lengths[-1], WARM_PASS if model.is_cuda else SAVED_TENSORS,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -82,7 +92,8 @@ def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
         _wait(pack)
         seconds = (time.perf_counter() - began) / TIMED_STEPS
         results = list(pack.drain())
-    return Solo(seconds, results[-1].tokens, weights + state + activations, state, activations)
+    measured = WARM_PASS if pack.device.type == "cuda" else SAVED_TENSORS
+    return Solo(seconds, results[-1].tokens, weights + state + activations, state, activations, measured)
 
 
 class _Typical(DataOrder):
@@ -107,15 +118,48 @@ def _activations(pack: Pack, job: Job) -> int:
     pack.use_lanes([0])
     batch = collate([longest], [supervised(longest)], fixed=pack.captured is not None).to(pack.device)
     if pack.device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        pack.forward_backward(batch)
-        peak = torch.cuda.max_memory_allocated() - before
+        peak = warm_peak(lambda: pack.forward_backward(batch), Requested(pack.device))
     else:
         peak = _saved_bytes(pack, batch)
     pack.bank.grads.zero_()
     return peak
+
+
+class Requested:
+    """Bytes that were asked of the CUDA allocator of a device and are not yet given back.
+
+    Not the sizes of the blocks that it gave: those depend on what was freed before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def current(self) -> int:
+        return self._read("current")
+
+    @property
+    def peak(self) -> int:
+        return self._read("peak")
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _read(self, which: str) -> int:
+        torch.cuda.synchronize(self.device)
+        stats = torch.cuda.memory_stats(self.device)
+        # an allocator that does not count requests (cudaMallocAsync) counts what it gave
+        return stats.get(f"requested_bytes.all.{which}") or stats[f"allocated_bytes.all.{which}"]
+
+
+def warm_peak(step: Callable[[], object], memory: Requested) -> int:
+    """Most bytes that a step holds beyond those held before it, when all that it makes once is there."""
+    step()
+    gc.collect()  # what a former run left in reference cycles must not be freed meanwhile
+    before = memory.current
+    memory.reset_peak()
+    step()
+    return memory.peak - before
 
 
 def _saved_bytes(pack: Pack, batch: Any) -> int:

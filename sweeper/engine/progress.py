@@ -251,6 +251,7 @@ class Progress:
             eval_seconds_amortised=self.eval_seconds,
             train_seconds_solo=None if solo is None else solo.step_seconds * run.job.done,
             peak_memory_solo_bytes=None if solo is None else solo.peak_memory_bytes,
+            memory_measured=None if solo is None else solo.memory_measured,
             tokens_per_second_solo=None if solo is None else tokens / max(run.job.done, 1) / solo.step_seconds,
             train_tokens=tokens,
             train_flops=methods.train_flops(
