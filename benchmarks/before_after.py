@@ -80,7 +80,10 @@ def main() -> None:
             ratios = sorted(after / before for before, after in pairs)
             before, after = (statistics.median(side) for side in zip(*pairs, strict=True))
             middle = statistics.median(ratios)
-            print(f"| {what} | {before:.4g} | {after:.4g} | {middle:.3f} | {ratios[0]:.3f} to {ratios[-1]:.3f} |", flush=True)
+            print(
+                f"| {what} | {before:.4g} | {after:.4g} | {middle:.3f} | {ratios[0]:.3f} to {ratios[-1]:.3f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

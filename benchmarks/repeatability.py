@@ -157,7 +157,9 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
-            print(f"\n### {model}\n\n| variant | loss parts at | norm parts at | NLL apart | from the command as it is |")
+            print(
+                f"\n### {model}\n\n| variant | loss parts at | norm parts at | NLL apart | from the command as it is |"
+            )
             print("| --- | --- | --- | --- | --- |")
             for row in rows(model, args, Path(folder)):
                 print(row, flush=True)

@@ -84,6 +84,7 @@ class Loaded:
             question = probe.Question(
                 asked=asked, targets=probe.probed(self.base, targets), examples=splits["train"].examples,
                 batch_size=spec.trainer.batch_size, seed=spec.seed if asked.seed is None else asked.seed,
+                accumulation=spec.trainer.accumulation,
             )  # fmt: skip
             with self.context.timeline.span("probe"):
                 self._probes[key] = probe.find(self.base, question, self.context.cache / "probes")

@@ -54,7 +54,9 @@ def test_equal_products_give_equal_results(
     capacities: Any = adapter if isinstance(adapter, AloneSpec) else [adapter.capacity]
     found = []
     for batch_size, accumulation in CUTS:
-        job = make_job("x", adapter, make_examples(0), steps=8, batch_size=batch_size, accumulation=accumulation, seed=3)
+        job = make_job(
+            "x", adapter, make_examples(0), steps=8, batch_size=batch_size, accumulation=accumulation, seed=3
+        )
         job = dataclasses.replace(job, optim=spec.optim)
         options = {"batch_size": batch_size, "accumulation": accumulation}
         found.append(train(base, [job], capacities=capacities, **options)["x"])
