@@ -198,13 +198,9 @@ def _costs(found: Arrangement) -> Iterator[tuple[str, str, str]]:
 
     cold = int(cold_memory(runs).sum())
     if cold:
-        text = (
-            f"the peak memory of {cold} of {len(runs)} runs is of a former version's measurement: on CUDA the arm that "
-        )
+        text = f"the peak memory of {cold} of {len(runs)} runs was measured by a former version: on CUDA the arm that "
         text += "was measured first has its process's one-off allocations (work spaces, tens of MiB) in it; "
-        text += (
-            "fronts and tables of memory are that much off" if cold == len(runs) else "do not compare it with others"
-        )
+        text += "memory is that much off" if cold == len(runs) else "do not compare it with that of the others"
         yield "memory measured cold", "study", text
 
 

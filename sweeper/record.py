@@ -75,8 +75,8 @@ class Efficiency:
 
     Seconds are wall clock, memory is bytes, `train_flops` is the closed form of `sweeper.models.budget`. The probe's
     cost is that of the probe whose scores allocated the ranks, in full, also where several runs share it.
-    `memory_measured` says how the solo peak was (`sweeper.engine.calibrate`); records of former versions do not have it,
-    and on CUDA the run that was measured first in its process has that process's one-off allocations in its peak.
+    `memory_measured` says how the solo peak was (`sweeper.engine.calibrate`). Records of former versions do not have
+    it: on CUDA the run of theirs that was measured first has its process's one-off allocations in its peak.
     """
 
     train_seconds_amortised: float | None = None

@@ -37,9 +37,9 @@ WARM_PASS, SAVED_TENSORS = "warm pass", "saved tensors"
 class Solo:
     """Seconds of one optimiser step, its tokens, and peak memory in bytes, of a run alone.
 
-    Memory is that of the base, of the adapter with gradient and moments, and of activations. On CUDA these are what a
-    pass asked of the allocator at its peak; on a CPU everything that is saved for the backward pass. What libraries keep
-    for the process is not in it. `memory_measured` says which of the two.
+    Memory is that of the base, of the adapter with gradient and moments, and of activations. On CUDA the last are what
+    a pass asked of the allocator at its peak, on a CPU everything that is saved for the backward pass, and
+    `memory_measured` says which. What libraries keep for the process is not in it.
     """
 
     step_seconds: float

@@ -78,10 +78,8 @@ class Question:
     def steps(self) -> list[list[list[Tokens]]]:
         """The `batches`, each as the passes that it goes through the model in."""
         lengths = [len(example.input_ids) for example in self.examples]
-        order, passes = (
-            DataOrder(lengths, self.batch_size, self.seed, accumulation=self.accumulation),
-            self.accumulation,
-        )
+        passes = self.accumulation
+        order = DataOrder(lengths, self.batch_size, self.seed, accumulation=passes)
         found = [
             [[self.examples[i] for i in order.batch(step * passes + micro)] for micro in range(passes)]
             for step in range(self.asked.batches)
@@ -190,8 +188,9 @@ def _look(
 
 
 def _groups(question: Question) -> Iterator[list[Target]]:
-    """Targets in groups of which what is kept fits into `HELD` bytes: for activation, where it is inputs, one target for
-    each distinct input; of a step in several passes the gradients so far.
+    """Targets in groups of which what is kept fits into `HELD` bytes.
+
+    For activation that is inputs, so there is one target for each; of a step in several passes the gradients so far.
     """
     score = question.asked.score
     if score == "activation":

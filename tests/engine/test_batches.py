@@ -48,7 +48,7 @@ def test_a_step_has_the_same_examples_however_it_is_cut(bucketed: bool) -> None:
         for step in (0, 1, 31, 32, 70):  # over windows and epochs
             passes = [cut.batch(step * accumulation + micro) for micro in range(accumulation)]
             assert {len(batch) for batch in passes} == {batch_size}
-            assert sum(passes, []) == whole.batch(step)
+            assert [i for batch in passes for i in batch] == whole.batch(step)
 
 
 def test_the_order_without_accumulation_is_that_of_records_so_far() -> None:
