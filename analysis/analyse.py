@@ -270,6 +270,8 @@ def notes(found: Arrangement) -> list[str]:
         "Seconds, memory and tokens/s are of a run alone on its device (solo calibration), never shares of a pack.",
         f"{BASE}: the model before training, on the same examples.",
     ]
+    if cold := int(checks.cold_memory(found.runs[found.runs["chosen"]]).sum()):
+        lines.append(f"Memory of {cold} runs was measured without a warm-up (see checks): read it to tens of MiB.")
     if found.tuned:
         lines.append(f"Tuned inside each arm on {found.select}: {', '.join(found.tuned)}; reported on {found.split}.")
     return lines

@@ -22,6 +22,7 @@ FUSED = {
     "ff_gate_up": ("ff_gate", "ff_up"),
 }
 FEW_EXAMPLES = 100
+_MEMORY = ("peak_memory_solo_bytes", "memory_measured", "device_type", "source")
 
 
 def check(study: Study, found: Arrangement) -> pd.DataFrame:
@@ -199,6 +200,20 @@ def _costs(found: Arrangement) -> Iterator[tuple[str, str, str]]:
             ", ".join(map(str, devices)),
             "seconds and memory come from different devices: do not compare",
         )
+
+    cold = int(cold_memory(runs).sum())
+    if cold:
+        text = f"the peak memory of {cold} of {len(runs)} runs was measured by a former version: on CUDA the arm that "
+        text += "was measured first has its process's one-off allocations (work spaces, tens of MiB) in it; "
+        text += "memory is that much off" if cold == len(runs) else "do not compare it with that of the others"
+        yield "memory measured cold", "study", text
+
+
+def cold_memory(runs: pd.DataFrame) -> pd.Series:
+    """Which runs have a solo peak memory on CUDA from before it was measured after a warm-up."""
+    known = {name: runs[name] if name in runs else pd.Series(None, index=runs.index) for name in _MEMORY}
+    peak, how, device, source = (known[name] for name in _MEMORY)
+    return peak.notna() & how.isna() & (device == "cuda") & (source == "study")
 
 
 def _subject(row: Any) -> str:

@@ -27,6 +27,8 @@ from sweeper.record import (
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "evaluation")
 STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
+# of accumulated runs of former versions: which examples a step had depended on how it was cut into passes
+ORDER = "trainer.order"
 _NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB)
 
 
@@ -261,6 +263,9 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     study.layouts.setdefault(layout, modules)
     row: dict[str, Any] = {key: plain[key] for key in ("run_id", "study", "status")}
     spec = flat(plain["spec"])
+    trained_on = (plain.get("data") or {}).get("train")
+    if trained_on and (spec.get("trainer.accumulation") or 1) > 1 and "order" not in trained_on:
+        spec[ORDER] = "by pass"
     study.fields += [key for key in spec if key not in study.fields]
     row |= {"folder": str(folder), "source": "study", "layout": layout, **spec}
     for key in ("trainable_parameters", "total_parameters", "steps", "started", "finished"):
@@ -270,7 +275,8 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
     environment = plain.get("environment") or {}
-    row |= {"device": environment.get("device"), "git_commit": environment.get("git_commit")}
+    row |= {"device": environment.get("device"), "device_type": environment.get("device_type")}
+    row |= {"git_commit": environment.get("git_commit")}
     row |= {f"versions.{name}": version for name, version in (environment.get("versions") or {}).items()}
     error = plain.get("error") or {}
     row |= {"error": error.get("class"), "error_message": error.get("message")}

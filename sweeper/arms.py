@@ -108,6 +108,8 @@ class Arm:
         plain.pop("seed")
         for dimension in self.space:
             _forget(plain, dimension.key)
+        if plain["trainer"].get("accumulation") != 1:  # also where it is tuned: once it changed a step's examples
+            plain["trainer"]["order"] = "by step"
         return short_hash(plain)
 
     @property

@@ -75,12 +75,15 @@ class Efficiency:
 
     Seconds are wall clock, memory is bytes, `train_flops` is the closed form of `sweeper.models.budget`. The probe's
     cost is that of the probe whose scores allocated the ranks, in full, also where several runs share it.
+    `memory_measured` says how the solo peak was (`sweeper.engine.calibrate`). Records of former versions do not have
+    it: on CUDA the run of theirs that was measured first has its process's one-off allocations in its peak.
     """
 
     train_seconds_amortised: float | None = None
     eval_seconds_amortised: float | None = None
     train_seconds_solo: float | None = None
     peak_memory_solo_bytes: int | None = None
+    memory_measured: str | None = None
     tokens_per_second_solo: float | None = None
     train_tokens: int = 0
     train_flops: float = 0.0
@@ -96,7 +99,8 @@ class Efficiency:
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """Everything the analysis may know about a run. `scores` maps split -> "before"/"after" -> Score; `data`
-    has the sizes of each split and, as `majority`, what always giving the commonest training answer scores on it.
+    has the sizes of each split and, as `majority`, what always giving the commonest training answer scores on it; of
+    "train" also the `order` of its examples (none: that of former versions, in which each pass of a step had its own).
 
     `saved` says which weights were scored "after" and saved: those of which `step`, whether a moving `average` of them,
     and whether the run was `stopped_early`.

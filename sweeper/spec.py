@@ -189,7 +189,7 @@ class OptimSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerSpec:
-    """Length and shape of training. A step sees `batch_size * accumulation` examples.
+    """Length and shape of training. A step sees `batch_size * accumulation` examples, whichever the two are.
 
     `neftune_alpha` adds noise to the embedded tokens, `ema_decay` has an average of the weights evaluated and saved,
     `patience` ends a run whose validation NLL has not fallen in so many evaluations, and keeps its best weights.
@@ -197,7 +197,8 @@ class TrainerSpec:
 
     max_steps: int
     batch_size: int
-    accumulation: int = 1
+    # named anew where runs are told apart: once each forward pass had an order of its own, and so other examples
+    accumulation: int = field(default=1, metadata={"identity": "passes_of_step"})
     precision: Precision = "auto"
     activation_checkpointing: bool = False
     neftune_alpha: float = 0.0
@@ -326,7 +327,8 @@ def canonical_json(spec: RunSpec) -> str:
     """Sorted, compact JSON of a spec; floats that are whole numbers and ints of the same field give the same text.
 
     A field at its default is left out, so that a field added later changes no run's identity. A default that changes
-    must therefore change its meaning under a new name.
+    must therefore change its meaning under a new name, and so must what a value means: `metadata["identity"]` is that
+    name where the field itself keeps its own.
     """
     return json.dumps(_distinct(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -397,15 +399,20 @@ def _defaults(kind: Any) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _identities(kind: Any) -> dict[str, str]:
+    return {item.name: item.metadata.get("identity", item.name) for item in dataclasses.fields(kind)}
+
+
 def _distinct(spec: Any) -> dict[str, Any]:
-    """`to_mapping` without the fields that have their default."""
+    """`to_mapping` without the fields that have their default, each under the name of what it means."""
     kind: Any = type(spec)
-    defaults = _defaults(kind)
+    defaults, identities = _defaults(kind), _identities(kind)
     plain = {}
     for name in _field_names(kind):
         value = getattr(spec, name)
         if name not in defaults or value != defaults[name]:
-            plain[name] = _distinct(value) if dataclasses.is_dataclass(value) else _to_plain(value)
+            plain[identities[name]] = _distinct(value) if dataclasses.is_dataclass(value) else _to_plain(value)
     return plain
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WINDOW = 32  # batches that are sorted by length together
+WINDOW = 32  # steps whose examples are sorted by length together
 
 
 class Tokens(Protocol):
@@ -23,42 +23,46 @@ class Tokens(Protocol):
 
 
 class DataOrder:
-    """The examples of each batch, from the seed, the lengths and the batch size alone.
+    """The examples of each batch, from the seed, the lengths and the size of a step alone.
 
-    Every epoch is a fresh permutation. Within a window of batches the examples are sorted by length and the batches
-    then visited in an order that is the same for every seed, so batches are short on padding and the runs of a pack
-    meet batches of like length at the same step.
+    Every epoch is a fresh permutation. Within a window of steps the examples are sorted by length and the steps then
+    visited in an order that is the same for every seed, so batches are short on padding and the runs of a pack meet
+    batches of like length at the same step. A step is then cut into its forward passes: how many there are changes
+    nothing about which examples it has.
 
     Args:
         lengths: tokens of each example. batch_size: examples of one forward pass. seed: the run's seed.
-        bucketed: False keeps the plain permutation.
+        accumulation: forward passes of a step. bucketed: False keeps the plain permutation.
     """
 
     def __init__(
-        self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, *, bucketed: bool = True
-    ) -> None:
+        self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, *, accumulation: int = 1,
+        bucketed: bool = True,
+    ) -> None:  # fmt: skip
         self.lengths = np.asarray(lengths)
-        self.batch_size, self.seed, self.bucketed = batch_size, seed, bucketed
+        self.batch_size, self.accumulation, self.seed, self.bucketed = batch_size, accumulation, seed, bucketed
         self._window = lru_cache(maxsize=2)(self._make_window)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def batch(self, index: int) -> list[int]:
-        """Positions of the examples of the `index`-th batch of the run, counted over accumulation and epochs."""
-        window, place = divmod(index, WINDOW)
-        return self._window(window)[place]
+        """Positions of the examples of the `index`-th forward pass of the run, counted over steps and epochs."""
+        step, micro = divmod(index, self.accumulation)
+        window, place = divmod(step, WINDOW)
+        return self._window(window)[place][micro * self.batch_size : (micro + 1) * self.batch_size]
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
 
     def _make_window(self, window: int) -> list[list[int]]:
-        size, total = WINDOW * self.batch_size, len(self.lengths)
+        of_step = self.batch_size * self.accumulation
+        size, total = WINDOW * of_step, len(self.lengths)
         stream = np.arange(window * size, (window + 1) * size)
         chosen = np.array([self._epoch(int(n // total))[n % total] for n in stream])
         if self.bucketed:
             chosen = chosen[np.argsort(self.lengths[chosen], kind="stable")]
-        batches = chosen.reshape(WINDOW, self.batch_size)
+        steps = chosen.reshape(WINDOW, of_step)
         order = np.random.default_rng([0, window]).permutation(WINDOW) if self.bucketed else range(WINDOW)
-        return [batches[place].tolist() for place in order]
+        return [steps[place].tolist() for place in order]
 
 
 @dataclass

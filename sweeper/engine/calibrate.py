@@ -3,13 +3,19 @@
 Packing makes every run cheaper, so a share of a pack's time says nothing about a run alone. The two are kept apart in
 the record. The measurement is kept on disk, since an arm of the same shape on the same device and versions costs the
 same again.
+
+A process allocates some things once: work spaces of cuBLAS for each thread and stream, plans, the allocator's own
+segments. They are no run's, and the run that is measured first must not be charged with them: memory is measured in a
+second pass over a batch, as the bytes that were asked for, and not as the sizes of the blocks that the allocator found.
 """
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +29,17 @@ from sweeper.models import BaseModel, held_bytes
 from sweeper.record import write_atomically
 
 TIMED_STEPS, MOST_WARM = 2, 2
+# how memory is measured, in records and in the key of what is kept on disk: once there was no first pass
+WARM_PASS, SAVED_TENSORS = "warm pass", "saved tensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Solo:
     """Seconds of one optimiser step, its tokens, and peak memory in bytes, of a run alone.
 
-    On CUDA the peak is what the allocator measured. On a CPU it is the sum of what torch must hold at once: the base,
-    the adapter with gradient and moments, and everything saved for the backward pass.
+    Memory is that of the base, of the adapter with gradient and moments, and of activations. On CUDA the last are what
+    a pass asked of the allocator at its peak, on a CPU everything that is saved for the backward pass, and
+    `memory_measured` says which. What libraries keep for the process is not in it.
     """
 
     step_seconds: float
@@ -38,6 +47,7 @@ class Solo:
     peak_memory_bytes: int
     state_bytes: int
     activation_bytes: int
+    memory_measured: str
 
 
 def key_of(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> str:
@@ -47,7 +57,7 @@ def key_of(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> str:
     lengths = sorted(len(example.input_ids) for example in job.examples)
     described = [
         dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, job.adapter.shape(),
-        pack_options, lengths[len(lengths) // 2], lengths[-1],
+        pack_options, lengths[len(lengths) // 2], lengths[-1], WARM_PASS if model.is_cuda else SAVED_TENSORS,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -72,7 +82,7 @@ def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
         weights = held_bytes(pack.model)
         state = pack.bank.state_bytes
         activations = _activations(pack, job)
-        fixed = dataclasses.replace(job, order=_Typical(job, pack.accumulation))
+        fixed = dataclasses.replace(job, order=_Typical(job))
         pack.jobs[0] = fixed
         pack.warm_up(MOST_WARM if pack.captured else 1)
         _wait(pack)
@@ -82,20 +92,23 @@ def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
         _wait(pack)
         seconds = (time.perf_counter() - began) / TIMED_STEPS
         results = list(pack.drain())
-    return Solo(seconds, results[-1].tokens, weights + state + activations, state, activations)
+    measured = WARM_PASS if pack.device.type == "cuda" else SAVED_TENSORS
+    return Solo(seconds, results[-1].tokens, weights + state + activations, state, activations, measured)
 
 
 class _Typical(DataOrder):
-    """Data order that repeats the run's batch of median length."""
+    """Data order that repeats the run's step of median length."""
 
-    def __init__(self, job: Job, accumulation: int) -> None:
-        super().__init__(job.order.lengths, job.order.batch_size, job.order.seed)
-        batches = [job.order.batch(i) for i in range(accumulation * 16)]
-        longest = [max(len(job.examples[i].input_ids) for i in batch) for batch in batches]
-        self.chosen = batches[sorted(range(len(batches)), key=lambda i: longest[i])[len(batches) // 2]]
+    def __init__(self, job: Job) -> None:
+        order = job.order
+        super().__init__(order.lengths, order.batch_size, order.seed, accumulation=order.accumulation)
+        passes = range(order.accumulation)
+        steps = [[order.batch(step * order.accumulation + micro) for micro in passes] for step in range(16)]
+        padded = [sum(max(len(job.examples[i].input_ids) for i in batch) for batch in step) for step in steps]
+        self.chosen = steps[sorted(range(len(steps)), key=lambda i: padded[i])[len(steps) // 2]]
 
     def batch(self, index: int) -> list[int]:
-        return self.chosen
+        return self.chosen[index % self.accumulation]
 
 
 def _activations(pack: Pack, job: Job) -> int:
@@ -105,15 +118,48 @@ def _activations(pack: Pack, job: Job) -> int:
     pack.use_lanes([0])
     batch = collate([longest], [supervised(longest)], fixed=pack.captured is not None).to(pack.device)
     if pack.device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        pack.forward_backward(batch)
-        peak = torch.cuda.max_memory_allocated() - before
+        peak = warm_peak(lambda: pack.forward_backward(batch), Requested(pack.device))
     else:
         peak = _saved_bytes(pack, batch)
     pack.bank.grads.zero_()
     return peak
+
+
+class Requested:
+    """Bytes that were asked of the CUDA allocator of a device and are not yet given back.
+
+    Not the sizes of the blocks that it gave: those depend on what was freed before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def current(self) -> int:
+        return self._read("current")
+
+    @property
+    def peak(self) -> int:
+        return self._read("peak")
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _read(self, which: str) -> int:
+        torch.cuda.synchronize(self.device)
+        stats = torch.cuda.memory_stats(self.device)
+        # an allocator that does not count requests (cudaMallocAsync) counts what it gave
+        return stats.get(f"requested_bytes.all.{which}") or stats[f"allocated_bytes.all.{which}"]
+
+
+def warm_peak(step: Callable[[], object], memory: Requested) -> int:
+    """Most bytes that a step holds beyond those held before it, when all that it makes once is there."""
+    step()
+    gc.collect()  # what a former run left in reference cycles must not be freed meanwhile
+    before = memory.current
+    memory.reset_peak()
+    step()
+    return memory.peak - before
 
 
 def _saved_bytes(pack: Pack, batch: Any) -> int:

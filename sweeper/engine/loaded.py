@@ -53,7 +53,7 @@ class Loaded:
         job = Job(
             run_id=request.run_id, adapter=methods.adapter(spec, ranks), optim=spec.optim,
             steps=spec.trainer.max_steps, seed=spec.seed, examples=examples,
-            order=DataOrder(lengths, spec.trainer.batch_size, spec.seed),
+            order=DataOrder(lengths, spec.trainer.batch_size, spec.seed, accumulation=spec.trainer.accumulation),
         )  # fmt: skip
         exported = self._export(spec, ranks)
         return Prepared(request=request, job=job, ranks=ranks, splits=splits, probe=probed, exported=exported)
@@ -88,6 +88,7 @@ class Loaded:
             question = probe.Question(
                 asked=asked, targets=probe.probed(self.base, targets), examples=splits["train"].examples,
                 batch_size=spec.trainer.batch_size, seed=spec.seed if asked.seed is None else asked.seed,
+                accumulation=spec.trainer.accumulation,
             )  # fmt: skip
             with self.context.timeline.span("probe"):
                 self._probes[key] = probe.find(self.base, question, self.context.cache / "probes")

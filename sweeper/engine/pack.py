@@ -23,6 +23,7 @@ from sweeper.engine.bank.alone import Alone, AloneSpec
 from sweeper.engine.bank.forms import AdapterSpec, Capacity
 from sweeper.engine.bank.interface import Bank
 from sweeper.engine.bank.optimizer import LR, hyperparameters, learning_rate
+from sweeper.engine.bank.seeds import for_rows
 from sweeper.engine.batches import Batch, DataOrder, Tokens, collate, supervised
 from sweeper.engine.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCounts
 from sweeper.engine.compilation import compile_layers, decoder_layers, eager, uncompile_layers
@@ -356,8 +357,9 @@ class Pack:
             return
         seeds = [0] * len(self.jobs)
         for slot, job in moving:
-            key = f"{job.seed}/{job.done}/{micro}".encode()
-            seeds[slot] = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
+            key = f"{job.seed}/{job.done}/0".encode()  # of the step, whichever pass this is
+            drawn = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
+            seeds[slot] = for_rows(drawn, micro * self.batch_size)
         self.bank.seed(seeds)
 
     def _checkpoint_activations(self, on: bool) -> None:

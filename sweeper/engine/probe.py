@@ -46,7 +46,8 @@ from sweeper.ranks.importance import Probing
 from sweeper.record import write_atomically
 
 ROWS = 4096  # inputs of a module that `activation` looks at, spread evenly over the batches
-HELD = 1 << 31  # bytes of them at a time; the model runs again for the rest
+HELD = 1 << 31  # bytes of them, or of gradients, at a time; the model runs again for the rest
+SUMMED = ("gradient", "sensitivity")  # scores that are no mean over examples, and so need a whole step's gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,26 @@ class Question:
     examples: Sequence[Tokens]
     batch_size: int
     seed: int
+    accumulation: int = 1
 
     @property
     def batches(self) -> list[list[Tokens]]:
-        """What goes through the model together: the first batches of the data order; for fisher each example alone."""
-        order = DataOrder([len(example.input_ids) for example in self.examples], self.batch_size, self.seed)
-        found = [[self.examples[i] for i in order.batch(index)] for index in range(self.asked.batches)]
-        return [[example] for batch in found for example in batch] if self.asked.score == "fisher" else found
+        """What is scored together: the examples of the first steps; for fisher each example alone."""
+        return [[example for part in step for example in part] for step in self.steps]
+
+    @property
+    def steps(self) -> list[list[list[Tokens]]]:
+        """The `batches`, each as the passes that it goes through the model in."""
+        lengths = [len(example.input_ids) for example in self.examples]
+        passes = self.accumulation
+        order = DataOrder(lengths, self.batch_size, self.seed, accumulation=passes)
+        found = [
+            [[self.examples[i] for i in order.batch(step * passes + micro)] for micro in range(passes)]
+            for step in range(self.asked.batches)
+        ]
+        if self.asked.score == "fisher":
+            return [[[example]] for step in found for part in step for example in part]
+        return found
 
     def key(self, base: BaseModel) -> str:
         """Identity of the probe; it does not depend on bounds, nor on what rank the run has."""
@@ -137,27 +151,30 @@ def measure(base: BaseModel, question: Question) -> Probe:
 def _of_batches(base: BaseModel, question: Question) -> dict[str, float]:
     score = question.asked.score
     found: dict[str, float] = {}
-    for group in _groups(question) if score == "activation" else [list(question.targets)]:
+    for group in _groups(question):
         observers = {target.name: OBSERVERS[score](base.model.get_submodule(target.name)) for target in group}
         with _hooked(base.model, observers, backward=score != "activation"), eager():
-            for examples in question.batches:
-                _look(base, question, examples, observers)
+            for step in question.steps:
+                total = sum(supervised(examples) for examples in step)
+                for micro, examples in enumerate(step, start=1):
+                    _look(base, question, examples, observers, total, last=micro == len(step))
         found |= {name: observer.result() for name, observer in observers.items()}
     first = {target.inputs: target.name for target in reversed(question.targets)}
     return {target.name: found.get(target.name, found.get(first[target.inputs], 0.0)) for target in question.targets}
 
 
 def _look(
-    base: BaseModel, question: Question, examples: Sequence[Tokens], observers: Mapping[str, "_Observer"]
-) -> None:
-    """One batch through the model and, where gradients are asked for, back."""
+    base: BaseModel, question: Question, examples: Sequence[Tokens], observers: Mapping[str, "_Observer"], total: int,
+    *, last: bool,
+) -> None:  # fmt: skip
+    """One pass through the model and, where gradients are asked for, back. `total`: target tokens of its step."""
     score, device = question.asked.score, base.model.device
     # an example's own log-likelihood is a sum; a training step takes the mean
-    batch = collate([examples], [0 if score == "fisher" else supervised(examples)], fixed=False).to(device)
+    batch = collate([examples], [0 if score == "fisher" else total], fixed=False).to(device)
     lengths = torch.tensor([len(example.input_ids) for example in examples], device=device)
     mask = torch.arange(batch.ids.shape[1], device=device) < lengths[:, None]
     for observer in observers.values():
-        observer.begin(mask, rows=max(ROWS // question.asked.batches, 1))
+        observer.begin(mask, rows=max(ROWS // question.asked.batches, 1), last=last)
     ends = any(target.role == HEAD for target in question.targets)
     with torch.set_grad_enabled(score != "activation"):
         hidden = hidden_states(inner_model(base.model), batch.ids, lengths, base.verdict.padding)
@@ -165,15 +182,29 @@ def _look(
             _loss(base, hidden, batch, whole=ends).backward()
         elif ends:
             base.model.get_output_embeddings()(hidden)
+    if last:
+        for observer in observers.values():
+            observer.end()
 
 
 def _groups(question: Question) -> Iterator[list[Target]]:
-    """One target for each distinct input, in groups whose kept inputs fit into `HELD` bytes."""
-    distinct = {target.inputs: target for target in reversed(question.targets)}
+    """Targets in groups of which what is kept fits into `HELD` bytes.
+
+    For activation that is inputs, so there is one target for each; of a step in several passes the gradients so far.
+    """
+    score = question.asked.score
+    if score == "activation":
+        distinct = {target.inputs: target for target in reversed(question.targets)}
+        targets = list(reversed(distinct.values()))
+    else:
+        targets = list(question.targets)
     group: list[Target] = []
     held = 0
-    for target in reversed(distinct.values()):
-        size = 4 * ROWS * target.in_features if target.kind != "embedding" else 0
+    for target in targets:
+        if score == "activation":
+            size = 4 * ROWS * target.in_features if target.kind != "embedding" else 0
+        else:
+            size = 4 * target.in_features * target.out_features if score in SUMMED and question.accumulation > 1 else 0
         if group and held + size > HELD:
             yield group
             group, held = [], 0
@@ -212,10 +243,11 @@ class _Observer:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.seen: list[Tensor] = []
+        self.parts: list[Tensor] = []  # of the present batch
 
-    def begin(self, mask: Tensor, *, rows: int) -> None:
-        """A batch begins: `mask` [examples, length] is true where there is a token."""
-        self.mask, self.rows = mask, rows
+    def begin(self, mask: Tensor, *, rows: int, last: bool) -> None:
+        """A pass begins, of a batch its `last`: `mask` [examples, length] is true where there is a token."""
+        self.mask, self.rows, self.last = mask, rows, last
 
     def see(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x = args[0].detach()
@@ -223,7 +255,16 @@ class _Observer:
 
     @torch.no_grad()
     def note(self, x: Tensor, gradient: Tensor) -> None:
-        self.seen.append(self.number(_weight_gradient(self.module, x, gradient)))
+        made = _weight_gradient(self.module, x, gradient)
+        self.parts = [self.parts[0].add_(made)] if self.parts else [made]
+        if self.last:  # and not in the end: no more than one gradient is to be held
+            self.end()
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """A batch has gone through: also where the last pass did not come here."""
+        self.seen += [self.number(made) for made in self.parts]
+        self.parts = []
 
     def number(self, gradient_OI: Tensor) -> Tensor:
         raise NotImplementedError
@@ -256,7 +297,13 @@ class _Activation(_Observer):
         x, mask = args[0].detach(), self.mask.flatten()
         rows = x.flatten() if isinstance(module, nn.Embedding) else x.reshape(-1, x.shape[-1])
         rows = rows[mask] if len(rows) == len(mask) else rows  # a head is given rows without padding
-        self.seen.append(rows[:: -(-len(rows) // self.rows)])
+        self.parts.append(rows)
+
+    def end(self) -> None:
+        if self.parts:
+            rows = torch.cat(self.parts)
+            self.seen.append(rows[:: -(-len(rows) // self.rows)])
+        self.parts = []
 
     def result(self) -> float:
         if not self.seen:
@@ -296,10 +343,10 @@ def _flops(base: BaseModel, question: Question) -> float:
         return 0.0
     forward_only = question.asked.score == "activation"
     tokens = squares = 0
-    for batch in question.batches:
+    for batch in (part for step in question.steps for part in step):
         length = -(-max(len(example.input_ids) for example in batch) // 8) * 8  # as `collate` pads
         tokens += length * len(batch)
         squares += length * length * len(batch)
     scored = None if forward_only else question.targets
     each = budget.probe_flops_per_token(base.targets, scored, length=round(squares / tokens))
-    return each * tokens * (len(list(_groups(question))) if forward_only else 1)
+    return each * tokens * len(list(_groups(question)))

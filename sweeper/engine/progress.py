@@ -70,7 +70,11 @@ class Prepared:
         adapter = self.job.adapter
         if found is None or self.job.done > 0:
             return
-        if isinstance(adapter, AloneSpec) or (set(found[0]) == set(adapter.ranks) and self._same_ranks(found[0])):
+        if isinstance(adapter, AloneSpec):
+            matches = adapter.resumes(found[0])
+        else:
+            matches = set(found[0]) == set(adapter.ranks) and self._same_ranks(found[0])
+        if matches:
             self.job.state, self.before = found
             self.job.done, self.job.tokens = self.before["done"], self.before["tokens"]
 
@@ -195,7 +199,8 @@ class Progress:
             steps=run.job.done,
             scores=self.scores,
             data={
-                name: {
+                name: ({"order": "by step"} if name == "train" else {})
+                | {
                     "examples": len(split.examples), "truncated": split.truncated, "dropped": len(split.dropped),
                     "tokens": sum(len(e.input_ids) for e in split.examples), "majority": dict(split.majority),
                 }
@@ -257,6 +262,7 @@ class Progress:
             eval_seconds_amortised=self.eval_seconds,
             train_seconds_solo=None if solo is None else solo.step_seconds * run.job.done,
             peak_memory_solo_bytes=None if solo is None else solo.peak_memory_bytes,
+            memory_measured=None if solo is None else solo.memory_measured,
             tokens_per_second_solo=None if solo is None else tokens / max(run.job.done, 1) / solo.step_seconds,
             train_tokens=tokens,
             train_flops=methods.train_flops(

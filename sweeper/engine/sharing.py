@@ -35,4 +35,5 @@ def probe_key(spec: RunSpec) -> str:
     """Runs of one base model with equal keys ask a probe the same."""
     seed = spec.seed if spec.allocation.options.get("seed", 0) is None else None
     placed = spec.placement if spec.placement.embeddings or spec.placement.head or spec.placement.patterns else None
-    return repr((spec.dataset, spec.allocation.options, spec.trainer.batch_size, seed, placed))
+    step = spec.trainer.batch_size, spec.trainer.accumulation
+    return repr((spec.dataset, spec.allocation.options, step, seed, placed))

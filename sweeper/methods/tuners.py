@@ -27,6 +27,7 @@ from sweeper.spec import MethodSpec, RunSpec
 from sweeper.tasks.package import is_installed
 
 NAME = "default"  # of the one adapter in a PEFT model
+DIVISOR = "ranknum"  # of AdaLoRA's update: the rank that a module began with
 
 
 class Tuned(Trainee):
@@ -113,6 +114,10 @@ class AdaptiveRanks(Tuned):
     def __init__(self, base: BaseModel, config: Any, places: Iterable[str]) -> None:
         super().__init__(base, config, places=places)
         self.adapter = self.peft.base_model
+        # the divisor of the update, which PEFT neither saves nor means to train; moved or cast, it asks for a gradient
+        for name, parameter in self.model.named_parameters():
+            if f".{DIVISOR}.{NAME}" in name:
+                parameter.requires_grad_(False)
 
     def penalty(self) -> Tensor | None:
         """Orthogonality of P and Q (eq. 4 of the paper), as AdaLoraModel adds it to the loss."""
@@ -200,7 +205,7 @@ def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
         )  # fmt: skip
         return AdaptiveRanks(base, config, [target.name for target in ranks])
 
-    return replace(trained_alone(spec, ranks, build), settles=steps - _phases(spec)[1])
+    return replace(trained_alone(spec, ranks, build), settles=steps - _phases(spec)[1], outdated=f".{DIVISOR}.")
 
 
 def initial_rank(method: MethodSpec, rank: int) -> int:

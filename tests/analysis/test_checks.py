@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import pytest
 from analysis import analyse, load
 from analysis.checks import expected_parameters
 from analysis.exchange import from_published
-from sweeper.record import PREDICTIONS
+from sweeper.record import PREDICTIONS, RECORD
 from tests.analysis.synthetic import edit, write_study
 
 DATA = Path(__file__).parent / "data"
@@ -81,3 +82,39 @@ def test_contradictions_in_records_are_found(tmp_path: Path) -> None:
     assert "the record states 4,325,376" in messages
     assert "but attn_o modules have ranks" in messages
     assert {"one seed", "one learning rate"} <= set(found["check"])
+
+
+@pytest.mark.parametrize("old", [1, 3])
+def test_memory_of_former_versions_is_named_where_it_may_be_wrong(old: int, tmp_path: Path) -> None:
+    """On CUDA alone: on a CPU what is saved for the backward pass was counted then, too."""
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), lrs=(1e-3,), examples=120, steps=2)
+    folders = sorted(study.iterdir())
+    for folder in folders:
+        edit(folder, lambda plain: plain["environment"].update(device_type="cpu"))
+    found = analyse(load(study), draws=50)
+    assert "memory measured cold" not in set(found.tables["checks"]["check"])
+    for place, folder in enumerate(folders):
+        edit(folder, lambda plain: plain["environment"].update(device_type="cuda"))
+        if place >= old:
+            edit(folder, lambda plain: plain["efficiency"].update(memory_measured="warm pass"))
+    found = analyse(load(study), draws=50)
+    check = found.tables["checks"].set_index("check").loc["memory measured cold", "message"]
+    assert f"the peak memory of {old} of 3 runs" in check
+    assert ("do not compare" in check) == (old < 3)
+    assert any(f"Memory of {old} runs" in line for line in found.notes)
+
+
+def test_runs_of_the_former_order_are_arms_of_their_own(tmp_path: Path) -> None:
+    """Accumulated runs alone: without accumulation the order is what it was."""
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0, 1), lrs=(1e-3,), examples=20, steps=2)
+    for folder in study.iterdir():
+        seed = json.loads((folder / RECORD).read_text())["spec"]["seed"]
+        order = {"order": "by step"} if seed else {}
+        edit(folder, lambda plain, order=order: plain["data"].update(train={"examples": 9, "majority": {}, **order}))
+    assert len(analyse(load(study), draws=50).found.arms) == 3
+    for folder in study.iterdir():
+        edit(folder, lambda plain: plain["spec"]["trainer"].update(accumulation=2))
+    found = analyse(load(study), draws=50).found
+    assert sorted(arm.label for arm in found.arms) == sorted(
+        f"{name} r4{order}" for name in ("attn", "ff", "full") for order in ("", " order=by pass")
+    )

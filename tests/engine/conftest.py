@@ -111,13 +111,14 @@ def make_adapter() -> Callable[..., AdapterSpec]:
 
 def _job(
     run_id: str, adapter: AdapterSpec, examples: Sequence[Tokens], *, steps: int = 6, batch_size: int = 4,
-    seed: int | None = None, bucketed: bool = True, **optim: Any,
+    accumulation: int = 1, seed: int | None = None, bucketed: bool = True, **optim: Any,
 ) -> Job:  # fmt: skip
     seed = adapter.seed if seed is None else seed
     lengths = [len(example.input_ids) for example in examples]
     return Job(
         run_id=run_id, adapter=adapter, optim=OptimSpec(**({"lr": 1e-2} | optim)), steps=steps, seed=seed,
-        examples=examples, order=DataOrder(lengths, batch_size, seed, bucketed=bucketed),
+        examples=examples,
+        order=DataOrder(lengths, batch_size, seed, accumulation=accumulation, bucketed=bucketed),
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Which examples a run sees when, and how the lanes of a pack become one batch."""
 
+import hashlib
 from collections import Counter
 from itertools import pairwise
 
@@ -39,6 +40,24 @@ def test_the_order_follows_from_the_seed_alone() -> None:
     assert [one.batch(n) for n in range(10)] != [other.batch(n) for n in range(10)]
 
 
+@pytest.mark.parametrize("bucketed", [True, False])
+def test_a_step_has_the_same_examples_however_it_is_cut(bucketed: bool) -> None:
+    whole = DataOrder(LENGTHS, 12, seed=5, bucketed=bucketed)
+    for batch_size, accumulation in ((6, 2), (4, 3), (1, 12)):
+        cut = DataOrder(LENGTHS, batch_size, seed=5, accumulation=accumulation, bucketed=bucketed)
+        for step in (0, 1, 31, 32, 70):  # over windows and epochs
+            passes = [cut.batch(step * accumulation + micro) for micro in range(accumulation)]
+            assert {len(batch) for batch in passes} == {batch_size}
+            assert [i for batch in passes for i in batch] == whole.batch(step)
+
+
+def test_the_order_without_accumulation_is_that_of_records_so_far() -> None:
+    order = DataOrder(LENGTHS, 4, seed=7)
+    assert order.batch(0) == [293, 150, 266, 239]
+    seen = repr([order.batch(n) for n in range(150)])
+    assert hashlib.sha256(seen.encode()).hexdigest()[:16] == "c3a991e628e8716c"
+
+
 def padding(order: DataOrder, batches: int) -> float:
     """Share of a batch that is padding."""
     held = [[LENGTHS[i] for i in order.batch(n)] for n in range(batches)]
@@ -49,6 +68,7 @@ def test_bucketed_batches_waste_little_on_padding() -> None:
     bucketed, plain = (padding(DataOrder(LENGTHS, 4, 1, bucketed=value), 3 * WINDOW) for value in (True, False))
     assert plain > 0.3
     assert bucketed < 0.05
+    assert padding(DataOrder(LENGTHS, 4, 1, accumulation=3), 9 * WINDOW) < 0.05
 
 
 def test_runs_of_different_seeds_meet_batches_of_like_length_at_the_same_step() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sweeper.engine import loss
-from sweeper.engine.bank import lowrank
+from sweeper.engine.bank import lowrank, seeds
 from sweeper.engine.bank.adapters import AdapterBank
 from sweeper.engine.bank.optimizer import PackedAdamW, hyperparameters
 from sweeper.spec import OptimSpec
@@ -198,6 +198,8 @@ def test_adamw(rated: bool, load: Any, make_adapter: Any) -> None:
     start = bank.params.clone()
     packed = PackedAdamW(bank)
     norms = torch.zeros(len(adapters), device=DEVICE)
+    slot_of = bank.block_slot.to(DEVICE)
+    squares = kernels.Squares(slot_of, len(adapters))
     params, *others = stores
     work = params.bfloat16()
     optims = {
@@ -211,7 +213,7 @@ def test_adamw(rated: bool, load: Any, make_adapter: Any) -> None:
         bank.grads[bank.by_slot[3][0].a] = torch.inf
         stores[1].copy_(bank.grads)
         packed.set({slot: hyperparameters(optim, step, 5) for slot, optim in optims.items()})
-        kernels.adamw(params, work, *others, rates, bank.block_slot.to(DEVICE), packed.table.to(DEVICE), norms)
+        kernels.adamw(params, work, *others, rates, slot_of, packed.table.to(DEVICE), norms, squares)
         wanted = packed.step()
         assert_close(norms, wanted)
     for mine, store in zip(stores, (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq), strict=True):
@@ -220,6 +222,29 @@ def test_adamw(rated: bool, load: Any, make_adapter: Any) -> None:
     torch.testing.assert_close(work, params.bfloat16(), rtol=0 if DEVICE.type == "cuda" else 2**-7, atol=0)
     for slot, moved in enumerate((True, False, True, False)):
         assert any(not torch.equal(bank.params[a:b], start[a:b]) for a, b in bank.spans[slot]) is moved
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 40_000 if torch.cuda.is_available() else 3_000])
+def test_squares_are_added_up_by_slot_and_to_the_same_bits_each_time(blocks: int) -> None:
+    """Slot 1 of four has no block; the others' lie among one another."""
+    from sweeper.engine.bank import kernels
+    from sweeper.engine.bank.store import BLOCK
+
+    generator = torch.Generator().manual_seed(0)
+    slot_of = torch.tensor([0, 2, 3])[torch.randint(0, 3, (blocks,), generator=generator)]
+    grads = torch.randn(blocks * BLOCK, generator=generator).exp()
+    rates = (torch.rand(grads.shape, generator=generator) > 0.5).float()
+    squares, found = kernels.Squares(slot_of.to(DEVICE), 4), torch.empty(4, device=DEVICE)
+    for given in (None, rates):
+        chosen = grads if given is None else grads * given
+        wanted = torch.zeros(4, dtype=torch.float64)
+        wanted.index_add_(0, slot_of, chosen.view(-1, BLOCK).double().square().sum(1))
+        again = set()
+        for _ in range(3):
+            squares.add_up(grads.to(DEVICE), None if given is None else given.to(DEVICE), found)
+            assert_close(found, wanted.float())
+            again.add(tuple(found.tolist()))
+        assert len(again) == 1
 
 
 def test_sensitivities_of_the_slots_that_learn_a_pattern(load: Any, make_adapter: Any) -> None:
@@ -252,7 +277,8 @@ def test_sensitivities_of_the_slots_that_learn_a_pattern(load: Any, make_adapter
         assert any(changed) is moved
 
 
-def test_dropout_masks_have_the_same_bits() -> None:
+@pytest.mark.parametrize("seed", [3_333_333_333, seeds.for_rows(3_333_333_333, 12)])
+def test_dropout_masks_have_the_same_bits(seed: int) -> None:
     """With A the identity and B the identity, an adapter of full rank shows its mask."""
     from sweeper.engine.bank import kernels
 
@@ -261,13 +287,13 @@ def test_dropout_masks_have_the_same_bits() -> None:
     table = torch.tensor([[[size, 0, size * size, 0]]], dtype=torch.int32)
     arguments = [
         torch.ones(rows, size), [torch.zeros(rows, size)], params, table, torch.ones(1, 1),
-        torch.zeros(1, dtype=torch.int32), torch.tensor([0.25]), torch.tensor([3_333_333_333]), torch.tensor([17]),
+        torch.zeros(1, dtype=torch.int32), torch.tensor([0.25]), torch.tensor([seed]), torch.tensor([17]),
     ]  # fmt: skip
     there = [[p.to(DEVICE) for p in value] if isinstance(value, list) else value.to(DEVICE) for value in arguments]
     kernels.forward(*there, size, tokens, True)
     (y,) = there[1]
     index = lowrank.row_index(rows, tokens, torch.device("cpu"))
-    mask = lowrank.keep_mask(3_333_333_333, 17, index, size, 0.25)
+    mask = lowrank.keep_mask(seed, 17, index, size, 0.25)
     assert torch.equal(y.cpu() != 0, mask)
 
 

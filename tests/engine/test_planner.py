@@ -23,7 +23,7 @@ SETTINGS = Settings(study="x")
 
 def solo(size: int) -> Solo:
     """A calibration that says a run adds `size` bytes to a pack."""
-    return Solo(0.1, 100, 10 * size, size // 4, size - size // 4)
+    return Solo(0.1, 100, 10 * size, size // 4, size - size // 4, "saved tensors")
 
 
 @pytest.fixture

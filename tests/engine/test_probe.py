@@ -175,8 +175,24 @@ def test_flops_are_what_torch_counts(score: str, ends: bool, load: Make, make_ex
         counter = FlopCounterMode(display=False)
         with counter, probe._hooked(base.model, {}, backward=False):
             for batch in asked.batches:
-                probe._look(base, dataclasses.replace(asked, targets=asked_without), batch, {})
+                probe._look(base, dataclasses.replace(asked, targets=asked_without), batch, {}, 1, last=True)
     assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.05)  # the first token is no target
+
+
+@pytest.mark.parametrize("score", ["gradient", "fisher", "sensitivity", "activation", "weight"])
+def test_a_step_is_scored_the_same_however_it_is_cut(
+    score: str, load: Make, make_examples: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where gradients are kept for a part of the modules at a time; and a probe on disk serves all."""
+    base = load("llama")
+    whole = question(base, make_examples(0), score)
+    wanted = probe.measure(base, whole)
+    for batch_size, accumulation, held in ((2, 2, probe.HELD), (1, 4, 40_000)):
+        monkeypatch.setattr(probe, "HELD", held)
+        cut = dataclasses.replace(whole, batch_size=batch_size, accumulation=accumulation)
+        assert cut.batches == whole.batches
+        assert cut.key(base) == whole.key(base)
+        assert probe.measure(base, cut).scores == pytest.approx(wanted.scores, rel=1e-4)
 
 
 def test_the_base_is_left_as_it_was(load: Make, make_examples: Make) -> None:

@@ -144,6 +144,22 @@ def test_a_damaged_checkpoint_is_ignored(
     identical(tmp_path / "undisturbed", tmp_path / "stopped", specs)
 
 
+def test_a_checkpoint_of_more_than_is_trained_now_is_not_gone_on_from(
+    make_run: Any, run_all: Any, tmp_path: Path
+) -> None:
+    """Former versions had AdaLoRA's divisor train along in bfloat16 and on a GPU."""
+    spec = make_run("attn", method={"name": "adalora"}, trainer={"max_steps": 8})
+    run_all([spec], "undisturbed")
+    run_all([spec], "stopped", stop_after=5)
+    folder = tmp_path / "stopped" / spec.run_id
+    state, progress = checkpoint.load(folder)  # type: ignore[misc]
+    name = next(name for name in state if ".lora_A." in name).replace(".lora_A.", ".ranknum.")
+    checkpoint.save(folder, state | {name: tuple(torch.ones(1) for _ in range(3))}, progress)
+    events = run_all([spec], "stopped")
+    assert min(event.step for event in events if isinstance(event, Step)) == 1
+    identical(tmp_path / "undisturbed", tmp_path / "stopped", [spec])
+
+
 def test_a_checkpoint_is_replaced_whole_under_a_name_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, PeftType
 
-from sweeper import methods, record
+from sweeper import methods, models, record
 from sweeper.errors import SpecError
 from sweeper.methods.tuners import CAPTURED, NEEDED, UNABLE, tuners
 from sweeper.tasks.package import is_installed
@@ -115,3 +115,19 @@ def test_dropout_for_a_tuner_that_has_none_is_refused(make_run: Any) -> None:
     with pytest.raises(SpecError, match=r"method.dropout=0.1: method.options.tuner=IA3 has no dropout"):
         methods.check(make_run("full", method=method))
     methods.check(make_run("full", method=method | {"options": {"tuner": "loha"}}))
+
+
+@pytest.mark.parametrize("tuner", [kind.name for kind in PeftType if kind.name not in {*UNABLE} - {"ADALORA"}])
+def test_precision_changes_nothing_about_what_trains(tuner: str, make_run: Any, tiny_spec: Any, place: Any) -> None:
+    if not is_installed(NEEDED.get(tuner, ("torch", "torch"))[0]):
+        pytest.skip(f"{tuner} needs a package that is not installed")
+    arguments = NEEDS.get(tuner, ({}, 0.0))[0]
+    method = {"name": "peft", "options": {"tuner": tuner.lower(), "arguments": arguments}}
+    spec = make_run("full", method={"name": "adalora"} if tuner == "ADALORA" else method)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        base = models.load(tiny_spec("llama"), dtype=dtype, device=torch.device("cpu"))
+        ranks = dict.fromkeys(place(base, "full"), spec.rank)
+        trained = methods.adapter(spec, ranks).build(base).trained()  # type: ignore[union-attr]
+        found.append({name: tuple(parameter.shape) for name, parameter in trained.items()})
+    assert found[0] == found[1] != {}

@@ -36,6 +36,7 @@ class AloneSpec:
         ranks: module name -> rank of the placed modules. dropout: of what is put on them.
         key: equal for runs that cost the same, which are those that can use one another's compiled model.
         settles: steps until what is trained is of its final size. average, keep_best, noise: as in `AdapterSpec`.
+        outdated: part of the names of what only former versions trained; their checkpoints are not gone on from.
     """
 
     build: Callable[[BaseModel], "Trainee"]
@@ -47,11 +48,16 @@ class AloneSpec:
     keep_best: bool = False
     noise: float = 0.0
     settles: int = 0
+    outdated: str | None = None
     restarts: None = None
 
     def saveable(self, step: int) -> bool:
         """Whether what there is after a step is such as the method is to leave."""
         return step >= self.settles
+
+    def resumes(self, names: Iterable[str]) -> bool:
+        """Whether a checkpoint of parameters with these names can be gone on from."""
+        return self.outdated is None or not any(self.outdated in name for name in names)
 
     def settled(self) -> "AloneSpec":
         """What is left of it to be scored."""
@@ -334,7 +340,8 @@ class Alone:
         return not self.graphable or self.lanes.noisy
 
     def seed(self, seeds: Sequence[int]) -> None:
-        self.draw = None if self.graphable else seeds[0]
+        # torch's generator on a CPU takes 32 bits: those above, of a later pass of the step, must not be lost
+        self.draw = None if self.graphable else (seeds[0] ^ (seeds[0] >> 32) * 0x9E3779B1) & 0xFFFFFFFF
         if self.lanes.noisy:
             self.lanes.seeds.copy_(torch.tensor(seeds), non_blocking=True)
 

@@ -117,7 +117,7 @@ class Bank(Protocol):
     def make_optimizer(self) -> PackedAdamW: ...
 
     def seed(self, seeds: Sequence[int]) -> None:
-        """Each slot's seed for the coming forward pass."""
+        """Each slot's seed for the coming forward pass (`seeds.for_rows`)."""
         ...
 
     def drawing(self) -> contextlib.AbstractContextManager[None]:

@@ -23,8 +23,9 @@ def _mix(value):
 
 @triton.jit
 def _keep(seed, salt, rows, features, p):
-    # same bits as lowrank.keep_mask; rows [R], features [C]
-    row_key = _mix(rows.to(tl.uint32) ^ seed.to(tl.uint32))
+    # same bits as lowrank.keep_mask; rows [R], features [C], seed int64
+    rows = rows.to(tl.uint32) + (seed >> 32).to(tl.uint32) * 65536
+    row_key = _mix(rows ^ seed.to(tl.uint32))
     feature = features.to(tl.uint32) * 0x9E3779B1
     bits = _mix((row_key[:, None] ^ feature[None, :]) ^ salt.to(tl.uint32))
     return bits >= (p * 4294967296.0).to(tl.uint32)
@@ -349,22 +350,33 @@ def _token_loss(
 
 
 @triton.jit
-def _squares(grads, rates, block_slot, norms, blocks, RATED: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
-    """Adds every block's sum of squares to its slot: one atomic where all blocks of a program are of one slot."""
+def _squares(grads, rates, squares, blocks, RATED: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """Every block's sum of squares."""
     block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     inside = block < blocks
     where = block[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = tl.load(grads + where, mask=inside[:, None], other=0.0)
     if RATED:
         values = tl.where(tl.load(rates + where, mask=inside[:, None], other=0.0) > 0, values, 0.0)
-    squares = tl.sum(values * values, 1)
-    first = tl.load(block_slot + tl.program_id(0) * COUNT)
-    slot = tl.load(block_slot + block, mask=inside, other=0)
-    slot = tl.where(inside, slot, first)
-    if tl.max(slot, 0) == tl.min(slot, 0):
-        tl.atomic_add(norms + first, tl.sum(squares, 0))
-    else:
-        tl.atomic_add(norms + slot, squares, mask=inside)
+    tl.store(squares + block, tl.sum(values * values, 1), mask=inside)
+
+
+@triton.jit
+def _add_up(squares, order, bounds, sums, SHARES: tl.constexpr, COUNT: tl.constexpr):
+    """One share of one slot's squares. In an order of their own: atomic sums differ from run to run in their last bits,
+    and what is clipped by them soon in every bit."""
+    slot = tl.program_id(0)
+    first = tl.load(bounds + slot)
+    last = tl.load(bounds + slot + 1)
+    size = tl.cdiv(last - first, SHARES)
+    start = first + tl.program_id(1) * size
+    stop = tl.minimum(start + size, last)
+    total = tl.zeros((COUNT,), dtype=tl.float32)
+    for place in range(start, stop, COUNT):
+        i = place + tl.arange(0, COUNT)
+        block = tl.load(order + i, mask=i < stop, other=0)
+        total += tl.load(squares + block, mask=i < stop, other=0.0)
+    tl.store(sums + slot * SHARES + tl.program_id(1), tl.sum(total, 0))
 
 
 @triton.jit
@@ -410,19 +422,47 @@ def _adamw(
     tl.store(grads + where, tl.zeros_like(value), mask=inside[:, None] & (tl.arange(0, BLOCK)[None, :] < BLOCK))
 
 
-def adamw(flat, work, grads, exp_avg, exp_avg_sq, rates, block_slot, table, norms) -> None:
+class Squares:
+    """Sums of squares by slot, the same bits whenever they are of the same gradients.
+
+    Shapes: P blocks, J slots, S shares of a slot.
+    """
+
+    SHARES = 256
+
+    def __init__(self, block_slot: Tensor, slots: int) -> None:
+        device = block_slot.device
+        ordered, order_P = torch.sort(block_slot, stable=True)
+        self.order_P = order_P.int()
+        self.bounds_J1 = torch.searchsorted(ordered, torch.arange(slots + 1, device=device)).int()
+        self.squares_P = torch.empty(len(block_slot), device=device)
+        self.sums_JS = torch.empty(slots, self.SHARES, device=device)
+
+    def add_up(self, grads: Tensor, rates: Tensor | None, out: Tensor) -> None:
+        """Sums [J] into `out`; of the values that have a rate above 0, where there are rates."""
+        blocks, count = len(self.squares_P), 32
+        block = grads.shape[0] // max(blocks, 1)
+        _squares[(triton.cdiv(blocks, count),)](
+            grads, grads if rates is None else rates, self.squares_P, blocks,
+            RATED=rates is not None, BLOCK=block, COUNT=count,
+        )  # fmt: skip
+        _add_up[tuple(self.sums_JS.shape)](
+            self.squares_P, self.order_P, self.bounds_J1, self.sums_JS, SHARES=self.SHARES, COUNT=512
+        )
+        torch.sum(self.sums_JS, 1, out=out)
+
+
+def adamw(flat, work, grads, exp_avg, exp_avg_sq, rates, block_slot, table, norms, squares: Squares) -> None:
     """CUDA implementation of `optimizer.PackedAdamW.step`; leaves the gradient norms [J] in `norms`.
 
     Without `rates` every value learns at its run's own rate.
     """
+    squares.add_up(grads, rates, norms)
     rated = rates is not None
     rates = rates if rated else flat
     blocks, count = block_slot.shape[0], 32
     block = grads.shape[0] // max(blocks, 1)
-    norms.zero_()
-    grid = (triton.cdiv(blocks, count),)
-    _squares[grid](grads, rates, block_slot, norms, blocks, RATED=rated, BLOCK=block, COUNT=count)
-    _adamw[grid](
+    _adamw[(triton.cdiv(blocks, count),)](
         flat, work, grads, exp_avg, exp_avg_sq, rates, block_slot, table, norms, blocks,
         COPY=work is not flat, RATED=rated, BLOCK=block, COUNT=count,
     )  # fmt: skip

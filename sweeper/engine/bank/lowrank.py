@@ -41,9 +41,10 @@ def keep_mask(seed: int, salt: int, rows: Tensor, features: int, p: float) -> Te
     """Counter-based dropout mask [rows, features]: True where the value is kept.
 
     Depends on the run's own seed (with its step), the module's salt, the row's own index and the feature only, so the
-    mask is the same whoever shares the pack. Two rounds of the 32-bit finaliser of MurmurHash3.
+    mask is the same whoever shares the pack, and however a step is cut into passes: the upper half of the seed is the
+    number of sequences before these (`seeds.for_rows`). Two rounds of the 32-bit finaliser of MurmurHash3.
     """
-    row_key = mix((rows.to(torch.int64) ^ seed) & 0xFFFFFFFF)
+    row_key = mix(((rows.to(torch.int64) + (seed >> 32) * ROW_STRIDE) ^ seed) & 0xFFFFFFFF)
     feature = torch.arange(features, device=rows.device, dtype=torch.int64) * 0x9E3779B1 & 0xFFFFFFFF
     bits = mix((row_key[:, None] ^ feature[None, :] ^ salt) & 0xFFFFFFFF)
     return bits >= int(p * 2**32)

@@ -8,15 +8,15 @@ pack.
 import torch
 from torch import Tensor
 
-from sweeper.engine.bank.lowrank import mix, row_index
+from sweeper.engine.bank.lowrank import ROW_STRIDE, mix, row_index
 
 SALT = 0x4E4546
 
 
 def uniform(seeds: Tensor, rows: int, tokens: int, features: int) -> Tensor:
     """Noise [L, rows, features] in [-1, 1) for lanes with these seeds [L]; each lane has `rows` rows of tokens."""
-    index = row_index(rows, tokens, seeds.device)
-    row_key = mix((index[None, :] ^ seeds[:, None]) & 0xFFFFFFFF)
+    index = row_index(rows, tokens, seeds.device) + (seeds[:, None] >> 32) * ROW_STRIDE
+    row_key = mix((index ^ seeds[:, None]) & 0xFFFFFFFF)
     feature = torch.arange(features, device=seeds.device, dtype=torch.int64) * 0x9E3779B1 & 0xFFFFFFFF
     bits = mix((row_key[:, :, None] ^ feature ^ SALT) & 0xFFFFFFFF)
     return bits.float() * 2.0**-31 - 1

@@ -5,12 +5,16 @@ Shapes: F values of the flat store, J slots, 64 values a block.
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sweeper.engine.bank.store import BLOCK, Store
 from sweeper.spec import OptimSpec
+
+if TYPE_CHECKING:
+    from sweeper.engine.bank import kernels
 
 # columns of the hyperparameter table [J, 8]; a row of NaN marks an idle slot
 LR, WEIGHT_DECAY, BETA1, BETA2, EPS, CORRECTION1, CORRECTION2, MAX_NORM = range(8)
@@ -60,6 +64,7 @@ class PackedAdamW:
         device = self.bank.params.device
         self.table = torch.full((slots, 8), math.nan, device=device)
         self.norms = torch.zeros(slots, device=device)
+        self.squares: kernels.Squares | None = None
 
     def set(self, rows: dict[int, list[float]]) -> None:
         """Loads the hyperparameters of the coming step; slots that are not named stay idle."""
@@ -74,6 +79,7 @@ class PackedAdamW:
         if bank.params.is_cuda:
             from sweeper.engine.bank import kernels
 
+            self.squares = self.squares or kernels.Squares(bank.block_slot, len(self.norms))
             kernels.adamw(
                 bank.params,
                 bank.work,
@@ -84,6 +90,7 @@ class PackedAdamW:
                 bank.block_slot,
                 self.table,
                 self.norms,
+                self.squares,
             )
             return self.norms
         for slot, rated in enumerate(bank.rated):
