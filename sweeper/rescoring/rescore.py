@@ -241,10 +241,10 @@ def _on_dataset(
     pack: "Pack", runs: Sequence[Saved], slots: Sequence[int], dataset: DatasetSpec, evaluation: EvaluationSpec,
     cache: Path,
 ) -> Iterator[Rescored]:  # fmt: skip
+    from sweeper import models
     from sweeper.engine.evaluate import evaluate_examples, general_examples
 
-    model = runs[0].spec.model
-    key = f"{model.source}:{model.location}@{model.revision}"
+    key = models.tokens_key(runs[0].spec.model)
     encoded = tasks.encode(dataset, pack.base.tokenizer, model_key=key, cache=cache)
     texts = tasks.load(dataset)
     found: dict[str, list[Rescored]] = {}

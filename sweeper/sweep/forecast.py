@@ -51,7 +51,7 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
     ranks = ranks if found == tuple(ranks) else budget.uniform(found, spec.rank)
     total = models.total_parameters(spec.model)
     trainable = methods.trainable(spec.method, ranks, total=total)
-    dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision)
+    dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision, study=settings.folder)
     length, batch = spec.dataset.max_length, spec.trainer.batch_size
     tokens = spec.trainer.max_steps * batch * spec.trainer.accumulation * length
     memory = budget.memory(

@@ -58,7 +58,8 @@ def train_on_ray(
 
 def train_one(spec: RunSpec, settings: Settings, *, engine: TrainRuns | None = None) -> float | None:
     """Trains one run, or finds it done; returns its validation NLL after training, None where it has none."""
-    return objective(train([single(spec)], settings, engine=engine).get(spec.run_id))
+    found = train([single(spec)], settings, engine=engine)
+    return objective(next(iter(found.values()), None))
 
 
 def sweep(composition: "Composition", search: SearchSettings, launcher: Any) -> Any:
@@ -104,7 +105,7 @@ def _carry_out(
     arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Callable[[Scheduler], Outcome]
 ) -> dict[str, Record]:
     plan, console = planning.make(arms, settings, search), make_console()
-    for line in _left_out(plan):
+    for line in (*_left_out(plan), *plan.notes):
         console.print(line, markup=False, soft_wrap=True)
     if settings.dry_run:
         show_plan(plan, settings, search, console)
