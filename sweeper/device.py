@@ -98,7 +98,7 @@ def study_precision(study: Path) -> Precision | None:
 
 
 def fix_precision(study: Path, chosen: Precision) -> Precision:
-    """Fixes what auto is in a study, unless it is fixed already; returns what it is. Of several drivers, one is first."""
+    """Fixes what auto is in a study, unless it is fixed, and returns what it is; of several drivers, one is first."""
     record.write_first(study / PRECISION, {"auto": study_precision(study) or chosen})
     return study_precision(study) or chosen
 

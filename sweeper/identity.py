@@ -47,6 +47,14 @@ def confirmed(section: Section) -> str | None:
     return found
 
 
+def known(dataset: DatasetSpec) -> DatasetSpec:
+    """A dataset with its content, where that can be had."""
+    try:
+        return replace(dataset, content=now(dataset).text)
+    except SweeperError:  # its check says so
+        return dataset
+
+
 def place(section: Section) -> str:
     """What a section's files are called on the command line."""
     name = "model" if isinstance(section, ModelSpec) else "dataset"
@@ -154,7 +162,7 @@ class Identities:
         contents = {name: self._content(getattr(arm.default, name)) for name in ("model", "dataset")}
         known = {name: one for name, one in contents.items() if one.text is not None}
         for one in runs:
-            former = _Former(started=_seconds(one.started), contents=_contents_of(one))
+            former = former_of(one)
             changed = [name for name, content in known.items() if not former.same(name, content)]
             if changed and not former.contents:
                 self._note(arm.default, changed, one.run_id)
@@ -177,7 +185,7 @@ class Identities:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Former:
+class Former:
     """When a run began, and what it says of its model and dataset: nothing, if an earlier version made it."""
 
     started: float | None
@@ -189,26 +197,52 @@ class _Former:
         return self.started is not None and content.changed < self.started
 
 
-def _made_with(folder: Path) -> _Former | None:
+def _made_with(folder: Path) -> Former | None:
     """Of a run's record, or of the checkpoint of one that was cut off; None where there is neither."""
     if record.status(folder) is not None:
         try:
             found = record.read_record(folder)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return _Former(started=_seconds(found.started), contents=_contents_of(found))
+        return former_of(found)
     progress = record.checkpoint_progress(folder)
     if progress is None:
         return None
-    return _Former(started=_seconds(progress.get("started")), contents=dict(progress.get("content") or {}))
+    return Former(started=_seconds(progress.get("started")), contents=dict(progress.get("content") or {}))
 
 
-def _contents_of(found: Record) -> dict[str, str | None]:
+def former_of(found: Record) -> Former:
+    """What a record says."""
     contents = dict(found.environment.get("content") or {})
     for name in ("model", "dataset"):
         if found.spec[name].get("content"):
             contents[name] = found.spec[name]["content"]
-    return contents
+    return Former(started=_seconds(found.started), contents=contents)
+
+
+def changes(spec: RunSpec, former: Former, names: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """A line for each part of a finished run whose files are not what they were, and whether that is certain.
+
+    Where the run says nothing of them, files that are newer than it are not.
+    """
+    for name in names:
+        section: Section = getattr(spec, name)
+        if (section.content or "").startswith(COMMIT):  # which is what is read
+            continue
+        try:
+            found = now(replace(section, content=None))
+        except SweeperError:  # the check of what is read says so
+            continue
+        if former.same(name, found) or (name not in former.contents and found.text is None):
+            continue
+        if name in former.contents:
+            told = f"then {short(former.contents[name])}, now {short(found.text)}"
+            yield f"{place(section)} is not what it was when the run was trained ({told})", True
+        else:
+            yield (
+                f"{place(section)} is newer than the run, an earlier version's, which does not say what was in it",
+                False,
+            )
 
 
 def _seconds(when: Any) -> float | None:

@@ -56,7 +56,8 @@ class Loaded:
             order=DataOrder(lengths, spec.trainer.batch_size, spec.seed),
         )  # fmt: skip
         return Prepared(
-            request=request, job=job, ranks=ranks, splits=splits, probe=probed, precision=precision_name(base.model.dtype),
+            request=request, job=job, ranks=ranks, splits=splits, probe=probed,
+            precision=precision_name(base.model.dtype),
             content={"model": self.content, "dataset": self._contents[repr(spec.dataset)]},
         )  # fmt: skip
 

@@ -167,7 +167,7 @@ def loading_message(spec: ModelSpec) -> str:
 
 
 def tokens_key(spec: ModelSpec) -> str:
-    """What tells the tokenizers of models apart, for the cache of tokens; what the tokenizer itself says goes with it."""
+    """What tells the tokenizers of models apart, for the cache of tokens, besides what a tokenizer says itself."""
     key = f"{spec.source}:{spec.location}@{spec.revision}"
     return key if spec.content is None else f"{key} {spec.content}"
 

@@ -2,7 +2,7 @@
 
 A family is a module with `OPTIONS` (the names `dataset.options` may have, each with its meaning), `check(spec)`
 (raises DataError before anything is loaded), `load(spec)` (the splits as text) and `version(spec)` (changes when its
-data does). A family whose data lies in a package names it as `PACKAGE`; one that has data elsewhere gives its `content`.
+data does). A family whose data lies in a package names it as `PACKAGE`; one whose data lies elsewhere has `content`.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from sweeper.tasks import cache as _cache
 from sweeper.tasks.example import SPLITS, Choice, Encoded, EncodedSplit, Example
 from sweeper.tasks.metrics import GENERATED, METRICS, PACKAGES, PROGRAM
 from sweeper.tasks.package import require
-from sweeper.tasks.template import TEMPLATES, adds_start, tokenise
+from sweeper.tasks.template import TEMPLATES, TODAY, adds_start, tokenise, writes_date
 from sweeper.untrusted import sandbox
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec, *, traini
 
 
 def content(spec: DatasetSpec) -> Content:
-    """What lies behind a dataset now: the digest of a file or folder at `path`, a commit of the hub, a package's version.
+    """What lies behind a dataset now: a digest of what is at `path`, a commit of the hub, the version of a package.
 
     Raises:
         DataError: the file cannot be read.
@@ -298,5 +298,6 @@ def _identity(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         "eos": tokenizer.eos_token_id,
         "bos": tokenizer.bos_token_id,
         "chat_template": tokenizer.chat_template,
+        **({"today": TODAY.isoformat()} if writes_date(tokenizer) else {}),
     }
     return [hashlib.sha256(table.encode()).hexdigest(), json.dumps(settings)]
