@@ -239,10 +239,7 @@ def changes(spec: RunSpec, former: Former, names: Sequence[str]) -> Iterator[tup
             told = f"then {short(former.contents[name])}, now {short(found.text)}"
             yield f"{place(section)} is not what it was when the run was trained ({told})", True
         else:
-            yield (
-                f"{place(section)} is newer than the run, an earlier version's, which does not say what was in it",
-                False,
-            )
+            yield f"{place(section)} is newer than the run, whose record says nothing of what was in it", False
 
 
 def _seconds(when: Any) -> float | None:
