@@ -7,7 +7,6 @@ import pandas as pd
 
 from analysis.arms import Arrangement
 from analysis.load import Study
-from sweeper.content import FIRST_VERSIONS
 from sweeper.record import perplexity
 
 CHECK_COLUMNS = ["check", "subject", "message"]
@@ -196,9 +195,7 @@ def _condition(name: str) -> str | None:
     kind, _, package = name.partition(".")
     if kind != "versions":
         return CONDITIONS.get(name)
-    if package in NUMBERLESS:
-        return None
-    return f"data version ({package})" if package in FIRST_VERSIONS else f"library version ({package})"
+    return None if package in NUMBERLESS else f"library version ({package})"
 
 
 def _shown(value: Any) -> str:

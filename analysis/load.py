@@ -188,12 +188,14 @@ def load(*folders: Path | str, rows: Sequence[Mapping[str, Any]] = ()) -> Study:
 
 
 def _latest(found: Mapping[str, dict[str, Any]], study: Study) -> dict[str, dict[str, Any]]:
-    """Of runs that differ only in what was in their files, the one that finished last; files that moved count as one."""
+    """Of runs that differ only in what was in their files, the one that finished last; files may have moved."""
     last: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in sorted(found.values(), key=lambda row: str(row["finished"])):
         key = tuple(str(row.get(name)) for name in study.fields)
         former = last.get(key)
-        if former is not None:
+        if former is not None and not any(f"made_with.{name}" in one for one in (former, row) for name in CONTENTS):
+            key = (*key, str(row["run_id"]))
+        elif former is not None:
             message = f"run {former['run_id']} was trained again on other files, as {row['run_id']}, which is used"
             study.note(Problem(folder=str(former["folder"]), kind="former data", message=message))
         last[key] = row

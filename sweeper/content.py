@@ -38,13 +38,18 @@ FIRST_VERSIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What lies behind a model or dataset. `text` goes into its spec, None adds nothing.
+    """What lies behind a model or dataset. `text` goes into its spec, None adds nothing; `told` is what is recorded.
 
     `changed` is when it last changed, in seconds since the epoch: inf where that is not known, -inf where it cannot.
     """
 
     text: str | None = None
     changed: float = math.inf
+    first: str | None = None
+
+    @property
+    def told(self) -> str | None:
+        return self.text or self.first
 
 
 NONE = Content()
@@ -53,9 +58,10 @@ NONE = Content()
 def of_package(name: str, version: str, *, changed: float = math.inf) -> Content:
     """Content of a package's data. `changed` counts for packages that there is no first version of."""
     first = FIRST_VERSIONS.get(name)
+    told = f"{name}=={version}"
     if version == first:
-        return NONE
-    return Content(f"{name}=={version}", changed if first is None else math.inf)
+        return Content(first=told)
+    return Content(told, changed if first is None else math.inf)
 
 
 def of_commit(commit: str, *, changed: float) -> Content:

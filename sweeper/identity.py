@@ -31,14 +31,14 @@ def now(section: Section) -> Content:
 
 
 def confirmed(section: Section) -> str | None:
-    """What lies behind a model or dataset, which must still be what its spec says.
+    """What lies behind a model or dataset, in the words of a record; it must still be what its spec says.
 
     Raises:
         SweeperError: it has changed since the command began, or is another one on this machine.
     """
     if (section.content or "").startswith(COMMIT):  # which is what is asked for by name
         return section.content
-    found = now(section).text
+    found = now(section).told
     if section.content is not None and found != section.content:
         raise _error(section)(
             f"{place(section)} is not what it was when the command began (then {short(section.content)}, now "
@@ -72,7 +72,7 @@ class Identities:
     """What the specs of one command are in a study, its files looked at once.
 
     Attributes:
-        notes: lines on runs of earlier versions that are trained anew.
+        notes: lines on runs under old ids that are trained anew.
     """
 
     study: Path
@@ -103,8 +103,7 @@ class Identities:
     @property
     def notes(self) -> list[str]:
         return [
-            f"{len(runs)} run{'s' if len(runs) > 1 else ''} of an earlier version in {self.study} "
-            f"{'say' if len(runs) > 1 else 'says'} nothing of {why}: trained anew"
+            f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {self.study} trained anew: {why}"
             for why, runs in self._anew.items()
         ]
 
@@ -149,9 +148,9 @@ class Identities:
         changed = [name for name, one in known.items() if not former.same(name, one)]
         dated = "model" in known and typed.dataset.template == "chat" and _dates_prompts(typed.model)
         if changed:
-            self._note(typed, changed, typed.run_id)
+            self._note(typed, changed, typed.run_id, former)
         elif dated and not former.contents:
-            why = f"the date that the chat template of {place(typed.model)} wrote into prompts, which is fixed now"
+            why = f"the chat template of {place(typed.model)} wrote the day's date into prompts, which is fixed now"
             self._anew.setdefault(why, set()).add(typed.run_id)
             return False
         return not changed
@@ -164,15 +163,16 @@ class Identities:
         for one in runs:
             former = former_of(one)
             changed = [name for name, content in known.items() if not former.same(name, content)]
-            if changed and not former.contents:
-                self._note(arm.default, changed, one.run_id)
             if changed:
+                self._note(arm.default, changed, one.run_id, former)
                 return False
         return bool(runs)
 
-    def _note(self, spec: RunSpec, changed: Sequence[str], run_id: str) -> None:
+    def _note(self, spec: RunSpec, changed: Sequence[str], run_id: str, former: "Former") -> None:
         sections = " and ".join(place(getattr(spec, name)) for name in changed)
-        self._anew.setdefault(f"{sections}, which may have changed since", set()).add(run_id)
+        said = all(name in former.contents for name in changed)
+        why = f"{sections} has changed" if said else f"{sections} may have changed since, their records do not say"
+        self._anew.setdefault(why, set()).add(run_id)
 
     def _records(self, wanted: str) -> Iterator[Record]:
         """Records of the study with a text in them."""
@@ -193,7 +193,7 @@ class Former:
 
     def same(self, name: str, content: Content) -> bool:
         if name in self.contents:
-            return self.contents[name] == content.text
+            return self.contents[name] == content.told
         return self.started is not None and content.changed < self.started
 
 
@@ -236,7 +236,7 @@ def changes(spec: RunSpec, former: Former, names: Sequence[str]) -> Iterator[tup
         if former.same(name, found) or (name not in former.contents and found.text is None):
             continue
         if name in former.contents:
-            told = f"then {short(former.contents[name])}, now {short(found.text)}"
+            told = f"then {short(former.contents[name])}, now {short(found.told)}"
             yield f"{place(section)} is not what it was when the run was trained ({told})", True
         else:
             yield f"{place(section)} is newer than the run, whose record says nothing of what was in it", False

