@@ -16,7 +16,7 @@ from sweeper.arms import Arm, Params
 from sweeper.content import COMMIT, NONE, Content
 from sweeper.errors import DataError, ModelError, SweeperError
 from sweeper.record import Record
-from sweeper.spec import DatasetSpec, ModelSpec, RunSpec, bare
+from sweeper.spec import DatasetSpec, ModelSpec, RunSpec, bare, placed_by_content
 
 Section = ModelSpec | DatasetSpec
 
@@ -106,6 +106,20 @@ class Identities:
             f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {self.study} trained anew: {why}"
             for why, runs in self._anew.items()
         ]
+
+    def changed(self, specs: Sequence[RunSpec]) -> Iterator[str]:
+        """A line for each file or folder of runs to train that was another for runs of the study, which stay."""
+        found = {repr(section): section for spec in specs for section in (spec.model, spec.dataset)}
+        for section in found.values():
+            if placed_by_content(section) is None:
+                continue
+            where, name = getattr(section, section.PLACE), "model" if isinstance(section, ModelSpec) else "dataset"
+            parts = [one.spec[name] for one in self._records(json.dumps(where))]
+            other = [one for one in parts if one.get(section.PLACE) == where and one.get("content")]
+            count = sum(one["content"] != section.content for one in other)
+            if count:
+                runs = "a run" if count == 1 else f"{count} runs"
+                yield f"{place(section)} has changed since {runs} in {self.study}, kept as they are"
 
     def _arm(self, arm: Arm) -> Arm:
         def make(params: Params, seed: int) -> RunSpec:

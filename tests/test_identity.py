@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sweeper import compose, content, identity, record, tasks
+from sweeper import compose, content, identity, naming, record, tasks
 from sweeper.arms import grouped, single
 from sweeper.engine import checkpoint
 from sweeper.errors import DataError, Problems
@@ -184,7 +184,7 @@ def test_equal_files_at_two_places_are_one_run(
 
 
 def test_a_changed_file_is_trained_and_an_unchanged_one_is_not(
-    spec: RunSpec, file: Path, study: Settings, engine: Any
+    spec: RunSpec, file: Path, study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train() -> None:
         launch.train([single(spec)], study, engine=engine)
@@ -195,8 +195,10 @@ def test_a_changed_file_is_trained_and_an_unchanged_one_is_not(
     train()
     assert len(engine.trained) == 1
     assert engine.trained != [spec.run_id]
+    capsys.readouterr()
     write(file, "no")
     train()
+    assert f"dataset.path={file} has changed since a run in {study.folder}" in capsys.readouterr().out
     write(file)
     train()
     assert len(engine.trained) == len(set(engine.trained)) == 2
@@ -405,6 +407,20 @@ def test_a_search_of_an_earlier_version_goes_on_or_begins_anew(
     assert not set(former_runs) & set(engine.trained[len(former_runs) :])
     launch.train(arms, study, more, engine=engine)
     assert len(engine.trained) - len(former_runs) == (6 if changed else 2)
+
+
+def test_files_are_named_by_their_place_and_by_their_digest_where_that_alone_differs(
+    spec: RunSpec, file: Path, study: Settings
+) -> None:
+    other = write(file.with_name("other.jsonl"), "no")
+    both = [spec, replace(spec, dataset=replace(spec.dataset, path=str(other)))]
+    found = list(map(Identities(study.folder), both))
+    assert naming.varying(list(map(to_mapping, found))) == ["dataset.path"]
+    again = [found[0], replace(found[0], dataset=found[1].dataset)]
+    again[1] = replace(again[1], dataset=replace(again[1].dataset, path=spec.dataset.path))
+    assert naming.varying(list(map(to_mapping, again))) == ["dataset.content"]
+    label = naming.label(to_mapping(again[1]), ["dataset.content"])
+    assert label == f"attn r4 content={str(found[1].dataset.content)[:19]}"
 
 
 # -- digests

@@ -75,11 +75,17 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
     )
 
 
-def notes(specs: Sequence[RunSpec], costs: Sequence[Cost]) -> list[str]:
-    """What the costs of a plan cannot say yet: ranks that a probe will allocate."""
+def notes(specs: Sequence[RunSpec], costs: Sequence[Cost], settings: Settings) -> list[str]:
+    """What auto precision is, and what the costs of a plan cannot say yet: ranks that a probe will allocate."""
+    from sweeper import device
     from sweeper.ranks import importance
 
-    found = {}
+    found: dict[object, str] = {}
+    if any(spec.trainer.precision == "auto" for spec in specs):
+        fixed = device.study_precision(settings.folder)
+        here = device.precision_name(device.precision_for(device.device_for(settings.device), fixed or "auto"))
+        why = "as in the study's first run" if fixed else "on this device; the first run fixes it for the study"
+        found["precision"] = f"trainer.precision=auto: {here}, {why}"
     for spec, cost in zip(specs, costs, strict=True):
         asked = importance.probing(spec)
         if asked is not None:

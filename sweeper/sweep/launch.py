@@ -68,14 +68,14 @@ def sweep(composition: "Composition", search: SearchSettings, launcher: Any) -> 
         return launcher.run_all(composition, search)
 
     def go(work: Scheduler) -> Outcome:
-        return _as_jobs(work, composition.arms, launcher)
+        return _as_jobs(work, launcher)
 
     return _carry_out(composition.arms, composition.settings, search, go)
 
 
-def _as_jobs(work: Scheduler, arms: Sequence[Arm], launcher: Any) -> Outcome:
+def _as_jobs(work: Scheduler, launcher: Any) -> Outcome:
     """Batches of runs as Hydra jobs; a batch ends before the next is asked for, and nothing is pruned midway."""
-    by_key = {arm.key: arm for arm in arms}
+    by_key = {state.arm.key: state.arm for state in work.states.values()}  # as they are in this study
     begun = 0
     try:
         while kinds := work.outlook():
@@ -246,7 +246,7 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
         )
     console.out(text.aligned(header, cells), highlight=False)
     console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
-    for line in forecast.notes([run.spec for run in plan.runs], costs):
+    for line in forecast.notes([run.spec for run in plan.runs], costs, settings):
         console.print(line, markup=False, soft_wrap=True)
     if plan.tuned:
         console.print(_search_line(plan, search), markup=False)

@@ -90,6 +90,8 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
     checking.check(arms, search or SearchSettings(), calibrate=settings.calibrate)
     specs = [run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)]
     check([*specs, *(arm.make(params, arm.seeds[0]) for arm in arms for _, params in arm.ends())], settings)
+    if plan.todo:
+        plan = replace(plan, notes=(*plan.notes, *identities.changed([run.spec for run in plan.todo])))
     return _without_likes(plan)
 
 
