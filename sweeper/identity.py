@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sweeper import models, record, tasks
+from sweeper import record
 from sweeper.arms import Arm, Params
 from sweeper.content import COMMIT, NONE, Content
 from sweeper.errors import DataError, ModelError, SweeperError
@@ -27,6 +27,8 @@ def now(section: Section) -> Content:
     Raises:
         SweeperError: its files cannot be read.
     """
+    from sweeper import models, tasks
+
     return models.content(section) if isinstance(section, ModelSpec) else tasks.content(section)
 
 
@@ -264,6 +266,8 @@ def _seconds(when: Any) -> float | None:
 
 
 def _dates_prompts(model: ModelSpec) -> bool:
+    from sweeper import models
+
     try:
         return models.dates_prompts(model)
     except (SweeperError, OSError):

@@ -474,3 +474,60 @@ def test_a_file_that_changes_while_a_command_runs_is_told(spec: RunSpec, file: P
     write(file, "no")
     with pytest.raises(DataError, match=r"dataset.path=.* is not what it was when the command began \(then sha256:"):
         identity.confirmed(whole.dataset)
+
+
+# -- saved adapters
+
+
+@pytest.fixture
+def saved(
+    make_spec: Callable[..., RunSpec], make_record: Callable[..., Record], study: Settings, file: Path, folder: Path
+) -> Callable[..., Path]:
+    """A run on the model in a folder and the data in a file; `known` false leaves it as an earlier version did."""
+
+    def make(*, known: bool) -> Path:
+        spec = make_spec(dataset={"path": str(file)}, model={"source": "path", "location": str(folder)})
+        if known:
+            spec = Identities(study.folder)(spec)
+        found = make_record(spec, started="2026-01-02T03:04:05+00:00", environment={"precision": "bfloat16"})
+        record.write_record(study.folder / spec.run_id, found)
+        weights = study.folder / spec.run_id / record.ADAPTER / "adapter_model.safetensors"
+        weights.parent.mkdir()
+        weights.touch()
+        return study.folder / spec.run_id
+
+    return make
+
+
+def test_an_adapter_is_not_scored_on_another_model_or_other_data(
+    saved: Callable[..., Path], file: Path, folder: Path
+) -> None:
+    from sweeper.adapters.command import _each
+    from sweeper.rescoring import rescore
+    from sweeper.spec import EvaluationSpec
+
+    runs = rescore.find([saved(known=True)])
+    assert runs[0].precision == "bfloat16"  # what auto was
+    assert not list(rescore.changed(runs, ["model", "dataset"], certain=True))
+    write(file, "no")
+    (line,) = rescore.changed(runs, ["model", "dataset"], certain=True)
+    assert line.startswith(f"{runs[0].folder.name}: dataset.path={file} is not what it was when the run was trained")
+    assert not list(rescore.changed(runs, ["model"], certain=True))  # scored on another dataset, as is asked for
+    (folder / "model.safetensors").write_text("other")
+    for act in (lambda: rescore.check(runs, [], EvaluationSpec(name="default")), lambda: _each([runs[0].folder])):
+        with pytest.raises(Problems, match=f"model.location={folder} is not what it was when the run was trained"):
+            act()
+
+
+def test_of_an_adapter_of_an_earlier_version_it_is_said_that_it_cannot_be_told(
+    saved: Callable[..., Path], file: Path, folder: Path
+) -> None:
+    from sweeper.rescoring import rescore
+
+    runs = rescore.find([saved(known=False)])
+    before_it(folder)
+    (line,) = rescore.changed(runs, ["model", "dataset"], certain=False)
+    assert line.endswith(f"dataset.path={file} is newer than the run, whose record says nothing of what was in it")
+    assert not list(rescore.changed(runs, ["model", "dataset"], certain=True))
+    before_it(file)
+    assert not list(rescore.changed(runs, ["model", "dataset"], certain=False))
