@@ -28,11 +28,23 @@ OF_FILES = "sha256:"  # how `content` begins where it is a digest of files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSpec:
+class Stored:
+    """A section with something behind it that is no part of the configuration: files, a repository, a package.
+
+    `content` says what that was (`sweeper.content`); nobody types it. `PLACE` is the field that says where files lie.
+    """
+
+    PLACE: ClassVar[str]
+
+    content: str | None = field(default=None, metadata=MADE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec(Stored):
     """A base model: where its weights come from and, for unknown architectures, the roles of its modules.
 
     `location` is a hub id (source hub), a folder (path), `package:file` inside an installed package (gguf),
-    or a transformers model type (random, built from `config`). `content` is what lay there (`sweeper.content`).
+    or a transformers model type (random, built from `config`).
     """
 
     PLACE: ClassVar[str] = "location"
@@ -44,7 +56,6 @@ class ModelSpec:
     trust_remote_code: bool = False
     roles: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    content: str | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
         if self.config and self.source != "random":
@@ -116,11 +127,10 @@ class MethodSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DatasetSpec:
+class DatasetSpec(Stored):
     """A task: its family (a module of `sweeper.tasks`), sizes, template and family-specific options.
 
-    `max_length` is in tokens, prompt and response together. `content` is what lay at `path`, or the version of the
-    package behind the family (`sweeper.content`).
+    `max_length` is in tokens, prompt and response together.
     """
 
     PLACE: ClassVar[str] = "path"
@@ -138,7 +148,6 @@ class DatasetSpec:
     metrics: tuple[str, ...] = ("exact_match",)
     max_new_tokens: int = 0
     options: dict[str, Any] = field(default_factory=dict)
-    content: str | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
         for name, least in (("validation_examples", 1), ("test_examples", 1), ("max_length", 8)):
@@ -370,8 +379,8 @@ def bare(spec: RunSpec) -> RunSpec:
     """The spec as it was typed, without what is known of its files."""
     if spec.model.content is None and spec.dataset.content is None:
         return spec
-    model, dataset = (dataclasses.replace(part, content=None) for part in (spec.model, spec.dataset))
-    return dataclasses.replace(spec, model=model, dataset=dataset)
+    model = dataclasses.replace(spec.model, content=None)
+    return dataclasses.replace(spec, model=model, dataset=dataclasses.replace(spec.dataset, content=None))
 
 
 def placed_by_content(spec: Any) -> str | None:

@@ -111,7 +111,8 @@ class Session:
             with self.context.timeline.span("load"):
                 base = methods.load_base(spec, dtype=dtype, device=self.context.device)
                 if (fixed := self.context.fixed_dtype(spec, dtype)) != dtype:
-                    dtype, base = fixed, None  # its memory is free before it is read once more
+                    dtype = fixed
+                    del base  # its memory is free before it is read once more
                     base = methods.load_base(spec, dtype=dtype, device=self.context.device)
                 verified_head(base)
         except (SweeperError, OSError, torch.OutOfMemoryError) as error:

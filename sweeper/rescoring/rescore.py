@@ -97,9 +97,10 @@ def _read(folder: Path) -> Saved | None:
         return None
     ranks = {module.name: module.rank for module in known.modules}
     spec = run_spec(known.spec)
+    were: dict[object, Precision] = {"float32": "float32", "bfloat16": "bfloat16"}
     precision = spec.trainer.precision
     if precision == "auto":  # which may be another one here
-        precision = {"float32": "float32", "bfloat16": "bfloat16"}.get(str(known.environment.get("precision")), "auto")
+        precision = were.get(known.environment.get("precision"), "auto")
     return Saved(folder=folder, spec=spec, ranks=ranks, precision=precision, former=former_of(known))
 
 

@@ -102,7 +102,8 @@ def _without_likes(plan: Plan) -> Plan:
     groups: dict[str, list[Arm]] = {}
     for arm in plan.arms:
         same = tuple(map(methods.effective, arm.defaults))
-        groups.setdefault((arm if same == arm.defaults else replace(arm, defaults=same)).key, []).append(arm)
+        alone = same == arm.defaults and not arm.known_as
+        groups.setdefault((arm if alone else replace(arm, defaults=same, known_as="")).key, []).append(arm)
     if len(groups) == len(plan.arms):
         return plan
     begun = {run.run_id for run in plan.runs if run.status is not None}

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "METRICS",
+    "PROGRAM",
     "SPLITS",
     "Choice",
     "Encoded",

@@ -92,9 +92,9 @@ def _ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def _render(turns: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> str:
-    fixed = {"chat_template": FIXED_DATE + tokenizer.get_chat_template()} if writes_date(tokenizer) else {}
+    dated = FIXED_DATE + tokenizer.get_chat_template() if writes_date(tokenizer) else None
     text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, enable_thinking=False, **fixed
+        turns, chat_template=dated, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
     assert isinstance(text, str)
     return text
