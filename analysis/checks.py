@@ -23,11 +23,16 @@ FUSED = {
 }
 FEW_EXAMPLES = 100
 _MEMORY = ("peak_memory_solo_bytes", "memory_measured", "device_type", "source")
+CONDITIONS = {
+    "precision": "precision", "device_type": "device kind", "device": "device", "attention": "attention",
+    "sandbox_python": "Python of the sandbox", "model.content": "model files", "dataset.content": "data version",
+}  # fmt: skip
+NUMBERLESS = ("hydra-core", "omegaconf")
 
 
 def check(study: Study, found: Arrangement) -> pd.DataFrame:
     """All findings, those that make a number wrong first. Columns: check, subject, message."""
-    rows = [*_perplexities(study), *_parameters(study), *_fairness(found), *_costs(found)]
+    rows = [*_perplexities(study), *_parameters(study), *_conditions(found), *_fairness(found), *_costs(found)]
     return pd.DataFrame(rows, columns=CHECK_COLUMNS)
 
 
@@ -171,6 +176,37 @@ def _fairness(found: Arrangement) -> Iterator[tuple[str, str, str]]:
     if incomplete:
         text = f"{len(incomplete)} arms have replicates of the chosen trial that failed, diverged or were pruned"
         yield "missing replicates", _some(incomplete), text
+
+
+def _conditions(found: Arrangement) -> Iterator[tuple[str, str, str]]:
+    """What the runs of one comparison were not all made with. A record that does not say counts as no other."""
+    for setting in found.settings:
+        runs = pd.concat([arm.runs for arm in setting.arms]) if setting.arms else pd.DataFrame()
+        labels = {index: arm.label for arm in setting.arms for index in arm.runs.index}
+        for column in [name for name in runs if str(name).startswith("made_with.")]:
+            what = _condition(str(column).removeprefix("made_with."))
+            known = runs[column].dropna().astype(str)
+            values = known.value_counts()
+            if what is None or len(values) < 2:
+                continue
+            told = []
+            for value, count in values.items():
+                arms = list(dict.fromkeys(labels[index] for index in known.index[known == value]))
+                told.append(f"{_shown(value)} in {count} run{'' if count == 1 else 's'} ({_some(arms, most=3)})")
+            yield f"different {what}", setting.name, "; ".join(told)
+
+
+def _condition(name: str) -> str | None:
+    """What a column of `analysis.load.made_with` is called; None for versions that change no number."""
+    kind, _, package = name.partition(".")
+    if kind != "versions":
+        return CONDITIONS.get(name)
+    return None if package in NUMBERLESS else f"library version ({package})"
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text[:19] if text.startswith("sha256:") else text
 
 
 def _budgets(setting: str, arms: list[Any]) -> Iterator[tuple[str, str, str]]:

@@ -24,11 +24,13 @@ from sweeper.record import (
     perplexity,
 )
 
+CONTENTS = {"model.content": "model.location", "dataset.content": "dataset.path"}  # and where the files lie
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "evaluation")
 STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
 # of accumulated runs of former versions: which examples a step had depended on how it was cut into passes
 ORDER = "trainer.order"
+MADE_WITH = ("precision", "device_type", "device", "attention", "sandbox_python")  # of a record's environment
 _NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB)
 
 
@@ -169,6 +171,7 @@ def load(*folders: Path | str, rows: Sequence[Mapping[str, Any]] = ()) -> Study:
                 study.note(Problem(folder=str(path), kind="duplicate", message=message))
             if known is None or str(known["finished"]) < str(row["finished"]):
                 found[row["run_id"]] = row
+    found = _latest(found, study)
     ordered = sorted([*found.values(), *map(dict, rows)], key=lambda row: str(row["run_id"]))
     study.runs = _tidy(pd.DataFrame(ordered))
     imported = (
@@ -184,6 +187,27 @@ def load(*folders: Path | str, rows: Sequence[Mapping[str, Any]] = ()) -> Study:
     )
     study.fields += [key for key in imported if key in study.runs and key not in study.fields]
     return study
+
+
+def _latest(found: Mapping[str, dict[str, Any]], study: Study) -> dict[str, dict[str, Any]]:
+    """Of runs that differ only in what was in their files, the one that finished last; files may have moved."""
+    last: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in sorted(found.values(), key=lambda row: str(row["finished"])):
+        key = tuple(str(row.get(name)) for name in study.fields)
+        former = last.get(key)
+        if former is not None and not any(f"made_with.{name}" in one for one in (former, row) for name in CONTENTS):
+            key = (*key, str(row["run_id"]))
+        elif former is not None:
+            message = f"run {former['run_id']} was trained again on other files, as {row['run_id']}, which is used"
+            study.note(Problem(folder=str(former["folder"]), kind="former data", message=message))
+        last[key] = row
+    places: dict[tuple[Any, ...], Any] = {}
+    for row in reversed(last.values()):
+        for name, where in CONTENTS.items():
+            content = row.get(f"made_with.{name}")
+            if content is not None and where in row:
+                row[where] = places.setdefault((where, row.get(name.split(".")[0]), content), row[where])
+    return {row["run_id"]: row for row in last.values()}
 
 
 def flat(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +286,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     layout = hash(tuple((module["name"], module["rank"]) for module in modules))
     study.layouts.setdefault(layout, modules)
     row: dict[str, Any] = {key: plain[key] for key in ("run_id", "study", "status")}
-    spec = flat(plain["spec"])
+    spec = {name: value for name, value in flat(plain["spec"]).items() if name not in CONTENTS}
     trained_on = (plain.get("data") or {}).get("train")
     if trained_on and (spec.get("trainer.accumulation") or 1) > 1 and "order" not in trained_on:
         spec[ORDER] = "by pass"
@@ -275,8 +299,8 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
     environment = plain.get("environment") or {}
-    row |= {"device": environment.get("device"), "device_type": environment.get("device_type")}
-    row |= {"git_commit": environment.get("git_commit")}
+    row |= {"device": environment.get("device"), "git_commit": environment.get("git_commit")}
+    row |= made_with(environment, plain["spec"])
     row |= {f"versions.{name}": version for name, version in (environment.get("versions") or {}).items()}
     error = plain.get("error") or {}
     row |= {"error": error.get("class"), "error_message": error.get("message")}
@@ -284,6 +308,24 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     known = {"run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data"}
     extra = {key: value for key, value in plain.items() if key not in known and key not in row and key != "schema"}
     return row | flat(extra) | spectra.columns(study.read_spectra(folder))
+
+
+def made_with(environment: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of what a run was made with, as `made_with.NAME`: a value, or several where it was resumed with another.
+
+    `spec` and environment say what was in the files of model and dataset; a record of an earlier version does not.
+    """
+    found: dict[str, Any] = {name: environment.get(name) for name in MADE_WITH}
+    found |= {f"versions.{name}": version for name, version in (environment.get("versions") or {}).items()}
+    contents = environment.get("content") or {}
+    for group in ("model", "dataset"):
+        found[f"{group}.content"] = (spec.get(group) or {}).get("content") or contents.get(group)
+    for name, former in (environment.get("resumed_from") or {}).items():
+        before = {f"versions.{key}": value for key, value in former.items()} if name == "versions" else {name: former}
+        for key, value in before.items():
+            if found.get(key) != value:
+                found[key] = f"{value}, then {found.get(key)}"
+    return {f"made_with.{name}": value for name, value in found.items() if value is not None}
 
 
 def score_columns(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:

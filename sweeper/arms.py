@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sweeper import naming
 from sweeper.errors import SpecError
-from sweeper.spec import RunSpec, to_mapping
+from sweeper.spec import RunSpec, placed_by_content, to_mapping
 
 Params = Mapping[str, Any]
 """Dotted field -> value, one for every dimension of a space."""
@@ -86,12 +86,14 @@ class Arm:
         space: what is tuned inside it; empty for a plain grid.
         make: (tuned values, seed) -> spec. Raises SweeperError for values that cannot be used.
         overrides: what composes the arm on the command line, without seed and tuned fields.
+        known_as: the key of a search that an earlier version began and that goes on.
     """
 
     defaults: tuple[RunSpec, ...]
     space: Space = ()
     make: Callable[[Params, int], RunSpec] = field(compare=False)
     overrides: tuple[str, ...] = ()
+    known_as: str = ""
 
     @property
     def default(self) -> RunSpec:
@@ -104,8 +106,12 @@ class Arm:
     @cached_property
     def key(self) -> str:
         """First 8 hex digits of a hash of the arm's spec without its seed and tuned fields."""
+        if self.known_as:
+            return self.known_as
         plain = to_mapping(self.default)
         plain.pop("seed")
+        for name in ("model", "dataset"):
+            plain[name].pop(placed_by_content(getattr(self.default, name)), None)
         for dimension in self.space:
             _forget(plain, dimension.key)
         if plain["trainer"].get("accumulation") != 1:  # also where it is tuned: once it changed a step's examples

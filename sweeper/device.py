@@ -3,12 +3,14 @@
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
+from sweeper import record
 from sweeper.errors import SpecError
 from sweeper.spec import Precision
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 # bfloat16 is taken on a CPU only where it is clearly faster, so that a rerun does not flip on noise
 CPU_BFLOAT16_GAIN = 1.5
+PRECISION = "precision.json"  # in a study: what auto became
 
 
 def device_for(text: str, *, asked: str = "trainer.device=") -> "torch.device":
@@ -40,23 +43,71 @@ def device_for(text: str, *, asked: str = "trainer.device=") -> "torch.device":
     return torch.device(devices[text])
 
 
-def precision_for(device: "torch.device", wanted: Precision) -> "torch.dtype":
+def precision_for(device: "torch.device", wanted: Precision, *, study: Path | None = None) -> "torch.dtype":
     """The dtype of the base model: auto is bfloat16 on CUDA and on CPUs that multiply it clearly faster than float32.
+
+    Args:
+        study: the folder of a study whose first run says what auto is.
 
     Raises:
         SpecError: bfloat16 on a CUDA GPU that has none.
     """
     import torch
 
+    fixed = study_precision(study) if study is not None and wanted == "auto" else None
+    wanted = fixed or wanted
     if wanted == "float32":
         return torch.float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        if fixed:
+            raise SpecError(
+                f"trainer.precision=auto: {study} began in bfloat16, which this GPU lacks. Go on where it began, or "
+                "choose another study=..."
+            )
         if wanted == "bfloat16":
             raise SpecError("trainer.precision=bfloat16: this GPU has no bfloat16. Choose from auto, float32.")
         return torch.float32
     if device.type == "cuda" or wanted == "bfloat16" or cpu_gain() > CPU_BFLOAT16_GAIN:
         return torch.bfloat16
     return torch.float32
+
+
+def precision_name(dtype: "torch.dtype") -> Precision:
+    """A dtype as `trainer.precision` has it."""
+    return _precision(str(dtype).removeprefix("torch."))
+
+
+def study_precision(study: Path) -> Precision | None:
+    """What `trainer.precision=auto` is in a study, as its first run had it; None where none has begun.
+
+    A study of an earlier version has no file that says so: then its first record does, or a checkpoint.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return _precision(json.loads((study / PRECISION).read_text())["auto"])
+    found: list[tuple[str, Precision]] = []
+    for path in study.glob(f"*/{record.RECORD}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            plain = json.loads(path.read_text())
+            if plain["spec"]["trainer"]["precision"] == "auto" and (plain["environment"].get("precision")):
+                found.append((str(plain["started"]), _precision(plain["environment"]["precision"])))
+    for path in study.glob(f"*/{record.CHECKPOINT}"):
+        progress: Any = record.checkpoint_progress(path.parent) or {}
+        if progress.get("auto") and progress.get("precision"):
+            found.append((str(progress.get("started")), _precision(progress["precision"])))
+    return min(found)[1] if found else None
+
+
+def fix_precision(study: Path, chosen: Precision) -> Precision:
+    """Fixes what auto is in a study, unless it is fixed, and returns what it is; of several drivers, one is first."""
+    record.write_first(study / PRECISION, {"auto": study_precision(study) or chosen})
+    return study_precision(study) or chosen
+
+
+def _precision(text: Any) -> Precision:
+    if text not in get_args(Precision) or text == "auto":
+        raise ValueError(text)
+    found: Precision = text
+    return found
 
 
 @functools.cache

@@ -7,6 +7,10 @@ from typing import Any
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "evaluation")
 
 
+CONTENTS = ("model.content", "dataset.content")
+SHOWN = 19  # characters of a digest
+
+
 def flat(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted field -> value of a spec's plain mapping; the name of a group is under the group itself."""
     found: dict[str, Any] = {}
@@ -17,6 +21,8 @@ def flat(spec: Mapping[str, Any]) -> dict[str, Any]:
                 found[prefix.rstrip(".")] = value
             elif isinstance(value, Mapping) and value:
                 walk(value, f"{prefix}{key}.")
+            elif prefix + key in CONTENTS and value is not None:
+                found[f"{prefix}{key}"] = str(value)[:SHOWN]
             else:
                 found[f"{prefix}{key}"] = value
 
@@ -41,6 +47,8 @@ def label(spec: Mapping[str, Any], fields: Sequence[str], but: Collection[str] =
 
 
 def _follows(key: str, rows: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> bool:
+    if key in CONTENTS and any(other != key and other.split(".")[0] == key.split(".")[0] for other in differing):
+        return True
     leader = "rank" if key == "alpha" else key.split(".")[0]
     if leader == key or leader not in differing or leader not in (*GROUPS, "rank"):
         return False

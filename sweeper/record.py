@@ -21,6 +21,7 @@ PREDICTIONS = "predictions.jsonl"
 ADAPTER = "adapter"
 WEIGHTS = "weights"
 SPECTRA = "spectra.json"
+CHECKPOINT = "checkpoint.safetensors"
 
 # what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
 TENSORBOARD, WANDB = "tensorboard", "wandb"
@@ -177,6 +178,17 @@ def status(folder: Path) -> Status | None:
     return plain.get("status") if known else None
 
 
+def checkpoint_progress(folder: Path) -> dict[str, Any] | None:
+    """What the checkpoint of a run that was cut off says of it, tensors left unread; None where there is none."""
+    try:
+        with (folder / CHECKPOINT).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        progress = json.loads(header["__metadata__"]["progress"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        return None
+    return progress if isinstance(progress, dict) else None
+
+
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Writes rows as JSON lines, atomically."""
     return write_atomically(path, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
@@ -185,6 +197,23 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     """Writes a JSON object, atomically; numbers that are not finite are null."""
     return write_atomically(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_first(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object as a whole, unless there is a file; of several who write at once, one is first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        write_json(temporary, content)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            if not path.exists():
+                temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> Path:

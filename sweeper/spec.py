@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import dacite
 
@@ -23,14 +23,31 @@ Spec = TypeVar("Spec")
 
 SCHEDULES = ("cosine", "linear", "constant")
 
+MADE = {"made": True}  # metadata of a field that is filled in and never typed; left out of plain data at its default
+OF_FILES = "sha256:"  # how `content` begins where it is a digest of files
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSpec:
+class Stored:
+    """A section with something behind it that is no part of the configuration: files, a repository, a package.
+
+    `content` says what that was (`sweeper.content`); nobody types it. `PLACE` is the field that says where files lie.
+    """
+
+    PLACE: ClassVar[str]
+
+    content: str | None = field(default=None, metadata=MADE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec(Stored):
     """A base model: where its weights come from and, for unknown architectures, the roles of its modules.
 
     `location` is a hub id (source hub), a folder (path), `package:file` inside an installed package (gguf),
     or a transformers model type (random, built from `config`).
     """
+
+    PLACE: ClassVar[str] = "location"
 
     name: str
     source: Literal["hub", "path", "gguf", "random"]
@@ -110,11 +127,13 @@ class MethodSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DatasetSpec:
+class DatasetSpec(Stored):
     """A task: its family (a module of `sweeper.tasks`), sizes, template and family-specific options.
 
     `max_length` is in tokens, prompt and response together.
     """
+
+    PLACE: ClassVar[str] = "path"
 
     name: str
     family: str
@@ -328,7 +347,7 @@ def canonical_json(spec: RunSpec) -> str:
 
     A field at its default is left out, so that a field added later changes no run's identity. A default that changes
     must therefore change its meaning under a new name, and so must what a value means: `metadata["identity"]` is that
-    name where the field itself keeps its own.
+    name where the field itself keeps its own. Where the digest of files is known, their place is left out.
     """
     return json.dumps(_distinct(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -348,7 +367,28 @@ def _infinite(node: Any, name: str = "") -> Iterator[tuple[str, float]]:
 def to_mapping(spec: Any) -> dict[str, Any]:
     """Plain dict, list, str, number and None of a spec dataclass."""
     kind: Any = type(spec)
-    return {name: _to_plain(getattr(spec, name)) for name in _field_names(kind)}
+    made = _made(kind)
+    found = {name: _to_plain(getattr(spec, name)) for name in _field_names(kind)}
+    return {name: value for name, value in found.items() if name not in made or value != _defaults(kind)[name]}
+
+
+def typed_fields(kind: Any) -> list[str]:
+    """The fields of a spec that people give."""
+    return [name for name in _field_names(kind) if name not in _made(kind)]
+
+
+def bare(spec: RunSpec) -> RunSpec:
+    """The spec as it was typed, without what is known of its files."""
+    if spec.model.content is None and spec.dataset.content is None:
+        return spec
+    model = dataclasses.replace(spec.model, content=None)
+    return dataclasses.replace(spec, model=model, dataset=dataclasses.replace(spec.dataset, content=None))
+
+
+def placed_by_content(spec: Any) -> str | None:
+    """The field with the place of a section's files, where their digest stands for it; else None."""
+    of_files = str(getattr(spec, "content", None) or "").startswith(OF_FILES)
+    return str(spec.PLACE) if of_files else None
 
 
 def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = "") -> Spec:
@@ -367,7 +407,7 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
     try:
         return dacite.from_dict(kind, dict(mapping), config)
     except dacite.UnexpectedDataError as error:
-        known = [f"{prefix}{item.name}" for item in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        known = [f"{prefix}{name}" for name in typed_fields(kind)]
         names = ", ".join(f"{prefix}{key}" for key in sorted(error.keys))
         raise SpecError(no_such_field(names, known)) from None
     except dacite.MissingValueError as error:
@@ -391,6 +431,11 @@ def _field_names(kind: Any) -> tuple[str, ...]:
 
 
 @functools.cache
+def _made(kind: Any) -> frozenset[str]:
+    return frozenset(item.name for item in dataclasses.fields(kind) if item.metadata.get("made"))
+
+
+@functools.cache
 def _defaults(kind: Any) -> dict[str, Any]:
     return {
         item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
@@ -408,9 +453,12 @@ def _distinct(spec: Any) -> dict[str, Any]:
     """`to_mapping` without the fields that have their default, each under the name of what it means."""
     kind: Any = type(spec)
     defaults, identities = _defaults(kind), _identities(kind)
+    elsewhere = placed_by_content(spec)
     plain = {}
     for name in _field_names(kind):
         value = getattr(spec, name)
+        if name == elsewhere:
+            continue
         if name not in defaults or value != defaults[name]:
             plain[identities[name]] = _distinct(value) if dataclasses.is_dataclass(value) else _to_plain(value)
     return plain

@@ -18,7 +18,7 @@ from sweeper import record
 from sweeper.adapters import peft_models
 from sweeper.errors import DataError, SpecError, gist, unknown
 from sweeper.rescoring.rescore import Saved
-from sweeper.spec import MethodSpec, to_mapping
+from sweeper.spec import MethodSpec, bare, to_mapping
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,8 @@ def check(runs: Sequence[Saved], out: Path) -> None:
         raise DataError(f"--out {out}: that is a run's folder; give a new one")
     first = runs[0]
     for run in runs[1:]:
-        if run.spec.model != first.spec.model:
+        one, other = run.spec.model.content, first.spec.model.content
+        if bare(run.spec).model != bare(first.spec).model or (one and other and one != other):
             raise SpecError(
                 f"combine: {first.folder.name} is an adapter of {first.spec.model.name} and {run.folder.name} of "
                 f"{run.spec.model.name}: adapters of one base model can be combined"

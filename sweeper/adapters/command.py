@@ -98,6 +98,7 @@ def _spectra(options: argparse.Namespace) -> None:
     look = spectra.Look(top=options.top, epsilon=options.epsilon, base=not options.update_only)
     console = make_console()
     runs = rescore.find(options.run)
+    _check_models(runs)
     labels = rescore.labels(runs)
     cells = []
     for run, modules in spectra.spectra(runs, look, device=options.device):
@@ -145,6 +146,7 @@ def _each(paths: Sequence[Path]) -> "list[Saved]":
 
     Raises:
         DataError: a path is that of a study, or has no completed run.
+        Problems: a base model is not the one that a run was trained on.
     """
     found = []
     for path in paths:
@@ -153,4 +155,11 @@ def _each(paths: Sequence[Path]) -> "list[Saved]":
             names = ", ".join(run.folder.name for run in runs[:4])
             raise DataError(f"{path}: give a run's folder, such as {path / runs[0].folder.name} (runs here: {names})")
         found.append(runs[0])
+    _check_models(found)
     return found
+
+
+def _check_models(runs: "Sequence[Saved]") -> None:
+    rescore.check_models(runs)
+    for line in rescore.changed(runs, certain=False):
+        make_console().print(line, markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from sweeper.errors import SpecError, SweeperError, no_such_field
 from sweeper.search.settings import SearchSettings
-from sweeper.spec import RunSpec, Settings, from_mapping
+from sweeper.spec import RunSpec, Settings, from_mapping, typed_fields
 
 Plain = dict[str, Any]
 
@@ -59,6 +59,10 @@ class Builder:
         for key in _missing(mapping):
             self.problems.append(f"{name}.{key} is required for {name}={mapping.get('name')}: give {name}.{key}=...")
         if any(_missing(mapping)):
+            return None
+        typed = typed_fields(kind)
+        if "content" in mapping and "content" not in typed:  # which is filled in
+            self.problems.append(no_such_field(f"{name}.content", [f"{name}.{field}" for field in typed]))
             return None
         if name == "trainer":
             mapping = {key: value for key, value in mapping.items() if key != "device"}

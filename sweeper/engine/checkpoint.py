@@ -8,9 +8,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sweeper.record import replacing_file
+from sweeper.record import CHECKPOINT, replacing_file
 
-CHECKPOINT = "checkpoint.safetensors"
+__all__ = ["CHECKPOINT", "load", "remove", "save"]
 
 
 def save(folder: Path, state: dict[str, tuple[Tensor, ...]], progress: dict[str, Any]) -> None:

@@ -61,6 +61,8 @@ class Drive:
             self.arrival_seconds = (time.perf_counter() - began) / len(arrived)
         yield from self.queue.problems()
         for progress in arrived:
+            if (said := progress.made_with(self.context.environment(self.pack))) is not None:
+                yield Stage(message=said)
             yield RunStarted(run_id=progress.request.run_id, steps=progress.prepared.job.steps)
         for progress in arrived:
             yield from self._score_base(progress)

@@ -11,7 +11,10 @@ import torch
 
 from sweeper.device import processor
 
-PACKAGES = ("torch", "transformers", "peft", "hydra-core", "omegaconf", "datasets", "triton", "bitsandbytes")
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "peft", "hydra-core", "omegaconf", "datasets", "triton", "bitsandbytes",
+    "rouge-score", "sacrebleu",
+)  # fmt: skip
 
 
 def describe(device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

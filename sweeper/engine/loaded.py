@@ -3,7 +3,8 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from sweeper import methods, tasks
+from sweeper import identity, methods, models, tasks
+from sweeper.device import precision_name
 from sweeper.engine import export_proof, probe
 from sweeper.engine.batches import DataOrder
 from sweeper.engine.context import Context
@@ -24,13 +25,15 @@ class Loaded:
     """A base model, under the `model_key` of its runs.
 
     Attributes:
+        content: what its files held when it was loaded (`sweeper.content`).
         scores: dataset and evaluation -> split -> what the base model itself scores.
     """
 
-    def __init__(self, base: BaseModel, key: str, context: Context) -> None:
-        self.base, self.key, self.context = base, key, context
+    def __init__(self, base: BaseModel, key: str, context: Context, content: str | None) -> None:
+        self.base, self.key, self.context, self.content = base, key, context, content
         self.scores: dict[str, dict[str, EvaluatedSplit]] = {}
         self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
+        self._contents: dict[str, str | None] = {}
         self._probes: dict[str, probe.Probe] = {}
         self._exports: dict[str, ExportProof] = {}
         self._packed = False
@@ -55,8 +58,11 @@ class Loaded:
             steps=spec.trainer.max_steps, seed=spec.seed, examples=examples,
             order=DataOrder(lengths, spec.trainer.batch_size, spec.seed, accumulation=spec.trainer.accumulation),
         )  # fmt: skip
-        exported = self._export(spec, ranks)
-        return Prepared(request=request, job=job, ranks=ranks, splits=splits, probe=probed, exported=exported)
+        return Prepared(
+            request=request, job=job, ranks=ranks, splits=splits, probe=probed, exported=self._export(spec, ranks),
+            precision=precision_name(base.model.dtype),
+            content={"model": self.content, "dataset": self._contents[repr(spec.dataset)]},
+        )  # fmt: skip
 
     def must_wait(self, spec: RunSpec) -> bool:
         """Whether a run needs the bare base model, for a probe or a proof, while a pack is on it."""
@@ -117,7 +123,8 @@ class Loaded:
     def _splits(self, spec: RunSpec) -> dict[str, tasks.EncodedSplit]:
         key = repr(spec.dataset)
         if key not in self._encoded:
-            model_key = f"{spec.model.source}:{spec.model.location}@{spec.model.revision}"
+            self._contents[key] = identity.confirmed(spec.dataset)
+            model_key = models.tokens_key(spec.model)
             self._encoded[key] = tasks.encode(
                 spec.dataset, self.base.tokenizer, model_key=model_key, cache=self.context.cache / "tokens"
             )

@@ -22,6 +22,7 @@ from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest
 from sweeper.errors import first_line
+from sweeper.identity import short
 from sweeper.models import total_parameters
 from sweeper.models.architecture import Target
 from sweeper.record import (
@@ -36,7 +37,11 @@ from sweeper.record import (
     write_record,
 )
 from sweeper.spec import Settings, to_mapping
-from sweeper.tasks import EncodedSplit
+from sweeper.tasks import PROGRAM, EncodedSplit
+from sweeper.untrusted import sandbox
+
+# what a run may be resumed with another of, and what the analysis looks at (`analysis.checks`)
+COMPARED = ("device_type", "device", "precision", "attention", "versions", "sandbox_python")
 
 
 @dataclass(kw_only=True)
@@ -50,6 +55,8 @@ class Prepared:
     before: dict[str, Any] = field(default_factory=dict)
     probe: Probe | None = None
     exported: ExportProof = UNPROVED
+    precision: str = ""
+    content: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def capacity(self) -> Capacity:
@@ -63,13 +70,18 @@ class Prepared:
         spec = self.request.spec
         return repr((self.job.adapter.shape(), spec.trainer, spec.dataset))
 
-    def resume(self) -> None:
-        """Takes up the checkpoint of a run that was cut off, if there is one, and clears away what else it left."""
+    def resume(self) -> str | None:
+        """Takes up the checkpoint of a run that was cut off, if there is one, and clears away what else it left.
+
+        Returns why it was not taken up, where it is not of this run.
+        """
         remove_leftovers(self.request.folder)
         found = checkpoint.load(self.request.folder)
         adapter = self.job.adapter
         if found is None or self.job.done > 0:
-            return
+            return None
+        if (why := self._other(found[1])) is not None:
+            return f"{self.request.run_id}: its checkpoint {why}; it starts anew"
         if isinstance(adapter, AloneSpec):
             matches = adapter.resumes(found[0])
         else:
@@ -77,6 +89,16 @@ class Prepared:
         if matches:
             self.job.state, self.before = found
             self.job.done, self.job.tokens = self.before["done"], self.before["tokens"]
+        return None
+
+    def _other(self, progress: Mapping[str, Any]) -> str | None:
+        """What a checkpoint was made with that this run is not; those of earlier versions do not say."""
+        for name in ("model", "dataset"):
+            former = (progress.get("content") or self.content).get(name)
+            if former != self.content.get(name):
+                return f"is of another {name} (then {short(former)}, now {short(self.content.get(name))})"
+        former = progress.get("precision") or self.precision
+        return None if former == self.precision else f"is in {former}, the study in {self.precision}"
 
     def _same_ranks(self, state: Mapping[str, tuple[Tensor, ...]]) -> bool:
         """Whether a probe that was made again allocates as the one did that the checkpoint began with."""
@@ -113,11 +135,30 @@ class Progress:
         self.noted: int = 0 if prepared is None else prepared.job.done  # steps whose results are known
         self.best: tuple[float, int] | None = tuple(before["best"]) if before.get("best") else None
         self.waited: int = before.get("waited", 0)
+        self.environment: Mapping[str, Any] = {}
+        self.resumed: dict[str, Any] = dict(before.get("resumed_from") or {})
         self.pruned = False
         self.diverged = any(not math.isfinite(row["loss"]) for row in self.metrics if "loss" in row)
         self.stopped = self._out_of_patience()
         if prepared is not None:
             prepared.job.halted = self.diverged or self.stopped
+
+    def made_with(self, environment: Mapping[str, Any]) -> str | None:
+        """Notes what a run is made with from now on; returns a line where its first steps were made with else."""
+        spec = self.request.spec
+        programs = spec.evaluation.generate and PROGRAM & set(spec.dataset.metrics)
+        self.environment = {
+            **environment, "content": dict(self.prepared.content),
+            **({"sandbox_python": sandbox.python()} if programs else {}),
+        }  # fmt: skip
+        former = self.prepared.before.get("environment") or {}
+        other = {
+            name: former[name] for name in COMPARED if name in former and former[name] != self.environment.get(name)
+        }
+        self.resumed |= other
+        if not other:
+            return None
+        return f"{self.request.run_id}: goes on with another {', '.join(other).replace('_', ' ')} than it began with"
 
     @property
     def prepared(self) -> Prepared:
@@ -174,6 +215,9 @@ class Progress:
         return {
             "done": job.done, "tokens": job.tokens, "started": self.started, "train_seconds": self.train_seconds,
             "compile_seconds": self.compile_seconds, "best": self.best, "waited": self.waited,
+            "content": dict(self.prepared.content), "precision": self.prepared.precision,
+            "auto": self.request.spec.trainer.precision == "auto",
+            "environment": self.environment, "resumed_from": self.resumed,
             "metrics": [row for row in self.metrics if row.get("moment") not in ("before", "after")],
         }  # fmt: skip
 
@@ -207,7 +251,7 @@ class Progress:
                 for name, split in run.splits.items()
             },
             efficiency=self._efficiency(adapter_bytes, solo, pack),
-            environment=environment,
+            environment={**environment, **self.environment, **({"resumed_from": self.resumed} if self.resumed else {})},
             search=self.request.search,
             saved={
                 "step": run.job.done if self.best is None else self.best[1], "stopped_early": self.stopped,

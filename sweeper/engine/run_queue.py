@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sweeper.engine.events import Event
+from sweeper.engine.events import Event, Stage
 from sweeper.engine.loaded import Loaded
 from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import Kind, RunRequest, Source
@@ -28,6 +28,7 @@ class RunQueue:
         self.more = True
         self.failures: list[tuple[RunRequest, Exception]] = []
         self.aside: list[RunRequest] = []
+        self.notes: list[str] = []
         for run in strays:
             self._add(run)
 
@@ -43,7 +44,9 @@ class RunQueue:
         return bool(self.waiting)
 
     def problems(self) -> Iterator[Event]:
-        """Runs that could not even be prepared, as failed."""
+        """Runs that could not even be prepared, as failed; and what is to be said of others."""
+        while self.notes:
+            yield Stage(message=self.notes.pop(0))
         while self.failures:
             request, error = self.failures.pop()
             yield self.loaded.context.failed(Progress(request), error)
@@ -63,7 +66,8 @@ class RunQueue:
             self._add(run)
 
     def _add(self, run: Prepared) -> None:
-        run.resume()
+        said = run.resume()
+        self.notes += [] if said is None else [said]
         self.waiting.append(run)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from sweeper import methods, models
-from sweeper.device import precision_for
+from sweeper import identity, methods, models
+from sweeper.device import precision_for, precision_name
 from sweeper.engine import calibrate, compilation, export
 from sweeper.engine.ahead import ahead
 from sweeper.engine.bank.alone import AloneSpec
@@ -105,13 +105,21 @@ class Session:
             return self.loaded
         yield Stage(message=models.loading_message(spec.model))
         try:
-            dtype = precision_for(self.context.device, spec.trainer.precision)
+            content = identity.confirmed(spec.model)
+            dtype = self.context.dtype(spec)
             self.loaded = None  # its memory is free before the next one is read
             with self.context.timeline.span("load"):
                 base = methods.load_base(spec, dtype=dtype, device=self.context.device)
+                if (fixed := self.context.fixed_dtype(spec, dtype)) != dtype:
+                    dtype = fixed
+                    del base  # its memory is free before it is read once more
+                    base = methods.load_base(spec, dtype=dtype, device=self.context.device)
         except (SweeperError, OSError, torch.OutOfMemoryError) as error:
             return error.with_traceback(None)
-        self.loaded = Loaded(base, key, self.context)
+        if dtype != precision_for(self.context.device, spec.trainer.precision):
+            said = f"trainer.precision=auto is {precision_name(dtype)} in this study, as in its first run"
+            yield Stage(message=said)
+        self.loaded = Loaded(base, key, self.context, content)
         return self.loaded
 
     def _refuse(

@@ -13,13 +13,17 @@ from sweeper.models.base import (
     loading_message,
     skeleton,
     stock_config,
+    tokens_key,
     total_parameters,
 )
+from sweeper.models.files import content, dates_prompts
 
 __all__ = [
     "BaseModel",
     "check",
     "check_length",
+    "content",
+    "dates_prompts",
     "held_bytes",
     "hidden_size",
     "is_tied",
@@ -29,5 +33,6 @@ __all__ = [
     "loading_message",
     "skeleton",
     "stock_config",
+    "tokens_key",
     "total_parameters",
 ]

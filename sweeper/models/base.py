@@ -193,6 +193,12 @@ def loading_message(spec: ModelSpec) -> str:
     return f"loading {spec.name}"
 
 
+def tokens_key(spec: ModelSpec) -> str:
+    """What tells the tokenizers of models apart, for the cache of tokens, besides what a tokenizer says itself."""
+    key = f"{spec.source}:{spec.location}@{spec.revision}"
+    return key if spec.content is None else f"{key} {spec.content}"
+
+
 def stock_config(spec: ModelSpec) -> "PretrainedConfig":
     """The config as the model comes with it, for saving; `load` switches dropout and caching off in its own."""
     return _config(spec)

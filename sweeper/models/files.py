@@ -3,14 +3,18 @@
 import hashlib
 import importlib.metadata
 import io
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sweeper import content as contents
+from sweeper.content import Content
 from sweeper.errors import ModelError, gist, unknown
 from sweeper.spec import ModelSpec
 
@@ -24,6 +28,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _WEIGHTS = ("*.safetensors", "*.bin")
+# what transformers may read of a model's folder: config, weights, tokenizer, generation config, templates, code
+_READ = frozenset(
+    {".bin", ".bpe", ".gguf", ".jinja", ".json", ".model", ".py", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"}
+)
+# what training leaves beside a model
+_LEFT = frozenset(
+    {"all_results.json", "eval_results.json", "optimizer.bin", "random_states_0.pkl", "requirements.txt",
+     "scheduler.bin", "train_results.json", "trainer_state.json", "training_args.bin"}
+)  # fmt: skip
 
 
 def folder(spec: ModelSpec, *, weights: bool) -> Path:
@@ -52,6 +65,36 @@ def base_reference(spec: ModelSpec) -> dict[str, str | None]:
     if spec.source == "gguf":
         return {"base_model_name_or_path": str(converted_folder(spec.location)), "revision": None}
     return {"base_model_name_or_path": spec.location, "revision": spec.revision}
+
+
+def content(spec: ModelSpec) -> Content:
+    """What a model's files hold now: the digest of its folder or GGUF, a hub model's commit, a package's version.
+
+    Raises:
+        ModelError: as `folder`.
+    """
+    finders: Mapping[str, Callable[[], Content]] = {
+        "random": lambda: contents.NONE,
+        "path": lambda: _folder_content(_own_folder(spec.location)),
+        "gguf": lambda: gguf_content(spec.location),
+        "hub": lambda: _hub_content(spec),
+    }
+    try:
+        return finders[spec.source]()
+    except OSError as error:
+        raise ModelError(f"model.location={spec.location}: cannot be read ({gist(error)})") from None
+
+
+def dates_prompts(spec: ModelSpec) -> bool:
+    """Whether the model's chat template writes today's date into a prompt, as far as its files say."""
+    if spec.source == "random":
+        return False
+    if spec.source == "gguf":
+        with gguf_file(spec.location).open("rb") as file:
+            return b"strftime_now" in file.read(1 << 25)  # templates stand before the weights
+    where = folder(spec, weights=False)
+    files = (*where.glob("*.jinja"), where / "tokenizer_config.json", where / "chat_template.json")
+    return any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())
 
 
 def cache_folder() -> Path:
@@ -86,12 +129,26 @@ def gguf_file(location: str) -> Path:
     return shipped[name]
 
 
+def gguf_content(location: str) -> Content:
+    """As `content`, of a GGUF.
+
+    Raises:
+        ModelError: as `gguf_file`.
+    """
+    file, package = gguf_file(location), location.rpartition(":")[0]
+    if not package:
+        return contents.of_file(file, cache_folder())
+    return contents.of_package(package, importlib.metadata.version(package), changed=file.stat().st_mtime)
+
+
 def converted_folder(location: str) -> Path:
     """Where the safetensors of a GGUF are, or will be: it exists exactly when it is complete."""
     import transformers
 
     file = gguf_file(location)
     version = f"{location}|{file.stat().st_size}|{transformers.__version__}"
+    found = gguf_content(location).text
+    version += "" if found is None else f"|{found}"
     return cache_folder() / f"{file.stem}-{hashlib.sha256(version.encode()).hexdigest()[:8]}"
 
 
@@ -212,12 +269,37 @@ def _own_folder(location: str) -> Path:
     return found
 
 
+def _folder_content(folder: Path) -> Content:
+    """The digest of what transformers may read of a folder; code may lie in folders of it."""
+    files = [
+        path
+        for path in contents.visible(folder)
+        if path.suffix in _READ
+        and path.name not in _LEFT
+        and (path.parent == folder or path.suffix in (".py", ".jinja"))
+    ]
+    return contents.of_folder(folder, files, cache_folder())
+
+
+def _hub_content(spec: ModelSpec) -> Content:
+    """The commit that a hub model resolves to; one that is in the local cache stays what it is there."""
+    snapshot = _hub_folder(replace(spec, content=None), weights=False)
+    commit = snapshot.name
+    if spec.revision == commit:
+        return contents.of_commit(commit, changed=-math.inf)
+    # a name's file is written when the name comes to mean another commit
+    name = snapshot.parent.parent / "refs" / (spec.revision or "main")
+    known = name.is_file() and name.read_text().strip() == commit
+    return contents.of_commit(commit, changed=name.stat().st_mtime if known else math.inf)
+
+
 def _hub_folder(spec: ModelSpec, *, weights: bool) -> Path:
-    """Files of a hub model from the local hub cache, or fetched into it."""
+    """Files of a hub model from the local hub cache, or fetched into it: of its commit, where that is known."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    where: dict[str, Any] = {"repo_id": spec.location, "revision": spec.revision}
+    commit = (spec.content or "").removeprefix(contents.COMMIT)
+    where: dict[str, Any] = {"repo_id": spec.location, "revision": commit or spec.revision}
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if spec.trust_remote_code else [])]
     try:
         cached = Path(snapshot_download(**where, local_files_only=True))

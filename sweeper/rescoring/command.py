@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeper import cli, compose, text
+from sweeper import cli, compose, identity, text
 from sweeper.console import make_console
 from sweeper.errors import SpecError
 from sweeper.rescoring import lm_harness, rescore
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str]) -> None:
     runs = rescore.find(folders)
     rescore.check(runs, datasets, evaluation)
     console = make_console()
+    for line in rescore.changed(runs, ["model", *(["dataset"] if not datasets else [])], certain=False):
+        console.print(line, markup=False, soft_wrap=True)
     console.print(f"{len(runs)} saved run{'s' if len(runs) > 1 else ''} to score", markup=False)
     if evaluation.name == lm_harness.NAME:
         show_harness(list(rescore.harness(runs, datasets, evaluation, settings)), console)
@@ -60,7 +62,7 @@ def _composed(overrides: Sequence[str]) -> tuple[list[DatasetSpec], EvaluationSp
     lines = [*(f"{key}={value}" for key, value in DEFAULTS.items() if key not in keys), *overrides]
     composition = compose.expand(lines, cli.composer_of(None))
     specs = composition.specs
-    datasets = unique(spec.dataset for spec in specs) if "dataset" in keys else []
+    datasets = [identity.known(one) for one in unique(s.dataset for s in specs)] if "dataset" in keys else []
     return datasets, specs[0].evaluation, composition.settings
 
 

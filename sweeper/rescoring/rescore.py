@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import naming, record, tasks
 from sweeper.errors import DataError, Problems, SweeperError
+from sweeper.identity import Former, changes, former_of
 from sweeper.record import ADAPTER, COMBINED, RECORD, WEIGHTS, Score
 from sweeper.rescoring import lm_harness
-from sweeper.spec import DatasetSpec, EvaluationSpec, RunSpec, Settings, run_spec, to_mapping, unique
+from sweeper.spec import DatasetSpec, EvaluationSpec, Precision, RunSpec, Settings, run_spec, to_mapping, unique
 from sweeper.tasks import baseline, general_text
 
 if TYPE_CHECKING:
@@ -33,12 +34,17 @@ TOGETHER = 16  # adapters in one pack
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saved:
-    """A completed run, or what `adapters.py combine` made of some: folder, spec and its adapter's ranks by module."""
+    """A completed run, or what `adapters.py combine` made of some: folder, spec and its adapter's ranks by module.
+
+    `precision` is what it was trained in, `former` what it says of its model and data.
+    """
 
     folder: Path
     spec: RunSpec
     ranks: Mapping[str, int]
     combined: str = ""
+    precision: Precision = "auto"
+    former: Former | None = None
 
     @property
     def adapter(self) -> Path:
@@ -89,7 +95,12 @@ def _read(folder: Path) -> Saved | None:
     if known.status != "completed" or not any(file.is_file() for file in saved):
         return None
     ranks = {module.name: module.rank for module in known.modules}
-    return Saved(folder=folder, spec=run_spec(known.spec), ranks=ranks)
+    spec = run_spec(known.spec)
+    were: dict[object, Precision] = {"float32": "float32", "bfloat16": "bfloat16"}
+    precision = spec.trainer.precision
+    if precision == "auto":  # which may be another one here
+        precision = were.get(known.environment.get("precision"), "auto")
+    return Saved(folder=folder, spec=spec, ranks=ranks, precision=precision, former=former_of(known))
 
 
 def _read_combined(folder: Path) -> Saved | None:
@@ -116,7 +127,7 @@ def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: Ev
     """
     from sweeper import models
 
-    problems: list[str] = []
+    problems = list(changed(runs, ["model", *(["dataset"] if not datasets else [])], certain=True))
     wanted = unique(datasets or [run.spec.dataset for run in runs])
     acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in wanted]
     acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in wanted]
@@ -131,6 +142,24 @@ def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: Ev
         except SweeperError as error:
             problems.extend(error.lines)
     if problems:
+        raise Problems(problems)
+
+
+def changed(runs: Sequence[Saved], names: Sequence[str] = ("model",), *, certain: bool) -> Iterator[str]:
+    """A line for each model and dataset of some runs that has changed since, or where not `certain`, may have."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if run.former is not None:
+            for line, sure in changes(run.spec, run.former, names):
+                if sure == certain:
+                    found.setdefault(line, []).append(run.folder.name)
+    for line, folders in found.items():
+        yield f"{folders[0]}{f' and {len(folders) - 1} more' if len(folders) > 1 else ''}: {line}"
+
+
+def check_models(runs: Sequence[Saved]) -> None:
+    """Raises `Problems` where the base model of a run is not the one that it was trained on."""
+    if problems := list(changed(runs, certain=True)):
         raise Problems(problems)
 
 
@@ -199,8 +228,8 @@ def _by_base(runs: Sequence[Saved], settings: Settings) -> "Iterator[tuple[BaseM
     device = device_for(settings.device)
     for _, group in itertools.groupby(sorted(runs, key=_model_key), key=_model_key):
         same = list(group)
-        spec = same[0].spec
-        yield methods.load_base(spec, dtype=precision_for(device, spec.trainer.precision), device=device), same
+        dtype = precision_for(device, same[0].precision)
+        yield methods.load_base(same[0].spec, dtype=dtype, device=device), same
 
 
 def adapted_model(base: "BaseModel", run: Saved) -> Any:
@@ -223,17 +252,17 @@ def _parts(runs: Sequence[Saved]) -> Iterator[list[Saved]]:
 def _model_key(run: Saved) -> str:
     from sweeper import methods
 
-    return repr((run.spec.model, run.spec.trainer.precision, methods.find(run.spec.method.name).quantised))
+    return repr((run.spec.model, run.precision, methods.find(run.spec.method.name).quantised))
 
 
 def _on_dataset(
     pack: "Pack", runs: Sequence[Saved], slots: Sequence[int], dataset: DatasetSpec, evaluation: EvaluationSpec,
     cache: Path,
 ) -> Iterator[Rescored]:  # fmt: skip
+    from sweeper import models
     from sweeper.engine.evaluate import evaluate_examples, general_examples
 
-    model = runs[0].spec.model
-    key = f"{model.source}:{model.location}@{model.revision}"
+    key = models.tokens_key(runs[0].spec.model)
     encoded = tasks.encode(dataset, pack.base.tokenizer, model_key=key, cache=cache)
     texts = tasks.load(dataset)
     found: dict[str, list[Rescored]] = {}

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sweeper import record
 from sweeper.search.settings import SearchSettings
@@ -52,7 +51,7 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
     ranks = ranks if found == tuple(ranks) else budget.uniform(found, spec.rank)
     total = models.total_parameters(spec.model)
     trainable = methods.trainable(spec.method, ranks, total=total)
-    dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision)
+    dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision, study=settings.folder)
     length, batch = spec.dataset.max_length, spec.trainer.batch_size
     tokens = spec.trainer.max_steps * batch * spec.trainer.accumulation * length
     memory = budget.memory(
@@ -76,12 +75,19 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
     )
 
 
-def notes(specs: Sequence[RunSpec], costs: Sequence[Cost]) -> list[str]:
-    """What the costs of a plan do not say: ranks that a probe will allocate, and what placements leave as it is."""
-    from sweeper import methods, models
+def notes(specs: Sequence[RunSpec], costs: Sequence[Cost], settings: Settings) -> list[str]:
+    """What auto precision is, what the costs of a plan do not say (ranks that a probe will allocate), and what
+    placements leave as it is.
+    """
+    from sweeper import device, methods, models
     from sweeper.ranks import importance, placement
 
-    found: dict[Any, str] = {}
+    found: dict[object, str] = {}
+    if any(spec.trainer.precision == "auto" for spec in specs):
+        fixed = device.study_precision(settings.folder)
+        here = device.precision_name(device.precision_for(device.device_for(settings.device), fixed or "auto"))
+        why = "as in the study's first run" if fixed else "on this device; the first run fixes it for the study"
+        found["precision"] = f"trainer.precision=auto: {here}, {why}"
     for spec in specs:
         key = repr((spec.model, spec.placement))
         if key not in found and "placement" not in methods.lacks(spec.method):

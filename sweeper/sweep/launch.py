@@ -58,7 +58,8 @@ def train_on_ray(
 
 def train_one(spec: RunSpec, settings: Settings, *, engine: TrainRuns | None = None) -> float | None:
     """Trains one run, or finds it done; returns its validation NLL after training, None where it has none."""
-    return objective(train([single(spec)], settings, engine=engine).get(spec.run_id))
+    found = train([single(spec)], settings, engine=engine)
+    return objective(next(iter(found.values()), None))
 
 
 def sweep(composition: "Composition", search: SearchSettings, launcher: Any) -> Any:
@@ -67,14 +68,14 @@ def sweep(composition: "Composition", search: SearchSettings, launcher: Any) -> 
         return launcher.run_all(composition, search)
 
     def go(work: Scheduler) -> Outcome:
-        return _as_jobs(work, composition.arms, launcher)
+        return _as_jobs(work, launcher)
 
     return _carry_out(composition.arms, composition.settings, search, go)
 
 
-def _as_jobs(work: Scheduler, arms: Sequence[Arm], launcher: Any) -> Outcome:
+def _as_jobs(work: Scheduler, launcher: Any) -> Outcome:
     """Batches of runs as Hydra jobs; a batch ends before the next is asked for, and nothing is pruned midway."""
-    by_key = {arm.key: arm for arm in arms}
+    by_key = {state.arm.key: state.arm for state in work.states.values()}  # as they are in this study
     begun = 0
     try:
         while kinds := work.outlook():
@@ -104,7 +105,7 @@ def _carry_out(
     arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Callable[[Scheduler], Outcome]
 ) -> dict[str, Record]:
     plan, console = planning.make(arms, settings, search), make_console()
-    for line in _left_out(plan):
+    for line in (*_left_out(plan), *plan.notes):
         console.print(line, markup=False, soft_wrap=True)
     if settings.dry_run:
         show_plan(plan, settings, search, console)
@@ -245,7 +246,7 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
         )
     console.out(text.aligned(header, cells), highlight=False)
     console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
-    for line in forecast.notes([run.spec for run in plan.runs], costs):
+    for line in forecast.notes([run.spec for run in plan.runs], costs, settings):
         console.print(line, markup=False, soft_wrap=True)
     if plan.tuned:
         console.print(_search_line(plan, search), markup=False)

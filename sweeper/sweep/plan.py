@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sweeper import naming, record
 from sweeper.arms import Arm, Params
 from sweeper.errors import Problems, SpecError, SweeperError
+from sweeper.identity import Identities
 from sweeper.search import check as checking
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings, to_mapping, unique
@@ -36,6 +37,7 @@ class Plan:
 
     Attributes:
         left_out: arms that are not among them, as they would train what another one does.
+        notes: lines on runs that are trained anew, as their data or model may have changed.
     """
 
     study: Path
@@ -43,6 +45,7 @@ class Plan:
     arms: tuple[Arm, ...]
     retry_failed: bool = True
     left_out: tuple[Arm, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def tuned(self) -> bool:
@@ -73,15 +76,22 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
     Raises:
         Problems: what is wrong, one line each. Nothing has been written.
     """
+    identities = Identities(settings.folder)
+    arms = identities.arms(arms)
     runs = []
     for spec in (spec for arm in arms for spec in arm.defaults):
         run_id = spec.run_id
         folder = settings.folder / run_id
         runs.append(PlannedRun(run_id=run_id, spec=spec, folder=folder, status=record.status(folder)))
-    plan = Plan(study=settings.folder, runs=tuple(runs), arms=tuple(arms), retry_failed=settings.retry_failed)
+    plan = Plan(
+        study=settings.folder, runs=tuple(runs), arms=tuple(arms), retry_failed=settings.retry_failed,
+        notes=tuple(identities.notes),
+    )  # fmt: skip
     checking.check(arms, search or SearchSettings(), calibrate=settings.calibrate)
     specs = [run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)]
     check([*specs, *(arm.make(params, arm.seeds[0]) for arm in arms for _, params in arm.ends())], settings)
+    if plan.todo:
+        plan = replace(plan, notes=(*plan.notes, *identities.changed([run.spec for run in plan.todo])))
     return _without_likes(plan)
 
 
@@ -92,7 +102,8 @@ def _without_likes(plan: Plan) -> Plan:
     groups: dict[str, list[Arm]] = {}
     for arm in plan.arms:
         same = tuple(map(methods.effective, arm.defaults))
-        groups.setdefault((arm if same == arm.defaults else replace(arm, defaults=same)).key, []).append(arm)
+        alone = same == arm.defaults and not arm.known_as
+        groups.setdefault((arm if alone else replace(arm, defaults=same, known_as="")).key, []).append(arm)
     if len(groups) == len(plan.arms):
         return plan
     begun = {run.run_id for run in plan.runs if run.status is not None}

@@ -2,18 +2,22 @@
 
 A family is a module with `OPTIONS` (the names `dataset.options` may have, each with its meaning), `check(spec)`
 (raises DataError before anything is loaded), `load(spec)` (the splits as text) and `version(spec)` (changes when its
-data does).
+data does). A family whose data lies in a package names it as `PACKAGE`; one whose data lies elsewhere has `content`.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from sweeper.errors import DataError, SpecError, unknown
+from sweeper import content as contents
+from sweeper.content import Content
+from sweeper.errors import DataError, SpecError, gist, unknown
+from sweeper.models.files import cache_folder
 from sweeper.spec import DatasetSpec, EvaluationSpec, to_mapping
 from sweeper.tasks import (
     baseline,
@@ -36,7 +40,7 @@ from sweeper.tasks import cache as _cache
 from sweeper.tasks.example import SPLITS, Choice, Encoded, EncodedSplit, Example
 from sweeper.tasks.metrics import GENERATED, METRICS, PACKAGES, PROGRAM
 from sweeper.tasks.package import require
-from sweeper.tasks.template import TEMPLATES, adds_start, tokenise
+from sweeper.tasks.template import TEMPLATES, TODAY, adds_start, tokenise, writes_date
 from sweeper.untrusted import sandbox
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "METRICS",
+    "PROGRAM",
     "SPLITS",
     "Choice",
     "Encoded",
@@ -52,6 +57,7 @@ __all__ = [
     "Example",
     "check",
     "check_evaluation",
+    "content",
     "encode",
     "load",
     "stop_strings",
@@ -133,6 +139,35 @@ def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec, *, traini
         general_text.check()
     if evaluation.generate and PROGRAM & set(dataset.metrics):
         sandbox.check()
+
+
+def content(spec: DatasetSpec) -> Content:
+    """What lies behind a dataset now: a digest of what is at `path`, a commit of the hub, the version of a package.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    family = FAMILIES.get(spec.family)
+    place = None if spec.path is None else Path(spec.path).expanduser()
+    try:
+        if place is not None and place.is_dir():
+            return contents.of_folder(place, contents.visible(place), cache_folder())
+        if place is not None and place.exists():
+            return contents.of_file(place, cache_folder())
+    except OSError as error:
+        raise DataError(f"dataset.path={spec.path}: cannot be read ({gist(error)})") from None
+    if family is not None and hasattr(family, "content"):
+        found: Content = family.content(spec)
+        return found
+    package = getattr(family, "PACKAGE", None)
+    if package is None and place is not None:
+        raise DataError(f"dataset.path={spec.path}: no such file (looked for {place.absolute()})")
+    if package is None:
+        return contents.NONE
+    try:
+        return contents.of_package(package, importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:  # `check` says so
+        return contents.NONE
 
 
 def stop_strings(spec: DatasetSpec) -> tuple[str, ...]:
@@ -264,5 +299,6 @@ def _identity(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         "eos": tokenizer.eos_token_id,
         "bos": tokenizer.bos_token_id,
         "chat_template": tokenizer.chat_template,
+        **({"today": TODAY.isoformat()} if writes_date(tokenizer) else {}),
     }
     return [hashlib.sha256(table.encode()).hexdigest(), json.dumps(settings)]

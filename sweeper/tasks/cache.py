@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sweeper.record import replacing
 from sweeper.tasks.example import Choice, Encoded, EncodedSplit
 
 
 def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
     """Writes the splits to `path`, whole."""
+    import numpy as np
+
     arrays: dict[str, Any] = {"splits": np.array(list(splits))}
     for name, split in splits.items():
         arrays[f"{name}/ids"] = np.array([e.id for e in split.examples])
@@ -43,6 +43,8 @@ def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
 
 def read(path: Path) -> dict[str, EncodedSplit] | None:
     """What `write` wrote; None if the file is missing or damaged in any way (the zip's checksums tell)."""
+    import numpy as np
+
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {str(name): _split(str(name), arrays) for name in arrays["splits"]}

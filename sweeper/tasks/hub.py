@@ -13,12 +13,15 @@ of train. Rows whose prompt or response comes out empty are left out too. Withou
 import contextlib
 import importlib
 import json
+import math
 import re
 import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sweeper import content as contents
+from sweeper.content import COMMIT, Content
 from sweeper.errors import DataError, first_line
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import SPLITS, Example
@@ -51,6 +54,29 @@ def version(spec: DatasetSpec) -> str:
     folder = Path(str(spec.path)).expanduser()
     files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
     return json.dumps([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+
+
+def content(spec: DatasetSpec) -> Content:
+    """The commit that is read: the hub's, or without network the one in the local cache."""
+    revision = spec.options.get("revision")
+    return contents.NONE if spec.path is None else _commit(spec.path, None if revision is None else str(revision))
+
+
+def _commit(path: str, revision: str | None) -> Content:
+    import huggingface_hub
+
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return contents.of_commit(revision, changed=-math.inf)
+    with contextlib.suppress(Exception):  # whatever the HTTP library of the day raises; `check` says what is wrong
+        info = huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=10)
+        if info.sha:
+            when = math.inf if info.last_modified is None else info.last_modified.timestamp()
+            return contents.of_commit(info.sha, changed=when)
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    name = cache / f"datasets--{path.replace('/', '--')}" / "refs" / (revision or "main")
+    with contextlib.suppress(OSError):
+        return contents.of_commit(name.read_text().strip(), changed=name.stat().st_mtime)
+    return contents.NONE
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
@@ -113,7 +139,7 @@ def read(spec: DatasetSpec) -> Tables:
             source = datasets.load_dataset(
                 str(Path(spec.path).expanduser()) if _is_local(spec) else spec.path,
                 spec.options.get("config"),
-                revision=None if _is_local(spec) else spec.options.get("revision"),
+                revision=None if _is_local(spec) else _revision(spec),
             )
         except ConnectionError:
             raise DataError(
@@ -127,7 +153,31 @@ def read(spec: DatasetSpec) -> Tables:
     if missing or "train" not in names:
         wrong = f"has no split {', '.join(missing)}" if missing else "needs dataset.options.splits.train"
         raise DataError(f"dataset={spec.name}: {spec.path} {wrong}; it has {', '.join(map(str, source))}")
-    return {ours: source[theirs] for ours, theirs in names.items()}
+    tables = {ours: source[theirs] for ours, theirs in names.items()}
+    _same_commit(spec, tables)
+    return tables
+
+
+def _revision(spec: DatasetSpec) -> str | None:
+    """What is read: the commit, where it is known."""
+    if (spec.content or "").startswith(COMMIT):
+        return str(spec.content).removeprefix(COMMIT)
+    revision = spec.options.get("revision")
+    return None if revision is None else str(revision)
+
+
+def _same_commit(spec: DatasetSpec, tables: Tables) -> None:
+    """Raises DataError where the tables, which name what they were made of, are of another commit: an old cache's."""
+    if _is_local(spec) or not (spec.content or "").startswith(COMMIT):
+        return
+    for rows in tables.values():
+        made_of = getattr(getattr(rows, "info", None), "download_checksums", None) or {}
+        commits = {found[1] for url in made_of if (found := re.search("@([0-9a-f]{40})/", str(url)))}
+        if commits and _revision(spec) not in commits:
+            raise DataError(
+                f"dataset={spec.name}: {spec.path} is commit {_revision(spec)} and the local cache of tables has "
+                f"{', '.join(sorted(commits))}: load it once with network, or give dataset.options.revision"
+            )
 
 
 def _is_local(spec: DatasetSpec) -> bool:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from sweeper import content as contents
+from sweeper.content import Content
 from sweeper.errors import SpecError, unknown
 from sweeper.spec import DatasetSpec
 from sweeper.tasks import fetched
@@ -17,6 +19,10 @@ def check(spec: DatasetSpec) -> None:
 
 def version(spec: DatasetSpec) -> str:
     return fetched.SOURCES[SOURCE].sha256
+
+
+def content(spec: DatasetSpec) -> Content:
+    return contents.of_package(SOURCE, fetched.SOURCES[SOURCE].version)
 
 
 def task(spec: DatasetSpec, tasks: Sequence[str]) -> str:

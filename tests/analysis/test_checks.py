@@ -1,5 +1,8 @@
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,3 +121,75 @@ def test_runs_of_the_former_order_are_arms_of_their_own(tmp_path: Path) -> None:
     assert sorted(arm.label for arm in found.arms) == sorted(
         f"{name} r4{order}" for name in ("attn", "ff", "full") for order in ("", " order=by pass")
     )
+
+
+MADE_WITH = {
+    "precision": "bfloat16", "device": "NVIDIA H200", "device_type": "cuda", "attention": "sdpa",
+    "versions": {"torch": "2.13.0", "hydra-core": "1.3.8"}, "sandbox_python": "CPython 3.11.7",
+    "content": {"model": None, "dataset": "sha256:aa"},
+}  # fmt: skip
+
+
+def conditions(study: Path, change: dict[str, object], everywhere: dict[str, object] = MADE_WITH) -> dict[str, str]:
+    """Findings on a study whose run of attn was made with something else: check -> message."""
+    for row in load(study).runs.to_dict("records"):
+        made = everywhere | (change if row["placement"] == "attn" else {})
+        edit(Path(row["folder"]), lambda plain, made=made: plain.update(environment=made))
+    found = analyse(load(study), draws=50).tables["checks"]
+    different = found[found["check"].str.startswith("different ")]
+    return dict(zip(different["check"], different["message"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "shown"),
+    [
+        ({"precision": "float32"}, "precision", ("bfloat16", "float32")),
+        ({"device_type": "cpu"}, "device kind", ("cuda", "cpu")),
+        ({"device": "NVIDIA H100"}, "device", ("NVIDIA H200", "NVIDIA H100")),
+        ({"attention": "eager"}, "attention", ("sdpa", "eager")),
+        ({"versions": {"torch": "2.11.0"}}, "library version (torch)", ("2.13.0", "2.11.0")),
+        ({"sandbox_python": "CPython 3.12.1"}, "Python of the sandbox", ("CPython 3.11.7", "CPython 3.12.1")),
+        ({"content": {"dataset": "sha256:bb"}}, "data version", ("sha256:aa", "sha256:bb")),
+        ({"resumed_from": {"precision": "float32"}}, "precision", ("bfloat16", "float32, then bfloat16")),
+        ({"resumed_from": {"versions": {"torch": "2"}}}, "library version (torch)", ("2.13.0", "2, then 2.13.0")),
+    ],
+)
+def test_what_the_runs_of_a_comparison_were_not_all_made_with_is_named(
+    change: dict[str, object], check: str, shown: tuple[str, str], tmp_path: Path
+) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=120, steps=2)
+    most, one = shown
+    message = f"{most} in 2 runs (ff r4, full r4); {one} in 1 run (attn r4)"
+    assert conditions(study, change) == {f"different {check}": message}
+
+
+def test_what_changes_no_number_or_is_not_said_is_no_finding(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=120, steps=2)
+    assert conditions(study, {}) == {}
+    versions = {"versions": {"torch": "2.13.0", "hydra-core": "1.3.9"}, "git_commit": "other", "attention": None}
+    assert conditions(study, {**versions, "content": {}}) == {}
+
+
+def test_of_a_run_on_former_data_the_last_counts_and_moved_data_is_one_task(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=120, steps=2)
+    folders = load(study).runs.set_index("placement")["folder"]
+
+    def content(value: str | None, path: str = "/here", **fields: str) -> Callable[[dict[str, Any]], None]:
+        def change(plain: dict[str, Any]) -> None:
+            plain["spec"]["dataset"] |= {"path": path} | ({} if value is None else {"content": f"sha256:{value}"})
+            plain.update(fields)
+
+        return change
+
+    edit(Path(folders["attn"]), content(None, finished="2026-01-01T00:00:00+00:00"))
+    again = study / "0123456789ab"
+    shutil.copytree(folders["attn"], again)
+    edit(again, content("bb", run_id="0123456789ab", finished="2026-01-02T00:00:00+00:00"))
+    edit(Path(folders["ff"]), content("bb", "/there"))
+    edit(Path(folders["full"]), content("bb", "/there"))
+    found = load(study)
+    assert sorted(found.runs["run_id"]) == sorted({"0123456789ab", *(Path(folders[n]).name for n in ("ff", "full"))})
+    assert [problem.kind for problem in found.problems] == ["former data"]
+    analysis = analyse(found, draws=50)
+    assert len(analysis.found.settings) == 1
+    assert "dataset.content" not in found.fields

@@ -221,3 +221,28 @@ def test_the_default_task_is_short_for_the_default_model(root: Path, tmp_path: P
     assert {e.input_ids[-1] for split in splits.values() for e in split.examples} == {
         tokenizer.convert_tokens_to_ids("<|im_end|>")
     }
+
+
+@pytest.mark.parametrize("pattern", ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d, %Y", "%H:%M"])
+def test_a_template_that_writes_the_date_is_given_a_fixed_one(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Llama 3.2's does, which else makes other tokens of the same data every day."""
+    from datetime import datetime
+
+    from sweeper.models.files import byte_tokenizer
+    from sweeper.tasks import template
+
+    asked = "{%- if not date_string is defined %}{%- set date_string = strftime_now('" + pattern + "') %}{%- endif %}"
+    text = asked + "\n\nToday: {{ date_string }}\n{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = text.replace(f"strftime_now('{pattern}')", repr(template.TODAY.strftime(pattern)))
+    wanted, _ = template.chat("Hi", None, tokenizer)
+    tokenizer.chat_template = text
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Later":
+            return cls(2031, 5, 6)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
+    assert template.chat("Hi", None, tokenizer) == (wanted, False)
+    assert template.TODAY.strftime(pattern) in wanted
