@@ -121,7 +121,15 @@ class Pack:
         else:
             self.bank = AdapterBank(base.model, base.targets, capacities, self.device)
         self.bank.install()
+        try:
+            self._set_up(compiled=compiled, captured=captured, lengths_vary=lengths_vary, checkpointing=checkpointing)
+        except BaseException:
+            self.bank.uninstall()  # or the next pack would be put on top of this one
+            raise
+
+    def _set_up(self, *, compiled: bool, captured: bool, lengths_vary: bool, checkpointing: bool) -> None:
         self.optimizer = self.bank.make_optimizer()
+        self.sound = True  # whether every run is where its steps say, so that what it is can be kept
         self.jobs: list[Job | None] = [None] * len(self.bank.capacities)
         self.pending: deque[_Pending] = deque()
         self._lane_slots: dict[int, Tensor] = {}
@@ -227,6 +235,7 @@ class Pack:
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
         rows = {slot: _row(job) for slot, job in moving}
+        self.sound = False
         self.bank.sense({slot: job.done + 1 for slot, job in moving})
         self.optimizer.set(rows)
         norms = self.optimizer.step()
@@ -242,6 +251,7 @@ class Pack:
         assert losses is not None
         one_off = time.perf_counter() - began if self.warming else 0.0
         self.pending.append(_Pending(entries, len(losses), fetch(torch.cat([losses, norms])), one_off))
+        self.sound = True
 
     def drain(self, *, but: int = 0) -> Iterator[StepResult]:
         """Results of the steps since the last call, in order, except the last `but` steps. Waits for the device."""
@@ -402,13 +412,14 @@ def verified_head(base: BaseModel) -> Head:
     if base.model in _VERIFIED:
         softcap, divisor = _VERIFIED[base.model]
         return Head(base.model.get_output_embeddings(), softcap, divisor)
-    model, config = base.model, base.model.config
+    model, config = base.model, base.model.config.get_text_config()
     head = Head(
         model.get_output_embeddings(),
         softcap=getattr(config, "final_logit_softcapping", None),
         divisor=float(getattr(config, "logits_scaling", None) or 1.0),
     )
-    ids = torch.arange(12, device=next(model.parameters()).device).view(1, -1) % config.vocab_size
+    rows = model.get_input_embeddings().weight.shape[0]  # not every config says how many
+    ids = torch.arange(12, device=next(model.parameters()).device).view(1, -1) % rows
     with torch.no_grad(), eager():
         stock = model(input_ids=ids, use_cache=False).logits.float()
         ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
