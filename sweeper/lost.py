@@ -59,6 +59,7 @@ class Former:
 
 
 _ended: dict[str, bool] = {}  # runs that ended in this process, and whether they failed
+_gone: list[str] = []  # why this process can use its GPU no more
 
 
 def former() -> Former:
@@ -68,6 +69,17 @@ def former() -> Former:
         return Former(failed=tuple(plain["failed"]), in_a_row=int(plain["in_a_row"]), measure=bool(plain["measure"]))
     except (KeyError, ValueError, TypeError):
         return Former()
+
+
+def give_up(reason: str) -> None:
+    """Remembers that this process can use its GPU no more."""
+    _gone.append(reason)
+
+
+def check() -> None:
+    """Raises ContextLost where this process has lost its GPU already: whatever trains next is not to blame."""
+    if _gone:
+        raise ContextLost(_gone[0])
 
 
 def note(run_id: str, *, failed: bool) -> None:

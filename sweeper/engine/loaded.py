@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from sweeper import methods, tasks
-from sweeper.engine import probe
+from sweeper.engine import inputs, probe
 from sweeper.engine.batches import DataOrder
 from sweeper.engine.context import Context
 from sweeper.engine.evaluate import EvaluatedSplit
@@ -16,6 +16,7 @@ from sweeper.models import BaseModel, budget, is_tied
 from sweeper.models.architecture import Target, number_of_layers
 from sweeper.ranks import allocation, importance, placement
 from sweeper.spec import RunSpec
+from sweeper.tasks import general_text
 
 
 class Loaded:
@@ -30,7 +31,7 @@ class Loaded:
         self.scores: dict[str, dict[str, EvaluatedSplit]] = {}
         self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self._probes: dict[str, probe.Probe] = {}
-        self._packed = False
+        self._packed = self._general = False
 
     def prepare(self, request: RunRequest) -> Prepared:
         """A run with its modules, ranks and tokens.
@@ -93,7 +94,12 @@ class Loaded:
         key = repr(spec.dataset)
         if key not in self._encoded:
             model_key = f"{spec.model.source}:{spec.model.location}@{spec.model.revision}"
-            self._encoded[key] = tasks.encode(
+            found = tasks.encode(
                 spec.dataset, self.base.tokenizer, model_key=model_key, cache=self.context.cache / "tokens"
             )
+            inputs.check(self.base, spec.dataset, found)
+            self._encoded[key] = found
+        if general_text.SPLIT in spec.evaluation.splits and not self._general:
+            inputs.check_general(self.base)
+            self._general = True
         return self._encoded[key]

@@ -74,6 +74,7 @@ class Session:
     """What one device trains for one command. `train` is the whole interface."""
 
     def __init__(self, settings: Settings, should_stop: Callable[[], bool]) -> None:
+        lost.check()
         self.context = Context(settings, should_stop)
         self.loaded: Loaded | None = None
         self.queue: RunQueue | None = None
@@ -101,11 +102,13 @@ class Session:
         try:
             while more and not self.context.should_stop():
                 more = yield from self._turn(source)
-        except ContextLost:
+        except ContextLost as error:
+            lost.give_up(error.reason)
             raise
         except Exception as error:
             if not self.context.lost(error):
                 raise
+            lost.give_up(first_line(error))
             if self.queue is not None:
                 yield from self.queue.problems()
             raise ContextLost(first_line(error)) from error

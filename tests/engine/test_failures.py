@@ -19,6 +19,12 @@ from sweeper.spec import RunSpec
 from sweeper.tasks import metrics
 
 
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one process remembers is another's in the next test."""
+    monkeypatch.setattr(lost, "_gone", [])
+
+
 @pytest.fixture
 def specs(make_run: Callable[..., RunSpec]) -> list[RunSpec]:
     return [
@@ -361,6 +367,7 @@ def test_processes_find_the_run_that_loses_the_gpu(
     card = Card(monkeypatch, {bad.run_id}, at)
     for _ in range(8):
         card.dead = False
+        lost._gone.clear()
         waiting = [spec for spec in specs if record.status(study / spec.run_id) is None]
         try:
             run_all(waiting, "lost", checkpoint_seconds=1e-9)
@@ -393,6 +400,9 @@ def test_a_gpu_that_was_lost_by_chance_costs_no_run(
         with pytest.raises(ContextLost):
             run_all(specs, "lost")
         assert len(card.tried) == 1
+    with pytest.raises(ContextLost):  # whatever is asked of this process
+        run_all(specs, "lost")
+    lost._gone.clear()
     sizes, whole = list[int](), Pack.step
 
     def stepped(pack: Pack) -> None:
@@ -432,6 +442,7 @@ def test_a_measurement_that_loses_the_gpu_is_not_made_again(
     with pytest.raises(ContextLost) as caught:
         run_all(specs, calibrate=True)
     assert caught.value.measuring
+    lost._gone.clear()
     monkeypatch.setenv(lost.VARIABLE, '{"failed": [], "in_a_row": 1, "measure": false}')
     events = run_all(specs, calibrate=True)
     assert set(ends(events).values()) == {"completed"}
@@ -447,6 +458,7 @@ def test_a_model_that_loses_the_gpu_twice_fails_its_runs(
     with pytest.raises(ContextLost):
         run_all(specs[:2])
     assert not list(tmp_path.rglob(record.RECORD))
+    lost._gone.clear()
     monkeypatch.setenv(lost.VARIABLE, '{"failed": [], "in_a_row": 1, "measure": true}')
     with pytest.raises(ContextLost):
         run_all(specs[:2])
