@@ -18,8 +18,8 @@ VARIABLE = "SWEEPER_GOES_ON"
 MOST_IN_A_ROW = 10  # processes that lose the device before a run of theirs ends; a pack of 512 is halved in nine
 
 SIGNS = (
-    "device-side assert", "illegal memory access", "misaligned address", "illegal instruction", "invalid program counter",
-    "hardware stack error", "address space", "unspecified launch failure", "launch timed out", "uncorrectable",
+    "device-side assert", "illegal memory access", "misaligned address", "illegal instruction",
+    "invalid program counter", "hardware stack error", "address space", "unspecified launch failure", "launch timed out", "uncorrectable",
     "context is destroyed", "hardware error",
 )  # fmt: skip
 
@@ -112,9 +112,7 @@ def go_on(error: ContextLost, *, without: tuple[str, ...] = ()) -> None:
         print(f"error: {in_a_row} processes in a row lost the GPU before a run ended", file=sys.stderr)
         return
     failed = [run_id for run_id, bad in _ended.items() if bad]
-    after = Former(
-        failed=(*before.failed, *failed), in_a_row=in_a_row, measure=before.measure and not error.measuring
-    )
+    after = Former(failed=(*before.failed, *failed), in_a_row=in_a_row, measure=before.measure and not error.measuring)
     left_out = {*without, "WANDB_SERVICE"}  # names a server that belongs to this process
     environment = {key: value for key, value in os.environ.items() if key not in left_out}
     environment[VARIABLE] = json.dumps(dataclasses.asdict(after))

@@ -281,8 +281,8 @@ class Session:
                     raise ContextLost(first_line(error), measuring=True) from error
 
     def _train_pack(
-        self, loaded: Loaded, queue: RunQueue, *, limit: int, options: dict[str, Any], solo: Mapping[str, calibrate.Solo],
-        probes: Sequence[Prepared] = (), until: Mapping[str, int] | None = None,
+        self, loaded: Loaded, queue: RunQueue, *, limit: int, options: dict[str, Any],
+        solo: Mapping[str, calibrate.Solo], probes: Sequence[Prepared] = (), until: Mapping[str, int] | None = None,
     ) -> Generator[Made, None, Broken | None]:  # fmt: skip
         """Trains one pack until nothing is left for it, or for a trial `until` some steps. Says if and how it broke.
 

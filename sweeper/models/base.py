@@ -154,8 +154,8 @@ def _check_plain(spec: ModelSpec) -> None:
         return
     kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     raise ModelError(
-        f"model={spec.name}: the weights in {spec.location} are quantised already ({getattr(kind, 'value', kind)}). Give "
-        "a plain checkpoint of the model; method=qlora quantises one to 4 bits as it loads it"
+        f"model={spec.name}: the weights in {spec.location} are quantised already ({getattr(kind, 'value', kind)}). "
+        "Give a plain checkpoint of the model; method=qlora quantises one to 4 bits as it loads it"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from sweeper import naming
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Step
-from sweeper.errors import SpecError, first_line, gist, unknown
+from sweeper.errors import SpecError, SweeperError, first_line, gist, unknown
 from sweeper.record import TENSORBOARD, Record
 from sweeper.spec import Settings, to_mapping
 
@@ -97,7 +97,8 @@ class Tracker:
             self.logs.pop(run_id, None)
             self.in_a_row += 1
             more = "; no run is logged any more" if self.in_a_row >= MOST_LOST else ""
-            self.say(f"tracking: {run_id} is not logged from here on ({type(error).__name__}: {gist(error)}){more}")
+            kind = "" if isinstance(error, SweeperError) else f"{type(error).__name__}: "
+            self.say(f"tracking: {run_id} is not logged from here on ({kind}{gist(error)}){more}")
 
     def _log(self, run_id: str) -> RunLog:
         if run_id not in self.logs:

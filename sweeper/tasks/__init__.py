@@ -257,8 +257,8 @@ def _refusal(spec: DatasetSpec, error: Exception) -> str:
     """Why text cannot be made tokens; a chat template says that itself."""
     if spec.template == "chat" and not isinstance(error, UnicodeError):
         return (
-            f"the model's chat template raises {type(error).__name__} ({gist(error)}); dataset.template=alpaca and plain "
-            "do without it"
+            f"the model's chat template raises {type(error).__name__} ({gist(error)}); dataset.template=alpaca and "
+            "plain do without it"
         )
     return f"cannot be tokenised ({type(error).__name__}: {gist(error)})"
 

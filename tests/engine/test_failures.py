@@ -227,7 +227,9 @@ def test_a_metric_that_raises_fails_the_runs_that_ask_for_it(
     failed(tmp_path / "study", asking, "ZeroDivisionError", "division by zero")
 
 
-@pytest.mark.parametrize("error", [TypeError("TextEncodeInput must be"), AttributeError("no vocab_size"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [TypeError("TextEncodeInput must be"), AttributeError("no vocab_size"), MemoryError()]
+)
 def test_an_error_while_a_run_is_prepared_is_its_own(
     error: Exception, specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
