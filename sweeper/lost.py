@@ -19,7 +19,8 @@ MOST_IN_A_ROW = 10  # processes that lose the device before a run of theirs ends
 
 SIGNS = (
     "device-side assert", "illegal memory access", "misaligned address", "illegal instruction",
-    "invalid program counter", "hardware stack error", "address space", "unspecified launch failure", "launch timed out", "uncorrectable",
+    "invalid program counter", "hardware stack error", "address space", "unspecified launch failure",
+    "launch timed out", "uncorrectable",
     "context is destroyed", "hardware error",
 )  # fmt: skip
 

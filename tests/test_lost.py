@@ -47,8 +47,8 @@ def train(root: Path, cwd: Path, *arguments: str, device: str = "cpu") -> subpro
     env |= {"SWEEPER_CACHE": str(cwd / "cache"), "PYTHONPATH": str(root)}
     common = ["experiment=smoke", "placement=attn", f"trainer.device={device}", "trainer.precision=float32"]
     return subprocess.run(
-        [sys.executable, "-c", code, *common, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=240,
-        check=False,
+        [sys.executable, "-c", code, *common, *arguments],
+        cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
 
 
@@ -150,12 +150,8 @@ def test_an_environment_that_makes_no_sense_is_as_none(text: str, monkeypatch: p
 def test_signs_of_a_lost_context() -> None:
     assert lost.is_sign(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert lost.is_sign(ContextLost("assert"))
-    try:
-        try:
-            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
-        finally:
-            raise KeyError("weight")
-    except KeyError as error:
-        assert lost.is_sign(error)
+    later = KeyError("weight")
+    later.__context__ = RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    assert lost.is_sign(later)
     for harmless in ("CUDA out of memory. Tried to allocate 8 GiB", "CUDA error: invalid argument", "an assert"):
         assert not lost.is_sign(RuntimeError(harmless))

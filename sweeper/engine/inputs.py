@@ -1,6 +1,7 @@
 """What a model is given is looked at on the host: on a GPU an index out of range ends the process."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from sweeper import tasks
 from sweeper.errors import DataError
@@ -27,7 +28,8 @@ def check_general(base: BaseModel) -> None:
 
 
 def _check(base: BaseModel, examples: Iterable[Encoded], where: Callable[[Encoded], str]) -> None:
-    rows = base.model.get_input_embeddings().weight.shape[0]
+    embedding: Any = base.model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     most = learned_positions(base.spec)
     for example in examples:
         for ids in (example.input_ids, *(choice.ids for choice in example.choices)):

@@ -418,7 +418,8 @@ def verified_head(base: BaseModel) -> Head:
         softcap=getattr(config, "final_logit_softcapping", None),
         divisor=float(getattr(config, "logits_scaling", None) or 1.0),
     )
-    rows = model.get_input_embeddings().weight.shape[0]  # not every config says how many
+    embedding: Any = model.get_input_embeddings()  # not every config says how many rows that has
+    rows = embedding.weight.shape[0]
     ids = torch.arange(12, device=next(model.parameters()).device).view(1, -1) % rows
     with torch.no_grad(), eager():
         stock = model(input_ids=ids, use_cache=False).logits.float()

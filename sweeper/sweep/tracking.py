@@ -1,5 +1,6 @@
 """Where curves and summaries go besides the study folder: nowhere, Weights & Biases, TensorBoard."""
 
+import functools
 import importlib.util
 import math
 import re
@@ -33,8 +34,8 @@ OpenLog = Callable[[str, str, Mapping[str, Any]], RunLog]
 class Tracker:
     """Feeds events to one log a run; several are open at once where runs are packed.
 
-    A run whose log raises is not logged any more, and after `MOST_LOST` of them in a row none is: no tracker ends a
-    sweep.
+    A run whose log raises is not logged any more, and after `MOST_LOST` of them in a row none is begun: no tracker
+    ends a sweep.
 
     Args:
         fields: what runs are named by, besides placement and rank.
@@ -73,21 +74,20 @@ class Tracker:
             case RunFinished(record=record):
                 failed = record.status == "failed"
                 self._tell(record.run_id, lambda: self._log(record.run_id).close(summary(record), failed=failed))
-                self.logs.pop(record.run_id, None)
-                if record.run_id not in self.lost:
+                if self.logs.pop(record.run_id, None) is not None:
                     self.in_a_row = 0
             case _:
                 pass
 
     def close(self) -> None:
         """Ends the logs of runs that were stopped."""
-        for run_id in list(self.logs):
-            self._tell(run_id, lambda run_id=run_id: self.logs[run_id].close({}, failed=True))
+        for run_id, log in list(self.logs.items()):
+            self._tell(run_id, functools.partial(log.close, {}, failed=True))
             self.logs.pop(run_id, None)
 
     def _tell(self, run_id: str, what: Callable[[], None]) -> None:
         """Has something logged, if the run still is."""
-        if run_id in self.lost or self.in_a_row >= MOST_LOST:
+        if run_id in self.lost or (run_id not in self.logs and self.in_a_row >= MOST_LOST):
             return
         try:
             self._log(run_id)
@@ -96,7 +96,7 @@ class Tracker:
             self.lost.add(run_id)
             self.logs.pop(run_id, None)
             self.in_a_row += 1
-            more = "; no run is logged any more" if self.in_a_row >= MOST_LOST else ""
+            more = "; nor are runs that begin later" if self.in_a_row >= MOST_LOST else ""
             kind = "" if isinstance(error, SweeperError) else f"{type(error).__name__}: "
             self.say(f"tracking: {run_id} is not logged from here on ({kind}{gist(error)}){more}")
 

@@ -274,8 +274,8 @@ def test_a_lost_gpu_ends_the_command_only_where_more_is_to_be_trained(
     monkeypatch.setenv(lost.VARIABLE, before)
     with pytest.raises(RunsFailed, match="2 of 2 runs failed"):
         launch.train(grouped(specs[:2]), study, engine=losing)
+    monkeypatch.setenv(lost.VARIABLE, before.replace("]", f', "{specs[1].run_id}"]'))
     with pytest.raises(RunsFailed, match="1 of 3 runs failed"):  # what failed before is not tried again
-        monkeypatch.setenv(lost.VARIABLE, before.replace("]", f', "{specs[1].run_id}"]'))
         launch.train(grouped(specs[1:]), study, engine=engine)
     monkeypatch.delenv(lost.VARIABLE)
     launch.train(grouped(specs), study, engine=engine)  # but by the next command

@@ -208,7 +208,7 @@ def test_a_tracker_that_logs_nothing_is_not_asked_for_ever(make_spec: Callable[.
         tracker(RunQueued(run_id=spec.run_id, spec=spec, arm=""))
         tracker(RunStarted(run_id=spec.run_id, steps=2))
     assert len(asked) == len(said) == tracking.MOST_LOST
-    assert said[-1].endswith("; no run is logged any more")
+    assert said[-1].endswith("; nor are runs that begin later")
 
 
 def test_a_tracker_that_cannot_be_used_is_met_before_work(study: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
