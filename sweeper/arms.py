@@ -153,10 +153,19 @@ def single(spec: RunSpec) -> Arm:
 
 def grouped(specs: Sequence[RunSpec]) -> list[Arm]:
     """Specs as arms of a plain grid; those that differ only in their seed are one arm."""
-    found: dict[str, list[RunSpec]] = {}
-    for spec in specs:
-        found.setdefault(single(spec).key, []).append(spec)
-    return [replace(single(same[0]), defaults=tuple(same)) for same in found.values()]
+    return merged([single(spec) for spec in specs])
+
+
+def merged(arms: Sequence[Arm]) -> list[Arm]:
+    """Arms of one key as one arm: those that were given a seed each, say. A run is in it once."""
+    found: dict[str, Arm] = {}
+    for arm in arms:
+        former = found.get(arm.key)
+        known = () if former is None else former.defaults
+        new = dict.fromkeys(spec.run_id for spec in known)
+        more = {spec.run_id: spec for spec in arm.defaults if spec.run_id not in new}
+        found[arm.key] = replace(former or arm, defaults=(*known, *more.values()))
+    return list(found.values())
 
 
 def labels(arms: Sequence[Arm]) -> dict[str, str]:

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from sweeper import lost
 from sweeper.errors import Problems, SweeperError, unknown
+from sweeper.lost import ContextLost
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -46,13 +48,21 @@ def put_flags_last() -> None:
 def run(main: Callable[[], object]) -> int:
     """Calls Hydra's main and returns the exit code: 0, 1 runs failed, 2 bad input, 130 interrupted.
 
+    A process that can use its GPU no more is replaced by a fresh one of the same command.
+
     Set HYDRA_FULL_ERROR=1 for tracebacks.
     """
     atexit.register(gc.freeze)  # or the interpreter looks through all that the imports made once more before it goes
     # threads that spin while they wait make a step many times slower on cores that are shared with other work
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if os.environ.get(FULL) == "1":
-        main()
+        try:
+            main()
+        except (ContextLost, Quit) as error:
+            cause = error.error if isinstance(error, Quit) else error
+            if isinstance(cause, ContextLost):
+                lost.go_on(cause)
+            raise
         return 0
     os.environ[FULL] = "1"  # makes Hydra raise instead of printing its own account
     try:
@@ -88,7 +98,7 @@ def train(cfg: "DictConfig") -> float | None:
     try:
         return launch.train_one(*compose.from_config(cfg, chosen=hydra.runtime.choices))
     except SweeperError as error:
-        if hydra.mode == RunMode.RUN:
+        if hydra.mode == RunMode.RUN or isinstance(error, ContextLost):  # no job of this process can go on
             raise Quit(error) from None
         raise
 
@@ -110,6 +120,8 @@ def _from_hydra(error: BaseException) -> bool:
 
 
 def _report(error: SweeperError) -> int:
+    if isinstance(error, ContextLost):
+        lost.go_on(error, without=(FULL,))
     for line in error.lines:
         print(f"error: {line}", file=sys.stderr)
     return error.exit_code

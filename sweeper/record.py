@@ -22,6 +22,7 @@ ADAPTER = "adapter"
 WEIGHTS = "weights"
 SPECTRA = "spectra.json"
 CHECKPOINT = "checkpoint.safetensors"
+TRACEBACK = "traceback.txt"
 
 # what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
 TENSORBOARD, WANDB = "tensorboard", "wandb"
@@ -105,6 +106,8 @@ class Record:
 
     `saved` says which weights were scored "after" and saved: those of which `step`, whether a moving `average` of them,
     and whether the run was `stopped_early`.
+
+    `error` of a failed run: its `class`, its `message`, and as `traceback` the file beside the record that has it all.
 
     `search` is empty for a run of a plain grid; else `arm` and `trial` say which trial it was of, `tuned` names the
     tuned fields, and `purpose` says whether it was one of those tried ("trial") or the best again on fresh seeds

@@ -30,6 +30,15 @@ def clock_time(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds with a decimal, or with three digits where that would leave few of them: 12.3, 0.0417.
+
+    >>> [duration(value) for value in (1234.5, 12.34, 0.0417, 0.0)]
+    ['1234.5', '12.3', '0.0417', '0']
+    """
+    return f"{seconds:.1f}" if seconds >= 9.95 else f"{seconds:.3g}"
+
+
 def size(count: float) -> str:
     """Bytes for people, in binary units."""
     for unit in ("B", "KiB", "MiB"):

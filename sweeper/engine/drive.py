@@ -6,22 +6,26 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-
-from safetensors import SafetensorError
+from typing import TypeVar
 
 from sweeper.engine import checkpoint
 from sweeper.engine.bank.interface import Saved
 from sweeper.engine.calibrate import Solo
 from sweeper.engine.evaluate import EvaluatedSplit, evaluate, queue_evaluation
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.engine.failure import MEMORY, Failure
 from sweeper.engine.loaded import Loaded
 from sweeper.engine.pack import Job, Pack, StepResult
-from sweeper.engine.progress import Progress
+from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.run_queue import RunQueue
 from sweeper.errors import gist
 from sweeper.spec import RunSpec
 
+T = TypeVar("T")
 Made = Event | Callable[[], Event | None]  # an event, or what the reader of events does (and perhaps makes one of)
+
+Group = Sequence[tuple[int, Progress]]  # slots and their runs, of one dataset and evaluation
+Scoring = Callable[[], list[EvaluatedSplit]]
 
 VALIDATION = "validation"
 # steps that a CUDA device is given before it has done the first, so that it need not wait for the host: as many as
@@ -33,19 +37,24 @@ WAIT_SECONDS = 0.2  # between looks whether to stop, while a pack waits to hear 
 
 
 class Drive:
-    """A pack and the runs in its slots. `fill`, then `go`; `running` are those that are in it."""
+    """A pack and the runs in its slots. `fill`, then `go`; `running` are those that are in it.
+
+    What one run alone is the reason of ends as its failure, and the others go on. What the whole pack raises, what may
+    be for want of memory, and the loss of the device go to the caller.
+    """
 
     def __init__(self, loaded: Loaded, pack: Pack, queue: RunQueue, solo: Mapping[str, Solo]) -> None:
         self.loaded, self.context = loaded, loaded.context
         self.pack, self.queue, self.solo = pack, queue, solo
         self.running: dict[str, Progress] = {}
         self.clock = Clock(pack, self.running)
+        self.left = False  # whether runs have left their slots of which the reader of events does not know yet
         self.told: threading.Event | None = None  # set when the reader of events knows which runs have ended
         self.arrival_seconds = 0.0  # that the host took to put the latest runs in their slots, each
 
     def fill(self) -> Iterator[Made]:
         """Puts runs into the slots that are free."""
-        arrived = []
+        arrived, refused = [], []
         began = time.perf_counter()
         with self.context.timeline.span("refill"):
             self.queue.want(len(self.pack.jobs) - len(self.pack.active))
@@ -53,19 +62,66 @@ class Drive:
                 slot = self.pack.free_slot(run.job.adapter)
                 if slot is None:
                     continue
-                self.pack.add(run.job, slot)
+                failure = self._add(run, slot)
                 self.queue.waiting.remove(run)
-                self.running[run.request.run_id] = progress = Progress(run.request, run)
-                arrived.append(progress)
+                progress = Progress(run.request, run)
+                if failure is None:
+                    self.running[run.request.run_id] = progress
+                    arrived.append(progress)
+                else:
+                    refused.append((progress, failure))
         if arrived:
             self.arrival_seconds = (time.perf_counter() - began) / len(arrived)
         yield from self.queue.problems()
+        for progress, failure in refused:
+            yield self.context.failed(progress, failure)
         for progress in arrived:
             if (said := progress.made_with(self.context.environment(self.pack))) is not None:
                 yield Stage(message=said)
             yield RunStarted(run_id=progress.request.run_id, steps=progress.prepared.job.steps)
+        failed: list[tuple[Progress, Failure]] = []
         for progress in arrived:
-            yield from self._score_base(progress)
+            try:
+                yield from self._score_base(progress)
+            except Exception as error:
+                failed.append((progress, self._own(error)))
+        yield from self._fail(failed)
+        # a pack that broke while it was scored broke after the step
+        yield from self._evaluate_midway(but=lambda run: run not in arrived or run.has_scores(_moment(run)))
+        if refused or failed:
+            yield from self._tell()
+
+    def _add(self, run: Prepared, slot: int) -> Failure | None:
+        """Puts a run into a slot; or says why that cannot be done with it."""
+        try:
+            self.pack.add(run.job, slot)
+        except Exception as error:
+            failure = self._own(error)
+            self.pack.bank.release(slot)
+            return failure
+        return None
+
+    def _own(self, error: Exception) -> Failure:
+        """An error that one run is the reason of; raises others again."""
+        if isinstance(error, MEMORY) or self.context.lost(error):
+            raise error
+        return Failure.of(error)
+
+    def _fail(self, failed: Sequence[tuple[Progress, Failure]]) -> Iterator[Made]:
+        """Runs that failed leave their slots."""
+        if not failed:
+            return
+        yield from self._catch_up()
+        for progress, failure in failed:
+            run_id = progress.request.run_id
+            self.pack.remove(next(slot for slot, job in self.pack.active if job.run_id == run_id))
+            del self.running[run_id]
+            yield self.context.failed(progress, failure)
+
+    def _tell(self) -> Iterator[Made]:
+        """Has it said when the reader of events knows which runs have ended."""
+        self.told = threading.Event()
+        yield self.told.set
 
     def _score_base(self, progress: Progress) -> Iterator[Made]:
         """A fresh adapter is the identity, so all runs on a dataset share the base model's scores."""
@@ -84,8 +140,12 @@ class Drive:
         for split, found in self.loaded.scores[key].items():
             yield self._scored(progress, split, "before", found)
 
-    def go(self) -> Iterator[Made]:
-        """Steps until all slots are empty and nothing follows, or until a stop is asked for."""
+    def go(self, until: Mapping[str, int] | None = None) -> Iterator[Made]:
+        """Steps until all slots are empty and nothing follows, or until a stop is asked for.
+
+        Args:
+            until: for a trial, run id -> the steps that it is to have done; when all have, what trains is kept.
+        """
         saved = asked = time.monotonic()
         while self.pack.active or self.told is not None:
             if self.told is not None and (self.told.is_set() or not self.pack.active):
@@ -96,6 +156,9 @@ class Drive:
                 yield from self.checkpoint()
                 return
             yield from self._step()
+            if until is not None and self.told is None and self._reached(until):
+                yield from self.settle()
+                return
             now = time.monotonic()
             if self.told is None and self._has_room() and now - asked > ASK_SECONDS:
                 yield from self.fill()
@@ -105,6 +168,15 @@ class Drive:
                 yield from self.checkpoint()
                 saved = now
                 self.clock.restart()
+
+    def settle(self) -> Iterator[Made]:
+        """Keeps every run as it is after the steps there were."""
+        for result in list(self.pack.drain()):
+            yield self.running[result.job.run_id].note_step(result, 0.0)
+        yield from self.checkpoint()
+
+    def _reached(self, until: Mapping[str, int]) -> bool:
+        return all(job.done >= until.get(job.run_id, 0) for _, job in self.pack.active)
 
     def _step(self) -> Iterator[Made]:
         """One step of all, and what it leads to: scores, runs that are pruned, runs that end."""
@@ -123,8 +195,9 @@ class Drive:
         ended = self._ended()
         if ended:
             yield from self._finish(ended)
-            self.told = threading.Event()
-            yield self.told.set
+        if self.left:
+            self.left = False
+            yield from self._tell()
 
     def _follow(self) -> Iterator[Made]:
         """Fills slots when it is known what became of the runs that left them: their successors may depend on it."""
@@ -164,50 +237,89 @@ class Drive:
     def _has_room(self) -> bool:
         return self.queue.more and len(self.pack.active) < len(self.pack.jobs)
 
-    def _evaluate_midway(self) -> Iterator[Made]:
+    def _evaluate_midway(self, but: Callable[[Progress], bool] = lambda run: False) -> Iterator[Made]:
+        """Scores the runs that are due for it, except some."""
         active = [(slot, self.running[job.run_id]) for slot, job in self.pack.active if not job.halted]
-        due = [(slot, run) for slot, run in active if _due(run.request.spec, run.prepared.job)]
+        due = [(slot, run) for slot, run in active if _due(run.request.spec, run.prepared.job) and not but(run)]
         if not due:
             return
         groups = _by_dataset(due)
         with self.context.timeline.span("evaluate"):
-            begun = [
-                queue_evaluation(
-                    self.pack, [slot for slot, _ in group], group[0][1].prepared, VALIDATION, generation=False
-                )
-                for group in groups
-            ]
+            begun = [self._begin_midway(group) for group in groups]
         yield from self._catch_up()  # only now: a GPU has more to do
-        for group, results in zip(groups, begun, strict=True):
+        failed: list[tuple[Progress, Failure]] = []
+        for group, scores in zip(groups, begun, strict=True):
             with self.context.timeline.span("evaluate"):
-                found = results()
-            for (slot, progress), result in zip(group, found, strict=True):
-                yield self._scored(progress, VALIDATION, str(progress.prepared.job.done), result)
+                found, bad = self._score(group, self._queue_midway, scores)
+            failed += bad
+            for slot, progress, result in found:
+                yield self._scored(progress, VALIDATION, _moment(progress), result)
                 job = progress.prepared.job
                 if job.adapter.keep_best and job.adapter.saveable(job.done) and progress.judge(result.score.nll):
                     self.pack.bank.keep_best(slot)
+        yield from self._fail(failed)
+        self.left = self.left or bool(failed)
         self.clock.restart()
 
+    def _queue_midway(self, group: Group) -> Scoring:
+        slots = [slot for slot, _ in group]
+        return queue_evaluation(self.pack, slots, group[0][1].prepared, VALIDATION, generation=False)
+
+    def _begin_midway(self, group: Group) -> Scoring | None:
+        """What gives the scores of a group; None where it cannot even be asked for."""
+        try:
+            return self._queue_midway(group)
+        except Exception as error:
+            self._own(error)
+            return None
+
+    def _score(
+        self, group: Group, score: Callable[[Group], Scoring], begun: Scoring | None = None
+    ) -> tuple[list[tuple[int, Progress, EvaluatedSplit]], list[tuple[Progress, Failure]]]:
+        """Scores a group at once; where that raises, its halves, until whoever raises is alone and has failed.
+
+        Args:
+            begun: what gives the scores of the whole group, where that was asked for already.
+        """
+        try:
+            found = (begun or score(group))()
+        except Exception as error:
+            failure = self._own(error)
+        else:
+            return [(slot, progress, one) for (slot, progress), one in zip(group, found, strict=True)], []
+        if len(group) == 1:
+            return [], [(group[0][1], failure)]
+        halves = [self._score(half, score) for half in halved(group)]
+        return [one for found, _ in halves for one in found], [one for _, failed in halves for one in failed]
+
     def _finish(self, ended: Sequence[tuple[int, Job]]) -> Iterator[Made]:
+        self.left = True
         leaving = [(slot, self.running[job.run_id]) for slot, job in ended]
         whole = [(slot, progress) for slot, progress in leaving if not (progress.diverged or progress.pruned)]
         if whole:
             yield from self._catch_up()
-        began = time.perf_counter()
+        began, size = time.perf_counter(), len(self.running)
         for slot, progress in whole:
             if progress.best is not None:
                 self.pack.bank.take_best(slot)
+        scored = len(whole)
         for group in _by_dataset(whole):
             for split in group[0][1].request.spec.evaluation.splits:
                 with self.context.timeline.span("evaluate"):
-                    found = evaluate(self.pack, [slot for slot, _ in group], group[0][1].prepared, split)
-                for (_, progress), result in zip(group, found, strict=True):
+                    found, failed = self._score(group, functools.partial(self._queue_final, split))
+                yield from self._fail(failed)
+                bad = [progress for progress, _ in failed]
+                group = [entry for entry in group if entry[1] not in bad]
+                for _, progress, result in found:
                     yield self._scored(progress, split, "after", result)
-        share = (time.perf_counter() - began) / max(len(whole), 1)
+                if not group:
+                    break
+        share = (time.perf_counter() - began) / max(scored, 1)
         if whole:
             self.clock.restart()
-        size = len(self.running)
         for slot, progress in leaving:
+            if progress.request.run_id not in self.running:
+                continue  # it failed
             progress.eval_seconds += share if (slot, progress) in whole else 0.0
             progress.pack_runs = max(progress.pack_runs, size)
             weights = self.pack.bank.saved(slot, progress.prepared.job.adapter, values=not progress.pruned)
@@ -215,13 +327,18 @@ class Drive:
             self.pack.remove(slot)
             del self.running[progress.request.run_id]
 
-    def _write(self, progress: Progress, weights: Saved) -> Event:
+    def _queue_final(self, split: str, group: Group) -> Scoring:
+        return lambda: evaluate(self.pack, [slot for slot, _ in group], group[0][1].prepared, split)
+
+    def _write(self, progress: Progress, weights: Saved) -> Event | None:
         context, pack = self.context, self.pack
         solo = self.solo.get(progress.prepared.shape)
         try:
             record = progress.write(context.settings, weights(), solo, pack, context.environment(pack))
-        except (OSError, SafetensorError) as error:
-            return context.failed(progress, error)
+        except Exception as error:
+            if context.lost(error):  # what it has learnt is gone; whoever trains meets the same
+                return None
+            return context.failed(progress, Failure.of(error))
         return RunFinished(record=record)
 
     def _scored(self, progress: Progress, split: str, moment: str, found: EvaluatedSplit) -> Evaluated:
@@ -236,7 +353,7 @@ class Drive:
             progress.prepared.keep(state, progress)
             try:
                 checkpoint.save(progress.request.folder, state, progress.saved())
-            except (OSError, SafetensorError) as error:
+            except Exception as error:
                 yield Stage(message=f"{job.run_id}: its checkpoint cannot be written: {gist(error)}")
 
     def _ended(self) -> list[tuple[int, Job]]:
@@ -291,9 +408,19 @@ def _due(spec: RunSpec, job: Job) -> bool:
     return _midway(spec, job.done)
 
 
+def _moment(progress: Progress) -> str:
+    return str(progress.prepared.job.done)
+
+
 def _midway(spec: RunSpec, done: int) -> bool:
     """Whether a run is evaluated after some steps."""
-    return spec.evaluation.every_steps > 0 and done % spec.evaluation.every_steps == 0
+    return spec.evaluation.every_steps > 0 and done > 0 and done % spec.evaluation.every_steps == 0
+
+
+def halved(items: Sequence[T]) -> list[Sequence[T]]:
+    """Both halves of what there is, or the one thing."""
+    middle = len(items) // 2
+    return [part for part in (items[:middle], items[middle:]) if part]
 
 
 def _by_dataset(entries: Sequence[tuple[int, Progress]]) -> list[list[tuple[int, Progress]]]:

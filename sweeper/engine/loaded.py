@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from sweeper import identity, methods, models, tasks
 from sweeper.device import precision_name
-from sweeper.engine import export_proof, probe
+from sweeper.engine import export_proof, inputs, probe
 from sweeper.engine.batches import DataOrder
 from sweeper.engine.context import Context
 from sweeper.engine.evaluate import EvaluatedSplit
@@ -19,6 +19,7 @@ from sweeper.models import BaseModel, budget, is_tied
 from sweeper.models.architecture import Target, number_of_layers
 from sweeper.ranks import allocation, importance, placement
 from sweeper.spec import RunSpec
+from sweeper.tasks import general_text
 
 
 class Loaded:
@@ -36,7 +37,7 @@ class Loaded:
         self._contents: dict[str, str | None] = {}
         self._probes: dict[str, probe.Probe] = {}
         self._exports: dict[str, ExportProof] = {}
-        self._packed = False
+        self._packed = self._general = False
 
     def prepare(self, request: RunRequest) -> Prepared:
         """A run with its modules, ranks and tokens.
@@ -125,7 +126,12 @@ class Loaded:
         if key not in self._encoded:
             self._contents[key] = identity.confirmed(spec.dataset)
             model_key = models.tokens_key(spec.model)
-            self._encoded[key] = tasks.encode(
+            found = tasks.encode(
                 spec.dataset, self.base.tokenizer, model_key=model_key, cache=self.context.cache / "tokens"
             )
+            inputs.check(self.base, spec.dataset, found)
+            self._encoded[key] = found
+        if general_text.SPLIT in spec.evaluation.splits and not self._general:
+            inputs.check_general(self.base)
+            self._general = True
         return self._encoded[key]

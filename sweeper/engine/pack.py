@@ -120,7 +120,15 @@ class Pack:
         else:
             self.bank = AdapterBank(base.model, base.targets, capacities, self.device)
         self.bank.install()
+        try:
+            self._set_up(compiled=compiled, captured=captured, lengths_vary=lengths_vary, checkpointing=checkpointing)
+        except BaseException:
+            self.bank.uninstall()  # or the next pack would be put on top of this one
+            raise
+
+    def _set_up(self, *, compiled: bool, captured: bool, lengths_vary: bool, checkpointing: bool) -> None:
         self.optimizer = self.bank.make_optimizer()
+        self.sound = True  # whether every run is where its steps say, so that what it is can be kept
         self.jobs: list[Job | None] = [None] * len(self.bank.capacities)
         self.pending: deque[_Pending] = deque()
         self._lane_slots: dict[int, Tensor] = {}
@@ -226,6 +234,7 @@ class Pack:
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
         rows = {slot: _row(job) for slot, job in moving}
+        self.sound = False
         self.bank.sense({slot: job.done + 1 for slot, job in moving})
         self.optimizer.set(rows)
         norms = self.optimizer.step()
@@ -241,6 +250,7 @@ class Pack:
         assert losses is not None
         one_off = time.perf_counter() - began if self.warming else 0.0
         self.pending.append(_Pending(entries, len(losses), fetch(torch.cat([losses, norms])), one_off))
+        self.sound = True
 
     def drain(self, *, but: int = 0) -> Iterator[StepResult]:
         """Results of the steps since the last call, in order, except the last `but` steps. Waits for the device."""

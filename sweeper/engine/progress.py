@@ -1,5 +1,6 @@
 """One run on its way: what has been measured so far, and the folder it leaves in the end."""
 
+import errno
 import math
 import time
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sweeper import methods
-from sweeper.engine import checkpoint
+from sweeper.engine import checkpoint, suspects
 from sweeper.engine.bank.alone import AloneSpec, Learnt
 from sweeper.engine.bank.forms import AdapterSpec, Capacity
 from sweeper.engine.calibrate import Solo
@@ -18,21 +19,24 @@ from sweeper.engine.evaluate import EvaluatedSplit
 from sweeper.engine.events import Step
 from sweeper.engine.export import write_adapter, write_readme
 from sweeper.engine.export_proof import UNPROVED, ExportProof
+from sweeper.engine.failure import Failure
 from sweeper.engine.pack import Job, Pack, StepResult
 from sweeper.engine.probe import Probe
 from sweeper.engine.requests import RunRequest
-from sweeper.errors import first_line
+from sweeper.engine.suspects import Suspect
 from sweeper.identity import short
 from sweeper.models import total_parameters
 from sweeper.models.architecture import Target
 from sweeper.record import (
     METRICS,
     PREDICTIONS,
+    TRACEBACK,
     Efficiency,
     Module,
     Record,
     Score,
     remove_leftovers,
+    write_atomically,
     write_lines,
     write_record,
 )
@@ -57,6 +61,7 @@ class Prepared:
     exported: ExportProof = UNPROVED
     precision: str = ""
     content: Mapping[str, str | None] = field(default_factory=dict)
+    suspect: Suspect | None = None
 
     @property
     def capacity(self) -> Capacity:
@@ -76,6 +81,7 @@ class Prepared:
         Returns why it was not taken up, where it is not of this run.
         """
         remove_leftovers(self.request.folder)
+        self.suspect = suspects.read(self.request.folder)
         found = checkpoint.load(self.request.folder)
         adapter = self.job.adapter
         if found is None or self.job.done > 0:
@@ -260,8 +266,10 @@ class Progress:
             started=self.started,
             finished=_now(),
         )  # fmt: skip
+        (folder / TRACEBACK).unlink(missing_ok=True)  # of a former try
         write_record(folder, record)
         checkpoint.remove(folder)
+        suspects.clear(folder)
         return record
 
     def _modules(self, learnt: Learnt | None) -> tuple[Module, ...]:
@@ -320,8 +328,16 @@ class Progress:
             probe_flops=None if run.probe is None else run.probe.flops,
         )
 
-    def write_failure(self, settings: Settings, error: BaseException, environment: Mapping[str, Any]) -> Record:
-        """Records that the run failed, with the class and the first line of the message."""
+    def write_failure(self, settings: Settings, failure: Failure, environment: Mapping[str, Any]) -> Record:
+        """Records that the run failed: class and message, and the traceback in a file beside it.
+
+        Where its folder cannot be written either, the record is only returned.
+
+        Raises:
+            OSError: the disk is full, which would be the end of every other run as well.
+        """
+        folder = self.request.folder
+        error = {"class": failure.kind, "message": failure.message, "traceback": TRACEBACK}
         record = Record(
             run_id=self.request.run_id,
             study=settings.study,
@@ -330,13 +346,22 @@ class Progress:
             steps=self._done,
             environment=environment,
             search=self.request.search,
-            error={"class": type(error).__name__, "message": first_line(error)[:500]},
+            error=error,
             started=self.started,
             finished=_now(),
         )
-        self.request.folder.mkdir(parents=True, exist_ok=True)
-        write_record(self.request.folder, record)
+        try:
+            write_atomically(folder / TRACEBACK, failure.trace)
+            write_record(folder, record)
+            suspects.clear(folder)
+        except OSError as problem:
+            if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
         return record
+
+    def has_scores(self, moment: str) -> bool:
+        """Whether it was scored on the way, after so many steps."""
+        return any(row.get("moment") == moment for row in self.metrics)
 
 
 def _now() -> str:

@@ -1,15 +1,16 @@
 """The runs that wait for a slot."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from sweeper.engine import suspects
 from sweeper.engine.events import Event, Stage
+from sweeper.engine.failure import Failure
 from sweeper.engine.loaded import Loaded
 from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import Kind, RunRequest, Source
 from sweeper.engine.sharing import model_key, pack_key
-from sweeper.errors import SweeperError
 
 
 class RunQueue:
@@ -26,11 +27,14 @@ class RunQueue:
         self.kinds = {kind.key for kind in kinds}
         self.waiting: deque[Prepared] = deque()
         self.more = True
-        self.failures: list[tuple[RunRequest, Exception]] = []
+        self.failures: list[tuple[RunRequest, Failure]] = []
         self.aside: list[RunRequest] = []
         self.notes: list[str] = []
         for run in strays:
-            self._add(run)
+            try:
+                self._add(run)
+            except Exception as error:
+                self.failures.append((run.request, Failure.of(error)))
 
     def want(self, count: int) -> bool:
         """Asks for runs until `count` wait or there are none; returns whether any waits."""
@@ -48,22 +52,43 @@ class RunQueue:
         while self.notes:
             yield Stage(message=self.notes.pop(0))
         while self.failures:
-            request, error = self.failures.pop()
-            yield self.loaded.context.failed(Progress(request), error)
+            request, failure = self.failures.pop()
+            yield self.loaded.context.failed(Progress(request), failure)
+
+    def alone(self, runs: Iterable[Prepared]) -> "RunQueue":
+        """A queue of these runs and no others."""
+        queue = RunQueue(self.loaded, self.source, (), self.key, ())
+        queue.waiting.extend(runs)
+        queue.more = False
+        return queue
+
+    def take_suspects(self) -> list[list[Prepared]]:
+        """Takes out the runs that may have lost an earlier process its GPU; in parts that are to be tried together."""
+        parts: dict[str, list[Prepared]] = {}
+        for run in list(self.waiting):
+            if run.suspect is not None:
+                parts.setdefault(run.suspect.part, []).append(run)
+                self.waiting.remove(run)
+        return list(parts.values())
 
     def _prepare(self, request: RunRequest) -> None:
-        if model_key(request.spec) != self.loaded.key or self.loaded.must_wait(request.spec):
-            self.aside.append(request)
-            return
         try:
+            if (
+                model_key(request.spec) != self.loaded.key
+                or self.loaded.must_wait(request.spec)
+                or suspects.read(request.folder) is not None
+            ):
+                self.aside.append(request)
+                return
             run = self.loaded.prepare(request)
-        except (SweeperError, ValueError) as error:
-            self.failures.append((request, error))
-            return
-        if pack_key_of(run) != self.key:
-            self.aside.append(request)
-        else:
-            self._add(run)
+            if pack_key_of(run) != self.key:
+                self.aside.append(request)
+            else:
+                self._add(run)
+        except Exception as error:
+            self.failures.append((request, self.loaded.context.failure(error)))
+            if self.loaded.context.lost(error):
+                raise
 
     def _add(self, run: Prepared) -> None:
         said = run.resume()

@@ -2,24 +2,28 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sweeper import identity, methods, models
+from sweeper import identity, lost, methods, models
 from sweeper.device import precision_for, precision_name
-from sweeper.engine import calibrate, compilation, export
+from sweeper.engine import calibrate, compilation, export, suspects
 from sweeper.engine.ahead import ahead
 from sweeper.engine.bank.alone import AloneSpec
 from sweeper.engine.bank.forms import Capacity
 from sweeper.engine.batches import distinct_lengths
 from sweeper.engine.context import Context
-from sweeper.engine.drive import Drive, Made
+from sweeper.engine.drive import Drive, Made, halved
 from sweeper.engine.events import Event, Stage
+from sweeper.engine.failure import MEMORY, Failure
 from sweeper.engine.loaded import Loaded
 from sweeper.engine.memory import MOST, runs_that_fit
 from sweeper.engine.pack import Pack
@@ -27,7 +31,8 @@ from sweeper.engine.progress import Prepared, Progress
 from sweeper.engine.requests import Kind, RunRequest, Source
 from sweeper.engine.run_queue import RunQueue, pack_key_of
 from sweeper.engine.sharing import model_key
-from sweeper.errors import SweeperError
+from sweeper.errors import first_line, gist
+from sweeper.lost import ContextLost
 from sweeper.models import BaseModel
 from sweeper.models.architecture import number_of_layers
 from sweeper.spec import RunSpec, Settings
@@ -48,12 +53,32 @@ def most_at_once(kinds: Sequence[Kind], strays: Sequence[Prepared]) -> int:
     return int(min(sum(kind.most for kind in kinds), share)) + len(strays)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """A pack that broke.
+
+    Attributes:
+        runs: those that were in it, back at their last good state; none where the only one has failed.
+        until: run id -> the steps after which it has come further than it was.
+        size: how many there were room for.
+    """
+
+    failure: Failure
+    memory: bool = False
+    runs: Sequence[Prepared] = ()
+    until: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    size: int = 1
+
+
 class Session:
     """What one device trains for one command. `train` is the whole interface."""
 
     def __init__(self, settings: Settings, should_stop: Callable[[], bool]) -> None:
+        lost.check()
         self.context = Context(settings, should_stop)
         self.loaded: Loaded | None = None
+        self.queue: RunQueue | None = None
+        self.measures = settings.calibrate and lost.former().measure
         self.strays: list[RunRequest] = []  # handed out for a pack they could not join: a tuned batch size, say
 
     def train(self, source: Source) -> Iterator[Event]:
@@ -74,8 +99,19 @@ class Session:
             gc.freeze()  # or the many objects of the imports are looked through in the middle of training
             yield export.get_ready
         more = True
-        while more and not self.context.should_stop():
-            more = yield from self._turn(source)
+        try:
+            while more and not self.context.should_stop():
+                more = yield from self._turn(source)
+        except ContextLost as error:
+            lost.give_up(error.reason)
+            raise
+        except Exception as error:
+            if not self.context.lost(error):
+                raise
+            lost.give_up(first_line(error))
+            if self.queue is not None:
+                yield from self.queue.problems()
+            raise ContextLost(first_line(error)) from error
 
     def _turn(self, source: Source) -> Generator[Made, None, bool]:
         """Trains runs of one model that can share a pack; returns False where there are none left."""
@@ -89,8 +125,10 @@ class Session:
         kinds = [kind for kind in kinds if model_key(kind.spec) == key]
         strays = [request for request in self.strays if model_key(request.spec) == key]
         loaded = yield from self._load(key, (kinds or strays)[0].spec)
-        if isinstance(loaded, Exception):
+        if isinstance(loaded, Failure):
             yield from self._refuse(source, kinds, strays, loaded)
+            if loaded.kind == ContextLost.__name__:
+                raise ContextLost(loaded.message)
             return True
         groups = yield from self._alike(loaded, source, kinds, strays)
         if groups:
@@ -99,7 +137,7 @@ class Session:
                 time.sleep(IDLE_SECONDS)
         return True
 
-    def _load(self, key: str, spec: RunSpec) -> Generator[Made, None, Loaded | Exception]:
+    def _load(self, key: str, spec: RunSpec) -> Generator[Made, None, Loaded | Failure]:
         """The base model of a key, in place of the former one; or why it cannot be had."""
         if self.loaded is not None and self.loaded.key == key:
             return self.loaded
@@ -114,8 +152,10 @@ class Session:
                     dtype = fixed
                     del base  # its memory is free before it is read once more
                     base = methods.load_base(spec, dtype=dtype, device=self.context.device)
-        except (SweeperError, OSError, torch.OutOfMemoryError) as error:
-            return error.with_traceback(None)
+        except Exception as error:
+            if self.context.lost(error) and not lost.former().in_a_row:
+                raise  # the card may be better in a fresh process; if not, it is the model
+            return self.context.failure(error)
         if dtype != precision_for(self.context.device, spec.trainer.precision):
             said = f"trainer.precision=auto is {precision_name(dtype)} in this study, as in its first run"
             yield Stage(message=said)
@@ -123,7 +163,7 @@ class Session:
         return self.loaded
 
     def _refuse(
-        self, source: Source, kinds: Sequence[Kind], strays: Sequence[RunRequest], error: Exception
+        self, source: Source, kinds: Sequence[Kind], strays: Sequence[RunRequest], failure: Failure
     ) -> Iterator[Made]:
         """Records every run of some kinds as failed."""
         keys = {kind.key for kind in kinds}
@@ -131,7 +171,7 @@ class Session:
         found = list(strays)
         while found or (found := list(source.pull(REFUSED_AT_ONCE, keys).requests)):
             for request in found:
-                yield self.context.failed(Progress(request), error)
+                yield self.context.failed(Progress(request), failure)
             found = []
 
     def _alike(
@@ -145,22 +185,28 @@ class Session:
                 yield Stage(message=f"probing which modules matter on {kind.spec.dataset.name}")
             try:
                 run = loaded.prepare(sample)
-            except (SweeperError, ValueError) as error:
-                yield from self._refuse(source, [kind], [], error)
+                key = pack_key_of(run)
+            except Exception as error:
+                yield from self._refuse(source, [kind], [], self.context.failure(error))
+                if self.context.lost(error):
+                    raise
                 continue
-            members = groups.setdefault(pack_key_of(run), ([], [], []))
+            members = groups.setdefault(key, ([], [], []))
             members[0].append(kind)
             members[1].append(run)
             for spec in kind.others:
-                with contextlib.suppress(SweeperError, ValueError):
+                with contextlib.suppress(Exception):
                     members[1].append(loaded.prepare(dataclasses.replace(sample, run_id=spec.run_id, spec=spec)))
         for request in strays:
             try:
                 run = loaded.prepare(request)
-            except (SweeperError, ValueError) as error:
-                yield from self._refuse(source, [], [request], error)
+                key = pack_key_of(run)
+            except Exception as error:
+                yield from self._refuse(source, [], [request], self.context.failure(error))
+                if self.context.lost(error):
+                    raise
                 continue
-            groups.setdefault(pack_key_of(run), ([], [], []))[2].append(run)
+            groups.setdefault(key, ([], [], []))[2].append(run)
         return [(dict(key), *groups[key]) for key in sorted(groups, key=lambda key: (not groups[key][2], key))]
 
     def _train_alike(
@@ -173,22 +219,34 @@ class Session:
         options = {name: value for name, value in options.items() if name not in ("length", "alone")}
         samples = [*strays, *probes]
         options["lengths_vary"] = distinct_lengths([len(e.input_ids) for run in samples for e in run.job.examples]) > 1
-        queue = RunQueue(loaded, source, kinds, key, strays)
+        self.queue = queue = RunQueue(loaded, source, kinds, key, strays)
         taken = {run.request.run_id for run in strays}
         self.strays = [request for request in self.strays if request.run_id not in taken]
         at_once = 1 if alone else most_at_once(kinds, strays)
         options |= self._compilation(base, kinds, strays, samples, options["lengths_vary"])
         solo: dict[str, calibrate.Solo] = {}
-        if self.context.settings.calibrate and queue.want(1):
+        if self.measures and queue.want(1):
             yield from self._calibrate(base, samples, options, solo)
         measured = [(run, solo.get(run.shape)) for run in samples]
-        limit = runs_that_fit(base, measured, self.context.settings, self.context.device, at_once=at_once)
-        moved = False
+        try:
+            limit = runs_that_fit(base, measured, self.context.settings, self.context.device, at_once=at_once)
+        except Exception as error:
+            yield Stage(message=f"how many runs fit together cannot be told, so one at a time: {gist(error)}")
+            limit = 1
+        train = functools.partial(self._train_pack, loaded, options=options, solo=solo)
+        moved = yield from self._try_suspects(queue, train)
         while queue.want(max(limit, 1)) and not self.context.should_stop():
             moved = True
-            overfull = yield from self._train_pack(loaded, queue, limit, options, solo, probes)
-            if overfull:
-                limit = overfull // 2
+            broken = yield from train(queue, limit=limit, probes=probes)
+            if broken is None or not broken.runs:
+                continue
+            if broken.memory or broken.size == 1:
+                queue.waiting.extendleft(reversed(broken.runs))
+            elif (yield from self._bisect(queue, broken, train)):
+                continue
+            limit = broken.size // 2
+            what = "out of memory" if broken.memory else broken.failure.kind
+            yield Stage(message=f"{what} with {broken.size} runs together; going on with {max(1, limit)}")
         yield from queue.problems()
         self.strays += queue.aside
         return moved
@@ -225,13 +283,15 @@ class Session:
                     solo[run.shape] = calibrate.measure(
                         base, run.job, options | {"compiled": False}, self.context.cache / "calibrations"
                     )
-            except (RuntimeError, SweeperError):  # out of memory is one; training meets it again and records it
-                continue
+            except Exception as error:  # training meets it again and records it
+                if self.context.lost(error):
+                    raise ContextLost(first_line(error), measuring=True) from error
 
     def _train_pack(
-        self, loaded: Loaded, queue: RunQueue, limit: int, options, solo, probes: Sequence[Prepared]
-    ) -> Generator[Made, None, int]:
-        """Trains one pack until nothing is left for it. Returns 0, or the number of runs that did not fit together.
+        self, loaded: Loaded, queue: RunQueue, *, limit: int, options: dict[str, Any],
+        solo: Mapping[str, calibrate.Solo], probes: Sequence[Prepared] = (), until: Mapping[str, int] | None = None,
+    ) -> Generator[Made, None, Broken | None]:  # fmt: skip
+        """Trains one pack until nothing is left for it, or for a trial `until` some steps. Says if and how it broke.
 
         A `limit` of 0 asks for a slot that holds the first run and nothing larger.
         """
@@ -248,46 +308,103 @@ class Session:
             slots = limit
             capacities = [Capacity.union(run.capacity for run in (*waiting, *probes))] * slots
         running: dict[str, Progress] = {}
+        begun = False
         try:
             with self.context.timeline.span("set up"):
                 pack = Pack(loaded.base, capacities, **options)
             drive = Drive(loaded, pack, queue, solo)
-            running = drive.running
+            running, begun = drive.running, True
             with pack, loaded.packed():
                 try:
                     yield from drive.fill()
-                    yield from drive.go()
-                except torch.OutOfMemoryError:  # what failed moved nothing: every run goes on from where it is
-                    for result in pack.drain():
-                        yield running[result.job.run_id].note_step(result, 0.0)
-                    yield from drive.checkpoint()
+                    yield from drive.go(until)
+                except Exception as error:
+                    if pack.sound and not self.context.lost(error):  # what failed moved nothing
+                        yield from self._settled(drive)
                     raise
-            return 0
-        except (RuntimeError, SweeperError) as error:
-            problem = error.with_traceback(None)  # its frames would keep the pack's memory
+            waiting.extendleft(reversed([progress.prepared for progress in running.values()]))
+            return None
+        except Exception as error:
+            failure, memory = self.context.failure(error), isinstance(error, MEMORY)
+        if failure.kind == ContextLost.__name__:
+            yield from self._lose(list(running.values()) or self._first(queue, slots), failure)
         self._free_memory()
-        if not running and exact and slots == 1:
-            run = waiting.popleft()
-            yield self.context.failed(Progress(run.request, run), problem)
-            return 0
-        return (yield from self._recover(queue, running, problem, slots))
-
-    def _recover(
-        self, queue: RunQueue, running: dict[str, Progress], error: Exception, slots: int
-    ) -> Generator[Made, None, int]:
-        """Runs of a pack that broke go back to the queue from their last good step; a run alone has failed."""
-        if len(running) == 1:
-            (alone,) = running.values()
-            yield self.context.failed(alone, error)
-            return 0
-        for progress in reversed(running.values()):
+        broken = list(running.values()) or self._first(queue, slots)
+        if len(broken) == 1 and (begun or exact):
+            yield self.context.failed(broken[0], failure)
+            return Broken(failure=failure)
+        until = {one.request.run_id: one.prepared.job.done + 1 for one in broken}
+        for progress in broken:
             progress.prepared.rewind()
-            queue.waiting.appendleft(progress.prepared)
-        size = len(running) or slots
-        what = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}"
-        yield Stage(message=f"{what} with {size} runs together; going on with {max(1, size // 2)}")
-        return size
+        runs = [progress.prepared for progress in broken]
+        return Broken(failure=failure, memory=memory, runs=runs, until=until, size=len(runs))
+
+    def _settled(self, drive: Drive) -> Iterator[Made]:
+        """Keeps what the runs of a pack that broke have learnt, as far as that can be had."""
+        with contextlib.suppress(Exception):
+            yield from drive.settle()
+
+    def _first(self, queue: RunQueue, count: int) -> list[Progress]:
+        """Takes the first runs out of the queue."""
+        taken = [queue.waiting.popleft() for _ in range(min(count, len(queue.waiting)))]
+        return [Progress(run.request, run) for run in taken]
+
+    def _bisect(self, queue: RunQueue, broken: Broken, train: "Train") -> Generator[Made, None, bool]:
+        """Traces what broke a pack to its runs: each half goes beyond where it was, or is halved, or has failed.
+
+        All that did not fail are back in the queue. Returns whether any did.
+        """
+        kind, size = broken.failure.kind, broken.size
+        yield Stage(message=f"{kind} with {size} runs together; looking for the run that it comes from")
+        parts = deque(halved(broken.runs))
+        until, failed = dict(broken.until), False
+        sound: list[Prepared] = []
+        while parts and not self.context.should_stop():
+            trial = queue.alone(parts.popleft())
+            again = yield from train(trial, limit=len(trial.waiting), until=until)
+            sound += trial.waiting
+            if again is not None:
+                failed = failed or not again.runs
+                until |= again.until
+                parts.extendleft(reversed(halved(again.runs)))
+        queue.waiting.extendleft(reversed([*sound, *(run for part in parts for run in part)]))
+        return failed
+
+    def _try_suspects(self, queue: RunQueue, train: "Train") -> Generator[Made, None, bool]:
+        """Lets the runs that may have lost an earlier process its GPU go beyond where they were, part by part."""
+        parts = queue.take_suspects()
+        for part in parts:
+            yield Stage(message=f"the GPU was lost with {len(part)} of these runs: trying them first")
+            trial = queue.alone(part)
+            until = {run.request.run_id: run.suspect.until for run in part if run.suspect is not None}
+            broken = yield from train(trial, limit=len(part), until=until)
+            if self.context.should_stop():
+                break
+            for run in part:
+                suspects.clear(run.request.folder)
+                run.suspect = None
+            queue.waiting.extend(trial.waiting)
+            if broken is not None and broken.runs:
+                yield from self._bisect(queue, broken, train)
+        return bool(parts)
+
+    def _lose(self, members: Sequence[Progress], failure: Failure) -> Iterator[Made]:
+        """The device is lost to this process: notes which runs it may be for, or that the only one has failed.
+
+        Raises:
+            ContextLost: always.
+        """
+        if len(members) == 1:
+            yield self.context.failed(members[0], failure)
+        else:
+            for half in halved(members):
+                begun = [(one.request.folder, one.prepared.job.done + 1) for one in half]
+                suspects.mark(begun, failure.message)
+        raise ContextLost(failure.message)
 
     def _free_memory(self) -> None:
         if self.context.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+Train = Callable[..., Generator[Made, None, Broken | None]]

@@ -11,7 +11,7 @@ from sweeper.models import proof
 from sweeper.models.architecture import Target, structure
 from sweeper.models.files import byte_tokenizer, converted_folder, folder, gguf_file, quiet, random_config
 from sweeper.models.verdict import Verdict
-from sweeper.spec import ModelSpec
+from sweeper.spec import DatasetSpec, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> Ba
             _check_account(spec, model, account)
     model.eval().requires_grad_(False)
     model.to(device)
-    tokenizer = load_tokenizer(spec)
+    tokenizer = load_tokenizer(spec) if spec.source == "random" else _tokenizer(_key(spec))
     stops = _stop_ids(spec) or (int(tokenizer.eos_token_id),)
     model.generation_config.eos_token_id = list(stops)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -161,6 +161,33 @@ def check(spec: ModelSpec) -> None:
     skeleton(spec)
     if spec.source == "path":
         folder(spec, weights=True)
+    if spec.source in ("path", "hub"):
+        _check_plain(spec)
+
+
+def _check_plain(spec: ModelSpec) -> None:
+    """Raises ModelError where a checkpoint's matrices are no plain numbers, which no placement could adapt."""
+    found = getattr(_config(spec), "quantization_config", None)
+    if found is None:
+        return
+    kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    raise ModelError(
+        f"model={spec.name}: the weights in {spec.location} are quantised already ({getattr(kind, 'value', kind)}). "
+        "Give a plain checkpoint of the model; method=qlora quantises one to 4 bits as it loads it"
+    )
+
+
+def check_template(spec: ModelSpec, dataset: DatasetSpec) -> None:
+    """Raises DataError where the model's chat template refuses the turns of a dataset that uses it."""
+    if spec.source != "random" and dataset.template == "chat":
+        from sweeper import tasks
+
+        tasks.check_template(dataset, _tokenizer(_key(spec)), model=spec.name)
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(key: str) -> "PreTrainedTokenizerBase":
+    return load_tokenizer(ModelSpec(**json.loads(key)))
 
 
 def learned_positions(of: "ModelSpec | PreTrainedModel") -> int | None:

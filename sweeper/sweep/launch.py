@@ -1,6 +1,7 @@
 """One command from arms to table: plan, dry run or training, summary, and how it ended."""
 
 import dataclasses
+import functools
 import importlib.util
 import shlex
 from collections import Counter
@@ -26,6 +27,8 @@ from sweeper.sweep.scheduler import Outcome, Scheduler, TrainRuns
 if TYPE_CHECKING:
     from sweeper.compose import Composition
 
+MENDABLE = ("SpecError", "DataError", "ModelError")  # whose message says it all
+
 
 def train(
     arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, *, engine: TrainRuns | None = None
@@ -36,6 +39,7 @@ def train(
         Problems: bad input; nothing was trained and nothing written.
         RunsFailed: every run was tried and some failed.
         Interrupted: stopped by Ctrl-C.
+        ContextLost: this process can use its GPU no more; the same again in a fresh one goes on from what is saved.
     """
 
     def go(work: Scheduler) -> Outcome:
@@ -116,7 +120,8 @@ def _carry_out(
     announce(plan, search, console, left=left)
     outcome = Outcome(records={})
     if left:
-        display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan.fields, settings)
+        say = functools.partial(console.print, style="yellow", markup=False, soft_wrap=True)
+        display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan.fields, settings, say)
         work.observers = [display] if tracker is None else [display, tracker]
         try:
             with display:
@@ -202,7 +207,7 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
     if elsewhere:
         what = "trials" if plan.tuned else "of these runs"
         console.print(f"another command is still at work on {elsewhere} {what}; the same command later sums up all")
-    left = len(chosen) - len(found)
+    left = len({request.run_id for request in chosen} - found.keys() - failed.keys())
     lines = [f"{row['arm']}: no trial completed" for row in work.table() if row["best"] is None and not several]
     if failed or (left and not elsewhere):
         lines += _failures(plan, failed, left, len(outcome.records) if plan.tuned else len(chosen))
@@ -273,7 +278,9 @@ def _failures(plan: Plan, failed: dict[str, Record], left: int, runs: int) -> li
     lines = [f"{bad} of {max(runs, bad)} runs failed; the same command trains just these again"]
     for run_id, one in failed.items():
         error = one.error or {}
-        lines.append(f"{run_id}: {error.get('class', 'error')}: {error.get('message', 'no message')}")
+        trace = plan.study / run_id / error.get("traceback", record.TRACEBACK)
+        where = f" ({trace})" if error.get("class") not in MENDABLE and trace.exists() else ""
+        lines.append(f"{run_id}: {error.get('class', 'error')}: {error.get('message', 'no message')}{where}")
         repeat = _repeat(plan, one)
         if repeat:
             lines.append(f"  alone: {repeat}")

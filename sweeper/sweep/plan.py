@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeper import naming, record
-from sweeper.arms import Arm, Params
+from sweeper import lost, naming, record
+from sweeper.arms import Arm, Params, merged
 from sweeper.errors import Problems, SpecError, SweeperError
 from sweeper.identity import Identities
 from sweeper.search import check as checking
@@ -67,7 +67,8 @@ class Plan:
     def todo(self) -> tuple[PlannedRun, ...]:
         if self.tuned:  # the search knows what it has left
             return ()
-        return tuple(run for run in self.runs if run.status not in self.done)
+        tried = lost.former().failed  # by a process of this command
+        return tuple(run for run in self.runs if run.status not in self.done and run.run_id not in tried)
 
 
 def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None) -> Plan:
@@ -77,7 +78,7 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
         Problems: what is wrong, one line each. Nothing has been written.
     """
     identities = Identities(settings.folder)
-    arms = identities.arms(arms)
+    arms = identities.arms(merged(arms))
     runs = []
     for spec in (spec for arm in arms for spec in arm.defaults):
         run_id = spec.run_id
@@ -158,6 +159,7 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     for model, dataset in unique((spec.model, spec.dataset) for spec in specs):
         if repr(model) in loadable:
             attempt(partial(models.check_length, model, dataset.max_length))
+            attempt(partial(models.check_template, model, dataset))
     for spec in _distinct_targets(specs):
         if repr(spec.model) in loadable and _method_text(spec) in sound:
             attempt(partial(targets, spec))

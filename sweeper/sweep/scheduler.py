@@ -13,18 +13,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sweeper import record
-from sweeper.arms import Arm, labels
+from sweeper import lost, record
+from sweeper.arms import Arm, labels, merged
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, Stage, TrialEnded
 from sweeper.engine.requests import Kind, Pulled, RunRequest, Source
-from sweeper.errors import SweeperError
+from sweeper.errors import SweeperError, gist
+from sweeper.lost import ContextLost
 from sweeper.record import Record
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings, to_mapping
@@ -39,7 +40,11 @@ T = TypeVar("T")
 Observer = Callable[[Event], None]
 
 # failures that the same run would meet again
-LASTING = ("OutOfMemoryError", "MemoryError", "SpecError", "DataError", "ModelError", "WorkerDied")
+LASTING = (
+    "OutOfMemoryError", "MemoryError", "SpecError", "DataError", "ModelError", "WorkerDied", "ContextLost",
+    "IndexError", "KeyError", "TypeError", "ValueError", "AttributeError", "AssertionError", "ZeroDivisionError",
+    "NotImplementedError", "TemplateError", "UndefinedError",
+)  # fmt: skip
 SHARE_OF_PRUNED = 0.3  # of all steps are trained where a pruner ends trials (docs/performance.md)
 MOST_WORKERS_LOST = 3  # by one run, until it is taken to be the reason
 
@@ -104,7 +109,7 @@ class Scheduler:
         self.lost: dict[str, int] = {}
         self.prune: set[str] = set()
         self.known: dict[str, Record] = {}
-        self.states = {arm.key: _ArmState(arm=arm, place=place) for place, arm in enumerate(arms)}
+        self.states = {arm.key: _ArmState(arm=arm, place=place) for place, arm in enumerate(merged(arms))}
         left = set(todo)
         for state in self.states.values():
             if not state.arm.space:
@@ -226,14 +231,28 @@ class Scheduler:
                 self.records[ended.run_id] = self.known[ended.run_id] = ended
                 self.prune.discard(ended.run_id)
                 self.claims.give_back(ended.run_id)
+                lost.note(ended.run_id, failed=ended.status == "failed")
                 self.notify(event)
                 self._ended(ended)
                 return
         self.notify(event)
 
     def notify(self, event: Event) -> None:
-        for observer in self.observers:
-            observer(event)
+        """Tells the observers. One that raises is told nothing more: what is shown may not end what trains."""
+        for observer in list(self.observers):
+            try:
+                observer(event)
+            except Exception as error:
+                self.observers.remove(observer)
+                with suppress(Exception):
+                    print(f"{type(observer).__name__} ends, the sweep goes on: {gist(error)}", file=sys.stderr)
+
+    @_locked
+    def give_back(self, run_ids: Collection[str]) -> None:
+        """A worker goes without having trained these runs to their end, and not for their sake: they go to others."""
+        for run_id in run_ids:
+            if (request := self.running.pop(run_id, None)) is not None:
+                self.states[request.kind].ready.appendleft(request)
 
     @_locked
     def lose(self, run_ids: Collection[str], reason: str) -> None:
@@ -270,7 +289,8 @@ class Scheduler:
         if run_id not in self.known:
             folder = self.settings.folder / run_id
             status = record.status(folder)
-            if status is None or (status == "failed" and self.settings.retry_failed):
+            again = self.settings.retry_failed and run_id not in lost.former().failed
+            if status is None or (status == "failed" and again):
                 return None
             self.known[run_id] = record.read_record(folder)
         return self.known[run_id]
@@ -484,12 +504,19 @@ class Scheduler:
 
 
 def run(scheduler: Scheduler, *, train: TrainRuns | None = None) -> Outcome:
-    """Trains what a scheduler has, in this process. Ctrl-C once ends after the current step, twice at once."""
+    """Trains what a scheduler has, in this process. Ctrl-C once ends after the current step, twice at once.
+
+    Raises:
+        ContextLost: the process can use its GPU no more, and there is more to train.
+    """
     engine = train or _engine()
     with stop_on_signal() as stop:
         try:
             for event in engine(scheduler, scheduler.settings, should_stop=stop.is_set):
                 scheduler.report(event)
+        except ContextLost:
+            if not stop.is_set() and (scheduler.running or scheduler.outlook()):
+                raise
         finally:
             scheduler.close()
     return Outcome(records=scheduler.records, interrupted=stop.is_set())

@@ -12,7 +12,7 @@ from rich.console import Console
 from sweeper import naming
 from sweeper.record import Record, Score, perplexity, write_atomically
 from sweeper.spec import MethodSpec
-from sweeper.text import aligned, number, point, size
+from sweeper.text import aligned, duration, number, point, size
 
 BASE = "none (base model)"
 MAJORITY = "none (commonest answer)"
@@ -99,7 +99,7 @@ def _columns(records: Sequence[Record]) -> list[Column]:
     if metric is not None:
         columns.append(Column(key="metric_change", title=f"{_TITLES.get(metric, metric)} before → after"))
     columns += [
-        Column(key="seconds", title="seconds", show="{:.1f}".format),
+        Column(key="seconds", title="seconds", show=duration),
         Column(key="peak_memory_bytes", title="peak memory", show=size),
     ]
     if any(record.status != "completed" for record in records):

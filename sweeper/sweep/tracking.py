@@ -1,5 +1,6 @@
 """Where curves and summaries go besides the study folder: nowhere, Weights & Biases, TensorBoard."""
 
+import functools
 import importlib.util
 import math
 import re
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 from sweeper import naming
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Step
-from sweeper.errors import SpecError, first_line, unknown
+from sweeper.errors import SpecError, SweeperError, first_line, gist, unknown
 from sweeper.record import TENSORBOARD, Record
 from sweeper.spec import Settings, to_mapping
 
@@ -24,6 +25,8 @@ class RunLog(Protocol):
 
 WANDB_MODES = ("offline", "online", "shared", "disabled")
 
+MOST_LOST = 3  # runs in a row
+
 OpenLog = Callable[[str, str, Mapping[str, Any]], RunLog]
 """(run id, label, configuration) -> log"""
 
@@ -31,12 +34,20 @@ OpenLog = Callable[[str, str, Mapping[str, Any]], RunLog]
 class Tracker:
     """Feeds events to one log a run; several are open at once where runs are packed.
 
+    A run whose log raises is not logged any more, and after `MOST_LOST` of them in a row none is begun: no tracker
+    ends a sweep.
+
     Args:
         fields: what runs are named by, besides placement and rank.
+        say: is told, a line each, what is not logged.
     """
 
-    def __init__(self, fields: Sequence[str], open_log: OpenLog, *, every_steps: int = 1) -> None:
-        self.fields = fields
+    def __init__(
+        self, fields: Sequence[str], open_log: OpenLog, *, every_steps: int = 1, say: Callable[[str], None] = print
+    ) -> None:
+        self.fields, self.say = fields, say
+        self.lost: set[str] = set()
+        self.in_a_row = 0
         self.configs: dict[str, Mapping[str, Any]] = {}
         self.open_log, self.every_steps = open_log, every_steps
         self.logs: dict[str, RunLog] = {}
@@ -47,29 +58,47 @@ class Tracker:
             case RunQueued(run_id=run_id, spec=spec):
                 self.configs[run_id] = to_mapping(spec)
             case RunStarted(run_id=run_id):
-                self._log(run_id)
+                self._tell(run_id, lambda: None)
             case Step(run_id=run_id, step=step):
                 self.steps[run_id] = step
                 if step % self.every_steps == 0 or step == 1:
                     values = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm}
                     if event.seconds > 0:
                         values["tokens_per_second"] = event.tokens / event.seconds
-                    self._log(run_id).log({f"train/{key}": value for key, value in values.items()}, step)
+                    named = {f"train/{key}": value for key, value in values.items()}
+                    self._tell(run_id, lambda: self._log(run_id).log(named, step))
             case Evaluated(run_id=run_id, split=split, score=score):
                 values = {"nll": score.nll, "perplexity": score.perplexity, **score.metrics}
-                self._log(run_id).log({f"{split}/{k}": v for k, v in values.items()}, self.steps.get(run_id, 0))
+                named = {f"{split}/{key}": value for key, value in values.items()}
+                self._tell(run_id, lambda: self._log(run_id).log(named, self.steps.get(run_id, 0)))
             case RunFinished(record=record):
-                log = self._log(record.run_id)
-                del self.logs[record.run_id]
-                log.close(summary(record), failed=record.status == "failed")
+                failed = record.status == "failed"
+                self._tell(record.run_id, lambda: self._log(record.run_id).close(summary(record), failed=failed))
+                if self.logs.pop(record.run_id, None) is not None:
+                    self.in_a_row = 0
             case _:
                 pass
 
     def close(self) -> None:
         """Ends the logs of runs that were stopped."""
-        while self.logs:
-            _, log = self.logs.popitem()
-            log.close({}, failed=True)
+        for run_id, log in list(self.logs.items()):
+            self._tell(run_id, functools.partial(log.close, {}, failed=True))
+            self.logs.pop(run_id, None)
+
+    def _tell(self, run_id: str, what: Callable[[], None]) -> None:
+        """Has something logged, if the run still is."""
+        if run_id in self.lost or (run_id not in self.logs and self.in_a_row >= MOST_LOST):
+            return
+        try:
+            self._log(run_id)
+            what()
+        except Exception as error:
+            self.lost.add(run_id)
+            self.logs.pop(run_id, None)
+            self.in_a_row += 1
+            more = "; nor are runs that begin later" if self.in_a_row >= MOST_LOST else ""
+            kind = "" if isinstance(error, SweeperError) else f"{type(error).__name__}: "
+            self.say(f"tracking: {run_id} is not logged from here on ({kind}{gist(error)}){more}")
 
     def _log(self, run_id: str) -> RunLog:
         if run_id not in self.logs:
@@ -78,13 +107,21 @@ class Tracker:
         return self.logs[run_id]
 
 
-def make(fields: Sequence[str], settings: Settings) -> Tracker | None:
-    """The tracker that the settings ask for, of runs told apart by `fields`; None for tracking=none."""
+def make(fields: Sequence[str], settings: Settings, say: Callable[[str], None] = print) -> Tracker | None:
+    """The tracker that the settings ask for, of runs told apart by `fields`; None for tracking=none.
+
+    Raises:
+        SpecError: its package is there and cannot be used.
+    """
     if settings.tracking == "none":
         return None
     _, _, open_log = TRACKERS[settings.tracking]
     options = dict(settings.tracking_options)
-    return Tracker(fields, open_log(settings.folder, options), every_steps=options.get("every_steps", 1))
+    try:
+        opener = open_log(settings.folder, options)
+    except Exception as error:
+        raise SpecError(f"tracking={settings.tracking} cannot be used here: {gist(error)}") from error
+    return Tracker(fields, opener, every_steps=options.get("every_steps", 1), say=say)
 
 
 def check(settings: Settings) -> None:

@@ -25,6 +25,7 @@ from ray.exceptions import RayActorError, RayError
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage
 from sweeper.engine.requests import Kind, Pulled
 from sweeper.errors import SweeperError, first_line
+from sweeper.lost import ContextLost
 from sweeper.spec import Settings
 from sweeper.sweep.scheduler import Outcome, Scheduler, stop_on_signal
 
@@ -239,7 +240,7 @@ class _Crew:
         """Lets go of workers that are done or dead; the runs of dead ones go back."""
         ended = [name for name, (_, ref) in self.alive.items() if ray.wait([ref], timeout=0)[0]]
         for name in ended:
-            _, ref = self.alive.pop(name)
+            actor, ref = self.alive.pop(name)
             runs = self.holds.pop(name)
             try:
                 ray.get(ref)
@@ -247,6 +248,11 @@ class _Crew:
                 self.lost += 1
                 self.scheduler.notify(Stage(message=f"{name} died; its {len(runs)} runs go to others"))
                 self.scheduler.lose(runs, f"{name} died while it trained this run")
+            except ContextLost as error:  # which runs it may be for lies in their folders
+                self.lost += 1
+                self.scheduler.notify(Stage(message=f"{name} lost its GPU ({error.reason}); its runs go to others"))
+                ray.kill(actor)
+                self.scheduler.give_back(runs)
             except RayError as error:  # an error of ours in the worker, with its own traceback
                 raise error.as_instanceof_cause() if hasattr(error, "as_instanceof_cause") else error from None
             if self.lost > MOST_LOST * self.wanted():

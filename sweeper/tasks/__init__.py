@@ -57,10 +57,12 @@ __all__ = [
     "Example",
     "check",
     "check_evaluation",
+    "check_template",
     "content",
     "encode",
     "load",
     "stop_strings",
+    "where",
 ]
 
 # Raise whenever the same spec and data would give other tokens, so that no stale cache file is read.
@@ -250,8 +252,13 @@ def _encode_split(
     truncated = 0
     starts = int(adds_start(tokenizer))
     for example in examples:
-        prompt, response = tokenise(spec.template, example.prompt, example.response, spec.system, tokenizer)
-        choices = tuple(_choice(example.prompt, text, spec, tokenizer, known) for text in example.choices)
+        try:
+            prompt, response = tokenise(spec.template, example.prompt, example.response, spec.system, tokenizer)
+            choices = tuple(_choice(example.prompt, text, spec, tokenizer, known) for text in example.choices)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{where(spec, example.id)}: {_refusal(spec, error)}") from error
         room = spec.max_length - max([len(response), *(len(choice.ids) + 1 for choice in choices)])
         if room <= starts:
             dropped.append(example.id)
@@ -263,6 +270,32 @@ def _encode_split(
     if examples and not encoded:
         raise DataError(f"dataset.max_length={spec.max_length} is too short for every response of the {name} split")
     return EncodedSplit(tuple(encoded), truncated, tuple(dropped))
+
+
+def where(spec: DatasetSpec, example_id: str) -> str:
+    """Where an example comes from, for a message: file and line, if its family has them."""
+    find = getattr(FAMILIES[spec.family], "where", None)
+    return str(find(spec, example_id)) if find is not None else f"dataset={spec.name}: example {example_id}"
+
+
+def check_template(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", *, model: str) -> None:
+    """Raises DataError where the dataset's template cannot even be put around a word for a model of this name."""
+    try:
+        tokenise(spec.template, "prompt", "response", spec.system, tokenizer)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"model={model} with dataset={spec.name}: {_refusal(spec, error)}") from error
+
+
+def _refusal(spec: DatasetSpec, error: Exception) -> str:
+    """Why text cannot be made tokens; a chat template says that itself."""
+    if spec.template == "chat" and not isinstance(error, UnicodeError):
+        return (
+            f"the model's chat template raises {type(error).__name__} ({gist(error)}); dataset.template=alpaca and "
+            "plain do without it"
+        )
+    return f"cannot be tokenised ({type(error).__name__}: {gist(error)})"
 
 
 def _choice(

@@ -8,6 +8,7 @@ its training examples, at most a tenth each. Empty lines are skipped; everything
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,19 @@ def _bytes(spec: DatasetSpec) -> bytes:
         raise DataError(f"dataset.path={spec.path}: cannot be read ({error.strerror})") from None
 
 
+def _lines(spec: DatasetSpec) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not empty, with their numbers."""
+    for number, raw in enumerate(_bytes(spec).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if raw.strip():
+            yield number, raw
+
+
 def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
     """All examples, and the split of those whose line names one."""
     examples: list[Example] = []
     marked: dict[str, str] = {}
     first_line: dict[str, int] = {}
-    for number, raw in enumerate(_bytes(spec).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not raw.strip():
-            continue
+    for number, raw in _lines(spec):
         where = f"{spec.path}:{number}"
         row = _row(raw, where)
         example_id = row.get("id", f"line-{number}")
@@ -118,4 +124,20 @@ def _text(value: Any, key: str, where: str) -> str:
         raise DataError(f"{where}: {key} must be text, got {json.dumps(value)[:40]}")
     if not value.strip():
         raise DataError(f"{where}: {key} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = json.dumps(value[error.start])
+        raise DataError(
+            f"{where}: {key} holds half of a surrogate pair ({half[1:-1]} at character {error.start + 1}), which is no "
+            "text: write the whole pair, or leave it out"
+        ) from None
     return value
+
+
+def where(spec: DatasetSpec, example_id: str) -> str:
+    """The file and line of an example."""
+    for number, raw in _lines(spec):
+        if _row(raw, "").get("id", f"line-{number}") == example_id:
+            return f"{spec.path}:{number}"
+    return f"{spec.path}: example {example_id}"

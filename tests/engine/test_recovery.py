@@ -332,7 +332,9 @@ def test_a_run_that_does_not_fit_alone_fails_and_the_rest_go_on(
     run_all(specs, "tight", max_pack=1)
     failed = record.read_record(tmp_path / "tight" / specs[1].run_id)
     assert failed.status == "failed"
-    assert failed.error == {"class": "OutOfMemoryError", "message": "CUDA out of memory. Tried to allocate 8 GiB"}
+    assert failed.error is not None
+    assert failed.error["class"] == "OutOfMemoryError"
+    assert failed.error["message"] == "CUDA out of memory. Tried to allocate 8 GiB"
     alike(tmp_path / "roomy", tmp_path / "tight", [specs[0], specs[2]])
 
 
@@ -352,7 +354,8 @@ def test_a_run_that_breaks_is_recorded_as_failed_and_the_rest_complete(
     finished = {e.record.run_id: e.record.status for e in events if isinstance(e, RunFinished)}
     assert finished == {specs[0].run_id: "completed", bad: "failed", specs[2].run_id: "completed"}
     failed = record.read_record(tmp_path / "one-bad" / bad)
-    assert failed.error == {"class": "RuntimeError", "message": "cuBLAS is unwell"}
+    assert failed.error == {"class": "RuntimeError", "message": "cuBLAS is unwell", "traceback": "traceback.txt"}
+    assert "and says so at length" in (tmp_path / "one-bad" / bad / "traceback.txt").read_text()
     alike(tmp_path / "undisturbed", tmp_path / "one-bad", [specs[0], specs[2]])
 
 

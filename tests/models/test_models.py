@@ -139,6 +139,18 @@ def edit(folder: Path, file: str, **fields: Any) -> None:
     (folder / file).write_text(json.dumps({key: value for key, value in plain.items() if value is not None}))
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
+def test_a_checkpoint_that_is_quantised_already_is_refused(method: str, saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "quantised")
+    config = tmp_path / "quantised" / "config.json"
+    described = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": described}))
+    with pytest.raises(
+        ModelError, match=rf"are quantised already \({method}\)\. Give a plain checkpoint .*method=qlora"
+    ):
+        models.check(spec_of("path", location=str(config.parent)))
+
+
 def test_end_of_text_is_taken_from_the_model_and_padding_is_made_up(saved: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
     edit(folder, "generation_config.json", eos_token_id=[0, 5])

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from sweeper import compose, record
-from sweeper.arms import grouped
+from sweeper import compose, lost, record
+from sweeper.arms import grouped, single
 from sweeper.engine.events import RunFinished, Step
 from sweeper.errors import Interrupted, RunsFailed
+from sweeper.lost import ContextLost
 from sweeper.record import Record
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings
@@ -196,3 +198,85 @@ def test_a_scheduler_off_the_main_thread_needs_no_signals(
     thread.start()
     thread.join()
     assert len(engine.trained) == 4
+
+
+def test_arms_of_one_run_each_that_differ_in_the_seed_all_train(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any
+) -> None:
+    several = [dataclasses.replace(spec, seed=seed) for seed in (0, 1, 2) for spec in specs[:2]]
+    found = launch.train([single(spec) for spec in several], study, engine=engine)
+    assert set(found) == set(engine.trained) == {spec.run_id for spec in several}
+    assert len(engine.trained) == 6
+
+
+def test_a_run_that_is_given_twice_trains_once(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:
+    launch.train([single(specs[0]), *grouped([specs[0], specs[0], specs[1]])], study, engine=engine)
+    assert engine.trained == [specs[0].run_id, specs[1].run_id]
+
+
+def test_what_is_shown_may_break_without_ending_what_trains(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+
+    def broken(event: Any) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    work = scheduler.Scheduler(grouped(specs), [s.run_id for s in specs], study, observers=[broken, seen.append])
+    outcome = scheduler.run(work, train=engine)
+    assert len(outcome.records) == 4
+    assert sum(isinstance(event, RunFinished) for event in seen) == 4
+    assert capsys.readouterr().err == "function ends, the sweep goes on: nobody reads\n"
+
+
+def test_a_failure_names_its_traceback_and_is_counted_once(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any, make_record: Callable[..., Record]
+) -> None:
+    """One that could not be written is told of by the engine alone."""
+
+    def failing(source: Any, settings: Settings, *, should_stop: Any) -> Any:
+        kinds = [kind.key for kind in source.outlook()]
+        for place, request in enumerate(source.pull(4, kinds).requests):
+            error = {"class": "KeyError", "message": "'x'", "traceback": record.TRACEBACK}
+            done = make_record(request.spec, status="failed", scores={}, error=error)
+            if place == 0:
+                record.write_record(request.folder, done)
+                (request.folder / record.TRACEBACK).write_text("Traceback")
+            yield RunFinished(record=done)
+
+    with pytest.raises(RunsFailed) as caught:
+        launch.train(grouped(specs[:2]), study, engine=failing)
+    first, *lines = caught.value.lines
+    assert first.startswith("2 of 2 runs failed")
+    trace = study.folder / specs[0].run_id / "traceback.txt"
+    assert sorted(lines) == sorted([f"{specs[0].run_id}: KeyError: 'x' ({trace})", f"{specs[1].run_id}: KeyError: 'x'"])
+
+
+@pytest.fixture
+def went(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lost, "_ended", {})
+
+
+def test_a_lost_gpu_ends_the_command_only_where_more_is_to_be_trained(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any, make_record: Callable[..., Record], went: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def losing(source: Any, settings: Settings, *, should_stop: Any) -> Any:
+        (request,) = source.pull(1, [kind.key for kind in source.outlook()]).requests
+        done = make_record(request.spec, status="failed", scores={}, error={"class": "ContextLost", "message": "m"})
+        record.write_record(request.folder, done)
+        yield RunFinished(record=done)
+        raise ContextLost("assert")
+
+    with pytest.raises(ContextLost):
+        launch.train(grouped(specs[:2]), study, engine=losing)
+    before = json.dumps({"failed": [specs[0].run_id], "in_a_row": 0, "measure": True})
+    monkeypatch.setenv(lost.VARIABLE, before)
+    with pytest.raises(RunsFailed, match="2 of 2 runs failed"):
+        launch.train(grouped(specs[:2]), study, engine=losing)
+    monkeypatch.setenv(lost.VARIABLE, before.replace("]", f', "{specs[1].run_id}"]'))
+    with pytest.raises(RunsFailed, match="1 of 3 runs failed"):  # what failed before is not tried again
+        launch.train(grouped(specs[1:]), study, engine=engine)
+    monkeypatch.delenv(lost.VARIABLE)
+    launch.train(grouped(specs), study, engine=engine)  # but by the next command
+    assert set(engine.trained) == {spec.run_id for spec in specs}

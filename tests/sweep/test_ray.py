@@ -19,6 +19,7 @@ from sweeper import record
 from sweeper.arms import grouped
 from sweeper.engine.events import RunFinished
 from sweeper.engine.session import most_at_once
+from sweeper.lost import ContextLost
 from sweeper.record import Record
 from sweeper.spec import RunSpec, Settings
 from sweeper.sweep.scheduler import Scheduler
@@ -120,6 +121,31 @@ def test_a_turn_asks_ray_at_most_once_what_there_is(crew: Any, monkeypatch: pyte
         assert (len(crew.alive), crew.wanted()) == (there, there)
     assert asked == [2, 3]
     assert [options["num_gpus"] for options in hired] == [1, 1, 1]
+
+
+def test_a_worker_that_lost_its_gpu_is_replaced_and_its_runs_go_on(crew: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often: which of them is to blame is found by the engine."""
+    from ray.exceptions import RayTaskError
+
+    from sweeper.sweep import workers
+
+    killed: list[str] = []
+
+    def get(_: Any) -> None:
+        raise RayTaskError("train", "traceback", ContextLost("assert")).as_instanceof_cause()
+
+    monkeypatch.setattr(workers.ray, "wait", lambda refs, timeout: (refs, []))
+    monkeypatch.setattr(workers.ray, "get", get)
+    monkeypatch.setattr(workers.ray, "kill", killed.append)
+    assert len(take(crew, "worker 1")) == 6
+    for number in range(5):
+        crew.alive["worker 1"] = (f"actor {number}", None)
+        crew.notice()
+        crew.holds["worker 1"] = set()
+        assert len(take(crew, "worker 1")) == 6
+    assert killed == [f"actor {number}" for number in range(5)]
+    assert len(take(crew, "worker 2")) == 6
+    assert not crew.scheduler.records
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sweeper import record
-from sweeper.record import Record
+from sweeper.record import Efficiency, Record
 from sweeper.spec import RunSpec
 from sweeper.sweep import summary
 
@@ -88,3 +88,15 @@ def test_packed_seconds_are_explained(make_record: MakeRecord) -> None:
     packed = dataclasses.replace(one, efficiency=dataclasses.replace(one.efficiency, pack_runs=9))
     assert not any("share" in line for line in summary.notes([one]))
     assert any("share of its pack" in line for line in summary.notes([packed]))
+
+
+def test_a_small_share_of_a_pack_is_no_zero(make_spec: Make, make_record: MakeRecord) -> None:
+    console = Console(width=200, record=True)
+    shown = [0.0417, 0.000312, 3.0, 1234.56]
+    runs = [
+        make_record(make_spec(rank=rank), efficiency=Efficiency(train_seconds_amortised=seconds))
+        for rank, seconds in zip((1, 2, 4, 8), shown, strict=True)
+    ]
+    summary.show(runs, console)
+    text = console.export_text()
+    assert all(f" {seconds} " in text for seconds in ("0.0417", "0.000312", "3", "1234.6"))

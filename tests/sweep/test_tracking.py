@@ -156,10 +156,70 @@ def test_wandb_that_cannot_begin_says_so_in_one_line(
         raise wandb.errors.CommError("no network\nand more")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    tracker = tracking.make(plan.fields, dataclasses.replace(study, tracking="wandb"))
+    said: list[str] = []
+    tracker = tracking.make(plan.fields, dataclasses.replace(study, tracking="wandb"), said.append)
     assert tracker is not None
-    with pytest.raises(SpecError, match=r"^tracking=wandb cannot begin a run: no network\. WANDB_MODE=offline needs"):
-        play(tracker, plan, make_record)
+    for run in plan.runs:
+        tracker(RunQueued(run_id=run.run_id, spec=run.spec, arm=""))
+        tracker(RunStarted(run_id=run.run_id, steps=2))
+    reason = "tracking=wandb cannot begin a run: no network. WANDB_MODE=offline needs no network."
+    assert said == [f"tracking: {run.run_id} is not logged from here on ({reason})" for run in plan.runs]
+
+
+@pytest.mark.parametrize("when", ["open", "log", "close"])
+def test_a_log_that_raises_ends_alone(when: str, plan: Plan, make_record: Callable[..., Record]) -> None:
+    logs: dict[str, MemoryLog] = {}
+    bad = plan.runs[0].run_id
+
+    class Broken(MemoryLog):
+        def log(self, values: Mapping[str, float], step: int) -> None:
+            if when == "log" and step == 2:
+                raise BrokenPipeError("the service is gone")
+            super().log(values, step)
+
+        def close(self, summary: Mapping[str, float], *, failed: bool) -> None:
+            raise BrokenPipeError("the service is gone")
+
+    def open_log(run_id: str, label: str, config: Mapping[str, Any]) -> MemoryLog:
+        if when == "open" and run_id == bad:
+            raise BrokenPipeError("the service is gone")
+        return logs.setdefault(run_id, Broken() if run_id == bad else MemoryLog())
+
+    said: list[str] = []
+    play(tracking.Tracker([], open_log, say=said.append), plan, make_record)
+    assert said == [f"tracking: {bad} is not logged from here on (BrokenPipeError: the service is gone)"]
+    other = logs[plan.runs[1].run_id]
+    assert [step for step, _ in other.rows] == [1, 2]
+    assert other.failed
+
+
+def test_a_tracker_that_logs_nothing_is_not_asked_for_ever(make_spec: Callable[..., RunSpec]) -> None:
+    """Each try may take a minute of a network that is not there."""
+    asked: list[str] = []
+
+    def open_log(run_id: str, label: str, config: Mapping[str, Any]) -> MemoryLog:
+        asked.append(run_id)
+        raise TimeoutError("no answer")
+
+    said: list[str] = []
+    tracker = tracking.Tracker([], open_log, say=said.append)
+    for rank in range(1, 9):
+        spec = make_spec(rank=rank)
+        tracker(RunQueued(run_id=spec.run_id, spec=spec, arm=""))
+        tracker(RunStarted(run_id=spec.run_id, steps=2))
+    assert len(asked) == len(said) == tracking.MOST_LOST
+    assert said[-1].endswith("; nor are runs that begin later")
+
+
+def test_a_tracker_that_cannot_be_used_is_met_before_work(study: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    def broken(*_: Any) -> None:
+        raise ImportError("libprotobuf is of another version")
+
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", ("wandb", ("mode",), broken))  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=r"^tracking=wandb cannot be used here: libprotobuf is of another version$"):
+        tracking.make([], dataclasses.replace(study, tracking="wandb"))
 
 
 def test_a_tracker_that_is_not_installed_says_how(study: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,3 +246,25 @@ def test_a_template_that_writes_the_date_is_given_a_fixed_one(pattern: str, monk
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
     assert template.chat("Hi", None, tokenizer) == (wanted, False)
     assert template.TODAY.strftime(pattern) in wanted
+
+
+def test_a_chat_template_that_refuses_an_example_names_its_line(
+    write_jsonl: Callable[..., str], make_tokenizer: Make
+) -> None:
+    rows = [{"id": f"no {i}", "prompt": f"What is {i}?", "response": str(i)} for i in range(60)]
+    path = write_jsonl(*rows)
+    spec = DatasetSpec(name="mine", family="jsonl", path=path, max_length=300)
+    refusing = (
+        "{% if '17' in messages[0].content %}{{ raise_exception('No 17 here') }}{% endif %}{{ messages[0].content }}"
+    )
+    with pytest.raises(
+        DataError, match=r"my.jsonl:18: the model's chat template raises TemplateError \(No 17 here\); "
+    ):
+        tasks.encode(spec, make_tokenizer(refusing), model_key="m", cache=None)
+    tasks.check_template(spec, make_tokenizer(refusing), model="m")
+    with pytest.raises(
+        DataError, match=r"^model=m with dataset=mine: .* raises UndefinedError \('str object' has no attr"
+    ):
+        tasks.check_template(spec, make_tokenizer("{{ messages[0].content.x.y }}"), model="m")
+    plain = replace(spec, template="plain")
+    assert tasks.encode(plain, make_tokenizer(refusing), model_key="m", cache=None)["train"].examples

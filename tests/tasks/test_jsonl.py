@@ -66,6 +66,15 @@ def test_optional_fields_empty_lines_marks_and_unicode(write_jsonl: Writer) -> N
         ([], r"my.jsonl: the file is empty"),
         (["", "  "], r"my.jsonl: the file is empty"),
         ([ROW] * 5, r"my.jsonl: 5 examples in 1 distinct groups leave nothing for validation, test"),
+        (
+            [ROW, r'{"prompt": "a \ud83d b", "response": "r"}'],
+            r"my.jsonl:2: prompt holds half of a surrogate pair \(\\ud83d",
+        ),
+        (
+            [r'{"prompt": "p", "response": "\udc00"}'],
+            r"my.jsonl:1: response holds half .* at character 1\), which is no",
+        ),
+        ([r'{"prompt": "p", "response": "r", "choices": ["r", "\udc00"]}'], r"my.jsonl:1: choices holds half"),
         (["[" * 100_000], r"my.jsonl:1: not valid JSON"),
     ],
 )
