@@ -152,8 +152,10 @@ def _no_such_field(key: str, plain: Plain) -> str:
         node = node[part]
         path.append(part)
     choices = [".".join([*path, name]) for name in node if name != "options"]
-    if isinstance(node.get(leaf), dict):
-        whole = ".".join([*path, leaf])
+    whole = ".".join([*path, leaf])
+    if leaf in node and not isinstance(node[leaf], dict | None):
+        return f"{key}: {whole} is one value without fields. Give it as {whole}=..."
+    if leaf in node:
         return f"{whole} has no keys yet; where it takes any, they are added with '+{whole}={{...}}'"
     if not choices:
         return f"{'.'.join([*path, leaf])}: no such field; {'.'.join(path)} has none here."
