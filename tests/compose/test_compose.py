@@ -328,8 +328,8 @@ def test_null_in_a_comma_list_is_an_axis(composer: Any) -> None:
 
 def _overrides_shown(page: Path) -> list[str]:
     """Every override in the commands that a page or the comments of a YAML file show, and every quoted one."""
-    text = re.sub(r"\\\n(# )?", " ", page.read_text())
-    commands = re.findall(r"python train\.py ([^\n`)]+=[^\n`]+)", text) + re.findall(r"^#   (\S+=.+)$", text, re.M)
+    text = re.sub(r"\\\n(#|    )?", "", page.read_text())
+    commands = re.findall(r"python train\.py (?!-sc)([^\n`]+)", text) + re.findall(r"^#   (\S+=.+)$", text, re.M)
     words = [word for command in commands for word in shlex.split(command, comments=True)]
     words += re.findall(r"'([+~]?[a-z_.]+=[^'`]*)'", text)
     return [word for word in words if re.match(r"[+~]*[a-z_./]+=", word) and "..." not in word]
