@@ -1,6 +1,6 @@
 """The border: command-line overrides become frozen specs here, and nothing behind this folder imports Hydra."""
 
-from sweeper.compose.build import axes_of, search_settings
+from sweeper.compose.build import axes_of, differing, search_settings
 from sweeper.compose.composer import Composer, as_typed, one_line
 from sweeper.compose.composition import Composition, expand, from_config
 
@@ -9,6 +9,7 @@ __all__ = [
     "Composition",
     "as_typed",
     "axes_of",
+    "differing",
     "expand",
     "from_config",
     "one_line",

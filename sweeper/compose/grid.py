@@ -270,10 +270,27 @@ def _known_options(override: Override, values: Sequence[Any], composer: Composer
         strange = [name for name in names if not isinstance(name, str) or not composer.has_option(group, name)]
         if not strange:
             kept.append(value)
-        problems.extend(
-            unknown(group, "null" if name is None else str(name), composer.options(group)) for name in strange
-        )
+        problems.extend(_no_option(group, name, composer) for name in strange)
     return kept
+
+
+# parts of Hydra that people know by name, and the packages they come in
+PLUGINS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    "rq": "hydra-rq-launcher",
+    "optuna": "hydra-optuna-sweeper",
+    "ax": "hydra-ax-sweeper",
+    "nevergrad": "hydra-nevergrad-sweeper",
+}
+
+
+def _no_option(group: str, name: Any, composer: Composer) -> str:
+    line = unknown(group, "null" if name is None else str(name), composer.options(group))
+    if group in ("hydra/launcher", "hydra/sweeper") and name in PLUGINS:
+        return f"{line} {name} comes with pip install {PLUGINS[name]}."
+    return line
 
 
 def _is_setting(key: str) -> bool:
