@@ -60,6 +60,8 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> str:
     'placement=atn: no such placement. Choose from attn, ff. Did you mean attn?'
     """
     listed = sorted(choices)
+    if not listed:
+        return f"{what}={name}: no such {what}; there is none to choose from here."
     line = f"{what}={name}: no such {what}. Choose from {', '.join(listed)}."
     near = difflib.get_close_matches(name, listed, n=1)
     return f"{line} Did you mean {near[0]}?" if near else line

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import ModelError, SpecError, gist
 from sweeper.models.architecture import Target, structure
-from sweeper.models.files import byte_tokenizer, converted_folder, folder, gguf_file, quiet, random_config
+from sweeper.models.files import (
+    byte_tokenizer,
+    check_weights,
+    converted_folder,
+    folder,
+    gguf_file,
+    quiet,
+    random_config,
+)
 from sweeper.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -52,6 +60,7 @@ def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> Ba
             try:
                 model = AutoModelForCausalLM.from_pretrained(where, **arguments)
             except Exception as error:
+                check_weights(where)  # a library's error does not name the file
                 raise _failure(spec, "the model cannot be loaded", error) from error
     model.eval().requires_grad_(False)
     model.to(device)
@@ -142,7 +151,7 @@ def check(spec: ModelSpec) -> None:
     """
     skeleton(spec)
     if spec.source == "path":
-        folder(spec, weights=True)
+        check_weights(folder(spec, weights=True))
 
 
 def learned_positions(spec: ModelSpec) -> int | None:

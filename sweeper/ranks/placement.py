@@ -133,7 +133,7 @@ def _by_role(targets: Sequence[Target], placement: PlacementSpec) -> list[Target
             raise SpecError(
                 f"placement={placement.name}: {', '.join(FUSED[target.role])} are one matrix in this architecture "
                 f"({target.name}), so {', '.join(sorted(parts & asked))} cannot be adapted alone. "
-                f"Choose from {', '.join([*_workable(targets), 'custom'])}."
+                f"Choose from {_choices(targets)}."
             )
     missing = asked - {part for target in picked for part in _components(target.role)}
     if "ff_up" in asked:
@@ -141,7 +141,7 @@ def _by_role(targets: Sequence[Target], placement: PlacementSpec) -> list[Target
     if missing:
         raise SpecError(
             f"placement={placement.name}: this model has no {', '.join(sorted(missing))}. "
-            f"Choose from {', '.join([*_workable(targets), 'custom'])}."
+            f"Choose from {_choices(targets)}."
         )
     return picked
 
@@ -155,7 +155,7 @@ def _check_part(targets: Sequence[Target], placement: PlacementSpec, part: tuple
                 raise SpecError(
                     f"placement={placement.name}: the feed-forward blocks of this model are mixtures of experts "
                     f"({target.name}) whose weights are not one matrix a layer, and adapting only some experts would "
-                    f"not be the placement asked for. Choose from {', '.join(_workable(targets))} or custom."
+                    f"not be the placement asked for. Choose from {_choices(targets)}."
                 )
     known = {target.layer for target in targets if set(_components(target.role)) & set(part)}
     lacking = sorted({target.layer for target in targets if target.layer is not None} - known)
@@ -186,6 +186,10 @@ def _by_pattern(targets: Sequence[Target], pattern: str, placement: PlacementSpe
 
 def _components(role: str) -> tuple[str, ...]:
     return FUSED.get(role, (role,))
+
+
+def _choices(targets: Sequence[Target]) -> str:
+    return ", ".join([*_workable(targets), "custom"])
 
 
 def _workable(targets: Sequence[Target]) -> list[str]:
