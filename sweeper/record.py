@@ -21,6 +21,7 @@ PREDICTIONS = "predictions.jsonl"
 ADAPTER = "adapter"
 WEIGHTS = "weights"
 SPECTRA = "spectra.json"
+WANDB_ID = "wandb.json"
 
 # what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
 TENSORBOARD, WANDB = "tensorboard", "wandb"
