@@ -45,9 +45,9 @@ class Study:
 
     Columns of `runs`: run_id, study, status, folder, source; every field of the spec by its dotted name (the name of a
     group under the group itself); `SPLIT.METRIC` after training and `SPLIT.before.METRIC` before it; every field of
-    the efficiency; `forgetting.SPLIT`, the rise of NLL on splits other than train, validation and test; where
-    `adapters.py spectra` looked at a run, `analysis.spectra.columns`. `fields` are those columns that come from the
-    spec.
+    the efficiency; `data.SPLIT.examples`, `data.SPLIT.truncated`, `data.SPLIT.dropped`; `forgetting.SPLIT`, the rise of
+    NLL on splits other than train, validation and test; where `adapters.py spectra` looked at a run,
+    `analysis.spectra.columns`. `fields` are those columns that come from the spec.
     """
 
     name: str
@@ -274,6 +274,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     row |= score_columns(plain.get("scores") or {})
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
+        row |= {f"data.{split}.{key}": facts[key] for key in ("examples", "truncated", "dropped") if key in facts}
     environment = plain.get("environment") or {}
     row |= {"device": environment.get("device"), "git_commit": environment.get("git_commit")}
     row |= {f"versions.{name}": version for name, version in (environment.get("versions") or {}).items()}

@@ -127,6 +127,24 @@ class Record:
     schema: int = SCHEMA_VERSION
 
 
+def shortened(data: Mapping[str, Mapping[str, Any]], *, above: float = 0.0) -> str | None:
+    """What `dataset.max_length` did to examples, by split; None where it did nothing.
+
+    Args:
+        data: as in a record. above: the share of a split's examples from which on it counts.
+    """
+    parts = []
+    for key, what in (("dropped", "left out (their response is too long)"), ("truncated", "cut at the prompt's start")):
+        counts = []
+        for split, facts in data.items():
+            count, every = facts.get(key) or 0, (facts.get("examples") or 0) + (facts.get("dropped") or 0)
+            if count and count > above * every:
+                counts.append(f"{count:,} of {every:,} {split}")
+        if counts:
+            parts.append(f"{', '.join(counts)} examples are {what}")
+    return f"dataset.max_length: {'; '.join(parts)}" if parts else None
+
+
 def write_record(folder: Path, record: Record) -> Path:
     """Writes `folder/record.json` atomically: temporary file, fsync, rename. Write all it refers to before."""
     plain = dataclasses.asdict(record)

@@ -8,6 +8,7 @@ from sweeper.engine import probe
 from sweeper.engine.batches import DataOrder
 from sweeper.engine.context import Context
 from sweeper.engine.evaluate import EvaluatedSplit
+from sweeper.engine.events import Remark
 from sweeper.engine.pack import Job
 from sweeper.engine.progress import Prepared
 from sweeper.engine.requests import RunRequest
@@ -23,11 +24,13 @@ class Loaded:
 
     Attributes:
         scores: dataset and evaluation -> split -> what the base model itself scores.
+        remarks: what is to be said of its datasets, and has not been yet.
     """
 
     def __init__(self, base: BaseModel, key: str, context: Context) -> None:
         self.base, self.key, self.context = base, key, context
         self.scores: dict[str, dict[str, EvaluatedSplit]] = {}
+        self.remarks: list[Remark] = []
         self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self._probes: dict[str, probe.Probe] = {}
         self._packed = False
@@ -96,4 +99,7 @@ class Loaded:
             self._encoded[key] = tasks.encode(
                 spec.dataset, self.base.tokenizer, model_key=model_key, cache=self.context.cache / "tokens"
             )
+            about = f"dataset={spec.dataset.name} on model={spec.model.name}"
+            lines = tasks.remarks(spec.dataset, self.base.tokenizer, self._encoded[key])
+            self.remarks += [Remark(message=f"{about}: {line}") for line in lines]
         return self._encoded[key]

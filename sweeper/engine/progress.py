@@ -35,7 +35,7 @@ from sweeper.record import (
     write_record,
 )
 from sweeper.spec import Settings, to_mapping
-from sweeper.tasks import EncodedSplit
+from sweeper.tasks import EncodedSplit, data_of
 
 
 @dataclass(kw_only=True)
@@ -193,11 +193,8 @@ class Progress:
             steps=run.job.done,
             scores=self.scores,
             data={
-                name: {
-                    "examples": len(split.examples), "truncated": split.truncated, "dropped": len(split.dropped),
-                    "tokens": sum(len(e.input_ids) for e in split.examples), "majority": dict(split.majority),
-                }
-                for name, split in run.splits.items()
+                name: facts | {"majority": dict(run.splits[name].majority)}
+                for name, facts in data_of(run.splits).items()
             },
             efficiency=self._efficiency(adapter_bytes, solo, pack),
             environment=environment,

@@ -93,6 +93,8 @@ class Session:
             yield from self._refuse(source, kinds, strays, loaded)
             return True
         groups = yield from self._alike(loaded, source, kinds, strays)
+        while loaded.remarks:
+            yield loaded.remarks.pop(0)
         if groups:
             moved = yield from self._train_alike(loaded, source, *groups[0])
             if not moved:

@@ -13,6 +13,7 @@ from sweeper.models.base import (
     skeleton,
     stock_config,
     total_parameters,
+    trained_positions,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "skeleton",
     "stock_config",
     "total_parameters",
+    "trained_positions",
 ]

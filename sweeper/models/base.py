@@ -168,6 +168,21 @@ def check_length(spec: ModelSpec, length: int) -> None:
         )
 
 
+def trained_positions(spec: ModelSpec) -> int | None:
+    """The longest text that a model was trained on, by its config; None where that does not say. Reads no weights."""
+    config = _config(spec).get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = [most]
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one for each kind of layer
+        factor, before = one.get("factor"), one.get("original_max_position_embeddings")
+        if isinstance(factor, int | float) and isinstance(before, int):
+            found.append(int(factor * before))
+    return max(found)
+
+
 def loading_message(spec: ModelSpec) -> str:
     """What `load` is about to do, in a few words for a progress display."""
     if spec.source == "gguf" and not converted_folder(spec.location).exists():

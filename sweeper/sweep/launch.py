@@ -153,7 +153,7 @@ def _carry_out(
     arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Callable[[Scheduler], Outcome]
 ) -> dict[str, Record]:
     plan, console = planning.make(arms, settings, search), make_console()
-    for line in _left_out(plan):
+    for line in [*_left_out(plan), *plan.warnings]:
         console.print(line, markup=False, soft_wrap=True)
     if settings.dry_run:
         show_plan(plan, settings, search, console)

@@ -1,7 +1,7 @@
 """What a command would train: its runs less those done, checked before any weight is loaded."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         left_out: arms that are not among them, as they would train what another one does.
+        warnings: what may not be meant, a line each.
     """
 
     study: Path
@@ -43,6 +44,7 @@ class Plan:
     arms: tuple[Arm, ...]
     retry_failed: bool = True
     left_out: tuple[Arm, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def tuned(self) -> bool:
@@ -82,7 +84,22 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
     checking.check(arms, search or SearchSettings(), calibrate=settings.calibrate)
     specs = [run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)]
     check([*specs, *(arm.make(params, arm.seeds[0]) for arm in arms for _, params in arm.ends())], settings)
-    return _without_likes(plan)
+    return replace(_without_likes(plan), warnings=tuple(_warnings(specs)))
+
+
+def _warnings(specs: Sequence[RunSpec]) -> Iterator[str]:
+    """Lines on what can be trained and may not be meant."""
+    if not specs:
+        return
+    from sweeper import models
+
+    for model, dataset in unique((spec.model, spec.dataset) for spec in specs):
+        most = models.trained_positions(model)
+        if most is not None and dataset.max_length > most:
+            yield (
+                f"dataset.max_length={dataset.max_length}: model={model.name} was made for texts of {most} tokens; the "
+                "positions beyond are new to it"
+            )
 
 
 def _without_likes(plan: Plan) -> Plan:
@@ -170,6 +187,7 @@ def targets(spec: RunSpec) -> "tuple[Target, ...]":
     if spec.allocation.name == "uniform":
         placement.check_rank(chosen, spec.rank, highest=methods.find(spec.method.name).highest)
     allocation.ranks(spec, chosen, every)
+    methods.check_places(spec, chosen)
     return chosen
 
 
