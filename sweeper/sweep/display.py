@@ -50,7 +50,7 @@ class LiveDisplay:
     def __call__(self, event: Event) -> None:
         self.board.take(event)
         if isinstance(event, Remark) and self.board.is_new(event):
-            self.console.print(event.message, markup=False, soft_wrap=True)  # above the table
+            self.console.print(event.message, markup=False, highlight=False, soft_wrap=True)  # above the table
 
     def render(self) -> Group:
         parts: list[Table | Text] = []

@@ -81,3 +81,21 @@ def test_contradictions_in_records_are_found(tmp_path: Path) -> None:
     assert "the record states 4,325,376" in messages
     assert "but attn_o modules have ranks" in messages
     assert {"one seed", "one learning rate"} <= set(found["check"])
+
+
+def test_examples_left_out_or_cut_are_a_finding_above_one_in_a_hundred(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", ranks=(4,), lrs=(1e-3, 3e-3, 1e-2), examples=120, steps=2)
+    sizes = {"train": {"examples": 990, "truncated": 9, "dropped": 10}, "test": {"examples": 120, "dropped": 0}}
+    for path in folder.glob("*/record.json"):
+        edit(path.parent, lambda plain: plain.update(data=sizes))
+    assert "shortened examples" not in set(analyse(load(folder), draws=50).tables["checks"]["check"])
+    sizes["train"] |= {"examples": 988, "dropped": 12}
+    sizes["test"] |= {"truncated": 30}
+    for path in folder.glob("*/record.json"):
+        edit(path.parent, lambda plain: plain.update(data=sizes))
+    found = analyse(load(folder), draws=50).tables["checks"]
+    (message,) = found[found["check"] == "shortened examples"]["message"]
+    assert message == (
+        "dataset.max_length: 12 of 1,000 train examples are left out (their response is too long); "
+        "30 of 120 test examples are cut at the prompt's start"
+    )
