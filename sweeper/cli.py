@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sweeper.errors import Interrupted, Problems, SweeperError, unknown
 
@@ -34,10 +34,23 @@ class Quit(SystemExit):
 
 
 def put_flags_last() -> None:
-    """Makes `study=mine -m rank=4,8` what it looks like: Hydra takes no overrides behind a flag that follows others."""
+    """Makes `study=mine -m rank=4,8` what it looks like: Hydra takes no overrides behind a flag that follows others.
+
+    Ends the command with a line for a flag that there is not.
+    """
     from hydra._internal.utils import get_args_parser
 
-    known, rest = get_args_parser().parse_known_args()
+    def refuse(message: str) -> NoReturn:
+        print(f"error: {message}. Flags: python {sys.argv[0]} --hydra-help", file=sys.stderr)
+        sys.exit(2)
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    known, rest = parser.parse_known_args()
+    for word in rest:
+        if word.startswith("-"):
+            field = word.lstrip("-")
+            refuse(f"{word}: no such flag; fields have no dashes, '{field if '=' in field else f'{field}=...'}'")
     if rest and not any(word.startswith("-") for word in rest):
         overrides = [*known.overrides, *rest]
         sys.argv[1:] = [*overrides, *(word for word in sys.argv[1:] if word not in overrides)]

@@ -112,6 +112,8 @@ def test_shell_completion_knows_groups_and_options(root: Path, tmp_path: Path) -
         ),
         (["study=a", "-m", "placement=attn,atn", "-cd", "."], ["placement=atn: no such placement"]),
         (["-cd", "/nowhere"], ["/nowhere"]),
+        (["--rank=8", "placement=ff"], ["error: --rank=8: no such flag; fields have no dashes, 'rank=8'."]),
+        (["-multirun", "rank=4,8"], ["ignored explicit argument 'ultirun'. Flags: python "]),
     ],
 )
 def test_mistakes_are_one_line_each_and_leave_nothing(

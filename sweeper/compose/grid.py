@@ -71,7 +71,7 @@ def read_grid(overrides: Sequence[str], composer: Composer, problems: list[str])
     Overrides that cannot be used are left out, and `problems` gets a line for each.
     """
     reader = _Reader(composer=composer, problems=problems)
-    for line in overrides:
+    for line in _joined(overrides, problems):
         try:
             override = composer.parse(line)
         except HydraException:
@@ -88,10 +88,31 @@ def read_grid(overrides: Sequence[str], composer: Composer, problems: list[str])
     return reader.grid()
 
 
+def _joined(overrides: Sequence[str], problems: list[str]) -> list[str]:
+    """The overrides, less those that white space took apart, which get a line each."""
+    kept, words = [], list(overrides)
+    while words:
+        word = words.pop(0)
+        follows = "" if not words or "=" in words[0].strip("=") else words[0]
+        if "=" not in word and follows.startswith("="):
+            value = follows[1:] or (words[1] if len(words) > 1 else "...")
+            problems.append(f"{word} {follows}: no spaces around the equals sign: '{word}={value}'")
+            del words[: 1 if follows[1:] else 2]
+        elif "=" in word and word.endswith(","):
+            problems.append(f"{word} {follows}".strip() + f": no spaces in a list: '{word}{follows or '...'}'")
+            del words[: bool(follows)]
+        else:
+            kept.append(word)
+    return kept
+
+
 def _unreadable(line: str) -> str:
     key, equals, value = line.partition("=")
     if not equals:
         return f"{line}: cannot be read. Write field=value; quote values with commas, brackets or spaces."
+    if re.fullmatch(r"\([^()=]*,[^()=]*\)", value):
+        inner = value[1:-1]
+        return f"{line}: cannot be read. Several values are '{key}={inner}' with -m, one list is '{key}=[{inner}]'"
     if not value.isascii() and not _QUOTED.fullmatch(value):
         return f"{line}: cannot be read. Letters beyond ASCII need quotes of their own: '{key}=\"{value}\"'"
     if (inside := _SWEEP_OF_NULL.search(value)) and not value.startswith("tag"):
@@ -290,6 +311,11 @@ def _no_option(group: str, name: Any, composer: Composer) -> str:
     line = unknown(group, "null" if name is None else str(name), composer.options(group))
     if group in ("hydra/launcher", "hydra/sweeper") and name in PLUGINS:
         return f"{line} {name} comes with pip install {PLUGINS[name]}."
+    if group == "model" and "/" in str(name):
+        hub = "" if str(name).startswith((".", "/", "~")) else ", one of the hub with model.source=hub beside it"
+        return f"model={name}: no such model. A folder is given as 'model=path model.location={name}'{hub}."
+    if group == "dataset" and re.search(r"\.jsonl?$|/", str(name)):
+        return f"dataset={name}: no such dataset. A file is given as 'dataset=jsonl dataset.path={name}'."
     return line
 
 

@@ -197,6 +197,21 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["sweep.max_pack=many"], "sweep.max_pack must be a whole number, got many"),
         (["sweep.compile=fast"], "sweep.compile must be one of auto, on, capture, off, got fast"),
         (["hydra/launcher=nope"], "hydra/launcher=nope: no such hydra/launcher. Choose from basic"),
+        (["hydra/launcher=rq"], "rq comes with pip install hydra-rq-launcher."),
+        (["rank", "=", "8"], "rank =: no spaces around the equals sign: 'rank=8'"),
+        (["rank", "=8"], "rank =8: no spaces around the equals sign: 'rank=8'"),
+        (["rank=4,", "8"], "rank=4, 8: no spaces in a list: 'rank=4,8'"),
+        (["rank=(4,8)"], "Several values are 'rank=4,8' with -m, one list is 'rank=[4,8]'"),
+        (["lr=1e-3"], "lr: no such field. Choose from allocation, "),
+        (["max_length=3"], " Did you mean dataset.max_length?"),
+        (["+lr=1e-3"], " Did you mean optim.lr?"),
+        (["method=LoRA"], "Did you mean lora?"),
+        (
+            ["model=org/name"],
+            "given as 'model=path model.location=org/name', one of the hub with model.source=hub beside",
+        ),
+        (["model=./mine"], "no such model. A folder is given as 'model=path model.location=./mine'."),
+        (["dataset=mine.jsonl"], "no such dataset. A file is given as 'dataset=jsonl dataset.path=mine.jsonl'."),
     ],
 )
 def test_each_mistake_has_its_line(overrides: list[str], line: str, composer: Any) -> None:
