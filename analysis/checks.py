@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.arms import Arrangement
 from analysis.load import Study
-from sweeper.record import perplexity
+from sweeper.record import perplexity, shortened
 
 CHECK_COLUMNS = ["check", "subject", "message"]
 ROLES: Mapping[str, tuple[str, ...]] = {
@@ -28,11 +28,16 @@ CONDITIONS = {
     "sandbox_python": "Python of the sandbox", "model.content": "model files", "dataset.content": "data version",
 }  # fmt: skip
 NUMBERLESS = ("hydra-core", "omegaconf")
+SHORTENED = 0.01
+"""Share of a split's examples that may be left out or cut without a word."""
 
 
 def check(study: Study, found: Arrangement) -> pd.DataFrame:
     """All findings, those that make a number wrong first. Columns: check, subject, message."""
-    rows = [*_perplexities(study), *_parameters(study), *_conditions(found), *_fairness(found), *_costs(found)]
+    rows = [
+        *_perplexities(study), *_parameters(study), *_conditions(found), *_shortened(study), *_fairness(found),
+        *_costs(found),
+    ]  # fmt: skip
     return pd.DataFrame(rows, columns=CHECK_COLUMNS)
 
 
@@ -89,6 +94,26 @@ def _against_modules(row: Mapping[str, Any], modules: list[dict[str, Any]], stat
     strangers = sorted({str(module["role"]) for module in modules} - allowed - {"embedding", "head"})
     if roles and strangers:
         yield f"placement {row['placement']} adapts {', '.join(roles)}, but {', '.join(strangers)} modules have ranks"
+
+
+def _shortened(study: Study) -> Iterator[tuple[str, str, str]]:
+    """Datasets of which more than `SHORTENED` of a split was left out or cut to `dataset.max_length`, by model."""
+    runs = study.runs
+    counts = [str(name) for name in runs if str(name).startswith("data.")]
+    if not counts:
+        return
+    seen: set[tuple[str, str]] = set()
+    for row in runs[["dataset", "model", *counts]].drop_duplicates().to_dict("records"):
+        data: dict[str, dict[str, int]] = {}
+        for name in counts:
+            _, split, key = name.split(".", 2)
+            if not pd.isna(row[name]):
+                data.setdefault(split, {})[key] = int(row[name])
+        text = shortened(data, above=SHORTENED)
+        subject = f"{row['dataset']} on {row['model']}"
+        if text is not None and (subject, text) not in seen:
+            seen.add((subject, text))
+            yield "shortened examples", subject, text
 
 
 def expected_parameters(row: Mapping[str, Any]) -> int | None:

@@ -199,14 +199,15 @@ def where_energy_went(analysis: Analysis) -> Figure | str:
     """Share of the update's squared norm by layer and role, mean over seeds: the highest rank of each placement (or
     method)."""
     tables: dict[str, pd.DataFrame] = {}
-    for arm in (arm for arm in analysis.found.arms if arm.setting == analysis.found.arms[0].setting):
-        rows = analysis.study.spectra(arm.runs["run_id"] if "update_norm" in arm.runs else [])
+    with_spectra = [a for a in analysis.found.arms if "update_norm" in a.runs and a.runs["update_norm"].notna().any()]
+    for arm in (arm for arm in with_spectra if arm.setting == with_spectra[0].setting):
+        rows = analysis.study.spectra(arm.runs["run_id"])
         if len(rows):
             percent = rows[rows["layer"].notna()].assign(share=100 * rows["energy_share"])
             tables[arm.label] = percent.groupby(["role", "layer"], sort=False, as_index=False)["share"].mean()
     if not tables:
         return "no run has spectra (python adapters.py spectra outputs/STUDY makes them)"
-    names = _named(analysis, analysis.found.arms[0].setting)
+    names = _named(analysis, with_spectra[0].setting)
     chosen = _last(names, tables)[:4]
     top = max(float(tables[label]["share"].max()) for label in chosen)
     return _module_maps({names[label][1]: tables[label] for label in chosen}, "share", "energy (%)", top)

@@ -49,9 +49,9 @@ class Study:
 
     Columns of `runs`: run_id, study, status, folder, source; every field of the spec by its dotted name (the name of a
     group under the group itself); `SPLIT.METRIC` after training and `SPLIT.before.METRIC` before it; every field of
-    the efficiency; `forgetting.SPLIT`, the rise of NLL on splits other than train, validation and test; where
-    `adapters.py spectra` looked at a run, `analysis.spectra.columns`. `fields` are those columns that come from the
-    spec.
+    the efficiency; `data.SPLIT.examples`, `data.SPLIT.truncated`, `data.SPLIT.dropped`; `forgetting.SPLIT`, the rise of
+    NLL on splits other than train, validation and test; where `adapters.py spectra` looked at a run,
+    `analysis.spectra.columns`. `fields` are those columns that come from the spec.
     """
 
     name: str
@@ -73,22 +73,23 @@ class Study:
     def example_columns(self, run_id: str, *, split: str, moment: str) -> dict[str, list[Any]]:
         """Per-example scores of one run as a list a column; empty where the run left none."""
         wanted = f'"split": "{split}", "moment": "{moment}"'
-        rows = self._lines(self.folder(run_id) / PREDICTIONS, wanted)
+        rows = self._lines(self.folder(run_id), PREDICTIONS, wanted)
         rows = [row for row in rows if row.get("split") == split and row.get("moment") == moment]
         names = [key for key in rows[0] if key not in ("split", "moment")] if rows else []
         return {key: [row.get(key) for row in rows] for key in names}
 
-    def folder(self, run_id: str) -> Path:
-        """The folder of a run."""
+    def folder(self, run_id: str) -> Path | None:
+        """The folder of a run; None of one that came from elsewhere, which has none."""
         if self._folders is None:
             self._folders = dict(zip(self.runs["run_id"], self.runs["folder"], strict=True))
-        return Path(self._folders[run_id])
+        found = self._folders[run_id]
+        return Path(found) if isinstance(found, str) else None  # pandas makes nan of None in some columns
 
     def curves(self, run_ids: Iterable[str]) -> pd.DataFrame:
         """Training curves: run_id, step, loss, lr, grad_norm, tokens of every optimiser step."""
         parts = []
         for run_id in run_ids:
-            rows = [row for row in self._lines(self.folder(run_id) / METRICS, '"loss"') if "loss" in row]
+            rows = [row for row in self._lines(self.folder(run_id), METRICS, '"loss"') if "loss" in row]
             if rows:
                 parts.append(pd.DataFrame(rows).assign(run_id=run_id))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "step", "loss", "lr"])
@@ -105,7 +106,8 @@ class Study:
         """Spectra of updates by module, of runs that have them: run_id and `analysis.spectra.BY_MODULE`."""
         parts = []
         for run_id in run_ids:
-            rows = self.read_spectra(self.folder(run_id))
+            folder = self.folder(run_id)
+            rows = [] if folder is None else self.read_spectra(folder)
             if rows:
                 parts.append(pd.DataFrame(rows)[list(spectra.BY_MODULE)].assign(run_id=run_id))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", *spectra.BY_MODULE])
@@ -126,7 +128,10 @@ class Study:
             found[problem.kind] = found.get(problem.kind, 0) + 1
         return found
 
-    def _lines(self, path: Path, wanted: str) -> list[dict[str, Any]]:
+    def _lines(self, folder: Path | None, name: str, wanted: str) -> list[dict[str, Any]]:
+        if folder is None:
+            return []
+        path = folder / name
         # One parse of the lines that matter is four times faster than a parse of each line.
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -298,6 +303,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     row |= score_columns(plain.get("scores") or {})
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
+        row |= {f"data.{split}.{key}": facts[key] for key in ("examples", "truncated", "dropped") if key in facts}
     environment = plain.get("environment") or {}
     row |= {"device": environment.get("device"), "git_commit": environment.get("git_commit")}
     row |= made_with(environment, plain["spec"])

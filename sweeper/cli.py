@@ -7,10 +7,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sweeper import lost
-from sweeper.errors import Problems, SweeperError, unknown
+from sweeper.errors import Interrupted, Problems, SweeperError, unknown
 from sweeper.lost import ContextLost
 
 if TYPE_CHECKING:
@@ -36,10 +36,23 @@ class Quit(SystemExit):
 
 
 def put_flags_last() -> None:
-    """Makes `study=mine -m rank=4,8` what it looks like: Hydra takes no overrides behind a flag that follows others."""
+    """Makes `study=mine -m rank=4,8` what it looks like: Hydra takes no overrides behind a flag that follows others.
+
+    Ends the command with a line for a flag that there is not.
+    """
     from hydra._internal.utils import get_args_parser
 
-    known, rest = get_args_parser().parse_known_args()
+    def refuse(message: str) -> NoReturn:
+        print(f"error: {message}. Flags: python {sys.argv[0]} --hydra-help", file=sys.stderr)
+        sys.exit(2)
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    known, rest = parser.parse_known_args()
+    for word in rest:
+        if word.startswith("-"):
+            field = word.lstrip("-")
+            refuse(f"{word}: no such flag; fields have no dashes, '{field if '=' in field else f'{field}=...'}'")
     if rest and not any(word.startswith("-") for word in rest):
         overrides = [*known.overrides, *rest]
         sys.argv[1:] = [*overrides, *(word for word in sys.argv[1:] if word not in overrides)]
@@ -100,6 +113,8 @@ def train(cfg: "DictConfig") -> float | None:
     except SweeperError as error:
         if hydra.mode == RunMode.RUN or isinstance(error, ContextLost):  # no job of this process can go on
             raise Quit(error) from None
+        if isinstance(error, Interrupted):  # Hydra's launchers would keep it as the job's error and begin the next
+            raise KeyboardInterrupt from None
         raise
 
 
@@ -134,11 +149,14 @@ def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
     from sweeper import compose
 
     parsed = get_args(arguments)
-    lines: list[str] = _no_such_hydra_field(str(error))
+    lines: list[str] = _no_such_hydra_field(str(error), parsed.overrides)
     try:
         composer = composer_of(parsed.config_dir)
-        if not parsed.multirun:
+        if not (parsed.multirun or _is_multirun(composer, parsed.overrides)):
             lines += _grid_without_multirun(parsed.overrides, composer)
+        elif str(error).startswith("Ambiguous"):  # Hydra did not see that it is one, for what is wrong with hydra.*
+            error = _refused(composer, parsed.overrides) or error
+            lines += _no_such_hydra_field(str(error), parsed.overrides)
         compose.expand(parsed.overrides, composer)
     except Problems as problems:
         lines += problems.lines
@@ -147,27 +165,75 @@ def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
     return Problems(lines or [compose.one_line(error)])
 
 
-def _no_such_hydra_field(message: str) -> list[str]:
+def _no_such_hydra_field(message: str, overrides: Sequence[str]) -> list[str]:
     """A line with the fields of `hydra`, its sweeper or its launcher, if the message is about one that is not there."""
     from dataclasses import fields
 
     from hydra.conf import HydraConf
-    from hydra_plugins.lora_sweeper.ablation_sweeper import AblationSweeperConf
     from hydra_plugins.lora_sweeper.ray_launcher import RayLauncherConf
 
     match = re.match(r"Could not override 'hydra\.(\w+)\.?(\w*)\.?(\w*)", message)
     if match is None:
         return []
-    kind = {"sweeper": AblationSweeperConf, "launcher": RayLauncherConf}.get(match[1], HydraConf)
-    known = [field.name for field in fields(kind) if not field.name.startswith("_")]
-    if kind is HydraConf:
-        return [] if match[1] in known else [unknown("hydra field", match[1], known).replace(" field=", ".", 1)]
-    name = f"hydra.{match[1]}.{match[2]}"
-    if match[2] in known and match[3]:  # a mapping, empty until it is given
-        return [f"{name} is given whole: '{name}={{{match[3]}: ...}}'"]
-    if match[2] in known:  # of the launcher, for which others than Ray's have no fields
+    part, field, key = match.groups()
+    if part not in ("sweeper", "launcher"):
+        known = [one.name for one in fields(HydraConf)]
+        return [] if part in known else [unknown("hydra field", part, known).replace(" field=", ".", 1)]
+    chosen, known = _chosen_plugin(part, overrides)
+    name = f"hydra.{part}.{field}"
+    if field == "params":
+        return [f"{name}: give axes by themselves, or add them with a plus: '+{name}.{key or 'rank'}=...'"]
+    if field in known and key:  # a mapping, empty until it is given
+        return [f"{name} is given whole: '{name}={{{key}: ...}}'"]
+    if field in known:
+        return []
+    if part == "launcher" and field in {one.name for one in fields(RayLauncherConf)}:
         return [f"{name} is a field of hydra/launcher=ray: give that as well"]
-    return [unknown(f"hydra.{match[1]} field", match[2], known).replace(" field=", ".", 1)]
+    if not known:
+        return [f"{name}: hydra/{part}={chosen} has no fields"]
+    return [unknown(f"hydra.{part} field", field, known).replace(" field=", ".", 1)]
+
+
+def _chosen_plugin(part: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """The sweeper or launcher that a command chooses, and its fields."""
+    from hydra.core.config_store import ConfigStore
+
+    given = [line.partition("=")[2] for line in overrides if line.lstrip("+").startswith(f"hydra/{part}=")]
+    chosen = given[-1] if given else {"sweeper": "ablation", "launcher": "packed"}[part]
+    try:
+        node = ConfigStore.instance().load(f"hydra/{part}/{chosen}.yaml").node
+    except OSError:  # there is none of this name, which has a line of its own
+        return chosen, []
+    return chosen, [name for name in map(str, node) if not name.startswith("_")]
+
+
+def _is_multirun(composer: "Composer", overrides: Sequence[str]) -> bool:
+    """Whether an overlay such as search=lr makes a sweep of a command without -m."""
+    from hydra.types import RunMode
+
+    telling = [
+        line for line in overrides if line.startswith("hydra.mode=") or not line.lstrip("+~").startswith("hydra")
+    ]
+    try:
+        cfg = composer.loader.load_configuration(
+            composer.config_name, telling, RunMode.MULTIRUN, validate_sweep_overrides=False
+        )
+    except Exception:  # the command has other faults
+        return False
+    return bool(cfg.hydra.mode == RunMode.MULTIRUN)
+
+
+def _refused(composer: "Composer", overrides: Sequence[str]) -> Exception | None:
+    """Why Hydra does not compose a sweep."""
+    from hydra.types import RunMode
+
+    try:
+        composer.loader.load_configuration(
+            composer.config_name, list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False
+        )
+    except Exception as error:
+        return error
+    return None
 
 
 def composer_of(config_dir: str | None) -> "Composer":

@@ -60,9 +60,12 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> str:
     'placement=atn: no such placement. Choose from attn, ff. Did you mean attn?'
     """
     listed = sorted(choices)
+    if not listed:
+        return f"{what}={name}: no such {what}; there is none to choose from here."
     line = f"{what}={name}: no such {what}. Choose from {', '.join(listed)}."
-    near = difflib.get_close_matches(name, listed, n=1)
-    return f"{line} Did you mean {near[0]}?" if near else line
+    folded = {choice.casefold(): choice for choice in listed}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f"{line} Did you mean {folded[near[0]]}?" if near else line
 
 
 def no_such_field(name: str, choices: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ WEIGHTS = "weights"
 SPECTRA = "spectra.json"
 CHECKPOINT = "checkpoint.safetensors"
 TRACEBACK = "traceback.txt"
+WANDB_ID = "wandb.json"
 
 # what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
 TENSORBOARD, WANDB = "tensorboard", "wandb"
@@ -132,6 +133,24 @@ class Record:
     started: str = ""
     finished: str = ""
     schema: int = SCHEMA_VERSION
+
+
+def shortened(data: Mapping[str, Mapping[str, Any]], *, above: float = 0.0) -> str | None:
+    """What `dataset.max_length` did to examples, by split; None where it did nothing.
+
+    Args:
+        data: as in a record. above: the share of a split's examples from which on it counts.
+    """
+    parts = []
+    for key, what in (("dropped", "left out (their response is too long)"), ("truncated", "cut at the prompt's start")):
+        counts = []
+        for split, facts in data.items():
+            count, every = facts.get(key) or 0, (facts.get("examples") or 0) + (facts.get("dropped") or 0)
+            if count and count > above * every:
+                counts.append(f"{count:,} of {every:,} {split}")
+        if counts:
+            parts.append(f"{', '.join(counts)} examples are {what}")
+    return f"dataset.max_length: {'; '.join(parts)}" if parts else None
 
 
 def write_record(folder: Path, record: Record) -> Path:

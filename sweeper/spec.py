@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -394,7 +394,8 @@ def placed_by_content(spec: Any) -> str | None:
 def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = "") -> Spec:
     """Builds a spec dataclass from plain data, with every field's type checked and unknown keys refused.
 
-    `prefix` (such as "optim.") goes before the field names in messages.
+    `prefix` (such as "optim.") goes before the field names in messages. A mapping of texts or of whole numbers may be
+    given as a list of "key:value" as well, since Hydra's grammar has no quoted keys, or as null where it is empty.
 
     Raises:
         SpecError: one line naming the field, what was given and what would have been right.
@@ -403,6 +404,8 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
         value = mapping.get(item.name)
         if get_origin(item.type) is tuple and isinstance(value, str):  # dacite would take it letter by letter
             raise SpecError(f"{prefix}{item.name} must be a list, got {value}: write '{prefix}{item.name}=[{value}]'")
+        if get_origin(item.type) is dict and not isinstance(value, Mapping) and item.name in mapping:
+            mapping = {**mapping, item.name: _pairs(value, f"{prefix}{item.name}", get_args(item.type)[1])}
     config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _to_float, int: _to_int})
     try:
         return dacite.from_dict(kind, dict(mapping), config)
@@ -413,8 +416,15 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
     except dacite.MissingValueError as error:
         raise SpecError(f"{prefix}{error.field_path} is required: give {prefix}{error.field_path}=...") from None
     except dacite.WrongTypeError as error:
-        wanted, given = _in_words(error.field_type), _as_typed(error.value)
-        raise SpecError(f"{prefix}{error.field_path} must be {wanted}, got {given}") from None
+        name, wanted, given = f"{prefix}{error.field_path}", error.field_type, error.value
+        if get_origin(wanted) is dict and isinstance(given, Mapping):  # one of its values is at fault
+            wanted = get_args(wanted)[1]
+            name, given = next(
+                (f"{name}.{key}", value)
+                for key, value in given.items()
+                if not isinstance(value, wanted) or isinstance(value, bool)
+            )
+        raise SpecError(f"{name} must be {_in_words(wanted)}, got {_as_typed(given)}") from None
 
 
 def run_spec(mapping: Mapping[str, Any]) -> RunSpec:
@@ -423,6 +433,35 @@ def run_spec(mapping: Mapping[str, Any]) -> RunSpec:
     if filled.get("alpha") is None and isinstance(filled.get("rank"), int):
         filled["alpha"] = 2 * filled["rank"]
     return from_mapping(RunSpec, filled)
+
+
+def _pairs(value: Any, name: str, kind: Any) -> Any:
+    """The mapping that null or a list of "key:value" stands for; what is neither is left to the check of types.
+
+    A regular expression may hold colons, so texts are parted at the first colon, behind a role, and whole numbers at
+    the last.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Sequence) or kind not in (str, int):
+        return value
+    if isinstance(value, str):
+        form = f"write '{name}=[\"{value}\"]'" if ":" in value else f"write '{name}={{key: value}}'"
+        raise SpecError(f"{name} must be a mapping, got {_as_typed(value)}: {form}")
+    found: dict[str, Any] = {}
+    for one in value:
+        if isinstance(one, Mapping) and len(one) == 1:
+            ((key, given),) = one.items()
+        else:
+            key, colon, given = (str(one).partition if kind is str else str(one).rpartition)(":")
+            if not (colon and key.strip() and given.strip()):
+                form = "role:regular expression" if kind is str else "role or regular expression:rank"
+                raise SpecError(f"{name}: {_as_typed(one)} is not of the form '{form}'")
+            key, given = key.strip(), given.strip()
+        if key in found:
+            raise SpecError(f"{name}: {key} is there twice")
+        found[key] = int(given) if kind is int and isinstance(given, str) and re.fullmatch("[0-9]+", given) else given
+    return found
 
 
 @functools.cache

@@ -90,6 +90,18 @@ def test_shell_completion_knows_groups_and_options(root: Path, tmp_path: Path) -
         (["-m", "+trainr.max_steps=8", "rank=4,8"], ["trainer. Did you mean trainer?"]),
         (["+sweep.retry=3", "+optim.lrr=1"], ["Did you mean sweep.retries?", "Did you mean optim.lr?"]),
         (["hydra/launcher=nope"], ["hydra/launcher=nope: no such hydra/launcher"]),
+        (["-m", "rank=4,8", "hydra/launcher=rq"], ["rq comes with pip install hydra-rq-launcher"]),
+        (
+            ["-m", "rank=4,8", "hydra/launcher=basic", "hydra.launcher.n_jobs=2"],
+            ["error: hydra.launcher.n_jobs: hydra/launcher=basic has no fields"],
+        ),
+        (["-m", "hydra.sweeper.params=[a]"], ["hydra.sweeper.params must be a mapping, got ['a']: write"]),
+        (
+            ["-m", "search=lr", "hydra.sweeper.params.rank=3"],
+            ["add them with a plus: '+hydra.sweeper.params.rank=...'"],
+        ),
+        (["search=lr", "rank=4,8", "hydra.sweeper.n_trial=3"], ["Did you mean n_trials?"]),
+        (["search=lr", "rank=4,8", "placement=attn,atn"], ["placement=atn: no such placement"]),
         (["hydra.nope=1"], ["hydra.nope"]),
         (["hydra.mode=BOTH"], ["Error merging override hydra.mode=BOTH"]),
         (["hydra.sweepr.n_trials=3"], ["hydra.sweepr: no such hydra field. Choose from callbacks, "]),
@@ -100,6 +112,8 @@ def test_shell_completion_knows_groups_and_options(root: Path, tmp_path: Path) -
         ),
         (["study=a", "-m", "placement=attn,atn", "-cd", "."], ["placement=atn: no such placement"]),
         (["-cd", "/nowhere"], ["/nowhere"]),
+        (["--rank=8", "placement=ff"], ["error: --rank=8: no such flag; fields have no dashes, 'rank=8'."]),
+        (["-multirun", "rank=4,8"], ["ignored explicit argument 'ultirun'. Flags: python "]),
     ],
 )
 def test_mistakes_are_one_line_each_and_leave_nothing(
@@ -172,12 +186,31 @@ def test_a_sweep_trains_once_and_prints_its_table_again(root: Path, tmp_path: Pa
     assert [path.stat().st_mtime_ns for path in records] == before
 
 
-@pytest.mark.parametrize("parts", [["hydra/launcher=basic"], ["hydra/sweeper=basic"]])
+@pytest.mark.parametrize(
+    "given",
+    [["hydra.sweeper.params="], ["hydra.sweeper.params=null"], ["+hydra.sweeper.params={rank: 4, alpha: null}"]],
+)
+def test_axes_of_overlays_may_be_empty_or_absent(given: list[str], root: Path, tmp_path: Path) -> None:
+    out = train(root, tmp_path, "-m", "experiment=smoke", "rank=4", "sweep.dry_run=true", *given)
+    assert out.returncode == 0, out.stderr
+    assert "1 run, 1 to train" in out.stdout
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["hydra/launcher=basic"],
+        ["hydra/launcher=basic", "hydra.sweep.subdir=${hydra.job.override_dirname}"],
+        ["hydra/sweeper=basic"],
+    ],
+)
 def test_hydras_own_sweeper_and_launcher_work_too(parts: list[str], root: Path, tmp_path: Path) -> None:
     out = train(root, tmp_path, "-m", "experiment=smoke", "placement=attn,ff", "rank=4", *parts)
     assert out.returncode == 0, out.stderr
     assert len(list((tmp_path / "outputs/smoke").glob("*/record.json"))) == 2
     assert (tmp_path / "outputs/smoke/summary.csv").read_text().count("completed") == 2
+    if len(parts) > 1:
+        assert (tmp_path / "outputs/smoke/.hydra/experiment=smoke,placement=ff,rank=4,seed=0").is_dir()
 
 
 def test_a_single_run_is_in_the_same_place_as_in_a_grid(root: Path, tmp_path: Path) -> None:

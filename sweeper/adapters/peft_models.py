@@ -58,6 +58,8 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             if model is not None:
                 remove(model)
+            for file in sorted(folder.glob("*.safetensors")):
+                rescore.read_tensors(file)  # names the file, where it is that which is damaged
             raise DataError(f"{folder}: PEFT cannot load it: {gist(error)}") from error
     return model.eval()
 

@@ -1,5 +1,6 @@
 """From plain data to specs and settings, section by section, with a line for everything that cannot be used."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_type_hints
 
@@ -140,6 +141,23 @@ def search_settings(plain: Mapping[str, Any]) -> SearchSettings:
     for name in ("sampler_options", "pruner_options"):
         values[name] = values.get(name) or {}
     return from_mapping(SearchSettings, values, prefix="hydra.sweeper.")
+
+
+def axes_of(params: Any) -> list[str]:
+    """The overrides that `hydra.sweeper.params` stands for; none where it is empty or absent.
+
+    Raises:
+        SpecError: it is no mapping.
+    """
+    plain = OmegaConf.to_container(params, resolve=False) if OmegaConf.is_config(params) else params
+    if plain is None or plain == "":
+        return []
+    if not isinstance(plain, Mapping):
+        raise SpecError(
+            f"hydra.sweeper.params must be a mapping, got {plain}: write 'hydra.sweeper.params={{rank: \"4,8\"}}', or "
+            "the axes by themselves"
+        )
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in plain.items()]
 
 
 def differing(found: Sequence[Settings]) -> str:

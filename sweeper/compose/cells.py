@@ -152,12 +152,24 @@ def _no_such_field(key: str, plain: Plain) -> str:
         node = node[part]
         path.append(part)
     choices = [".".join([*path, name]) for name in node if name != "options"]
-    if isinstance(node.get(leaf), dict):
-        whole = ".".join([*path, leaf])
+    whole = ".".join([*path, leaf])
+    if leaf in node and not isinstance(node[leaf], dict | None):
+        return f"{key}: {whole} is one value without fields. Give it as {whole}=..."
+    if leaf in node:
         return f"{whole} has no keys yet; where it takes any, they are added with '+{whole}={{...}}'"
     if not choices:
         return f"{'.'.join([*path, leaf])}: no such field; {'.'.join(path)} has none here."
-    return no_such_field(".".join([*path, leaf]), choices)
+    line = no_such_field(".".join([*path, leaf]), choices)
+    elsewhere = [] if path else sorted(_paths_to(leaf, plain))
+    return f"{line.partition(' Did you mean')[0]} Did you mean {' or '.join(elsewhere)}?" if elsewhere else line
+
+
+def _paths_to(leaf: str, node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all fields that end in a name."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key == leaf and prefix:
+            yield f"{prefix}{key}"
+        yield from _paths_to(leaf, value, f"{prefix}{key}.")
 
 
 def unused(cfg: DictConfig) -> list[str]:
@@ -165,7 +177,7 @@ def unused(cfg: DictConfig) -> list[str]:
     known = (*SECTIONS, *SCALARS, *SETTINGS)
     plain = cast(Plain, OmegaConf.to_container(cfg, resolve=False))
     return [
-        no_such_field(name, known)
+        _no_such_field(name, {key: value for key, value in plain.items() if key in known})
         for name in map(str, plain)
         if name not in known and not _mentions(plain, re.compile(rf"\$\{{[^}}]*\b{re.escape(name)}\b"))
     ]

@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sweeper.errors import SpecError
@@ -44,6 +44,11 @@ class Composer:
 
     def parse(self, override: str) -> Override:
         return OverridesParser.create(config_loader=self.loader).parse_overrides([override])[0]
+
+
+def as_typed(overrides: ListConfig) -> tuple[str, ...]:
+    """Overrides as they were typed: read as a list of the configuration, what they interpolate would be filled in."""
+    return tuple(cast(list[str], OmegaConf.to_container(overrides, resolve=False)))
 
 
 def one_line(error: BaseException) -> str:

@@ -80,6 +80,7 @@ def expand(overrides: Sequence[str], composer: Composer) -> Composition:
             arms.setdefault(arm.key, arm)
     if len(found) > 1:
         problems.append(differing(found))
+    problems = [line for line in problems if not grid.explains(line)]
     if not problems and grid.space:
         for arm in {arm.space: arm for arm in reversed(arms.values())}.values():
             _try_ends(arm, problems)

@@ -1,5 +1,6 @@
 """A command's overrides read as a grid: what is fixed, what are axes, what is tuned inside every arm."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +28,8 @@ class Axis:
 class Grid:
     """`tuned` are the groups whose option is tuned, as axes; `space` is all that is tuned.
 
-    `by_method` are the tuned fields whose range, where a method has one of its own, is the method's.
+    `by_method` are the tuned fields whose range, where a method has one of its own, is the method's. `unread` are the
+    keys of overrides that cannot be read.
     """
 
     fixed: tuple[str, ...]
@@ -36,6 +38,15 @@ class Grid:
     space: tuple[Dimension, ...] = ()
     tuned: tuple[Axis, ...] = ()
     by_method: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
+
+    def explains(self, problem: str) -> bool:
+        """Whether a problem is that a section lacks what an override that could not be read would have given."""
+        return any(
+            problem.startswith(f"{key} is required")
+            or (problem.startswith(f"{key.split('.')[0]}=") and " needs " in problem and " got neither" in problem)
+            for key in self.unread
+        )
 
     @property
     def cell_axes(self) -> tuple[Axis, ...]:
@@ -60,11 +71,12 @@ def read_grid(overrides: Sequence[str], composer: Composer, problems: list[str])
     Overrides that cannot be used are left out, and `problems` gets a line for each.
     """
     reader = _Reader(composer=composer, problems=problems)
-    for line in overrides:
+    for line in _joined(overrides, problems):
         try:
             override = composer.parse(line)
         except HydraException:
             problems.append(_unreadable(line))
+            reader.unread.add(line.partition("=")[0].lstrip("+~"))
             continue
         if not override.is_hydra_override():
             reader.take(override)
@@ -76,11 +88,80 @@ def read_grid(overrides: Sequence[str], composer: Composer, problems: list[str])
     return reader.grid()
 
 
+def _joined(overrides: Sequence[str], problems: list[str]) -> list[str]:
+    """The overrides, less those that white space took apart, which get a line each."""
+    kept, words = [], list(overrides)
+    while words:
+        word = words.pop(0)
+        follows = "" if not words or "=" in words[0].strip("=") else words[0]
+        if "=" not in word and follows.startswith("="):
+            value = follows[1:] or (words[1] if len(words) > 1 else "...")
+            problems.append(f"{word} {follows}: no spaces around the equals sign: '{word}={value}'")
+            del words[: 1 if follows[1:] else 2]
+        elif "=" in word and word.endswith(","):
+            problems.append(f"{word} {follows}".strip() + f": no spaces in a list: '{word}{follows or '...'}'")
+            del words[: bool(follows)]
+        else:
+            kept.append(word)
+    return kept
+
+
 def _unreadable(line: str) -> str:
     key, equals, value = line.partition("=")
-    if equals and not value.isascii():
+    if not equals:
+        return f"{line}: cannot be read. Write field=value; quote values with commas, brackets or spaces."
+    if re.fullmatch(r"\([^()=]*,[^()=]*\)", value):
+        inner = value[1:-1]
+        return f"{line}: cannot be read. Several values are '{key}={inner}' with -m, one list is '{key}=[{inner}]'"
+    if not value.isascii() and not _QUOTED.fullmatch(value):
         return f"{line}: cannot be read. Letters beyond ASCII need quotes of their own: '{key}=\"{value}\"'"
-    return f"{line}: cannot be read. Write field=value; quote values with commas, brackets or spaces."
+    if (inside := _SWEEP_OF_NULL.search(value)) and not value.startswith("tag"):
+        return f"{line}: cannot be read. Hydra takes no null in {inside[1]}(): write '{key}={inside[2]}'"
+    if inside:
+        return f"{line}: cannot be read. Hydra takes no null in {inside[1]}(): make it an axis, '{key}={inside[2]}'"
+    if value.startswith("{") and (readable := _readable(key.lstrip("+"), value)):
+        return f"{line}: cannot be read. Hydra has no quoted keys: write '{key}={readable}'"
+    if '"' in value or "'" in value:
+        return f"{line}: cannot be read. Write field=value; quote values with commas, brackets or spaces."
+    if value.startswith("[") and value.endswith("]"):
+        parts = [value[1:-1]] if set("{(") & set(value) else value[1:-1].split(",")
+        value = "[" + ",".join(f'"{part.strip()}"' for part in parts) + "]"
+        return f"{line}: cannot be read. Regular expressions need quotes of their own: '{key}={value}'"
+    return (
+        f"{line}: cannot be read. Values with commas, brackets or spaces need quotes of their own: '{key}=\"{value}\"'"
+    )
+
+
+_QUOTED = re.compile(r"""("|').*\1""")
+_SWEEP_OF_NULL = re.compile(r"\b(choice|sort|shuffle)\(((?:[^()]*,)?\s*null\s*(?:,[^()]*)?)\)", re.IGNORECASE)
+_PAIR = re.compile(
+    r"""\s*("(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>.*?))\s*:"""
+    r"""\s*(?P<value>[^,:{}"']+|"[^"]*"|'[^']*')\s*(,|$)"""
+)
+_BARE_KEY = re.compile(
+    r"([\w/+.$%*@?|\- ]|\\(?![\\()\[\]{}:=, ]))+"
+)  # what is no quote, no bracket, no escape to Hydra
+_AS_LISTS = ("allocation.pattern", "model.roles")
+
+
+def _readable(key: str, value: str) -> str | None:
+    """A mapping with keys that Hydra cannot read in a form that it can; None where there is none."""
+    inner, pairs, at = value.strip()[1:-1], [], 0
+    while at < len(inner):
+        match = _PAIR.match(inner, at)
+        if match is None:
+            return None
+        name = next(text for text in (match["double"], match["single"], match["bare"]) if text is not None)
+        pairs.append((name, match["value"].strip()))
+        at = match.end()
+    if pairs and all(_BARE_KEY.fullmatch(name) for name, _ in pairs):
+        return "{" + ", ".join(f"{name}: {given}" for name, given in pairs) + "}"
+    if pairs and key in _AS_LISTS:
+        return "[" + ",".join(f'"{name}:{given.strip(_QUOTES)}"' for name, given in pairs) + "]"
+    return None
+
+
+_QUOTES = "\"'"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,6 +175,7 @@ class _Reader:
     space: dict[str, Dimension] = field(default_factory=dict)
     groups: set[str] = field(default_factory=set)
     by_method: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
 
     def take(self, override: Override) -> None:
         key = override.get_key_element()
@@ -117,6 +199,7 @@ class _Reader:
             space=tuple(self.space.values()),
             tuned=tuple(self.axes[key] for key in self.space if key in self.axes),
             by_method=frozenset(self.by_method & self.space.keys()),
+            unread=frozenset(self.unread),
         )
 
     def _fix(self, key: str, override: Override, group: bool) -> None:
@@ -208,10 +291,32 @@ def _known_options(override: Override, values: Sequence[Any], composer: Composer
         strange = [name for name in names if not isinstance(name, str) or not composer.has_option(group, name)]
         if not strange:
             kept.append(value)
-        problems.extend(
-            unknown(group, "null" if name is None else str(name), composer.options(group)) for name in strange
-        )
+        problems.extend(_no_option(group, name, composer) for name in strange)
     return kept
+
+
+# parts of Hydra that people know by name, and the packages they come in
+PLUGINS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    "rq": "hydra-rq-launcher",
+    "optuna": "hydra-optuna-sweeper",
+    "ax": "hydra-ax-sweeper",
+    "nevergrad": "hydra-nevergrad-sweeper",
+}
+
+
+def _no_option(group: str, name: Any, composer: Composer) -> str:
+    line = unknown(group, "null" if name is None else str(name), composer.options(group))
+    if group in ("hydra/launcher", "hydra/sweeper") and name in PLUGINS:
+        return f"{line} {name} comes with pip install {PLUGINS[name]}."
+    if group == "model" and "/" in str(name):
+        hub = "" if str(name).startswith((".", "/", "~")) else ", one of the hub with model.source=hub beside it"
+        return f"model={name}: no such model. A folder is given as 'model=path model.location={name}'{hub}."
+    if group == "dataset" and re.search(r"\.jsonl?$|/", str(name)):
+        return f"dataset={name}: no such dataset. A file is given as 'dataset=jsonl dataset.path={name}'."
+    return line
 
 
 def _is_setting(key: str) -> bool:

@@ -16,6 +16,13 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Remark:
+    """What a reader of the results must know, such as of examples that were left out; each is shown once, and stays."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunStarted:
     run_id: str
     steps: int
@@ -78,4 +85,4 @@ class TrialEnded:
     wanted: int | None
 
 
-Event = Stage | RunQueued | RunStarted | Step | Evaluated | RunFinished | TrialEnded
+Event = Stage | Remark | RunQueued | RunStarted | Step | Evaluated | RunFinished | TrialEnded

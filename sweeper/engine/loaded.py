@@ -9,6 +9,7 @@ from sweeper.engine import export_proof, inputs, probe
 from sweeper.engine.batches import DataOrder
 from sweeper.engine.context import Context
 from sweeper.engine.evaluate import EvaluatedSplit
+from sweeper.engine.events import Remark
 from sweeper.engine.export_proof import ExportProof
 from sweeper.engine.pack import Job
 from sweeper.engine.progress import Prepared
@@ -28,11 +29,13 @@ class Loaded:
     Attributes:
         content: what its files held when it was loaded (`sweeper.content`).
         scores: dataset and evaluation -> split -> what the base model itself scores.
+        remarks: what is to be said of its datasets, and has not been yet.
     """
 
     def __init__(self, base: BaseModel, key: str, context: Context, content: str | None) -> None:
         self.base, self.key, self.context, self.content = base, key, context, content
         self.scores: dict[str, dict[str, EvaluatedSplit]] = {}
+        self.remarks: list[Remark] = []
         self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self._contents: dict[str, str | None] = {}
         self._probes: dict[str, probe.Probe] = {}
@@ -131,6 +134,9 @@ class Loaded:
             )
             inputs.check(self.base, spec.dataset, found)
             self._encoded[key] = found
+            about = f"dataset={spec.dataset.name} on model={spec.model.name}"
+            lines = tasks.remarks(spec.dataset, self.base.tokenizer, found)
+            self.remarks += [Remark(message=f"{about}: {line}") for line in lines]
         if general_text.SPLIT in spec.evaluation.splits and not self._general:
             inputs.check_general(self.base)
             self._general = True

@@ -41,7 +41,7 @@ from sweeper.record import (
     write_record,
 )
 from sweeper.spec import Settings, to_mapping
-from sweeper.tasks import PROGRAM, EncodedSplit
+from sweeper.tasks import PROGRAM, EncodedSplit, data_of
 from sweeper.untrusted import sandbox
 
 # what a run may be resumed with another of, and what the analysis looks at (`analysis.checks`)
@@ -250,11 +250,9 @@ class Progress:
             scores=self.scores,
             data={
                 name: ({"order": "by step"} if name == "train" else {})
-                | {
-                    "examples": len(split.examples), "truncated": split.truncated, "dropped": len(split.dropped),
-                    "tokens": sum(len(e.input_ids) for e in split.examples), "majority": dict(split.majority),
-                }
-                for name, split in run.splits.items()
+                | facts
+                | {"majority": dict(run.splits[name].majority)}
+                for name, facts in data_of(run.splits).items()
             },
             efficiency=self._efficiency(adapter_bytes, solo, pack),
             environment={**environment, **self.environment, **({"resumed_from": self.resumed} if self.resumed else {})},

@@ -131,6 +131,8 @@ class Session:
                 raise ContextLost(loaded.message)
             return True
         groups = yield from self._alike(loaded, source, kinds, strays)
+        while loaded.remarks:
+            yield loaded.remarks.pop(0)
         if groups:
             moved = yield from self._train_alike(loaded, source, *groups[0])
             if not moved:

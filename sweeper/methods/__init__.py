@@ -114,6 +114,34 @@ def check(spec: RunSpec) -> None:
     method.check(spec)
 
 
+def check_places(spec: RunSpec, targets: Sequence[Target]) -> None:
+    """Raises SpecError where an adapter would be passed by, so that PEFT does not load what a run would leave."""
+    if find(spec.method.name).work == "weight":  # no adapter
+        return
+    kind = str(spec.method.options.get("tuner", "LORA")).upper()  # of PEFT's types some may go where LoRA may not
+    by_leaf = {target.name.rpartition(".")[2]: target.name for target in targets}
+    if not {"out_proj", "conv1d"} & by_leaf.keys():  # PEFT takes a second to import
+        return
+    from types import SimpleNamespace
+
+    from peft.tuners import tuners_utils
+
+    from sweeper import models
+
+    refuse = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    for leaf, name in by_leaf.items():
+        try:
+            if refuse is not None:
+                config = models.stock_config(spec.model).get_text_config()
+                refuse(SimpleNamespace(peft_type=kind), SimpleNamespace(config=config), leaf)
+        except ValueError:
+            others = ", ".join(sorted(by_leaf.keys() - {"out_proj", "conv1d"})) or "nothing else, in_proj is one"
+            raise SpecError(
+                f"placement={spec.placement.name}: {name} can have no adapter: a Mamba layer's kernel reads the weight "
+                f"and passes the adapter by, so PEFT refuses it. Leave it out; this placement also has {others}."
+            ) from None
+
+
 def train_flops(method: MethodSpec, targets: Sequence[Target], ranks: Ranks, *, length: int, tokens: int) -> float:
     """Operations of a run that sees `tokens` tokens (padding included) in sequences of `length`."""
     found = find(method.name)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sweeper.engine.bank.alone import AloneSpec, Trainee, on_host, twin
-from sweeper.errors import SpecError
+from sweeper.errors import DataError, SpecError
 from sweeper.methods.method import Method, Ranks, trained_alone
 from sweeper.models import BaseModel
 from sweeper.models.architecture import Target
@@ -58,8 +59,15 @@ class OwnWeights(Trainee):
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Puts saved weights into a model; a module without a bias is given one where the file has it."""
-    tensors = load_file(folder / FILE)
+    """Puts saved weights into a model; a module without a bias is given one where the file has it.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        tensors = load_file(folder / FILE)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder / FILE}: cannot be read: {error}") from error
     add_biases(model, tensors)
     for name, value in tensors.items():
         parameter = model.get_parameter(name)

@@ -4,7 +4,6 @@ from sweeper.models.base import (
     BaseModel,
     check,
     check_length,
-    check_template,
     held_bytes,
     hidden_size,
     is_tied,
@@ -14,8 +13,10 @@ from sweeper.models.base import (
     loading_message,
     skeleton,
     stock_config,
+    tokenizer_of,
     tokens_key,
     total_parameters,
+    trained_positions,
 )
 from sweeper.models.files import content, dates_prompts
 
@@ -23,7 +24,6 @@ __all__ = [
     "BaseModel",
     "check",
     "check_length",
-    "check_template",
     "content",
     "dates_prompts",
     "held_bytes",
@@ -35,6 +35,8 @@ __all__ = [
     "loading_message",
     "skeleton",
     "stock_config",
+    "tokenizer_of",
     "tokens_key",
     "total_parameters",
+    "trained_positions",
 ]

@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any
 from sweeper.errors import ModelError, SpecError, gist
 from sweeper.models import proof
 from sweeper.models.architecture import Target, structure
-from sweeper.models.files import byte_tokenizer, converted_folder, folder, gguf_file, quiet, random_config
+from sweeper.models.files import (
+    byte_tokenizer,
+    check_weights,
+    converted_folder,
+    folder,
+    gguf_file,
+    quiet,
+    random_config,
+)
 from sweeper.models.verdict import Verdict
-from sweeper.spec import DatasetSpec, ModelSpec
+from sweeper.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -59,11 +67,12 @@ def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> Ba
             try:
                 model, account = read(where, **arguments)
             except Exception as error:
+                check_weights(where)  # a library's error does not name the file
                 raise _failure(spec, "the model cannot be loaded", error) from error
             _check_account(spec, model, account)
     model.eval().requires_grad_(False)
     model.to(device)
-    tokenizer = load_tokenizer(spec) if spec.source == "random" else _tokenizer(_key(spec))
+    tokenizer = tokenizer_of(spec)
     stops = _stop_ids(spec) or (int(tokenizer.eos_token_id),)
     model.generation_config.eos_token_id = list(stops)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -160,7 +169,7 @@ def check(spec: ModelSpec) -> None:
     """
     skeleton(spec)
     if spec.source == "path":
-        folder(spec, weights=True)
+        check_weights(folder(spec, weights=True))
     if spec.source in ("path", "hub"):
         _check_plain(spec)
 
@@ -177,12 +186,9 @@ def _check_plain(spec: ModelSpec) -> None:
     )
 
 
-def check_template(spec: ModelSpec, dataset: DatasetSpec) -> None:
-    """Raises DataError where the model's chat template refuses the turns of a dataset that uses it."""
-    if spec.source != "random" and dataset.template == "chat":
-        from sweeper import tasks
-
-        tasks.check_template(dataset, _tokenizer(_key(spec)), model=spec.name)
+def tokenizer_of(spec: ModelSpec) -> "PreTrainedTokenizerBase":
+    """As `load_tokenizer`; shared, so leave it as it is."""
+    return byte_tokenizer() if spec.source == "random" else _tokenizer(_key(spec))
 
 
 @functools.lru_cache(maxsize=8)
@@ -211,6 +217,21 @@ def check_length(spec: ModelSpec, length: int) -> None:
             f"positions of all in model={spec.name} (dynamic or LongRoPE scaling), so scores would depend on the "
             f"batch. Choose at most {most}."
         )
+
+
+def trained_positions(spec: ModelSpec) -> int | None:
+    """The longest text that a model was trained on, by its config; None where that does not say. Reads no weights."""
+    config = _config(spec).get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = [most]
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one for each kind of layer
+        factor, before = one.get("factor"), one.get("original_max_position_embeddings")
+        if isinstance(factor, int | float) and isinstance(before, int):
+            found.append(int(factor * before))
+    return max(found)
 
 
 def loading_message(spec: ModelSpec) -> str:

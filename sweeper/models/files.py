@@ -97,6 +97,25 @@ def dates_prompts(spec: ModelSpec) -> bool:
     return any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())
 
 
+def check_weights(where: Path) -> None:
+    """Reads the header of each safetensors file in a folder.
+
+    Raises:
+        ModelError: one of them cannot be read; names it, which the library's own error does not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(where.glob(_WEIGHTS[0])):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            with file.open("rb") as opened:
+                pointer = opened.read(20).startswith(b"version https://git")
+            hint = "; it is a pointer of Git LFS: run `git lfs pull` there" if pointer else ""
+            raise ModelError(f"{file}: no whole safetensors file ({gist(error)}){hint}") from None
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: the environment variable SWEEPER_CACHE, or a folder in the user's cache."""
     chosen = os.environ.get("SWEEPER_CACHE")

@@ -106,9 +106,14 @@ def pattern(
 
     What none fits has the run's rank.
     """
+    if not spec.allocation.pattern:
+        raise SpecError("allocation.pattern is empty: give roles with their ranks, 'allocation.pattern={attn_q: 16}'")
     chosen = uniform(targets, spec.rank)
     for key, rank in spec.allocation.pattern.items():
-        fitting = [t for t in targets if (t.role == key if key in ROLES else re.search(key, t.name))]
+        try:
+            fitting = [t for t in targets if (t.role == key if key in ROLES else re.search(key, t.name))]
+        except re.error as error:
+            raise SpecError(f"allocation.pattern: {key!r} is no regular expression ({error})") from None
         if not fitting:
             names = ", ".join(dict.fromkeys(target.role for target in targets))
             raise SpecError(f"allocation.pattern: {key} fits none of the placed modules. Roles here: {names}.")

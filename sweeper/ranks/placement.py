@@ -146,7 +146,7 @@ def _by_role(targets: Sequence[Target], placement: PlacementSpec) -> list[Target
             raise SpecError(
                 f"placement={placement.name}: {', '.join(FUSED[target.role])} are one matrix in this architecture "
                 f"({target.name}), so {', '.join(sorted(parts & asked))} cannot be adapted alone. "
-                f"Choose from {', '.join([*_workable(targets), 'custom'])}."
+                f"Choose from {_choices(targets)}."
             )
     missing = asked - {part for target in picked for part in _components(target.role)}
     if "ff_up" in asked:
@@ -156,7 +156,7 @@ def _by_role(targets: Sequence[Target], placement: PlacementSpec) -> list[Target
     if missing:
         raise SpecError(
             f"placement={placement.name}: this model has no {', '.join(sorted(missing))}. "
-            f"Choose from {', '.join([*_workable(targets), 'custom'])}."
+            f"Choose from {_choices(targets)}."
         )
     return picked
 
@@ -170,13 +170,12 @@ def _check_part(targets: Sequence[Target], placement: PlacementSpec, part: tuple
             raise SpecError(
                 f"placement={placement.name}: the feed-forward blocks of this model are mixtures of experts "
                 f"({target.name}) whose weights are not one matrix a layer, and adapting only some experts would "
-                f"not be the placement asked for. Choose from {', '.join(_workable(targets))} or custom."
+                f"not be the placement asked for. Choose from {_choices(targets)}."
             )
         if part is ATTENTION and target.role == ATTENTION_EXPERTS:
             raise SpecError(
                 f"placement={placement.name}: the queries and outputs of this model's attention are mixtures of "
-                f"experts ({target.name}) whose weights are not one matrix a layer. "
-                f"Choose from {', '.join([*_workable(targets), 'custom'])}."
+                f"experts ({target.name}) whose weights are not one matrix a layer. Choose from {_choices(targets)}."
             )
     mixing = {target.layer for target in targets if part is ATTENTION and target.role in MIXER}
     lacking = sorted(_in_doubt(targets) - known - mixing) if known else []
@@ -282,6 +281,10 @@ def _by_pattern(targets: Sequence[Target], pattern: str, placement: PlacementSpe
 
 def _components(role: str) -> tuple[str, ...]:
     return FUSED.get(role, (role,))
+
+
+def _choices(targets: Sequence[Target]) -> str:
+    return ", ".join([*_workable(targets), "custom"])
 
 
 def _workable(targets: Sequence[Target]) -> list[str]:

@@ -81,7 +81,12 @@ def show(found: Sequence[Rescored], console: Console) -> None:
             cells.append([labels[one.run.folder], f"{one.score.nll:.4f}", *metrics])
         console.print(f"{dataset}, {split}: {part[0].score.examples} examples", style="bold", markup=False)
         console.out(text.aligned(["run", "NLL", *names], cells), highlight=False)
-    for line in _suite(found, labels):
+    about = {
+        f"dataset={one.dataset.name} on model={one.run.spec.model.name}: {line}": None
+        for one in found
+        for line in one.remarks
+    }
+    for line in [*about, *_suite(found, labels)]:
         console.print(line, markup=False, soft_wrap=True)
 
 

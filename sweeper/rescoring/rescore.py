@@ -20,7 +20,7 @@ from sweeper.identity import Former, changes, former_of
 from sweeper.record import ADAPTER, COMBINED, RECORD, WEIGHTS, Score
 from sweeper.rescoring import lm_harness
 from sweeper.spec import DatasetSpec, EvaluationSpec, Precision, RunSpec, Settings, run_spec, to_mapping, unique
-from sweeper.tasks import baseline, general_text
+from sweeper.tasks import general_text
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,10 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rescored:
-    """One run on one split of one dataset: its scores, the base model's, and the majority baseline's metrics."""
+    """One run on one split of one dataset: its scores, the base model's, and the majority baseline's metrics.
+
+    `remarks` is what a reader must know of the dataset on this model.
+    """
 
     run: Saved
     dataset: DatasetSpec
@@ -63,6 +66,7 @@ class Rescored:
     base: Score
     majority: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    remarks: tuple[str, ...] = ()
 
 
 def find(paths: Sequence[Path]) -> list[Saved]:
@@ -264,7 +268,7 @@ def _on_dataset(
 
     key = models.tokens_key(runs[0].spec.model)
     encoded = tasks.encode(dataset, pack.base.tokenizer, model_key=key, cache=cache)
-    texts = tasks.load(dataset)
+    remarks = tuple(tasks.remarks(dataset, pack.base.tokenizer, encoded))
     found: dict[str, list[Rescored]] = {}
     for split in evaluation.splits:
         general = split == general_text.SPLIT
@@ -277,11 +281,11 @@ def _on_dataset(
             exact_match=not general and "exact_match" in dataset.metrics,
         )  # fmt: skip
         share = (time.perf_counter() - began) / (len(slots) + 1)
-        majority = {} if general else baseline.majority(texts, split, dataset.metrics)
+        majority = {} if general else encoded[split].majority
         for run, result in zip(runs, adapted, strict=True):
             done = Rescored(
                 run=run, dataset=dataset, split=split, score=result.score, base=base.score, majority=majority,
-                seconds=share,
+                seconds=share, remarks=remarks,
             )  # fmt: skip
             found.setdefault(str(run.folder), []).append(done)
             rows = [{"split": split, "moment": "before", **row} for row in base.rows]

@@ -20,7 +20,8 @@ class SearchSettings:
         max_tokens: no trial starts once the arm's trials have trained on this many tokens, equal for every arm.
         max_seconds: no trial starts this long after the command did.
         objectives: `validation.nll`, `validation.<metric>` or a cost (`trainable_parameters`, ...).
-        direction: minimize or maximize, one for each objective; empty: metrics up, NLL and costs down.
+        direction: minimize or maximize, one for each objective, to say what each is anyhow: metrics up, NLL and costs
+            down.
         parallel: most trials of an arm at once; null is a quarter of its trials, so that each quarter knows the last.
         storage: an Optuna storage URL; null is a journal file in the study folder.
         confirm_seeds: seeds on which every arm's best trial trains again.
@@ -63,6 +64,10 @@ class SearchSettings:
                 refuse("direction", one, "choose minimize or maximize")
         if self.direction and len(self.direction) != len(self.objectives):
             refuse("direction", list(self.direction), f"give one for each objective ({len(self.objectives)})")
+        for one, objective in zip(self.direction, self.objectives, strict=False):
+            if one != _better(objective):
+                worse = "better the lower it is" if one == "maximize" else "better the higher it is"
+                refuse("direction", one, f"{objective} is {worse}; leave direction out")
         if self.pruner != "none" and len(self.objectives) > 1:
             refuse("pruner", self.pruner, "pruning needs a single objective")
         if self.pruner != "none" and not self.objectives[0].startswith("validation."):
@@ -83,7 +88,9 @@ class SearchSettings:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        return self.direction or tuple(
-            "minimize" if name in COSTS or name in ("validation.nll", "validation.perplexity") else "maximize"
-            for name in self.objectives
-        )
+        return tuple(map(_better, self.objectives))
+
+
+def _better(objective: str) -> str:
+    """Which way an objective is better: losses and costs are to be low, metrics high."""
+    return "minimize" if objective in (*COSTS, "validation.nll", "validation.perplexity") else "maximize"

@@ -7,7 +7,7 @@ from typing import Any
 
 from sweeper import naming
 from sweeper.arms import labels
-from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Stage, Step, TrialEnded
+from sweeper.engine.events import Evaluated, Event, Remark, RunFinished, RunQueued, RunStarted, Stage, Step, TrialEnded
 from sweeper.record import Record
 from sweeper.spec import RunSpec, to_mapping
 from sweeper.sweep.plan import Plan
@@ -88,6 +88,7 @@ class Board:
     clock: Clock = time.monotonic
     begun: float = 0.0
     stage: str = ""
+    remarks: set[str] = field(default_factory=set)
     tokens: int = 0
     training_since: float | None = None
     finished: list[str] = field(default_factory=list)
@@ -129,6 +130,12 @@ class Board:
                 self.views[run_id].after = score.nll
             case RunFinished(record=record):
                 self._finish(record)
+
+    def is_new(self, remark: Remark) -> bool:
+        """Whether a remark was not made before, as by another worker."""
+        known = remark.message in self.remarks
+        self.remarks.add(remark.message)
+        return not known
 
     def _step(self, event: Step) -> None:
         view, now = self.views[event.run_id], self.clock()

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sweeper.engine.events import Event, RunFinished, RunStarted, Stage, Step, TrialEnded
+from sweeper.engine.events import Event, Remark, RunFinished, RunStarted, Stage, Step, TrialEnded
 from sweeper.sweep.board import ArmView, Board, RunView
 from sweeper.sweep.plan import Plan
 from sweeper.text import clock_time, number, point
@@ -49,6 +49,8 @@ class LiveDisplay:
 
     def __call__(self, event: Event) -> None:
         self.board.take(event)
+        if isinstance(event, Remark) and self.board.is_new(event):
+            self.console.print(event.message, markup=False, highlight=False, soft_wrap=True)  # above the table
 
     def render(self) -> Group:
         parts: list[Table | Text] = []
@@ -114,6 +116,10 @@ class LineDisplay:
 
     def __call__(self, event: Event) -> None:
         self.board.take(event)
+        if isinstance(event, Remark):
+            if self.board.is_new(event):
+                self._say(event.message)
+            return
         if self.board.arms:
             self._search(event)
             return

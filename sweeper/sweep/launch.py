@@ -1,6 +1,7 @@
 """One command from arms to table: plan, dry run or training, summary, and how it ended."""
 
 import dataclasses
+import errno
 import functools
 import importlib.util
 import shlex
@@ -13,8 +14,9 @@ from rich.console import Console
 from sweeper import record, text
 from sweeper.arms import Arm, look_up, single
 from sweeper.console import make_console
-from sweeper.engine.events import Event, RunFinished
-from sweeper.errors import Interrupted, RunsFailed, SpecError
+from sweeper.engine.events import Event, RunFinished, Stage
+from sweeper.engine.requests import RunRequest
+from sweeper.errors import Interrupted, RunsFailed, SpecError, SweeperError, gist
 from sweeper.record import Record
 from sweeper.search.settings import SearchSettings
 from sweeper.spec import RunSpec, Settings, to_mapping
@@ -87,22 +89,69 @@ def _as_jobs(work: Scheduler, launcher: Any) -> Outcome:
             if not pulled.requests:
                 break
             typed = [_typed(by_key[one.kind], to_mapping(one.spec)) for one in pulled.requests]
+            former = [_stamp(request) for request in pulled.requests]
             for request in pulled.requests:
                 work.claims.give_back(request.run_id)  # the job is a command of its own and claims it
-            launcher.launch(typed, initial_job_idx=begun)
+            broken: Exception | None = None
+            try:
+                errors = _errors_of(launcher.launch(typed, initial_job_idx=begun), len(typed))
+            except SweeperError:
+                raise
+            except Exception as error:  # the launcher's own: a job's comes back with what the job returned
+                broken, errors = error, [error] * len(typed)
             begun += len(typed)
-            for request in pulled.requests:
-                if record.status(request.folder) is None:
-                    work.abandon(request.run_id, "the job left no record")
-                else:
-                    found = record.read_record(request.folder)
-                    if found.search != request.search:  # a job knows nothing of the search it is part of
-                        found = dataclasses.replace(found, search=request.search)
-                        record.write_record(request.folder, found)
-                    work.report(RunFinished(record=found))
+            left = [_stamp(request) != stamp for request, stamp in zip(pulled.requests, former, strict=True)]
+            if broken is not None and not any(left):
+                raise _no_jobs(launcher, broken) from broken
+            for request, job_error, new in zip(pulled.requests, errors, left, strict=True):
+                _take(work, request, job_error, new)
     finally:
         work.close()
     return Outcome(records=work.records)
+
+
+def _errors_of(returned: Any, jobs: int) -> Sequence[BaseException | None]:
+    """The error that each job ended with, which Hydra's launchers hold back in what a job returned."""
+    if not isinstance(returned, Sequence) or len(returned) != jobs:
+        return [None] * jobs
+    values = [getattr(one, "_return_value", None) for one in returned]  # `return_value` raises what it holds
+    return [value if isinstance(value, BaseException) else None for value in values]
+
+
+def _take(work: Scheduler, request: RunRequest, error: BaseException | None, new: bool) -> None:
+    """Reports what became of a run that was a job: `new` says whether the job left a record."""
+    if not new:
+        reason = "the job left no record" if error is None else gist(error)
+        work.abandon(request.run_id, reason, kind="WorkerDied" if error is None else type(error).__name__)
+        return
+    found = record.read_record(request.folder)
+    if found.search != request.search:  # a job knows nothing of the search it is part of
+        found = dataclasses.replace(found, search=request.search)
+        record.write_record(request.folder, found)
+    if error is not None and found.status != "failed":
+        what = f"{type(error).__name__}: {gist(error)}"
+        work.notify(Stage(message=f"{request.run_id}: its record is whole, but its job ended with {what}"))
+    work.report(RunFinished(record=found))
+
+
+def _stamp(request: RunRequest) -> tuple[int, int] | None:
+    """Changes when a run's record is written; None where there is none that can be read."""
+    if record.status(request.folder) is None:
+        return None
+    found = (request.folder / record.RECORD).stat()
+    return found.st_mtime_ns, found.st_ino
+
+
+def _no_jobs(launcher: Any, error: Exception) -> SpecError:
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return SpecError(
+            "hydra.sweep.subdir gives folder names that are too long for the file system: "
+            "'hydra.sweep.subdir=${hydra.job.num}'"
+        )
+    return SpecError(
+        f"hydra/launcher: {type(launcher).__name__} ran no job ({type(error).__name__}: {gist(error)}); without "
+        "hydra/launcher=... the runs train in this process"
+    )
 
 
 def _carry_out(

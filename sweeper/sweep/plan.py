@@ -1,7 +1,7 @@
 """What a command would train: its runs less those done, checked before any weight is loaded."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from sweeper.errors import Problems, SpecError, SweeperError
 from sweeper.identity import Identities
 from sweeper.search import check as checking
 from sweeper.search.settings import SearchSettings
-from sweeper.spec import RunSpec, Settings, to_mapping, unique
+from sweeper.spec import DatasetSpec, ModelSpec, RunSpec, Settings, to_mapping, unique
 
 if TYPE_CHECKING:
     from sweeper.ranks.placement import Target
@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
         left_out: arms that are not among them, as they would train what another one does.
-        notes: lines on runs that are trained anew, as their data or model may have changed.
+        notes: lines on what may not be meant, and on runs that train anew as their data or model may have changed.
     """
 
     study: Path
@@ -91,9 +91,25 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
     checking.check(arms, search or SearchSettings(), calibrate=settings.calibrate)
     specs = [run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)]
     check([*specs, *(arm.make(params, arm.seeds[0]) for arm in arms for _, params in arm.ends())], settings)
+    plan = replace(plan, notes=(*plan.notes, *_warnings(specs)))
     if plan.todo:
         plan = replace(plan, notes=(*plan.notes, *identities.changed([run.spec for run in plan.todo])))
     return _without_likes(plan)
+
+
+def _warnings(specs: Sequence[RunSpec]) -> Iterator[str]:
+    """Lines on what can be trained and may not be meant."""
+    if not specs:
+        return
+    from sweeper import models
+
+    for model, dataset in unique((spec.model, spec.dataset) for spec in specs):
+        most = models.trained_positions(model)
+        if most is not None and dataset.max_length > most:
+            yield (
+                f"dataset.max_length={dataset.max_length}: model={model.name} was made for texts of {most} tokens; the "
+                "positions beyond are new to it"
+            )
 
 
 def _without_likes(plan: Plan) -> Plan:
@@ -159,7 +175,7 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     for model, dataset in unique((spec.model, spec.dataset) for spec in specs):
         if repr(model) in loadable:
             attempt(partial(models.check_length, model, dataset.max_length))
-            attempt(partial(models.check_template, model, dataset))
+            attempt(partial(_check_template, model, dataset))
     for spec in _distinct_targets(specs):
         if repr(spec.model) in loadable and _method_text(spec) in sound:
             attempt(partial(targets, spec))
@@ -183,7 +199,16 @@ def targets(spec: RunSpec) -> "tuple[Target, ...]":
     if spec.allocation.name == "uniform":
         placement.check_rank(chosen, spec.rank, highest=methods.find(spec.method.name).highest)
     allocation.ranks(spec, chosen, every)
+    methods.check_places(spec, chosen)
     return chosen
+
+
+def _check_template(model: ModelSpec, dataset: DatasetSpec) -> None:
+    """Raises DataError where the model's chat template refuses the turns of a dataset that uses it."""
+    from sweeper import models, tasks
+
+    if model.source != "random" and dataset.template == "chat":
+        tasks.check_template(dataset, models.tokenizer_of(model), model=model.name)
 
 
 def _check_writable(folder: Path) -> None:

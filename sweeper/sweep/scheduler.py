@@ -269,9 +269,9 @@ class Scheduler:
                 self.abandon(run_id, reason)
 
     @_locked
-    def abandon(self, run_id: str, reason: str) -> None:
-        """Records a run as failed that left nothing itself."""
-        self.report(RunFinished(record=self._failure(self.running[run_id], "WorkerDied", reason)))
+    def abandon(self, run_id: str, reason: str, kind: str = "WorkerDied") -> None:
+        """Records a run as failed that left nothing itself; `kind` is the class of the error."""
+        self.report(RunFinished(record=self._failure(self.running[run_id], kind, reason)))
 
     @_locked
     def close(self) -> None:

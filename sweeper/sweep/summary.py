@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from sweeper import naming
-from sweeper.record import Record, Score, perplexity, write_atomically
+from sweeper.record import Record, Score, perplexity, shortened, write_atomically
 from sweeper.spec import MethodSpec
 from sweeper.text import aligned, duration, number, point, size
 
 BASE = "none (base model)"
 MAJORITY = "none (commonest answer)"
 SPLIT = "validation"
+SHORTENED = ("dropped", "truncated")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ def show(records: Sequence[Record], console: Console) -> None:
     cells = [[_text(column, row) for column in columns] for row in rows(records)]
     console.out(aligned([column.title for column in columns], cells), highlight=False)
     for line in notes(records):
-        console.print(line, style="dim")
+        console.print(line, style="dim", markup=False, soft_wrap=True)
 
 
 def show_search(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -82,7 +83,18 @@ def notes(records: Sequence[Record]) -> list[str]:
     lines = [f"NLL in nats per response token on {SPLIT}; perplexity = exp(NLL)."]
     if any(record.efficiency.pack_runs > 1 for record in records):
         lines.append("Seconds: a run's share of its pack. Memory: alone where calibrated, else the pack's.")
-    return lines
+    return [*lines, *_shortened(records)]
+
+
+def _shortened(records: Sequence[Record]) -> list[str]:
+    """A line for each dataset and model of which examples were left out or cut."""
+    found: dict[str, str] = {}
+    for one in records:
+        line = shortened(one.data)
+        if line is not None:
+            spec = one.spec
+            found[f"dataset={spec['dataset']['name']} on model={spec['model']['name']}: {line}."] = ""
+    return list(found)
 
 
 def _columns(records: Sequence[Record]) -> list[Column]:
@@ -134,6 +146,7 @@ def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[
     row |= {
         "seconds": cost.train_seconds_amortised,
         "peak_memory_bytes": cost.peak_memory_solo_bytes or cost.pack_peak_memory_bytes,
+        **{f"{split}_{key}": facts[key] for split, facts in record.data.items() for key in SHORTENED if facts.get(key)},
     }
     return row
 

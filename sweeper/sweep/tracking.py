@@ -2,8 +2,10 @@
 
 import functools
 import importlib.util
+import json
 import math
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +13,7 @@ from typing import Any, Protocol
 from sweeper import naming
 from sweeper.engine.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Step
 from sweeper.errors import SpecError, SweeperError, first_line, gist, unknown
-from sweeper.record import TENSORBOARD, Record
+from sweeper.record import TENSORBOARD, WANDB_ID, Record, write_json
 from sweeper.spec import Settings, to_mapping
 
 
@@ -198,6 +200,9 @@ def _wandb(study: Path, options: Mapping[str, Any]) -> OpenLog:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             run = wandb.init(
+                id=_wandb_id(folder / run_id),
+                resume="allow",  # a run that was cut off goes on where it is shown already
+                allow_val_change=True,
                 project=options.get("project"),
                 entity=options.get("entity"),
                 mode=options.get("mode"),
@@ -218,9 +223,21 @@ def _wandb(study: Path, options: Mapping[str, Any]) -> OpenLog:
     return open_log
 
 
-def _tensorboard(study: Path, options: Mapping[str, Any]) -> OpenLog:
-    import json
+def _wandb_id(folder: Path) -> str:
+    """The id of a run in Weights & Biases, kept in the run's folder from its first start on."""
+    path = folder / WANDB_ID
+    try:
+        found = json.loads(path.read_text())["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if isinstance(found, str) and found:
+        return found
+    chosen = secrets.token_hex(4)
+    write_json(path, {"id": chosen})
+    return chosen
 
+
+def _tensorboard(study: Path, options: Mapping[str, Any]) -> OpenLog:
     from torch.utils.tensorboard import SummaryWriter
 
     class Log:

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage
+from sweeper.engine.events import Evaluated, Event, Remark, RunFinished, RunStarted, Stage
 from sweeper.engine.requests import Kind, Pulled
 from sweeper.errors import SweeperError, first_line
 from sweeper.lost import ContextLost
@@ -134,7 +134,7 @@ class _Messenger:
 
     def report(self, event: Event) -> None:
         """Sends events on, in bunches; what the scheduler may act on at once."""
-        urgent = isinstance(event, RunFinished | RunStarted | Stage | Evaluated)
+        urgent = isinstance(event, RunFinished | RunStarted | Stage | Remark | Evaluated)
         with self.lock:
             self.events.append(event)
             if urgent or time.monotonic() - self.sent > FLUSH_SECONDS:

@@ -18,6 +18,7 @@ from sweeper import content as contents
 from sweeper.content import Content
 from sweeper.errors import DataError, SpecError, gist, unknown
 from sweeper.models.files import cache_folder
+from sweeper.record import shortened
 from sweeper.spec import DatasetSpec, EvaluationSpec, to_mapping
 from sweeper.tasks import (
     baseline,
@@ -35,12 +36,13 @@ from sweeper.tasks import (
     metrics,
     privacy_policy_qa,
     pubmed,
+    template,
 )
 from sweeper.tasks import cache as _cache
 from sweeper.tasks.example import SPLITS, Choice, Encoded, EncodedSplit, Example
 from sweeper.tasks.metrics import GENERATED, METRICS, PACKAGES, PROGRAM
 from sweeper.tasks.package import require
-from sweeper.tasks.template import TEMPLATES, TODAY, adds_start, tokenise, writes_date
+from sweeper.tasks.template import TEMPLATES, TODAY, adds_start, puts_space_first, tokenise, writes_date
 from sweeper.untrusted import sandbox
 
 if TYPE_CHECKING:
@@ -59,14 +61,16 @@ __all__ = [
     "check_evaluation",
     "check_template",
     "content",
+    "data_of",
     "encode",
     "load",
+    "remarks",
     "stop_strings",
     "where",
 ]
 
 # Raise whenever the same spec and data would give other tokens, so that no stale cache file is read.
-CODE_VERSION = 5
+CODE_VERSION = 6
 
 
 class Family(Protocol):
@@ -208,20 +212,51 @@ def encode(
     """
     _check_names(spec)
     path = cache / f"{spec.family}-{_key(spec, tokenizer, model_key)}.npz" if cache is not None else None
-    kept = _cache.read(path) if path is not None else None
-    if kept is not None:
-        return kept
+    found = _cache.read(path) if path is not None else None
+    if found is not None:
+        return found
     texts = load(spec)
+    made = {name: _encode_split(name, examples, spec, tokenizer) for name, examples in texts.items()}
+    kept = {name: _without(examples, made[name].dropped) for name, examples in texts.items()}
     splits = {
-        name: dataclasses.replace(
-            _encode_split(name, examples, spec, tokenizer), majority=baseline.majority(texts, name, spec.metrics)
-        )
-        for name, examples in texts.items()
+        name: dataclasses.replace(split, majority=baseline.majority(kept, name, spec.metrics))
+        for name, split in made.items()
     }
     if path is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
             _cache.write(path, splits)
     return splits
+
+
+def remarks(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", splits: Mapping[str, EncodedSplit]) -> list[str]:
+    """What a reader of the scores must know of how examples became tokens, a line each; mostly there is nothing."""
+    lines = [shortened(data_of(splits)), template.remark(spec.template, tokenizer)]
+    apart = {name: split.apart for name, split in splits.items() if split.apart}
+    if apart:
+        counts = ", ".join(f"{count:,} of {len(splits[name].examples):,} {name}" for name, count in apart.items())
+        lines.append(
+            f"prompt and response are tokenised one after the other; as one text {counts} examples would have other "
+            "tokens where the two meet"
+        )
+    return [line for line in lines if line is not None]
+
+
+def data_of(splits: Mapping[str, EncodedSplit]) -> dict[str, dict[str, int]]:
+    """Sizes of the splits, as a record has them."""
+    return {
+        name: {
+            "examples": len(split.examples),
+            "truncated": split.truncated,
+            "dropped": len(split.dropped),
+            "tokens": sum(len(e.input_ids) for e in split.examples),
+        }
+        for name, split in splits.items()
+    }
+
+
+def _without(examples: tuple[Example, ...], dropped: tuple[str, ...]) -> tuple[Example, ...]:
+    left_out = set(dropped)
+    return tuple(example for example in examples if example.id not in left_out)
 
 
 def _check_names(spec: DatasetSpec) -> None:
@@ -248,17 +283,18 @@ def _encode_split(
 ) -> EncodedSplit:
     encoded: list[Encoded] = []
     dropped: list[str] = []
-    known: dict[tuple[str, bool], Choice] = {}
-    truncated = 0
-    starts = int(adds_start(tokenizer))
+    known: dict[tuple[str, str], Choice] = {}
+    truncated = apart = 0
+    starts, alike = int(adds_start(tokenizer)), not puts_space_first(tokenizer)
     for example in examples:
         try:
-            prompt, response = tokenise(spec.template, example.prompt, example.response, spec.system, tokenizer)
-            choices = tuple(_choice(example.prompt, text, spec, tokenizer, known) for text in example.choices)
+            tokens = template.encode(spec.template, example.prompt, example.response, spec.system, tokenizer)
+            choices = tuple(_choice(example.prompt, text, spec, tokenizer, known, alike) for text in example.choices)
         except DataError:
             raise
         except Exception as error:
             raise DataError(f"{where(spec, example.id)}: {_refusal(spec, error)}") from error
+        prompt, response = tokens.prompt, tokens.response
         room = spec.max_length - max([len(response), *(len(choice.ids) + 1 for choice in choices)])
         if room <= starts:
             dropped.append(example.id)
@@ -267,9 +303,10 @@ def _encode_split(
             truncated += 1
             prompt = prompt[:starts] + prompt[len(prompt) - room + starts :]
         encoded.append(Encoded(example.id, (*prompt, *response), len(prompt), choices, example.check))
+        apart += not tokens.whole
     if examples and not encoded:
         raise DataError(f"dataset.max_length={spec.max_length} is too short for every response of the {name} split")
-    return EncodedSplit(tuple(encoded), truncated, tuple(dropped))
+    return EncodedSplit(tuple(encoded), truncated, tuple(dropped), apart=apart)
 
 
 def where(spec: DatasetSpec, example_id: str) -> str:
@@ -303,10 +340,14 @@ def _choice(
     text: str,
     spec: DatasetSpec,
     tokenizer: "PreTrainedTokenizerBase",
-    known: dict[tuple[str, bool], Choice],
+    known: dict[tuple[str, str], Choice],
+    alike: bool,
 ) -> Choice:
-    """The tokens of an answer, which depend on nothing of the prompt but whether it ends in white space."""
-    key = text, prompt[-1:].isspace()
+    """The tokens of an answer.
+
+    `alike`: they depend on nothing of the prompt but whether it ends in white space.
+    """
+    key = text, str(prompt[-1:].isspace()) if alike else prompt
     if key not in known:
         _, response = tokenise(spec.template, prompt, text, spec.system, tokenizer)
         known[key] = Choice(text, tuple(response[:-1]))

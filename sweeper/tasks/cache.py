@@ -36,6 +36,7 @@ def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
         )
         arrays[f"{name}/texts"] = np.frombuffer(texts.encode(), dtype=np.uint8)
         arrays[f"{name}/truncated"] = np.array(split.truncated)
+        arrays[f"{name}/apart"] = np.array(split.apart)
         arrays[f"{name}/dropped"] = np.array(split.dropped, dtype=np.str_)
     with replacing(path) as file:
         np.savez_compressed(file, **arrays)
@@ -66,7 +67,8 @@ def _split(name: str, arrays: Mapping[str, Any]) -> EncodedSplit:
     if start != len(tokens):
         raise ValueError(f"{name}: lengths and tokens disagree")
     dropped = tuple(map(str, arrays[f"{name}/dropped"].tolist()))
-    return EncodedSplit(tuple(examples), int(arrays[f"{name}/truncated"]), dropped, texts["majority"])
+    truncated, apart = (int(arrays[f"{name}/{key}"]) for key in ("truncated", "apart"))
+    return EncodedSplit(tuple(examples), truncated, dropped, texts["majority"], apart)
 
 
 def _choices(name: str, arrays: Mapping[str, Any], texts: list[str]) -> Iterator[Choice]:

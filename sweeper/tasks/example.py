@@ -46,6 +46,7 @@ class Encoded:
 class EncodedSplit:
     """`truncated` examples lost the left part of their prompt; the ids in `dropped` had a response too long to keep.
 
+    `apart` examples have other tokens than the tokenizer makes of prompt and response as one text (`template.encode`).
     `majority` are the scores of the commonest training response (`sweeper.tasks.baseline`).
     """
 
@@ -53,3 +54,4 @@ class EncodedSplit:
     truncated: int = 0
     dropped: tuple[str, ...] = field(default=())
     majority: Mapping[str, float] = field(default_factory=dict)
+    apart: int = 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from sweeper.errors import DataError
 from sweeper.tasks.example import Encoded, EncodedSplit
 from sweeper.tasks.package import folder, is_installed
+from sweeper.tasks.template import continuation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", *, longest: int | None = None) 
     made = []
     for index, (first, rest) in enumerate(passages()):
         start = list(tokenizer(first, verbose=False).input_ids)
-        scored = list(tokenizer(f" {rest}", add_special_tokens=False, verbose=False).input_ids)
+        scored = continuation(first, f" {rest}", tokenizer)
         if len(start) < most:
             made.append(Encoded(f"{SPLIT}-{index}", (*start, *scored)[:most], len(start)))
     return EncodedSplit(tuple(made))

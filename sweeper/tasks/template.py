@@ -1,6 +1,9 @@
 """Prompt templates: the text that stands before a response, and the tokens of both."""
 
+import json
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
 
@@ -60,13 +63,30 @@ TEMPLATES: dict[str, Callable[[str, str | None, "PreTrainedTokenizerBase"], tupl
 }
 
 
-def tokenise(
-    template: str, prompt: str, response: str, system: str | None, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[int]]:
-    """Ids of the templated prompt and of the response with its end-of-text id.
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Ids of a templated prompt and of its response, with its end-of-text id.
 
-    The two are tokenised apart, so the prompt's ids are what generation starts from, exactly. Where there is no white
-    space between them, one space opens the response, as byte-pair vocabularies expect.
+    `whole` says whether the two are what the tokenizer makes of their text as one.
+    """
+
+    prompt: list[int]
+    response: list[int]
+    whole: bool
+
+
+def encode(
+    template: str, prompt: str, response: str, system: str | None, tokenizer: "PreTrainedTokenizerBase"
+) -> Tokens:
+    """Tokenises a prompt and its response.
+
+    The prompt's ids are what generation starts from, so they are those of the prompt alone. Where there is no white
+    space between the two, one space opens the response, as byte-pair vocabularies expect. The response's ids are those
+    of a continuation: a tokenizer that puts a space before every text (SentencePiece's of Llama 2, Mistral, T5) puts
+    none there.
+
+    Raises:
+        DataError: the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise DataError("this model's tokenizer has no end-of-text token (eos_token), so a response could never end")
@@ -74,7 +94,84 @@ def tokenise(
     if not (text[-1:].isspace() or response[:1].isspace()):
         response = f" {response}"
     before = [tokenizer.bos_token_id] if starts and adds_start(tokenizer) else []
-    return [*before, *_ids(text, tokenizer)], [*_ids(response, tokenizer), tokenizer.eos_token_id]
+    ids, after = _ids(text, tokenizer), continuation(text, response, tokenizer)
+    whole = [*ids, *after] == _ids(f"{text}{response}", tokenizer)
+    return Tokens([*before, *ids], [*after, tokenizer.eos_token_id], whole)
+
+
+def tokenise(
+    template: str, prompt: str, response: str, system: str | None, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[int], list[int]]:
+    """As `encode`, the ids alone."""
+    found = encode(template, prompt, response, system, tokenizer)
+    return found.prompt, found.response
+
+
+def continuation(before: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Ids of a text that goes on after another one, whose own ids stay as they are."""
+    if not puts_space_first(tokenizer):
+        return _ids(text, tokenizer)
+    for context in (before, "\n"):  # the last character and the first of the text may be one token
+        start, joint = _ids(context, tokenizer), _ids(f"{context}{text}", tokenizer)
+        if joint[: len(start)] == start:
+            return joint[len(start) :]
+    return _ids(text, tokenizer)
+
+
+def puts_space_first(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer puts a space of its own before every text, as many of SentencePiece do.
+
+    Tokenizers of bytes (GPT-2, Llama 3, Qwen) count as not doing so, though a few can be told to: their tokens stay.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pieces = getattr(backend, "pre_tokenizer", None)
+    if pieces is not None and any("Ġ" in piece for piece, _ in pieces.pre_tokenize_str(" a")):
+        return False
+    line, joint = _ids("\n", tokenizer), _ids("\na", tokenizer)
+    return joint[: len(line)] == line and joint[len(line) :] != _ids("a", tokenizer)
+
+
+def remark(template: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """What the chat template puts around an answer that a reader of the scores must know; None where nothing.
+
+    It is rendered once as a prompt to answer and once as a conversation with an answer.
+    """
+    if template != "chat" or not tokenizer.chat_template:
+        return None
+    from jinja2.exceptions import TemplateError
+
+    user, answer = {"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}
+    try:
+        ours = _render([user], tokenizer)
+        written = _render([user, answer], tokenizer, answered=True)
+    except (TemplateError, TypeError, ValueError):
+        return None  # a template that cannot hold an answer
+    opening = ours.rpartition("QUESTION")[2]
+    tags = _THINKING.findall(opening)
+    if tags and tags[-1].startswith(("</", "[/")):
+        return f"the chat template closes a block of thinking before every answer ({_shown(opening)}): none is trained"
+    if tags:
+        return (
+            f"the chat template opens a block of thinking before every answer ({_shown(opening)}) and does not close "
+            "it: answers are trained and generated inside it"
+        )
+    head, found, _ = written.rpartition("QUESTION")[2].partition("ANSWER")
+    ours = opening if opening[-1:].isspace() else f"{opening} "
+    if not found or head == ours:
+        return None
+    if head.rstrip() == ours.rstrip():
+        return f"answers follow {_shown(ours)}, the chat template itself writes them after {_shown(head)}"
+    return (
+        f"answers are trained and generated after the template's prompt ({_shown(ours)}), not as it writes a "
+        f"conversation ({_shown(head)})"
+    )
+
+
+_THINKING = re.compile(r"</?[^<>\s]*think[^<>\s]*>|\[/?think\]", re.IGNORECASE)
+
+
+def _shown(text: str) -> str:
+    return json.dumps(text[-60:], ensure_ascii=False)
 
 
 def writes_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -91,10 +188,10 @@ def _ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def _render(turns: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> str:
+def _render(turns: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, answered: bool = False) -> str:
     dated = FIXED_DATE + tokenizer.get_chat_template() if writes_date(tokenizer) else None
     text = tokenizer.apply_chat_template(
-        turns, chat_template=dated, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        turns, chat_template=dated, tokenize=False, add_generation_prompt=not answered, enable_thinking=False
     )
     assert isinstance(text, str)
     return text

@@ -193,3 +193,21 @@ def test_of_a_run_on_former_data_the_last_counts_and_moved_data_is_one_task(tmp_
     analysis = analyse(found, draws=50)
     assert len(analysis.found.settings) == 1
     assert "dataset.content" not in found.fields
+
+
+def test_examples_left_out_or_cut_are_a_finding_above_one_in_a_hundred(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", ranks=(4,), lrs=(1e-3, 3e-3, 1e-2), examples=120, steps=2)
+    sizes = {"train": {"examples": 990, "truncated": 9, "dropped": 10}, "test": {"examples": 120, "dropped": 0}}
+    for path in folder.glob("*/record.json"):
+        edit(path.parent, lambda plain: plain.update(data=sizes))
+    assert "shortened examples" not in set(analyse(load(folder), draws=50).tables["checks"]["check"])
+    sizes["train"] |= {"examples": 988, "dropped": 12}
+    sizes["test"] |= {"truncated": 30}
+    for path in folder.glob("*/record.json"):
+        edit(path.parent, lambda plain: plain.update(data=sizes))
+    found = analyse(load(folder), draws=50).tables["checks"]
+    (message,) = found[found["check"] == "shortened examples"]["message"]
+    assert message == (
+        "dataset.max_length: 12 of 1,000 train examples are left out (their response is too long); "
+        "30 of 120 test examples are cut at the prompt's start"
+    )

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import Analysis, analyse, load, tables
+from analysis import Analysis, analyse, figures, load, tables
+from analysis.exchange import from_published
 from sweeper.record import SPECTRA
 from tests.analysis.synthetic import LAYERS, write_study
 
@@ -37,6 +38,19 @@ def test_modules_by_run(small: Path) -> None:
     assert len(rows) == 2 * 3 * LAYERS
     assert rows.groupby("run_id")["energy_share"].sum().tolist() == pytest.approx([1.0, 1.0])
     assert study.spectra([]).empty
+
+
+def test_runs_from_elsewhere_stand_beside_those_with_spectra(small: Path, tmp_path: Path) -> None:
+    """An imported run has no folder, in which nothing can be looked for."""
+    rows = from_published(Path(__file__).parent / "data" / "published_2025.json")
+    study = load(small, rows=rows)
+    everyone = study.runs["run_id"]
+    assert study.folder(rows[0]["run_id"]) is None
+    assert len(study.spectra(everyone)) > 0
+    assert set(study.curves(everyone)["run_id"]) == set(study.runs[study.runs["source"] == "study"]["run_id"])
+    analysis = analyse(study, draws=20)
+    assert len(analysis.tables["spectra"]) == 3
+    assert not isinstance(figures.where_energy_went(analysis), str)
 
 
 def test_a_table_by_arm(analysis: Analysis) -> None:

@@ -1,10 +1,14 @@
 """From overrides to specs: the grid, its identity, its errors and its speed."""
 
 import itertools
+import re
+import shlex
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from sweeper import compose
@@ -193,6 +197,21 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["sweep.max_pack=many"], "sweep.max_pack must be a whole number, got many"),
         (["sweep.compile=fast"], "sweep.compile must be one of auto, on, capture, off, got fast"),
         (["hydra/launcher=nope"], "hydra/launcher=nope: no such hydra/launcher. Choose from basic"),
+        (["hydra/launcher=rq"], "rq comes with pip install hydra-rq-launcher."),
+        (["rank", "=", "8"], "rank =: no spaces around the equals sign: 'rank=8'"),
+        (["rank", "=8"], "rank =8: no spaces around the equals sign: 'rank=8'"),
+        (["rank=4,", "8"], "rank=4, 8: no spaces in a list: 'rank=4,8'"),
+        (["rank=(4,8)"], "Several values are 'rank=4,8' with -m, one list is 'rank=[4,8]'"),
+        (["lr=1e-3"], "lr: no such field. Choose from allocation, "),
+        (["max_length=3"], " Did you mean dataset.max_length?"),
+        (["+lr=1e-3"], " Did you mean optim.lr?"),
+        (["method=LoRA"], "Did you mean lora?"),
+        (
+            ["model=org/name"],
+            "given as 'model=path model.location=org/name', one of the hub with model.source=hub beside",
+        ),
+        (["model=./mine"], "no such model. A folder is given as 'model=path model.location=./mine'."),
+        (["dataset=mine.jsonl"], "no such dataset. A file is given as 'dataset=jsonl dataset.path=mine.jsonl'."),
     ],
 )
 def test_each_mistake_has_its_line(overrides: list[str], line: str, composer: Any) -> None:
@@ -246,3 +265,99 @@ def test_a_range_gives_way_to_the_methods_own_where_it_is_tagged(composer: Any) 
 def test_a_learning_rate_on_the_command_line_wins_over_the_methods(composer: Any) -> None:
     (spec,) = compose.expand(["method=full_ft", "optim.lr=1e-4"], composer).specs
     assert spec.optim.lr == 1e-4
+
+
+REGULAR_EXPRESSIONS = [
+    r"mlp\.up_proj", r"layers\.0\.", "^model", "_proj$", "(q|k)_proj", "[qk]_proj", "(?:up|down)_proj", r"\d+\.mlp",
+    "[a-z]{1,4}_proj", "[^.]+_proj", r"mlp\.(?!up)", "q_proj|k_proj", "(?P<part>mlp)", r"[\w, :]+proj", "mlp#?", "a'b",
+    r"\(",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", REGULAR_EXPRESSIONS)
+def test_every_regular_expression_has_a_form_that_hydra_reads(expression: str, composer: Any) -> None:
+    lines = [
+        "allocation=pattern", f'allocation.pattern=["{expression}:4","attn_q:2"]',
+        f'model.roles=["attn_q:{expression}"]', "placement=custom", f'placement.patterns=["{expression}"]',
+    ]  # fmt: skip
+    (spec,) = compose.expand([*BASE, *lines], composer).specs
+    assert spec.allocation.pattern == {expression: 4, "attn_q": 2}
+    assert spec.model.roles == {"attn_q": expression}
+    assert spec.placement.patterns == (expression,)
+    assert compose.from_config(composer.compose([*BASE, *lines]))[0] == spec
+
+
+def test_a_list_of_pairs_is_the_mapping(composer: Any) -> None:
+    """The same run, with the same identity; and an axis as any other value."""
+    mapping, pairs = r"allocation.pattern={attn_q: 16, layers\.0\.: 4}", r"allocation.pattern=[attn_q:16,layers\.0\.:4]"
+    one, other = (compose.expand([*BASE, "allocation=pattern", given], composer).specs[0] for given in (mapping, pairs))
+    assert one == other
+    assert one.run_id == other.run_id
+    axis = compose.expand([*BASE, "allocation=pattern", 'allocation.pattern=["[qk]_proj:4"],["mlp:8"]'], composer)
+    assert [spec.allocation.pattern for spec in axis.specs] == [{"[qk]_proj": 4}, {"mlp": 8}]
+
+
+def test_roles_are_given_with_or_without_a_plus(composer: Any) -> None:
+    for given in (
+        "model.roles={attn_q: q}",
+        "+model.roles={attn_q: q}",
+        "+model.roles.attn_q=q",
+        "model.roles=[attn_q:q]",
+    ):
+        assert compose.expand([*BASE, given], composer).specs[0].model.roles == {"attn_q": "q"}
+    assert compose.expand([*BASE, "model.roles={}"], composer).specs[0] == compose.expand(BASE, composer).specs[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ('allocation.pattern={"mlp\\.up": 8}', "Hydra has no quoted keys: write 'allocation.pattern={mlp\\.up: 8}'"),
+        ('allocation.pattern={a: 2, "(a|b)": 8}', 'no quoted keys: write \'allocation.pattern=["a:2","(a|b):8"]\''),
+        ("allocation.pattern={(a|b): 8}", "no quoted keys: write 'allocation.pattern=[\"(a|b):8\"]'"),
+        ("allocation.pattern=[(a|b):8]", "quotes of their own: 'allocation.pattern=[\"(a|b):8\"]'"),
+        ("allocation.pattern=[attn_q:x]", "allocation.pattern.attn_q must be a whole number, got x"),
+        ("allocation.pattern={attn_q: true}", "allocation.pattern.attn_q must be a whole number, got true"),
+        ("allocation.pattern=[attn_q]", "attn_q is not of the form 'role or regular expression:rank'"),
+        ("allocation.pattern=[a:1,a:2]", "allocation.pattern: a is there twice"),
+        ("allocation.pattern=attn_q:3", "must be a mapping, got attn_q:3: write 'allocation.pattern=[\"attn_q:3\"]'"),
+        ("optim.max_grad_norm=choice(null,1)", "no null in choice(): write 'optim.max_grad_norm=null,1'"),
+        ("optim.max_grad_norm=choice(1, null)", "no null in choice(): write 'optim.max_grad_norm=1, null'"),
+        ("rank=tag(tune,choice(null,1))", "no null in choice(): make it an axis, 'rank=null,1'"),
+        ("rank.x=3", "rank.x: rank is one value without fields. Give it as rank=..."),
+        ("model.roles.attn_q=q", "model.roles has no keys yet; where it takes any, they are added with '+model.roles"),
+    ],
+)
+def test_what_hydra_cannot_read_is_answered_with_what_it_can(override: str, line: str, composer: Any) -> None:
+    pattern = [] if override.startswith("allocation.pattern") else ["allocation.pattern={attn_q: 4}"]
+    (found,) = problems(["allocation=pattern", *pattern, override], composer)
+    assert line in found
+    assert "\n" not in found
+    if "write '" in found or "axis, '" in found or "their own: '" in found:  # what is advised can be read
+        composer.parse(found[found.rindex(" '") + 2 : -1])
+
+
+def test_null_in_a_comma_list_is_an_axis(composer: Any) -> None:
+    found = compose.expand([*BASE, "optim.max_grad_norm=null,1"], composer)
+    assert [spec.optim.max_grad_norm for spec in found.specs] == [None, 1.0]
+
+
+def _overrides_shown(page: Path) -> list[str]:
+    """Every override in the commands that a page or the comments of a YAML file show, and every quoted one."""
+    text = re.sub(r"\\\n(#|    )?", "", page.read_text())
+    commands = re.findall(r"python train\.py (?!-sc)([^\n`]+)", text) + re.findall(r"^#   (\S+=.+)$", text, re.M)
+    words = [word for command in commands for word in shlex.split(command, comments=True)]
+    words += re.findall(r"'([+~]?[a-z_.]+=[^'`]*)'", text)
+    return [word for word in words if re.match(r"[+~]*[a-z_./]+=", word) and "..." not in word]
+
+
+def test_every_override_in_conf_and_docs_can_be_read(root: Path, composer: Any) -> None:
+    pages = [*root.glob("conf/**/*.yaml"), *root.glob("docs/*.md"), root / "README.md"]
+    shown = [(page.name, word) for page in pages for word in _overrides_shown(page)]
+    assert len(shown) > 80
+    unread = []
+    for name, word in shown:
+        try:
+            composer.parse(word)
+        except HydraException:
+            unread.append((name, word))
+    assert unread == []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sweeper import record, tasks
 from sweeper.engine import drive, session
-from sweeper.engine.events import Evaluated, RunFinished, RunStarted, Step
+from sweeper.engine.events import Evaluated, Remark, RunFinished, RunStarted, Step
 from sweeper.record import Record
 from sweeper.spec import RunSpec
 
@@ -85,6 +85,15 @@ def test_records_are_true(
         for moments in plain["scores"].values():
             for score in moments.values():
                 assert score["perplexity"] == pytest.approx(math.exp(score["nll"]), rel=1e-12)
+
+
+def test_what_was_cut_is_remarked_once_for_a_dataset_and_model(make_run: Any, run_all: Any, tmp_path: Path) -> None:
+    short = {"max_length": 24}
+    specs = [make_run(rank=rank, dataset=short) for rank in (2, 4)] + [make_run("ff", rank=2)]
+    said = [event.message for event in run_all(specs) if isinstance(event, Remark)]
+    kept = record.read_record(tmp_path / "study" / specs[0].run_id)
+    assert kept.data["train"]["truncated"] + kept.data["train"]["dropped"] > 0
+    assert said == [f"dataset={specs[0].dataset.name} on model={specs[0].model.name}: {record.shortened(kept.data)}"]
 
 
 def test_steps_are_reported_once_each_and_kept(specs: list[RunSpec], run_all: Any, tmp_path: Path) -> None:

@@ -322,3 +322,23 @@ def test_dropout_is_off_in_nested_configs() -> None:
     outer.text_config = inner
     settled = settle(outer)
     assert (settled.resid_pdrop, settled.layerdrop, settled.other, inner.attention_dropout) == (0.0, 0.0, 0.3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", ""), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"), (None, "")],
+)
+def test_weights_that_cannot_be_read_are_named_before_work(
+    content: bytes | None, reason: str, saved: Path, tmp_path: Path
+) -> None:
+    """Cut short, empty, or never fetched; the library itself names no file."""
+    folder = shutil.copytree(saved, tmp_path / "broken")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000] if content is None else content)
+    spec = ModelSpec(name="path", source="path", location=str(folder))
+    for attempt in (lambda: models.check(spec), lambda: models.load(spec, dtype=torch.float32, device=CPU)):
+        with pytest.raises(ModelError) as caught:
+            attempt()
+        assert str(caught.value).startswith(f"{file}: no whole safetensors file (")
+        assert reason in str(caught.value)
+        assert "\n" not in str(caught.value)

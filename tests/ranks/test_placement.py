@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sweeper.errors import ModelError, SpecError
+from sweeper.errors import ModelError, SpecError, unknown
 from sweeper.models.architecture import structure
 from sweeper.ranks.placement import PLACEMENTS, Target, check_rank, number_of_layers, resolve, select_layers
 from sweeper.spec import PlacementSpec, from_mapping
@@ -389,3 +389,14 @@ def test_the_configuration_files_hold_the_placements(path: Path) -> None:
 
 def test_every_placement_has_a_configuration_file() -> None:
     assert {path.stem for path in CONF.glob("*.yaml")} == {*PLACEMENTS, "custom"}
+
+
+def test_where_no_named_placement_is_possible_custom_is_what_is_left() -> None:
+    """Its only known role is one of the two ends of the attention, which no placement has alone."""
+    target = Target(name="l.0.o", role="attn_o", layer=0, in_features=8, out_features=8, kind="linear", inputs="x")
+    with pytest.raises(SpecError, match=r"this model has no attn_q\. Choose from custom\.$"):
+        resolve([target], PlacementSpec(name="attn_q", roles=("attn_q",)), layers=1)
+
+
+def test_a_choice_among_nothing_says_so() -> None:
+    assert unknown("metric", "nl", []) == "metric=nl: no such metric; there is none to choose from here."

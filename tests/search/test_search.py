@@ -418,6 +418,13 @@ def test_at_most_a_quarter_of_the_trials_run_before_the_first_is_known(go: Any, 
         ({"objectives": ("nll",)}, "choose from validation.nll"),
         ({"direction": ("down",)}, "choose minimize or maximize"),
         ({"direction": ("minimize", "maximize")}, "give one for each objective"),
+        ({"direction": ("maximize",)}, "direction=maximize: validation.nll is better the lower it is; leave direction"),
+        ({"objectives": ("validation.perplexity",), "direction": ("maximize",)}, "perplexity is better the lower"),
+        ({"objectives": ("validation.exact_match",), "direction": ("minimize",)}, "exact_match is better the higher"),
+        (
+            {"objectives": ("validation.nll", "train_flops"), "direction": ("minimize", "maximize")},
+            "direction=maximize: train_flops is better the lower it is",
+        ),
         ({"objectives": ("validation.nll", "train_flops"), "pruner": "asha"}, "pruning needs a single objective"),
         ({"objectives": ("train_flops",), "pruner": "asha"}, "does not change while a run trains"),
         ({"objectives": ("validation.nll", "train_flops"), "confirm_seeds": (1,)}, "no single best trial"),
@@ -428,6 +435,12 @@ def test_at_most_a_quarter_of_the_trials_run_before_the_first_is_known(go: Any, 
 def test_settings_that_cannot_be_used_are_named(search: dict[str, Any], line: str) -> None:
     with pytest.raises(SpecError, match=line):
         SearchSettings(**search)
+
+
+def test_a_direction_that_says_what_is_so_anyhow_changes_nothing() -> None:
+    plain = SearchSettings(objectives=("validation.nll", "validation.exact_match"))
+    said = SearchSettings(objectives=plain.objectives, direction=("minimize", "maximize"))
+    assert plain.directions == said.directions == said.direction
 
 
 @pytest.mark.parametrize(

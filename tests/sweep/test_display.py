@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from sweeper.arms import Dimension, grouped
-from sweeper.engine.events import RunFinished, RunQueued, RunStarted, Stage, Step, TrialEnded
+from sweeper.engine.events import Remark, RunFinished, RunQueued, RunStarted, Stage, Step, TrialEnded
 from sweeper.record import Record
 from sweeper.spec import RunSpec
 from sweeper.sweep import display
@@ -199,3 +199,17 @@ def test_trials_not_asked_for_yet_count_in_the_time_to_go(searched: Plan) -> Non
         board.take(step(spec.run_id, number))
     # left are 2 steps of this trial, 7 trials of its arm and 8 of the other, of 4 steps each
     assert board.eta() == pytest.approx((2 + 28 + 32) * 1 / 2)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_remark_is_made_once_and_stays(live: bool, plan: Plan, searched: Plan) -> None:
+    """Of a grid and of a search; workers may each make it."""
+    for one in (plan, searched):
+        out = io.StringIO()
+        console = Console(file=out, width=40, force_terminal=live)
+        view = display.LiveDisplay(Board.of(one), console) if live else display.LineDisplay(Board.of(one), console)
+        with view:
+            for message in ("2 of 9 [examples] are left out", "another", "2 of 9 [examples] are left out"):
+                view(Remark(message=message))
+        assert out.getvalue().count("2 of 9 [examples] are left out") == 1
+        assert out.getvalue().count("another") == 1

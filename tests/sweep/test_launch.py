@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 from sweeper import compose, lost, record
 from sweeper.arms import grouped, single
 from sweeper.engine.events import RunFinished, Step
-from sweeper.errors import Interrupted, RunsFailed
+from sweeper.errors import Interrupted, RunsFailed, SpecError
 from sweeper.lost import ContextLost
 from sweeper.record import Record
 from sweeper.search.settings import SearchSettings
@@ -186,6 +187,106 @@ def test_another_launcher_gets_a_run_a_job(composer: Any, study: Settings, make_
         ["placement=attn", "rank=8", "seed=0"],
         ["placement=ff", "rank=8", "seed=0"],
     ]
+
+
+class Returned:
+    """Stands for Hydra's JobReturn, which holds back what a job raised."""
+
+    def __init__(self, value: object) -> None:
+        self._return_value = value
+
+
+class HoldingBack(JobLauncher):
+    """As Hydra's own: an error of a job is what it returned."""
+
+    def launch(self, job_overrides: list[list[str]], initial_job_idx: int) -> list[Returned]:
+        returned = []
+        for overrides in job_overrides:
+            self.calls.append(overrides)
+            try:
+                returned.append(Returned(self.jobs(overrides)))
+            except Exception as error:
+                returned.append(Returned(error))
+        return returned
+
+
+@pytest.fixture
+def grid(composer: Any, study: Settings) -> Any:
+    found = compose.expand(["experiment=smoke", "placement=attn,ff"], composer)
+    return dataclasses.replace(found, settings=dataclasses.replace(study, retries=0))
+
+
+def test_what_a_job_raised_is_its_runs_error(grid: Any, study: Settings) -> None:
+    def job(overrides: list[str]) -> None:
+        raise ValueError(f"no\nluck with {overrides[1]}")
+
+    with pytest.raises(RunsFailed) as caught:
+        launch.sweep(grid, SearchSettings(), HoldingBack(job))
+    assert "2 of 2 runs failed" in caught.value.lines[0]
+    assert any("ValueError: no luck with placement=attn" in line for line in caught.value.lines)
+    kept = [record.read_record(study.folder / spec.run_id).error for spec in grid.specs]
+    assert kept[1] == {"class": "ValueError", "message": "no luck with placement=ff"}
+
+
+def test_a_failed_record_of_before_is_no_record_of_the_job(
+    grid: Any, study: Settings, make_record: Callable[..., Record]
+) -> None:
+    for spec in grid.specs:
+        old = make_record(spec, status="failed", scores={}, error={"class": "OldError", "message": "of yesterday"})
+        record.write_record(study.folder / spec.run_id, old)
+
+    def job(overrides: list[str]) -> None:
+        raise ValueError("of today")
+
+    with pytest.raises(RunsFailed) as caught:
+        launch.sweep(grid, SearchSettings(), HoldingBack(job))
+    assert "of today" in str(caught.value)
+    assert "of yesterday" not in str(caught.value)
+
+
+def test_a_job_that_ends_badly_after_its_record_is_told(
+    grid: Any, study: Settings, composer: Any, make_record: Callable[..., Record], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(overrides: list[str]) -> None:
+        spec, _ = compose.from_config(composer.compose(overrides))
+        record.write_record(study.folder / spec.run_id, make_record(spec))
+        raise ConnectionError("the tracker is gone")
+
+    assert len(launch.sweep(grid, SearchSettings(), HoldingBack(job))) == 2
+    out = capsys.readouterr().out
+    assert "its record is whole, but its job ended with ConnectionError: the tracker is gone" in out
+
+
+def test_a_launcher_that_runs_nothing_is_one_line_and_leaves_nothing(grid: Any, study: Settings) -> None:
+    class Broken(JobLauncher):
+        def launch(self, job_overrides: list[list[str]], initial_job_idx: int) -> None:
+            raise RuntimeError("no such\ncluster")
+
+    with pytest.raises(SpecError, match=r"^hydra/launcher: Broken ran no job \(RuntimeError: no such cluster\)"):
+        launch.sweep(grid, SearchSettings(), Broken(lambda overrides: None))
+    assert not list(study.folder.glob("*/record.json"))
+
+
+def test_a_launcher_that_breaks_halfway_keeps_what_was_done(
+    grid: Any, study: Settings, composer: Any, make_record: Callable[..., Record]
+) -> None:
+    class Halfway(JobLauncher):
+        def launch(self, job_overrides: list[list[str]], initial_job_idx: int) -> None:
+            spec, _ = compose.from_config(composer.compose(job_overrides[0]))
+            record.write_record(study.folder / spec.run_id, make_record(spec))
+            raise RuntimeError("a worker died")
+
+    with pytest.raises(RunsFailed, match=r"(?s)1 of 2 runs failed.*RuntimeError: a worker died"):
+        launch.sweep(grid, SearchSettings(), Halfway(lambda overrides: None))
+
+
+def test_a_folder_name_that_is_too_long_says_what_fits(grid: Any) -> None:
+    class Long(JobLauncher):
+        def launch(self, job_overrides: list[list[str]], initial_job_idx: int) -> None:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x" * 300)
+
+    with pytest.raises(SpecError, match=r"too long for the file system: 'hydra.sweep.subdir=\$\{hydra.job.num\}'"):
+        launch.sweep(grid, SearchSettings(), Long(lambda overrides: None))
 
 
 def test_a_scheduler_off_the_main_thread_needs_no_signals(

@@ -57,6 +57,38 @@ def test_texts_longer_than_a_models_learned_positions_are_refused(composer: Any,
         plan.make(found.arms, study)
 
 
+def test_texts_longer_than_a_model_was_made_for_are_warned_of_once(composer: Any, study: Settings) -> None:
+    """Rotary positions have no end, and still the model has seen none beyond its own."""
+    grid = ["experiment=smoke", "placement=attn,ff", "rank=4,8"]
+
+    def warnings(*more: str) -> tuple[str, ...]:
+        return plan.make(compose.expand([*grid, *more], composer).arms, study).warnings
+
+    assert warnings("dataset.max_length=513") == (
+        "dataset.max_length=513: model=tiny_llama was made for texts of 512 tokens; the positions beyond are new to it",
+    )
+    assert warnings("dataset.max_length=512") == ()
+    yarn = "{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 512}"
+    assert warnings("dataset.max_length=2048", f"+model.config.rope_scaling={yarn}") == ()
+    assert len(warnings("dataset.max_length=2049", f"+model.config.rope_scaling={yarn}")) == 1
+    endless = ["model.location=bloom", "model.config.max_position_embeddings=null"]
+    assert warnings("dataset.max_length=9000", *endless) == ()
+
+
+def test_an_adapter_that_a_mamba_kernel_would_pass_by_is_refused(composer: Any, study: Settings) -> None:
+    mamba = ["model.location=mamba", "placement=custom"]
+    (line,) = problems([*mamba, "placement.patterns=[in_proj,out_proj]"], composer, study)
+    assert "mixer.out_proj can have no adapter: a Mamba layer's kernel reads the weight and passes the adapter" in line
+    assert line.endswith("this placement also has in_proj.")
+    fine = [
+        ["placement.patterns=[in_proj]"],
+        ["placement.patterns=[out_proj]", "method=full_ft", "method.options.modules=placed"],
+    ]
+    for chosen in fine:
+        found = compose.expand(["experiment=smoke", *mamba, *chosen], composer)
+        assert len(plan.make(found.arms, study).todo) == 1
+
+
 def test_what_does_not_fit_the_model_is_told_at_once(composer: Any, study: Settings) -> None:
     lines = problems(["placement=attn,ff", "rank=4,65", "placement.layers=all,last:9,lowr"], composer, study)
     text = "\n".join(lines)

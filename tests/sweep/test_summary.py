@@ -100,3 +100,34 @@ def test_a_small_share_of_a_pack_is_no_zero(make_spec: Make, make_record: MakeRe
     summary.show(runs, console)
     text = console.export_text()
     assert all(f" {seconds} " in text for seconds in ("0.0417", "0.000312", "3", "1234.6"))
+
+
+def test_examples_left_out_or_cut_are_in_table_and_note(
+    tmp_path: Path, make_spec: Make, make_record: MakeRecord
+) -> None:
+    data = {
+        "train": {"examples": 98, "truncated": 5, "dropped": 2, "tokens": 900, "majority": {}},
+        "test": {"examples": 10, "truncated": 0, "dropped": 0, "tokens": 90, "majority": {}},
+    }
+    records = [make_record(make_spec(rank=rank), data=data) for rank in (4, 8)]
+    line = (
+        "dataset=jsonl on model=tiny_llama: dataset.max_length: 2 of 100 train examples are left out (their response "
+        "is too long); 5 of 100 train examples are cut at the prompt's start."
+    )
+    assert summary.notes(records).count(line) == 1
+    table, markdown = summary.write(tmp_path, records)
+    assert line in markdown.read_text()
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["train_dropped"], row["train_truncated"]) for row in rows[1:]] == [("2", "5")] * 2
+    assert "test_dropped" not in rows[0]
+    console = Console(width=80, record=True)
+    summary.show(records, console)
+    assert line in console.export_text()
+
+
+def test_where_nothing_was_shortened_nothing_is_said(make_spec: Make, make_record: MakeRecord) -> None:
+    whole = make_record(make_spec(), data={"train": {"examples": 9, "truncated": 0, "dropped": 0}})
+    for records in ([whole], [make_record()]):
+        assert not any("max_length" in line for line in summary.notes(records))
+        assert not any("dropped" in key for row in summary.rows(records) for key in row)

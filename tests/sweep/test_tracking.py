@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from sweeper.arms import grouped
 from sweeper.engine.events import Evaluated, RunFinished, RunQueued, RunStarted, Step
 from sweeper.errors import SpecError
-from sweeper.record import Record
+from sweeper.record import WANDB_ID, Record
 from sweeper.spec import RunSpec, Settings
 from sweeper.sweep import tracking
 from sweeper.sweep.plan import Plan, PlannedRun
@@ -113,6 +114,39 @@ def test_wandb_offline_runs_live_side_by_side(
     runs = sorted((plan.study / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
     assert all(list(run.glob("*.wandb")) for run in runs)
+    ids = {json.loads((run.folder / WANDB_ID).read_text())["id"] for run in plan.runs}
+    assert {run.name.rsplit("-", 1)[1] for run in runs} == ids
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(
+    plan: Plan, study: Settings, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its id, which lies in the run's folder; a run in another study is another one."""
+    import dataclasses
+
+    import wandb
+
+    begun: list[dict[str, Any]] = []
+
+    def init(**arguments: Any) -> Any:
+        begun.append(arguments)
+        return SimpleNamespace(log=lambda *_, **__: None, summary={}, finish=lambda **_: None)
+
+    monkeypatch.setattr(wandb, "init", init)
+    for settings in (study, study, dataclasses.replace(study, study="other")):
+        tracker = tracking.make(plan.fields, dataclasses.replace(settings, tracking="wandb"))
+        assert tracker is not None
+        play(tracker, plan, make_record)
+    first, again, other = ([one["id"] for one in begun[place : place + 2]] for place in (0, 2, 4))
+    assert first == again
+    assert len({*first, *other}) == 4
+    assert {one["resume"] for one in begun} == {"allow"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"id": 3}'])
+def test_a_damaged_note_of_the_wandb_run_begins_a_new_one(content: str, tmp_path: Path) -> None:
+    (tmp_path / WANDB_ID).write_text(content)
+    assert tracking._wandb_id(tmp_path) == tracking._wandb_id(tmp_path)
 
 
 @pytest.mark.parametrize(

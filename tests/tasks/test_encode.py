@@ -112,6 +112,33 @@ def test_a_length_that_leaves_a_split_empty_is_refused(spec: DatasetSpec, make_t
         tasks.encode(replace(spec, max_length=8), make_tokenizer(), model_key="m", cache=None)
 
 
+def test_the_commonest_answer_is_that_of_the_examples_that_are_kept(
+    write_jsonl: Callable[..., str], make_tokenizer: Make
+) -> None:
+    """A long answer may be the commonest and yet be left out everywhere."""
+    rows = [{"prompt": f"p {i}", "response": "no", "split": tasks.SPLITS[i % 3]} for i in range(30)]
+    rows += [{"prompt": f"q {i}", "response": "y" * 40, "split": tasks.SPLITS[i % 3]} for i in range(60)]
+    path = write_jsonl(*rows)
+    spec = DatasetSpec(name="m", family="jsonl", path=path, max_length=24, template="plain")
+    splits = tasks.encode(spec, make_tokenizer(), model_key="m", cache=None)
+    assert [len(split.dropped) for split in splits.values()] == [20, 20, 20]
+    assert all(split.majority == {"exact_match": 1.0} for split in splits.values())
+
+
+def test_what_was_left_out_or_cut_is_remarked_by_split(write_jsonl: Callable[..., str], make_tokenizer: Make) -> None:
+    rows = [{"prompt": f"{i:03}", "response": "r", "split": tasks.SPLITS[i % 3]} for i in range(40)]
+    rows += [{"prompt": "x" * 50 + f"end {i}", "response": "r", "split": "train"} for i in range(3)]
+    rows += [{"prompt": f"p{i}", "response": "r" * 20, "split": "test"} for i in range(2)]
+    spec = DatasetSpec(name="m", family="jsonl", path=write_jsonl(*rows), max_length=16, template="plain")
+    tokenizer = make_tokenizer()
+    assert tasks.remarks(spec, tokenizer, tasks.encode(spec, tokenizer, model_key="m", cache=None)) == [
+        "dataset.max_length: 2 of 15 test examples are left out (their response is too long); "
+        "3 of 17 train examples are cut at the prompt's start"
+    ]
+    roomy = replace(spec, max_length=100)
+    assert tasks.remarks(roomy, tokenizer, tasks.encode(roomy, tokenizer, model_key="m", cache=None)) == []
+
+
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[DatasetSpec]:
     """The specs for which text was loaded, that is, the misses of the cache."""

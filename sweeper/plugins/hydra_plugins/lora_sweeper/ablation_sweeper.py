@@ -13,11 +13,14 @@ from omegaconf import DictConfig
 
 @dataclass
 class AblationSweeperConf:
-    """`params` are axes as on the command line, for overlays; the command line wins. The rest is `SearchSettings`."""
+    """`params` are axes as on the command line, for overlays; the command line wins. The rest is `SearchSettings`.
+
+    `params` has no type, or Hydra would refuse it empty and could not merge a mapping into one that is absent.
+    """
 
     _target_: str = "hydra_plugins.lora_sweeper.ablation_sweeper.AblationSweeper"
     _recursive_: bool = False
-    params: dict[str, str] | None = None
+    params: Any = None
     n_trials: int | None = None
     max_tokens: int | None = None
     max_seconds: float | None = None
@@ -40,8 +43,8 @@ ConfigStore.instance().store(group="hydra/sweeper", name="ablation", node=Ablati
 class AblationSweeper(Sweeper):
     """Expands and checks the whole command, then hands it to our launchers at once, or to any other a run a job."""
 
-    def __init__(self, params: Mapping[str, str] | None = None, **search: Any) -> None:
-        self.params, self.search = dict(params or {}), search
+    def __init__(self, params: Mapping[str, Any] | str | None = None, **search: Any) -> None:
+        self.params, self.search = params, search
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
         self.launcher: Launcher | None = None
@@ -64,7 +67,7 @@ class AblationSweeper(Sweeper):
         composer = compose.Composer(
             loader=self.hydra_context.config_loader,
             config_name=self.config.hydra.job.config_name,
-            hydra_overrides=tuple(self.config.hydra.overrides.hydra),
+            hydra_overrides=compose.as_typed(self.config.hydra.overrides.hydra),
         )
-        lines: Sequence[str] = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        lines: Sequence[str] = [*compose.axes_of(self.params), *arguments]
         return launch.sweep(compose.expand(lines, composer), compose.search_settings(self.search), self.launcher)

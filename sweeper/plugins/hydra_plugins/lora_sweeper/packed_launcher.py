@@ -42,6 +42,7 @@ class PackedLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from sweeper import compose
         from sweeper.arms import grouped
+        from sweeper.errors import SpecError
         from sweeper.identity import Identities
         from sweeper.sweep import launch
 
@@ -51,6 +52,8 @@ class PackedLauncher(Launcher):
             compose.from_config(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides)))
             for overrides in job_overrides
         ]
+        if any(settings != jobs[0][1] for _, settings in jobs):
+            raise SpecError(compose.differing([settings for _, settings in jobs]))
         specs = list(map(Identities(jobs[0][1].folder), (spec for spec, _ in jobs)))
         found = self.train(grouped(specs), jobs[0][1])
         values = [launch.objective(found.get(spec.run_id)) for spec in specs]
