@@ -53,8 +53,12 @@ def from_published(path: Path) -> Rows:
     Raises:
         ValueError: it does not.
     """
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(plain, dict) or not isinstance(plain.get("rows"), list):
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor text
+        raise ValueError(f"--import {path}: not a JSON file ({error})") from None
+    rows = plain.get("rows") if isinstance(plain, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"--import {path}: a published table is an object with source, model, dataset and rows")
     model = plain.get("model") or {}
     found = []

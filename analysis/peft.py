@@ -158,7 +158,10 @@ def from_peft(folder: Path) -> list[dict[str, Any]]:
     """
     rows, task = [], folder.parent.name if folder.name == "results" else folder.name
     for path in sorted(folder.glob("*.json")):
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            plain = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # neither JSON nor text
+            raise ValueError(f"--import {path}: not a JSON file ({error})") from None
         if not (isinstance(plain, dict) and {"run_info", "train_info"} <= set(plain)):
             continue
         rows.append(_from_peft_result(plain, task, path))

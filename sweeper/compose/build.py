@@ -149,7 +149,7 @@ def axes_of(params: Any) -> list[str]:
     Raises:
         SpecError: it is no mapping.
     """
-    plain = OmegaConf.to_container(params, resolve=False) if OmegaConf.is_config(params) else params
+    plain: Any = OmegaConf.to_container(params, resolve=False) if OmegaConf.is_config(params) else params
     if plain is None or plain == "":
         return []
     if not isinstance(plain, Mapping):

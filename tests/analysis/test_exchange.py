@@ -135,3 +135,15 @@ def test_an_unknown_source_says_what_would_do(source: str) -> None:
 def test_a_folder_without_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no file with run_info"):
         exchange.read(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{bad", "[]", '{"rows": [3]}', "\udcff"])
+def test_a_table_that_cannot_be_read_is_named(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"^--import \S+/table\.json: ") as caught:
+        exchange.read(str(file))
+    assert "\n" not in str(caught.value)
+    if not content.startswith(("[", '{"')):  # of a folder, what is no result is passed over
+        with pytest.raises(ValueError, match=r"^--import \S+/table\.json: not a JSON file"):
+            exchange.read(str(tmp_path))
