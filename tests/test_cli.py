@@ -28,7 +28,7 @@ def train(root: Path, cwd: Path, *arguments: str, **environment: str) -> subproc
 def test_help_lists_groups_and_common_overrides(root: Path, tmp_path: Path) -> None:
     out = train(root, tmp_path, "--help")
     assert out.returncode == 0
-    for word in ("placement: attn,", "model: ", "tiny_llama", "dataset: ", "rank=8", "trainer.device", "sweep.dry_run"):
+    for word in ("placement: all,", "model: ", "tiny_llama", "dataset: ", "rank=8", "trainer.device", "sweep.dry_run"):
         assert word in out.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -71,7 +71,7 @@ def test_shell_completion_knows_groups_and_options(root: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
-        (["placement=atn"], ["placement=atn: no such placement. Choose from attn, "]),
+        (["placement=atn"], ["placement=atn: no such placement. Choose from all, attn, "]),
         (["model=tiny_lama", "rank=0"], ["model=tiny_lama: no such model", "rank must be at least 1, got 0"]),
         (["-m", "dataset=icd11,jsonl"], ["dataset=icd11: no such dataset", "dataset.path is required"]),
         (["rank=4,8"], ["rank=4,8: several values need -m"]),

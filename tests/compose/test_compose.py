@@ -135,7 +135,7 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         ["placement=attn,atn", "rank=0,abc,4", "optim.lrr=3", "seed=-1", "trainer.precision=fp16"], composer
     )
     text = "\n".join(lines)
-    assert "placement=atn: no such placement. Choose from attn, " in text
+    assert "placement=atn: no such placement. Choose from all, attn, " in text
     assert "Did you mean attn?" in text
     assert "rank must be at least 1, got 0" in lines
     assert "rank must be a whole number, got abc" in lines
@@ -181,7 +181,7 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["rank=range(3,3)"], "there is no value in this axis. Give a list: rank=a,b,c"),
         (["rank=range(1,5,0)"], "rank=range(1,5,0): range() arg 3 must not be zero"),
         (["rank=interval(2,4)"], "rank from 2 to 4: not every number is whole. Write 'rank=int(interval(2,4))'"),
-        (["placement=glob(zz*)"], "placement=glob(zz*): there is no value in this axis. Choose from attn, "),
+        (["placement=glob(zz*)"], "placement=glob(zz*): there is no value in this axis. Choose from all, attn, "),
         (["placement=[attn,ff]"], "placement: a run has one option of this group"),
         (["placement={size:3}"], "placement.size: no such field. Choose from placement.embeddings, "),
         (["study=ä"], "study=ä: cannot be read. Letters beyond ASCII need quotes of their own: 'study=\"ä\"'"),
