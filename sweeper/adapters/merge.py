@@ -60,7 +60,9 @@ def _ids(base: "BaseModel") -> "torch.Tensor":
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(base.model.config.vocab_size, (ROWS, LENGTH), generator=generator).to(base.model.device)
+    return torch.randint(base.model.config.get_text_config().vocab_size, (ROWS, LENGTH), generator=generator).to(
+        base.model.device
+    )
 
 
 def _save(model: Any, base: "BaseModel", folder: Path) -> None:

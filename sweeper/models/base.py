@@ -161,7 +161,8 @@ def _check_plain(spec: ModelSpec) -> None:
 
 def check_template(spec: ModelSpec, dataset: DatasetSpec) -> None:
     """Raises DataError where the model's chat template refuses the turns of a dataset that uses it."""
-    if spec.source != "random" and dataset.template == "chat":
+    at_hand = spec.source in ("path", "hub") or (spec.source == "gguf" and converted_folder(spec.location).exists())
+    if at_hand and dataset.template == "chat":
         from sweeper import tasks
 
         tasks.check_template(dataset, _tokenizer(_key(spec)), model=spec.name)
