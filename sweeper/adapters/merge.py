@@ -101,8 +101,7 @@ def _engine_weights(base: "BaseModel", run: Saved) -> "dict[str, torch.Tensor]":
                 continue
             units = torch.eye(target.in_features, device=pack.device, dtype=pack.dtype)
             pack.bank.lanes.tokens = target.in_features
-            weight = torch.stack([module(unit[None, None])[0, 0] for unit in units])  # siblings share the tensor
-            weight = weight - module(torch.zeros_like(units[:1])[None])[0, 0]  # without the bias
+            weight = module(units[None])[0] - module(torch.zeros_like(units[:1])[None])[0, 0]  # without the bias
             found[f"{name}.weight"] = weight if target.kind == "conv1d" else weight.t()
     return found
 

@@ -191,6 +191,11 @@ def tokenizer_of(spec: ModelSpec) -> "PreTrainedTokenizerBase":
     return byte_tokenizer() if spec.source == "random" else _tokenizer(_key(spec))
 
 
+def tokenizer_at_hand(spec: ModelSpec) -> bool:
+    """Whether a model's tokenizer can be read without its weights being dequantised first."""
+    return spec.source != "gguf" or converted_folder(spec.location).exists()
+
+
 @functools.lru_cache(maxsize=8)
 def _tokenizer(key: str) -> "PreTrainedTokenizerBase":
     return load_tokenizer(ModelSpec(**json.loads(key)))

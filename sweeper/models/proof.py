@@ -31,6 +31,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Key
 """What a model's own code raises where it is not made for what it is given."""
 MOST_ROUNDING = {"float32": 0.01, "float16": 0.3, "bfloat16": 1.0}
 """Nats; a model that differs from itself by more from batch to batch does not keep its rows apart."""
+SMALL = 4 * 2**30  # bytes of a model in float32 that is looked at again in that precision
 CACHED = 16.0  # times that is what a state that is carried on may differ from one computed as a whole
 
 
@@ -70,8 +71,9 @@ def prove(model: Any, special: Sequence[int] = ()) -> Verdict:
         if isinstance(found, Verdict) or model.dtype == torch.float32 or not _fits_in_float32(model):
             return _accepted(found)
         # the coarser the rounding, the easier it is taken for a fault; float32 decides
-        with _in_float32(model):
-            return _accepted(_Rows(model, special).verdict())
+        with suppress(torch.OutOfMemoryError), _in_float32(model):
+            found = _Rows(model, special).verdict()
+        return _accepted(found)
 
 
 def key_of(model: Any, spec: ModelSpec) -> str:
@@ -292,11 +294,9 @@ def _usable_ids(model: Any, special: Sequence[int]) -> list[int]:
 
 
 def _fits_in_float32(model: Any) -> bool:
-    """Whether a copy of the weights in float32 fits beside them, and is quick to make."""
-    from sweeper.device import free_bytes
-
+    """Whether a copy of the weights in float32 is quick to make."""
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
-    return size < min(16 * 2**30, free_bytes(model.device) // 2) and not getattr(model, "is_loaded_in_4bit", False)
+    return size <= SMALL and not getattr(model, "is_loaded_in_4bit", False)
 
 
 @contextmanager

@@ -207,7 +207,7 @@ def _check_template(model: ModelSpec, dataset: DatasetSpec) -> None:
     """Raises DataError where the model's chat template refuses the turns of a dataset that uses it."""
     from sweeper import models, tasks
 
-    if model.source != "random" and dataset.template == "chat":
+    if model.source != "random" and dataset.template == "chat" and models.tokenizer_at_hand(model):
         tasks.check_template(dataset, models.tokenizer_of(model), model=model.name)
 
 
