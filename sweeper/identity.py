@@ -162,11 +162,9 @@ class Identities:
         if former is None:
             return False
         changed = [name for name, one in known.items() if not former.same(name, one)]
-        dated = "model" in known and typed.dataset.template == "chat" and _dates_prompts(typed.model)
         if changed:
             self._note(typed, changed, typed.run_id, former)
-        elif dated and not former.contents:
-            why = f"the chat template of {place(typed.model)} wrote the day's date into prompts, which is fixed now"
+        elif "model" in known and not former.contents and (why := _other_tokens(typed)) is not None:
             self._anew.setdefault(why, set()).add(typed.run_id)
             return False
         return not changed
@@ -178,6 +176,9 @@ class Identities:
         known = {name: one for name, one in contents.items() if one.text is not None}
         for one in runs:
             former = former_of(one)
+            if "model" in known and not former.contents and (why := _other_tokens(arm.default)) is not None:
+                self._anew.setdefault(why, set()).add(one.run_id)
+                return False
             changed = [name for name, content in known.items() if not former.same(name, content)]
             if changed:
                 self._note(arm.default, changed, one.run_id, former)
@@ -265,13 +266,19 @@ def _seconds(when: Any) -> float | None:
         return None
 
 
-def _dates_prompts(model: ModelSpec) -> bool:
+def _other_tokens(spec: RunSpec) -> str | None:
+    """Why earlier versions made other tokens of the same data for a model, if they did."""
     from sweeper import models
+    from sweeper.tasks.template import puts_space_first
 
     try:
-        return models.dates_prompts(model)
-    except (SweeperError, OSError):
-        return False
+        if spec.dataset.template == "chat" and models.dates_prompts(spec.model):
+            return f"the chat template of {place(spec.model)} wrote the day's date into prompts, which is fixed now"
+        if puts_space_first(models.tokenizer_of(spec.model)):
+            return f"the tokenizer of {place(spec.model)} put a space before each response that its text has not"
+    except (SweeperError, OSError):  # the plan's check says so
+        pass
+    return None
 
 
 def _error(section: Section) -> Callable[[str], SweeperError]:

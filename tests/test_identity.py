@@ -343,6 +343,7 @@ def test_one_file_that_is_newer_is_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(plan, "check", lambda specs, settings: None)
+    monkeypatch.setattr(plan, "_warnings", lambda specs: ())
     spec = make_spec(model={"source": "path", "location": str(folder)})
     former(make_record, study, spec)
     before_it(folder)
@@ -356,6 +357,27 @@ def test_one_file_that_is_newer_is_enough(
     dated = plan.make([single(spec)], study)
     assert len(dated.todo) == 1
     assert "wrote the day's date into prompts" in dated.notes[0]
+
+
+def test_a_run_whose_responses_began_with_a_space_of_the_tokenizers_trains_anew(
+    make_spec: Callable[..., RunSpec], folder: Path, study: Settings, make_record: Callable[..., Record],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setattr(plan, "check", lambda specs, settings: None)
+    monkeypatch.setattr(plan, "_warnings", lambda specs: ())
+    spec = make_spec(model={"source": "path", "location": str(folder)}, dataset={"template": "plain"})
+    former(make_record, study, spec)
+    core = Tokenizer(models.BPE(vocab={"<s>": 0, "▁": 1, "a": 2, "\n": 3}, merges=[], unk_token="<s>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<s>").save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": 0}')
+    before_it(folder)
+    made = plan.make([single(spec)], study)
+    assert len(made.todo) == 1
+    assert "put a space before each response" in made.notes[0]
 
 
 def test_a_run_under_an_old_id_that_says_what_it_read_is_taken_at_its_word(
