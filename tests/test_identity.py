@@ -405,7 +405,8 @@ def test_a_search_of_an_earlier_version_goes_on_or_begins_anew(
         launch.train(arms, study, search, engine=engine)
     former_runs = list(engine.trained)
     for found in list(record.records(study.folder)):
-        record.write_record(study.folder / found.run_id, replace(found, started="2026-01-02T03:04:05+00:00"))
+        made = replace(found, started="2026-01-02T03:04:05+00:00", search={"arm": arms[0].key})
+        record.write_record(study.folder / found.run_id, made)
     if not changed:
         before_it(file)
     more = SearchSettings(n_trials=6)
