@@ -406,13 +406,20 @@ def test_a_run_that_was_cut_off_keeps_its_folder_while_its_files_are_older(
     assert plan.make([single(spec)], study).runs[0].run_id != spec.run_id
 
 
+@pytest.mark.parametrize("span", ["1e-4,1e-2", "2e-2,9e-2"])  # with the default learning rate, and without
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_search_of_an_earlier_version_goes_on_or_begins_anew(
-    changed: bool, composer: Any, file: Path, study: Settings, engine: Any, make_record: Callable[..., Record]
+    changed: bool,
+    span: str,
+    composer: Any,
+    file: Path,
+    study: Settings,
+    engine: Any,
+    make_record: Callable[..., Record],
 ) -> None:
     from sweeper.search.settings import SearchSettings
 
-    lines = ["experiment=smoke", "dataset=jsonl", f"dataset.path={file}", "optim.lr=tag(log,interval(1e-4,1e-2))"]
+    lines = ["experiment=smoke", "dataset=jsonl", f"dataset.path={file}", f"optim.lr=tag(log,interval({span}))"]
     arms = compose.expand(lines, composer).arms
     search = SearchSettings(n_trials=4)
     with pytest.MonkeyPatch.context() as patch:  # which knows nothing of files
@@ -420,7 +427,8 @@ def test_a_search_of_an_earlier_version_goes_on_or_begins_anew(
         launch.train(arms, study, search, engine=engine)
     former_runs = list(engine.trained)
     for found in list(record.records(study.folder)):
-        record.write_record(study.folder / found.run_id, replace(found, started="2026-01-02T03:04:05+00:00"))
+        made = replace(found, started="2026-01-02T03:04:05+00:00", search={"arm": arms[0].key})
+        record.write_record(study.folder / found.run_id, made)
     if not changed:
         before_it(file)
     more = SearchSettings(n_trials=6)
