@@ -373,6 +373,7 @@ def test_a_run_whose_responses_began_with_a_space_of_the_tokenizers_trains_anew(
     core = Tokenizer(models.BPE(vocab={"<s>": 0, "▁": 1, "a": 2, "\n": 3}, merges=[], unk_token="<s>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<s>").save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
     (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": 0}')
     before_it(folder)
     made = plan.make([single(spec)], study)

@@ -352,7 +352,10 @@ def _stop_ids(spec: ModelSpec) -> tuple[int, ...]:
     if spec.source != "random":
         where = folder(spec, weights=False)
         if (where / "generation_config.json").is_file():
-            value = GenerationConfig.from_pretrained(where).eos_token_id or value
+            try:
+                value = GenerationConfig.from_pretrained(where).eos_token_id or value
+            except Exception as error:
+                raise _failure(spec, "its generation config cannot be read", error) from error
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
