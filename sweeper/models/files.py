@@ -64,7 +64,8 @@ def base_reference(spec: ModelSpec) -> dict[str, str | None]:
         return {"base_model_name_or_path": str(Path(spec.location).expanduser().absolute()), "revision": None}
     if spec.source == "gguf":
         return {"base_model_name_or_path": str(converted_folder(spec.location)), "revision": None}
-    return {"base_model_name_or_path": spec.location, "revision": spec.revision}
+    commit = (spec.content or "").removeprefix(contents.COMMIT)
+    return {"base_model_name_or_path": spec.location, "revision": commit or spec.revision}
 
 
 def content(spec: ModelSpec) -> Content:

@@ -1,5 +1,6 @@
 """What runs leave is proved before they train, and what stock PEFT cannot carry is said and carried otherwise."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -185,6 +186,9 @@ def test_an_adapter_of_a_hub_model_names_the_revision(make_run: Any, load: Any, 
     config = json.loads((tmp_path / ADAPTER / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/model"
     assert config["revision"] == "v1.0"
+    known = dataclasses.replace(spec, model=dataclasses.replace(spec.model, content=f"commit:{'a' * 40}"))
+    export.write_adapter(tmp_path, known, targets, weights)
+    assert json.loads((tmp_path / ADAPTER / "adapter_config.json").read_text())["revision"] == "a" * 40
 
 
 def test_a_merge_is_compared_with_the_engine_and_not_with_peft(
