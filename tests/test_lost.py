@@ -44,7 +44,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def train(root: Path, cwd: Path, *arguments: str, device: str = "cpu") -> subprocess.CompletedProcess[str]:
     code = TRAIN.format(breaks=BREAKS[device], script=str(root / "train.py"))
     env = {key: value for key, value in os.environ.items() if key not in ("HYDRA_FULL_ERROR", "COLUMNS", lost.VARIABLE)}
-    env |= {"SWEEPER_CACHE": str(cwd / "cache"), "PYTHONPATH": str(root)}
+    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    env |= {"SWEEPER_CACHE": str(cwd / "cache"), "PYTHONPATH": paths}
     common = ["experiment=smoke", "placement=attn", f"trainer.device={device}", "trainer.precision=float32"]
     return subprocess.run(
         [sys.executable, "-c", code, *common, *arguments],
