@@ -305,7 +305,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
         row |= {f"data.{split}.{key}": facts[key] for key in ("examples", "truncated", "dropped") if key in facts}
     environment = plain.get("environment") or {}
-    row |= {"device": environment.get("device"), "git_commit": environment.get("git_commit")}
+    row |= {name: environment.get(name) for name in ("device", "device_type", "git_commit")}
     row |= made_with(environment, plain["spec"])
     row |= {f"versions.{name}": version for name, version in (environment.get("versions") or {}).items()}
     error = plain.get("error") or {}

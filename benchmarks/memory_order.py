@@ -27,7 +27,6 @@ def measured(args: argparse.Namespace) -> dict[str, int]:
     from benchmarks.shapes import job
     from sweeper import models
     from sweeper.engine import calibrate
-    from sweeper.engine.pack import verified_head
     from sweeper.spec import ModelSpec, from_mapping
 
     def cold_peak(step, memory) -> int:
@@ -42,7 +41,6 @@ def measured(args: argparse.Namespace) -> dict[str, int]:
         calibrate.warm_peak = cold_peak
     spec = from_mapping(ModelSpec, yaml.safe_load(Path(f"conf/model/{args.model}.yaml").read_text()))
     base = models.load(spec, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
-    verified_head(base)
     found = {}
     options = {"batch_size": BATCH, "compiled": False, "captured": True}
     with tempfile.TemporaryDirectory() as cache:

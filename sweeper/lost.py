@@ -60,6 +60,7 @@ class Former:
 
 
 _ended: dict[str, bool] = {}  # runs that ended in this process, and whether they failed
+_held: list[object] = []
 _gone: list[str] = []  # why this process can use its GPU no more
 
 
@@ -86,6 +87,16 @@ def check() -> None:
 def note(run_id: str, *, failed: bool) -> None:
     """Remembers that a run ended in this process."""
     _ended[run_id] = failed
+
+
+def hold(*things: object) -> None:
+    """Keeps what has tensors on a lost GPU, errors by their frames included: to free one there aborts the process."""
+    for thing in things:
+        _held.append(thing)
+        link = thing if isinstance(thing, BaseException) else None
+        while link is not None and link.__traceback__ not in _held:
+            _held.append(link.__traceback__)
+            link = link.__cause__ or link.__context__
 
 
 def is_sign(error: BaseException) -> bool:

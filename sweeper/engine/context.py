@@ -64,11 +64,13 @@ class Context:
     def lost(self, error: BaseException) -> bool:
         """Whether the device can be used no more by this process."""
         if lost.is_sign(error):
+            lost.hold(error)
             return True
         if self.device.type != "cuda":
             return False
         try:
             torch.cuda.synchronize(self.device)
         except Exception:
+            lost.hold(error)
             return True
         return False

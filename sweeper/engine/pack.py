@@ -17,6 +17,7 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
+from sweeper import lost
 from sweeper.engine.bank import noise
 from sweeper.engine.bank.adapters import AdapterBank
 from sweeper.engine.bank.alone import Alone, AloneSpec
@@ -162,8 +163,11 @@ class Pack:
     def __enter__(self) -> "Pack":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None and lost.is_sign(error):
+            lost.hold(self, error)
+        else:
+            self.close()
 
     @property
     def active(self) -> list[tuple[int, Job]]:

@@ -12,6 +12,8 @@ from sweeper.models.verdict import HeadForm
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far logits may be from the stock model's, relative to the largest."""
+LARGE = 40.0
+"""The largest logit of the states that a head is looked at with."""
 
 
 class StockHead(nn.Module):
@@ -67,24 +69,29 @@ def head_form(model: Any, hidden: Tensor, logits: Tensor) -> HeadForm | None:
     A soft cap and a divisor are taken from the config's numbers and kept only where they give the logits.
     """
     logits = logits.float()
-    tolerance = CLOSE[hidden.dtype] * max(1.0, float(logits.abs().max()))
-
-    def close(found: Tensor) -> bool:
-        return found.shape == logits.shape and bool(((found.float() - logits).abs() <= tolerance).all())
-
+    pairs = [(hidden, logits)]
+    stock = StockHead(model)
+    try:
+        known = _close(stock(hidden), logits, hidden.dtype)
+        # a soft cap shows where logits are large, which those of a fresh model are not
+        if known:
+            larger = hidden * (LARGE / logits.abs().max().clamp(min=1e-3))
+            pairs.append((larger, stock(larger).float()))
+    except Exception:  # whatever the model's code does with states it was not made for
+        known = False
     output = model.get_output_embeddings()
     if isinstance(output, nn.Module):
-        plain = output(hidden).float()
         for softcap in (None, *_named(model.config, "cap")):
-            for divisor in _divisors(plain, logits, softcap, model.config):
-                scaled = plain / divisor
-                if close(scaled if softcap is None else softcap * torch.tanh(scaled / softcap)):
-                    return HeadForm(softcap=softcap, divisor=divisor)
-    try:
-        found = StockHead(model)(hidden)
-    except Exception:  # whatever the model's code does with states it was not made for
-        return None
-    return HeadForm(stock=True) if close(found) else None
+            for divisor in _divisors(output(pairs[-1][0]).float(), pairs[-1][1], softcap, model.config):
+                form = HeadForm(softcap=softcap, divisor=divisor)
+                if all(_close(apply(output, form, states), wanted, states.dtype) for states, wanted in pairs):
+                    return form
+    return HeadForm(stock=True) if known else None
+
+
+def _close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = CLOSE[dtype] * max(1.0, float(wanted.abs().max()))
+    return found.shape == wanted.shape and bool(((found.float() - wanted).abs() <= tolerance).all())
 
 
 def _divisors(plain: Tensor, logits: Tensor, softcap: float | None, config: Any) -> Iterator[float]:

@@ -21,7 +21,7 @@ from sweeper.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 """Raise whenever a model could be judged otherwise, so that no verdict of before is read."""
 LENGTHS = (24, 17, 9)  # tokens of the rows that are compared
 GROWN = 4  # tokens that each of them is grown by, one at a time

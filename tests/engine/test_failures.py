@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sweeper import lost, record
+from sweeper import lost, methods, record
 from sweeper.engine import checkpoint, drive, progress, session, suspects
 from sweeper.engine.bank.adapters import AdapterBank
 from sweeper.engine.events import Event, RunFinished, Stage, Step
@@ -252,14 +252,14 @@ def test_an_error_while_a_model_is_loaded_is_of_its_runs(
     import dataclasses
 
     other = make_run("attn", model=dataclasses.asdict(tiny_spec("gpt2")))
-    whole = session.verified_head
+    whole = methods.load_base
 
-    def breaking(base: Any) -> Any:
-        if base.spec.name == "tiny_gpt2":
+    def breaking(spec: RunSpec, **more: Any) -> Any:
+        if spec.model.name == "tiny_gpt2":
             raise AttributeError("'SomeConfig' object has no attribute 'vocab_size'")
-        return whole(base)
+        return whole(spec, **more)
 
-    monkeypatch.setattr(session, "verified_head", breaking)
+    monkeypatch.setattr(methods, "load_base", breaking)
     assert ends(run_all([other, specs[0]])) == {other.run_id: "failed", specs[0].run_id: "completed"}
     failed(tmp_path / "study", other, "AttributeError", "vocab_size")
 
@@ -270,10 +270,10 @@ def test_an_error_while_a_run_is_written_is_its_own(
 ) -> None:
     whole = progress.write_adapter
 
-    def breaking(folder: Path, *args: Any) -> int:
+    def breaking(folder: Path, *args: Any, **more: Any) -> int:
         if folder.name == specs[0].run_id:
             raise error
-        return whole(folder, *args)
+        return whole(folder, *args, **more)
 
     monkeypatch.setattr(progress, "write_adapter", breaking)
     run_all(specs)
@@ -453,10 +453,10 @@ def test_a_measurement_that_loses_the_gpu_is_not_made_again(
 def test_a_model_that_loses_the_gpu_twice_fails_its_runs(
     specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaking(base: Any) -> Any:
+    def breaking(spec: RunSpec, **more: Any) -> Any:
         raise RuntimeError(Card.ERROR)
 
-    monkeypatch.setattr(session, "verified_head", breaking)
+    monkeypatch.setattr(methods, "load_base", breaking)
     with pytest.raises(ContextLost):
         run_all(specs[:2])
     assert not list(tmp_path.rglob(record.RECORD))

@@ -33,9 +33,9 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference(of: Head, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    logits = functional.linear(hidden, of.module.weight, of.module.bias) / of.divisor
-    if of.softcap is not None:
-        logits = of.softcap * torch.tanh(logits / of.softcap)
+    logits = functional.linear(hidden, of.module.weight, of.module.bias) / of.form.divisor
+    if of.form.softcap is not None:
+        logits = of.form.softcap * torch.tanh(logits / of.form.softcap)
     nll = functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
     return (nll * weights).sum(1), nll
 

@@ -77,11 +77,12 @@ def test_the_plan_says_what_a_placement_leaves(composer: Any, study: Settings) -
     ]
     arguments = ["experiment=smoke", "placement=attn,full,all", "rank=4,8", *hybrid]
     specs = compose.expand(arguments, composer).specs
-    lines = forecast.notes(specs, forecast.costs(specs, study))
+    precision, *lines = forecast.notes(specs, forecast.costs(specs, study), study)
+    assert precision.startswith("trainer.precision=auto")
     assert [line.split(" leaves ")[0] for line in lines] == [
         "tiny_llama: placement=attn",
         "tiny_llama: placement=full",
     ]
     assert all("conv.in_proj" in line and "placement=all" in line for line in lines)
     plain = compose.expand(["experiment=smoke", "placement=attn,full,all", "rank=4"], composer).specs
-    assert forecast.notes(plain, forecast.costs(plain, study)) == []
+    assert forecast.notes(plain, forecast.costs(plain, study), study) == [precision]

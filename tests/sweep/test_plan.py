@@ -62,7 +62,7 @@ def test_texts_longer_than_a_model_was_made_for_are_warned_of_once(composer: Any
     grid = ["experiment=smoke", "placement=attn,ff", "rank=4,8"]
 
     def warnings(*more: str) -> tuple[str, ...]:
-        return plan.make(compose.expand([*grid, *more], composer).arms, study).warnings
+        return plan.make(compose.expand([*grid, *more], composer).arms, study).notes
 
     assert warnings("dataset.max_length=513") == (
         "dataset.max_length=513: model=tiny_llama was made for texts of 512 tokens; the positions beyond are new to it",
