@@ -26,7 +26,8 @@ NINE = [(placement, rank) for placement in ("attn", "ff", "full") for rank in (4
 
 def run(checkout: Path, folder: Path, command: list[str]) -> str:
     """What a Python command prints in a checkout; its caches and studies are in a folder of its own."""
-    paths = os.pathsep.join(map(str, (checkout, checkout / "sweeper" / "plugins")))
+    own = (str(checkout), str(checkout / "sweeper" / "plugins"))
+    paths = os.pathsep.join(filter(None, (*own, os.environ.get("PYTHONPATH"))))
     env = os.environ | {"PYTHONPATH": paths, "SWEEPER_CACHE": str(folder / "cache")}
     done = subprocess.run([sys.executable, *command], cwd=checkout, env=env, capture_output=True, text=True)
     if done.returncode:
