@@ -3,6 +3,7 @@
 
     python -m benchmarks.architectures                          # the table of docs/models.md, some minutes on two cores
     python -m benchmarks.architectures --only mamba bloom       # some rows, printed
+    python -m benchmarks.architectures --device cuda            # on a GPU, printed
 
 Each row is built from code, in float32, with weights in which a fault shows. What is compared, and with what, is in
 `sweeper/models/proof.py` and `sweeper/engine/export_proof.py`, which do the same before a model is trained. Each check
@@ -59,13 +60,14 @@ class Row:
         return not self.refused and all((self.placement, self.packed, self.cached, self.export))
 
 
-def base_of(name: str) -> BaseModel:
-    """The tiny model of a row, proved.
+def base_of(name: str, device: str = "cpu") -> BaseModel:
+    """The tiny model of a row on a device, proved.
 
     Raises:
         ModelError: it is refused, as it would be before training.
     """
-    model = tiny_models.build(name, prepare=settle).requires_grad_(False)
+    model: Any = tiny_models.build(name, prepare=settle).requires_grad_(False)
+    model.to(device)
     spec = ModelSpec(name=name, source="random", location=name.split(" ")[0])
     return BaseModel(
         model=model, tokenizer=None, targets=structure(model), spec=spec, stop_ids=(), verdict=proof.prove(model)
@@ -95,13 +97,13 @@ def run_of(base: BaseModel, method: str = "lora") -> tuple[RunSpec, dict[Any, in
     return spec, dict.fromkeys(targets, RANK)
 
 
-def look(name: str, *, faults: bool = True) -> Row:
+def look(name: str, *, faults: bool = True, device: str = "cpu") -> Row:
     """All columns of a row."""
     row = Row(name=name, kind=tiny_models.kind(name))
     if (why := tiny_models.refusal(name)) is not None:
         row.refused = why
     try:
-        base = base_of(name)
+        base = base_of(name, device)
     except ModelError as error:
         row.refused = row.refused or str(error)
         return row
@@ -289,6 +291,7 @@ def _cell(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="rows to look at; nothing is written")
+    parser.add_argument("--device", default="cpu", help="where they run; other than the CPU, nothing is written")
     parser.add_argument("--no-faults", action="store_true", help="plant no faults")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -296,7 +299,7 @@ def main() -> int:
     for name in options.only or tiny_models.names():
         with hushed():
             try:
-                row = look(name, faults=not options.no_faults)
+                row = look(name, faults=not options.no_faults, device=options.device)
             except Exception as error:  # a row that breaks is a row that does not pass, and is shown
                 print(f"{name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
                 rows.append(Row(name=name, kind=tiny_models.kind(name)))
@@ -311,7 +314,7 @@ def main() -> int:
     silent = [row.name for row in rows if not (row.passes or row.refused)]
     missed = [row.name for row in rows if not all(row.faults.values())]
     print(f"{sum(row.passes for row in rows)} of {len(rows)} pass, {len(silent)} differ: {silent}; missed: {missed}")
-    if not options.only:
+    if not options.only and options.device == "cpu":
         write_atomically(PAGE, page(rows))
     return int(bool(silent or missed))
 

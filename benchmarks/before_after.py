@@ -5,8 +5,9 @@
     python -m benchmarks.before_after ../before .                          # start-up and step time
     python -m benchmarks.before_after ../before . --only "packed step" --pairs 3
 
-`finished grid` and `dry run` are whole processes from return to prompt, caches warm; `packed step` is one step of nine
-runs after warm-up, in a process of its own. Both checkouts run on this interpreter. Above 1, the second is slower.
+`finished grid`, `dry run` and `small grid` (nine tiny runs) are whole processes from return to prompt, caches warm;
+`first start` is a small grid with an empty cache; `packed step` is one step of nine runs after warm-up, in a process of
+its own. Both checkouts run on this interpreter. Above 1, the second is slower.
 """
 
 import argparse
@@ -49,6 +50,20 @@ def dry_run(checkout: Path, folder: Path) -> float:
     return seconds(checkout, folder, ["train.py", *GRID, f"output_root={folder}", "study=dry", "sweep.dry_run=true"])
 
 
+def small_grid(checkout: Path, folder: Path) -> float:
+    """Nine tiny runs from return to table; the first of a folder, which is not counted, fills the caches."""
+    number = len(list(folder.glob("small_*")))
+    return seconds(checkout, folder, ["train.py", *GRID, f"output_root={folder}", f"study=small_{number}"])
+
+
+def first_start(checkout: Path, folder: Path) -> float:
+    """As `small_grid`, with an empty cache folder."""
+    number = len(list(folder.glob("first_*")))
+    own = folder / f"first_{number}"
+    own.mkdir(parents=True)
+    return seconds(checkout, own, ["train.py", *GRID, f"output_root={own}"])
+
+
 def packed_step(checkout: Path, folder: Path) -> float:
     import torch
 
@@ -58,7 +73,8 @@ def packed_step(checkout: Path, folder: Path) -> float:
 
 
 MEASURES: dict[str, Callable[[Path, Path], float]] = {
-    "finished grid": finished_grid, "dry run": dry_run, "packed step": packed_step,
+    "finished grid": finished_grid, "dry run": dry_run, "small grid": small_grid, "first start": first_start,
+    "packed step": packed_step,
 }  # fmt: skip
 
 
