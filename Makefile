@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example models lm-eval qlora fetch test lint format clean
+.PHONY: help install sweep paper example models lm-eval qlora fetch test test-slow lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -63,8 +63,12 @@ lm-eval: $(STAMP)  ## install lm-eval, for evaluation=lm_eval
 qlora: $(STAMP)  ## install bitsandbytes, for method=qlora
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt bitsandbytes
 
-test: $(VENV)/.installed-test  ## run the whole test suite
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST)
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses 8
+test: $(VENV)/.installed-test  ## run the test suite
+	$(PYTEST) -m "not slow" $(TEST)
+
+test-slow: $(VENV)/.installed-test  ## run the tests that take long: simulated studies, clusters, compilers, lost GPUs
+	$(PYTEST) -m slow $(TEST)
 
 lint: $(STAMP)  ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -51,6 +51,7 @@ def test_compiled_layers_are_eager_ones_and_share_their_compilation(
         assert compiled[job.run_id].norms == pytest.approx(eager[job.run_id].norms, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_layers_with_gains_are_eager_ones_and_share_their_compilation(
     load: Any, make_job: Any, make_adapter: Any, make_examples: Any, train: Any
 ) -> None:
