@@ -137,6 +137,15 @@ class Loaded:
             about = f"dataset={spec.dataset.name} on model={spec.model.name}"
             lines = tasks.remarks(spec.dataset, self.base.tokenizer, found)
             self.remarks += [Remark(message=f"{about}: {line}") for line in lines]
+            if (
+                spec.evaluation.generate
+                and set(spec.dataset.metrics) & tasks.GENERATED
+                and not self.base.verdict.cached
+            ):
+                slow = (
+                    "text is generated from whole rows, which is slower: through its cache the model gives other tokens"
+                )
+                self.remarks.append(Remark(message=f"{about}: {slow}"))
         if general_text.SPLIT in spec.evaluation.splits and not self._general:
             inputs.check_general(self.base)
             self._general = True

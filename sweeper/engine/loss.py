@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sweeper.engine.bank.lowrank import ROW_STRIDE
-from sweeper.models.head import StockHead, apply
+from sweeper.models.head import StockHead, apply, for_head
 from sweeper.models.verdict import PLAIN, HeadForm
 
 CHUNK_LOGITS = 1 << 28  # logits held at once, in values
@@ -139,6 +139,7 @@ class Head:
             weights: [L, K] float32; 0 for padding.
         """
         flat = (targets.flatten(), weights.flatten(), self.form.softcap, self.form.divisor)
+        hidden = for_head(self.module, hidden)
         if type(self.module) is nn.Linear:
             weight, bias = self.module.weight, self.module.bias
             trained = weight.requires_grad or (bias is not None and bias.requires_grad)

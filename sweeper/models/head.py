@@ -72,7 +72,7 @@ def head_form(model: Any, hidden: Tensor, logits: Tensor) -> HeadForm | None:
     pairs = [(hidden, logits)]
     stock = StockHead(model)
     try:
-        known = _close(stock(hidden), logits, hidden.dtype)
+        known = _close(stock(hidden), logits, model.dtype)
         # a soft cap shows where logits are large, which those of a fresh model are not
         if known:
             larger = hidden * (LARGE / logits.abs().max().clamp(min=1e-3))
@@ -82,9 +82,10 @@ def head_form(model: Any, hidden: Tensor, logits: Tensor) -> HeadForm | None:
     output = model.get_output_embeddings()
     if isinstance(output, nn.Module):
         for softcap in (None, *_named(model.config, "cap")):
-            for divisor in _divisors(output(pairs[-1][0]).float(), pairs[-1][1], softcap, model.config):
+            plain = output(for_head(output, pairs[-1][0])).float()
+            for divisor in _divisors(plain, pairs[-1][1], softcap, model.config):
                 form = HeadForm(softcap=softcap, divisor=divisor)
-                if all(_close(apply(output, form, states), wanted, states.dtype) for states, wanted in pairs):
+                if all(_close(apply(output, form, states), wanted, model.dtype) for states, wanted in pairs):
                     return form
     return HeadForm(stock=True) if known else None
 
@@ -117,6 +118,12 @@ def _named(config: Any, part: str) -> Iterator[float]:
             yield float(value)
 
 
+def for_head(output: Any, hidden: Tensor) -> Tensor:
+    """Hidden states in the precision of the output matrix: some models (Mamba) carry theirs in float32."""
+    weight = getattr(output, "weight", None)
+    return hidden if weight is None or not weight.is_floating_point() else hidden.to(weight.dtype)
+
+
 def logits_of(model: Any, form: HeadForm, hidden: Tensor) -> Tensor:
     """Float32 logits [..., V] of hidden states [..., D], as the stock model makes them."""
     output = StockHead(model) if form.stock else model.get_output_embeddings()
@@ -125,5 +132,5 @@ def logits_of(model: Any, form: HeadForm, hidden: Tensor) -> Tensor:
 
 def apply(output: Any, form: HeadForm, hidden: Tensor) -> Tensor:
     """As `logits_of`, with the output matrix that is given."""
-    logits: Tensor = output(hidden).float() / form.divisor
+    logits: Tensor = output(for_head(output, hidden)).float() / form.divisor
     return logits if form.softcap is None else form.softcap * torch.tanh(logits / form.softcap)

@@ -21,12 +21,13 @@ from sweeper.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 2
+VERSION = 3
 """Raise whenever a model could be judged otherwise, so that no verdict of before is read."""
 LENGTHS = (24, 17, 9)  # tokens of the rows that are compared
 GROWN = 4  # tokens that each of them is grown by, one at a time
 ROUNDING = 8.0  # times the rounding that was measured is still rounding
-ULPS = 64  # and so is this many units in the last place of the largest log-probability
+ULPS = {"float32": 64, "float16": 8, "bfloat16": 4}
+"""And so are so many units in the last place of the largest log-probability."""
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError)
 """What a model's own code raises where it is not made for what it is given."""
 MOST_ROUNDING = {"float32": 0.01, "float16": 0.3, "bfloat16": 1.0}
@@ -67,13 +68,11 @@ def prove(model: Any, special: Sequence[int] = ()) -> Verdict:
     import torch
 
     with torch.no_grad(), quiet(), _evaluating(model):
-        found = _Rows(model, special).verdict()
-        if isinstance(found, Verdict) or model.dtype == torch.float32 or not _fits_in_float32(model):
-            return _accepted(found)
-        # the coarser the rounding, the easier it is taken for a fault; float32 decides
-        with suppress(torch.OutOfMemoryError), _in_float32(model):
-            found = _Rows(model, special).verdict()
-        return _accepted(found)
+        if model.dtype != torch.float32 and _fits_in_float32(model):
+            # what rounding hides in bfloat16 is as wrong as what it shows: float32 decides
+            with suppress(torch.OutOfMemoryError), _in_float32(model):
+                return _accepted(_Rows(model, special).verdict())
+        return _accepted(_Rows(model, special).verdict())
 
 
 def key_of(model: Any, spec: ModelSpec) -> str:
@@ -179,7 +178,9 @@ class _Rows:
     def tolerance(self) -> float:
         """The largest difference that rounding explains, in nats."""
         largest = max(float(row[row.isfinite()].abs().max()) for row in self.alone)
-        return max(ROUNDING * self.rounding, ULPS * float(self.torch.finfo(self.model.dtype).eps) * max(1.0, largest))
+        dtype = self.model.dtype
+        units = ULPS[str(dtype).removeprefix("torch.")] * float(self.torch.finfo(dtype).eps)
+        return max(ROUNDING * self.rounding, units * max(1.0, largest))
 
     def _stock(self, ids: "Tensor") -> "Tensor":
         """Log-probabilities [rows, T, V] of the stock model."""

@@ -107,6 +107,24 @@ def test_a_model_that_reads_the_mask_is_given_its_own() -> None:
     assert found.differences["causal"] > 0.01 > found.differences["masked"]
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_an_encoder_is_refused_in_bfloat16_too(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not small:  # as of a model that is too large to be looked at in float32
+        monkeypatch.setattr(proof, "SMALL", 0)
+    with pytest.raises(ModelError, match="looks at the tokens that follow"):
+        proof.prove(tiny_models.build("bert (encoder)", prepare=settle).bfloat16())
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "gpt_oss", "jamba"])
+def test_a_large_model_in_bfloat16_is_judged_by_its_own_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "SMALL", 0)
+    model = tiny_models.build(name, prepare=settle).bfloat16()
+    assert proof.prove(model).padding == "causal"
+    monkeypatch.setattr(forward, "hidden_states", architectures.padding_seen)
+    with pytest.raises(ModelError, match="in a padded batch than alone"):
+        proof.prove(model)
+
+
 def test_a_model_is_left_as_it_was() -> None:
     model = tiny_models.build("llama", prepare=settle).train().bfloat16()
     before = {name: value.clone() for name, value in model.state_dict().items()}
