@@ -9,9 +9,11 @@ from torch import Tensor
 
 from sweeper.device import free_bytes
 from sweeper.engine.pack import Pack
-from sweeper.models import hidden_size, learned_positions
+from sweeper.models import BaseModel, hidden_size, learned_positions
 from sweeper.models.architecture import number_of_layers
 from sweeper.models.forward import CachedDecoding, WholeDecoding
+from sweeper.spec import DatasetSpec, EvaluationSpec
+from sweeper.tasks.metrics import GENERATED
 
 CACHE_SHARE = 0.3  # of the free memory of a GPU, for the KV cache
 STOP_EVERY = 8  # generated tokens between two looks for stop strings
@@ -113,6 +115,13 @@ def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids, stop_stri
         left = room - len(prompts[number % len(prompts)])  # tokens that may follow a prompt, of which it sees all
         texts.append(Generated(tuple(row[:end]), end is None or end > left))
     return texts
+
+
+def remark(base: BaseModel, dataset: DatasetSpec, evaluation: EvaluationSpec) -> str | None:
+    """What must be said of the way in which text will be generated; None where it is the usual one, or none."""
+    if base.verdict.cached or not (evaluation.generate and set(dataset.metrics) & GENERATED):
+        return None
+    return "text is generated from whole rows, which is slower: through its cache the model would give other tokens"
 
 
 def rows_together(pack: Pack, lanes: int, length: int, budget: int) -> int:

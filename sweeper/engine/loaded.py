@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from sweeper import identity, methods, models, tasks
 from sweeper.device import precision_name
-from sweeper.engine import export_proof, inputs, probe
+from sweeper.engine import export_proof, generate, inputs, probe
 from sweeper.engine.batches import DataOrder
 from sweeper.engine.context import Context
 from sweeper.engine.evaluate import EvaluatedSplit
@@ -137,14 +137,7 @@ class Loaded:
             about = f"dataset={spec.dataset.name} on model={spec.model.name}"
             lines = tasks.remarks(spec.dataset, self.base.tokenizer, found)
             self.remarks += [Remark(message=f"{about}: {line}") for line in lines]
-            if (
-                spec.evaluation.generate
-                and set(spec.dataset.metrics) & tasks.GENERATED
-                and not self.base.verdict.cached
-            ):
-                slow = (
-                    "text is generated from whole rows, which is slower: through its cache the model gives other tokens"
-                )
+            if (slow := generate.remark(self.base, spec.dataset, spec.evaluation)) is not None:
                 self.remarks.append(Remark(message=f"{about}: {slow}"))
         if general_text.SPLIT in spec.evaluation.splits and not self._general:
             inputs.check_general(self.base)

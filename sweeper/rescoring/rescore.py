@@ -264,11 +264,13 @@ def _on_dataset(
     cache: Path,
 ) -> Iterator[Rescored]:  # fmt: skip
     from sweeper import models
+    from sweeper.engine import generate
     from sweeper.engine.evaluate import evaluate_examples, general_examples
 
     key = models.tokens_key(runs[0].spec.model)
     encoded = tasks.encode(dataset, pack.base.tokenizer, model_key=key, cache=cache)
-    remarks = tuple(tasks.remarks(dataset, pack.base.tokenizer, encoded))
+    slow = generate.remark(pack.base, dataset, evaluation)
+    remarks = (*tasks.remarks(dataset, pack.base.tokenizer, encoded), *([] if slow is None else [slow]))
     found: dict[str, list[Rescored]] = {}
     for split in evaluation.splits:
         general = split == general_text.SPLIT

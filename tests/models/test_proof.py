@@ -92,6 +92,19 @@ class Counting(nn.Module):
         return out
 
 
+def test_text_from_whole_rows_is_said() -> None:
+    from sweeper.engine import generate
+    from sweeper.spec import DatasetSpec, EvaluationSpec
+
+    slow, quick = (architectures.base_of(name) for name in ("mamba", "llama"))
+    written = DatasetSpec(name="t", family="jsonl", metrics=("bleu",), max_new_tokens=4)
+    asked = EvaluationSpec(name="e", generate=True)
+    assert "from whole rows, which is slower" in (generate.remark(slow, written, asked) or "")
+    assert generate.remark(quick, written, asked) is None
+    assert generate.remark(slow, written, EvaluationSpec(name="e")) is None
+    assert generate.remark(slow, DatasetSpec(name="t", family="jsonl"), asked) is None
+
+
 def test_a_model_that_reads_the_mask_is_given_its_own() -> None:
     model = tiny_models.build("llama", prepare=settle)
     model.model = Counting(model.model)
