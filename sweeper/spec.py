@@ -23,6 +23,7 @@ Spec = TypeVar("Spec")
 
 SCHEDULES = ("cosine", "linear", "constant")
 
+ORDERED = {"ordered": True}  # metadata of a mapping in which a later key may overrule an earlier one
 MADE = {"made": True}  # metadata of a field that is filled in and never typed; left out of plain data at its default
 OF_FILES = "sha256:"  # how `content` begins where it is a digest of files
 
@@ -91,7 +92,7 @@ class AllocationSpec:
 
     name: str
     budget: int | str | None = None
-    pattern: dict[str, int] = field(default_factory=dict)
+    pattern: dict[str, int] = field(default_factory=dict, metadata=ORDERED)
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -484,6 +485,11 @@ def _defaults(kind: Any) -> dict[str, Any]:
 
 
 @functools.cache
+def _ordered(kind: Any) -> frozenset[str]:
+    return frozenset(item.name for item in dataclasses.fields(kind) if item.metadata.get("ordered"))
+
+
+@functools.cache
 def _identities(kind: Any) -> dict[str, str]:
     return {item.name: item.metadata.get("identity", item.name) for item in dataclasses.fields(kind)}
 
@@ -500,6 +506,8 @@ def _distinct(spec: Any) -> dict[str, Any]:
             continue
         if name not in defaults or value != defaults[name]:
             plain[identities[name]] = _distinct(value) if dataclasses.is_dataclass(value) else _to_plain(value)
+            if name in _ordered(kind) and list(value) != sorted(value):  # JSON with sorted keys would lose it
+                plain[f"{name}_order"] = list(value)
     return plain
 
 

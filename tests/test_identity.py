@@ -17,7 +17,7 @@ from sweeper.engine import checkpoint
 from sweeper.errors import DataError, Problems
 from sweeper.identity import Identities
 from sweeper.record import Record
-from sweeper.spec import DatasetSpec, ModelSpec, RunSpec, Settings, bare, run_spec, to_mapping
+from sweeper.spec import DatasetSpec, ModelSpec, RunSpec, Settings, bare, canonical_json, run_spec, to_mapping
 from sweeper.sweep import launch, plan
 
 # command -> run id and key of its arm, as they were before files were looked at
@@ -562,3 +562,11 @@ def test_of_an_adapter_of_an_earlier_version_it_is_said_that_it_cannot_be_told(
     assert not list(rescore.changed(runs, ["model", "dataset"], certain=True))
     before_it(file)
     assert not list(rescore.changed(runs, ["model", "dataset"], certain=False))
+
+
+def test_the_order_of_patterns_is_part_of_a_run(make_spec: Callable[..., RunSpec]) -> None:
+    """The last that fits a module counts."""
+    patterns: list[dict[str, int]] = [{"attn_q": 4, "q_proj": 8}, {"q_proj": 8, "attn_q": 4}, {"attn_q": 4}]
+    specs = [make_spec(allocation={"name": "pattern", "pattern": pattern}) for pattern in patterns]
+    assert len({spec.run_id for spec in specs}) == 3
+    assert "order" not in canonical_json(specs[0])
