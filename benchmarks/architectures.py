@@ -267,7 +267,7 @@ def page(rows: Sequence[Row]) -> str:
         f"{faults.total()} were found.",
         "",
         "- *placement*: modules that each named placement adapts.",
-        "- *packed = stock*: `causal`, without a mask; `masked`, with the model's own masks. Rows of 24, 17 and 9 "
+        "- *packed = stock*: `causal`, without a mask; `masked`, with the model's own masks. Rows of 21, 14 and 8 "
         "tokens.",
         "- *cached = uncached*: whether text is generated through the cache or from whole rows; either way six tokens "
         "after each row are those of the stock model, row by row, without a cache.",

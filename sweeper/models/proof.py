@@ -21,10 +21,11 @@ from sweeper.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 3
+VERSION = 4
 """Raise whenever a model could be judged otherwise, so that no verdict of before is read."""
-LENGTHS = (24, 17, 9)  # tokens of the rows that are compared
-GROWN = 4  # tokens that each of them is grown by, one at a time
+LENGTHS = (21, 14, 8)  # tokens of the rows that are compared
+AHEAD = 11  # tokens of the longest one that must be what they are without the rest
+GROWN = 2  # tokens that each of them is grown by, one at a time
 ROUNDING = 8.0  # times the rounding that was measured is still rounding
 ULPS = {"float32": 64, "float16": 8, "bfloat16": 4}
 """And so are so many units in the last place of the largest log-probability."""
@@ -134,7 +135,10 @@ class _Rows:
         if inner is None:
             return f"{kind} has no inner model that ends in hidden states"
         try:
-            self.alone = [self._stock(row[None])[0] for row in self.rows]
+            with _states_of(inner) as states:
+                self.alone = [self._stock(row[None])[0] for row in self.rows]
+            # some models call a part of their inner model, and not it
+            hidden = states[0] if states else last_hidden(inner(input_ids=self.rows[0][None], use_cache=False))
             self.rounding = self._rounding()
             if not self.rounding <= MOST_ROUNDING[str(self.model.dtype).removeprefix("torch.")]:
                 return (
@@ -144,10 +148,9 @@ class _Rows:
             ahead = self._looks_ahead()
             if ahead is not None:
                 return ahead
-            hidden = last_hidden(inner(input_ids=self.rows[0][None], use_cache=False))
         except FAILURES as error:
             return f"{kind} cannot run as a language model: {type(error).__name__}: {gist(error)}"
-        head = head_form(self.model, hidden[0], self.model(input_ids=self.rows[0][None], use_cache=False).logits[0])
+        head = head_form(self.model, hidden[0], self.logits[0])
         if head is None:
             return f"{kind} makes its logits of more than its last hidden states"
         self.head = head
@@ -185,22 +188,19 @@ class _Rows:
     def _stock(self, ids: "Tensor") -> "Tensor":
         """Log-probabilities [rows, T, V] of the stock model."""
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        if not hasattr(self, "logits"):
+            self.logits = logits  # of the first row
         return logits.float().log_softmax(-1)
 
     def _rounding(self) -> float:
-        """The stock model against itself: rows one at a time, and several times over in one batch."""
-        longest = self.rows[0]
-        batches = (longest.repeat(copies, 1) for copies in (2, 3))
-        return max(largest(self._stock(batch)[-1], self.alone[0]) for batch in batches)
+        """The stock model against itself: a row alone, and three times over in one batch."""
+        return largest(self._stock(self.rows[0].repeat(3, 1))[-1], self.alone[0])
 
     def _looks_ahead(self) -> str | None:
         """Why the model is no causal one, if it is none: what comes later must change nothing of what comes before."""
-        for length in (8, 15):
-            short = self._stock(self.rows[0][None, :length])[0]
-            difference = largest(short, self.alone[0][:length])
-            if difference > self.tolerance:
-                return self._why_ahead(difference)
-        return None
+        short = self._stock(self.rows[0][None, :AHEAD])[0]
+        difference = largest(short, self.alone[0][:AHEAD])
+        return None if difference <= self.tolerance else self._why_ahead(difference)
 
     def _why_ahead(self, difference: float) -> str:
         kind = type(self.model).__name__
@@ -315,6 +315,19 @@ def _in_float32(model: Any) -> "Iterator[None]":
     finally:
         for tensor, data in held.items():
             tensor.data = data
+
+
+@contextmanager
+def _states_of(inner: Any) -> "Iterator[list[Tensor]]":
+    """Within it, the last hidden states of each pass through an inner model are kept."""
+    from sweeper.models.forward import last_hidden
+
+    found: list[Tensor] = []
+    hook = inner.register_forward_hook(lambda module, args, output: found.append(last_hidden(output)))
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 @contextmanager

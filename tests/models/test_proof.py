@@ -252,3 +252,19 @@ def test_texts_longer_than_positions_that_stretch_are_refused(copied: ModelSpec)
     models.check_length(copied, 64)
     with pytest.raises(SpecError, match=r"max_length=65: beyond 64 tokens the longest row .* Choose at most 64"):
         models.check_length(copied, 65)
+
+
+REFUSED = {
+    "cpmant", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "jetmoe", "laguna", "musicgen",
+    "musicgen_melody", "prophetnet", "reformer", "xlstm", "llama (dynamic rope)", "phi3 (longrope)", "doge (experts)",
+    "bert (encoder)", "roberta (encoder)", "gemma3 (bidirectional)", "gemma3_text (bidirectional)", "xlm (masked)",
+    "xlnet (bidirectional)",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_of_every_class_only_these_are_refused() -> None:
+    rows = {name: architectures.look(name, faults=False) for name in tiny_models.names()}
+    assert {name for name, row in rows.items() if row.refused} == REFUSED
+    assert [name for name, row in rows.items() if not (row.passes or row.refused)] == []
