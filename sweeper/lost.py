@@ -112,6 +112,11 @@ def is_sign(error: BaseException) -> bool:
     return False
 
 
+def is_of_device(error: BaseException) -> bool:
+    """Whether an error says something of the device, its memory or its state, and nothing of what ran on it."""
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or is_sign(error)
+
+
 def go_on(error: ContextLost, *, without: tuple[str, ...] = ()) -> None:
     """Replaces this process by one of the same command; returns where that has come to nothing too often.
 

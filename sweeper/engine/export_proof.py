@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sweeper import methods
+from sweeper import lost, methods
 from sweeper.engine.bank.alone import Alone, Learnt
 from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.engine.batches import collate, supervised
@@ -141,6 +141,8 @@ def _compared(
     try:
         theirs = stock_log_probabilities(as_stock(base, run), rows)
     except Exception as error:  # whatever PEFT and the model's code raise over an adapter that they cannot take
+        if lost.is_of_device(error):
+            raise
         return f"{type(error).__name__}: {gist(error)}", math.inf
     difference = _largest(theirs, ours)
     if difference <= LIMITS[base.model.dtype] * max(effect, EFFECT):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sweeper import lost
 from sweeper.models.forward import inner_model
 from sweeper.models.verdict import HeadForm
 
@@ -77,7 +78,9 @@ def head_form(model: Any, hidden: Tensor, logits: Tensor) -> HeadForm | None:
         if known:
             larger = hidden * (LARGE / logits.abs().max().clamp(min=1e-3))
             pairs.append((larger, stock(larger).float()))
-    except Exception:  # whatever the model's code does with states it was not made for
+    except Exception as error:  # whatever the model's code does with states it was not made for
+        if lost.is_of_device(error):
+            raise
         known = False
     output = model.get_output_embeddings()
     if isinstance(output, nn.Module):

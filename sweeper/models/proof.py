@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from sweeper import lost
 from sweeper.errors import ModelError, gist
 from sweeper.models.files import cache_folder, local_files, quiet
 from sweeper.models.verdict import HeadForm, Padding, Verdict
@@ -149,6 +150,8 @@ class _Rows:
             if ahead is not None:
                 return ahead
         except FAILURES as error:
+            if lost.is_of_device(error):
+                raise
             return f"{kind} cannot run as a language model: {type(error).__name__}: {gist(error)}"
         head = head_form(self.model, hidden[0], self.logits[0])
         if head is None:
@@ -161,6 +164,8 @@ class _Rows:
             try:
                 found[padding] = self._padded(inner, padding)
             except FAILURES as error:
+                if lost.is_of_device(error):
+                    raise
                 why = f"{kind} cannot run rows padded to one length: {type(error).__name__}: {gist(error)}"
                 continue
             if found[padding] <= self.tolerance:
@@ -244,7 +249,9 @@ class _Rows:
                     worst = max(worst, largest(found[place], self.alone[place][length + step - 1]))
                 if step < GROWN:
                     decoding.append(self.torch.stack([r[n + step] for r, n in zip(self.rows, lengths, strict=True)]))
-        except Exception:  # a state that is no key-value cache fails in many ways
+        except Exception as error:  # a state that is no key-value cache fails in many ways
+            if lost.is_of_device(error):
+                raise
             return float("inf")
         return worst
 

@@ -207,6 +207,15 @@ def test_a_refusal_is_kept_too(copied: ModelSpec, monkeypatch: pytest.MonkeyPatc
         load(copied)
 
 
+def test_what_a_device_lacks_is_no_verdict(copied: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        full = torch.OutOfMemoryError("CUDA out of memory")
+        patched.setattr(forward, "hidden_states", lambda *args: (_ for _ in ()).throw(full))
+        with pytest.raises(torch.OutOfMemoryError):
+            load(copied)
+    assert load(copied).verdict.padding == "causal"
+
+
 def test_a_checkpoint_that_lacks_tensors_is_refused(copied: ModelSpec) -> None:
     change(copied, model__layers__1__mlp__up_proj__weight=None)
     with pytest.raises(ModelError, match=r"has no values for model\.layers\.1\.mlp\.up_proj\.weight"):
