@@ -253,7 +253,8 @@ def page(rows: Sequence[Row]) -> str:
         "trained on, must give the log-probabilities that the stock model gives each row alone; so must the key-value "
         "cache, else text is generated from whole rows, which is slower; and an adapter of the run's method on the "
         "run's modules, saved and loaded with stock PEFT, must give the engine's. What rounding explains is measured. "
-        "Where a model fails it is refused with the reason. Verdicts are kept in the cache folder, by the model's "
+        "A model that fails the first is refused; an adapter that fails the last is said to. "
+        "Verdicts are kept in the cache folder, by the model's "
         "content, versions, device and precision.",
         "",
         f"The table does that with every causal language model class of transformers {transformers.__version__} that "

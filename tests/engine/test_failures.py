@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from sweeper import lost, methods, record
 from sweeper.engine import checkpoint, drive, progress, session, suspects
@@ -264,7 +265,12 @@ def test_an_error_while_a_model_is_loaded_is_of_its_runs(
     failed(tmp_path / "study", other, "AttributeError", "vocab_size")
 
 
-@pytest.mark.parametrize("error", [ValueError("cannot be saved"), SystemError("odd")])
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("cannot be saved"), SystemError("odd"), OSError(28, FULL), SafetensorError(FULL)]
+)
 def test_an_error_while_a_run_is_written_is_its_own(
     error: Exception, specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
