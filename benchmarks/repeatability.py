@@ -44,8 +44,11 @@ VARIANTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "not measured before": (["sweep.calibrate=false"], ()),
     "no clipping": (["optim.max_grad_norm=null"], ()),
     "plain attention": ([], ("math",)),
+    "no cuDNN attention": ([], ("no cudnn",)),
     "plain attention, no clipping": (["optim.max_grad_norm=null"], ("math",)),
-    "torch's deterministic algorithms": ([], ("deterministic",)),
+    "deterministic": (["trainer.deterministic=true"], ()),
+    "one work space for products": ([], ("workspace",)),
+    "every kernel waited for": ([], ("blocking",)),
     "not captured": (["sweep.compile=off"], ()),
     "one run at a time": (["sweep.max_pack=1"], ()),
     "float32": (["trainer.precision=float32"], ()),
@@ -62,17 +65,22 @@ class Outcome:
     scores: dict[str, list[float]] = field(default_factory=dict)
 
 
-def child(overrides: list[str], patches: list[str]) -> None:
-    """The command in this process, with some of torch's settings."""
-    if "deterministic" in patches:
+def patch(names: list[str]) -> None:
+    """Some of torch's settings, before anything is computed."""
+    if "workspace" in names:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if "blocking" in names:
+        os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     import torch
 
-    if "deterministic" in patches:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    if "math" in patches:
-        for other in ("flash", "mem_efficient", "cudnn"):
-            getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)
+    for kernel in ("flash", "mem_efficient", "cudnn"):
+        if "math" in names or f"no {kernel}" in names:
+            getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)
+
+
+def child(overrides: list[str], patches: list[str]) -> None:
+    """The command in this process, with some of torch's settings."""
+    patch(patches)
     sys.argv = ["train.py", *overrides]
     runpy.run_path("train.py", run_name="__main__")
 
@@ -147,7 +155,12 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--at-once", type=int, default=8, help="processes beside one another")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=4,
+        help="processes beside one another; more share its memory, and packs are planned by what is free",
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

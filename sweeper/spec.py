@@ -213,6 +213,7 @@ class TrainerSpec:
 
     `neftune_alpha` adds noise to the embedded tokens, `ema_decay` has an average of the weights evaluated and saved,
     `patience` ends a run whose validation NLL has not fallen in so many evaluations, and keeps its best weights.
+    `deterministic` does without the kernels of a GPU whose sums are in an order of chance.
     """
 
     max_steps: int
@@ -221,6 +222,7 @@ class TrainerSpec:
     accumulation: int = field(default=1, metadata={"identity": "passes_of_step"})
     precision: Precision = "auto"
     activation_checkpointing: bool = False
+    deterministic: bool = False
     neftune_alpha: float = 0.0
     ema_decay: float | None = None
     patience: int | None = None

@@ -7,6 +7,7 @@ the gradients are those of runs alone.
 
 import contextlib
 import hashlib
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,6 +100,7 @@ class Pack:
         compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
             nothing without CUDA.
         lengths_vary: compile once for all lengths, rather than for the first and then once more.
+        deterministic: no kernels that add up in an order of chance. It is attention's backward pass that has them.
     """
 
     def __init__(
@@ -112,7 +114,9 @@ class Pack:
         captured: bool = False,
         lengths_vary: bool = False,
         checkpointing: bool = False,
+        deterministic: bool = False,
     ) -> None:
+        self.deterministic = deterministic
         self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
         self.device, self.dtype = next(base.model.parameters()).device, next(base.model.parameters()).dtype
         self.bank: Bank
@@ -338,7 +342,8 @@ class Pack:
         """Losses [L] of one forward pass; their gradients are added to the bank's."""
         self.bank.derive()
         self._lengths = batch.lengths
-        with _attention(self.device, self.dtype), self.bank.drawing():
+        repeatable = _repeatable() if self.deterministic else contextlib.nullcontext()
+        with _attention(self.device, self.dtype), repeatable, self.bank.drawing():
             losses = self._forward_backward(batch)
         self._lengths = None
         self.bank.penalise(1 / self.accumulation)
@@ -414,3 +419,23 @@ def _attention(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractC
     if device.type == "cpu" and dtype == torch.bfloat16:
         return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _repeatable() -> Iterator[None]:
+    """Within it, no kernel of torch adds up by atomic operations, whose order, and so rounding, is by chance."""
+    settings = torch.utils.deterministic
+    fills, on, warns = (
+        settings.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    # torch's own size on these cards, which it wants to see set
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(on, warn_only=warns)
+        settings.fill_uninitialized_memory = fills

@@ -22,6 +22,7 @@ def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ..
         ("alone", methods.alone_key(spec)),
         ("batch_size", spec.trainer.batch_size),
         ("checkpointing", spec.trainer.activation_checkpointing),
+        ("deterministic", spec.trainer.deterministic),
         ("length", 1 << (typical - 1).bit_length()),
     )
 

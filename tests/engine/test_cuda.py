@@ -50,6 +50,23 @@ def test_captured_is_eager(dtype: torch.dtype, tolerance: float, load: Any, jobs
         assert captured[job.run_id].norms == pytest.approx(eager[job.run_id].norms, rel=20 * tolerance)
 
 
+def test_a_deterministic_pack_repeats_every_bit(
+    load: Any, make_job: Any, make_adapter: Any, make_examples: Any, train: Any
+) -> None:
+    """Of rows long enough that attention's backward pass adds up over several tiles."""
+    base = moved(load("llama"), torch.bfloat16)
+    examples = make_examples(0, shortest=400, longest=500)
+    jobs = [
+        make_job("attn", make_adapter(base, "attn", 4), examples, steps=30, lr=3e-3),
+        make_job("full", make_adapter(base, "full", 8, seed=1), examples, steps=30, lr=3e-3),
+    ]
+    first, *again = (train(base, jobs, captured=True, deterministic=True) for _ in range(4))
+    for job in jobs:
+        for other in again:
+            assert other[job.run_id].losses == first[job.run_id].losses
+            assert other[job.run_id].norms == first[job.run_id].norms
+
+
 def test_a_recording_serves_whichever_run_holds_the_slot(
     load: Any, make_job: Any, make_adapter: Any, make_examples: Any, train: Any
 ) -> None:
