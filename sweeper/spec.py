@@ -24,6 +24,7 @@ Spec = TypeVar("Spec")
 SCHEDULES = ("cosine", "linear", "constant")
 
 ORDERED = {"ordered": True}  # metadata of a mapping in which a later key may overrule an earlier one
+ADDED = {"added": True}  # metadata of a field that came later; left out of plain data at its default, as of arms' keys
 MADE = {"made": True}  # metadata of a field that is filled in and never typed; left out of plain data at its default
 OF_FILES = "sha256:"  # how `content` begins where it is a digest of files
 
@@ -222,7 +223,7 @@ class TrainerSpec:
     accumulation: int = field(default=1, metadata={"identity": "passes_of_step"})
     precision: Precision = "auto"
     activation_checkpointing: bool = False
-    deterministic: bool = False
+    deterministic: bool = field(default=False, metadata=ADDED)
     neftune_alpha: float = 0.0
     ema_decay: float | None = None
     patience: int | None = None
@@ -370,14 +371,14 @@ def _infinite(node: Any, name: str = "") -> Iterator[tuple[str, float]]:
 def to_mapping(spec: Any) -> dict[str, Any]:
     """Plain dict, list, str, number and None of a spec dataclass."""
     kind: Any = type(spec)
-    made = _made(kind)
+    optional = _marked(kind, "made") | _marked(kind, "added")
     found = {name: _to_plain(getattr(spec, name)) for name in _field_names(kind)}
-    return {name: value for name, value in found.items() if name not in made or value != _defaults(kind)[name]}
+    return {name: value for name, value in found.items() if name not in optional or value != _defaults(kind)[name]}
 
 
 def typed_fields(kind: Any) -> list[str]:
     """The fields of a spec that people give."""
-    return [name for name in _field_names(kind) if name not in _made(kind)]
+    return [name for name in _field_names(kind) if name not in _marked(kind, "made")]
 
 
 def bare(spec: RunSpec) -> RunSpec:
@@ -473,8 +474,8 @@ def _field_names(kind: Any) -> tuple[str, ...]:
 
 
 @functools.cache
-def _made(kind: Any) -> frozenset[str]:
-    return frozenset(item.name for item in dataclasses.fields(kind) if item.metadata.get("made"))
+def _marked(kind: Any, mark: str) -> frozenset[str]:
+    return frozenset(item.name for item in dataclasses.fields(kind) if item.metadata.get(mark))
 
 
 @functools.cache
@@ -484,11 +485,6 @@ def _defaults(kind: Any) -> dict[str, Any]:
         for item in dataclasses.fields(kind)
         if item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
     }
-
-
-@functools.cache
-def _ordered(kind: Any) -> frozenset[str]:
-    return frozenset(item.name for item in dataclasses.fields(kind) if item.metadata.get("ordered"))
 
 
 @functools.cache
@@ -508,7 +504,7 @@ def _distinct(spec: Any) -> dict[str, Any]:
             continue
         if name not in defaults or value != defaults[name]:
             plain[identities[name]] = _distinct(value) if dataclasses.is_dataclass(value) else _to_plain(value)
-            if name in _ordered(kind) and list(value) != sorted(value):  # JSON with sorted keys would lose it
+            if name in _marked(kind, "ordered") and list(value) != sorted(value):  # JSON with sorted keys would lose it
                 plain[f"{name}_order"] = list(value)
     return plain
 

@@ -424,7 +424,7 @@ def _attention(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractC
 @contextlib.contextmanager
 def _repeatable() -> Iterator[None]:
     """Within it, no kernel of torch adds up by atomic operations, whose order, and so rounding, is by chance."""
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic
     fills, on, warns = (
         settings.fill_uninitialized_memory,
         torch.are_deterministic_algorithms_enabled(),
