@@ -6,8 +6,8 @@
     python -m benchmarks.architectures --device cuda            # on a GPU, printed
 
 Each row is built from code, in float32, with weights in which a fault shows. What is compared, and with what, is in
-`sweeper/models/proof.py` and `sweeper/engine/export_proof.py`, which do the same before a model is trained. Each check
-is tried on each row: with a planted fault it must fail.
+`sweeper/models/proof.py` and `sweeper/training/export_proof.py`, which do the same before a model is trained. Each
+check is tried on each row: with a planted fault it must fail.
 """
 
 import argparse
@@ -26,17 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import tiny_models
-from sweeper.engine import export_proof
-from sweeper.engine.generate import generate
-from sweeper.engine.pack import open_pack
 from sweeper.errors import ModelError, SweeperError
 from sweeper.methods import adapter as adapter_of
 from sweeper.models import BaseModel, forward, proof
 from sweeper.models.architecture import number_of_layers, structure
 from sweeper.models.base import settle
-from sweeper.ranks.placement import PLACEMENTS, report, resolve
+from sweeper.placement.placement import PLACEMENTS, report, resolve
 from sweeper.record import ADAPTER, write_atomically
 from sweeper.spec import ModelSpec, PlacementSpec, RunSpec, run_spec
+from sweeper.training import export_proof
+from sweeper.training.generate import generate
+from sweeper.training.pack import open_pack
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 RANK, WRITTEN = 4, 6  # of the adapters; tokens that are generated

@@ -21,8 +21,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
 from benchmarks.shapes import adapter, base_model
-from sweeper.engine.generate import generate
-from sweeper.engine.pack import Pack
+from sweeper.training.generate import generate
+from sweeper.training.pack import Pack
 
 ARMS = ("attn", "ff", "full")
 

@@ -61,8 +61,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "2000"}  # before torch is loaded
-    import sweeper.engine.session
-    import sweeper.search.study  # noqa: F401 (warm)
 
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as root:

@@ -26,8 +26,8 @@ def measured(args: argparse.Namespace) -> dict[str, int]:
 
     from benchmarks.shapes import job
     from sweeper import models
-    from sweeper.engine import calibrate
     from sweeper.spec import ModelSpec, from_mapping
+    from sweeper.training import calibrate
 
     def cold_peak(step, memory) -> int:
         torch.cuda.synchronize()

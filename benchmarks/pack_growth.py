@@ -51,7 +51,7 @@ def measure(base, runs: int, batch: int, length: int, least_seconds: float) -> d
     import torch
 
     from benchmarks.shapes import job
-    from sweeper.engine.pack import Pack
+    from sweeper.training.pack import Pack
 
     arms = (ARMS * runs)[:runs]
     jobs = [

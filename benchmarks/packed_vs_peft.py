@@ -35,7 +35,7 @@ def packed(runs: list[tuple[str, int]], args: argparse.Namespace) -> dict:
     import torch
 
     from benchmarks.shapes import base_model, job
-    from sweeper.engine.pack import Pack
+    from sweeper.training.pack import Pack
 
     base = base_model(args.model, args.device, getattr(torch, args.precision) if args.precision else None)
     jobs = [

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whether a change to the code changes a result: a fixed grid in two checkouts, every id, record, curve and weight compared.
+"""Whether a change to the code changes a result: a fixed grid in two checkouts, ids, records, curves, weights compared.
 
     git worktree add ../before main
     python -m benchmarks.same_records ../before .
@@ -100,7 +100,8 @@ def main() -> None:
                 sides.append(found(root / name))
             apart = list(differences(*sides))
             files = sum(map(len, sides[1].values()))
-            print(f"{name}: {len(sides[1])} runs, {files} files: {f'{len(apart)} differences' if apart else 'the same'}")
+            told = f"{len(apart)} differences" if apart else "the same"
+            print(f"{name}: {len(sides[1])} runs, {files} files: {told}", flush=True)
             for line in apart[:20]:
                 print(f"  {line}")
             wrong += bool(apart)

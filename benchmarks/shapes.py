@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.peft_today import PLACEMENTS, SHAPES
-from sweeper.engine.bank.adapters import AdapterSpec
-from sweeper.engine.batches import DataOrder
-from sweeper.engine.pack import Job
+from sweeper.lora.adapters import AdapterSpec
 from sweeper.models import BaseModel
 from sweeper.models.architecture import structure
 from sweeper.models.proof import prove
 from sweeper.spec import ModelSpec, OptimSpec
+from sweeper.training.batches import DataOrder
+from sweeper.training.pack import Job
 
 
 @dataclass(frozen=True)

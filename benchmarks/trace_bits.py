@@ -31,7 +31,7 @@ def child(overrides: list[str], patches: list[str], out: Path, count: int) -> No
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from sweeper.engine.pack import Pack
+    from sweeper.training.pack import Pack
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hashes, names = torch.zeros(count, dtype=torch.int64, device=device), []

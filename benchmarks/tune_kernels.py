@@ -4,7 +4,7 @@
     python -m benchmarks.tune_kernels [--lanes 9 32] [--rank 16]
 
 Prints, for each kernel and number of lanes, the time of one layer (all its groups) for the best tile choices. The
-defaults in `sweeper/engine/bank/kernels.py` come from here.
+defaults in `sweeper/lora/kernels.py` come from here.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def problem(fan_in: int, widths: tuple[int, ...], lanes: int, share: int, rank: 
 def launch(name: str, choice: tuple[int, ...], p: dict) -> None:
     import triton
 
-    from sweeper.engine.bank import kernels as k
+    from sweeper.lora import kernels as k
 
     tiles, b_side = k.Tiles(*choice), name.endswith("B")
     members, count, share, hidden = len(p["widths"]), len(p["lanes"]), p["share"], p["h"].shape[1]
@@ -108,7 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     from triton.testing import do_bench
 
-    from sweeper.engine.bank import kernels
+    from sweeper.lora import kernels
 
     if args.span:
         kernels.SPAN = args.span

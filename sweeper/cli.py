@@ -16,7 +16,7 @@ from sweeper.lost import ContextLost
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from sweeper.compose import Composer
+    from sweeper.config import Composer
 
 FULL = "HYDRA_FULL_ERROR"
 
@@ -104,12 +104,12 @@ def train(cfg: "DictConfig") -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from sweeper import compose
-    from sweeper.sweep import launch
+    from sweeper import config
+    from sweeper.study import launch
 
     hydra = HydraConfig.get()
     try:
-        return launch.train_one(*compose.from_config(cfg, chosen=hydra.runtime.choices))
+        return launch.train_one(*config.from_config(cfg, chosen=hydra.runtime.choices))
     except SweeperError as error:
         if hydra.mode == RunMode.RUN or isinstance(error, ContextLost):  # no job of this process can go on
             raise Quit(error) from None
@@ -146,7 +146,7 @@ def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
     """Everything wrong with the command, in place of Hydra's account of the first thing."""
     from hydra._internal.utils import get_args
 
-    from sweeper import compose
+    from sweeper import config
 
     parsed = get_args(arguments)
     lines: list[str] = _no_such_hydra_field(str(error), parsed.overrides)
@@ -157,12 +157,12 @@ def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
         elif str(error).startswith("Ambiguous"):  # Hydra did not see that it is one, for what is wrong with hydra.*
             error = _refused(composer, parsed.overrides) or error
             lines += _no_such_hydra_field(str(error), parsed.overrides)
-        compose.expand(parsed.overrides, composer)
+        config.expand(parsed.overrides, composer)
     except Problems as problems:
         lines += problems.lines
     except Exception:  # the first error is what counts, not what happened while explaining it
         lines = []
-    return Problems(lines or [compose.one_line(error)])
+    return Problems(lines or [config.one_line(error)])
 
 
 def _no_such_hydra_field(message: str, overrides: Sequence[str]) -> list[str]:
@@ -245,7 +245,7 @@ def composer_of(config_dir: str | None) -> "Composer":
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
 
-    from sweeper.compose import Composer
+    from sweeper.config import Composer
 
     GlobalHydra.instance().clear()
     search_path = create_config_search_path(str(Path(sys.argv[0]).resolve().parent / "conf"))

@@ -119,7 +119,7 @@ def cpu_gain() -> float:
     """
     import torch
 
-    from sweeper.models.files import cache_folder
+    from sweeper.cache import cache_folder
     from sweeper.record import write_atomically
 
     key = hashlib.sha256(f"{processor()} {torch.__version__}".encode()).hexdigest()[:12]

@@ -3,7 +3,7 @@
 After a device-side assert, an illegal access or an uncorrectable ECC error every call on the device fails until the
 process ends, and the memory that it holds stays taken. The command therefore replaces itself by a fresh one. What that
 must know of those before it travels in the environment; which runs may be to blame lies in their folders
-(`sweeper.engine.suspects`).
+(`sweeper.training.suspects`).
 """
 
 import dataclasses

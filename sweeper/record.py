@@ -78,7 +78,7 @@ class Efficiency:
 
     Seconds are wall clock, memory is bytes, `train_flops` is the closed form of `sweeper.models.budget`. The probe's
     cost is that of the probe whose scores allocated the ranks, in full, also where several runs share it.
-    `memory_measured` says how the solo peak was (`sweeper.engine.calibrate`). Records of former versions do not have
+    `memory_measured` says how the solo peak was (`sweeper.training.calibrate`). Records of former versions do not have
     it: on CUDA the run of theirs that was measured first has its process's one-off allocations in its peak.
     """
 

@@ -166,7 +166,7 @@ class OptimSpec:
     """AdamW and its schedule. `max_grad_norm` null switches clipping off; it is always a norm of one run.
 
     `lr_ratio` is the learning rate of B over that of A, null is the method's own. The penalties are weights of what is
-    added to the loss: |s B A|^2, the orthogonality of A and B, and |A|^2 + |B|^2 (`sweeper.engine.bank.penalty`).
+    added to the loss: |s B A|^2, the orthogonality of A and B, and |A|^2 + |B|^2 (`sweeper.lora.penalty`).
     """
 
     lr: float

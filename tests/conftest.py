@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from sweeper import record
-from sweeper.engine.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
-from sweeper.engine.requests import Source
 from sweeper.record import Efficiency, Module, Record, Score
 from sweeper.spec import RunSpec, Settings, run_spec, to_mapping
+from sweeper.training.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.training.source import Source
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,8 +113,8 @@ class FakeEngine:
     def __call__(self, source: Source, settings: Settings, *, should_stop: Callable[[], bool]) -> Iterator[Event]:
         yield Stage(message="loading tiny_llama")
         steps = 0
-        while (kinds := source.outlook()) and (pulled := source.pull(1, [kind.key for kind in kinds])).requests:
-            (request,) = pulled.requests
+        while (kinds := source.pending()) and (pulled := source.pull(1, [kind.key for kind in kinds])).runs:
+            (request,) = pulled.runs
             spec, run_id = request.spec, request.run_id
             yield RunStarted(run_id=run_id, steps=spec.trainer.max_steps)
             done = self.make_record(spec, study=settings.study)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sweeper import compose
+from sweeper import config
 from sweeper.arms import Dimension, grouped, labels, number_of_points
 from sweeper.errors import SpecError
 from sweeper.spec import RunSpec
@@ -48,29 +48,29 @@ def test_a_range_that_is_none_is_refused(low: float, high: float, log: bool) -> 
 
 
 def test_replicates_and_tuned_fields_make_no_arm(composer: Any) -> None:
-    plain = compose.expand(BASE, composer)
-    tuned = compose.expand([*BASE, "seed=0,1,2", "optim.lr=tag(log,interval(1e-5,1e-2))"], composer)
+    plain = config.expand(BASE, composer)
+    tuned = config.expand([*BASE, "seed=0,1,2", "optim.lr=tag(log,interval(1e-5,1e-2))"], composer)
     assert len(plain.arms) == len(tuned.arms) == 4
     assert all(arm.seeds == (0, 1, 2) for arm in tuned.arms)
     assert {arm.key for arm in tuned.arms} == {
-        arm.key for arm in compose.expand([*BASE, "optim.lr=tag(log,interval(1e-4,1e-1))"], composer).arms
+        arm.key for arm in config.expand([*BASE, "optim.lr=tag(log,interval(1e-4,1e-1))"], composer).arms
     }
     assert not {arm.key for arm in plain.arms} & {arm.key for arm in tuned.arms}
 
 
 def test_a_trial_is_the_run_that_its_overrides_compose(composer: Any) -> None:
-    found = compose.expand(
+    found = config.expand(
         [*BASE, "seed=0,1", "optim.lr=tag(log,interval(1e-5,1e-2))", "trainer.max_steps=int(interval(2,5))"], composer
     )
     arm = found.arms[2]
     params = {"optim.lr": 0.00123456789, "trainer.max_steps": 3}
-    spec, _ = compose.from_config(composer.compose(arm.typed(params, 1)))
+    spec, _ = config.from_config(composer.compose(arm.typed(params, 1)))
     assert spec == arm.make(params, 1)
     assert (spec.optim.lr, spec.trainer.max_steps, spec.seed, spec.placement.name) == (0.00123456789, 3, 1, "ff")
 
 
 def test_a_tuned_rank_takes_alpha_along_and_slots_hold_the_widest(composer: Any) -> None:
-    (arm,) = compose.expand(["experiment=smoke", "rank=tag(tune,choice(4,16,8))", "optim.lr=1e-3"], composer).arms
+    (arm,) = config.expand(["experiment=smoke", "rank=tag(tune,choice(4,16,8))", "optim.lr=1e-3"], composer).arms
     assert arm.default_params == {"rank": 8}
     assert [arm.make({"rank": rank}, 0).alpha for rank in (4, 8)] == [8, 16]
     assert arm.widest is not None
@@ -78,13 +78,13 @@ def test_a_tuned_rank_takes_alpha_along_and_slots_hold_the_widest(composer: Any)
 
 
 def test_a_tuned_group_changes_with_its_option(composer: Any) -> None:
-    (arm,) = compose.expand(["experiment=smoke", "placement=tag(tune,choice(attn,ff))", "rank=4"], composer).arms
+    (arm,) = config.expand(["experiment=smoke", "placement=tag(tune,choice(attn,ff))", "rank=4"], composer).arms
     assert [arm.make({"placement": name}, 0).placement.name for name in ("attn", "ff")] == ["attn", "ff"]
     assert arm.default_params == {"placement": "attn"}
 
 
 def test_a_default_outside_of_the_range_is_no_trial(composer: Any) -> None:
-    (arm,) = compose.expand(["experiment=smoke", "optim.lr=interval(0.5,0.6)", "rank=4"], composer).arms
+    (arm,) = config.expand(["experiment=smoke", "optim.lr=interval(0.5,0.6)", "rank=4"], composer).arms
     assert arm.default_params is None
 
 
@@ -96,7 +96,7 @@ def test_specs_that_differ_in_their_seed_are_one_arm(make_spec: Callable[..., Ru
 def test_an_arm_is_named_by_what_is_not_tuned(composer: Any) -> None:
     def names(*overrides: str) -> list[str]:
         return list(
-            labels(compose.expand(["experiment=smoke", "placement=attn", "rank=4", *overrides], composer).arms).values()
+            labels(config.expand(["experiment=smoke", "placement=attn", "rank=4", *overrides], composer).arms).values()
         )
 
     lr = "optim.lr=interval(1e-5,1e-2)"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sweeper import compose
+from sweeper import config
 from sweeper.errors import Problems
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -23,7 +23,7 @@ NEEDS = {
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_is_a_valid_run(group: str, option: str, composer: Any) -> None:
     more = [NEEDS[group, option]] if (group, option) in NEEDS else []
-    found = compose.expand([f"{group}={option}", *more], composer)
+    found = config.expand([f"{group}={option}", *more], composer)
     named = found.settings.tracking if group == "tracking" else getattr(getattr(found.specs[0], group), "name", option)
     assert named == option
 
@@ -31,11 +31,11 @@ def test_every_option_is_a_valid_run(group: str, option: str, composer: Any) -> 
 @pytest.mark.parametrize(("group", "option"), list(NEEDS))
 def test_what_must_be_given_is_asked_for(group: str, option: str, composer: Any) -> None:
     with pytest.raises(Problems) as caught:
-        compose.expand([f"{group}={option}"], composer)
+        config.expand([f"{group}={option}"], composer)
     assert NEEDS[group, option].split("=")[0] in str(caught.value)
 
 
 @pytest.mark.parametrize("option", [path.stem for path in sorted((CONF / "experiment").glob("*.yaml"))])
 def test_every_overlay_composes(option: str, composer: Any) -> None:
     assert (CONF / "experiment" / f"{option}.yaml").read_text().startswith("# @package _global_\n")
-    assert compose.expand([f"experiment={option}"], composer).settings.study == option
+    assert config.expand([f"experiment={option}"], composer).settings.study == option

@@ -4,7 +4,10 @@ import re
 from pathlib import Path
 
 PARTS = ("sweeper", "analysis")
-LISTED = (*PARTS, *(f"sweeper/{folder}" for folder in ("models", "ranks", "rescoring", "sweep", "untrusted")))
+LISTED = (
+    *PARTS,
+    *(f"sweeper/{folder}" for folder in ("models", "placement", "reporting", "rescoring", "study", "untrusted")),
+)
 
 
 def mapped(root: Path) -> list[str]:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from sweeper import compose, content, identity, naming, record, tasks
+from sweeper import config, content, identity, naming, record, tasks
 from sweeper.arms import grouped, single
-from sweeper.engine import checkpoint
 from sweeper.errors import DataError, Problems
 from sweeper.identity import Identities
 from sweeper.record import Record
 from sweeper.spec import DatasetSpec, ModelSpec, RunSpec, Settings, bare, canonical_json, run_spec, to_mapping
-from sweeper.sweep import launch, plan
+from sweeper.study import launch, plan
+from sweeper.training import checkpoint
 
 # command -> run id and key of its arm, as they were before files were looked at
 KNOWN = [
@@ -132,7 +132,7 @@ def before_it(path: Path) -> None:
 
 @pytest.mark.parametrize(("command", "run_id", "key"), KNOWN)
 def test_ids_of_earlier_versions_stay(command: str, run_id: str, key: str, composer: Any) -> None:
-    (arm,) = compose.expand(shlex.split(command), composer).arms
+    (arm,) = config.expand(shlex.split(command), composer).arms
     assert (arm.default.run_id, arm.key) == (run_id, key)
     assert run_spec(to_mapping(arm.default)).run_id == run_id
 
@@ -312,7 +312,7 @@ def test_a_hub_dataset_is_its_commit_and_that_is_read(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("field", ["model", "dataset"])
 def test_nobody_types_a_content(field: str, composer: Any) -> None:
     with pytest.raises(Problems) as caught:
-        compose.expand(["experiment=smoke", f"+{field}.content=sha256:0"], composer)
+        config.expand(["experiment=smoke", f"+{field}.content=sha256:0"], composer)
     (line,) = caught.value.lines
     assert line.startswith(f"{field}.content: no such field. Choose from {field}.")
     assert f"{field}.content" not in line.removeprefix(f"{field}.content")
@@ -418,10 +418,10 @@ def test_a_search_of_an_earlier_version_goes_on_or_begins_anew(
     engine: Any,
     make_record: Callable[..., Record],
 ) -> None:
-    from sweeper.search.settings import SearchSettings
+    from sweeper.study.search_settings import SearchSettings
 
     lines = ["experiment=smoke", "dataset=jsonl", f"dataset.path={file}", f"optim.lr=tag(log,interval({span}))"]
-    arms = compose.expand(lines, composer).arms
+    arms = config.expand(lines, composer).arms
     search = SearchSettings(n_trials=4)
     with pytest.MonkeyPatch.context() as patch:  # which knows nothing of files
         patch.setattr(plan.Identities, "arms", lambda self, arms: list(arms))

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
-SLOTS = ("sweeper.engine.bank", "sweeper.engine.transfer")  # what methods are made of, below them and the engine
+# from the command down to what all may import: a folder, or a file beside the folders, imports only what stands below
+LAYERS = (
+    "plugins", "adapters", "rescoring", "cli", "config", "study", "reporting", "training", "identity", "methods", "lora",
+    "placement", "tasks", "models", "untrusted",
+)  # fmt: skip
 
 
 def place(module: str) -> str:
     """The folder of `sweeper/` that a module is in, or the module itself where it lies beside the folders."""
-    return "engine.bank" if module.startswith(SLOTS) else module.split(".")[1]
+    return module.split(".")[1] if module.count(".") else module
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -44,18 +48,30 @@ def graph(root: Path) -> dict[str, set[str]]:
 
 
 def test_no_file_imports_what_imports_it(graph: dict[str, set[str]]) -> None:
-    assert graph["sweeper.engine.drive"] > {"sweeper.engine.run_queue", "sweeper.spec"}
+    assert graph["sweeper.study.launch"] > {"sweeper.study.scheduler", "sweeper.spec"}
     check(graph)
 
 
-def test_no_folder_imports_what_imports_it(graph: dict[str, set[str]]) -> None:
+def test_imports_go_down_the_layers(graph: dict[str, set[str]]) -> None:
     folders: dict[str, set[str]] = {}
     for module, found in graph.items():
         if module.startswith("sweeper."):
             here = place(module)
             folders.setdefault(here, set()).update({place(other) for other in found} - {here})
-    assert folders["sweep"] >= {"compose", "engine", "ranks", "search"}
+    assert folders["study"] >= {"methods", "reporting", "training"}
     check(folders)
+    upwards = [
+        f"{here} imports {there}"
+        for here, found in folders.items()
+        for there in found
+        if there in LAYERS and (here not in LAYERS or LAYERS.index(there) < LAYERS.index(here))
+    ]
+    assert not upwards
+
+
+def test_the_analysis_knows_of_the_rest_only_the_record(graph: dict[str, set[str]]) -> None:
+    analysis = {other for module, found in graph.items() if module.startswith("analysis") for other in found}
+    assert {other for other in analysis if not other.startswith("analysis")} == {"sweeper.record"}
 
 
 def test_a_circle_is_found() -> None:

@@ -22,7 +22,7 @@ BREAKS = {
 TRAIN = """
 import os, runpy, sys
 import torch
-from sweeper.engine.pack import Pack
+from sweeper.training.pack import Pack
 print("process", os.getpid(), file=sys.stderr)
 step, snapshot, dead = Pack.step, Pack.snapshot, []
 def broken(pack):

@@ -99,7 +99,7 @@ def combine(runs: Sequence[Saved], asked: Combination, out: Path, *, device: str
     model = peft_models.adapted(base, {f"a{place}": run.adapter for place, run in enumerate(runs)})
     factors = _combined(model, shares, asked)
     peft_models.remove(model)
-    from sweeper.engine.export import write_adapter
+    from sweeper.training.export import write_adapter
 
     rank = max(len(a) for a, _ in factors.values())
     # of scale 1 in every module, whatever its rank

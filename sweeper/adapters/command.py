@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sweeper import text
 from sweeper.adapters import combine, merge, spectra
-from sweeper.console import make_console
 from sweeper.errors import DataError, SpecError
+from sweeper.reporting import text
+from sweeper.reporting.console import make_console
 from sweeper.rescoring import rescore
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from sweeper.models import BaseModel
-    from sweeper.ranks.placement import Target
-    from sweeper.ranks.spectrum import Singular
+    from sweeper.placement.placement import Target
+    from sweeper.placement.spectrum import Singular
 
 FILE, SCHEMA = record.SPECTRA, 1
 TOGETHER = 16  # runs whose reduced updates are held at once
@@ -53,7 +53,7 @@ class ModuleSpectrum:
 
     Attributes:
         update_norm: its Frobenius norm; relative_norm: over that of W. energy_share: of the run's squared norm.
-        rank: of singular values above rounding. effective_rank, stable_rank: `sweeper.ranks.spectrum` defines them.
+        rank: of singular values above rounding. effective_rank, stable_rank: `sweeper.placement.spectrum` defines them.
         singular_values: the largest, at most `Look.top`.
         amplification: how much larger it is than W in its own directions (null: W has nothing there).
         overlap_left, overlap_right: share of its top directions that lie in as many top ones of W.
@@ -143,7 +143,7 @@ def _of_adapter(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced
 
 
 def _of_weights(base: "BaseModel", tuned: "Mapping[str, torch.Tensor]", look: Look) -> dict[str, _Reduced]:
-    from sweeper.ranks import spectrum
+    from sweeper.placement import spectrum
 
     found = {}
     for target in base.targets:
@@ -165,7 +165,7 @@ def _is_tuned(layer: Any) -> bool:
 def _of_layer(layer: Any) -> "Singular":
     import torch
 
-    from sweeper.ranks import spectrum
+    from sweeper.placement import spectrum
 
     with torch.no_grad():
         factors = _plain_factors(layer)
@@ -196,7 +196,7 @@ def _plain_factors(layer: Any) -> "tuple[torch.Tensor, torch.Tensor] | None":
 
 def _reduced(module: Any, target: "Target", update: "Singular", look: Look) -> _Reduced:
     """A module's numbers, and the vectors that are compared with the base's."""
-    from sweeper.ranks import spectrum
+    from sweeper.placement import spectrum
 
     weight = spectrum.weight_of(module)
     size, top = spectrum.frobenius(update.values), update.top(look.top)
@@ -216,7 +216,7 @@ def _reduced(module: Any, target: "Target", update: "Singular", look: Look) -> _
 
 def _against_base(base: "BaseModel", runs: Sequence[Mapping[str, _Reduced]], look: Look) -> None:
     """Fills in what needs the base's own singular vectors; each weight is decomposed once for all runs."""
-    from sweeper.ranks import spectrum
+    from sweeper.placement import spectrum
 
     for name in dict.fromkeys(name for run in runs for name in run):
         own = spectrum.decompose(spectrum.weight_of(base.model.get_submodule(name)))

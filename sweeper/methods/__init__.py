@@ -1,16 +1,17 @@
 """What each method puts on the base. `METHODS` is the table of them; docs/methods.md shows it to readers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sweeper.engine.bank.alone import AloneSpec
-from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError, unknown
+from sweeper.lora.alone import AloneSpec
+from sweeper.lora.forms import AdapterSpec
 from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import budget
-from sweeper.models.architecture import HEAD, Target
+from sweeper.models.architecture import HEAD, Target, number_of_layers
+from sweeper.placement import allocation, placement
 from sweeper.spec import MethodSpec, PlacementSpec, RunSpec
 
 if TYPE_CHECKING:
@@ -79,11 +80,8 @@ def parameters(method: MethodSpec, target: Target, rank: int) -> int:
 
 def trainable(method: MethodSpec, ranks: Ranks, *, total: int = 0) -> int:
     """Trainable parameters of a run on a model of `total` parameters."""
-    if find(method.name).whole(method):
-        return total
-    found, names = find(method.name), {target.name for target in ranks}
-    once = {t: rank for t, rank in ranks.items() if found.work != "weight" or t.shares not in names}
-    return sum(found.parameters(method, target, rank) for target, rank in once.items())
+    found = find(method.name)
+    return total if found.whole(method) else found.trainable(method, ranks)
 
 
 def held(spec: RunSpec, ranks: Ranks, *, total: int) -> int:
@@ -152,6 +150,34 @@ def train_flops(method: MethodSpec, targets: Sequence[Target], ranks: Ranks, *, 
     trained = targets if found.whole(method) else ranks
     dense = tuple(trained) if found.work == "weight" else ()
     return budget.train_flops(targets, dict.fromkeys(ranks, 0), length=length, tokens=tokens, dense=dense)
+
+
+def allocated(
+    spec: RunSpec, targets: Sequence[Target], every: Sequence[Target], scores: Mapping[str, float] | None = None
+) -> Ranks:
+    """Rank of every placed module; see `allocation.ranks`."""
+    return allocation.ranks(spec, targets, every, find(spec.method.name), scores)
+
+
+def module_ranks(
+    spec: RunSpec, every: Sequence[Target], *, tied: bool, scores: Mapping[str, float] | None = None
+) -> Ranks:
+    """The modules that a run trains or adapts, with their ranks: what plan, forecast, training and record go by.
+
+    Args:
+        every: all modules of the model. tied: whether its head is its embedding.
+        scores: what a probe found, by module name; without it, modules count as equally important.
+
+    Raises:
+        SpecError: placement or rank do not fit the model, or it has no room for the allocation.
+    """
+    method = find(spec.method.name)
+    targets = placement.resolve(every, spec.placement, layers=number_of_layers(every))
+    if spec.allocation.name == "uniform":
+        placement.check_rank(targets, spec.rank, highest=method.highest)
+    ranks = allocated(spec, targets, every, scores)
+    found = placed(spec.method, targets, every, tied=tied)
+    return ranks if found == targets else budget.uniform(found, spec.rank)
 
 
 def placed(method: MethodSpec, targets: Sequence[Target], every: Sequence[Target], *, tied: bool) -> tuple[Target, ...]:

@@ -5,7 +5,7 @@ W' = m * (W + s B A) / ||W + s B A||,  the norm of every row, taken as a constan
 
 from dataclasses import replace
 
-from sweeper.engine.bank.forms import AdapterSpec
+from sweeper.lora.forms import AdapterSpec
 from sweeper.methods import lora, tuners
 from sweeper.methods.method import Method, Ranks, lora_parameters
 from sweeper.models.architecture import Target

@@ -5,8 +5,8 @@ A module whose rank is not the run's has the run's scale, so that an allocation 
 
 import math
 
-from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
+from sweeper.lora.forms import AdapterSpec
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import RunSpec
 

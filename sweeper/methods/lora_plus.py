@@ -7,8 +7,8 @@ lora_fa    A stays as it was drawn, B alone trains (Zhang et al. 2023, "LoRA-FA:
 
 from dataclasses import replace
 
-from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
+from sweeper.lora.forms import AdapterSpec
 from sweeper.methods import lora
 from sweeper.methods.method import Method, Ranks
 from sweeper.models.architecture import Target

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sweeper.engine.bank.alone import AloneSpec, Trainee
-from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
+from sweeper.lora.alone import AloneSpec, Trainee
+from sweeper.lora.forms import AdapterSpec
 from sweeper.models import BaseModel
 from sweeper.models.architecture import Target, smaller_side
 from sweeper.spec import MethodSpec, RunSpec
@@ -65,6 +65,12 @@ class Method:
     inner_rank: Callable[[MethodSpec, int], int] = lambda method, rank: rank
     quantised: bool = False
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def trainable(self, spec: MethodSpec, ranks: Ranks) -> int:
+        """Trainable parameters of some modules; of a weight that two of them share, once."""
+        names = {target.name for target in ranks}
+        once = {t: rank for t, rank in ranks.items() if self.work != "weight" or t.shares not in names}
+        return sum(self.parameters(spec, target, rank) for target, rank in once.items())
 
     def option(self, method: MethodSpec, name: str) -> Any:
         """A run's value of an option, or its default."""

@@ -1,4 +1,4 @@
-"""LoRA that starts from the base weights themselves: pissa and olora (see `sweeper.engine.bank.starts`).
+"""LoRA that starts from the base weights themselves: pissa and olora (see `sweeper.lora.starts`).
 
 pissa  B A starts as the part of W with the largest singular values (Meng et al. 2024); `niter` above 0 takes the
        fast SVD with that many power iterations (Halko et al. 2011) in place of the exact one
@@ -11,8 +11,8 @@ acts on both halves, that is on the update B A - B0 A0 and not on W.
 
 from dataclasses import replace
 
-from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
+from sweeper.lora.forms import AdapterSpec
 from sweeper.methods import lora
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec

@@ -8,8 +8,8 @@ r (restarts + 1). The paper's full-rank warm start is for training from scratch;
 
 from dataclasses import replace
 
-from sweeper.engine.bank.forms import AdapterSpec, Restarts
 from sweeper.errors import SpecError
+from sweeper.lora.forms import AdapterSpec, Restarts
 from sweeper.methods import lora
 from sweeper.methods.method import Method, Ranks
 from sweeper.spec import MethodSpec, RunSpec

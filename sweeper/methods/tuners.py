@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sweeper.engine.bank.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.errors import SpecError, gist, unknown
+from sweeper.lora.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.methods import qlora
 from sweeper.methods.method import Method, Ranks, lora_parameters, trained_alone
 from sweeper.methods.peft_config import lora_config, places

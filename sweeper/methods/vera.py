@@ -5,8 +5,8 @@
 There is no alpha: b takes its place. The matrices come from `projection_key` as PEFT draws them, not from the seed.
 """
 
-from sweeper.engine.bank.forms import AdapterSpec
 from sweeper.errors import SpecError
+from sweeper.lora.forms import AdapterSpec
 from sweeper.methods.method import Method, Ranks
 from sweeper.models.architecture import Target
 from sweeper.spec import MethodSpec, RunSpec

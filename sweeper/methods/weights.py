@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sweeper.engine.bank.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.errors import DataError, SpecError
+from sweeper.lora.alone import AloneSpec, Trainee, on_host, twin
 from sweeper.methods.method import Method, Ranks, trained_alone
 from sweeper.models import BaseModel
 from sweeper.models.architecture import Target

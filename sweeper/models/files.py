@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeper import content as contents
+from sweeper.cache import cache_folder
 from sweeper.content import Content
 from sweeper.errors import ModelError, gist, unknown
 from sweeper.spec import ModelSpec
@@ -115,13 +116,6 @@ def check_weights(where: Path) -> None:
                 pointer = opened.read(20).startswith(b"version https://git")
             hint = "; it is a pointer of Git LFS: run `git lfs pull` there" if pointer else ""
             raise ModelError(f"{file}: no whole safetensors file ({gist(error)}){hint}") from None
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: the environment variable SWEEPER_CACHE, or a folder in the user's cache."""
-    chosen = os.environ.get("SWEEPER_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-placement-sweep"
-    return Path(chosen).expanduser() if chosen else base
 
 
 def gguf_file(location: str) -> Path:

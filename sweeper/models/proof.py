@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from sweeper import lost
+from sweeper.cache import cache_folder
 from sweeper.errors import ModelError, gist
-from sweeper.models.files import cache_folder, local_files, quiet
+from sweeper.models.files import local_files, quiet
 from sweeper.models.verdict import HeadForm, Padding, Verdict
 from sweeper.record import write_atomically
 from sweeper.spec import ModelSpec

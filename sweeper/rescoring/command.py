@@ -5,9 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeper import cli, compose, identity, text
-from sweeper.console import make_console
+from sweeper import cli, config, identity
 from sweeper.errors import SpecError
+from sweeper.reporting import text
+from sweeper.reporting.console import make_console
 from sweeper.rescoring import lm_harness, rescore
 from sweeper.rescoring.rescore import Harnessed, Rescored
 from sweeper.spec import DatasetSpec, EvaluationSpec, Settings, unique
@@ -60,7 +61,7 @@ def _composed(overrides: Sequence[str]) -> tuple[list[DatasetSpec], EvaluationSp
             "dataset.FIELD=... needs dataset=NAME: without it each run is scored on its own dataset as it was"
         )
     lines = [*(f"{key}={value}" for key, value in DEFAULTS.items() if key not in keys), *overrides]
-    composition = compose.expand(lines, cli.composer_of(None))
+    composition = config.expand(lines, cli.composer_of(None))
     specs = composition.specs
     datasets = [identity.known(one) for one in unique(s.dataset for s in specs)] if "dataset" in keys else []
     return datasets, specs[0].evaluation, composition.settings

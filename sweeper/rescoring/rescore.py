@@ -25,8 +25,8 @@ from sweeper.tasks import general_text
 if TYPE_CHECKING:
     import torch
 
-    from sweeper.engine.pack import Pack
     from sweeper.models import BaseModel
+    from sweeper.training.pack import Pack
 
 FOLDER = "evaluations"
 TOGETHER = 16  # adapters in one pack
@@ -175,7 +175,7 @@ def rescore(
     Args:
         datasets: each run is scored on all of them; empty takes the one it was trained on.
     """
-    from sweeper.models.files import cache_folder
+    from sweeper.cache import cache_folder
 
     for base, same in _by_base(runs, settings):
         wanted = unique(datasets or [run.spec.dataset for run in same])
@@ -238,7 +238,7 @@ def _by_base(runs: Sequence[Saved], settings: Settings) -> "Iterator[tuple[BaseM
 
 def adapted_model(base: "BaseModel", run: Saved) -> Any:
     """A run's model for others to use: stock PEFT around a twin of the base, or a twin with the run's own weights."""
-    from sweeper.engine.export import as_stock
+    from sweeper.training.export import as_stock
 
     return as_stock(base, run.folder)
 
@@ -264,8 +264,8 @@ def _on_dataset(
     cache: Path,
 ) -> Iterator[Rescored]:  # fmt: skip
     from sweeper import models
-    from sweeper.engine import generate
-    from sweeper.engine.evaluate import evaluate_examples, general_examples
+    from sweeper.training import generate
+    from sweeper.training.evaluate import evaluate_examples, general_examples
 
     key = models.tokens_key(runs[0].spec.model)
     encoded = tasks.encode(dataset, pack.base.tokenizer, model_key=key, cache=cache)
@@ -323,9 +323,9 @@ def packed(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     import torch
 
     from sweeper import methods
-    from sweeper.engine.bank.adapters import AdapterBank, AdapterSpec
-    from sweeper.engine.bank.alone import Alone
-    from sweeper.engine.pack import open_pack
+    from sweeper.lora.adapters import AdapterBank, AdapterSpec
+    from sweeper.lora.alone import Alone
+    from sweeper.training.pack import open_pack
 
     targets = {target.name: target for target in base.targets}
     adapters = [

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from sweeper import content as contents
+from sweeper.cache import cache_folder
 from sweeper.content import Content
 from sweeper.errors import DataError, SpecError, gist, unknown
-from sweeper.models.files import cache_folder
 from sweeper.record import shortened
 from sweeper.spec import DatasetSpec, EvaluationSpec, to_mapping
 from sweeper.tasks import (

@@ -12,8 +12,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from sweeper.cache import cache_folder
 from sweeper.errors import DataError, unknown
-from sweeper.models.files import cache_folder
 from sweeper.spec import DatasetSpec
 
 

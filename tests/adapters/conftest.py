@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from sweeper import models
-from sweeper.engine.export import write_adapter
 from sweeper.models import BaseModel
-from sweeper.ranks.placement import PLACEMENTS, number_of_layers, resolve
+from sweeper.placement.placement import PLACEMENTS, number_of_layers, resolve
 from sweeper.record import ADAPTER, Module, Record, write_record
 from sweeper.rescoring import rescore
 from sweeper.rescoring.rescore import Saved
 from sweeper.spec import RunSpec, run_spec, to_mapping
+from sweeper.training.export import write_adapter
 
 LLAMA = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

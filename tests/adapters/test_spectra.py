@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 
 from sweeper.adapters import command, peft_models, spectra
 from sweeper.adapters.spectra import Look, ModuleSpectrum
-from sweeper.engine.export import write_adapter
 from sweeper.errors import DataError, SpecError
-from sweeper.ranks import spectrum
+from sweeper.placement import spectrum
 from sweeper.record import ADAPTER, RECORD, WEIGHTS
 from sweeper.rescoring.rescore import Saved
+from sweeper.training.export import write_adapter
 from tests.adapters.conftest import base_of, updates_of
 
 pytestmark = [

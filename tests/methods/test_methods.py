@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from sweeper import compose, methods
+from sweeper import config, methods
 from sweeper.errors import SpecError
 from sweeper.methods.method import Method
 from sweeper.spec import MethodSpec, RunSpec
-from sweeper.sweep import plan
+from sweeper.study import plan
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,8 @@ def test_options_have_the_type_of_their_default() -> None:
 
 def test_vera_may_have_more_directions_than_a_module_has_sides(composer: Any) -> None:
     lines = ["model=tiny_llama", "method=vera", "rank=4096"]
-    (spec,) = compose.expand(lines, composer).specs
+    (spec,) = config.expand(lines, composer).specs
     chosen = plan.targets(spec)
     assert methods.trainable(spec.method, dict.fromkeys(chosen, 4096)) == sum(4096 + t.out_features for t in chosen)
     with pytest.raises(SpecError, match="rank=4096 is above"):
-        plan.targets(compose.expand(["model=tiny_llama", "rank=4096"], composer).specs[0])
+        plan.targets(config.expand(["model=tiny_llama", "rank=4096"], composer).specs[0])

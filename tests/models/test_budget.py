@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sweeper import methods
 from sweeper.models import budget
 from sweeper.models.architecture import structure
-from sweeper.ranks.placement import PLACEMENTS, Target, number_of_layers, resolve
+from sweeper.placement.placement import PLACEMENTS, Target, number_of_layers, resolve
 from sweeper.spec import MethodSpec, PlacementSpec
 
 # PEFT still asks transformers by a name that is about to go

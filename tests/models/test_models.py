@@ -16,7 +16,7 @@ from sweeper import models
 from sweeper.errors import ModelError
 from sweeper.models import files
 from sweeper.models.base import settle
-from sweeper.ranks.placement import PLACEMENTS, number_of_layers, resolve
+from sweeper.placement.placement import PLACEMENTS, number_of_layers, resolve
 from sweeper.spec import ModelSpec, PlacementSpec, from_mapping
 
 CONF = Path(__file__).parents[2] / "conf" / "model"

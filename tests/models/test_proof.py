@@ -93,8 +93,8 @@ class Counting(nn.Module):
 
 
 def test_text_from_whole_rows_is_said() -> None:
-    from sweeper.engine import generate
     from sweeper.spec import DatasetSpec, EvaluationSpec
+    from sweeper.training import generate
 
     slow, quick = (architectures.base_of(name) for name in ("mamba", "llama"))
     written = DatasetSpec(name="t", family="jsonl", metrics=("bleu",), max_new_tokens=4)

@@ -14,7 +14,7 @@ from sweeper.errors import ModelError, SpecError
 from sweeper.models import budget
 from sweeper.models.architecture import FUSED, ROLES, Target, structure
 from sweeper.models.roles import bypassed, peft_refuses
-from sweeper.ranks.placement import PLACEMENTS, number_of_layers, report, resolve, unadapted
+from sweeper.placement.placement import PLACEMENTS, number_of_layers, report, resolve, unadapted
 from sweeper.spec import MethodSpec, PlacementSpec
 
 LLAMA = "self_attn.q_proj=attn_q self_attn.k_proj=attn_k self_attn.v_proj=attn_v self_attn.o_proj=attn_o"

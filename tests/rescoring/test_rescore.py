@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from sweeper.console import make_console
-from sweeper.engine import train_runs
-from sweeper.engine.events import RunFinished
-from sweeper.engine.requests import Fixed, RunRequest
 from sweeper.errors import DataError, Problems, SpecError
 from sweeper.record import read_record
+from sweeper.reporting.console import make_console
 from sweeper.rescoring import command, rescore
+from sweeper.run import Run
 from sweeper.spec import DatasetSpec, EvaluationSpec, Settings
 from sweeper.tasks.baseline import majority
 from sweeper.tasks.example import Example
+from sweeper.training import train_runs
+from sweeper.training.events import RunFinished
+from sweeper.training.source import Fixed
 
 CHAIN = DatasetSpec(
     name="chain_sum", family="chain_sum", train_examples=40, validation_examples=6, test_examples=8, max_length=64,
@@ -37,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 def study(root: Path, precision: str) -> Settings:
-    from sweeper.ranks.placement import PLACEMENTS
+    from sweeper.placement.placement import PLACEMENTS
     from sweeper.spec import run_spec, to_mapping
 
     settings = Settings(study="tiny", output_root=str(root), calibrate=False, device="cpu")
@@ -60,7 +61,7 @@ def study(root: Path, precision: str) -> Settings:
                 "evaluation": to_mapping(TEST),
             }
         )
-        requests.append(RunRequest(run_id=spec.run_id, spec=spec, folder=settings.folder / spec.run_id))
+        requests.append(Run.of(spec, settings.folder))
     events = list(train_runs(Fixed(requests), settings, should_stop=lambda: False))
     assert [e.record.status for e in events if isinstance(e, RunFinished)] == ["completed"] * 2
     return settings

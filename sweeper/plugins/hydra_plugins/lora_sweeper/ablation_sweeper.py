@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
+from hydra_plugins.lora_sweeper.packed_launcher import PackedLauncher
 from omegaconf import DictConfig
 
 
@@ -58,16 +59,19 @@ class AblationSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from sweeper import compose
-        from sweeper.sweep import launch
+        from sweeper import config
+        from sweeper.study import launch
 
         assert self.config is not None
         assert self.hydra_context is not None
         assert self.launcher is not None
-        composer = compose.Composer(
+        composer = config.Composer(
             loader=self.hydra_context.config_loader,
             config_name=self.config.hydra.job.config_name,
-            hydra_overrides=compose.as_typed(self.config.hydra.overrides.hydra),
+            hydra_overrides=config.as_typed(self.config.hydra.overrides.hydra),
         )
-        lines: Sequence[str] = [*compose.axes_of(self.params), *arguments]
-        return launch.sweep(compose.expand(lines, composer), compose.search_settings(self.search), self.launcher)
+        lines: Sequence[str] = [*config.axes_of(self.params), *arguments]
+        found, search = config.expand(lines, composer), config.search_settings(self.search)
+        if isinstance(self.launcher, PackedLauncher):
+            return self.launcher.train(found.arms, found.settings, search)
+        return launch.train_as_jobs(found.arms, found.settings, search, self.launcher)

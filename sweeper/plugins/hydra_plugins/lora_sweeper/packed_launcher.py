@@ -21,7 +21,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedL
 
 
 class PackedLauncher(Launcher):
-    """Our sweeper calls `run_all`; `launch` does the same for the jobs of any other sweeper."""
+    """Our sweeper calls `train`; `launch` does the same for the jobs of any other sweeper."""
 
     def __init__(self) -> None:
         self.config: DictConfig | None = None
@@ -30,30 +30,27 @@ class PackedLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
 
-    def run_all(self, composition: Any, search: Any) -> Any:
-        """Carries out a `sweeper.compose.Composition`; returns the records by run id."""
-        return self.train(composition.arms, composition.settings, search)
-
     def train(self, arms: Any, settings: Any, search: Any = None) -> Any:
-        from sweeper.sweep import launch
+        """Trains arms; returns the records by run id."""
+        from sweeper.study import launch
 
         return launch.train(arms, settings, search)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from sweeper import compose
+        from sweeper import config
         from sweeper.arms import grouped
         from sweeper.errors import SpecError
         from sweeper.identity import Identities
-        from sweeper.sweep import launch
+        from sweeper.study import launch
 
         assert self.config is not None
         assert self.hydra_context is not None
         jobs = [
-            compose.from_config(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides)))
+            config.from_config(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides)))
             for overrides in job_overrides
         ]
         if any(settings != jobs[0][1] for _, settings in jobs):
-            raise SpecError(compose.differing([settings for _, settings in jobs]))
+            raise SpecError(config.differing([settings for _, settings in jobs]))
         specs = list(map(Identities(jobs[0][1].folder), (spec for spec, _ in jobs)))
         found = self.train(grouped(specs), jobs[0][1])
         values = [launch.objective(found.get(spec.run_id)) for spec in specs]

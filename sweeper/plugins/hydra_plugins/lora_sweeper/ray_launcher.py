@@ -9,7 +9,7 @@ from hydra_plugins.lora_sweeper.packed_launcher import PackedLauncher
 
 @dataclass
 class RayLauncherConf:
-    """See `sweeper.sweep.workers.RaySettings`."""
+    """See `sweeper.study.ray_workers.RaySettings`."""
 
     _target_: str = "hydra_plugins.lora_sweeper.ray_launcher.RayLauncher"
     _recursive_: bool = False
@@ -29,6 +29,6 @@ class RayLauncher(PackedLauncher):
         self.settings = settings
 
     def train(self, arms: Any, settings: Any, search: Any = None) -> Any:
-        from sweeper.sweep import launch
+        from sweeper.study import launch
 
         return launch.train_on_ray(arms, settings, search, **self.settings)

@@ -1,0 +1,17 @@
+"""The border: command-line overrides become frozen specs here, and nothing behind this folder imports Hydra."""
+
+from sweeper.config.build import axes_of, differing, search_settings
+from sweeper.config.composer import Composer, as_typed, one_line
+from sweeper.config.composition import Composition, expand, from_config
+
+__all__ = [
+    "Composer",
+    "Composition",
+    "as_typed",
+    "axes_of",
+    "differing",
+    "expand",
+    "from_config",
+    "one_line",
+    "search_settings",
+]

@@ -1,0 +1,323 @@
+"""A command's overrides read as a grid: what is fixed, what are axes, what is tuned inside every arm."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.errors import HydraException
+
+from sweeper.arms import Dimension
+from sweeper.config.build import SECTIONS, one_option
+from sweeper.config.composer import Composer
+from sweeper.errors import SpecError, unknown
+from sweeper.spec import RunSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """One swept field or group: every value once as Hydra reads it and once as it is typed."""
+
+    key: str
+    values: tuple[Any, ...]
+    typed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """`tuned` are the groups whose option is tuned, as axes; `space` is all that is tuned.
+
+    `by_method` are the tuned fields whose range, where a method has one of its own, is the method's. `unread` are the
+    keys of overrides that cannot be read.
+    """
+
+    fixed: tuple[str, ...]
+    axes: tuple[Axis, ...]
+    groups: frozenset[str]
+    space: tuple[Dimension, ...] = ()
+    tuned: tuple[Axis, ...] = ()
+    by_method: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
+
+    def explains(self, problem: str) -> bool:
+        """Whether a problem is that a section lacks what an override that could not be read would have given."""
+        return any(
+            problem.startswith(f"{key} is required")
+            or (problem.startswith(f"{key.split('.')[0]}=") and " needs " in problem and " got neither" in problem)
+            for key in self.unread
+        )
+
+    @property
+    def cell_axes(self) -> tuple[Axis, ...]:
+        return (*(axis for axis in self.axes if axis.key in self.groups), *self.tuned)
+
+    def space_of(self, spec: RunSpec) -> tuple[Dimension, ...]:
+        """What is tuned in the arm of a run."""
+        if not self.by_method or any(axis.key == "method" for axis in self.tuned):
+            return self.space
+        from sweeper import methods
+
+        own = methods.find(spec.method.name).ranges
+        return tuple(
+            replace(d, low=own[d.key][0], high=own[d.key][1]) if d.key in self.by_method and d.key in own else d
+            for d in self.space
+        )
+
+
+def read_grid(overrides: Sequence[str], composer: Composer, problems: list[str]) -> Grid:
+    """The grid of a command; of several overrides of one key the last counts.
+
+    Overrides that cannot be used are left out, and `problems` gets a line for each.
+    """
+    reader = _Reader(composer=composer, problems=problems)
+    for line in _joined(overrides, problems):
+        try:
+            override = composer.parse(line)
+        except HydraException:
+            problems.append(_unreadable(line))
+            reader.unread.add(line.partition("=")[0].lstrip("+~"))
+            continue
+        if not override.is_hydra_override():
+            reader.take(override)
+        elif override.is_sweep_override():
+            key, _, values = line.partition("=")
+            problems.append(f"{line}: {key} is no axis of a grid. Give one value; a list is '{key}=[{values}]'")
+        elif composer.is_group(override.key_or_group):
+            _known_options(override, [override.value()], composer, problems)
+    return reader.grid()
+
+
+def _joined(overrides: Sequence[str], problems: list[str]) -> list[str]:
+    """The overrides, less those that white space took apart, which get a line each."""
+    kept, words = [], list(overrides)
+    while words:
+        word = words.pop(0)
+        follows = "" if not words or "=" in words[0].strip("=") else words[0]
+        if "=" not in word and follows.startswith("="):
+            value = follows[1:] or (words[1] if len(words) > 1 else "...")
+            problems.append(f"{word} {follows}: no spaces around the equals sign: '{word}={value}'")
+            del words[: 1 if follows[1:] else 2]
+        elif "=" in word and word.endswith(","):
+            problems.append(f"{word} {follows}".strip() + f": no spaces in a list: '{word}{follows or '...'}'")
+            del words[: bool(follows)]
+        else:
+            kept.append(word)
+    return kept
+
+
+def _unreadable(line: str) -> str:
+    key, equals, value = line.partition("=")
+    if not equals:
+        return f"{line}: cannot be read. Write field=value; quote values with commas, brackets or spaces."
+    if re.fullmatch(r"\([^()=]*,[^()=]*\)", value):
+        inner = value[1:-1]
+        return f"{line}: cannot be read. Several values are '{key}={inner}' with -m, one list is '{key}=[{inner}]'"
+    if not value.isascii() and not _QUOTED.fullmatch(value):
+        return f"{line}: cannot be read. Letters beyond ASCII need quotes of their own: '{key}=\"{value}\"'"
+    if (inside := _SWEEP_OF_NULL.search(value)) and not value.startswith("tag"):
+        return f"{line}: cannot be read. Hydra takes no null in {inside[1]}(): write '{key}={inside[2]}'"
+    if inside:
+        return f"{line}: cannot be read. Hydra takes no null in {inside[1]}(): make it an axis, '{key}={inside[2]}'"
+    if value.startswith("{") and (readable := _readable(key.lstrip("+"), value)):
+        return f"{line}: cannot be read. Hydra has no quoted keys: write '{key}={readable}'"
+    if '"' in value or "'" in value:
+        return f"{line}: cannot be read. Write field=value; quote values with commas, brackets or spaces."
+    if value.startswith("[") and value.endswith("]"):
+        parts = [value[1:-1]] if set("{(") & set(value) else value[1:-1].split(",")
+        value = "[" + ",".join(f'"{part.strip()}"' for part in parts) + "]"
+        return f"{line}: cannot be read. Regular expressions need quotes of their own: '{key}={value}'"
+    return (
+        f"{line}: cannot be read. Values with commas, brackets or spaces need quotes of their own: '{key}=\"{value}\"'"
+    )
+
+
+_QUOTED = re.compile(r"""("|').*\1""")
+_SWEEP_OF_NULL = re.compile(r"\b(choice|sort|shuffle)\(((?:[^()]*,)?\s*null\s*(?:,[^()]*)?)\)", re.IGNORECASE)
+_PAIR = re.compile(
+    r"""\s*("(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>.*?))\s*:"""
+    r"""\s*(?P<value>[^,:{}"']+|"[^"]*"|'[^']*')\s*(,|$)"""
+)
+_BARE_KEY = re.compile(
+    r"([\w/+.$%*@?|\- ]|\\(?![\\()\[\]{}:=, ]))+"
+)  # what is no quote, no bracket, no escape to Hydra
+_AS_LISTS = ("allocation.pattern", "model.roles")
+
+
+def _readable(key: str, value: str) -> str | None:
+    """A mapping with keys that Hydra cannot read in a form that it can; None where there is none."""
+    inner, pairs, at = value.strip()[1:-1], [], 0
+    while at < len(inner):
+        match = _PAIR.match(inner, at)
+        if match is None:
+            return None
+        name = next(text for text in (match["double"], match["single"], match["bare"]) if text is not None)
+        pairs.append((name, match["value"].strip()))
+        at = match.end()
+    if pairs and all(_BARE_KEY.fullmatch(name) for name, _ in pairs):
+        return "{" + ", ".join(f"{name}: {given}" for name, given in pairs) + "}"
+    if pairs and key in _AS_LISTS:
+        return "[" + ",".join(f'"{name}:{given.strip(_QUOTES)}"' for name, given in pairs) + "]"
+    return None
+
+
+_QUOTES = "\"'"
+
+
+@dataclass(kw_only=True, slots=True)
+class _Reader:
+    """What the overrides read so far make of each key."""
+
+    composer: Composer
+    problems: list[str]
+    fixed: dict[str, str] = field(default_factory=dict)
+    axes: dict[str, Axis] = field(default_factory=dict)
+    space: dict[str, Dimension] = field(default_factory=dict)
+    groups: set[str] = field(default_factory=set)
+    by_method: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
+
+    def take(self, override: Override) -> None:
+        key = override.get_key_element()
+        self.fixed.pop(key, None)
+        self.space.pop(key, None)
+        group = self.composer.is_group(override.key_or_group) and not isinstance(override.value(), dict)
+        if not override.is_sweep_override():
+            self._fix(key, override, group)
+        elif override.is_interval_sweep() or "tune" in getattr(override.value(), "tags", ()):
+            self.axes.pop(key, None)
+            if self._tune(key, override, group) and group:
+                self._vary(key, override, group)
+        else:
+            self._vary(key, override, group)
+
+    def grid(self) -> Grid:
+        return Grid(
+            fixed=tuple(self.fixed.values()),
+            axes=tuple(axis for key, axis in self.axes.items() if key not in self.space),
+            groups=frozenset(self.groups & self.axes.keys() - self.space.keys()),
+            space=tuple(self.space.values()),
+            tuned=tuple(self.axes[key] for key in self.space if key in self.axes),
+            by_method=frozenset(self.by_method & self.space.keys()),
+            unread=frozenset(self.unread),
+        )
+
+    def _fix(self, key: str, override: Override, group: bool) -> None:
+        if not group or _known_options(override, [override.value()], self.composer, self.problems):
+            self.axes.pop(key, None)
+            self.fixed[key] = str(override.input_line)
+
+    def _tune(self, key: str, override: Override, group: bool) -> bool:
+        """Adds a dimension to the space; false where it cannot be tuned."""
+        dimension = _dimension(override, group, self.problems)
+        if dimension is None:
+            return False
+        self.space[key] = dimension
+        self.by_method.discard(key)
+        if "method" in getattr(override.value(), "tags", ()):
+            self.by_method.add(key)
+        return True
+
+    def _vary(self, key: str, override: Override, group: bool) -> None:
+        """Adds an axis; of a group, with the options that there are."""
+        axis = _axis(override, self.composer.options(override.key_or_group) if group else (), self.problems)
+        if axis is None:
+            return
+        if group:
+            kept = _known_options(override, axis.values, self.composer, self.problems)
+            places = [place for place, value in enumerate(axis.values) if value in kept]
+            if not places:
+                return
+            axis = Axis(
+                key=key,
+                values=tuple(axis.values[place] for place in places),
+                typed=tuple(axis.typed[place] for place in places),
+            )
+            self.groups.add(key)
+        self.axes[key] = axis
+
+
+def _dimension(override: Override, group: bool, problems: list[str]) -> Dimension | None:
+    key, line = override.get_key_element(), override.input_line
+    value: Any = override.value()
+    if key == "seed" or _is_setting(override.key_or_group):
+        problems.append(f"{line}: {key} is not tuned. Tune what changes how well a run learns, such as optim.lr.")
+        return None
+    if group and override.is_interval_sweep():
+        problems.append(f"{line}: {key} is a group of options. Tune among them: '{key}=tag(tune,choice(a,b))'")
+        return None
+    try:
+        if override.is_interval_sweep():
+            kind: Any = "int" if isinstance(value.start, int) and isinstance(value.end, int) else "float"
+            return Dimension(key=key, kind=kind, low=value.start, high=value.end, log="log" in value.tags)
+        choices = tuple(Override._convert_value(one) for one in override.sweep_iterator(Transformer.identity))
+        return Dimension(key=key, kind="choice", choices=tuple(dict.fromkeys(choices)))
+    except (SpecError, TypeError) as error:
+        problems.append(f"{line}: {error}" if isinstance(error, SpecError) else f"{line}: choose among plain values")
+        return None
+
+
+def _axis(override: Override, options: Sequence[str], problems: list[str]) -> Axis | None:
+    key, line = override.get_key_element(), override.input_line
+    try:
+        found = list(override.sweep_iterator(transformer=Transformer.identity))
+    except ValueError as error:  # a step of 0
+        problems.append(f"{line}: {error}")
+        return None
+    if not found:
+        advice = f"Choose from {', '.join(options)}." if options else f"Give a list: {key}=a,b,c"
+        problems.append(f"{line}: there is no value in this axis. {advice}")
+        return None
+    if _is_setting(override.key_or_group):
+        problems.append(f"{line}: {key} does not change a result, so it is no axis of a grid. Give one value.")
+        return None
+    return Axis(
+        key=key,
+        values=tuple(Override._convert_value(value) for value in found),
+        typed=tuple(Transformer.str(value) for value in found),
+    )
+
+
+def _known_options(override: Override, values: Sequence[Any], composer: Composer, problems: list[str]) -> list[Any]:
+    """Those of `values` that are options of the override's group; a line for each other."""
+    group, kept = override.key_or_group, []
+    if override.is_delete():
+        return list(values)
+    for value in values:
+        if isinstance(value, list) and group in SECTIONS:
+            problems.append(one_option(group))
+            continue
+        names = value if isinstance(value, list) else [value]
+        strange = [name for name in names if not isinstance(name, str) or not composer.has_option(group, name)]
+        if not strange:
+            kept.append(value)
+        problems.extend(_no_option(group, name, composer) for name in strange)
+    return kept
+
+
+# parts of Hydra that people know by name, and the packages they come in
+PLUGINS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    "rq": "hydra-rq-launcher",
+    "optuna": "hydra-optuna-sweeper",
+    "ax": "hydra-ax-sweeper",
+    "nevergrad": "hydra-nevergrad-sweeper",
+}
+
+
+def _no_option(group: str, name: Any, composer: Composer) -> str:
+    line = unknown(group, "null" if name is None else str(name), composer.options(group))
+    if group in ("hydra/launcher", "hydra/sweeper") and name in PLUGINS:
+        return f"{line} {name} comes with pip install {PLUGINS[name]}."
+    if group == "model" and "/" in str(name):
+        hub = "" if str(name).startswith((".", "/", "~")) else ", one of the hub with model.source=hub beside it"
+        return f"model={name}: no such model. A folder is given as 'model=path model.location={name}'{hub}."
+    if group == "dataset" and re.search(r"\.jsonl?$|/", str(name)):
+        return f"dataset={name}: no such dataset. A file is given as 'dataset=jsonl dataset.path={name}'."
+    return line
+
+
+def _is_setting(key: str) -> bool:
+    return key in ("study", "output_root", "trainer.device") or key.split(".")[0] in ("tracking", "sweep")

@@ -1,0 +1,128 @@
+"""AdamW for every slot of a pack at once: each run has its own learning rate, decay, clipping norm and step count.
+
+Shapes: F values of the flat store, J slots, 64 values a block.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sweeper.lora.store import BLOCK, Store
+from sweeper.spec import OptimSpec
+
+if TYPE_CHECKING:
+    from sweeper.lora import kernels
+
+# columns of the hyperparameter table [J, 8]; a row of NaN marks an idle slot
+LR, WEIGHT_DECAY, BETA1, BETA2, EPS, CORRECTION1, CORRECTION2, MAX_NORM = range(8)
+
+
+def learning_rate(optim: OptimSpec, step: int, max_steps: int) -> float:
+    """Learning rate of step `step` (from 0): linear warm-up from 0, then the schedule, as transformers' schedulers."""
+    warmup = math.ceil(max_steps * optim.warmup_fraction)
+    if step < warmup:
+        return optim.lr * step / max(1, warmup)
+    progress = (step - warmup) / max(1, max_steps - warmup)
+    if optim.schedule == "linear":
+        return optim.lr * max(0.0, 1 - progress)
+    if optim.schedule == "cosine":
+        return optim.lr * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    return optim.lr
+
+
+def hyperparameters(optim: OptimSpec, step: int, max_steps: int) -> list[float]:
+    """A slot's row of the table for its own step `step`, from 0."""
+    t = step + 1
+    return [
+        learning_rate(optim, step, max_steps),
+        optim.weight_decay,
+        optim.beta1,
+        optim.beta2,
+        optim.eps,
+        1 - optim.beta1**t,
+        math.sqrt(1 - optim.beta2**t),
+        optim.max_grad_norm or math.inf,
+    ]
+
+
+@dataclass
+class PackedAdamW:
+    """AdamW (Loshchilov & Hutter 2019) over a `Store`, clipped by each run's own gradient norm.
+
+    A slot whose gradient norm is not finite, or whose learning-rate row is NaN (idle), keeps its parameters and
+    moments. A value's rate (`bank.rates`) multiplies the learning rate of its run; one of rate 0 is frozen: it is part
+    of no norm and has no moments.
+    """
+
+    bank: Store
+
+    def __post_init__(self) -> None:
+        slots = len(self.bank.capacities)
+        device = self.bank.params.device
+        self.table = torch.full((slots, 8), math.nan, device=device)
+        self.norms = torch.zeros(slots, device=device)
+        self.squares: kernels.Squares | None = None
+
+    def set(self, rows: dict[int, list[float]]) -> None:
+        """Loads the hyperparameters of the coming step; slots that are not named stay idle."""
+        idle = [math.nan] * 8
+        values = torch.tensor([rows.get(slot, idle) for slot in range(len(self.table))])
+        self.table.copy_(values, non_blocking=True)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """One update of every slot that is set. Returns gradient norms [J] before clipping; zeroes the gradients."""
+        bank = self.bank
+        if bank.params.is_cuda:
+            from sweeper.lora import kernels
+
+            self.squares = self.squares or kernels.Squares(bank.block_slot, len(self.norms))
+            kernels.adamw(
+                bank.params,
+                bank.work,
+                bank.grads,
+                bank.exp_avg,
+                bank.exp_avg_sq,
+                bank.rates,
+                bank.block_slot,
+                self.table,
+                self.norms,
+                self.squares,
+            )
+            return self.norms
+        for slot, rated in enumerate(bank.rated):
+            if rated and bank.rates is not None:
+                for start, stop in bank.spans[slot]:
+                    bank.grads[start:stop].masked_fill_(bank.rates[start:stop] == 0, 0.0)
+        blocks = bank.grads.view(-1, BLOCK)
+        squares = torch.linalg.vector_norm(blocks, dim=1).square()
+        self.norms.zero_().index_add_(0, bank.block_slot, squares).sqrt_()
+        row = self.table.clone()
+        live = torch.isfinite(self.norms) & torch.isfinite(row[:, LR])
+        clip = (row[:, MAX_NORM] / (self.norms + 1e-6)).clamp(max=1)
+        for slot in live.nonzero().flatten().tolist():
+            self._update(slot, row[slot].tolist(), float(clip[slot]))
+        bank.grads.zero_()
+        return self.norms
+
+    def _update(self, slot: int, row: list[float], clip: float) -> None:
+        bank = self.bank
+        rates = bank.rates if bank.rated[slot] else None
+        for start, stop in bank.spans[slot]:
+            p, g, m, v = (s[start:stop] for s in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq))
+            g = g * clip
+            m.lerp_(g, 1 - row[BETA1])
+            v.mul_(row[BETA2]).addcmul_(g, g, value=1 - row[BETA2])
+            scale = v.sqrt().div_(row[CORRECTION2]).add_(row[EPS])
+            if rates is None:
+                p.mul_(1 - row[LR] * row[WEIGHT_DECAY])
+                p.addcdiv_(m, scale, value=-row[LR] / row[CORRECTION1])
+            else:
+                rate = rates[start:stop]
+                p.mul_(1 - row[LR] * row[WEIGHT_DECAY] * rate)
+                p.addcdiv_(m * rate, scale, value=-row[LR] / row[CORRECTION1])
+            if bank.work is not bank.params:
+                bank.work[start:stop] = p

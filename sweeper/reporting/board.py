@@ -1,0 +1,213 @@
+"""The state of a sweep while it trains: what is known of each run and each search, fed with events."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sweeper import naming
+from sweeper.arms import Arm, labels
+from sweeper.record import Record
+from sweeper.reporting.text import clock_time, point
+from sweeper.run import Run
+from sweeper.spec import RunSpec, to_mapping
+from sweeper.training.events import (
+    Evaluated,
+    Event,
+    Remark,
+    RunFinished,
+    RunQueued,
+    RunStarted,
+    Stage,
+    Step,
+    TrialEnded,
+)
+
+Clock = Callable[[], float]
+
+
+class Planned(Protocol):
+    """What a command would train."""
+
+    @property
+    def todo(self) -> Sequence[Run]: ...
+
+    @property
+    def arms(self) -> Sequence[Arm]: ...
+
+    @property
+    def fields(self) -> Sequence[str]: ...
+
+
+SMOOTHING = 0.9
+
+
+@dataclass(kw_only=True)
+class RunView:
+    """What is known of one run while it trains.
+
+    `speed` is tokens per second, smoothed over steps. `seen` counts the steps of this command: a run that goes on from
+    a checkpoint has done more.
+    """
+
+    label: str
+    state: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    seen: int = 0
+    loss: float | None = None
+    speed: float | None = None
+    first_step: float | None = None
+    last_step: float = 0.0
+    said: float = 0.0
+    before: float | None = None
+    after: float | None = None
+    error: str | None = None
+
+    def eta(self) -> float | None:
+        """Seconds to the last step at the pace so far; None before there is a pace."""
+        if self.first_step is None or self.seen < 2 or self.state != "training":
+            return None
+        return (self.steps - self.step) * (self.last_step - self.first_step) / (self.seen - 1)
+
+
+@dataclass(kw_only=True)
+class ArmView:
+    """What is known of the search in one arm."""
+
+    label: str
+    seeds: int = 1
+    steps: int = 0
+    queued: int = 0
+    ended: int = 0
+    wanted: int | None = None
+    pruned: int = 0
+    failed: int = 0
+    best: float | None = None
+    best_params: Mapping[str, Any] = field(default_factory=dict)
+
+    def take(self, event: TrialEnded) -> None:
+        self.ended, self.wanted = event.ended, event.wanted
+        self.pruned += event.state == "pruned"
+        self.failed += event.state == "failed"
+        self.best, self.best_params = event.best, event.best_params
+
+    def steps_to_come(self) -> int:
+        """Steps of the trials that are not yet asked for."""
+        return max(0, (self.wanted or 0) * self.seeds - self.queued) * self.steps
+
+    def trials(self) -> str:
+        return f"{self.ended}" if self.wanted is None else f"{self.ended}/{self.wanted}"
+
+    def params(self) -> str:
+        return point(self.best_params)
+
+
+@dataclass(kw_only=True)
+class Board:
+    """The state of a sweep, fed with events; `views` are in the plan's order."""
+
+    views: dict[str, RunView]
+    arms: dict[str, "ArmView"] = field(default_factory=dict)
+    fields: Sequence[str] = ()
+    clock: Clock = time.monotonic
+    begun: float = 0.0
+    stage: str = ""
+    remarks: set[str] = field(default_factory=set)
+    tokens: int = 0
+    training_since: float | None = None
+    finished: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, plan: Planned, clock: Clock = time.monotonic, *, wanted: int | None = None) -> "Board":
+        board = cls(views={}, fields=plan.fields, clock=clock, begun=clock())
+        for run in plan.todo:
+            board.add(run.run_id, run.spec)
+        names = labels(plan.arms)
+        for arm in plan.arms:
+            if arm.space:
+                label, steps = names[arm.key], arm.default.trainer.max_steps
+                board.arms[arm.key] = ArmView(label=label, wanted=wanted, seeds=len(arm.seeds), steps=steps)
+        return board
+
+    def add(self, run_id: str, spec: RunSpec) -> None:
+        """Another run to show, or one that is trained again."""
+        label = naming.label(to_mapping(spec), self.fields)
+        self.views.setdefault(run_id, RunView(label=label, steps=spec.trainer.max_steps))
+
+    def take(self, event: Event) -> None:
+        match event:
+            case Stage(message=message):
+                self.stage = message
+            case RunQueued(run_id=run_id, spec=spec):
+                self.add(run_id, spec)
+                if event.arm in self.arms:
+                    self.arms[event.arm].queued += 1
+            case TrialEnded():
+                self.arms[event.arm].take(event)
+            case RunStarted(run_id=run_id, steps=steps):
+                self.views[run_id].state, self.views[run_id].steps = "training", steps
+            case Step():
+                self._step(event)
+            case Evaluated(run_id=run_id, split="validation", moment="before", score=score):
+                self.views[run_id].before = score.nll
+            case Evaluated(run_id=run_id, split="validation", moment="after", score=score):
+                self.views[run_id].after = score.nll
+            case RunFinished(record=record):
+                self._finish(record)
+
+    def is_new(self, remark: Remark) -> bool:
+        """Whether a remark was not made before, as by another worker."""
+        known = remark.message in self.remarks
+        self.remarks.add(remark.message)
+        return not known
+
+    def _step(self, event: Step) -> None:
+        view, now = self.views[event.run_id], self.clock()
+        view.step, view.loss, view.last_step = event.step, event.loss, now
+        view.seen += 1
+        view.first_step = now if view.first_step is None else view.first_step
+        if event.seconds > 0:
+            speed = event.tokens / event.seconds
+            view.speed = speed if view.speed is None else SMOOTHING * view.speed + (1 - SMOOTHING) * speed
+        if self.training_since is None:
+            self.training_since = now
+        else:
+            self.tokens += event.tokens
+        self.stage = ""
+
+    def _finish(self, record: Record) -> None:
+        view = self.views[record.run_id]
+        view.state = record.status
+        view.error = None if record.error is None else f"{record.error.get('class')}: {record.error.get('message')}"
+        self.finished.append(record.run_id)
+
+    def counts(self) -> dict[str, int]:
+        order = ("completed", "pruned", "diverged", "failed", "training", "waiting")
+        found = {state: sum(view.state == state for view in self.views.values()) for state in order}
+        return {state: count for state, count in found.items() if count}
+
+    def speed(self) -> float | None:
+        """Tokens per second of the whole sweep since its first step."""
+        if self.training_since is None or not self.tokens:
+            return None
+        return self.tokens / max(self.clock() - self.training_since, 1e-9)
+
+    def eta(self) -> float | None:
+        """Seconds left if the rest goes at the pace of all steps so far."""
+        done = sum(view.seen for view in self.views.values())
+        left = sum(view.steps - view.step for view in self.views.values() if view.state in ("training", "waiting"))
+        left += sum(arm.steps_to_come() for arm in self.arms.values())
+        if self.training_since is None or done < 2:
+            return None
+        return left * (self.clock() - self.training_since) / done
+
+    def headline(self) -> str:
+        parts = [", ".join(f"{count} {state}" for state, count in self.counts().items())]
+        speed, eta = self.speed(), self.eta()
+        if speed is not None:
+            parts.append(f"{speed:,.0f} tokens/s")
+        parts.append(f"{clock_time(self.clock() - self.begun)} so far")
+        if eta is not None and eta >= 0.5:
+            parts.append(f"{clock_time(eta)} to go")
+        return " · ".join(parts)

@@ -1,0 +1,214 @@
+"""The table at the end of a command, on screen and as summary.csv and summary.md in the study folder."""
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sweeper import naming
+from sweeper.record import Record, Score, perplexity, shortened, write_atomically
+from sweeper.reporting.text import aligned, duration, number, point, size
+from sweeper.spec import MethodSpec
+
+BASE = "none (base model)"
+MAJORITY = "none (commonest answer)"
+SPLIT = "validation"
+SHORTENED = ("dropped", "truncated")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """`read` gives the raw value of a row's dict; `show` gives its text for people."""
+
+    key: str
+    title: str
+    show: Callable[[Any], str] = str
+
+
+def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A dict a run, and first one for each base model as it was before training. Absent values are None."""
+    fields = naming.varying([record.spec for record in records])
+    metric = _metric(records)
+    found = [_run_row(record, fields, metric) for record in records]
+    return [*_base_rows(records, fields, metric), *found]
+
+
+def show(records: Sequence[Record], console: Console) -> None:
+    """Prints the table."""
+    columns = _columns(records)
+    cells = [[_text(column, row) for column in columns] for row in rows(records)]
+    console.out(aligned([column.title for column in columns], cells), highlight=False)
+    for line in notes(records):
+        console.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def show_search(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Prints the table of a search: a row an arm, with its trials, the best one and what is to be said of it."""
+    header = ["arm", "trials", "pruned", "failed", "best", "with", ""]
+    cells = [
+        [row["arm"], str(row["trials"]), str(row["pruned"]), str(row["failed"]), number(row["best"], 4),
+         point(row["params"]) or "-",
+         "; ".join(f"{key} at the {end} end of its range" for key, end in row["edges"].items())]
+        for row in rows
+    ]  # fmt: skip
+    console.out(aligned(header, cells), highlight=False)
+
+
+def write(study: Path, records: Sequence[Record]) -> tuple[Path, Path]:
+    """Writes summary.csv (raw values) and summary.md (the printed table) to the study folder."""
+    content, columns = rows(records), _columns(records)
+    buffer = io.StringIO()
+    fields = dict.fromkeys(key for row in content for key in row if key != "metric_change")
+    writer = csv.DictWriter(buffer, list(fields), lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(content)
+    lines = [
+        "| " + " | ".join(column.title for column in columns) + " |",
+        "| " + " | ".join("---" for _ in columns) + " |",
+        *("| " + " | ".join(_text(column, row).replace("|", "\\|") for column in columns) + " |" for row in content),
+        "",
+        *(f"{line}\n" for line in notes(records)),
+    ]
+    return write_atomically(study / "summary.csv", buffer.getvalue()), write_atomically(
+        study / "summary.md", "\n".join(lines)
+    )
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """What a reader must know to read the seconds and the memory right."""
+    lines = [f"NLL in nats per response token on {SPLIT}; perplexity = exp(NLL)."]
+    if any(record.efficiency.pack_runs > 1 for record in records):
+        lines.append("Seconds: a run's share of its pack. Memory: alone where calibrated, else the pack's.")
+    return [*lines, *_shortened(records)]
+
+
+def _shortened(records: Sequence[Record]) -> list[str]:
+    """A line for each dataset and model of which examples were left out or cut."""
+    found: dict[str, str] = {}
+    for one in records:
+        line = shortened(one.data)
+        if line is not None:
+            spec = one.spec
+            found[f"dataset={spec['dataset']['name']} on model={spec['model']['name']}: {line}."] = ""
+    return list(found)
+
+
+def _columns(records: Sequence[Record]) -> list[Column]:
+    fields, metric = naming.varying([record.spec for record in records]), _metric(records)
+    columns = [
+        Column(key="placement", title="placement"),
+        Column(key="rank", title="rank"),
+        *(Column(key=key, title=key, show=_plain) for key in fields),
+        Column(key="trainable_parameters", title="trainable", show="{:,}".format),
+        Column(key="trainable_percent", title="%", show="{:.3f}".format),
+        Column(key="nll", title=f"{SPLIT} NLL", show=lambda value: number(value, 4)),
+        Column(key="perplexity", title="perplexity", show=number),
+    ]
+    if metric is not None:
+        columns.append(Column(key="metric_change", title=f"{_TITLES.get(metric, metric)} before → after"))
+    columns += [
+        Column(key="seconds", title="seconds", show=duration),
+        Column(key="peak_memory_bytes", title="peak memory", show=size),
+    ]
+    if any(record.status != "completed" for record in records):
+        columns.append(Column(key="status", title="status"))
+    return columns
+
+
+_TITLES = {"exact_match": "accuracy"}
+
+
+def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[str, Any]:
+    from sweeper import methods  # imports torch
+
+    flat = naming.flat(record.spec)
+    lacking = methods.lacks(MethodSpec(name=flat["method"], options=record.spec["method"].get("options", {})))
+    moments = record.scores.get(SPLIT, {})
+    cost = record.efficiency
+    share = record.trainable_parameters / record.total_parameters if record.total_parameters else None
+    row = {
+        "run_id": record.run_id,
+        "status": record.status,
+        "placement": "all" if "placement" in lacking else flat["placement"],
+        "rank": None if "rank" in lacking else _ranks(record, flat["rank"]),
+        **{key: flat.get(key) for key in fields},
+        "trainable_parameters": record.trainable_parameters or None,
+        "trainable_percent": None if share is None else 100 * share,
+        **_scores(moments.get("after")),
+    }
+    if metric is not None:
+        before, after = (_value(moments.get(moment), metric) for moment in ("before", "after"))
+        row |= {f"{metric}_before": before, f"{metric}_after": after, "metric_change": _change(before, after)}
+    row |= {
+        "seconds": cost.train_seconds_amortised,
+        "peak_memory_bytes": cost.peak_memory_solo_bytes or cost.pack_peak_memory_bytes,
+        **{f"{split}_{key}": facts[key] for split, facts in record.data.items() for key in SHORTENED if facts.get(key)},
+    }
+    return row
+
+
+def _ranks(record: Record, nominal: Any) -> Any:
+    """The rank of the modules, or from the lowest to the highest where an allocation spread them."""
+    found = {module.rank for module in record.modules}
+    if len(found) < 2:
+        return next(iter(found), nominal)
+    return f"{min(found)}–{max(found)}"
+
+
+def _base_rows(records: Sequence[Record], fields: Sequence[str], metric: str | None) -> list[dict[str, Any]]:
+    """Two rows for each model and dataset: the scores before training, and of the commonest answer where it has any."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        score = record.scores.get(SPLIT, {}).get("before")
+        if score is None:
+            continue
+        flat = naming.flat(record.spec)
+        key = repr((record.spec["model"], record.spec["dataset"]))
+        row: dict[str, Any] = {"run_id": None, "status": None, "placement": BASE, "rank": None}
+        row |= {name: flat.get(name) if name.split(".")[0] in ("model", "dataset") else None for name in fields}
+        row |= {"trainable_parameters": 0, "trainable_percent": 0.0, **_scores(score)}
+        if metric is not None:
+            value = _value(score, metric)
+            row |= {f"{metric}_before": value, f"{metric}_after": None, "metric_change": number(value)}
+        found.setdefault(key, row | {"seconds": None, "peak_memory_bytes": None})
+        commonest = record.data.get(SPLIT, {}).get("majority", {}).get(metric)
+        if commonest is not None:
+            blank = dict.fromkeys(row)
+            blank |= {name: row[name] for name in fields if name.split(".")[0] == "dataset"}
+            blank |= {f"{metric}_before": commonest, "metric_change": number(commonest), "placement": MAJORITY}
+            found.setdefault(f"{key} majority", blank | {"seconds": None, "peak_memory_bytes": None})
+    return list(found.values())
+
+
+def _metric(records: Sequence[Record]) -> str | None:
+    """The task metric to show: the first that any run has on the validation split."""
+    for record in records:
+        for score in record.scores.get(SPLIT, {}).values():
+            for name in score.metrics:
+                return name
+    return None
+
+
+def _scores(score: Score | None) -> dict[str, float | None]:
+    return {"nll": None if score is None else score.nll, "perplexity": None if score is None else perplexity(score.nll)}
+
+
+def _value(score: Score | None, metric: str) -> float | None:
+    return None if score is None else score.metrics.get(metric)
+
+
+def _change(before: float | None, after: float | None) -> str | None:
+    return None if before is None and after is None else f"{number(before)} → {number(after)}"
+
+
+def _text(column: Column, row: dict[str, Any]) -> str:
+    value = row.get(column.key)
+    return "-" if value is None else column.show(value)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

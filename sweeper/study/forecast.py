@@ -1,0 +1,159 @@
+"""What a plan costs before it is carried out: what the dry run says of every run, and of all of them together."""
+
+import statistics
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sweeper import record
+from sweeper.spec import RunSpec, Settings
+from sweeper.study.plan import Plan, module_ranks
+from sweeper.study.search_settings import SearchSettings
+
+LATEST, LOOKED_AT = 20, 400  # records that the pace is taken from, and among which they are looked for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What a run adapts and is expected to cost, alone. FLOPs are floating-point operations, memory is bytes."""
+
+    modules: int
+    parameters: int
+    total_parameters: int
+    flops: float
+    memory: int
+    base_memory: int
+
+
+def costs(specs: Iterable[RunSpec], settings: Settings) -> list[Cost]:
+    """The cost of each run; runs that differ only in what does not matter for it are reckoned once."""
+    known: dict[str, Cost] = {}
+    found = []
+    for spec in specs:
+        key = repr(
+            (spec.model, spec.method, spec.placement, spec.allocation, spec.rank, spec.dataset.max_length, spec.trainer)
+        )
+        if key not in known:
+            known[key] = cost(spec, settings)
+        found.append(known[key])
+    return found
+
+
+def cost(spec: RunSpec, settings: Settings) -> Cost:
+    """What a run adapts and, at most, costs: every example is taken to be `dataset.max_length` tokens long."""
+    from sweeper import device, methods, models
+    from sweeper.models import budget
+
+    every = models.skeleton(spec.model)
+    ranks = module_ranks(spec)
+    total = models.total_parameters(spec.model)
+    trainable = methods.trainable(spec.method, ranks, total=total)
+    dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision, study=settings.folder)
+    length, batch = spec.dataset.max_length, spec.trainer.batch_size
+    tokens = spec.trainer.max_steps * batch * spec.trainer.accumulation * length
+    memory = budget.memory(
+        every,
+        ranks,
+        base_parameters=total,
+        bytes_per_value=dtype.itemsize,
+        batch_size=batch,
+        length=length,
+        checkpointing=spec.trainer.activation_checkpointing,
+        values=methods.held(spec, ranks, total=total),
+        base_bytes=methods.base_bytes(spec, every, ranks, total=total, bytes_per_value=dtype.itemsize),
+    )
+    return Cost(
+        modules=len(ranks),
+        parameters=trainable,
+        total_parameters=total,
+        flops=methods.train_flops(spec.method, every, ranks, length=length, tokens=tokens),
+        memory=memory.total,
+        base_memory=memory.base,
+    )
+
+
+def notes(specs: Sequence[RunSpec], costs: Sequence[Cost], settings: Settings) -> list[str]:
+    """What auto precision is, what the costs of a plan do not say (ranks that a probe will allocate), and what
+    placements leave as it is.
+    """
+    from sweeper import device, methods, models
+    from sweeper.placement import importance, placement
+
+    found: dict[object, str] = {}
+    if any(spec.trainer.precision == "auto" for spec in specs):
+        fixed = device.study_precision(settings.folder)
+        here = device.precision_name(device.precision_for(device.device_for(settings.device), fixed or "auto"))
+        why = "as in the study's first run" if fixed else "on this device; the first run fixes it for the study"
+        found["precision"] = f"trainer.precision=auto: {here}, {why}"
+    for spec in specs:
+        key = repr((spec.model, spec.placement))
+        if key not in found and "placement" not in methods.lacks(spec.method):
+            every = models.skeleton(spec.model)
+            lines = placement.unadapted(every, spec.placement, layers=placement.number_of_layers(every))
+            found[key] = "\n".join(f"{spec.model.name}: {line}" for line in lines)
+    for spec, cost in zip(specs, costs, strict=True):
+        asked = importance.probing(spec)
+        if asked is not None:
+            looked = "the weights" if asked.score == "weight" else f"{asked.batches} training batches"
+            found[asked.score, asked.batches, spec.placement.name, cost.parameters] = (
+                f"allocation=importance, {spec.placement.name}: a probe ({asked.score}, {looked}) decides each "
+                f"module's rank before training; {cost.parameters:,} parameters in all, to within 1%"
+            )
+    return [line for lines in found.values() for line in lines.splitlines()]
+
+
+def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequence[Cost]) -> list[str]:
+    """How many runs and packs there will be, and how long they take at the pace of former runs on this machine."""
+    from sweeper import device
+    from sweeper.reporting.text import clock_time
+    from sweeper.training import environment
+    from sweeper.training.memory import MARGIN, MOST
+
+    where = device.device_for(settings.device)
+    if plan.tuned:
+        if search.trials is None:
+            return ["how many runs there will be depends on the budget"]
+        first = dict(zip((run.run_id for run in plan.runs), costs, strict=True))
+        each = [len(arm.seeds) * search.trials + len(search.confirm_seeds) for arm in plan.arms]
+        runs = sum(each)
+        flops = sum(count * first[arm.default.run_id].flops for count, arm in zip(each, plan.arms, strict=True))
+    else:
+        left = {run.run_id for run in plan.todo}
+        runs = len(left)
+        flops = sum(cost.flops for run, cost in zip(plan.runs, costs, strict=True) if run.run_id in left)
+    if not runs:
+        return []
+    largest = max(cost.memory - cost.base_memory for cost in costs)
+    room = MARGIN * (device.free_bytes(where) - costs[0].base_memory)
+    slots = max(1, min(settings.max_pack or MOST, runs, int(room / max(largest, 1))))
+    lines = [f"{runs} run{'s' if runs > 1 else ''}, at most {slots} at a time in a pack on {where}"]
+    bases = {run.spec.model.name for run in plan.runs}
+    pace = _pace(settings, environment.describe(where, None)["device"], bases)
+    if pace is None:
+        return [
+            *lines,
+            f"no run of {', '.join(sorted(bases))} on this device is recorded in {settings.output_root}: there is no "
+            "estimate of time",
+        ]
+    return [*lines, f"training takes about {clock_time(flops / pace)} at most, at the pace of the latest runs recorded"]
+
+
+def _pace(settings: Settings, where: str, bases: Collection[str]) -> float | None:
+    """FLOP/s, a run's share of its pack counted, of the latest runs of this device under the output folder.
+
+    Of the models `bases` only: a tiny model's steps are all overhead, and say nothing of a large one's.
+    """
+    paths = sorted(Path(settings.output_root).glob(f"**/{record.RECORD}"), key=lambda path: -path.stat().st_mtime)
+    found: list[float] = []
+    for path in paths[:LOOKED_AT]:
+        if len(found) == LATEST:
+            break
+        try:
+            run = record.read_record(path.parent)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        cost = run.efficiency
+        of_these = run.environment.get("device") == where and run.spec["model"]["name"] in bases
+        if of_these and cost.train_seconds_amortised and cost.train_flops:
+            found.append(cost.train_flops / cost.train_seconds_amortised)
+    return statistics.median(found) if found else None

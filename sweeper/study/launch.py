@@ -1,0 +1,349 @@
+"""One command from arms to table: plan, dry run or training, summary, and how it ended."""
+
+import dataclasses
+import errno
+import functools
+import importlib.util
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from sweeper import record
+from sweeper.arms import Arm, look_up, single
+from sweeper.errors import Interrupted, RunsFailed, SpecError, SweeperError, gist
+from sweeper.record import Record
+from sweeper.reporting import summary, text, tracking
+from sweeper.reporting.console import make_console
+from sweeper.reporting.display import make_display
+from sweeper.run import Run
+from sweeper.spec import RunSpec, Settings, to_mapping
+from sweeper.study import forecast, scheduler
+from sweeper.study import plan as planning
+from sweeper.study.plan import Plan
+from sweeper.study.scheduler import Outcome, Scheduler, TrainRuns
+from sweeper.study.search_settings import SearchSettings
+from sweeper.training.events import Event, RunFinished, Stage
+
+MENDABLE = ("SpecError", "DataError", "ModelError")  # whose message says it all
+
+
+def train(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, *, engine: TrainRuns | None = None
+) -> dict[str, Record]:
+    """Trains what is missing, prints and saves the table; returns the records of all runs that stand for an arm.
+
+    Raises:
+        Problems: bad input; nothing was trained and nothing written.
+        RunsFailed: every run was tried and some failed.
+        Interrupted: stopped by Ctrl-C.
+        ContextLost: this process can use its GPU no more; the same again in a fresh one goes on from what is saved.
+    """
+
+    def go(work: Scheduler) -> Outcome:
+        return scheduler.run(work, train=engine)
+
+    return _carry_out(arms, settings, search or SearchSettings(), go)
+
+
+def train_on_ray(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, **ray_settings: Any
+) -> dict[str, Record]:
+    """As `train`, on workers over Ray; `ray_settings` are the fields of `sweeper.study.ray_workers.RaySettings`."""
+    if importlib.util.find_spec("ray") is None:
+        raise SpecError("hydra/launcher=ray needs the package ray: pip install '.[ray]'")
+    from sweeper.study import ray_workers
+
+    chosen = ray_workers.RaySettings(**ray_settings)
+    return _carry_out(arms, settings, search or SearchSettings(), lambda work: ray_workers.run(work, chosen))
+
+
+def train_one(spec: RunSpec, settings: Settings, *, engine: TrainRuns | None = None) -> float | None:
+    """Trains one run, or finds it done; returns its validation NLL after training, None where it has none."""
+    found = train([single(spec)], settings, engine=engine)
+    return objective(next(iter(found.values()), None))
+
+
+def train_as_jobs(arms: Sequence[Arm], settings: Settings, search: SearchSettings, launcher: Any) -> dict[str, Record]:
+    """As `train`, a job of a Hydra launcher for each run."""
+
+    def go(work: Scheduler) -> Outcome:
+        return _as_jobs(work, launcher)
+
+    return _carry_out(arms, settings, search, go)
+
+
+def _as_jobs(work: Scheduler, launcher: Any) -> Outcome:
+    """Batches of runs as Hydra jobs; a batch ends before the next is asked for, and nothing is pruned midway."""
+    by_key = {state.arm.key: state.arm for state in work.states.values()}  # as they are in this study
+    begun = 0
+    try:
+        while kinds := work.pending():
+            pulled = work.pull(sum(kind.most for kind in kinds), [kind.key for kind in kinds])
+            if not pulled.runs:
+                break
+            typed = [_typed(by_key[one.arm], to_mapping(one.spec)) for one in pulled.runs]
+            former = [_stamp(request) for request in pulled.runs]
+            for request in pulled.runs:
+                work.claims.give_back(request.run_id)  # the job is a command of its own and claims it
+            broken: Exception | None = None
+            try:
+                errors = _errors_of(launcher.launch(typed, initial_job_idx=begun), len(typed))
+            except SweeperError:
+                raise
+            except Exception as error:  # the launcher's own: a job's comes back with what the job returned
+                broken, errors = error, [error] * len(typed)
+            begun += len(typed)
+            left = [_stamp(request) != stamp for request, stamp in zip(pulled.runs, former, strict=True)]
+            if broken is not None and not any(left):
+                raise _no_jobs(launcher, broken) from broken
+            for request, job_error, new in zip(pulled.runs, errors, left, strict=True):
+                _take(work, request, job_error, new)
+    finally:
+        work.close()
+    return Outcome(records=work.records)
+
+
+def _errors_of(returned: Any, jobs: int) -> Sequence[BaseException | None]:
+    """The error that each job ended with, which Hydra's launchers hold back in what a job returned."""
+    if not isinstance(returned, Sequence) or len(returned) != jobs:
+        return [None] * jobs
+    values = [getattr(one, "_return_value", None) for one in returned]  # `return_value` raises what it holds
+    return [value if isinstance(value, BaseException) else None for value in values]
+
+
+def _take(work: Scheduler, request: Run, error: BaseException | None, new: bool) -> None:
+    """Reports what became of a run that was a job: `new` says whether the job left a record."""
+    if not new:
+        reason = "the job left no record" if error is None else gist(error)
+        work.abandon(request.run_id, reason, kind="WorkerDied" if error is None else type(error).__name__)
+        return
+    found = record.read_record(request.folder)
+    if found.search != request.search:  # a job knows nothing of the search it is part of
+        found = dataclasses.replace(found, search=request.search)
+        record.write_record(request.folder, found)
+    if error is not None and found.status != "failed":
+        what = f"{type(error).__name__}: {gist(error)}"
+        work.notify(Stage(message=f"{request.run_id}: its record is whole, but its job ended with {what}"))
+    work.report(RunFinished(record=found))
+
+
+def _stamp(request: Run) -> tuple[int, int] | None:
+    """Changes when a run's record is written; None where there is none that can be read."""
+    if record.status(request.folder) is None:
+        return None
+    found = (request.folder / record.RECORD).stat()
+    return found.st_mtime_ns, found.st_ino
+
+
+def _no_jobs(launcher: Any, error: Exception) -> SpecError:
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return SpecError(
+            "hydra.sweep.subdir gives folder names that are too long for the file system: "
+            "'hydra.sweep.subdir=${hydra.job.num}'"
+        )
+    return SpecError(
+        f"hydra/launcher: {type(launcher).__name__} ran no job ({type(error).__name__}: {gist(error)}); without "
+        "hydra/launcher=... the runs train in this process"
+    )
+
+
+def _carry_out(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Callable[[Scheduler], Outcome]
+) -> dict[str, Record]:
+    plan, console = planning.make(arms, settings, search), make_console()
+    for line in (*_left_out(plan), *plan.notes):
+        console.print(line, markup=False, soft_wrap=True)
+    if settings.dry_run:
+        show_plan(plan, settings, search, console)
+        return {}
+    early: list[Event] = []
+    work = Scheduler(plan.arms, [run.run_id for run in plan.todo], settings, search, observers=[early.append])
+    left = bool(work.pending())
+    announce(plan, search, console, left=left)
+    outcome = Outcome(records={})
+    if left:
+        say = functools.partial(console.print, style="yellow", markup=False, soft_wrap=True)
+        display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan.fields, settings, say)
+        work.observers = [display] if tracker is None else [display, tracker]
+        try:
+            with display:
+                for event in early:
+                    display(event)
+                outcome = go(work)
+        finally:
+            if tracker is not None:
+                tracker.close()
+    return conclude(plan, work, console, outcome)
+
+
+def objective(found: Record | None) -> float | None:
+    """What a search minimises unless told otherwise."""
+    score = None if found is None else found.scores.get("validation", {}).get("after")
+    return None if score is None else score.nll
+
+
+def announce(plan: Plan, search: SearchSettings, console: Console, *, left: bool) -> None:
+    if plan.tuned:
+        line = _search_line(plan, search) if left else "every trial that the budget allows is done; nothing to train"
+        console.print(line, markup=False, soft_wrap=True)
+        return
+    runs, todo = len(plan.runs), len(plan.todo)
+    done = f"{runs - todo} of {runs} runs {'is' if runs == 1 else 'are'} done already"
+    if not todo:
+        console.print(f"{done}; nothing to train", markup=False)
+    elif todo < runs:
+        console.print(f"{done}; training the other {todo}", markup=False)
+    else:
+        console.print(f"{runs} run{'s' if runs > 1 else ''} to train in {plan.study}", markup=False, soft_wrap=True)
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """A line for each method that has arms which would train the same."""
+    from sweeper import methods
+
+    kinds = Counter((arm.default.method.name, *methods.lacks(arm.default.method)) for arm in plan.left_out)
+    return [
+        f"method={name} has no {' and no '.join(lacking)}: {number} arm{'' if number == 1 else 's'} left out, "
+        "which would train the same as another"
+        for (name, *lacking), number in kinds.items()
+    ]
+
+
+def _search_line(plan: Plan, search: SearchSettings) -> str:
+    arms = [arm for arm in plan.arms if arm.space]
+    trials = f"{search.trials} trials" if search.trials else "trials until the budget is used up"
+    seeds = len(arms[0].seeds)
+    repeated = f" x {seeds} seeds" if seeds > 1 else ""
+    tuned = dict.fromkeys(str(dimension) for arm in arms for dimension in arm.space)
+    fields = "; ".join(dimension + _where(dimension, arms) for dimension in tuned)
+    confirm = f", then the best on {len(search.confirm_seeds)} fresh seeds" if search.confirm_seeds else ""
+    arm_word = "arm" if len(arms) == 1 else "arms"
+    return f"{len(arms)} {arm_word}, {trials}{repeated} each{confirm}, in {plan.study}. Tuned: {fields}"
+
+
+def _where(dimension: str, arms: Sequence[Arm]) -> str:
+    """Which methods tune a dimension, where not every arm does: some have ranges of their own."""
+    tuning = [arm for arm in arms if dimension in map(str, arm.space)]
+    methods = dict.fromkeys(arm.default.method.name for arm in tuning)
+    return f" (method={','.join(methods)})" if len(tuning) < len(arms) else ""
+
+
+def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) -> dict[str, Record]:
+    """Prints the command's table, saves the study's, and raises where not every run completed."""
+    chosen = [request for requests in work.chosen().values() for request in requests]
+    found: dict[str, Record] = {}
+    for request in chosen:
+        if record.status(request.folder) is not None:
+            found[request.run_id] = record.read_record(request.folder)
+    several = len(work.how.objectives) > 1
+    if plan.tuned:
+        summary.show_search(work.table(), console)
+    if found:
+        summary.show(list(found.values()), console)
+        csv, markdown = summary.write(plan.study, _study_records(plan, found))
+        console.print(f"saved: {csv}, {markdown}", style="dim", soft_wrap=True)
+    failed = {run_id: one for run_id, one in {**outcome.records, **found}.items() if one.status == "failed"}
+    if outcome.interrupted and (work.running or work.pending()):
+        raise Interrupted(_stopped(plan, found))
+    elsewhere = work.elsewhere()
+    if elsewhere:
+        what = "trials" if plan.tuned else "of these runs"
+        console.print(f"another command is still at work on {elsewhere} {what}; the same command later sums up all")
+    left = len({request.run_id for request in chosen} - found.keys() - failed.keys())
+    lines = [f"{row['arm']}: no trial completed" for row in work.table() if row["best"] is None and not several]
+    if failed or (left and not elsewhere):
+        lines += _failures(plan, failed, left, len(outcome.records) if plan.tuned else len(chosen))
+    if lines:
+        raise RunsFailed(lines)
+    return found
+
+
+def _stopped(plan: Plan, found: Mapping[str, Record]) -> str:
+    if plan.tuned:
+        return "stopped before every trial was done; the same command goes on from here"
+    done = sum(one.status in plan.done for one in found.values())
+    left = len(plan.runs) - done
+    return f"stopped with {done} of {len(plan.runs)} runs done; the same command trains the other {left}"
+
+
+def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: Console) -> None:
+    """The dry run: every run (of a tuned arm, the default trial) with what it adapts and costs."""
+    from sweeper import methods, naming
+
+    specs = [to_mapping(run.spec) for run in plan.runs]
+    fields = naming.varying(specs)
+    header = ["run", "placement", "rank", *fields, "modules", "trainable", "%", "train FLOPs", "est. memory", "status"]
+    costs = forecast.costs([run.spec for run in plan.runs], settings)
+    cells = []
+    for run, spec, cost in zip(plan.runs, specs, costs, strict=True):
+        flat, lacking = naming.flat(spec), methods.lacks(run.spec.method)
+        cells.append(
+            [
+                run.run_id,
+                "all" if "placement" in lacking else run.spec.placement.name,
+                "-" if "rank" in lacking else str(run.spec.rank),
+                *(str(flat.get(name)) for name in fields),
+                f"{cost.modules:,}",
+                f"{cost.parameters:,}",
+                f"{100 * cost.parameters / cost.total_parameters:.3f}",
+                text.amount(cost.flops),
+                text.size(cost.memory),
+                plan.statuses[run.run_id] or ("default trial" if plan.tuned else "to train"),
+            ]
+        )
+    console.out(text.aligned(header, cells), highlight=False)
+    console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
+    for line in forecast.notes([run.spec for run in plan.runs], costs, settings):
+        console.print(line, markup=False, soft_wrap=True)
+    if plan.tuned:
+        console.print(_search_line(plan, search), markup=False)
+    for line in forecast.estimate(plan, search, settings, costs):
+        console.print(line, markup=False, soft_wrap=True)
+    runs = f"{len(plan.runs)} run{'' if len(plan.runs) == 1 else 's'}, {len(plan.todo)} to train; "
+    console.print(f"{'' if plan.tuned else runs}this was a dry run, nothing was trained", soft_wrap=True)
+
+
+def _study_records(plan: Plan, found: dict[str, Record]) -> list[Record]:
+    """The command's records, then those of former commands in the same study; unreadable ones are left out."""
+    others = []
+    for path in sorted(plan.study.glob(f"*/{record.RECORD}")):
+        if path.parent.name not in found:
+            try:
+                others.append(record.read_record(path.parent))
+            except (ValueError, KeyError, TypeError):
+                continue
+    return [*found.values(), *others]
+
+
+def _failures(plan: Plan, failed: dict[str, Record], left: int, runs: int) -> list[str]:
+    bad = len(failed) + left
+    lines = [f"{bad} of {max(runs, bad)} runs failed; the same command trains just these again"]
+    for run_id, one in failed.items():
+        error = one.error or {}
+        trace = plan.study / run_id / error.get("traceback", record.TRACEBACK)
+        where = f" ({trace})" if error.get("class") not in MENDABLE and trace.exists() else ""
+        lines.append(f"{run_id}: {error.get('class', 'error')}: {error.get('message', 'no message')}{where}")
+        repeat = _repeat(plan, one)
+        if repeat:
+            lines.append(f"  alone: {repeat}")
+    if left:
+        lines.append(f"{left} left no record")
+    return lines
+
+
+def _repeat(plan: Plan, failed: Record) -> str | None:
+    """The command that trains one run of a plan alone, if it is known how the run was typed."""
+    for arm in plan.arms:
+        mine = failed.search.get("arm") == arm.key or any(spec.run_id == failed.run_id for spec in arm.defaults)
+        if mine and arm.overrides:
+            one = ["hydra.mode=RUN"] if arm.space else []  # of an overlay that makes a search of it, such as search=lr
+            return "python train.py " + shlex.join([*_typed(arm, failed.spec), *one])
+    return None
+
+
+def _typed(arm: Arm, spec: Mapping[str, Any]) -> list[str]:
+    """The overrides that compose a run of an arm alone, from the plain data of its spec."""
+    return list(arm.typed({dimension.key: look_up(spec, dimension.key) for dimension in arm.space}, spec["seed"]))

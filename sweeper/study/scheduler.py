@@ -1,0 +1,549 @@
+"""Hands runs to whoever has room for them, and learns from what becomes of them.
+
+The scheduler is the engine's source of runs: arms of a plain grid are a list, tuned arms are asked of their search as
+slots fall free. It is told every event, prunes, retries, and passes events on to display and trackers, which only
+listen.
+"""
+
+import functools
+import math
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from sweeper import lost, record
+from sweeper.arms import Arm, labels, merged
+from sweeper.errors import SweeperError, gist
+from sweeper.lost import ContextLost
+from sweeper.record import Record
+from sweeper.reporting.text import point
+from sweeper.run import Run
+from sweeper.spec import RunSpec, Settings, to_mapping
+from sweeper.study import plan as planning
+from sweeper.study.claims import Claims
+from sweeper.study.search_settings import SearchSettings
+from sweeper.training.events import Evaluated, Event, RunFinished, RunQueued, Stage, TrialEnded
+from sweeper.training.source import PendingGroup, Pulled, Source
+
+if TYPE_CHECKING:
+    from sweeper.study.search import ArmSearch, Trial
+
+T = TypeVar("T")
+Observer = Callable[[Event], None]
+
+# failures that the same run would meet again
+LASTING = (
+    "OutOfMemoryError", "MemoryError", "SpecError", "DataError", "ModelError", "WorkerDied", "ContextLost",
+    "IndexError", "KeyError", "TypeError", "ValueError", "AttributeError", "AssertionError", "ZeroDivisionError",
+    "NotImplementedError", "TemplateError", "UndefinedError",
+)  # fmt: skip
+SHARE_OF_PRUNED = 0.3  # of all steps are trained where a pruner ends trials (docs/performance.md)
+MOST_WORKERS_LOST = 3  # by one run, until it is taken to be the reason
+
+
+class TrainRuns(Protocol):
+    """The engine, as the scheduler sees it."""
+
+    def __call__(self, source: Source, settings: Settings, *, should_stop: Callable[[], bool]) -> Iterator[Event]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """Records of the runs that ended now, by run id, and whether a stop was asked for."""
+
+    records: dict[str, Record]
+    interrupted: bool = False
+
+
+@dataclass(kw_only=True)
+class _ArmState:
+    arm: Arm
+    place: int
+    search: "ArmSearch | None" = None
+    ready: deque[Run] = field(default_factory=deque)
+    trials: dict[str, "Trial"] = field(default_factory=dict)
+    tokens: int = 0
+    confirmed: bool = False
+    told: set[str] = field(default_factory=set)
+
+
+def _locked(method: Callable[..., T]) -> Callable[..., T]:
+    """The engine may ask from one thread while another tells what it did."""
+
+    @functools.wraps(method)
+    def call(self: "Scheduler", *args: Any, **kwargs: Any) -> T:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+class Scheduler:
+    """Everything a command has to train.
+
+    Args:
+        todo: runs of arms that are not tuned, in order.
+        arms: all arms. search: how tuned ones are searched.
+    """
+
+    def __init__(
+        self, arms: Sequence[Arm], todo: Collection[str], settings: Settings, search: SearchSettings | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:  # fmt: skip
+        self.settings, self.how = settings, search or SearchSettings()
+        self.observers = list(observers)
+        self.lock = threading.RLock()
+        self.began = time.monotonic()
+        self.running: dict[str, Run] = {}
+        self.claims, self.others = Claims(self.settings.folder), set[str]()
+        self.records: dict[str, Record] = {}
+        self.tries: dict[str, int] = {}
+        self.lost: dict[str, int] = {}
+        self.prune: set[str] = set()
+        self.known: dict[str, Record] = {}
+        self.states = {arm.key: _ArmState(arm=arm, place=place) for place, arm in enumerate(merged(arms))}
+        left = set(todo)
+        for state in self.states.values():
+            if not state.arm.space:
+                runs = [spec for spec in state.arm.defaults if spec.run_id in left]
+                state.ready.extend(self._request(state, spec) for spec in runs)
+        self._open_searches([state for state in self.states.values() if state.arm.space])
+
+    def _open_searches(self, states: Sequence[_ArmState]) -> None:
+        if not states:
+            return
+        from sweeper.study.search import ArmSearch
+        from sweeper.study.storage import open_storage
+
+        storage = open_storage(self.how, self.settings.folder)
+        for state in states:
+            usable = functools.partial(planning.usable, state.arm, settings=self.settings)
+            state.search = search = ArmSearch(state.arm, self.how, storage, self.find, usable)
+            search.recover(retry_failed=self.settings.retry_failed)
+            state.tokens = self._tokens_so_far(state)
+            for number, params in search.unfinished():
+                for seed in state.arm.seeds:
+                    spec = state.arm.make(params, seed)
+                    if self.find(spec.run_id) is None:
+                        state.ready.append(self._request(state, spec, {"trial": number, "purpose": "trial"}))
+
+    # -- the engine asks
+
+    @_locked
+    def pending(self) -> list[PendingGroup]:
+        """What may still come, an arm each."""
+        found = []
+        for state in self.states.values():
+            self._advance(state)
+            most = len(state.ready)
+            if state.search is not None and self._open(state):
+                wanted = state.search.parallel * len(state.arm.seeds)
+                most = max(most, wanted)
+            left = len(state.ready) + self._unasked(state) * (1 if self.how.pruner == "none" else SHARE_OF_PRUNED)
+            if most or self._waiting_for_itself(state):
+                widest = state.arm.widest
+                others = () if widest is None else (widest,)
+                found.append(
+                    PendingGroup(key=state.arm.key, spec=state.arm.default, most=max(most, 1), left=left, others=others)
+                )
+        return found
+
+    @_locked
+    def pull(self, count: int, kinds: Collection[str], *, spread: bool = False) -> Pulled:
+        """At most `count` runs of some arms; arms that have had the fewest trials come first.
+
+        Arms that are not tuned follow one another. With `spread`, their runs are taken from all over the grid, so that
+        a part of it costs what any other part does.
+        """
+        states = [self.states[key] for key in kinds if key in self.states]
+        found = self._spread(states, count) if spread else []
+        while len(found) < count:
+            turn = sorted(states, key=lambda s: (0 if s.search is None else s.search.asked, s.place))
+            request = next((one for state in turn if (one := self._next(state)) is not None), None)
+            if request is None:
+                break
+            found.append(request)
+            self._hand_out(request)
+            state = self.states[request.arm]
+            while state.search is None and len(found) < count and (following := self._take(state)) is not None:
+                found.append(following)
+                self._hand_out(following)
+        more = any(s.ready or self._open(s) or self._waiting_for_itself(s) for s in states)
+        return Pulled(runs=tuple(found), more=more)
+
+    def _spread(self, states: Sequence[_ArmState], count: int) -> list[Run]:
+        """Runs at equal distances among those that wait; none where all of them are asked for."""
+        plain = sorted((s for s in states if s.search is None), key=lambda s: s.place)
+        waiting = [request for state in plain for request in state.ready]
+        if not 0 < count < len(waiting):
+            return []
+        found = []
+        for request in [waiting[place * len(waiting) // count] for place in range(count)]:
+            self.states[request.arm].ready.remove(request)
+            if self._mine(request):
+                found.append(request)
+                self._hand_out(request)
+        return found
+
+    @_locked
+    def outstanding(self) -> int:
+        """Runs that are training or could be handed out now."""
+        count = len(self.running)
+        for state in self.states.values():
+            count += len(state.ready)
+            if state.search is not None and self._open(state):
+                room = (state.search.parallel - len(state.search.running)) * len(state.arm.seeds)
+                count += max(0, int(min(room, self._unasked(state))))
+        return count
+
+    def _unasked(self, state: _ArmState) -> float:
+        """Runs of trials that are still to be asked for; inf where no number of trials was given."""
+        if state.search is None or not self._open(state):
+            return 0
+        left = math.inf if state.search.wanted is None else state.search.wanted - state.search.asked
+        return max(0, left) * len(state.arm.seeds)
+
+    @_locked
+    def to_prune(self) -> Collection[str]:
+        """Runs of pruned trials that are still training."""
+        return tuple(self.prune)
+
+    # -- the engine tells
+
+    @_locked
+    def report(self, event: Event) -> None:
+        """Takes note of an event and passes it on."""
+        match event:
+            case Evaluated(split="validation", moment=moment) if moment.isdigit():
+                self._evaluated(event)
+            case RunFinished(record=ended):
+                if self._again(ended):
+                    return
+                self.running.pop(ended.run_id, None)
+                self.records[ended.run_id] = self.known[ended.run_id] = ended
+                self.prune.discard(ended.run_id)
+                self.claims.give_back(ended.run_id)
+                lost.note(ended.run_id, failed=ended.status == "failed")
+                self.notify(event)
+                self._ended(ended)
+                return
+        self.notify(event)
+
+    def notify(self, event: Event) -> None:
+        """Tells the observers. One that raises is told nothing more: what is shown may not end what trains."""
+        for observer in list(self.observers):
+            try:
+                observer(event)
+            except Exception as error:
+                self.observers.remove(observer)
+                with suppress(Exception):
+                    print(f"{type(observer).__name__} ends, the sweep goes on: {gist(error)}", file=sys.stderr)
+
+    @_locked
+    def give_back(self, run_ids: Collection[str]) -> None:
+        """A worker goes without having trained these runs to their end, and not for their sake: they go to others."""
+        for run_id in run_ids:
+            if (request := self.running.pop(run_id, None)) is not None:
+                self.states[request.arm].ready.appendleft(request)
+
+    @_locked
+    def lose(self, run_ids: Collection[str], reason: str) -> None:
+        """A worker died with these runs: they go back, from their last checkpoint, unless it was not the first time."""
+        for run_id in run_ids:
+            request = self.running.pop(run_id, None)
+            if request is None:
+                continue
+            self.lost[run_id] = self.lost.get(run_id, 0) + 1
+            if self.lost[run_id] < MOST_WORKERS_LOST:
+                self.states[request.arm].ready.appendleft(request)
+            else:
+                self.running[run_id] = request
+                self.abandon(run_id, reason)
+
+    @_locked
+    def abandon(self, run_id: str, reason: str, kind: str = "WorkerDied") -> None:
+        """Records a run as failed that left nothing itself; `kind` is the class of the error."""
+        self.report(RunFinished(record=self._failure(self.running[run_id], kind, reason)))
+
+    @_locked
+    def close(self) -> None:
+        """Leaves what was cut short to the next command."""
+        self.claims.close()
+        for state in self.states.values():
+            for trial in {id(trial): trial for trial in state.trials.values()}.values():
+                assert state.search is not None
+                state.search.give_up(trial)
+
+    # -- what came of it
+
+    def find(self, run_id: str) -> Record | None:
+        """The record of a run, if it ended."""
+        if run_id not in self.known:
+            folder = self.settings.folder / run_id
+            status = record.status(folder)
+            again = self.settings.retry_failed and run_id not in lost.former().failed
+            if status is None or (status == "failed" and again):
+                return None
+            self.known[run_id] = record.read_record(folder)
+        return self.known[run_id]
+
+    def chosen(self) -> dict[str, list[Run]]:
+        """Arm -> the runs that stand for it: all, or where it is tuned those of its best trial or its confirmation."""
+        return {key: self._chosen(state) for key, state in self.states.items()}
+
+    def _chosen(self, state: _ArmState) -> list[Run]:
+        if state.search is None:
+            return [self._request(state, spec) for spec in state.arm.defaults]
+        seeds = self.how.confirm_seeds or state.arm.seeds
+        points = state.search.chosen()
+        return [self._request(state, state.arm.make(params, seed)) for params in points for seed in seeds]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each tuned arm: trials, how they ended, the best one's value, point and edges."""
+        rows = []
+        for state in self.states.values():
+            if state.search is not None:
+                best, counts = state.search.best(), state.search.counts()
+                rows.append({
+                    "arm": self.label(state.arm), "trials": sum(counts.values()), "pruned": counts.get("pruned", 0),
+                    "failed": counts.get("failed", 0), "best": None if best is None else best.value,
+                    "params": {} if best is None else best.params, "edges": {} if best is None else best.edges,
+                })  # fmt: skip
+        return rows
+
+    def elsewhere(self) -> int:
+        """Trials, or runs of a grid, that other drivers are working on."""
+        trials = sum(state.search.elsewhere for state in self.states.values() if state.search is not None)
+        return trials + sum(self.find(run_id) is None for run_id in self.others)
+
+    # -- inside
+
+    def _next(self, state: _ArmState) -> Run | None:
+        while not state.ready and self._open(state):
+            assert state.search is not None
+            trial = state.search.next()
+            if trial is None:
+                break
+            self._start(state, trial)
+        if not state.ready:
+            self._advance(state)
+        return self._take(state)
+
+    def _take(self, state: _ArmState) -> Run | None:
+        """The next run of an arm that waits, and that no other command trains or has trained by now."""
+        while state.ready:
+            request = state.ready.popleft()
+            if state.search is not None or self._mine(request):  # a search signs its trials
+                return request
+        return None
+
+    def _mine(self, request: Run) -> bool:
+        """Claims a run of an arm that is not tuned."""
+        if not self.claims.take(request.run_id):
+            self.others.add(request.run_id)
+            return False
+        if self.find(request.run_id) is None:
+            return True
+        self.claims.give_back(request.run_id)
+        return False
+
+    def _start(self, state: _ArmState, trial: "Trial") -> None:
+        """Queues the replicates of a trial; those that have a record already count as they are."""
+        assert state.search is not None
+        try:
+            specs = [state.arm.make(trial.params, seed) for seed in state.arm.seeds]
+        except SweeperError as error:  # values that go with others, not with one another
+            state.search.refuse(trial)
+            self.notify(Stage(message=f"{self.label(state.arm)}: {point(trial.params)} cannot be tried: {error}"))
+            return
+        for seed, spec in zip(state.arm.seeds, specs, strict=True):
+            trial.runs[spec.run_id] = seed
+            found = self.find(spec.run_id)
+            if found is not None:
+                trial.records[spec.run_id] = found
+            elif spec.run_id not in state.trials:
+                state.ready.append(self._request(state, spec, {"trial": trial.number, "purpose": "trial"}))
+            state.trials[spec.run_id] = trial
+        self._tell_if_over(state, trial)
+
+    def _open(self, state: _ArmState) -> bool:
+        """Whether another trial of an arm may start."""
+        if state.search is None or not state.search.open:
+            return False
+        if self.how.max_seconds is not None and time.monotonic() - self.began > self.how.max_seconds:
+            return False
+        return self.how.max_tokens is None or state.tokens < self.how.max_tokens
+
+    def _waiting_for_itself(self, state: _ArmState) -> bool:
+        """Whether what is running of an arm may be followed by more of it."""
+        if state.search is None or not any(request.arm == state.arm.key for request in self.running.values()):
+            return False
+        return self._open(state) or bool(self.how.confirm_seeds) or bool(self.how.widen)
+
+    def _advance(self, state: _ArmState) -> None:
+        """Past the last trial: the best one lies at an end of a range, or is to be confirmed."""
+        search = state.search
+        if search is None or state.ready or search.running or search.elsewhere or self._open(state):
+            return
+        best = search.best()
+        if best is None:
+            return
+        label = self.label(state.arm)
+        if best.edges and f"edge{search.widened}" not in state.told:
+            state.told.add(f"edge{search.widened}")
+            where = ", ".join(f"{key}={best.params[key]:.3g} ({end} end)" for key, end in best.edges.items())
+            self.notify(Stage(message=f"{label}: the best trial lies at the edge of its range: {where}"))
+            told = search.widen()
+            if told is not None:
+                self.notify(Stage(message=f"{label}: range widened to {told}"))
+                return
+        if self.how.confirm_seeds and not state.confirmed:
+            state.confirmed = True
+            for seed in self.how.confirm_seeds:
+                spec = state.arm.make(best.params, seed)
+                if self.find(spec.run_id) is None:
+                    state.ready.append(self._request(state, spec, {"trial": best.number, "purpose": "confirm"}))
+
+    def label(self, arm: Arm) -> str:
+        """A short name of an arm, with what tells it from the others."""
+        return self._labels[arm.key]
+
+    @cached_property
+    def _labels(self) -> dict[str, str]:
+        return labels([state.arm for state in self.states.values()])
+
+    def _request(self, state: _ArmState, spec: RunSpec, search: dict[str, Any] | None = None) -> Run:
+        tuned = [dimension.key for dimension in state.arm.space]
+        about = {} if search is None else {"arm": state.arm.key, "tuned": tuned, **search}
+        return Run.of(spec, self.settings.folder, arm=state.arm.key, search=about)
+
+    def _hand_out(self, request: Run) -> None:
+        self.running[request.run_id] = request
+        self.notify(RunQueued(run_id=request.run_id, spec=request.spec, arm=request.arm))
+
+    def _evaluated(self, event: Evaluated) -> None:
+        request = self.running.get(event.run_id)
+        state = None if request is None else self.states[request.arm]
+        trial = None if state is None else state.trials.get(event.run_id)
+        if state is None or state.search is None or trial is None or event.run_id in self.prune:
+            return
+        value = event.score.value(self.how.objectives[0].removeprefix("validation."))
+        if value is None or math.isnan(value):
+            return
+        if state.search.report(trial, trial.runs[event.run_id], int(event.moment), value):
+            self.prune |= {run_id for run_id in trial.runs if run_id in self.running}
+            # replicates that have not begun need not begin
+            for waiting in [one for one in state.ready if one.run_id in trial.runs]:
+                state.ready.remove(waiting)
+                trial.runs.pop(waiting.run_id)
+                state.trials.pop(waiting.run_id)
+
+    def _again(self, ended: Record) -> bool:
+        """Whether a failed run is tried once more in this command."""
+        request = self.running.get(ended.run_id)
+        error = (ended.error or {}).get("class", "")
+        tried = self.tries.get(ended.run_id, 0)
+        if ended.status != "failed" or request is None or error in LASTING or tried >= self.settings.retries:
+            return False
+        self.tries[ended.run_id] = tried + 1
+        del self.running[ended.run_id]
+        self.states[request.arm].ready.append(request)
+        return True
+
+    def _ended(self, ended: Record) -> None:
+        for state in self.states.values():
+            trial = state.trials.get(ended.run_id)
+            if trial is not None:
+                trial.records[ended.run_id] = ended
+                state.tokens += ended.efficiency.train_tokens
+                self._tell_if_over(state, trial)
+
+    def _tell_if_over(self, state: _ArmState, trial: "Trial") -> None:
+        if set(trial.records) < set(trial.runs):
+            return
+        assert state.search is not None
+        for run_id in trial.runs:
+            state.trials.pop(run_id, None)
+        told = state.search.tell(trial)
+        best = state.search.best()
+        self.notify(
+            TrialEnded(
+                arm=state.arm.key, number=trial.number, state=told.state, params=trial.params, value=told.value,
+                best=None if best is None else best.value, best_params={} if best is None else best.params,
+                ended=state.search.asked - len(state.search.running), wanted=state.search.wanted,
+            )
+        )  # fmt: skip
+
+    def _tokens_so_far(self, state: _ArmState) -> int:
+        assert state.search is not None
+        if self.how.max_tokens is None:
+            return 0
+        found = (self.find(run_id) for run_id in state.search.run_ids())
+        return sum(one.efficiency.train_tokens for one in found if one is not None)
+
+    def _failure(self, request: Run, kind: str, message: str) -> Record:
+        failed = Record(
+            run_id=request.run_id, study=self.settings.study, status="failed", spec=to_mapping(request.spec),
+            error={"class": kind, "message": message}, search=request.search,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+        request.folder.mkdir(parents=True, exist_ok=True)
+        record.write_record(request.folder, failed)
+        return failed
+
+
+def run(scheduler: Scheduler, *, train: TrainRuns | None = None) -> Outcome:
+    """Trains what a scheduler has, in this process. Ctrl-C once ends after the current step, twice at once.
+
+    Raises:
+        ContextLost: the process can use its GPU no more, and there is more to train.
+    """
+    engine = train or _engine()
+    with stop_on_signal() as stop:
+        try:
+            for event in engine(scheduler, scheduler.settings, should_stop=stop.is_set):
+                scheduler.report(event)
+        except ContextLost:
+            if not stop.is_set() and (scheduler.running or scheduler.pending()):
+                raise
+        finally:
+            scheduler.close()
+    return Outcome(records=scheduler.records, interrupted=stop.is_set())
+
+
+def _engine() -> TrainRuns:
+    from sweeper import training
+
+    train: TrainRuns = training.train_runs
+    return train
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """The first SIGINT or SIGTERM sets the event; the second one raises KeyboardInterrupt."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

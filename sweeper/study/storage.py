@@ -1,0 +1,143 @@
+"""Where studies are kept, and which driver of several works on a trial."""
+
+import os
+import socket
+import time
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+import psutil
+from optuna.storages import BaseStorage
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from sweeper.errors import SpecError, first_line
+from sweeper.study.search_settings import SearchSettings
+
+JOURNAL = "search.journal"
+GRACE_SECONDS = 600.0  # a trial of a driver on another machine is given up after this long without a sign of life
+SIGNING_SECONDS = 5.0  # between asking for a trial and signing it, on a busy machine
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
+    """The storage of a study's searches: the URL that was given, or a journal file in the study folder.
+
+    Raises:
+        SpecError: the journal is damaged, or the database cannot be reached, its driver is not installed or its tables
+            are of another Optuna.
+    """
+    if settings.storage is None:
+        study.mkdir(parents=True, exist_ok=True)
+        path = str(study / JOURNAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            try:
+                return JournalStorage(_Journal(path, lock_obj=_KernelLock(path)))  # type: ignore[arg-type]
+            except (ValueError, KeyError) as error:  # what is in it is not JSON, or not what Optuna writes
+                raise SpecError(f"{path} cannot be read ({error}): move it away; what is recorded stays") from None
+    import sqlalchemy.exc
+
+    for last in (False, False, True):
+        try:
+            return optuna.storages.RDBStorage(settings.storage)
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError) as error:
+            if last:
+                raise _unusable(error) from None
+            time.sleep(1)  # another driver is making the tables at this moment
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:  # the last: of another Optuna
+            raise _unusable(error) from None
+    raise AssertionError
+
+
+def reach(url: str) -> None:
+    """Looks whether the database of a search is there and writes nothing: its tables are made when the search begins.
+
+    Raises:
+        SpecError: the database cannot be reached or its driver is not installed.
+    """
+    import sqlalchemy
+
+    try:
+        given = sqlalchemy.make_url(url)
+        if given.get_backend_name() == "sqlite" and not (file := Path(given.database or "").absolute()).is_file():
+            if not os.access(file.parent, os.W_OK):  # to look into a file that is not there would make it
+                raise _unusable(OSError(f"{file.parent} is no folder that can be written"))
+            return
+        engine = sqlalchemy.create_engine(given)
+        try:
+            sqlalchemy.inspect(engine).get_table_names()
+        finally:
+            engine.dispose()
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise _unusable(error) from None
+
+
+def _unusable(error: Exception) -> SpecError:
+    reason = first_line(error)
+    return SpecError(f"hydra.sweeper.storage: the database cannot be used ({reason})")
+
+
+class _Journal(JournalFileBackend):
+    """A journal that goes on after a crash or a full disk in the middle of a line.
+
+    Such a line was never read by anyone. The library would glue the next one to it, and then read no line any more.
+    """
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self._lock.acquire()  # again inside, which it allows
+        try:
+            with open(self._file_path, "r+b") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                if file.read() not in (b"", b"\n"):
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            super().append_logs(logs)
+        finally:
+            self._lock.release()
+
+
+class _KernelLock:
+    """Lets go when its process dies, however it dies; the library's own lock file stays behind after kill -9."""
+
+    def __init__(self, path: str) -> None:
+        self.lock = filelock.FileLock(f"{path}.lock")
+
+    def acquire(self) -> bool:
+        self.lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+@cache
+def this_driver() -> dict[str, Any]:
+    """This driver: machine, process and when it began, for a process number is used again."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": psutil.Process().create_time()}
+
+
+def alive(trial: FrozenTrial) -> bool:
+    """Whether the driver that a running trial belongs to still works on it."""
+    driver = trial.user_attrs.get("driver")
+    if not driver:
+        return False
+    if driver["host"] != socket.gethostname():
+        return bool(time.time() - driver["seen"] < GRACE_SECONDS)
+    try:
+        process = psutil.Process(driver["pid"])
+        return bool(abs(process.create_time() - driver["began"]) < 1 and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def being_signed(trial: FrozenTrial) -> bool:
+    """Whether a driver has asked for a trial and may be about to sign it, which are two writes."""
+    if trial.state != TrialState.RUNNING or "driver" in trial.user_attrs or trial.datetime_start is None:
+        return False
+    return abs(time.time() - trial.datetime_start.timestamp()) < SIGNING_SECONDS

@@ -1,0 +1,183 @@
+"""What a run costs alone: a few steps of it by itself on this device, before packs are formed.
+
+Packing makes every run cheaper, so a share of a pack's time says nothing about a run alone. The two are kept apart in
+the record. The measurement is kept on disk, since an arm of the same shape on the same device and versions costs the
+same again.
+
+A process allocates some things once: work spaces of cuBLAS for each thread and stream, plans, the allocator's own
+segments. They are no run's, and the run that is measured first must not be charged with them: memory is measured in a
+second pass over a batch, as the bytes that were asked for, and not as the sizes of the blocks that the allocator found.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sweeper.models import BaseModel, held_bytes
+from sweeper.record import write_atomically
+from sweeper.training.batches import DataOrder, collate, supervised
+from sweeper.training.pack import Job, Pack, open_pack
+
+TIMED_STEPS, MOST_WARM = 2, 2
+# how memory is measured, in records and in the key of what is kept on disk: once there was no first pass
+WARM_PASS, SAVED_TENSORS = "warm pass", "saved tensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Solo:
+    """Seconds of one optimiser step, its tokens, and peak memory in bytes, of a run alone.
+
+    Memory is that of the base, of the adapter with gradient and moments, and of activations. On CUDA the last are what
+    a pass asked of the allocator at its peak, on a CPU everything that is saved for the backward pass, and
+    `memory_measured` says which. What libraries keep for the process is not in it.
+    """
+
+    step_seconds: float
+    step_tokens: int
+    peak_memory_bytes: int
+    state_bytes: int
+    activation_bytes: int
+    memory_measured: str
+
+
+def key_of(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> str:
+    """Identity of a calibration: everything that time and memory of a step depend on."""
+    model = next(base.model.parameters())
+    device = torch.cuda.get_device_name(model.device) if model.is_cuda else f"cpu x {torch.get_num_threads()}"
+    lengths = sorted(len(example.input_ids) for example in job.examples)
+    described = [
+        dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, job.adapter.shape(),
+        pack_options, lengths[len(lengths) // 2], lengths[-1], WARM_PASS if model.is_cuda else SAVED_TENSORS,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def measure(base: BaseModel, job: Job, pack_options: dict[str, Any], cache: Path) -> Solo:
+    """Solo cost of a run, from the cache folder or by training a throw-away copy of it for a few steps."""
+    path = cache / f"{key_of(base, job, pack_options)}.json"
+    try:
+        return Solo(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        pass
+    steps = max(job.steps, MOST_WARM + TIMED_STEPS)  # a run may be shorter than what is measured
+    found = _measure(base, dataclasses.replace(job, done=0, tokens=0, state=None, steps=steps), pack_options)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
+        write_atomically(path, json.dumps(dataclasses.asdict(found)))
+    return found
+
+
+def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
+    with open_pack(base, [job.adapter], **pack_options) as pack:
+        pack.add(job)
+        weights = held_bytes(pack.model)
+        state = pack.bank.state_bytes
+        activations = _activations(pack, job)
+        fixed = dataclasses.replace(job, order=_Typical(job))
+        pack.jobs[0] = fixed
+        pack.warm_up(MOST_WARM if pack.captured else 1)
+        _wait(pack)
+        began = time.perf_counter()
+        for _ in range(TIMED_STEPS):
+            pack.step()
+        _wait(pack)
+        seconds = (time.perf_counter() - began) / TIMED_STEPS
+        results = list(pack.drain())
+    measured = WARM_PASS if pack.device.type == "cuda" else SAVED_TENSORS
+    return Solo(seconds, results[-1].tokens, weights + state + activations, state, activations, measured)
+
+
+class _Typical(DataOrder):
+    """Data order that repeats the run's step of median length."""
+
+    def __init__(self, job: Job) -> None:
+        order = job.order
+        super().__init__(order.lengths, order.batch_size, order.seed, accumulation=order.accumulation)
+        passes = range(order.accumulation)
+        steps = [[order.batch(step * order.accumulation + micro) for micro in passes] for step in range(16)]
+        padded = [sum(max(len(job.examples[i].input_ids) for i in batch) for batch in step) for step in steps]
+        self.chosen = steps[sorted(range(len(steps)), key=lambda i: padded[i])[len(steps) // 2]]
+
+    def batch(self, index: int) -> list[int]:
+        return self.chosen[index % self.accumulation]
+
+
+def _activations(pack: Pack, job: Job) -> int:
+    """Bytes that one forward and backward pass of the run's longest batch needs beyond weights and adapter state."""
+    longest = sorted(job.examples, key=lambda e: len(e.input_ids))[-pack.batch_size :]
+    longest = (longest * pack.batch_size)[: pack.batch_size]
+    pack.use_lanes([0])
+    batch = collate([longest], [supervised(longest)], fixed=pack.captured is not None).to(pack.device)
+    if pack.device.type == "cuda":
+        peak = warm_peak(lambda: pack.forward_backward(batch), Requested(pack.device))
+    else:
+        peak = _saved_bytes(pack, batch)
+    pack.bank.grads.zero_()
+    return peak
+
+
+class Requested:
+    """Bytes that were asked of the CUDA allocator of a device and are not yet given back.
+
+    Not the sizes of the blocks that it gave: those depend on what was freed before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def current(self) -> int:
+        return self._read("current")
+
+    @property
+    def peak(self) -> int:
+        return self._read("peak")
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _read(self, which: str) -> int:
+        torch.cuda.synchronize(self.device)
+        stats = torch.cuda.memory_stats(self.device)
+        # an allocator that does not count requests (cudaMallocAsync) counts what it gave
+        return stats.get(f"requested_bytes.all.{which}") or stats[f"allocated_bytes.all.{which}"]
+
+
+def warm_peak(step: Callable[[], object], memory: Requested) -> int:
+    """Most bytes that a step holds beyond those held before it, when all that it makes once is there."""
+    step()
+    gc.collect()  # what a former run left in reference cycles must not be freed meanwhile
+    before = memory.current
+    memory.reset_peak()
+    step()
+    return memory.peak - before
+
+
+def _saved_bytes(pack: Pack, batch: Any) -> int:
+    held: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in pack.model.parameters()}
+    own |= {store.untyped_storage().data_ptr() for store in (pack.bank.params, pack.bank.grads)}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        pack.forward_backward(batch)
+    return sum(held.values())
+
+
+def _wait(pack: Pack) -> None:
+    if pack.device.type == "cuda":
+        torch.cuda.synchronize()

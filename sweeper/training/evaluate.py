@@ -1,0 +1,171 @@
+"""The scores of a split for several runs of a pack: NLL, and the metrics that its dataset asks for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sweeper import tasks
+from sweeper.record import Score
+from sweeper.spec import DatasetSpec
+from sweeper.tasks import general_text, metrics
+from sweeper.tasks.example import Encoded
+from sweeper.training.generate import Generated, cut, generate, rows_together
+from sweeper.training.pack import Pack
+from sweeper.training.score import ExampleScore, choose, queue_scores
+from sweeper.untrusted import sandbox
+
+CPU_TOKENS, CUDA_TOKENS = 4096, 65536  # of one forward pass, padding included
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedSplit:
+    """Score of one split and its rows for `predictions.jsonl`."""
+
+    score: Score
+    rows: list[dict[str, Any]]
+
+
+def evaluate(pack: Pack, slots: Sequence[int], run: Any, split: str) -> list[EvaluatedSplit]:
+    """Scores a split of one dataset for several slots at once (-1: the base model); see `queue_evaluation`."""
+    return queue_evaluation(pack, slots, run, split)()
+
+
+def queue_evaluation(
+    pack: Pack, slots: Sequence[int], run: Any, split: str, *, generation: bool = True
+) -> Callable[[], list[EvaluatedSplit]]:
+    """Begins to score a split of one dataset for several slots at once (-1: the base model).
+
+    Args:
+        run: a `Prepared` run of that dataset; the slots must share its dataset and evaluation.
+        split: one of the dataset's, or `general_text`, which is the same text for every dataset and has NLL alone.
+        generation: whether metrics are computed that need choices, or text where the evaluation asks for it.
+
+    Returns:
+        What gives the scores. By then the slots may have trained on where `generation` is false: likelihoods are of
+        now.
+    """
+    spec = run.request.spec
+    if split == general_text.SPLIT:
+        return queue_examples(pack, slots, general_examples(pack), None)
+    dataset = spec.dataset if generation else None
+    return queue_examples(
+        pack, slots, run.splits[split].examples, dataset, generation=spec.evaluation.generate,
+        exact_match="exact_match" in spec.dataset.metrics,
+    )  # fmt: skip
+
+
+def general_examples(pack: Pack) -> tuple[Encoded, ...]:
+    """The general text in the tokens of the pack's model."""
+    config = pack.model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    return general_text.encode(pack.base.tokenizer, longest=longest).examples
+
+
+def evaluate_examples(
+    pack: Pack, slots: Sequence[int], examples: Sequence[Encoded], dataset: DatasetSpec | None, *,
+    generation: bool = False, exact_match: bool = False,
+) -> list[EvaluatedSplit]:  # fmt: skip
+    """Scores examples for several slots at once; see `queue_examples`."""
+    return queue_examples(pack, slots, examples, dataset, generation=generation, exact_match=exact_match)()
+
+
+def queue_examples(
+    pack: Pack, slots: Sequence[int], examples: Sequence[Encoded], dataset: DatasetSpec | None, *,
+    generation: bool = False, exact_match: bool = False,
+) -> Callable[[], list[EvaluatedSplit]]:  # fmt: skip
+    """Begins to score examples for several slots at once: NLL, and the metrics of `dataset`.
+
+    Args:
+        dataset: None for NLL (and exact match) alone.
+        generation: whether metrics that need generated text are computed.
+        exact_match: whether exact match by teacher forcing is.
+    """
+    if len(slots) > 1 and not pack.bank.mixes:
+        begun = [
+            queue_examples(pack, [slot], examples, dataset, generation=generation, exact_match=exact_match)
+            for slot in slots
+        ]
+        return lambda: [found for each in begun for found in each()]
+    budget = CUDA_TOKENS if pack.device.type == "cuda" else CPU_TOKENS
+    scores = queue_scores(pack, slots, examples, budget=budget)
+
+    def found() -> list[EvaluatedSplit]:
+        rows = [_rows(examples, lane, exact_match=exact_match) for lane in scores()]
+        whole: list[dict[str, float]] = [{} for _ in slots]
+        if dataset is not None and examples:
+            _add_metrics(pack, slots, examples, dataset, rows, whole, generation=generation, budget=budget)
+        return [_summarise(lane, extra) for lane, extra in zip(rows, whole, strict=True)]
+
+    return found
+
+
+def _rows(examples: Sequence[Encoded], scores: Sequence[ExampleScore], *, exact_match: bool) -> list[dict[str, Any]]:
+    return [
+        {"id": e.id, "nll": s.nll, "tokens": s.tokens} | ({"exact_match": float(s.exact_match)} if exact_match else {})
+        for e, s in zip(examples, scores, strict=True)
+    ]
+
+
+def _add_metrics(
+    pack: Pack, slots: Sequence[int], examples: Sequence[Encoded], dataset: DatasetSpec, rows, whole, *,
+    generation: bool, budget: int,
+) -> None:  # fmt: skip
+    """Adds to the rows, and to what is of the whole split, the metrics that need choices or generated text."""
+    wanted = set(dataset.metrics)
+    if wanted & metrics.CHOICE:
+        _add_choices(rows, whole, examples, choose(pack, slots, examples, budget=budget), wanted)
+    if generation and wanted & metrics.GENERATED:
+        stops = tasks.stop_strings(dataset)
+        texts = generate(
+            pack, slots, [e.input_ids[: e.prompt_length] for e in examples],
+            max_new_tokens=dataset.max_new_tokens, stop_ids=pack.base.stop_ids, stop_strings=stops,
+            rows=rows_together(pack, len(slots), dataset.max_length, budget),
+        )  # fmt: skip
+        for lane, written in enumerate(texts):
+            _add_texts(pack, rows[lane], whole[lane], examples, written, stops, wanted)
+
+
+def _add_choices(rows, whole, examples, chosen: list[list[int]], wanted: set[str]) -> None:
+    for lane, picks in enumerate(chosen):
+        right = [example.choices[pick].text for example, pick in zip(examples, picks, strict=True)]
+        labels = [label(example) for example in examples]
+        for row, text, wished in zip(rows[lane], right, labels, strict=True):
+            row |= {"choice": text, "choice_accuracy": float(text == wished)}
+        if "macro_f1" in wanted:
+            whole[lane]["macro_f1"] = metrics.macro_f1(right, labels)
+
+
+def label(example: Encoded) -> str:
+    """The text of the choice whose tokens the response has."""
+    response = example.input_ids[example.prompt_length : -1]
+    return next(choice.text for choice in example.choices if choice.ids == response)
+
+
+def _add_texts(pack: Pack, rows, whole, examples, written: list[Generated], stops, wanted: set[str]) -> None:
+    decode: Any = pack.base.tokenizer.decode
+    responses = [decode(e.input_ids[e.prompt_length :], skip_special_tokens=True) for e in examples]
+    texts = []
+    for row, one in zip(rows, written, strict=True):
+        text, stopped = cut(decode(list(one.ids), skip_special_tokens=True), stops)
+        row |= {"text": text, "capped": one.capped and not stopped}
+        texts.append(text)
+    each = {name for name in wanted if name in metrics.TEXT} | {
+        metrics.CORPUS[n][1] for n in wanted & set(metrics.CORPUS)
+    }
+    for row, text, response in zip(rows, texts, responses, strict=True):
+        row |= {name: metrics.TEXT[name](text, response) for name in sorted(each)}
+    for name in sorted(wanted & set(metrics.CORPUS)):
+        whole[name] = metrics.CORPUS[name][0](texts, responses)
+    if "pass_at_1" in wanted:
+        programs = [(metrics.program(text), example.check) for text, example in zip(texts, examples, strict=True)]
+        for row, outcome in zip(rows, sandbox.run_all(programs), strict=True):
+            row |= {"pass_at_1": float(outcome.passed), "outcome": outcome.reason}
+
+
+def _summarise(rows: list[dict[str, Any]], whole: dict[str, float]) -> EvaluatedSplit:
+    """Means over the examples of whatever they have a number for, and what is no mean."""
+    tokens = sum(row["tokens"] for row in rows)
+    known = ("exact_match", "choice_accuracy", *metrics.TEXT, "pass_at_1", "capped")
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in known if rows and name in rows[0]}
+    nll = sum(row["nll"] for row in rows) / max(tokens, 1)
+    return EvaluatedSplit(Score(nll=nll, tokens=tokens, examples=len(rows), metrics=means | whole), rows)

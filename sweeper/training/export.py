@@ -1,0 +1,130 @@
+"""A slot's adapter as a PEFT folder, so that it loads with `PeftModel.from_pretrained`."""
+
+import importlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sweeper import methods
+from sweeper.lora.alone import twin
+from sweeper.lora.forms import AdapterSpec, Form
+from sweeper.lora.vera import draw
+from sweeper.methods import peft_config, vera
+from sweeper.methods.weights import load_weights
+from sweeper.models import BaseModel
+from sweeper.models.files import base_reference, quiet
+from sweeper.placement.placement import Target
+from sweeper.record import ADAPTER, WEIGHTS, replacing_folder, write_atomically
+from sweeper.spec import RunSpec
+
+
+def get_ready() -> None:
+    """Imports what writing an adapter needs. That takes seconds, which pass while a GPU is being made ready."""
+    importlib.import_module("peft")
+
+
+def write_adapter(
+    folder: Path, spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]], *,
+    as_parameters: bool = False,
+) -> int:  # fmt: skip
+    """Writes `folder/adapter/` and returns the bytes of its weights.
+
+    Args:
+        targets: the adapted modules. weights: module name -> A [rank, in] and B transposed [rank, out], and what else
+            the form of the adapter has (`AdapterBank.parts`).
+        as_parameters: name the weights rather than their modules, for models whose modules PEFT takes for others.
+    """
+    made = methods.adapter(spec, dict.fromkeys(targets, spec.rank))
+    assert isinstance(made, AdapterSpec)
+    form = made.form
+    tensors = _vera(spec, targets, weights) if form == "vera" else _lora(targets, weights)
+    config = _config(spec, targets, weights, form, as_parameters=as_parameters)
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    with replacing_folder(folder / ADAPTER) as temporary:
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        (temporary / "adapter_config.json").write_text(json.dumps(plain, indent=1) + "\n")
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def as_stock(base: BaseModel, run: Path) -> Any:
+    """What a run left, as others load it: stock PEFT around a twin of the base, or a twin with the run's own weights.
+
+    The base may have no pack on it.
+    """
+    from peft import PeftModel
+
+    model = twin(base.model)
+    if (run / WEIGHTS).is_dir():
+        load_weights(model, run / WEIGHTS)
+        return model.eval()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
+        return PeftModel.from_pretrained(model, str(run / ADAPTER), torch_device=str(base.model.device)).eval()
+
+
+def write_readme(run: Path, spec: RunSpec, refused: str | None) -> None:
+    """Says beside an adapter how it is loaded; `refused` is why stock PEFT does not give the engine's logits."""
+    folder = run / ADAPTER
+    if not folder.is_dir():
+        return
+    base = base_reference(spec.model)["base_model_name_or_path"]
+    lines = [f"# Adapter of run {run.name}", "", f"Method {spec.method.name} on {spec.model.name} ({base}).", ""]
+    if refused is None:
+        lines += [
+            "```python", "from peft import PeftModel", "",
+            'model = PeftModel.from_pretrained(base_model, "adapter")  # gives the logits that were scored', "```",
+        ]  # fmt: skip
+    else:
+        lines += [
+            f"Stock PEFT does not give the logits that were scored: {refused}.", "",
+            "    python adapters.py merge RUN_FOLDER --out merged    # a plain transformers model that gives them", "",
+            "`RUN_FOLDER` is the folder above this one; `python evaluate.py RUN_FOLDER` scores it as it is.",
+        ]  # fmt: skip
+    write_atomically(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def _lora(targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    tensors = {}
+    for target in targets:
+        a, b, *magnitude = weights[target.name]
+        key = f"base_model.model.{target.name}"
+        if target.kind == "embedding":
+            tensors[f"{key}.lora_embedding_A"] = a.cpu().contiguous()
+            tensors[f"{key}.lora_embedding_B"] = b.t().cpu().contiguous()
+        else:
+            tensors[f"{key}.lora_A.weight"] = a.cpu().contiguous()
+            tensors[f"{key}.lora_B.weight"] = b.t().cpu().contiguous()
+        for vector in magnitude:
+            tensors[f"{key}.lora_magnitude_vector"] = vector.cpu().contiguous()
+    return tensors
+
+
+def _vera(spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """Factors of every module, and the shared matrices themselves: their seed would do on the same torch alone."""
+    rank = len(weights[targets[0].name][0])
+    a, b = draw(rank, targets, vera.key(spec))
+    tensors = {"base_model.vera_A": a, "base_model.vera_B": b}
+    for target in targets:
+        factors = weights[target.name]
+        for name, factor in zip(("vera_lambda_d", "vera_lambda_b"), factors, strict=True):
+            tensors[f"base_model.model.{target.name}.{name}"] = factor.cpu().contiguous()
+    return tensors
+
+
+def _config(
+    spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]], form: Form, *,
+    as_parameters: bool,
+) -> Any:  # fmt: skip
+    loaded: dict[str, Any] = {**base_reference(spec.model), "inference_mode": True}
+    if as_parameters:
+        names = [f"{target.name}.weight" for target in targets]
+        loaded |= {"target_modules": [], "target_parameters": names, "lora_dropout": 0.0}
+    if form == "vera":
+        return peft_config.vera_config(spec, targets, **loaded)
+    ranks = {target: len(weights[target.name][0]) for target in targets}
+    return peft_config.lora_config(spec, ranks, use_dora=form == "dora", **loaded)

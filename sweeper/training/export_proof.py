@@ -1,0 +1,205 @@
+"""What runs leave is proved before they train: loaded as its user will load it, it must give the engine's logits.
+
+A throw-away adapter of the run's method on the run's modules, with values that are nowhere zero, goes through the
+engine, is written as a run's is, and comes back through stock PEFT around a twin of the base. That is done once for a
+model, a method and a placement.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sweeper import lost, methods
+from sweeper.errors import gist
+from sweeper.lora.alone import Alone, Learnt
+from sweeper.lora.forms import AdapterSpec
+from sweeper.methods.method import Ranks
+from sweeper.models import BaseModel, proof
+from sweeper.record import write_atomically
+from sweeper.spec import RunSpec
+from sweeper.tasks.example import Encoded
+from sweeper.training.batches import collate, supervised
+from sweeper.training.export import as_stock, write_adapter
+from sweeper.training.pack import Pack, open_pack
+
+VERSION = 1
+"""Raise whenever a proof could end otherwise, so that none of before is read."""
+EFFECT = 0.5  # nats that the throw-away adapter must change some log-probability by
+LIMITS = {torch.float32: 2e-3, torch.bfloat16: 0.2}
+"""Share of that effect by which the two may differ."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportProof:
+    """How what a run leaves is loaded.
+
+    Attributes:
+        refused: why stock PEFT does not give the engine's logits; None where it does.
+        as_parameters: whether it does so only where the adapter names the weights rather than their modules.
+        unreached: modules whose adapter changes nothing, for the model does not call them as modules.
+        effect, difference: the throw-away adapter's largest change of a log-probability, and the largest difference
+            between PEFT and the engine, in nats.
+    """
+
+    refused: str | None = None
+    as_parameters: bool = False
+    unreached: tuple[str, ...] = ()
+    effect: float = 0.0
+    difference: float | None = 0.0
+
+
+UNPROVED = ExportProof()
+
+
+def key_of(spec: RunSpec) -> str:
+    """Runs of one base model with equal keys leave the same kind of thing on the same modules."""
+    method = dataclasses.replace(spec.method, dropout=0.0)
+    return repr((method, spec.placement, spec.allocation.name, spec.trainer.ema_decay is not None))
+
+
+def find(base: BaseModel, spec: RunSpec, ranks: Ranks, cache: Path) -> ExportProof:
+    """The proof of a run, from the cache folder or made; no pack may be on the base."""
+    versions = [VERSION, proof.key_of(base.model, base.spec), key_of(spec), importlib.metadata.version("peft")]
+    path = cache / f"{hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:20]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        plain = json.loads(path.read_text())
+        return ExportProof(**{**plain, "unreached": tuple(plain["unreached"])})
+    found = prove(base, spec, ranks)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
+        write_atomically(path, json.dumps(dataclasses.asdict(found)))
+    return found
+
+
+def prove(
+    base: BaseModel, spec: RunSpec, ranks: Ranks, *, tamper: Callable[[Path], None] = lambda folder: None
+) -> ExportProof:
+    """Makes the proof. `tamper` is given the run folder before it is loaded; tests plant faults there."""
+    rows = proof.rows(base.model, () if base.tokenizer is None else base.tokenizer.all_special_ids)
+    adapter = methods.adapter(spec, ranks).settled()
+    with open_pack(base, [adapter], batch_size=len(rows)) as pack:
+        pack.bank.assign(0, adapter)
+        before = log_probabilities(pack, -1, rows)
+        ours = _move(pack, adapter, rows, before)
+        effect = _largest(ours, before)
+        unreached = () if isinstance(pack.bank, Alone) else _unreached(pack, adapter, rows)
+        weights = pack.bank.saved(0, adapter)()
+    if isinstance(weights, Learnt) and not weights.files:
+        return ExportProof(effect=effect)
+    found = ExportProof(effect=effect, unreached=unreached)
+    # a LoRA of other weights than PEFT takes the names of their modules for can name the weights
+    plain = isinstance(adapter, AdapterSpec) and adapter.form == "lora"
+    for as_parameters in (False, True) if plain else (False,):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder)
+            if isinstance(weights, Learnt):
+                weights.write(run)
+            else:
+                write_adapter(run, spec, list(ranks), weights, as_parameters=as_parameters)
+            tamper(run)
+            refused, difference = _compared(base, run, rows, ours, effect)
+        if refused is None or found.refused is None:
+            shown = difference if math.isfinite(difference) else None
+            found = replace(found, refused=refused, as_parameters=as_parameters, difference=shown)
+        if refused is None:
+            break
+    return found
+
+
+def log_probabilities(pack: Pack, slot: int, rows: Sequence[Tensor]) -> list[Tensor]:
+    """The engine's log-probabilities [T, V] of each row, which lie padded in one batch; of a slot or, -1, the base."""
+    lengths = torch.tensor([len(row) for row in rows], device=pack.device)
+    with torch.no_grad(), pack.evaluating():
+        pack.use_lanes([slot])
+        states = pack.hidden(pad_sequence(list(rows), batch_first=True), lengths)
+        return [pack.head.logits(state[: len(row)]).log_softmax(-1) for state, row in zip(states, rows, strict=True)]
+
+
+def stock_log_probabilities(model: Any, rows: Sequence[Tensor]) -> list[Tensor]:
+    """As `log_probabilities`, of a plain transformers or PEFT model, each row alone."""
+    with torch.no_grad():
+        return [
+            model(input_ids=row[None], use_cache=False).logits[0, -len(row) :].float().log_softmax(-1) for row in rows
+        ]
+
+
+def _compared(
+    base: BaseModel, run: Path, rows: Sequence[Tensor], ours: Sequence[Tensor], effect: float
+) -> tuple[str | None, float]:
+    """Why what lies in a run folder is not what the engine had, if it is not, and by how many nats."""
+    try:
+        theirs = stock_log_probabilities(as_stock(base, run), rows)
+    except Exception as error:  # whatever PEFT and the model's code raise over an adapter that they cannot take
+        if lost.is_of_device(error):
+            raise
+        return f"{type(error).__name__}: {gist(error)}", math.inf
+    difference = _largest(theirs, ours)
+    if difference <= LIMITS[base.model.dtype] * max(effect, EFFECT):
+        return None, difference
+    return (
+        f"loaded with stock PEFT it gives log-probabilities that differ by up to {difference:.2g} nats (the adapter "
+        f"changes them by {effect:.2g})"
+    ), difference
+
+
+def _move(pack: Pack, adapter: Any, rows: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+    """Moves every value of the adapter until that shows; returns the log-probabilities then."""
+    size, ours = 0.02, list(before)
+    for _ in range(6):
+        _shake(pack, adapter, size)
+        ours = log_probabilities(pack, 0, rows)
+        if EFFECT <= _largest(ours, before) < math.inf:
+            break
+        size *= 3
+    return ours
+
+
+@torch.no_grad()
+def _shake(pack: Pack, adapter: Any, size: float) -> None:
+    """Adds noise to all that trains: `size` times the spread of each tensor's values, or `size` where all are equal."""
+    bank: Any = pack.bank
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(bank, Alone):
+        parts = [bank.view(name) for name in bank.trained]
+    else:
+        parts = bank.flat(0, adapter, bank.params)
+    for part in parts:
+        spread = float(part.float().std()) if part.numel() > 1 else 0.0
+        noise = torch.randn(part.shape, generator=generator).to(part.device)
+        part.add_(noise * size * (spread if spread > 1e-8 else 1.0))
+    if isinstance(bank, Alone):
+        bank.publish()
+    else:
+        bank.refresh(0)
+        bank.derive([0])
+
+
+def _unreached(pack: Pack, adapter: Any, rows: Sequence[Tensor]) -> tuple[str, ...]:
+    """Modules whose adapter has no gradient at all."""
+    bank: Any = pack.bank
+    examples = [Encoded(str(place), tuple(row.tolist()), 1) for place, row in enumerate(rows)]
+    pack.model.train()
+    pack.use_lanes([0])
+    batch = collate([examples], [supervised(examples)], fixed=False).to(pack.device)
+    pack.forward_backward(batch)
+    found = {
+        name: max(float(part.abs().max()) for part in parts)
+        for name, parts in bank.adapter(0, adapter, bank.grads).items()
+    }
+    bank.grads.zero_()
+    return tuple(name for name, largest in found.items() if largest == 0)
+
+
+def _largest(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    return max(proof.largest(one, other) for one, other in zip(found, wanted, strict=True))

@@ -1,0 +1,144 @@
+"""A base model on the device, and what runs on it have in common: tokenised data, scores of the base, probes."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from sweeper import identity, methods, models, tasks
+from sweeper.device import precision_name
+from sweeper.errors import ModelError
+from sweeper.models import BaseModel, is_tied
+from sweeper.models.architecture import Target, number_of_layers
+from sweeper.placement import importance, placement
+from sweeper.run import Run
+from sweeper.spec import RunSpec
+from sweeper.tasks import general_text
+from sweeper.training import export_proof, generate, inputs, probe
+from sweeper.training.batches import DataOrder
+from sweeper.training.context import Context
+from sweeper.training.evaluate import EvaluatedSplit
+from sweeper.training.events import Remark
+from sweeper.training.export_proof import ExportProof
+from sweeper.training.pack import Job
+from sweeper.training.progress import Prepared
+from sweeper.training.sharing import probe_key
+
+
+class Loaded:
+    """A base model, under the `model_key` of its runs.
+
+    Attributes:
+        content: what its files held when it was loaded (`sweeper.content`).
+        scores: dataset and evaluation -> split -> what the base model itself scores.
+        remarks: what is to be said of its datasets, and has not been yet.
+    """
+
+    def __init__(self, base: BaseModel, key: str, context: Context, content: str | None) -> None:
+        self.base, self.key, self.context, self.content = base, key, context, content
+        self.scores: dict[str, dict[str, EvaluatedSplit]] = {}
+        self.remarks: list[Remark] = []
+        self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
+        self._contents: dict[str, str | None] = {}
+        self._probes: dict[str, probe.Probe] = {}
+        self._exports: dict[str, ExportProof] = {}
+        self._packed = self._general = False
+
+    def prepare(self, request: Run) -> Prepared:
+        """A run with its modules, ranks and tokens.
+
+        Raises:
+            SweeperError, ValueError: it cannot be trained on this model.
+        """
+        base, spec = self.base, request.spec
+        targets = placement.resolve(base.targets, spec.placement, layers=number_of_layers(base.targets))
+        splits = self._splits(spec)
+        probed = self._probe(spec, targets, splits)
+        scores = None if probed is None else probed.scores
+        ranks = methods.module_ranks(spec, base.targets, tied=is_tied(base.model), scores=scores)
+        examples = splits["train"].examples
+        lengths = [len(example.input_ids) for example in examples]
+        job = Job(
+            run_id=request.run_id, adapter=methods.adapter(spec, ranks), optim=spec.optim,
+            steps=spec.trainer.max_steps, seed=spec.seed, examples=examples,
+            order=DataOrder(lengths, spec.trainer.batch_size, spec.seed, accumulation=spec.trainer.accumulation),
+        )  # fmt: skip
+        return Prepared(
+            request=request, job=job, ranks=ranks, splits=splits, probe=probed, exported=self._export(spec, ranks),
+            precision=precision_name(base.model.dtype),
+            content={"model": self.content, "dataset": self._contents[repr(spec.dataset)]},
+        )  # fmt: skip
+
+    def must_wait(self, spec: RunSpec) -> bool:
+        """Whether a run needs the bare base model, for a probe or a proof, while a pack is on it."""
+        return self._packed and (self.unprobed(spec) or export_proof.key_of(spec) not in self._exports)
+
+    def unprobed(self, spec: RunSpec) -> bool:
+        """Whether a run needs a probe that there has not been yet."""
+        return spec.allocation.name == importance.NAME and probe_key(spec) not in self._probes
+
+    @contextlib.contextmanager
+    def packed(self) -> Iterator[None]:
+        """Within it a pack is on the base model."""
+        self._packed = True
+        try:
+            yield
+        finally:
+            self._packed = False
+
+    def _probe(
+        self, spec: RunSpec, targets: Sequence[Target], splits: Mapping[str, tasks.EncodedSplit]
+    ) -> probe.Probe | None:
+        """What allocates a run's ranks by importance; None where nothing has to be probed."""
+        asked = importance.probing(spec)
+        if asked is None:
+            return None
+        key = probe_key(spec)
+        if key not in self._probes:
+            assert not self._packed  # the base must be bare
+            question = probe.Question(
+                asked=asked, targets=probe.probed(self.base, targets), examples=splits["train"].examples,
+                batch_size=spec.trainer.batch_size, seed=spec.seed if asked.seed is None else asked.seed,
+                accumulation=spec.trainer.accumulation,
+            )  # fmt: skip
+            with self.context.timeline.span("probe"):
+                self._probes[key] = probe.find(self.base, question, self.context.cache / "probes")
+        return self._probes[key]
+
+    def _export(self, spec: RunSpec, ranks: Mapping[Target, int]) -> ExportProof:
+        """How what the run leaves will be loaded.
+
+        Raises:
+            ModelError: the model does not call a module that the run adapts.
+        """
+        key = export_proof.key_of(spec)
+        if key not in self._exports:
+            assert not self._packed  # the base must be bare
+            with self.context.timeline.span("prove"):
+                self._exports[key] = export_proof.find(self.base, spec, ranks, self.context.cache / "exports")
+        found = self._exports[key]
+        if found.unreached:
+            some = ", ".join(found.unreached[:3])
+            raise ModelError(
+                f"placement={spec.placement.name}: model={spec.model.name} does not call {some} as modules, so an "
+                "adapter there would change nothing. Leave them out with placement=custom or placement.layers."
+            )
+        return found
+
+    def _splits(self, spec: RunSpec) -> dict[str, tasks.EncodedSplit]:
+        key = repr(spec.dataset)
+        if key not in self._encoded:
+            self._contents[key] = identity.confirmed(spec.dataset)
+            model_key = models.tokens_key(spec.model)
+            found = tasks.encode(
+                spec.dataset, self.base.tokenizer, model_key=model_key, cache=self.context.cache / "tokens"
+            )
+            inputs.check(self.base, spec.dataset, found)
+            self._encoded[key] = found
+            about = f"dataset={spec.dataset.name} on model={spec.model.name}"
+            lines = tasks.remarks(spec.dataset, self.base.tokenizer, found)
+            self.remarks += [Remark(message=f"{about}: {line}") for line in lines]
+            if (slow := generate.remark(self.base, spec.dataset, spec.evaluation)) is not None:
+                self.remarks.append(Remark(message=f"{about}: {slow}"))
+        if general_text.SPLIT in spec.evaluation.splits and not self._general:
+            inputs.check_general(self.base)
+            self._general = True
+        return self._encoded[key]

@@ -1,0 +1,47 @@
+"""How many runs fit together: the base once, and every run's adapter state and activations."""
+
+from collections.abc import Sequence
+
+import torch
+
+from sweeper import methods
+from sweeper.device import free_bytes
+from sweeper.models import BaseModel, budget, total_parameters
+from sweeper.spec import Settings
+from sweeper.training.calibrate import Solo
+from sweeper.training.progress import Prepared
+
+STATE_BYTES = 16  # of one value of an adapter: itself, gradient and two moments in float32
+MARGIN = 0.85  # of what is free; the rest is for fragments, work space and evaluation
+MOST = 64  # runs in a pack; more gain nothing measurable (docs/performance.md)
+
+
+def runs_that_fit(
+    base: BaseModel, runs: Sequence[tuple[Prepared, Solo | None]], settings: Settings, device: torch.device,
+    *, at_once: int,
+) -> int:  # fmt: skip
+    """Number of slots for runs like these, of which there are never more than `at_once`; at least 1.
+
+    A run's share is what its calibration measured; without one, the closed form of `sweeper.models.budget`. Slots that
+    change hands must hold the largest run, so the largest share counts for all of them.
+    """
+    most = min(settings.max_pack or MOST, at_once)
+    largest = max(run_bytes(base, run, solo) for run, solo in runs)
+    return max(1, min(most, int(free_bytes(device) * MARGIN / largest)))
+
+
+def run_bytes(base: BaseModel, run: Prepared, solo: Solo | None) -> int:
+    """Memory that one more run adds to a pack: adapter state and activations of its longest batch."""
+    if solo is not None:
+        return solo.state_bytes + solo.activation_bytes
+    trainer = run.request.spec.trainer
+    parameter = next(base.model.parameters())
+    held = methods.held(run.request.spec, run.ranks, total=total_parameters(base.model))
+    return STATE_BYTES * held + budget.activation_bytes(
+        base.targets,
+        run.ranks,
+        batch_size=trainer.batch_size,
+        length=max(len(example.input_ids) for example in run.job.examples),
+        bytes_per_value=parameter.element_size(),
+        checkpointing=trainer.activation_checkpointing,
+    )

@@ -1,0 +1,441 @@
+"""Runs that train together on one frozen base: slots, lanes and the step.
+
+The rows of the runs lie one after another in the batch; every frozen module runs once over all of them, an adapted one
+adds each run's own low-rank product. Losses are per run and their sum is backpropagated; adapters are disjoint, so
+the gradients are those of runs alone.
+"""
+
+import contextlib
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.attention
+from torch import Tensor
+
+from sweeper import lost
+from sweeper.lora import noise
+from sweeper.lora.adapters import AdapterBank
+from sweeper.lora.alone import Alone, AloneSpec
+from sweeper.lora.forms import AdapterSpec, Capacity
+from sweeper.lora.interface import Bank
+from sweeper.lora.optimizer import LR, hyperparameters, learning_rate
+from sweeper.lora.seeds import for_rows
+from sweeper.lora.transfer import Fetched, fetch
+from sweeper.models import BaseModel, hidden_size
+from sweeper.models.forward import hidden_states
+from sweeper.spec import OptimSpec
+from sweeper.training.batches import Batch, DataOrder, Tokens, collate, supervised
+from sweeper.training.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCounts
+from sweeper.training.compilation import compile_layers, decoder_layers, eager, uncompile_layers
+from sweeper.training.loss import Head
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What the engine must know to train one run in a slot. `order` counts forward passes, `steps` optimiser steps.
+
+    One that is `halted` keeps its slot and is not stepped any more.
+    """
+
+    run_id: str
+    adapter: AdapterSpec | AloneSpec
+    optim: OptimSpec
+    steps: int
+    seed: int
+    examples: Sequence[Tokens]
+    order: DataOrder
+    done: int = 0
+    tokens: int = 0
+    halted: bool = False
+    state: dict[str, tuple[Tensor, ...]] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.steps
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimiser step of one run: `loss` is the mean NLL over the response tokens of the step.
+
+    `one_off` are the seconds that the host spent on it to compile and capture, a run's share of them.
+    """
+
+    job: Job
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    one_off: float = 0.0
+
+
+@dataclass
+class _Pending:
+    """Steps of some jobs: slot, job, step, learning rate, tokens of each; losses by lane, then norms by slot.
+
+    `one_off` are the host's seconds if it compiled or captured, else 0.
+    """
+
+    jobs: list[tuple[int, Job, int, float, int]]
+    lanes: int
+    values: Fetched
+    one_off: float
+
+
+class Pack:
+    """Slots on one base model.
+
+    Args:
+        base: the frozen model; its modules are wrapped until `close`.
+        capacities: for each slot, module name -> the highest rank it may hold, or what else it may hold; or the one run
+            that trains alone.
+        batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
+        compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
+            nothing without CUDA.
+        lengths_vary: compile once for all lengths, rather than for the first and then once more.
+        deterministic: no kernels that add up in an order of chance. It is attention's backward pass that has them.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        capacities: Sequence[Capacity | Mapping[str, int]] | AloneSpec,
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        compiled: bool = False,
+        captured: bool = False,
+        lengths_vary: bool = False,
+        checkpointing: bool = False,
+        deterministic: bool = False,
+    ) -> None:
+        self.deterministic = deterministic
+        self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
+        self.device, self.dtype = next(base.model.parameters()).device, next(base.model.parameters()).dtype
+        self.bank: Bank
+        if isinstance(capacities, AloneSpec):
+            self.bank = Alone(base, capacities, self.device)
+        else:
+            self.bank = AdapterBank(base.model, base.targets, capacities, self.device)
+        self.bank.install()
+        try:
+            self._set_up(compiled=compiled, captured=captured, lengths_vary=lengths_vary, checkpointing=checkpointing)
+        except BaseException:
+            self.bank.uninstall()  # or the next pack would be put on top of this one
+            raise
+
+    def _set_up(self, *, compiled: bool, captured: bool, lengths_vary: bool, checkpointing: bool) -> None:
+        self.optimizer = self.bank.make_optimizer()
+        self.sound = True  # whether every run is where its steps say, so that what it is can be kept
+        self.jobs: list[Job | None] = [None] * len(self.bank.capacities)
+        self.pending: deque[_Pending] = deque()
+        self._lane_slots: dict[int, Tensor] = {}
+        able = self.device.type == "cuda" and self.bank.graphable
+        self.compiled = compiled and able and self.bank.compilable
+        self.checkpointing = checkpointing
+        self._checkpoint_activations(checkpointing)
+        if self.compiled:
+            compile_layers(self.model, dynamic=True if lengths_vary else None)
+        self.captured = CapturedStep(self.forward_backward) if able and (compiled or captured) else None
+        self.captured_scores = None if self.captured is None else CapturedStep(self._scores)
+        values = len(decoder_layers(self.model)) * hidden_size(self.model)
+        self._step_lanes, self._score_lanes = (
+            LaneCounts(len(self.jobs), recording=by_layer * len(decoder_layers(self.model)), token=by_value * values)
+            for by_layer, by_value in (STEP_COSTS, SCORE_COSTS)
+        )
+        self._lengths: Tensor | None = None
+        self._noise = self.model.get_input_embeddings().register_forward_hook(self._add_noise)
+        self.model.train()
+
+    def close(self) -> None:
+        """Gives the base model back as it was."""
+        self.captured = self.captured_scores = None
+        if self.compiled:
+            uncompile_layers(self.model)
+        self._checkpoint_activations(False)
+        self._noise.remove()
+        self.bank.uninstall()
+        self.model.eval()
+
+    def __enter__(self) -> "Pack":
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None and lost.is_sign(error):
+            lost.hold(self, error)
+        else:
+            self.close()
+
+    @property
+    def active(self) -> list[tuple[int, Job]]:
+        return [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
+
+    @property
+    def model(self) -> Any:
+        """What is trained: the base model, or a twin of it."""
+        return self.bank.model
+
+    @property
+    def head(self) -> Head:
+        """The head of the model that the present lanes run through."""
+        return Head.of(self.bank.serving, self.base.verdict.head)
+
+    def free_slot(self, adapter: AdapterSpec | AloneSpec) -> int | None:
+        """A slot that is empty and can hold an adapter of these ranks, or None."""
+        for slot, job in enumerate(self.jobs):
+            if job is None and self.bank.fits(slot, adapter):
+                return slot
+        return None
+
+    def add(self, job: Job, slot: int | None = None) -> int:
+        """Puts a run in a slot, fresh or from `job.state`. The other slots are not touched."""
+        slot = self.free_slot(job.adapter) if slot is None else slot
+        if slot is None or self.jobs[slot] is not None or not self.bank.fits(slot, job.adapter):
+            raise ValueError(f"no free slot can hold run {job.run_id}")
+        self.bank.assign(slot, job.adapter, fresh=job.state is None)
+        if job.state is not None:
+            self.restore(slot, job)
+        self.bank.set_rates(slot, job.done)
+        self.bank.derive([slot])
+        self.jobs[slot] = job
+        return slot
+
+    def remove(self, slot: int) -> Job:
+        """Takes the run out of its slot."""
+        job = self.jobs[slot]
+        assert job is not None
+        self.jobs[slot] = None
+        self.bank.release(slot)
+        return job
+
+    def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
+        """What the run of a slot has learnt, on the host: with `job.done`, all that resuming needs."""
+        job = self.jobs[slot]
+        assert job is not None
+        return self.bank.snapshot(slot, job.adapter)
+
+    def restore(self, slot: int, job: Job) -> None:
+        assert job.state is not None
+        self.bank.restore(slot, job.adapter, job.state, job.done)
+
+    def step(self) -> None:
+        """One optimiser step of every run that is neither finished nor halted. Results come from `drain`."""
+        moving = [(slot, job) for slot, job in self.active if not (job.finished or job.halted)]
+        if not moving:
+            return
+        began = time.perf_counter()
+        chosen = [[self._examples(job, micro) for _, job in moving] for micro in range(self.accumulation)]
+        totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
+        count = self._count_lanes(chosen)
+        self.use_lanes([slot for slot, _ in moving], count)
+        losses = None
+        for micro, lanes in enumerate(chosen):
+            self._seed_dropout(moving, micro)
+            batch = collate(lanes, totals, fixed=self.captured is not None, count=count)
+            part = self._micro_step(batch)
+            losses = part if losses is None else losses + part
+        rows = {slot: _row(job) for slot, job in moving}
+        self.sound = False
+        self.bank.sense({slot: job.done + 1 for slot, job in moving})
+        self.optimizer.set(rows)
+        norms = self.optimizer.step()
+        entries = []
+        for (slot, job), total in zip(moving, totals, strict=True):
+            job.done += 1
+            job.tokens += total
+            self.bank.prune(slot, job.done)
+            self.bank.follow(slot, job.done)
+            if job.adapter.restarts is not None and job.adapter.restarts.due(job.done):
+                self.bank.restart(slot, job.done)
+            entries.append((slot, job, job.done, rows[slot][0], total))
+        assert losses is not None
+        one_off = time.perf_counter() - began if self.warming else 0.0
+        self.pending.append(_Pending(entries, len(losses), fetch(torch.cat([losses, norms])), one_off))
+        self.sound = True
+
+    def drain(self, *, but: int = 0) -> Iterator[StepResult]:
+        """Results of the steps since the last call, in order, except the last `but` steps. Waits for the device."""
+        while len(self.pending) > but:
+            entry = self.pending.popleft()
+            values = entry.values.wait().tolist()
+            losses, norms = values[: entry.lanes], values[entry.lanes :]
+            for lane, (slot, job, step, lr, tokens) in enumerate(entry.jobs):
+                yield StepResult(job, step, losses[lane], lr, norms[slot], tokens, entry.one_off / len(entry.jobs))
+
+    def _count_lanes(self, chosen: Sequence[Sequence[Sequence[Tokens]]]) -> int:
+        """Lanes for a step of these examples, by forward pass and run."""
+        runs = len(chosen[0])
+        if self.captured is None:
+            return runs
+        longest = max(len(example.input_ids) for run in chosen[0] for example in run)
+        return self._step_lanes.choose(runs, self.accumulation * self.batch_size * longest, self.captured.shapes)
+
+    def lanes_to_score(self, runs: int, examples: Sequence[Tokens]) -> int:
+        """Lanes for scoring examples for so many runs: some are empty where recorded passes can then be used again."""
+        if self.captured_scores is None:
+            return runs
+        tokens = sum(len(example.input_ids) for example in examples)
+        return self._score_lanes.choose(runs, tokens, self.captured_scores.shapes)
+
+    def use_lanes(self, slots: Sequence[int], count: int | None = None) -> None:
+        """Says which slot each lane of the coming batch belongs to; -1, or none given, is the bare base model."""
+        slots = [*slots, *[-1] * ((count or len(slots)) - len(slots))]
+        lanes = self.bank.lanes
+        if tuple(slots) != lanes.host_slots:
+            lanes.host_slots = tuple(slots)
+            # one tensor for each number of lanes: a captured step goes on reading the one it was recorded with
+            held = self._lane_slots.setdefault(
+                len(slots), torch.empty(len(slots), dtype=torch.int32, device=self.device)
+            )
+            lanes.slots = held.copy_(torch.tensor(list(slots), dtype=torch.int32), non_blocking=True)
+
+    def hidden(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Last hidden states [rows, T, D] of token ids [rows, T], padded on the right from `lengths` [rows]."""
+        self.bank.lanes.tokens = ids.shape[1]
+        return hidden_states(self.bank.decoder, ids, lengths, self.base.verdict.padding)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """NLL of every target token, and 1 where it is the likeliest, [2, L, K] float32; no gradients, no dropout."""
+        if self.captured_scores is not None:
+            bare = self.bank.serving is self.base.model
+            return self.captured_scores(batch.pinned(), key=(*self.bank.lanes.flags, bare))
+        return self._scores(batch.to(self.device))
+
+    def _scores(self, batch: Batch) -> Tensor:
+        hidden = self.hidden(batch.ids, batch.lengths)
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
+        _, found = self.head.scores(rows, batch.targets, batch.weights)
+        return torch.stack([found.nll, found.correct.float()])
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, layers uncompiled, averaged weights where a run has them; all as before afterwards."""
+        self.model.eval()
+        self.bank.swap_averages()
+        self.bank.derive()
+        try:
+            with eager():
+                yield
+        finally:
+            self.bank.swap_averages()
+            self.model.train()
+
+    def warm_up(self, steps: int) -> None:
+        """Steps whose results are thrown away, to compile and capture; meant for a pack that is only measured."""
+        for _ in range(steps):
+            self.step()
+        self.pending.clear()
+
+    @property
+    def warming(self) -> bool:
+        """Whether the last step did one-off work (compiling, capturing) and so says nothing about speed."""
+        return self.captured is not None and not self.captured.replayed
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Losses [L] of one forward pass; their gradients are added to the bank's."""
+        self.bank.derive()
+        self._lengths = batch.lengths
+        repeatable = _repeatable() if self.deterministic else contextlib.nullcontext()
+        with _attention(self.device, self.dtype), repeatable, self.bank.drawing():
+            losses = self._forward_backward(batch)
+        self._lengths = None
+        self.bank.penalise(1 / self.accumulation)
+        self.bank.project()
+        return losses
+
+    def _forward_backward(self, batch: Batch) -> Tensor:
+        hidden = self.hidden(batch.ids, batch.lengths)
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
+        losses, _ = self.head.scores(rows, batch.targets, batch.weights)
+        losses.sum().backward()
+        return losses.detach()
+
+    def _add_noise(self, module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        lanes = self.bank.lanes
+        if self._lengths is None or not (lanes.noisy and self.model.training):
+            return embedded
+        return noise.add(embedded, self._lengths, lanes.noise, lanes.seeds, lanes.slots)
+
+    def _micro_step(self, batch: Batch) -> Tensor:
+        if self.captured is not None:
+            return self.captured(batch.pinned(), key=self.bank.lanes.flags)
+        return self.forward_backward(batch.to(self.device))
+
+    def _examples(self, job: Job, micro: int) -> list[Tokens]:
+        return [job.examples[i] for i in job.order.batch(job.done * self.accumulation + micro)]
+
+    def _seed_dropout(self, moving: Sequence[tuple[int, Job]], micro: int) -> None:
+        if not self.bank.draws:
+            return
+        seeds = [0] * len(self.jobs)
+        for slot, job in moving:
+            key = f"{job.seed}/{job.done}/0".encode()  # of the step, whichever pass this is
+            drawn = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
+            seeds[slot] = for_rows(drawn, micro * self.batch_size)
+        self.bank.seed(seeds)
+
+    def _checkpoint_activations(self, on: bool) -> None:
+        # transformers renamed this; both names must work
+        newer = hasattr(self.model, "activation_checkpointing_enable")
+        word = "activation_checkpointing" if newer else "gradient_checkpointing"
+        if on:
+            getattr(self.model, f"{word}_enable")(**{f"{word}_kwargs": {"use_reentrant": False}})
+        elif self.checkpointing:
+            getattr(self.model, f"{word}_disable")()
+            if hasattr(self.model, "_require_grads_hook"):  # enabling it had the embedding ask for gradients
+                self.model.disable_input_require_grads()
+
+
+def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | AloneSpec], **options: Any) -> Pack:
+    """A pack whose slots hold exactly these, in order; one that trains alone is given alone."""
+    (first, *_) = adapters
+    if isinstance(first, AloneSpec):
+        assert len(adapters) == 1
+        return Pack(base, first, **options)
+    return Pack(base, [adapter.capacity for adapter in adapters if isinstance(adapter, AdapterSpec)], **options)
+
+
+def _row(job: Job) -> list[float]:
+    """The optimiser's settings for a run's next step."""
+    row = hyperparameters(job.optim, job.done, job.steps)
+    if job.adapter.restarts is not None:
+        step, factor = job.adapter.restarts.pace(job.done)
+        row[LR] = factor * learning_rate(job.optim, step, job.steps)
+    return row
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """The attention kernel to train with: torch's choice, except where its backward pass on a CPU is the slow one.
+
+    In bfloat16 the CPU's flash kernel takes 34 ms backward for 72 rows of 24 tokens, the plain one 10 ms both ways.
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _repeatable() -> Iterator[None]:
+    """Within it, no kernel of torch adds up by atomic operations, whose order, and so rounding, is by chance."""
+    settings: Any = torch.utils.deterministic
+    fills, on, warns = (
+        settings.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    # torch's own size on these cards, which it wants to see set
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(on, warn_only=warns)
+        settings.fill_uninitialized_memory = fills

@@ -1,0 +1,218 @@
+"""The live view and the lines: what they say about a sweep, and that they never stop it."""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sweeper.arms import Dimension, grouped
+from sweeper.record import Record
+from sweeper.reporting import display
+from sweeper.reporting.board import Board
+from sweeper.run import Run
+from sweeper.spec import RunSpec
+from sweeper.study.plan import Plan
+from sweeper.training.events import Remark, RunFinished, RunQueued, RunStarted, Stage, Step, TrialEnded
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def plan(make_spec: Callable[..., RunSpec], tmp_path: Path) -> Plan:
+    specs = [make_spec(rank=rank, trainer={"max_steps": 8}) for rank in (4, 8, 16)]
+    runs = [Run.of(s, tmp_path) for s in specs]
+    return Plan(
+        study=tmp_path, runs=tuple(runs), arms=tuple(grouped(specs)), statuses={run.run_id: None for run in runs}
+    )
+
+
+def step(run_id: str, number: int, **changes: Any) -> Step:
+    values: dict[str, Any] = {"loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100, "seconds": 0.5}
+    return Step(run_id=run_id, step=number, **(values | changes))
+
+
+def test_pace_gives_speed_and_eta(plan: Plan) -> None:
+    clock = Clock()
+    board = Board.of(plan, clock)
+    run_id = plan.runs[0].run_id
+    board.take(RunStarted(run_id=run_id, steps=8))
+    for number in (1, 2, 3):
+        clock.now += 2.0
+        board.take(step(run_id, number))
+    view = board.views[run_id]
+    assert view.speed == pytest.approx(200)
+    assert view.eta() == pytest.approx(5 * 2.0)
+    assert board.counts() == {"training": 1, "waiting": 2}
+    assert "1 training, 2 waiting" in board.headline()
+    assert board.eta() is not None
+
+
+def test_steps_of_a_former_command_are_no_pace(plan: Plan) -> None:
+    clock = Clock()
+    board = Board.of(plan, clock)
+    run_id = plan.runs[0].run_id
+    board.take(RunStarted(run_id=run_id, steps=8))
+    for number in (5, 6):
+        clock.now += 3.0
+        board.take(step(run_id, number))
+    assert board.views[run_id].eta() == pytest.approx(2 * 3.0)
+
+
+def test_nothing_is_known_before_the_first_step(plan: Plan) -> None:
+    board = Board.of(plan, Clock())
+    assert board.eta() is None
+    assert board.speed() is None
+    assert board.headline() == "3 waiting · 0:00 so far"
+
+
+def test_lines_come_at_quarters_and_at_the_end(plan: Plan, make_record: Callable[..., Record]) -> None:
+    out, clock = io.StringIO(), Clock()
+    view = display.LineDisplay(Board.of(plan, clock), Console(file=out, width=200))
+    run = plan.runs[0]
+    with view:
+        view(Stage(message="loading [tiny]"))
+        view(RunStarted(run_id=run.run_id, steps=8))
+        for number in range(1, 9):
+            clock.now += 1
+            view(step(run.run_id, number))
+        view(RunFinished(record=make_record(run.spec)))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "[0:00] loading [tiny]"
+    assert sum("tokens/s" in line and "run 1/3 attn r4: step" in line for line in lines) == 4
+    assert lines[-2].endswith("run 1/3 attn r4: completed")
+    assert "1 completed, 2 waiting" in lines[-1]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_slow_steps_are_told_between_quarters(plan: Plan) -> None:
+    out, clock = io.StringIO(), Clock()
+    view = display.LineDisplay(Board.of(plan, clock), Console(file=out, width=200), quiet_seconds=30)
+    run_id = plan.runs[0].run_id
+    view(step(run_id, 1))
+    clock.now = 31
+    view(step(run_id, 3))
+    assert "step 3/8" in out.getvalue()
+
+
+def test_the_live_table_has_a_line_a_run(plan: Plan, make_record: Callable[..., Record]) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=30, record=True)
+    live = display.LiveDisplay(Board.of(plan), console)
+    first, second, _ = plan.runs
+    with live:
+        live(RunStarted(run_id=first.run_id, steps=8))
+        live(step(first.run_id, 1))
+        live(step(first.run_id, 2))
+        live(RunFinished(record=make_record(second.spec, status="failed", error={"class": "E", "message": "why"})))
+        console.print(live.render())
+    text = console.export_text()
+    assert "attn r4" in text
+    assert "2/8" in text
+    assert "E: why" in text
+    assert "1 failed, 1 training, 1 waiting" in text
+
+
+def test_more_runs_than_lines_shows_those_that_train(plan: Plan) -> None:
+    board = Board.of(plan)
+    views = list(board.views.values())
+    views[2].state = "training"
+    assert display._visible(views, 2) == [views[0], views[2]]
+
+
+@pytest.fixture
+def searched(make_spec: Callable[..., RunSpec], tmp_path: Path) -> Plan:
+    """Two arms whose learning rate is tuned."""
+    space = (Dimension(key="optim.lr", kind="float", low=1e-5, high=1e-2, log=True),)
+    arms = [dataclasses.replace(arm, space=space) for arm in grouped([make_spec(rank=rank) for rank in (4, 8)])]
+    return Plan(study=tmp_path, runs=(), arms=tuple(arms), statuses={})
+
+
+def ended(plan: Plan, number: int, state: str, value: float | None) -> TrialEnded:
+    return TrialEnded(
+        arm=plan.arms[0].key, number=number, state=state, params={"optim.lr": 0.00123}, value=value, best=0.5,
+        best_params={"optim.lr": 0.001}, ended=number + 1, wanted=8,
+    )  # fmt: skip
+
+
+def test_of_a_search_the_lines_tell_trials_and_failures(searched: Plan, make_record: Callable[..., Record]) -> None:
+    out, clock = io.StringIO(), Clock()
+    view = display.LineDisplay(Board.of(searched, clock, wanted=8), Console(file=out, width=200))
+    spec = searched.arms[0].default
+    view(RunQueued(run_id=spec.run_id, spec=spec, arm=searched.arms[0].key))
+    view(RunStarted(run_id=spec.run_id, steps=4))
+    view(step(spec.run_id, 1))
+    view(ended(searched, 0, "completed", 0.75))
+    view(ended(searched, 1, "pruned", None))
+    view(RunFinished(record=make_record(spec, status="failed", error={"class": "E", "message": "why"})))
+    clock.now = 31
+    view(step(spec.run_id, 2))
+    lines = out.getvalue().splitlines()
+    assert lines[0].endswith("r4 trial 1/8 (optim.lr=0.00123): completed 0.7500; best 0.5000 with optim.lr=0.001")
+    assert lines[1].endswith("r4 trial 2/8 (optim.lr=0.00123): pruned; best 0.5000 with optim.lr=0.001")
+    assert lines[2].endswith("failed, E: why")
+    assert "1 failed" in lines[3]
+    assert len(lines) == 4
+
+
+def test_the_live_view_of_a_search_has_a_line_an_arm_and_one_a_running_trial(searched: Plan) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=30, record=True)
+    live = display.LiveDisplay(Board.of(searched, wanted=8), console)
+    spec = searched.arms[0].default
+    with live:
+        live(RunQueued(run_id=spec.run_id, spec=spec, arm=searched.arms[0].key))
+        live(RunStarted(run_id=spec.run_id, steps=4))
+        live(step(spec.run_id, 1))
+        live(ended(searched, 0, "pruned", None))
+        console.print(live.render())
+    text = console.export_text()
+    arm = [line for line in text.splitlines() if "1/8" in line][-1]
+    assert arm.split()[-3:] == ["0", "0.5000", "optim.lr=0.001"]
+    assert "lr=0.001" in text
+    assert "1/4" in text
+
+
+def test_arms_that_a_small_terminal_has_no_room_for_are_counted(
+    make_spec: Callable[..., RunSpec], searched: Plan
+) -> None:
+    space = searched.arms[0].space
+    arms = [dataclasses.replace(arm, space=space) for arm in grouped([make_spec(rank=rank) for rank in range(1, 8)])]
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=8, record=True)
+    console.print(display.LiveDisplay(Board.of(dataclasses.replace(searched, arms=tuple(arms))), console).render())
+    text = console.export_text()
+    assert [f"r{rank} " in text for rank in range(1, 8)] == [True] * 4 + [False] * 3
+    assert "and 3 more arms" in text
+
+
+def test_trials_not_asked_for_yet_count_in_the_time_to_go(searched: Plan) -> None:
+    clock = Clock()
+    board = Board.of(searched, clock, wanted=8)
+    spec = searched.arms[0].default
+    board.take(RunQueued(run_id=spec.run_id, spec=spec, arm=searched.arms[0].key))
+    board.take(RunStarted(run_id=spec.run_id, steps=4))
+    for number in (1, 2):
+        clock.now += 1
+        board.take(step(spec.run_id, number))
+    # left are 2 steps of this trial, 7 trials of its arm and 8 of the other, of 4 steps each
+    assert board.eta() == pytest.approx((2 + 28 + 32) * 1 / 2)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_remark_is_made_once_and_stays(live: bool, plan: Plan, searched: Plan) -> None:
+    """Of a grid and of a search; workers may each make it."""
+    for one in (plan, searched):
+        out = io.StringIO()
+        console = Console(file=out, width=40, force_terminal=live)
+        view = display.LiveDisplay(Board.of(one), console) if live else display.LineDisplay(Board.of(one), console)
+        with view:
+            for message in ("2 of 9 [examples] are left out", "another", "2 of 9 [examples] are left out"):
+                view(Remark(message=message))
+        assert out.getvalue().count("2 of 9 [examples] are left out") == 1
+        assert out.getvalue().count("another") == 1
