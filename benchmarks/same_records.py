@@ -22,13 +22,15 @@ from benchmarks.before_after import run
 
 SMOKE = ["-m", "experiment=smoke", "trainer.precision=float32", "trainer.max_steps=6", "evaluation.every_steps=2",
          "sweep.calibrate=false"]  # fmt: skip
-EVERY = "lora,rslora,lora_plus,lora_fa,dora,pissa,olora,vera,relora,sparse,full_ft,bitfit,adalora,qlora"
+EVERY = "lora,rslora,lora_plus,lora_fa,dora,pissa,olora,vera,sparse,full_ft,bitfit,adalora,qlora"
 COMMANDS = {
     "methods": [f"method={EVERY}", "placement=attn,full", "rank=4"],
-    "peft": ["method=peft", "method.options.tuner=LOHA,BONE", "placement=attn", "rank=4"],
+    "relora": ["method=relora", "placement=attn,full", "rank=4", "trainer.max_steps=20"],
+    "peft": ["method=peft", "method.options.tuner=LOHA,MISS", "placement=attn", "rank=4"],
     "ranks": ["placement=attn,ff,all", "rank=2,8", "seed=0,1", "evaluation.generate=true"],
     "options": ["method.dropout=0.1", "trainer.neftune_alpha=5", "trainer.ema_decay=0.9", "optim.update_penalty=0.01",
-                "optim.orthogonality_penalty=0.01", "trainer.accumulation=2", "method=lora,dora"],
+                "optim.orthogonality_penalty=0.01", "trainer.accumulation=2", "method=lora,sparse"],
+    "unpacked": ["method=dora,vera", "method.dropout=0.1", "trainer.neftune_alpha=5", "trainer.ema_decay=0.9"],
     "patience": ["trainer.patience=1", "trainer.max_steps=12", "optim.lr=0.1,1e-3"],
     "importance": ["allocation=importance,matched", "placement=full", "rank=4"],
     "search": ["placement=attn,ff", "'optim.lr=tag(log, interval(1e-4, 1e-2))'", "hydra.sweeper.n_trials=4",
@@ -103,7 +105,7 @@ def main() -> None:
             told = f"{len(apart)} differences" if apart else "the same"
             print(f"{name}: {len(sides[1])} runs, {files} files: {told}", flush=True)
             for line in apart[:20]:
-                print(f"  {line}")
+                print(f"  {line[:200]}")
             wrong += bool(apart)
     sys.exit(bool(wrong))
 

@@ -1,6 +1,7 @@
 """Random base models of real shapes and random token rows, for speed and memory figures that need no weights."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -9,9 +10,20 @@ from sweeper.lora.adapters import AdapterSpec
 from sweeper.models import BaseModel
 from sweeper.models.architecture import structure
 from sweeper.models.proof import prove
-from sweeper.spec import ModelSpec, OptimSpec
+from sweeper.run import Run
+from sweeper.spec import (
+    AllocationSpec,
+    DatasetSpec,
+    EvaluationSpec,
+    MethodSpec,
+    ModelSpec,
+    OptimSpec,
+    PlacementSpec,
+    RunSpec,
+    TrainerSpec,
+)
 from sweeper.training.batches import DataOrder
-from sweeper.training.pack import Job
+from sweeper.training.run_state import RunState
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,18 @@ def adapter(base: BaseModel, placement: str, rank: int, seed: int = 0) -> Adapte
     return AdapterSpec(ranks=dict.fromkeys(names, rank), scales=dict.fromkeys(names, 2.0), dropout=0.0, seed=seed)
 
 
-def job(base: BaseModel, placement: str, rank: int, *, steps: int, batch: int, length: int, seed: int = 0) -> Job:
+def job(base: BaseModel, placement: str, rank: int, *, steps: int, batch: int, length: int, seed: int = 0) -> RunState:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, base.model.config.vocab_size, (64, length), generator=generator).tolist()
     rows = [Row(tuple(row)) for row in tokens]
-    return Job(
-        run_id=f"{placement}-{rank}-{seed}", adapter=adapter(base, placement, rank, seed), optim=OptimSpec(lr=1e-4),
-        steps=steps, seed=seed, examples=rows, order=DataOrder([length] * len(rows), batch, seed),
+    spec = RunSpec(
+        model=base.spec, dataset=DatasetSpec(name="random", family="jsonl"), method=MethodSpec(name="lora"),
+        placement=PlacementSpec(name=placement, patterns=("x",)), allocation=AllocationSpec(name="uniform"), rank=rank,
+        alpha=2.0 * rank, optim=OptimSpec(lr=1e-4), trainer=TrainerSpec(max_steps=steps, batch_size=batch), seed=seed,
+        evaluation=EvaluationSpec(name="none"),
+    )  # fmt: skip
+    run_id = f"{placement}-{rank}-{seed}"
+    return RunState(
+        run=Run(run_id=run_id, spec=spec, folder=Path(run_id)), adapter=adapter(base, placement, rank, seed),
+        examples=rows, order=DataOrder([length] * len(rows), batch, seed),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Fixtures of the whole suite."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 from sweeper import record
 from sweeper.record import Efficiency, Module, Record, Score
 from sweeper.spec import RunSpec, Settings, run_spec, to_mapping
-from sweeper.training.events import Evaluated, Event, RunFinished, RunStarted, Stage, Step
+from sweeper.training.events import Evaluated, RunFinished, RunStarted, Stage, Step
 from sweeper.training.source import Source
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ def make_record(make_spec: Callable[..., RunSpec]) -> Callable[..., Record]:
 
 
 class FakeEngine:
-    """Has the engine's signature, writes records and yields events, trains nothing.
+    """Has the trainer's signature, writes records and tells events, trains nothing.
 
     `fail` are run ids whose runs fail; `stop_after` calls `interrupt` after so many steps.
     """
@@ -110,34 +110,33 @@ class FakeEngine:
         self.stop_after: int | None = None
         self.interrupt: Callable[[], None] = lambda: None
 
-    def __call__(self, source: Source, settings: Settings, *, should_stop: Callable[[], bool]) -> Iterator[Event]:
-        yield Stage(message="loading tiny_llama")
+    def __call__(self, source: Source, settings: Settings, *, should_stop: Callable[[], bool]) -> None:
+        source.report(Stage(message="loading tiny_llama"))
         steps = 0
-        while (kinds := source.pending()) and (pulled := source.pull(1, [kind.key for kind in kinds])).runs:
-            (request,) = pulled.runs
-            spec, run_id = request.spec, request.run_id
-            yield RunStarted(run_id=run_id, steps=spec.trainer.max_steps)
+        while (groups := source.pending()) and (pulled := source.pull(1, [group.key for group in groups])).runs:
+            (run,) = pulled.runs
+            spec, run_id = run.spec, run.run_id
+            source.report(RunStarted(run_id=run_id, steps=spec.trainer.max_steps))
             done = self.make_record(spec, study=settings.study)
             if run_id in self.fail:
                 error = {"class": "OutOfMemoryError", "message": "no room"}
                 done = self.make_record(spec, status="failed", scores={}, error=error)
             else:
-                yield Evaluated(
-                    run_id=run_id, split="validation", moment="before", score=done.scores["validation"]["before"]
-                )
+                scores = done.scores["validation"]
+                source.report(Evaluated(run_id=run_id, split="validation", moment="before", score=scores["before"]))
                 for step in range(1, spec.trainer.max_steps + 1):
-                    yield Step(run_id=run_id, step=step, loss=5 / step, lr=1e-3, grad_norm=1.0, tokens=50, seconds=0.1)
+                    source.report(
+                        Step(run_id=run_id, step=step, loss=5 / step, lr=1e-3, grad_norm=1.0, tokens=50, seconds=0.1)
+                    )
                     steps += 1
                     if steps == self.stop_after:
                         self.interrupt()
                     if should_stop():
                         return
-                yield Evaluated(
-                    run_id=run_id, split="validation", moment="after", score=done.scores["validation"]["after"]
-                )
-            record.write_record(request.folder, done)
+                source.report(Evaluated(run_id=run_id, split="validation", moment="after", score=scores["after"]))
+            record.write_record(run.folder, done)
             self.trained.append(run_id)
-            yield RunFinished(record=done)
+            source.report(RunFinished(record=done))
 
 
 @pytest.fixture

@@ -162,8 +162,7 @@ class _Worker:
         def should_stop() -> bool:
             return self.messenger.stop
 
-        for event in train_runs(self.messenger, self.settings, should_stop=should_stop):
-            self.messenger.report(event)
+        train_runs(self.messenger, self.settings, should_stop=should_stop)
         self.messenger.flush()
 
 

@@ -51,9 +51,9 @@ MOST_WORKERS_LOST = 3  # by one run, until it is taken to be the reason
 
 
 class TrainRuns(Protocol):
-    """The engine, as the scheduler sees it."""
+    """The trainer, as the scheduler sees it."""
 
-    def __call__(self, source: Source, settings: Settings, *, should_stop: Callable[[], bool]) -> Iterator[Event]: ...
+    def __call__(self, source: Source, settings: Settings, *, should_stop: Callable[[], bool]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -510,8 +510,7 @@ def run(scheduler: Scheduler, *, train: TrainRuns | None = None) -> Outcome:
     engine = train or _engine()
     with stop_on_signal() as stop:
         try:
-            for event in engine(scheduler, scheduler.settings, should_stop=stop.is_set):
-                scheduler.report(event)
+            engine(scheduler, scheduler.settings, should_stop=stop.is_set)
         except ContextLost:
             if not stop.is_set() and (scheduler.running or scheduler.pending()):
                 raise

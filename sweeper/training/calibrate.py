@@ -26,7 +26,9 @@ from torch import Tensor
 from sweeper.models import BaseModel, held_bytes
 from sweeper.record import write_atomically
 from sweeper.training.batches import DataOrder, collate, supervised
-from sweeper.training.pack import Job, Pack, open_pack
+from sweeper.training.pack import Pack, open_pack
+from sweeper.training.pack_config import PackConfig
+from sweeper.training.run_state import RunState
 
 TIMED_STEPS, MOST_WARM = 2, 2
 # how memory is measured, in records and in the key of what is kept on disk: once there was no first pass
@@ -50,34 +52,37 @@ class Solo:
     memory_measured: str
 
 
-def key_of(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> str:
+def key_of(base: BaseModel, job: RunState, config: PackConfig) -> str:
     """Identity of a calibration: everything that time and memory of a step depend on."""
     model = next(base.model.parameters())
     device = torch.cuda.get_device_name(model.device) if model.is_cuda else f"cpu x {torch.get_num_threads()}"
     lengths = sorted(len(example.input_ids) for example in job.examples)
     described = [
         dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, job.adapter.shape(),
-        pack_options, lengths[len(lengths) // 2], lengths[-1], WARM_PASS if model.is_cuda else SAVED_TENSORS,
+        dataclasses.asdict(config), lengths[len(lengths) // 2], lengths[-1],
+        WARM_PASS if model.is_cuda else SAVED_TENSORS,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def measure(base: BaseModel, job: Job, pack_options: dict[str, Any], cache: Path) -> Solo:
+def measure(base: BaseModel, job: RunState, config: PackConfig, cache: Path) -> Solo:
     """Solo cost of a run, from the cache folder or by training a throw-away copy of it for a few steps."""
-    path = cache / f"{key_of(base, job, pack_options)}.json"
+    path = cache / f"{key_of(base, job, config)}.json"
     try:
         return Solo(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         pass
     steps = max(job.steps, MOST_WARM + TIMED_STEPS)  # a run may be shorter than what is measured
-    found = _measure(base, dataclasses.replace(job, done=0, tokens=0, state=None, steps=steps), pack_options)
+    longer = job.with_spec(trainer=dataclasses.replace(job.spec.trainer, max_steps=steps))
+    afresh = dataclasses.replace(longer, done=0, tokens=0, weights=None, kept={})
+    found = _measure(base, afresh, config)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
         write_atomically(path, json.dumps(dataclasses.asdict(found)))
     return found
 
 
-def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
-    with open_pack(base, [job.adapter], **pack_options) as pack:
+def _measure(base: BaseModel, job: RunState, config: PackConfig) -> Solo:
+    with open_pack(base, [job.adapter], **dataclasses.asdict(config)) as pack:
         pack.add(job)
         weights = held_bytes(pack.model)
         state = pack.bank.state_bytes
@@ -99,7 +104,7 @@ def _measure(base: BaseModel, job: Job, pack_options: dict[str, Any]) -> Solo:
 class _Typical(DataOrder):
     """Data order that repeats the run's step of median length."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RunState) -> None:
         order = job.order
         super().__init__(order.lengths, order.batch_size, order.seed, accumulation=order.accumulation)
         passes = range(order.accumulation)
@@ -111,7 +116,7 @@ class _Typical(DataOrder):
         return self.chosen[index % self.accumulation]
 
 
-def _activations(pack: Pack, job: Job) -> int:
+def _activations(pack: Pack, job: RunState) -> int:
     """Bytes that one forward and backward pass of the run's longest batch needs beyond weights and adapter state."""
     longest = sorted(job.examples, key=lambda e: len(e.input_ids))[-pack.batch_size :]
     longest = (longest * pack.batch_size)[: pack.batch_size]

@@ -1,6 +1,7 @@
-"""What all that trains for one command shares: its settings and device, when to stop, where the time went."""
+"""What all that trains for one command shares: its settings and device, who listens, when to stop, where time went."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,24 +11,34 @@ from sweeper import lost
 from sweeper.cache import cache_folder
 from sweeper.device import device_for, fix_precision, precision_for, precision_name
 from sweeper.lost import ContextLost
+from sweeper.run import Run
 from sweeper.spec import RunSpec, Settings
 from sweeper.training import environment
-from sweeper.training.events import RunFinished
+from sweeper.training.events import Event, RunFinished
 from sweeper.training.failure import Failure
 from sweeper.training.pack import Pack
-from sweeper.training.progress import Progress
+from sweeper.training.results import write_failure
+from sweeper.training.run_state import RunState, now
 from sweeper.training.timeline import Timeline
+from sweeper.training.writer import Writer
 
 
 class Context:
-    """Settings, device, cache and clock of one command on one device."""
+    """Settings, device, cache, clock and writer of one command on one device."""
 
-    def __init__(self, settings: Settings, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, settings: Settings, listen: Callable[[Event], None], should_stop: Callable[[], bool]
+    ) -> None:  # fmt: skip
         self.settings, self.should_stop = settings, should_stop
         self.device = device_for(settings.device)
         self.cache = cache_folder()
         self.timeline = Timeline()
+        self.writer = Writer(listen, background=self.device.type == "cuda")
         self.bare = environment.describe(self.device, None)  # now: a GPU that is lost says nothing of itself
+
+    def emit(self, event: Event) -> None:
+        """Has an event heard by all that listen."""
+        self.writer.emit(event)
 
     def dtype(self, spec: RunSpec) -> torch.dtype:
         """What a run computes in: of those in a study that leave it to us, what the first one had.
@@ -44,17 +55,20 @@ class Context:
         fix_precision(self.settings.folder, precision_name(dtype))
         return self.dtype(spec)
 
-    def environment(self, pack: Pack | None) -> dict[str, Any]:
+    def environment(self, pack: Pack) -> dict[str, Any]:
         """What runs of a pack are made with, for their records."""
-        if pack is None:
-            return self.bare
         described = environment.describe(self.device, next(pack.model.parameters()).dtype)
         attention = getattr(pack.base.model.config, "_attn_implementation", None)
         return described | {"compiled": pack.compiled, "attention": attention}
 
-    def failed(self, progress: Progress, failure: Failure) -> RunFinished:
+    def failed(self, run: Run, failure: Failure, *, steps: int, started: str) -> RunFinished:
         """Records that a run failed."""
-        return RunFinished(record=progress.write_failure(self.settings, failure, self.environment(None)))
+        return RunFinished(record=write_failure(run, failure, self.settings, self.bare, steps=steps, started=started))
+
+    def fail(self, run: Run, failure: Failure, state: RunState | None = None) -> None:
+        """Has it recorded that a run failed, after what there is of its steps."""
+        steps, started = (0, now()) if state is None else (state.done, state.started)
+        self.writer.write(functools.partial(self.failed, run, failure, steps=steps, started=started))
 
     def failure(self, error: BaseException) -> Failure:
         """What a run raised; of the class `ContextLost` where the device went with it."""

@@ -1,7 +1,6 @@
 """The scores of a split for several runs of a pack: NLL, and the metrics that its dataset asks for."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sweeper import tasks
@@ -11,32 +10,25 @@ from sweeper.tasks import general_text, metrics
 from sweeper.tasks.example import Encoded
 from sweeper.training.generate import Generated, cut, generate, rows_together
 from sweeper.training.pack import Pack
+from sweeper.training.run_state import EvaluatedSplit, RunState
 from sweeper.training.score import ExampleScore, choose, queue_scores
 from sweeper.untrusted import sandbox
 
 CPU_TOKENS, CUDA_TOKENS = 4096, 65536  # of one forward pass, padding included
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluatedSplit:
-    """Score of one split and its rows for `predictions.jsonl`."""
-
-    score: Score
-    rows: list[dict[str, Any]]
-
-
-def evaluate(pack: Pack, slots: Sequence[int], run: Any, split: str) -> list[EvaluatedSplit]:
+def evaluate(pack: Pack, slots: Sequence[int], state: RunState, split: str) -> list[EvaluatedSplit]:
     """Scores a split of one dataset for several slots at once (-1: the base model); see `queue_evaluation`."""
-    return queue_evaluation(pack, slots, run, split)()
+    return queue_evaluation(pack, slots, state, split)()
 
 
 def queue_evaluation(
-    pack: Pack, slots: Sequence[int], run: Any, split: str, *, generation: bool = True
+    pack: Pack, slots: Sequence[int], state: RunState, split: str, *, generation: bool = True
 ) -> Callable[[], list[EvaluatedSplit]]:
     """Begins to score a split of one dataset for several slots at once (-1: the base model).
 
     Args:
-        run: a `Prepared` run of that dataset; the slots must share its dataset and evaluation.
+        state: a run of that dataset; the slots must share its dataset and evaluation.
         split: one of the dataset's, or `general_text`, which is the same text for every dataset and has NLL alone.
         generation: whether metrics are computed that need choices, or text where the evaluation asks for it.
 
@@ -44,12 +36,12 @@ def queue_evaluation(
         What gives the scores. By then the slots may have trained on where `generation` is false: likelihoods are of
         now.
     """
-    spec = run.request.spec
+    spec = state.spec
     if split == general_text.SPLIT:
         return queue_examples(pack, slots, general_examples(pack), None)
     dataset = spec.dataset if generation else None
     return queue_examples(
-        pack, slots, run.splits[split].examples, dataset, generation=spec.evaluation.generate,
+        pack, slots, state.splits[split].examples, dataset, generation=spec.evaluation.generate,
         exact_match="exact_match" in spec.dataset.metrics,
     )  # fmt: skip
 

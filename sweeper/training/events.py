@@ -1,4 +1,4 @@
-"""What engine and scheduler say while they work. Display and trackers listen; the scheduler prunes."""
+"""What trainer and scheduler say while they work, as plain data. Display and trackers listen; the scheduler prunes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,34 +33,13 @@ from sweeper.tasks.example import Encoded
 from sweeper.training.batches import collate, supervised
 from sweeper.training.export import as_stock, write_adapter
 from sweeper.training.pack import Pack, open_pack
+from sweeper.training.run_state import ExportProof
 
 VERSION = 1
 """Raise whenever a proof could end otherwise, so that none of before is read."""
 EFFECT = 0.5  # nats that the throw-away adapter must change some log-probability by
 LIMITS = {torch.float32: 2e-3, torch.bfloat16: 0.2}
 """Share of that effect by which the two may differ."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportProof:
-    """How what a run leaves is loaded.
-
-    Attributes:
-        refused: why stock PEFT does not give the engine's logits; None where it does.
-        as_parameters: whether it does so only where the adapter names the weights rather than their modules.
-        unreached: modules whose adapter changes nothing, for the model does not call them as modules.
-        effect, difference: the throw-away adapter's largest change of a log-probability, and the largest difference
-            between PEFT and the engine, in nats.
-    """
-
-    refused: str | None = None
-    as_parameters: bool = False
-    unreached: tuple[str, ...] = ()
-    effect: float = 0.0
-    difference: float | None = 0.0
-
-
-UNPROVED = ExportProof()
 
 
 def key_of(spec: RunSpec) -> str:

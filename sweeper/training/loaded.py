@@ -15,11 +15,8 @@ from sweeper.tasks import general_text
 from sweeper.training import export_proof, generate, inputs, probe
 from sweeper.training.batches import DataOrder
 from sweeper.training.context import Context
-from sweeper.training.evaluate import EvaluatedSplit
 from sweeper.training.events import Remark
-from sweeper.training.export_proof import ExportProof
-from sweeper.training.pack import Job
-from sweeper.training.progress import Prepared
+from sweeper.training.run_state import EvaluatedSplit, ExportProof, RunState
 from sweeper.training.sharing import probe_key
 
 
@@ -29,26 +26,24 @@ class Loaded:
     Attributes:
         content: what its files held when it was loaded (`sweeper.content`).
         scores: dataset and evaluation -> split -> what the base model itself scores.
-        remarks: what is to be said of its datasets, and has not been yet.
     """
 
     def __init__(self, base: BaseModel, key: str, context: Context, content: str | None) -> None:
         self.base, self.key, self.context, self.content = base, key, context, content
         self.scores: dict[str, dict[str, EvaluatedSplit]] = {}
-        self.remarks: list[Remark] = []
         self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self._contents: dict[str, str | None] = {}
         self._probes: dict[str, probe.Probe] = {}
         self._exports: dict[str, ExportProof] = {}
         self._packed = self._general = False
 
-    def prepare(self, request: Run) -> Prepared:
-        """A run with its modules, ranks and tokens.
+    def prepare(self, run: Run) -> RunState:
+        """A run with its modules, ranks and tokens, ready for a slot.
 
         Raises:
             SweeperError, ValueError: it cannot be trained on this model.
         """
-        base, spec = self.base, request.spec
+        base, spec = self.base, run.spec
         targets = placement.resolve(base.targets, spec.placement, layers=number_of_layers(base.targets))
         splits = self._splits(spec)
         probed = self._probe(spec, targets, splits)
@@ -56,13 +51,11 @@ class Loaded:
         ranks = methods.module_ranks(spec, base.targets, tied=is_tied(base.model), scores=scores)
         examples = splits["train"].examples
         lengths = [len(example.input_ids) for example in examples]
-        job = Job(
-            run_id=request.run_id, adapter=methods.adapter(spec, ranks), optim=spec.optim,
-            steps=spec.trainer.max_steps, seed=spec.seed, examples=examples,
-            order=DataOrder(lengths, spec.trainer.batch_size, spec.seed, accumulation=spec.trainer.accumulation),
-        )  # fmt: skip
-        return Prepared(
-            request=request, job=job, ranks=ranks, splits=splits, probe=probed, exported=self._export(spec, ranks),
+        trainer = spec.trainer
+        return RunState(
+            run=run, adapter=methods.adapter(spec, ranks), examples=examples,
+            order=DataOrder(lengths, trainer.batch_size, spec.seed, accumulation=trainer.accumulation),
+            ranks=ranks, splits=splits, probe=probed, exported=self._export(spec, ranks),
             precision=precision_name(base.model.dtype),
             content={"model": self.content, "dataset": self._contents[repr(spec.dataset)]},
         )  # fmt: skip
@@ -135,9 +128,10 @@ class Loaded:
             self._encoded[key] = found
             about = f"dataset={spec.dataset.name} on model={spec.model.name}"
             lines = tasks.remarks(spec.dataset, self.base.tokenizer, found)
-            self.remarks += [Remark(message=f"{about}: {line}") for line in lines]
             if (slow := generate.remark(self.base, spec.dataset, spec.evaluation)) is not None:
-                self.remarks.append(Remark(message=f"{about}: {slow}"))
+                lines = [*lines, slow]
+            for line in lines:
+                self.context.emit(Remark(message=f"{about}: {line}"))
         if general_text.SPLIT in spec.evaluation.splits and not self._general:
             inputs.check_general(self.base)
             self._general = True

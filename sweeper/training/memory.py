@@ -9,7 +9,7 @@ from sweeper.device import free_bytes
 from sweeper.models import BaseModel, budget, total_parameters
 from sweeper.spec import Settings
 from sweeper.training.calibrate import Solo
-from sweeper.training.progress import Prepared
+from sweeper.training.run_state import RunState
 
 STATE_BYTES = 16  # of one value of an adapter: itself, gradient and two moments in float32
 MARGIN = 0.85  # of what is free; the rest is for fragments, work space and evaluation
@@ -17,7 +17,7 @@ MOST = 64  # runs in a pack; more gain nothing measurable (docs/performance.md)
 
 
 def runs_that_fit(
-    base: BaseModel, runs: Sequence[tuple[Prepared, Solo | None]], settings: Settings, device: torch.device,
+    base: BaseModel, runs: Sequence[tuple[RunState, Solo | None]], settings: Settings, device: torch.device,
     *, at_once: int,
 ) -> int:  # fmt: skip
     """Number of slots for runs like these, of which there are never more than `at_once`; at least 1.
@@ -30,18 +30,18 @@ def runs_that_fit(
     return max(1, min(most, int(free_bytes(device) * MARGIN / largest)))
 
 
-def run_bytes(base: BaseModel, run: Prepared, solo: Solo | None) -> int:
+def run_bytes(base: BaseModel, run: RunState, solo: Solo | None) -> int:
     """Memory that one more run adds to a pack: adapter state and activations of its longest batch."""
     if solo is not None:
         return solo.state_bytes + solo.activation_bytes
-    trainer = run.request.spec.trainer
+    trainer = run.spec.trainer
     parameter = next(base.model.parameters())
-    held = methods.held(run.request.spec, run.ranks, total=total_parameters(base.model))
+    held = methods.held(run.spec, run.ranks, total=total_parameters(base.model))
     return STATE_BYTES * held + budget.activation_bytes(
         base.targets,
         run.ranks,
         batch_size=trainer.batch_size,
-        length=max(len(example.input_ids) for example in run.job.examples),
+        length=max(len(example.input_ids) for example in run.examples),
         bytes_per_value=parameter.element_size(),
         checkpointing=trainer.activation_checkpointing,
     )

@@ -29,51 +29,11 @@ from sweeper.lora.seeds import for_rows
 from sweeper.lora.transfer import Fetched, fetch
 from sweeper.models import BaseModel, hidden_size
 from sweeper.models.forward import hidden_states
-from sweeper.spec import OptimSpec
-from sweeper.training.batches import Batch, DataOrder, Tokens, collate, supervised
+from sweeper.training.batches import Batch, Tokens, collate, supervised
 from sweeper.training.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCounts
 from sweeper.training.compilation import compile_layers, decoder_layers, eager, uncompile_layers
 from sweeper.training.loss import Head
-
-
-@dataclass(kw_only=True)
-class Job:
-    """What the engine must know to train one run in a slot. `order` counts forward passes, `steps` optimiser steps.
-
-    One that is `halted` keeps its slot and is not stepped any more.
-    """
-
-    run_id: str
-    adapter: AdapterSpec | AloneSpec
-    optim: OptimSpec
-    steps: int
-    seed: int
-    examples: Sequence[Tokens]
-    order: DataOrder
-    done: int = 0
-    tokens: int = 0
-    halted: bool = False
-    state: dict[str, tuple[Tensor, ...]] | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.done >= self.steps
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One optimiser step of one run: `loss` is the mean NLL over the response tokens of the step.
-
-    `one_off` are the seconds that the host spent on it to compile and capture, a run's share of them.
-    """
-
-    job: Job
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    one_off: float = 0.0
+from sweeper.training.run_state import RunState, StepResult
 
 
 @dataclass
@@ -83,7 +43,7 @@ class _Pending:
     `one_off` are the host's seconds if it compiled or captured, else 0.
     """
 
-    jobs: list[tuple[int, Job, int, float, int]]
+    jobs: list[tuple[int, RunState, int, float, int]]
     lanes: int
     values: Fetched
     one_off: float
@@ -134,7 +94,7 @@ class Pack:
     def _set_up(self, *, compiled: bool, captured: bool, lengths_vary: bool, checkpointing: bool) -> None:
         self.optimizer = self.bank.make_optimizer()
         self.sound = True  # whether every run is where its steps say, so that what it is can be kept
-        self.jobs: list[Job | None] = [None] * len(self.bank.capacities)
+        self.jobs: list[RunState | None] = [None] * len(self.bank.capacities)
         self.pending: deque[_Pending] = deque()
         self._lane_slots: dict[int, Tensor] = {}
         able = self.device.type == "cuda" and self.bank.graphable
@@ -174,7 +134,7 @@ class Pack:
             self.close()
 
     @property
-    def active(self) -> list[tuple[int, Job]]:
+    def active(self) -> list[tuple[int, RunState]]:
         return [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
 
     @property
@@ -194,20 +154,20 @@ class Pack:
                 return slot
         return None
 
-    def add(self, job: Job, slot: int | None = None) -> int:
-        """Puts a run in a slot, fresh or from `job.state`. The other slots are not touched."""
+    def add(self, job: RunState, slot: int | None = None) -> int:
+        """Puts a run in a slot, fresh or from `job.weights`. The other slots are not touched."""
         slot = self.free_slot(job.adapter) if slot is None else slot
         if slot is None or self.jobs[slot] is not None or not self.bank.fits(slot, job.adapter):
             raise ValueError(f"no free slot can hold run {job.run_id}")
-        self.bank.assign(slot, job.adapter, fresh=job.state is None)
-        if job.state is not None:
+        self.bank.assign(slot, job.adapter, fresh=job.weights is None)
+        if job.weights is not None:
             self.restore(slot, job)
         self.bank.set_rates(slot, job.done)
         self.bank.derive([slot])
         self.jobs[slot] = job
         return slot
 
-    def remove(self, slot: int) -> Job:
+    def remove(self, slot: int) -> RunState:
         """Takes the run out of its slot."""
         job = self.jobs[slot]
         assert job is not None
@@ -221,9 +181,9 @@ class Pack:
         assert job is not None
         return self.bank.snapshot(slot, job.adapter)
 
-    def restore(self, slot: int, job: Job) -> None:
-        assert job.state is not None
-        self.bank.restore(slot, job.adapter, job.state, job.done)
+    def restore(self, slot: int, job: RunState) -> None:
+        assert job.weights is not None
+        self.bank.restore(slot, job.adapter, job.weights, job.done)
 
     def step(self) -> None:
         """One optimiser step of every run that is neither finished nor halted. Results come from `drain`."""
@@ -368,10 +328,10 @@ class Pack:
             return self.captured(batch.pinned(), key=self.bank.lanes.flags)
         return self.forward_backward(batch.to(self.device))
 
-    def _examples(self, job: Job, micro: int) -> list[Tokens]:
+    def _examples(self, job: RunState, micro: int) -> list[Tokens]:
         return [job.examples[i] for i in job.order.batch(job.done * self.accumulation + micro)]
 
-    def _seed_dropout(self, moving: Sequence[tuple[int, Job]], micro: int) -> None:
+    def _seed_dropout(self, moving: Sequence[tuple[int, RunState]], micro: int) -> None:
         if not self.bank.draws:
             return
         seeds = [0] * len(self.jobs)
@@ -402,7 +362,7 @@ def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | AloneSpec], **op
     return Pack(base, [adapter.capacity for adapter in adapters if isinstance(adapter, AdapterSpec)], **options)
 
 
-def _row(job: Job) -> list[float]:
+def _row(job: RunState) -> list[float]:
     """The optimiser's settings for a run's next step."""
     row = hyperparameters(job.optim, job.done, job.steps)
     if job.adapter.restarts is not None:

@@ -1,16 +1,14 @@
 """The runs that wait for a slot."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from sweeper.run import Run
 from sweeper.training import suspects
-from sweeper.training.events import Event, Stage
-from sweeper.training.failure import Failure
+from sweeper.training.events import Stage
 from sweeper.training.loaded import Loaded
-from sweeper.training.progress import Prepared, Progress
-from sweeper.training.sharing import model_key, pack_key
+from sweeper.training.run_state import RunState
+from sweeper.training.sharing import PackKey, model_key, pack_key_of
 from sweeper.training.source import PendingGroup, Source
 
 
@@ -18,90 +16,74 @@ class RunQueue:
     """The runs that wait for a slot of packs of one key, and the source that more come from.
 
     Attributes:
-        aside: what the source gave that cannot share these packs.
+        deferred: what the source gave that cannot share these packs.
     """
 
     def __init__(
-        self,
-        loaded: Loaded,
-        source: Source,
-        kinds: Sequence[PendingGroup],
-        key: tuple[Any, ...],
-        strays: Sequence[Prepared],
+        self, loaded: Loaded, source: Source, groups: Sequence[PendingGroup], key: PackKey, first: Sequence[RunState]
     ) -> None:
         self.loaded, self.source, self.key = loaded, source, key
-        self.kinds = {kind.key for kind in kinds}
-        self.waiting: deque[Prepared] = deque()
+        self.groups = {group.key for group in groups}
+        self.waiting: deque[RunState] = deque()
         self.more = True
-        self.failures: list[tuple[Run, Failure]] = []
-        self.aside: list[Run] = []
-        self.notes: list[str] = []
-        for run in strays:
+        self.deferred: list[Run] = []
+        for state in first:
             try:
-                self._add(run)
+                self._add(state)
             except Exception as error:
-                self.failures.append((run.request, Failure.of(error)))
+                self.loaded.context.fail(state.run, self.loaded.context.failure(error))
 
     def want(self, count: int) -> bool:
-        """Asks for runs until `count` wait or there are none; returns whether any waits."""
+        """Asks for runs until `count` wait or there are none; returns whether any waits.
+
+        A run that cannot even be prepared has failed.
+        """
         while len(self.waiting) < count:
-            pulled = self.source.pull(count - len(self.waiting), self.kinds)
+            pulled = self.source.pull(count - len(self.waiting), self.groups)
             self.more = pulled.more
             if not pulled.runs:
                 break
-            for request in pulled.runs:
-                self._prepare(request)
+            for run in pulled.runs:
+                self._prepare(run)
         return bool(self.waiting)
 
-    def problems(self) -> Iterator[Event]:
-        """Runs that could not even be prepared, as failed; and what is to be said of others."""
-        while self.notes:
-            yield Stage(message=self.notes.pop(0))
-        while self.failures:
-            request, failure = self.failures.pop()
-            yield self.loaded.context.failed(Progress(request), failure)
-
-    def alone(self, runs: Iterable[Prepared]) -> "RunQueue":
+    def of(self, states: Iterable[RunState]) -> "RunQueue":
         """A queue of these runs and no others."""
         queue = RunQueue(self.loaded, self.source, (), self.key, ())
-        queue.waiting.extend(runs)
+        queue.waiting.extend(states)
         queue.more = False
         return queue
 
-    def take_suspects(self) -> list[list[Prepared]]:
+    def take_suspects(self) -> list[list[RunState]]:
         """Takes out the runs that may have lost an earlier process its GPU; in parts that are to be tried together."""
-        parts: dict[str, list[Prepared]] = {}
-        for run in list(self.waiting):
-            if run.suspect is not None:
-                parts.setdefault(run.suspect.part, []).append(run)
-                self.waiting.remove(run)
+        parts: dict[str, list[RunState]] = {}
+        for state in list(self.waiting):
+            if state.suspect is not None:
+                parts.setdefault(state.suspect.part, []).append(state)
+                self.waiting.remove(state)
         return list(parts.values())
 
-    def _prepare(self, request: Run) -> None:
+    def _prepare(self, run: Run) -> None:
+        context = self.loaded.context
         try:
             if (
-                model_key(request.spec) != self.loaded.key
-                or self.loaded.must_wait(request.spec)
-                or suspects.read(request.folder) is not None
+                model_key(run.spec) != self.loaded.key
+                or self.loaded.must_wait(run.spec)
+                or suspects.read(run.folder) is not None
             ):
-                self.aside.append(request)
+                self.deferred.append(run)
                 return
-            run = self.loaded.prepare(request)
-            if pack_key_of(run) != self.key:
-                self.aside.append(request)
+            state = self.loaded.prepare(run)
+            if pack_key_of(state) != self.key:
+                self.deferred.append(run)
             else:
-                self._add(run)
+                self._add(state)
         except Exception as error:
-            self.failures.append((request, self.loaded.context.failure(error)))
-            if self.loaded.context.lost(error):
+            context.fail(run, context.failure(error))
+            if context.lost(error):
                 raise
 
-    def _add(self, run: Prepared) -> None:
-        said = run.resume()
-        self.notes += [] if said is None else [said]
-        self.waiting.append(run)
-
-
-def pack_key_of(run: Prepared) -> tuple[tuple[str, Any], ...]:
-    """`pack_key` of a run whose examples are known."""
-    return pack_key(run.request.spec, [len(example.input_ids) for example in run.job.examples])
+    def _add(self, state: RunState) -> None:
+        if (said := state.resume()) is not None:
+            self.loaded.context.emit(Stage(message=said))
+        self.waiting.append(state)

@@ -1,30 +1,52 @@
 """Which runs can share what: a base model, a pack on it, and a probe."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from sweeper import methods
 from sweeper.spec import RunSpec
+from sweeper.training.run_state import RunState
 
 
-def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ...]:
-    """Runs with equal keys can share a pack of the same base model: batch shape and length bucket.
+@dataclass(frozen=True, order=True, kw_only=True, slots=True)
+class PackKey:
+    """Runs with equal keys can share a pack of the same base model.
 
-    A run that trains alone has a key that only runs like it share; they follow one another. The model, its precision
-    and its quantisation are decided before: a session holds one base model at a time. The
-    bucket is the next power of two of a long example (the 90th percentile), so that short examples are not padded to
-    the length of another dataset's.
+    Attributes:
+        unpacked: of a run that has a model to itself, what those have in common that can follow it on that model;
+            empty for runs that pack.
+        length: bucket of its examples' lengths in tokens, so that short ones are not padded to another dataset's.
+    """
+
+    accumulation: int
+    unpacked: str
+    batch_size: int
+    checkpointing: bool
+    deterministic: bool
+    length: int
+
+
+def pack_key(spec: RunSpec, lengths: Sequence[int]) -> PackKey:
+    """The key of a run whose examples have these lengths.
+
+    The model, its precision and its quantisation are decided before: a trainer holds one base model at a time. The
+    bucket is the next power of two of a long example (the 90th percentile).
     """
     ordered = sorted(lengths)
     typical = ordered[int(0.9 * (len(ordered) - 1))]
-    return (
-        ("accumulation", spec.trainer.accumulation),
-        ("alone", methods.alone_key(spec)),
-        ("batch_size", spec.trainer.batch_size),
-        ("checkpointing", spec.trainer.activation_checkpointing),
-        ("deterministic", spec.trainer.deterministic),
-        ("length", 1 << (typical - 1).bit_length()),
+    return PackKey(
+        accumulation=spec.trainer.accumulation,
+        unpacked=methods.alone_key(spec),
+        batch_size=spec.trainer.batch_size,
+        checkpointing=spec.trainer.activation_checkpointing,
+        deterministic=spec.trainer.deterministic,
+        length=1 << (typical - 1).bit_length(),
     )
+
+
+def pack_key_of(state: RunState) -> PackKey:
+    """`pack_key` of a run whose examples are known."""
+    return pack_key(state.spec, [len(example.input_ids) for example in state.examples])
 
 
 def model_key(spec: RunSpec) -> str:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from sweeper.run import Run
 from sweeper.spec import RunSpec
+from sweeper.training.events import Event
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,26 +36,33 @@ class Pulled:
 
 
 class Source(Protocol):
-    """Where the engine gets runs. In one process this is the scheduler; over Ray it is its messenger."""
+    """Where the trainer gets runs, and tells what becomes of them. In one process this is the scheduler; over Ray it is
+    its messenger.
+    """
 
     def pending(self) -> Sequence[PendingGroup]:
         """What may still come; empty where everything was handed out and nothing can follow."""
         ...
 
-    def pull(self, count: int, kinds: Collection[str]) -> Pulled:
-        """At most `count` runs of some kinds."""
+    def pull(self, count: int, groups: Collection[str]) -> Pulled:
+        """At most `count` runs of some groups."""
         ...
 
     def to_prune(self) -> Collection[str]:
         """Ids of running runs that are to end now."""
         ...
 
+    def report(self, event: Event) -> None:
+        """Is told everything that happens, in order; on a GPU in a thread of its own, while training goes on."""
+        ...
+
 
 class Fixed:
-    """A source of runs that are all known before."""
+    """A source of runs that are all known before; keeps the events that it is told."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.waiting = list(runs)
+        self.events: list[Event] = []
 
     def pending(self) -> list[PendingGroup]:
         return [PendingGroup(key=run.run_id, spec=run.spec, most=1) for run in self.waiting]
@@ -67,3 +75,6 @@ class Fixed:
 
     def to_prune(self) -> tuple[str, ...]:
         return ()
+
+    def report(self, event: Event) -> None:
+        self.events.append(event)

@@ -62,8 +62,9 @@ def study(root: Path, precision: str) -> Settings:
             }
         )
         requests.append(Run.of(spec, settings.folder))
-    events = list(train_runs(Fixed(requests), settings, should_stop=lambda: False))
-    assert [e.record.status for e in events if isinstance(e, RunFinished)] == ["completed"] * 2
+    source = Fixed(requests)
+    train_runs(source, settings)
+    assert [e.record.status for e in source.events if isinstance(e, RunFinished)] == ["completed"] * 2
     return settings
 
 

@@ -22,7 +22,6 @@ from sweeper.record import Record
 from sweeper.spec import RunSpec, Settings
 from sweeper.study.scheduler import Scheduler
 from sweeper.training.events import RunFinished
-from sweeper.training.session import most_at_once
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(280)
@@ -84,16 +83,22 @@ def test_each_worker_gets_an_equal_part_of_every_arm_whenever_it_comes(crew: Any
         assert {spec.rank for spec in part} == {2, 4, 8, 16}
 
 
+def most_at_once(groups: Any) -> int:
+    from sweeper.training.trainer import Alike
+
+    return Alike(groups=groups).most_at_once
+
+
 def test_a_worker_makes_room_for_its_own_part_alone(crew: Any, make_record: Callable[..., Record]) -> None:
     first = crew.answer("worker 1", "pending", None, stop=False)
-    assert (most_at_once(first, []), sum(kind.left for kind in first)) == (6, 6)
+    assert (most_at_once(first), sum(kind.left for kind in first)) == (6, 6)
     specs = take(crew, "worker 1")
     late = crew.answer("worker 2", "pending", None, stop=False)
-    assert (most_at_once(late, []), sum(kind.left for kind in late)) == (6, 6)
+    assert (most_at_once(late), sum(kind.left for kind in late)) == (6, 6)
     # the other never came: what waits is shared anew each time
     crew.answer("worker 1", "report", [RunFinished(record=make_record(spec)) for spec in specs], stop=False)
     again = crew.answer("worker 1", "pending", None, stop=False)
-    assert (most_at_once(again, []), sum(kind.left for kind in again)) == (3, 3)
+    assert (most_at_once(again), sum(kind.left for kind in again)) == (3, 3)
     assert len(take(crew, "worker 1")) == 3
 
 

@@ -20,12 +20,24 @@ from sweeper.models import BaseModel
 from sweeper.placement import placement
 from sweeper.placement.placement import PLACEMENTS, Target
 from sweeper.run import Run
-from sweeper.spec import ModelSpec, OptimSpec, PlacementSpec, RunSpec, Settings
+from sweeper.spec import (
+    AllocationSpec,
+    DatasetSpec,
+    EvaluationSpec,
+    MethodSpec,
+    ModelSpec,
+    OptimSpec,
+    PlacementSpec,
+    RunSpec,
+    Settings,
+    TrainerSpec,
+)
 from sweeper.tasks import Encoded
 from sweeper.training import train_runs
 from sweeper.training.batches import DataOrder, Tokens
-from sweeper.training.events import Event
-from sweeper.training.pack import Job, Pack
+from sweeper.training.events import Event, Step
+from sweeper.training.pack import Pack
+from sweeper.training.run_state import RunState
 from sweeper.training.source import Fixed
 
 SIZES = {
@@ -113,18 +125,24 @@ def make_adapter() -> Callable[..., AdapterSpec]:
 def _job(
     run_id: str, adapter: AdapterSpec, examples: Sequence[Tokens], *, steps: int = 6, batch_size: int = 4,
     accumulation: int = 1, seed: int | None = None, bucketed: bool = True, **optim: Any,
-) -> Job:  # fmt: skip
+) -> RunState:  # fmt: skip
     seed = adapter.seed if seed is None else seed
     lengths = [len(example.input_ids) for example in examples]
-    return Job(
-        run_id=run_id, adapter=adapter, optim=OptimSpec(**({"lr": 1e-2} | optim)), steps=steps, seed=seed,
-        examples=examples,
+    spec = RunSpec(
+        model=model_spec("llama"), dataset=DatasetSpec(name="none", family="jsonl"), method=MethodSpec(name="lora"),
+        placement=PlacementSpec(name="full", roles=PLACEMENTS["full"]), allocation=AllocationSpec(name="uniform"),
+        rank=4, alpha=8.0, seed=seed,
+        optim=OptimSpec(**({"lr": 1e-2} | optim)), evaluation=EvaluationSpec(name="default"),
+        trainer=TrainerSpec(max_steps=steps, batch_size=batch_size, accumulation=accumulation),
+    )  # fmt: skip
+    return RunState(
+        run=Run(run_id=run_id, spec=spec, folder=Path(run_id)), adapter=adapter, examples=examples,
         order=DataOrder(lengths, batch_size, seed, accumulation=accumulation, bucketed=bucketed),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def make_job() -> Callable[..., Job]:
+def make_job() -> Callable[..., RunState]:
     return _job
 
 
@@ -138,7 +156,7 @@ class Trace:
 
 
 def _train(
-    base: BaseModel, jobs: Sequence[Job], *, capacities: Sequence[dict[str, int]] | None = None,
+    base: BaseModel, jobs: Sequence[RunState], *, capacities: Sequence[dict[str, int]] | None = None,
     before_step: Callable[[Pack, int], None] = lambda pack, step: None, **options: Any,
 ) -> dict[str, Trace]:  # fmt: skip
     queue = [dataclasses.replace(job) for job in jobs]
@@ -152,7 +170,7 @@ def _train(
             pack.step()
             step += 1
             for result in pack.drain():
-                trace = traces[result.job.run_id]
+                trace = traces[result.state.run_id]
                 trace.losses.append(result.loss)
                 trace.norms.append(result.grad_norm)
             for slot, job in pack.active:
@@ -237,16 +255,12 @@ def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
         specs: Sequence[RunSpec], study: str = "study", *, stop_after: float = math.inf, **settings: Any
     ) -> list[Event]:
         chosen = Settings(study=study, output_root=str(tmp_path), **({"device": "cpu", "calibrate": False} | settings))
-        requests = [Run.of(s, chosen.folder) for s in specs]
-        events: list[Event] = []
-        steps = 0
+        source = Fixed([Run.of(spec, chosen.folder) for spec in specs])
 
         def should_stop() -> bool:
-            return steps >= stop_after
+            return sum(isinstance(event, Step) for event in source.events) >= stop_after
 
-        for event in train_runs(Fixed(requests), chosen, should_stop=should_stop):
-            steps += type(event).__name__ == "Step"
-            events.append(event)
-        return events
+        train_runs(source, chosen, should_stop=should_stop)
+        return source.events
 
     return go

@@ -1,6 +1,5 @@
 """A step is the same however it is cut into forward passes."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def test_equal_products_give_equal_results(
         job = make_job(
             "x", adapter, make_examples(0), steps=8, batch_size=batch_size, accumulation=accumulation, seed=3
         )
-        job = dataclasses.replace(job, optim=spec.optim)
+        job = job.with_spec(optim=spec.optim)
         options = {"batch_size": batch_size, "accumulation": accumulation}
         found.append(train(base, [job], capacities=capacities, **options)["x"])
     whole = found[0]

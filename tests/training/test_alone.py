@@ -24,6 +24,7 @@ from sweeper.training import calibrate, checkpoint
 from sweeper.training.events import Event, RunFinished, RunStarted, Step
 from sweeper.training.generate import generate
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.score import score
 
 pytestmark = [
@@ -387,7 +388,7 @@ def test_solo_memory_of_full_fine_tuning_counts_each_weight_once(
         spec = make_alone({"name": "full_ft"}, trainer={"precision": precision})
         base = base_of(spec)
         job = make_job("x", prepared(spec, base, place), make_examples(0))
-        found = calibrate._measure(base, job, {"batch_size": 4})
+        found = calibrate._measure(base, job, PackConfig(batch_size=4))
         assert found.peak_memory_bytes - found.activation_bytes == each * models.total_parameters(base.model)
 
 
@@ -530,7 +531,7 @@ def test_an_average_of_the_weights_is_scored_and_saved(
         bank.swap_averages()
         assert torch.equal(bank.params, own)
         assert not torch.allclose(own, wanted)
-    job.state, job.done = average, 4
+    job.weights, job.done = average, 4
     with Pack(base, job.adapter, batch_size=4) as pack:
         pack.add(job)
         pack.bank.swap_averages()
@@ -675,14 +676,17 @@ def test_one_search_tunes_what_packs_and_what_does_not(
     work = Scheduler(arms, [], settings, SearchSettings(n_trials=4, parallel=2))
     running: set[str] = set()
     most: dict[str, int] = {}
-    for event in train_runs(work, settings):
-        work.report(event)
+
+    def watch(event: Event) -> None:
         if isinstance(event, RunStarted):
             running.add(event.run_id)
             name = work.running[event.run_id].spec.method.name
             most[name] = max(most.get(name, 0), len(running))
         elif isinstance(event, RunFinished):
             running.discard(event.record.run_id)
+
+    work.observers = [watch]
+    train_runs(work, settings)
     work.close()
     assert most == {"lora": 2, "full_ft": 1, "bitfit": 1}
     rates: dict[str, list[float]] = {}

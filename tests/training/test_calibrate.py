@@ -11,8 +11,9 @@ import torch
 from sweeper import record
 from sweeper.training import calibrate
 from sweeper.training.calibrate import Requested, measure, warm_peak
+from sweeper.training.pack_config import PackConfig
 
-OPTIONS = {"batch_size": 4}
+OPTIONS = PackConfig(batch_size=4)
 
 
 class Allocator:

@@ -143,10 +143,8 @@ def test_programs_are_run(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_general_text_is_a_split_of_every_run(pack: Any) -> None:
-    run = SimpleNamespace(
-        request=SimpleNamespace(
-            spec=SimpleNamespace(dataset=DATASET, evaluation=EvaluationSpec(name="e", splits=("test", "general_text")))
-        ),
+    run: Any = SimpleNamespace(
+        spec=SimpleNamespace(dataset=DATASET, evaluation=EvaluationSpec(name="e", splits=("test", "general_text"))),
         splits={"test": EncodedSplit((example(pack.base.tokenizer, "a", "b"),))},
     )
     (found,) = evaluate(pack, [-1], run, general_text.SPLIT)

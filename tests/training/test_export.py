@@ -18,7 +18,8 @@ from sweeper.placement.placement import Target
 from sweeper.record import ADAPTER
 from sweeper.spec import RunSpec
 from sweeper.training.export import write_adapter
-from sweeper.training.pack import Job, Pack
+from sweeper.training.pack import Pack
+from sweeper.training.run_state import RunState
 
 pytestmark = [
     # PEFT still asks transformers by a name that is about to go
@@ -41,7 +42,7 @@ def random_state(adapter: AdapterSpec, targets: Mapping[str, Target]) -> dict[st
     return state
 
 
-def engine_logits(base: BaseModel, job: Job, ids: torch.Tensor) -> torch.Tensor:
+def engine_logits(base: BaseModel, job: RunState, ids: torch.Tensor) -> torch.Tensor:
     with Pack(base, [job.adapter.ranks], batch_size=4) as pack, torch.no_grad():
         pack.add(job)
         pack.model.eval()

@@ -14,7 +14,7 @@ from sweeper.lost import ContextLost
 from sweeper.record import Record
 from sweeper.spec import RunSpec
 from sweeper.tasks import metrics
-from sweeper.training import checkpoint, drive, progress, session, suspects
+from sweeper.training import checkpoint, pack_trainer, results, suspects, trainer
 from sweeper.training.events import Event, RunFinished, Stage, Step
 from sweeper.training.loaded import Loaded
 from sweeper.training.pack import Pack
@@ -175,17 +175,17 @@ def test_an_error_of_an_evaluation_is_traced_to_its_run_and_costs_the_others_not
     bad = specs[1] = make_run("ff", rank=8, trainer={"max_steps": 6}, evaluation={"every_steps": 3})
     run_all(specs, "undisturbed")
     name = "evaluate" if moment != "midway" else "queue_evaluation"
-    whole = getattr(drive, name)
+    whole = getattr(pack_trainer, name)
 
     def breaking(pack: Pack, slots: Any, run: Any, split: str, **options: Any) -> Any:
         mine = [slot for slot, job in pack.active if job.run_id == bad.run_id]
-        if moment == "before" and slots == [-1] and run.request.run_id == bad.run_id:
+        if moment == "before" and slots == [-1] and run.run_id == bad.run_id:
             raise RuntimeError("expected scalar type Float")
         if moment != "before" and set(mine) & set(slots):
             raise RuntimeError("expected scalar type Float")
         return whole(pack, slots, run, split, **options)
 
-    monkeypatch.setattr(drive, name, breaking)
+    monkeypatch.setattr(pack_trainer, name, breaking)
     events = run_all(specs, "one-bad")
     others = [spec for spec in specs if spec is not bad]
     if moment == "before":  # shares the evaluation of the third run, which is scored in its place
@@ -202,7 +202,7 @@ def test_an_evaluation_that_runs_out_of_memory_midway_is_made_up_for(
     import torch
 
     run_all(specs, "roomy")
-    whole, calls = drive.queue_evaluation, list[int]()
+    whole, calls = pack_trainer.queue_evaluation, list[int]()
 
     def limited(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -210,7 +210,7 @@ def test_an_evaluation_that_runs_out_of_memory_midway_is_made_up_for(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(*args, **options)
 
-    monkeypatch.setattr(drive, "queue_evaluation", limited)
+    monkeypatch.setattr(pack_trainer, "queue_evaluation", limited)
     run_all(specs, "tight")
     alike(tmp_path / "roomy", tmp_path / "tight", specs)
 
@@ -274,14 +274,14 @@ FULL = "No space left on device"
 def test_an_error_while_a_run_is_written_is_its_own(
     error: Exception, specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = progress.write_adapter
+    whole = results.write_adapter
 
     def breaking(folder: Path, *args: Any, **more: Any) -> int:
         if folder.name == specs[0].run_id:
             raise error
         return whole(folder, *args, **more)
 
-    monkeypatch.setattr(progress, "write_adapter", breaking)
+    monkeypatch.setattr(results, "write_adapter", breaking)
     run_all(specs)
     failed(tmp_path / "study", specs[0], type(error).__name__, str(error))
     assert all(record.status(tmp_path / "study" / spec.run_id) == "completed" for spec in specs[1:])
@@ -446,7 +446,7 @@ def test_a_measurement_that_loses_the_gpu_is_not_made_again(
     def breaking(*_: Any) -> Any:
         raise RuntimeError(Card.ERROR)
 
-    monkeypatch.setattr(session.calibrate, "measure", breaking)
+    monkeypatch.setattr(trainer.calibrate, "measure", breaking)
     with pytest.raises(ContextLost) as caught:
         run_all(specs, calibrate=True)
     assert caught.value.measuring

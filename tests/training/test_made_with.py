@@ -11,10 +11,11 @@ import pytest
 
 from sweeper import device, identity, record
 from sweeper.errors import SpecError
+from sweeper.run import Run
 from sweeper.spec import RunSpec
 from sweeper.training import checkpoint
 from sweeper.training.events import Event, RunFinished, Stage, Step
-from sweeper.training.progress import Progress
+from sweeper.training.run_state import RunState
 from sweeper.untrusted import sandbox
 
 
@@ -145,22 +146,21 @@ def test_a_run_that_goes_on_elsewhere_says_so(
     spec = make_run("ff", dataset={"metrics": ["pass_at_1"], "max_new_tokens": 8}, evaluation={"generate": True})
     here = {"device_type": "cpu", "device": "this", "versions": {"torch": "2.13.0"}, "git_commit": "a"}
 
-    def begin(before: dict[str, Any]) -> Progress:
-        job = SimpleNamespace(done=1, tokens=1, halted=False, finished=False)
-        prepared: Any = SimpleNamespace(before=before, job=job, content={}, precision="float32")
-        request: Any = SimpleNamespace(run_id="0123", spec=spec)
-        return Progress(request, prepared)
+    def begin(kept: dict[str, Any]) -> RunState:
+        run = Run(run_id="0123", spec=spec, folder=Path("0123"))
+        nothing: Any = None
+        return RunState(run=run, adapter=nothing, examples=(), order=nothing, done=1, tokens=1, kept=kept)
 
     monkeypatch.setattr(sandbox, "python", lambda: "CPython 3.11.7")
     first = begin({})
     assert first.made_with(here) is None
     assert first.environment["sandbox_python"] == "CPython 3.11.7"
-    same = begin(first.saved())
+    same = begin(first.measured())
     assert same.made_with(here | {"git_commit": "b"}) is None
     monkeypatch.setattr(sandbox, "python", lambda: "CPython 3.12.1")
-    later = begin(same.saved())
+    later = begin(same.measured())
     told = later.made_with(here | {"device": "that"})
     assert told == "0123: goes on with another device, sandbox python than it began with"
-    last = begin(later.saved())
+    last = begin(later.measured())
     assert last.made_with(here | {"device": "that"}) is None
     assert last.resumed == {"device": "this", "sandbox_python": "CPython 3.11.7"}

@@ -18,7 +18,8 @@ from sweeper.spec import RunSpec
 from sweeper.tasks import Encoded
 from sweeper.training.export import write_adapter
 from sweeper.training.generate import generate
-from sweeper.training.pack import Job, Pack
+from sweeper.training.pack import Pack
+from sweeper.training.run_state import RunState
 from sweeper.training.score import score
 
 from .test_trainer import OPTIM, STEPS
@@ -65,7 +66,7 @@ class Made:
 
     spec: RunSpec
     ranks: dict[Any, int]
-    job: Job
+    job: RunState
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def test_what_one_method_does_changes_no_bit_of_the_others(
     base = load("gpt2")
     jobs = [make(base, name, seed=i).job for i, name in enumerate(("lora", "dora", "vera", "pissa"))]
     capacities = [job.adapter.capacity for job in jobs]
-    wild = [jobs[0]] + [dataclasses.replace(job, optim=dataclasses.replace(job.optim, lr=1e30)) for job in jobs[1:]]
+    wild = [jobs[0]] + [job.with_spec(optim=dataclasses.replace(job.optim, lr=1e30)) for job in jobs[1:]]
     usual, disturbed = train(base, jobs, capacities=capacities), train(base, wild, capacities=capacities)
     assert_identical(disturbed["lora"], usual["lora"])
     alone = train(base, jobs[:1], capacities=capacities[:1])["lora"]
@@ -362,7 +363,7 @@ def test_a_run_goes_on_from_its_snapshot(name: str, load: Any, make: Any, train:
         for _ in range(3):
             pack.step()
         state = pack.snapshot(0)
-    second = dataclasses.replace(made.job, state=state, done=3)
+    second = dataclasses.replace(made.job, weights=state, done=3)
     rest = train(base, [second], capacities=[made.job.adapter.capacity])[name]
     rest.losses = whole.losses[:3] + rest.losses
     assert_close(rest, whole)

@@ -151,7 +151,7 @@ def test_the_average_is_what_is_evaluated_and_saved_and_the_weights_train_on(
     plain = dataclasses.replace(job.adapter, average=None)
     zeros = {name: (*parts, *(torch.zeros_like(p) for p in (*parts, *parts))) for name, parts in state.items()}
     with Pack(base, [plain.capacity], batch_size=4) as pack:
-        pack.add(dataclasses.replace(job, adapter=plain, state=zeros))
+        pack.add(dataclasses.replace(job, adapter=plain, weights=zeros))
         (wanted_scores,) = score(pack, [0], examples, budget=4096)
     assert [s.nll for s in found] == pytest.approx([s.nll for s in wanted_scores], rel=1e-6)
 
@@ -260,7 +260,7 @@ def test_averages_of_every_form_are_scored_and_scoring_changes_nothing(
     plain = dataclasses.replace(adapter.settled(), sparsity=None)
     state = {n: (*parts, *(torch.zeros_like(p) for p in (*parts, *parts))) for n, parts in average.items()}
     with Pack(base, [plain.capacity], batch_size=4) as pack:
-        pack.add(dataclasses.replace(job, adapter=plain, state=state))
+        pack.add(dataclasses.replace(job, adapter=plain, weights=state))
         wanted = [s.nll for s in score(pack, [0], examples, budget=4096)[0]]
         bare = [s.nll for s in score(pack, [-1], examples, budget=4096)[0]]
     assert found == pytest.approx(wanted, rel=1e-5)

@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 
 from sweeper.models import BaseModel
-from sweeper.training.pack import Job
+from sweeper.training.run_state import RunState
 
 KINDS = ["llama", "gpt2", "gpt_neox", "qwen2", "phi3"]
 
 
 @pytest.fixture
-def mixed_jobs(make_job: Any, make_adapter: Any, make_examples: Any) -> Callable[[BaseModel], list[Job]]:
+def mixed_jobs(make_job: Any, make_adapter: Any, make_examples: Any) -> Callable[[BaseModel], list[RunState]]:
     """Five runs that have nothing in common but the base model and the batch size."""
 
-    def make(base: BaseModel) -> list[Job]:
+    def make(base: BaseModel) -> list[RunState]:
         short, long = make_examples(0), make_examples(1, count=9, shortest=20, longest=60)
         return [
             make_job("attn", make_adapter(base, "attn", 4), short, max_grad_norm=0.05, warmup_fraction=0.4),

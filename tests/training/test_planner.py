@@ -1,7 +1,6 @@
 """How many runs fit, and which may share a pack."""
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +11,11 @@ from sweeper.spec import Settings
 from sweeper.training import compilation, memory
 from sweeper.training.calibrate import Solo
 from sweeper.training.events import RunFinished, RunStarted
-from sweeper.training.progress import Prepared
-from sweeper.training.session import Session
-from sweeper.training.sharing import pack_key
-from sweeper.training.source import PendingGroup
+from sweeper.training.pack_config import PackConfig
+from sweeper.training.run_state import RunState
+from sweeper.training.sharing import pack_key, pack_key_of
+from sweeper.training.source import Fixed, PendingGroup
+from sweeper.training.trainer import Alike, Trainer
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(study="x")
@@ -27,13 +27,14 @@ def solo(size: int) -> Solo:
 
 
 @pytest.fixture
-def runs(load: Any, place: Any, make_spec: Any, make_job: Any, make_adapter: Any, make_examples: Any) -> list[Prepared]:
+def runs(load: Any, place: Any, make_spec: Any, make_job: Any, make_adapter: Any, make_examples: Any) -> list[RunState]:
     base, found = load("llama"), []
     for name, rank in [("attn", 2), ("ff", 4), ("full", 8)] * 4:
         spec = make_spec(rank=rank, trainer={"batch_size": 4})
         job = make_job(name, make_adapter(base, name, rank), make_examples(0))
         ranks = dict.fromkeys(place(base, name), rank)
-        found.append(Prepared(request=SimpleNamespace(spec=spec), job=job, ranks=ranks, splits={}))  # type: ignore[arg-type]
+        run = dataclasses.replace(job.run, spec=spec)
+        found.append(dataclasses.replace(job, run=run, ranks=ranks))
     return found
 
 
@@ -43,7 +44,7 @@ def runs(load: Any, place: Any, make_spec: Any, make_job: Any, make_adapter: Any
     ids=["nothing", "less than one", "some", "more", "plenty"],
 )
 def test_runs_that_fit_into_what_is_free(
-    free: int, expected: int, load: Any, runs: list[Prepared], monkeypatch: pytest.MonkeyPatch
+    free: int, expected: int, load: Any, runs: list[RunState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest run counts for every slot, and a part of what is free is left free."""
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
@@ -57,7 +58,7 @@ def test_runs_that_fit_into_what_is_free(
     )
 
 
-def test_without_a_calibration_the_closed_form_counts(load: Any, runs: list[Prepared]) -> None:
+def test_without_a_calibration_the_closed_form_counts(load: Any, runs: list[RunState]) -> None:
     base = load("llama")
     sizes = [memory.run_bytes(base, run, None) for run in runs[:3]]
     states = [16 * budget.lora_parameters(run.ranks) for run in runs[:3]]
@@ -66,13 +67,13 @@ def test_without_a_calibration_the_closed_form_counts(load: Any, runs: list[Prep
     assert memory.run_bytes(base, runs[0], solo(1000)) == 1000
 
 
-def test_the_closed_form_and_the_calibration_are_of_one_size(load: Any, runs: list[Prepared]) -> None:
+def test_the_closed_form_and_the_calibration_are_of_one_size(load: Any, runs: list[RunState]) -> None:
     """The estimate may err by half, not by a multiple."""
     from sweeper.training.calibrate import _measure
 
     base = load("llama")
     for run in runs[:3]:
-        measured = _measure(base, dataclasses.replace(run.job), {"batch_size": 4})
+        measured = _measure(base, dataclasses.replace(run), PackConfig(batch_size=4))
         counted = memory.run_bytes(base, run, measured)
         assert 0.5 < memory.run_bytes(base, run, None) / counted < 2
 
@@ -126,13 +127,13 @@ def test_datasets_of_different_length_train_in_packs_of_their_own(make_run: Any,
      ("capture", 10**6, (False, True)), ("off", 10**6, (False, False))],
 )  # fmt: skip
 def test_layers_are_compiled_where_that_pays(
-    chosen: str, steps: int, wanted: tuple[bool, bool], load: Any, make_run: Any, runs: list[Prepared]
+    chosen: str, steps: int, wanted: tuple[bool, bool], load: Any, make_run: Any, runs: list[RunState]
 ) -> None:
-    session = Session(Settings(study="s", compile=chosen, device="cpu"), lambda: False)  # type: ignore[arg-type]
-    session.context.device = torch.device("cuda")
-    kinds = [PendingGroup(key="all", spec=make_run(trainer={"max_steps": steps}), most=9, left=9)]
-    found = session._compilation(load("llama"), kinds, [], runs, lengths_vary=True)
-    assert (found["compiled"], found["captured"]) == wanted
+    trainer = Trainer(Fixed([]), Settings(study="s", compile=chosen, device="cpu"), lambda: False)  # type: ignore[arg-type]
+    trainer.context.device = torch.device("cuda")
+    groups = [PendingGroup(key="all", spec=make_run(trainer={"max_steps": steps}), most=9, left=9)]
+    found = trainer._config(load("llama"), pack_key_of(runs[0]), Alike(groups=groups, samples=runs))
+    assert (found.compiled, found.captured) == wanted
 
 
 def test_compiling_pays_sooner_for_larger_batches_and_models() -> None:

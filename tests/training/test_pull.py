@@ -14,7 +14,7 @@ from sweeper.run import Run
 from sweeper.spec import DatasetSpec, RunSpec, Settings
 from sweeper.study import launch
 from sweeper.study.search_settings import SearchSettings
-from sweeper.training import session, train_runs
+from sweeper.training import train_runs, trainer
 from sweeper.training.events import Evaluated, Event, RunFinished, RunStarted, Stage
 from sweeper.training.source import PendingGroup, Pulled
 
@@ -22,21 +22,29 @@ from sweeper.training.source import PendingGroup, Pulled
 class Script:
     """Hands out runs in order, at most `at_once` unfinished ones, all of one kind; prunes what it is told to."""
 
-    def __init__(self, specs: Sequence[RunSpec], folder: Path, at_once: int) -> None:
-        self.requests = [Run.of(s, folder, arm="all") for s in specs]
+    def __init__(self, specs: Sequence[RunSpec], folder: Path, at_once: int, prune: Collection[str]) -> None:
+        self.runs = [Run.of(s, folder, arm="all") for s in specs]
         self.spec, self.at_once, self.out, self.prune = specs[0], at_once, 0, set[str]()
+        self.to_be_pruned = set(prune)
+        self.events: list[Event] = []
 
     def pending(self) -> list[PendingGroup]:
-        return [PendingGroup(key="all", spec=self.spec, most=self.at_once)] if self.requests else []
+        return [PendingGroup(key="all", spec=self.spec, most=self.at_once)] if self.runs else []
 
     def pull(self, count: int, kinds: Collection[str]) -> Pulled:
         count = max(0, min(count, self.at_once - self.out))
-        given, self.requests = self.requests[:count], self.requests[count:]
+        given, self.runs = self.runs[:count], self.runs[count:]
         self.out += len(given)
-        return Pulled(runs=tuple(given), more=bool(self.requests))
+        return Pulled(runs=tuple(given), more=bool(self.runs))
 
     def to_prune(self) -> Collection[str]:
         return self.prune
+
+    def report(self, event: Event) -> None:
+        self.events.append(event)
+        self.out -= isinstance(event, RunFinished)
+        if isinstance(event, Evaluated) and event.moment.isdigit() and event.run_id in self.to_be_pruned:
+            self.prune.add(event.run_id)
 
 
 @pytest.fixture
@@ -46,14 +54,9 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
 
     def go(specs: Sequence[RunSpec], study: str, *, at_once: int, prune: Collection[str] = ()) -> list[Event]:
         settings = Settings(study=study, output_root=str(tmp_path), device="cpu", calibrate=False)
-        script = Script(specs, settings.folder, at_once)
-        events: list[Event] = []
-        for event in train_runs(script, settings):
-            events.append(event)
-            script.out -= isinstance(event, RunFinished)
-            if isinstance(event, Evaluated) and event.moment.isdigit() and event.run_id in prune:
-                script.prune.add(event.run_id)
-        return events
+        script = Script(specs, settings.folder, at_once, prune)
+        train_runs(script, settings)
+        return script.events
 
     return go
 
@@ -146,7 +149,7 @@ def test_what_was_put_off_goes_first_where_all_else_waits_for_it(
     other: dict[str, Any] = {"trainer": {"max_steps": 2, "batch_size": 7}}
     if what == "model":
         other = {"model": {"name": "shallow", "config": {**make_run("attn").model.config, "num_hidden_layers": 1}}}
-    monkeypatch.setattr(session.time, "sleep", lambda _: pytest.fail("nothing moves"))
+    monkeypatch.setattr(trainer.time, "sleep", lambda _: pytest.fail("nothing moves"))
     specs = [make_run("attn", trainer={"max_steps": 2}), make_run("attn", **other), make_run("ff")]
     play(specs, "waiting", at_once=1)
     assert len(list((tmp_path / "waiting").glob("*/record.json"))) == 3

@@ -15,7 +15,7 @@ from sweeper import record
 from sweeper.lora.adapters import AdapterBank
 from sweeper.record import Record
 from sweeper.spec import RunSpec
-from sweeper.training import checkpoint, drive
+from sweeper.training import checkpoint, pack_trainer
 from sweeper.training.events import Event, RunFinished, Stage, Step
 from sweeper.training.pack import Pack
 
@@ -230,14 +230,14 @@ def test_an_evaluation_that_runs_out_of_memory_costs_no_step(
     specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_all(specs, "roomy")
-    whole = drive.evaluate
+    whole = pack_trainer.evaluate
 
     def limited(pack: Pack, slots: Any, *args: Any, **kwargs: Any) -> Any:
         if len(slots) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(pack, slots, *args, **kwargs)
 
-    monkeypatch.setattr(drive, "evaluate", limited)
+    monkeypatch.setattr(pack_trainer, "evaluate", limited)
     assert once_each(run_all(specs, "tight"), specs)
     alike(tmp_path / "roomy", tmp_path / "tight", specs)
 
@@ -246,7 +246,7 @@ def test_base_scores_that_run_out_of_memory_are_taken_again(
     specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_all(specs, "roomy")
-    whole, calls = drive.evaluate, []
+    whole, calls = pack_trainer.evaluate, []
 
     def limited(pack: Pack, slots: Any, run: Any, split: str) -> Any:
         calls.append((list(slots), split))
@@ -254,7 +254,7 @@ def test_base_scores_that_run_out_of_memory_are_taken_again(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(pack, slots, run, split)
 
-    monkeypatch.setattr(drive, "evaluate", limited)
+    monkeypatch.setattr(pack_trainer, "evaluate", limited)
     run_all(specs, "tight")
     for spec in specs:
         one, two = (record.read_record(tmp_path / study / spec.run_id) for study in ("roomy", "tight"))
@@ -270,7 +270,7 @@ def test_a_run_out_of_patience_trains_no_further_when_its_last_scores_run_out_of
     trainer = {"max_steps": 24, "patience": 2}
     pair = [make_run("full", seed=seed, trainer=trainer, optim=optim, evaluation={"every_steps": 1}) for seed in (0, 1)]
     run_all(pair, "roomy")
-    whole, calls = drive.evaluate, []
+    whole, calls = pack_trainer.evaluate, []
 
     def limited(pack: Pack, slots: Any, *args: Any) -> Any:
         calls.append(list(slots))
@@ -278,7 +278,7 @@ def test_a_run_out_of_patience_trains_no_further_when_its_last_scores_run_out_of
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(pack, slots, *args)
 
-    monkeypatch.setattr(drive, "evaluate", limited)
+    monkeypatch.setattr(pack_trainer, "evaluate", limited)
     run_all(pair, "tight")
     for spec in pair:
         one, two = (record.read_record(tmp_path / study / spec.run_id) for study in ("roomy", "tight"))

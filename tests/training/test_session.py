@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from sweeper import record, tasks
 from sweeper.record import Record
 from sweeper.spec import RunSpec
-from sweeper.training import drive, session
+from sweeper.training import context, pack_trainer
 from sweeper.training.events import Evaluated, Remark, RunFinished, RunStarted, Step
+from sweeper.training.writer import Writer
 
 # PEFT still asks transformers by a name that is about to go
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -295,8 +296,8 @@ def test_training_ahead_of_what_is_known_leaves_the_same(
     plain = trained(tmp_path / "study", specs)
     for spec in specs:
         (tmp_path / "study" / spec.run_id / "record.json").unlink()
-    monkeypatch.setattr(session, "in_background", lambda device: True)
-    monkeypatch.setattr(drive.Clock, "in_flight", 3)
+    monkeypatch.setattr(context, "Writer", lambda listen, background: Writer(listen, background=True))
+    monkeypatch.setattr(pack_trainer.Clock, "in_flight", 3)
     events = run_all(specs)
     assert {event.record.run_id for event in events if isinstance(event, RunFinished)} == {s.run_id for s in specs}
     for one, other in zip(plain, trained(tmp_path / "study", specs), strict=True):

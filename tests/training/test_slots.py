@@ -10,6 +10,11 @@ import torch
 from sweeper.spec import OptimSpec
 from sweeper.training.batches import Batch
 from sweeper.training.pack import Pack
+from sweeper.training.run_state import RunState
+
+
+def of_steps(state: RunState, steps: int) -> RunState:
+    return state.with_spec(trainer=dataclasses.replace(state.spec.trainer, max_steps=steps))
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def test_a_slot_that_diverges_changes_no_bit_of_the_others(
     load: Any, jobs: Any, train: Any, assert_identical: Any
 ) -> None:
     undisturbed = train(load("llama"), jobs)
-    wild = [jobs[0], dataclasses.replace(jobs[1], optim=OptimSpec(lr=1e30, warmup_fraction=0.0)), jobs[2]]
+    wild = [jobs[0], jobs[1].with_spec(optim=OptimSpec(lr=1e30, warmup_fraction=0.0)), jobs[2]]
     diverged = train(load("llama"), wild)
     assert not math.isfinite(diverged["ff"].losses[-1])
     for run_id in ("attn", "full"):
@@ -71,7 +76,7 @@ def test_a_run_that_ends_early_changes_nothing_for_the_others(
     load: Any, jobs: Any, train: Any, assert_close: Any
 ) -> None:
     undisturbed = train(load("llama"), jobs)
-    shorter = [jobs[0], dataclasses.replace(jobs[1], steps=2), jobs[2]]
+    shorter = [jobs[0], of_steps(jobs[1], 2), jobs[2]]
     traces = train(load("llama"), shorter)
     assert len(traces["ff"].losses) == 2
     for run_id in ("attn", "full"):
@@ -102,8 +107,8 @@ def test_a_slot_refilled_midway_disturbs_nobody_and_its_new_run_is_as_alone(
         ),
         make_job("third", make_adapter(base, "ff_out", 2, seed=6, dropout=0.3), make_examples(4), steps=4),
     ]
-    first = dataclasses.replace(jobs[1], steps=2)
-    long = dataclasses.replace(jobs[2], steps=9)
+    first = of_steps(jobs[1], 2)
+    long = of_steps(jobs[2], 9)
     union = {target.name: 8 for target in base.targets if target.layer is not None}
     together = train(base, [long, first, *later], capacities=[union, union])
     for job in (long, first, *later):

@@ -8,7 +8,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from sweeper.training.batches import Tokens
-from sweeper.training.pack import Job
+from sweeper.training.run_state import RunState
 
 
 class Recording(Trainer):
@@ -35,12 +35,12 @@ def collate(examples: list[Tokens]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def ordered(job: Job, accumulation: int = 1) -> list[Tokens]:
+def ordered(job: RunState, accumulation: int = 1) -> list[Tokens]:
     """The examples of a job in the order in which it sees them."""
     return [job.examples[i] for n in range(job.steps * accumulation) for i in job.order.batch(n)]
 
 
-def trainer_run(model: Any, job: Job, folder: Path, *, accumulation: int = 1) -> list[float]:
+def trainer_run(model: Any, job: RunState, folder: Path, *, accumulation: int = 1) -> list[float]:
     """Trains what of `model` has gradients as `job` says; the loss of every step."""
     optim = job.optim
     arguments = TrainingArguments(

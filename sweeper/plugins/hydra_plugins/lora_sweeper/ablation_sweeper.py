@@ -8,7 +8,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from hydra_plugins.lora_sweeper.packed_launcher import PackedLauncher
 from omegaconf import DictConfig
 
 
@@ -72,6 +71,8 @@ class AblationSweeper(Sweeper):
         )
         lines: Sequence[str] = [*config.axes_of(self.params), *arguments]
         found, search = config.expand(lines, composer), config.search_settings(self.search)
-        if isinstance(self.launcher, PackedLauncher):
-            return self.launcher.train(found.arms, found.settings, search)
+        # by name: Hydra imports its plugins twice, so that a class may not be the class of the same name
+        if str(self.config.hydra.launcher._target_).startswith(f"{__package__}."):
+            ours: Any = self.launcher
+            return ours.train(found.arms, found.settings, search)
         return launch.train_as_jobs(found.arms, found.settings, search, self.launcher)

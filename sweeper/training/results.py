@@ -1,0 +1,171 @@
+"""What a run leaves in its folder: adapter, curve, predictions, and last the record that refers to them."""
+
+import errno
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sweeper import methods
+from sweeper.lora.alone import Learnt
+from sweeper.models import total_parameters
+from sweeper.record import (
+    METRICS,
+    PREDICTIONS,
+    TRACEBACK,
+    Efficiency,
+    Module,
+    Record,
+    write_atomically,
+    write_lines,
+    write_record,
+)
+from sweeper.run import Run
+from sweeper.spec import Settings, to_mapping
+from sweeper.tasks import data_of
+from sweeper.training import checkpoint, suspects
+from sweeper.training.calibrate import Solo
+from sweeper.training.export import write_adapter, write_readme
+from sweeper.training.failure import Failure
+from sweeper.training.pack import Pack
+from sweeper.training.run_state import RunState, now
+
+Weights = Mapping[str, tuple[Tensor, ...]] | Learnt
+
+
+def write_run(
+    state: RunState, weights: Weights, solo: Solo | None, pack: Pack, settings: Settings, environment: Mapping[str, Any]
+) -> Record:
+    """Writes all that a run which has ended leaves, and removes its checkpoint.
+
+    Args:
+        weights: what it has learnt. solo: what it costs alone, where that was measured.
+        environment: what its pack is made with.
+    """
+    folder, spec = state.run.folder, state.spec
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter_bytes = _write_weights(state, weights)
+    learnt = weights if isinstance(weights, Learnt) else None
+    write_lines(folder / METRICS, state.metrics)
+    write_lines(folder / PREDICTIONS, state.predictions)
+    record = Record(
+        run_id=state.run_id,
+        study=settings.study,
+        status="diverged" if state.diverged else "pruned" if state.pruned else "completed",
+        spec=to_mapping(spec),
+        modules=_modules(state, learnt),
+        trainable_parameters=methods.trainable(spec.method, state.ranks) if learnt is None else learnt.trainable,
+        total_parameters=total_parameters(pack.base.model),
+        steps=state.done,
+        scores=state.scores,
+        data={
+            name: ({"order": "by step"} if name == "train" else {})
+            | facts
+            | {"majority": dict(state.splits[name].majority)}
+            for name, facts in data_of(state.splits).items()
+        },
+        efficiency=_efficiency(state, adapter_bytes, solo, pack),
+        environment={**environment, **state.environment, **({"resumed_from": state.resumed} if state.resumed else {})},
+        search=state.run.search,
+        saved={
+            "step": state.done if state.best is None else state.best[1], "stopped_early": state.stopped,
+            "average": spec.trainer.ema_decay is not None,
+            **({} if state.exported.refused is None else {"peft": state.exported.refused}),
+        },
+        started=state.started,
+        finished=now(),
+    )  # fmt: skip
+    (folder / TRACEBACK).unlink(missing_ok=True)  # of a former try
+    write_record(folder, record)
+    checkpoint.remove(folder)
+    suspects.clear(folder)
+    return record
+
+
+def write_failure(
+    run: Run, failure: Failure, settings: Settings, environment: Mapping[str, Any], *, steps: int, started: str
+) -> Record:
+    """Records that a run failed: class and message, and the traceback in a file beside it.
+
+    Where its folder cannot be written either, the record is only returned.
+
+    Raises:
+        OSError: the disk is full, which would be the end of every other run as well.
+    """
+    record = Record(
+        run_id=run.run_id,
+        study=settings.study,
+        status="failed",
+        spec=to_mapping(run.spec),
+        steps=steps,
+        environment=environment,
+        search=run.search,
+        error={"class": failure.kind, "message": failure.message, "traceback": TRACEBACK},
+        started=started,
+        finished=now(),
+    )
+    try:
+        write_atomically(run.folder / TRACEBACK, failure.trace)
+        write_record(run.folder, record)
+        suspects.clear(run.folder)
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+    return record
+
+
+def _write_weights(state: RunState, weights: Weights) -> int:
+    """Writes what the run has learnt; returns its bytes. A pruned one leaves nothing: of such there are many."""
+    if state.pruned:
+        return 0
+    folder, proved = state.run.folder, state.exported
+    if isinstance(weights, Learnt):
+        size = weights.write(folder)
+    else:
+        size = write_adapter(
+            folder, state.spec, list(state.ranks), weights, as_parameters=proved.as_parameters
+        )  # fmt: skip
+    write_readme(folder, state.spec, proved.refused)
+    return size
+
+
+def _modules(state: RunState, learnt: Learnt | None) -> tuple[Module, ...]:
+    """What was trained by module; a run alone says itself what it put where, and which rank that has in the end."""
+    method = state.spec.method
+    modules = [
+        Module(
+            name=target.name, role=target.role, layer=target.layer,
+            rank=rank if learnt is None else learnt.ranks.get(target.name, rank),
+            parameters=methods.parameters(method, target, rank)
+            if learnt is None else learnt.parameters[target.name],
+            score=None if state.probe is None else state.probe.scores.get(target.name),
+        )
+        for target, rank in state.ranks.items()
+    ]  # fmt: skip
+    return tuple(module for module in modules if module.parameters or learnt is None)
+
+
+def _efficiency(state: RunState, adapter_bytes: int, solo: Solo | None, pack: Pack) -> Efficiency:
+    passes = range(state.done * pack.accumulation)
+    seen = [state.examples[i] for n in passes for i in state.order.batch(n)]
+    tokens = sum(len(example.input_ids) for example in seen)
+    mean_length = round(tokens / max(len(seen), 1))
+    return Efficiency(
+        train_seconds_amortised=state.train_seconds,
+        eval_seconds_amortised=state.eval_seconds,
+        train_seconds_solo=None if solo is None else solo.step_seconds * state.done,
+        peak_memory_solo_bytes=None if solo is None else solo.peak_memory_bytes,
+        memory_measured=None if solo is None else solo.memory_measured,
+        tokens_per_second_solo=None if solo is None else tokens / max(state.done, 1) / solo.step_seconds,
+        train_tokens=tokens,
+        train_flops=methods.train_flops(
+            state.spec.method, pack.base.targets, state.ranks, length=mean_length, tokens=tokens
+        ),
+        adapter_bytes=adapter_bytes,
+        pack_runs=state.pack_runs,
+        pack_seconds=time.monotonic() - state.began,
+        compile_seconds=state.compile_seconds,
+        probe_seconds=None if state.probe is None else state.probe.seconds,
+        probe_flops=None if state.probe is None else state.probe.flops,
+    )

@@ -1,0 +1,304 @@
+"""A run while it trains: what a step of it needs, how far it is, what was measured on the way."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from torch import Tensor
+
+from sweeper.identity import short
+from sweeper.lora.alone import AloneSpec
+from sweeper.lora.forms import AdapterSpec, Capacity
+from sweeper.models.architecture import Target
+from sweeper.record import Score, remove_leftovers
+from sweeper.run import Run
+from sweeper.spec import OptimSpec, RunSpec
+from sweeper.tasks import PROGRAM, EncodedSplit
+from sweeper.training import checkpoint, suspects
+from sweeper.training.batches import DataOrder, Tokens
+from sweeper.training.events import Evaluated, Step
+from sweeper.training.probe import Probe
+from sweeper.training.suspects import Suspect
+from sweeper.untrusted import sandbox
+
+# what a run may be resumed with another of, and what the analysis looks at (`analysis.checks`)
+COMPARED = ("device_type", "device", "precision", "attention", "versions", "sandbox_python")
+ENDS = ("before", "after")  # phases whose scores are of the run, not of its way
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportProof:
+    """How what a run leaves is loaded.
+
+    Attributes:
+        refused: why stock PEFT does not give the engine's logits; None where it does.
+        as_parameters: whether it does so only where the adapter names the weights rather than their modules.
+        unreached: modules whose adapter changes nothing, for the model does not call them as modules.
+        effect, difference: the throw-away adapter's largest change of a log-probability, and the largest difference
+            between PEFT and the engine, in nats.
+    """
+
+    refused: str | None = None
+    as_parameters: bool = False
+    unreached: tuple[str, ...] = ()
+    effect: float = 0.0
+    difference: float | None = 0.0
+
+
+UNPROVED = ExportProof()
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedSplit:
+    """Score of one split and its rows for `predictions.jsonl`."""
+
+    score: Score
+    rows: list[dict[str, Any]]
+
+
+@dataclass(kw_only=True, eq=False)
+class RunState:
+    """A run and all that is live of it while it trains.
+
+    Attributes:
+        adapter: what it trains. order: which of its `examples` a forward pass sees.
+        ranks: its modules. splits: its tokenised data. content: digests of its model's and its dataset's files.
+        precision: what it computes in.
+        done: optimiser steps. tokens: response tokens seen.
+        halted: it keeps its slot and is stepped no more.
+        weights: `Pack.snapshot` to go on from; None begins afresh.
+        kept: what was measured when that was taken (`measured`); empty where nothing was.
+        noted: steps whose results are known.
+        best: lowest validation NLL and its step, where the run may end early. waited: evaluations since.
+        diverged: a loss was not finite. pruned: its search ended it. stopped: it ran out of patience.
+    """
+
+    run: Run
+    adapter: AdapterSpec | AloneSpec
+    examples: Sequence[Tokens]
+    order: DataOrder
+    ranks: Mapping[Target, int] = field(default_factory=dict)
+    splits: Mapping[str, EncodedSplit] = field(default_factory=dict)
+    probe: Probe | None = None
+    exported: ExportProof = UNPROVED
+    precision: str = ""
+    content: Mapping[str, str | None] = field(default_factory=dict)
+    suspect: Suspect | None = None
+    done: int = 0
+    tokens: int = 0
+    halted: bool = False
+    weights: dict[str, tuple[Tensor, ...]] | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.enter()
+
+    def enter(self) -> None:
+        """Begins to measure, from what was kept: a run is about to be given a slot."""
+        kept = self.kept
+        self.metrics: list[dict[str, Any]] = list(kept.get("metrics", []))
+        self.scores: dict[str, dict[str, Score]] = {}
+        self.predictions: list[dict[str, Any]] = []
+        self.train_seconds: float = kept.get("train_seconds", 0.0)
+        self.compile_seconds: float = kept.get("compile_seconds", 0.0)
+        self.eval_seconds = 0.0
+        self.pack_runs = 1
+        self.started: str = kept.get("started", now())
+        self.began = time.monotonic()
+        self.noted = self.done
+        self.best: tuple[float, int] | None = tuple(kept["best"]) if kept.get("best") else None
+        self.waited: int = kept.get("waited", 0)
+        self.environment: Mapping[str, Any] = {}
+        self.resumed: dict[str, Any] = dict(kept.get("resumed_from") or {})
+        self.pruned = False
+        self.diverged = any(not math.isfinite(row["loss"]) for row in self.metrics if "loss" in row)
+        self.stopped = self._out_of_patience()
+        self.halted = self.diverged or self.stopped
+
+    def with_spec(self, **sections: Any) -> "RunState":
+        """A copy whose spec has other sections."""
+        spec = replace(self.spec, **sections)
+        return replace(self, run=replace(self.run, spec=spec))
+
+    @property
+    def run_id(self) -> str:
+        return self.run.run_id
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.run.spec
+
+    @property
+    def optim(self) -> OptimSpec:
+        return self.run.spec.optim
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps to do in all."""
+        return self.run.spec.trainer.max_steps
+
+    @property
+    def seed(self) -> int:
+        return self.run.spec.seed
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.steps
+
+    @property
+    def phase(self) -> str:
+        """Of an evaluation on the way: the steps done, as text."""
+        return str(self.done)
+
+    @property
+    def capacity(self) -> Capacity:
+        """The least that a slot must have, for a run that packs."""
+        assert isinstance(self.adapter, AdapterSpec)
+        return self.adapter.capacity
+
+    @property
+    def shape(self) -> str:
+        """Runs of equal shape cost the same alone."""
+        return repr((self.adapter.shape(), self.spec.trainer, self.spec.dataset))
+
+    def resume(self) -> str | None:
+        """Takes up the checkpoint of a run that was cut off, if there is one, and clears away what else it left.
+
+        Returns why it was not taken up, where it is not of this run.
+        """
+        remove_leftovers(self.run.folder)
+        self.suspect = suspects.read(self.run.folder)
+        found = checkpoint.load(self.run.folder)
+        if found is None or self.done > 0:
+            return None
+        weights, kept = found
+        if (why := self._other(kept)) is not None:
+            return f"{self.run_id}: its checkpoint {why}; it starts anew"
+        if isinstance(self.adapter, AloneSpec):
+            matches = self.adapter.resumes(weights)
+        else:
+            matches = set(weights) == set(self.adapter.ranks) and self._same_ranks(weights)
+        if matches:
+            self.weights, self.kept = weights, kept
+            self.done, self.tokens = kept["done"], kept["tokens"]
+        return None
+
+    def _other(self, kept: Mapping[str, Any]) -> str | None:
+        """What a checkpoint was made with that this run is not; those of earlier versions do not say."""
+        for name in ("model", "dataset"):
+            former = (kept.get("content") or self.content).get(name)
+            if former != self.content.get(name):
+                return f"is of another {name} (then {short(former)}, now {short(self.content.get(name))})"
+        former = kept.get("precision") or self.precision
+        return None if former == self.precision else f"is in {former}, the study in {self.precision}"
+
+    def _same_ranks(self, weights: Mapping[str, tuple[Tensor, ...]]) -> bool:
+        """Whether a probe that was made again allocates as the one did that the checkpoint began with."""
+        assert isinstance(self.adapter, AdapterSpec)
+        ranks = self.adapter.ranks
+        return self.probe is None or all(len(parts[0]) == ranks[name] for name, parts in weights.items())
+
+    def keep(self, weights: dict[str, tuple[Tensor, ...]]) -> None:
+        """Remembers a good state, to go on from if the pack breaks."""
+        self.weights, self.kept = weights, self.measured()
+
+    def rewind(self) -> None:
+        """Back to the last good state, or to the start where there is none."""
+        self.done, self.tokens = self.kept.get("done", 0), self.kept.get("tokens", 0)
+        self.halted = False
+
+    def measured(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the weights."""
+        return {
+            "done": self.done, "tokens": self.tokens, "started": self.started, "train_seconds": self.train_seconds,
+            "compile_seconds": self.compile_seconds, "best": self.best, "waited": self.waited,
+            "content": dict(self.content), "precision": self.precision,
+            "auto": self.spec.trainer.precision == "auto",
+            "environment": self.environment, "resumed_from": self.resumed,
+            "metrics": [row for row in self.metrics if row.get("moment") not in ENDS],
+        }  # fmt: skip
+
+    def made_with(self, environment: Mapping[str, Any]) -> str | None:
+        """Notes what the run is made with from now on; returns a line where its first steps were made with else."""
+        programs = self.spec.evaluation.generate and PROGRAM & set(self.spec.dataset.metrics)
+        self.environment = {
+            **environment, "content": dict(self.content),
+            **({"sandbox_python": sandbox.python()} if programs else {}),
+        }  # fmt: skip
+        former = self.kept.get("environment") or {}
+        other = {
+            name: former[name] for name in COMPARED if name in former and former[name] != self.environment.get(name)
+        }
+        self.resumed |= other
+        if not other:
+            return None
+        return f"{self.run_id}: goes on with another {', '.join(other).replace('_', ' ')} than it began with"
+
+    def note_step(self, result: "StepResult", seconds: float) -> Step:
+        """Adds one step. `seconds` is its share of the pack's time, without what was compiled or captured for it."""
+        self.compile_seconds += result.one_off
+        self.train_seconds += seconds
+        seconds += result.one_off
+        if not math.isfinite(result.loss):
+            self.diverged = True
+        self.noted = result.step
+        self.metrics.append({
+            "step": result.step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm,
+            "tokens": result.tokens, "seconds": round(seconds, 6), "time": round(time.time(), 2),
+        })  # fmt: skip
+        return Step(
+            run_id=self.run_id, step=result.step, loss=result.loss, lr=result.lr, grad_norm=result.grad_norm,
+            tokens=result.tokens, seconds=seconds,
+        )  # fmt: skip
+
+    def note_scores(self, split: str, phase: str, found: EvaluatedSplit) -> Evaluated:
+        """Adds the scores of a split before, after or on the way (`phase`)."""
+        self.metrics.append(
+            {"step": self.done, "split": split, "moment": phase, "nll": found.score.nll, **found.score.metrics}
+        )
+        if phase in ENDS:
+            self.scores.setdefault(split, {})[phase] = found.score
+            self.predictions += [{"split": split, "moment": phase, **row} for row in found.rows]
+        return Evaluated(run_id=self.run_id, split=split, moment=phase, score=found.score)
+
+    def has_scores(self, phase: str) -> bool:
+        """Whether it was scored in a phase."""
+        return any(row.get("moment") == phase for row in self.metrics)
+
+    def judge(self, nll: float) -> bool:
+        """Notes a validation NLL of a run that may end early; returns whether it is the lowest so far."""
+        better = math.isfinite(nll) and (self.best is None or nll < self.best[0])
+        if better:
+            self.best, self.waited = (nll, self.done), 0
+        else:
+            self.waited += 1
+            self.stopped = self._out_of_patience()
+        return better
+
+    def _out_of_patience(self) -> bool:
+        patience = self.spec.trainer.patience
+        return patience is not None and self.waited >= patience and not self.finished
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimiser step of one run: `loss` is the mean NLL over the response tokens of the step.
+
+    `one_off` are the seconds that the host spent on it to compile and capture, a run's share of them.
+    """
+
+    state: RunState
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    one_off: float = 0.0
+
+
+def now() -> str:
+    """The time of day, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
