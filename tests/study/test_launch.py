@@ -335,7 +335,7 @@ def test_a_failure_names_its_traceback_and_is_counted_once(
 ) -> None:
     """One that could not be written is told of by the engine alone."""
 
-    def failing(source: Any, settings: Settings, *, should_stop: Any) -> Any:
+    def failing(source: Any, settings: Settings, *, should_stop: Any) -> None:
         kinds = [kind.key for kind in source.pending()]
         for place, request in enumerate(source.pull(4, kinds).runs):
             error = {"class": "KeyError", "message": "'x'", "traceback": record.TRACEBACK}
@@ -343,7 +343,7 @@ def test_a_failure_names_its_traceback_and_is_counted_once(
             if place == 0:
                 record.write_record(request.folder, done)
                 (request.folder / record.TRACEBACK).write_text("Traceback")
-            yield RunFinished(record=done)
+            source.report(RunFinished(record=done))
 
     with pytest.raises(RunsFailed) as caught:
         launch.train(grouped(specs[:2]), study, engine=failing)
@@ -362,11 +362,11 @@ def test_a_lost_gpu_ends_the_command_only_where_more_is_to_be_trained(
     specs: tuple[RunSpec, ...], study: Settings, engine: Any, make_record: Callable[..., Record], went: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def losing(source: Any, settings: Settings, *, should_stop: Any) -> Any:
+    def losing(source: Any, settings: Settings, *, should_stop: Any) -> None:
         (request,) = source.pull(1, [kind.key for kind in source.pending()]).runs
         done = make_record(request.spec, status="failed", scores={}, error={"class": "ContextLost", "message": "m"})
         record.write_record(request.folder, done)
-        yield RunFinished(record=done)
+        source.report(RunFinished(record=done))
         raise ContextLost("assert")
 
     with pytest.raises(ContextLost):

@@ -6,7 +6,7 @@ import math
 import shlex
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sweeper.study import launch, storage
 from sweeper.study import plan as planning
 from sweeper.study.scheduler import Scheduler
 from sweeper.study.search_settings import SearchSettings
-from sweeper.training.events import Evaluated, Event, RunFinished, RunStarted
+from sweeper.training.events import Evaluated, RunFinished, RunStarted
 from sweeper.training.source import Source
 
 LR = "optim.lr=tag(log,interval(1e-5,1e-1))"
@@ -50,13 +50,13 @@ class BowlEngine:
         self.fail: Callable[[RunSpec], bool] = lambda spec: False
         self.diverge: Callable[[RunSpec], bool] = lambda spec: False
 
-    def __call__(self, source: Source, settings: Settings, *, should_stop: Callable[[], bool]) -> Iterator[Event]:
+    def __call__(self, source: Source, settings: Settings, *, should_stop: Callable[[], bool]) -> None:
         running: dict[str, tuple[Run, int]] = {}
         while True:
             kinds = [kind.key for kind in source.pending()]
             for request in source.pull(self.slots - len(running), kinds).runs:
                 running[request.run_id] = (request, 0)
-                yield RunStarted(run_id=request.run_id, steps=request.spec.trainer.max_steps)
+                source.report(RunStarted(run_id=request.run_id, steps=request.spec.trainer.max_steps))
             self.most = max(self.most, len(running))
             if not running:
                 return
@@ -65,15 +65,15 @@ class BowlEngine:
                 running[run_id] = (request, step)
                 if spec.evaluation.every_steps and step < spec.trainer.max_steps:
                     score = Score(nll=loss(spec, step / spec.trainer.max_steps), tokens=1, examples=1)
-                    yield Evaluated(run_id=run_id, split="validation", moment=str(step), score=score)
+                    source.report(Evaluated(run_id=run_id, split="validation", moment=str(step), score=score))
                 if run_id in source.to_prune():
                     self.pruned.append(spec)
-                    yield self.end(running.pop(run_id)[0], status="pruned", scores={}, steps=step)
+                    source.report(self.end(running.pop(run_id)[0], status="pruned", scores={}, steps=step))
                 elif step == spec.trainer.max_steps:
                     if len(self.trained) >= self.stop_after:
                         raise SystemExit("killed")
                     self.trained.append(spec)
-                    yield self.end(running.pop(run_id)[0], **self.fate(spec))
+                    source.report(self.end(running.pop(run_id)[0], **self.fate(spec)))
 
     def fate(self, spec: RunSpec) -> dict[str, Any]:
         if self.fail(spec):

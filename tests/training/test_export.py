@@ -56,7 +56,7 @@ def check(
     adapter = methods.adapter(spec, ranks)
     state = random_state(adapter, {target.name: target for target in ranks})
     job = make_job("x", adapter, examples)
-    job.state = state
+    job.weights = state
     ids = torch.arange(3, 51).view(3, 16)
     ours = engine_logits(base, job, ids)
     size = write_adapter(folder, spec, list(ranks), {name: parts[:2] for name, parts in state.items()})
