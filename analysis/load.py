@@ -25,7 +25,7 @@ from sweeper.record import (
 )
 
 CONTENTS = {"model.content": "model.location", "dataset.content": "dataset.path"}  # and where the files lie
-GROUPS = ("model", "dataset", "method", "placement", "allocation", "evaluation")
+GROUPS = ("model", "dataset", "method", "placement", "allocation", "objective", "evaluation")
 STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
 # of accumulated runs of former versions: which examples a step had depended on how it was cut into passes

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 # a group's name stands for the group; what its options also say is shown only where it varies by itself
-GROUPS = ("model", "dataset", "method", "placement", "allocation", "evaluation")
+GROUPS = ("model", "dataset", "method", "placement", "allocation", "objective", "evaluation")
 
 
 CONTENTS = ("model.content", "dataset.content")

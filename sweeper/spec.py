@@ -257,6 +257,14 @@ class EvaluationSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveSpec:
+    """What a run minimises (`sweeper.objectives`)."""
+
+    name: str = "nll"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
     """One training job. Equal specs are the same run; `run_id` is its identity."""
 
@@ -270,6 +278,7 @@ class RunSpec:
     optim: OptimSpec
     trainer: TrainerSpec
     evaluation: EvaluationSpec
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec, metadata=ADDED)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -373,7 +382,11 @@ def to_mapping(spec: Any) -> dict[str, Any]:
     kind: Any = type(spec)
     optional = _marked(kind, "made") | _marked(kind, "added")
     found = {name: _to_plain(getattr(spec, name)) for name in _field_names(kind)}
-    return {name: value for name, value in found.items() if name not in optional or value != _defaults(kind)[name]}
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in optional or getattr(spec, name) != _defaults(kind)[name]
+    }
 
 
 def typed_fields(kind: Any) -> list[str]:

@@ -64,7 +64,7 @@ def make_spec() -> Callable[..., RunSpec]:
             "evaluation": {"name": "default"},
         }
         for key, value in changes.items():
-            plain[key] = plain[key] | value if isinstance(value, dict) else value
+            plain[key] = plain.get(key, {}) | value if isinstance(value, dict) else value
         return run_spec(plain)
 
     return make

@@ -9,7 +9,18 @@ from sweeper import config
 from sweeper.errors import Problems
 
 CONF = Path(__file__).parent.parent / "conf"
-GROUPS = ("allocation", "dataset", "evaluation", "method", "model", "optim", "placement", "tracking", "trainer")
+GROUPS = (
+    "allocation",
+    "dataset",
+    "evaluation",
+    "method",
+    "model",
+    "objective",
+    "optim",
+    "placement",
+    "tracking",
+    "trainer",
+)
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 NEEDS = {
     ("allocation", "pattern"): "allocation.pattern={attn_q: 4}",

@@ -1,4 +1,4 @@
-"""The map in CONTRIBUTING.md leads to every part of the source, and to nothing that is gone."""
+"""The map in docs/architecture.md leads to every part of the source, and to nothing that is gone."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,15 @@ from pathlib import Path
 PARTS = ("sweeper", "analysis")
 LISTED = (
     *PARTS,
-    *(f"sweeper/{folder}" for folder in ("models", "placement", "reporting", "rescoring", "study", "untrusted")),
+    *(
+        f"sweeper/{folder}"
+        for folder in ("models", "objectives", "placement", "reporting", "rescoring", "study", "training", "untrusted")
+    ),
 )
 
 
 def mapped(root: Path) -> list[str]:
-    rows = re.findall(r"^\| (.*?) \|", (root / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (.*?) \|", (root / "docs" / "architecture.md").read_text(), re.MULTILINE)
     return [name for row in rows for name in re.findall(r"`([\w/]+(?:\.py|/))`", row)]
 
 

@@ -327,11 +327,11 @@ def test_a_run_of_an_earlier_version_counts_while_its_files_are_older(
     former(make_record, study, spec)
     before_it(file)
     made = plan.make([single(spec)], study)
-    assert [(run.run_id, run.status) for run in made.runs] == [(spec.run_id, "completed")]
+    assert [(run.run_id, made.statuses[run.run_id]) for run in made.runs] == [(spec.run_id, "completed")]
     assert (made.todo, made.notes) == ((), ())
     file.touch()
     made = plan.make([single(spec)], study)
-    assert [run.status for run in made.runs] == [None]
+    assert [made.statuses[run.run_id] for run in made.runs] == [None]
     assert made.todo[0].run_id != spec.run_id
     assert made.notes == (
         f"1 run in {study.folder} trained anew: dataset.path={file} may have changed since, their records do not say",

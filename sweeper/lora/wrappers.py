@@ -1,5 +1,6 @@
 """What stands in the base model for the modules that are adapted, and the lanes that all of it reads."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sweeper.lora.dora import Gain
-from sweeper.lora.lowrank import adapted_linear
+from sweeper.lora.lowrank import ROW_STRIDE, adapted_linear
 from sweeper.lora.seeds import seed_of
 from sweeper.models.architecture import Target
 
@@ -101,6 +102,16 @@ class Adapted(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
+
+    @contextlib.contextmanager
+    def one_sequence(self) -> Iterator[None]:
+        """Within it a lane's rows are target tokens: dropout counts them as one sequence, whatever the padding."""
+        lanes = self.group.lanes
+        tokens, lanes.tokens = lanes.tokens, ROW_STRIDE
+        try:
+            yield
+        finally:
+            lanes.tokens = tokens
 
     def forward(self, x: Tensor) -> Tensor:
         return self.group(x, self.member)

@@ -137,7 +137,7 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     """Raises `Problems` with a line for everything that would stop one of these runs."""
     if not specs:
         return
-    from sweeper import device, methods, models, tasks
+    from sweeper import device, methods, models, objectives, tasks
     from sweeper.reporting import tracking
 
     problems: list[str] = []
@@ -156,6 +156,8 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
         attempt(lambda: device.device_for(settings.device))
     for dataset in unique(spec.dataset for spec in specs):
         attempt(partial(tasks.check, dataset))
+    for objective in unique(spec.objective for spec in specs):
+        attempt(partial(objectives.check, objective))
     for dataset, evaluation in unique((spec.dataset, spec.evaluation) for spec in specs):
         attempt(partial(tasks.check_evaluation, dataset, evaluation))
     sound = {text for text, spec in _by_method(specs) if attempt(partial(methods.check, spec))}

@@ -2,8 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 SPLITS = ("train", "validation", "test")
+
+
+class Tokens(Protocol):
+    """A row of tokens: loss falls on `input_ids[prompt_length:]`."""
+
+    @property
+    def input_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def prompt_length(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,23 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sweeper.tasks.example import Tokens
+
 WINDOW = 32  # steps whose examples are sorted by length together
-
-
-class Tokens(Protocol):
-    """A tokenised example: loss falls on `input_ids[prompt_length:]`."""
-
-    @property
-    def input_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def prompt_length(self) -> int: ...
 
 
 class DataOrder:
@@ -85,6 +76,13 @@ class Batch:
         """Lanes, sequences a lane, padded length, padded targets a lane."""
         lanes, targets = self.index.shape
         return lanes, self.ids.shape[0] // lanes, self.ids.shape[1], targets
+
+    @property
+    def rows(self) -> Tensor:
+        """[L, K] which sequence of its lane a target is of; 0 for padding."""
+        lanes, sequences, length, _ = self.shape
+        first = torch.arange(lanes, device=self.index.device)[:, None] * sequences
+        return (self.index // length - first).clamp(min=0)
 
     def repeated(self, lanes: int) -> "Batch":
         """This batch of one lane for several."""

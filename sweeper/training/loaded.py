@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from sweeper import identity, methods, models, tasks
+from sweeper import identity, methods, models, objectives, tasks
 from sweeper.device import precision_name
 from sweeper.errors import ModelError
 from sweeper.models import BaseModel, is_tied
@@ -50,7 +50,8 @@ class Loaded:
         scores = None if probed is None else probed.scores
         ranks = methods.module_ranks(spec, base.targets, tied=is_tied(base.model), scores=scores)
         examples = splits["train"].examples
-        lengths = [len(example.input_ids) for example in examples]
+        rows = objectives.of(spec.objective).rows
+        lengths = [sum(len(row.input_ids) for row in rows(example)) for example in examples]
         trainer = spec.trainer
         return RunState(
             run=run, adapter=methods.adapter(spec, ranks), examples=examples,

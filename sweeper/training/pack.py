@@ -29,10 +29,13 @@ from sweeper.lora.seeds import for_rows
 from sweeper.lora.transfer import Fetched, fetch
 from sweeper.models import BaseModel, hidden_size
 from sweeper.models.forward import hidden_states
-from sweeper.training.batches import Batch, Tokens, collate, supervised
+from sweeper.models.loss import Head
+from sweeper.objectives.nll import NLL
+from sweeper.objectives.objective import Objective
+from sweeper.tasks.example import Tokens
+from sweeper.training.batches import Batch, collate, supervised
 from sweeper.training.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCounts
 from sweeper.training.compilation import compile_layers, decoder_layers, eager, uncompile_layers
-from sweeper.training.loss import Head
 from sweeper.training.run_state import RunState, StepResult
 
 
@@ -93,6 +96,7 @@ class Pack:
 
     def _set_up(self, *, compiled: bool, captured: bool, lengths_vary: bool, checkpointing: bool) -> None:
         self.optimizer = self.bank.make_optimizer()
+        self.objective: Objective = NLL()
         self.sound = True  # whether every run is where its steps say, so that what it is can be kept
         self.jobs: list[RunState | None] = [None] * len(self.bank.capacities)
         self.pending: deque[_Pending] = deque()
@@ -164,6 +168,7 @@ class Pack:
             self.restore(slot, job)
         self.bank.set_rates(slot, job.done)
         self.bank.derive([slot])
+        self.objective = job.objective  # one for all: `PackKey` sees to it
         self.jobs[slot] = job
         return slot
 
@@ -197,7 +202,7 @@ class Pack:
         self.use_lanes([slot for slot, _ in moving], count)
         losses = None
         for micro, lanes in enumerate(chosen):
-            self._seed_dropout(moving, micro)
+            self._seed_dropout(moving, micro * len(lanes[0]))
             batch = collate(lanes, totals, fixed=self.captured is not None, count=count)
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
@@ -312,8 +317,12 @@ class Pack:
 
     def _forward_backward(self, batch: Batch) -> Tensor:
         hidden = self.hidden(batch.ids, batch.lengths)
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
-        losses, _ = self.head.scores(rows, batch.targets, batch.weights)
+        states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
+        if self.objective.linear:
+            losses, _ = self.head.scores(states, batch.targets, batch.weights)
+        else:
+            nll = self.head.nll(states, batch.targets)
+            losses = self.objective.losses(nll, batch.weights, batch.rows, batch.shape[1])
         losses.sum().backward()
         return losses.detach()
 
@@ -329,16 +338,18 @@ class Pack:
         return self.forward_backward(batch.to(self.device))
 
     def _examples(self, job: RunState, micro: int) -> list[Tokens]:
-        return [job.examples[i] for i in job.order.batch(job.done * self.accumulation + micro)]
+        chosen = job.order.batch(job.done * self.accumulation + micro)
+        return [row for i in chosen for row in self.objective.rows(job.examples[i])]
 
-    def _seed_dropout(self, moving: Sequence[tuple[int, RunState]], micro: int) -> None:
+    def _seed_dropout(self, moving: Sequence[tuple[int, RunState]], before: int) -> None:
+        """Seeds a forward pass of a step that has had `before` rows of each run already."""
         if not self.bank.draws:
             return
         seeds = [0] * len(self.jobs)
         for slot, job in moving:
             key = f"{job.seed}/{job.done}/0".encode()  # of the step, whichever pass this is
             drawn = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
-            seeds[slot] = for_rows(drawn, micro * self.batch_size)
+            seeds[slot] = for_rows(drawn, before)
         self.bank.seed(seeds)
 
     def _checkpoint_activations(self, on: bool) -> None:

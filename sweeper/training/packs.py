@@ -46,17 +46,19 @@ class Packs:
     Args:
         config: how the packs compute. solo: what runs cost alone, by shape.
         samples: a run of each kind that may come: a slot that changes hands must hold any of them.
+        limit: most runs together.
     """
 
     def __init__(
-        self, loaded: Loaded, queue: RunQueue, config: PackConfig, solo: Mapping[str, Solo], samples: Sequence[RunState]
-    ) -> None:
+        self, loaded: Loaded, queue: RunQueue, config: PackConfig, solo: Mapping[str, Solo],
+        samples: Sequence[RunState], limit: int,
+    ) -> None:  # fmt: skip
         self.loaded, self.context = loaded, loaded.context
-        self.queue, self.config, self.solo, self.samples = queue, config, solo, samples
+        self.queue, self.config, self.solo, self.samples, self.limit = queue, config, solo, samples, limit
 
-    def train(self, limit: int) -> bool:
-        """Trains all there is, at most `limit` runs together; returns whether there were any."""
-        queue = self.queue
+    def train(self) -> bool:
+        """Trains all there is; returns whether there was anything."""
+        queue, limit = self.queue, self.limit
         moved = self._try_suspects()
         while queue.want(max(limit, 1)) and not self.context.should_stop():
             moved = True

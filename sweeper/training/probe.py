@@ -38,12 +38,13 @@ from sweeper.errors import ModelError
 from sweeper.models import BaseModel, budget
 from sweeper.models.architecture import EMBEDDING, EXPERTS, HEAD, Target
 from sweeper.models.forward import hidden_states, inner_model
+from sweeper.models.loss import Head
 from sweeper.placement import spectrum
 from sweeper.placement.importance import Probing
 from sweeper.record import write_atomically
-from sweeper.training.batches import Batch, DataOrder, Tokens, collate, supervised
+from sweeper.tasks.example import Tokens
+from sweeper.training.batches import Batch, DataOrder, collate, supervised
 from sweeper.training.compilation import eager
-from sweeper.training.loss import Head
 
 ROWS = 4096  # inputs of a module that `activation` looks at, spread evenly over the batches
 HELD = 1 << 31  # bytes of them, or of gradients, at a time; the model runs again for the rest

@@ -9,16 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
+from sweeper import objectives
 from sweeper.identity import short
 from sweeper.lora.alone import AloneSpec
 from sweeper.lora.forms import AdapterSpec, Capacity
 from sweeper.models.architecture import Target
+from sweeper.objectives.objective import Objective
 from sweeper.record import Score, remove_leftovers
 from sweeper.run import Run
 from sweeper.spec import OptimSpec, RunSpec
 from sweeper.tasks import PROGRAM, EncodedSplit
+from sweeper.tasks.example import Tokens
 from sweeper.training import checkpoint, suspects
-from sweeper.training.batches import DataOrder, Tokens
+from sweeper.training.batches import DataOrder
 from sweeper.training.events import Evaluated, Step
 from sweeper.training.probe import Probe
 from sweeper.training.suspects import Suspect
@@ -134,6 +137,10 @@ class RunState:
     @property
     def optim(self) -> OptimSpec:
         return self.run.spec.optim
+
+    @property
+    def objective(self) -> Objective:
+        return objectives.of(self.run.spec.objective)
 
     @property
     def steps(self) -> int:

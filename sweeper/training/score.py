@@ -8,8 +8,8 @@ import torch
 
 from sweeper.lora.transfer import fetch
 from sweeper.tasks import metrics
-from sweeper.tasks.example import Encoded
-from sweeper.training.batches import Tokens, collate, supervised
+from sweeper.tasks.example import Encoded, Tokens
+from sweeper.training.batches import collate, supervised
 from sweeper.training.pack import Pack
 
 

@@ -24,6 +24,7 @@ class PackKey:
     checkpointing: bool
     deterministic: bool
     length: int
+    objective: str
 
 
 def pack_key(spec: RunSpec, lengths: Sequence[int]) -> PackKey:
@@ -41,6 +42,7 @@ def pack_key(spec: RunSpec, lengths: Sequence[int]) -> PackKey:
         checkpointing=spec.trainer.activation_checkpointing,
         deterministic=spec.trainer.deterministic,
         length=1 << (typical - 1).bit_length(),
+        objective=repr(spec.objective),
     )
 
 

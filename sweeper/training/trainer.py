@@ -70,54 +70,54 @@ class Trainer:
         Raises:
             ContextLost: this process can use its GPU no more.
         """
-        try:
-            try:
-                self._train()
-            finally:
-                self.context.writer.close()
-        except ListenerFailed as error:
-            raise error.cause from None
-        self.source.report(Stage(message=f"time: {self.context.timeline}"))
-
-    def _train(self) -> None:
         if self.context.device.type == "cuda":
             gc.freeze()  # or the many objects of the imports are looked through in the middle of training
             self.context.writer.write(export.get_ready)
         try:
-            while not self.context.should_stop() and self._turn():
-                pass
-        except ContextLost as error:
-            lost.give_up(error.reason)
-            raise
+            while (packs := self._next()) is not None:
+                if not packs.train():
+                    time.sleep(IDLE_SECONDS)
+                self.deferred += packs.queue.deferred
         except Exception as error:
-            if not self.context.lost(error):
+            if not (isinstance(error, ContextLost) or self.context.lost(error)):
                 raise
-            lost.give_up(first_line(error))
-            raise ContextLost(first_line(error)) from error
+            reason = error.reason if isinstance(error, ContextLost) else first_line(error)
+            lost.give_up(reason)
+            raise error if isinstance(error, ContextLost) else ContextLost(reason) from error
+        except ListenerFailed as error:
+            raise error.cause from None
+        finally:
+            self._close()
+        self.source.report(Stage(message=f"time: {self.context.timeline}"))
 
-    def _turn(self) -> bool:
-        """Trains runs of one model that can share a pack; returns False where there are none left."""
-        groups = list(self.source.pending())
-        # deferred runs first: what is yet to come may wait for them
-        specs = [run.spec for run in self.deferred] or [group.spec for group in groups]
-        wanted = sorted({model_key(spec) for spec in specs})
-        if not wanted:
-            return False
-        key = self.loaded.key if self.loaded is not None and self.loaded.key in wanted else wanted[0]
-        groups = [group for group in groups if model_key(group.spec) == key]
-        deferred = [run for run in self.deferred if model_key(run.spec) == key]
-        loaded = self._load(key, (groups or deferred)[0].spec)
-        if isinstance(loaded, Failure):
-            self._refuse(groups, deferred, loaded)
-            if loaded.kind == ContextLost.__name__:
-                raise ContextLost(loaded.message)
-            return True
-        alike = self._alike(loaded, groups, deferred)
-        if alike:
-            first = min(alike, key=lambda key: (not alike[key].deferred, key))
-            if not self._train_alike(loaded, first, alike[first]):
-                time.sleep(IDLE_SECONDS)
-        return True
+    def _close(self) -> None:
+        """Waits until all that happened is told and written."""
+        try:
+            self.context.writer.close()
+        except ListenerFailed as error:
+            raise error.cause from None
+
+    def _next(self) -> Packs | None:
+        """Runs of one model that can share packs; None where there are none left, or a stop is asked for."""
+        while not self.context.should_stop():
+            groups = list(self.source.pending())
+            # deferred runs first: what is yet to come may wait for them
+            specs = [run.spec for run in self.deferred] or [group.spec for group in groups]
+            wanted = sorted({model_key(spec) for spec in specs})
+            if not wanted:
+                return None
+            key = self.loaded.key if self.loaded is not None and self.loaded.key in wanted else wanted[0]
+            groups = [group for group in groups if model_key(group.spec) == key]
+            deferred = [run for run in self.deferred if model_key(run.spec) == key]
+            loaded = self._load(key, (groups or deferred)[0].spec)
+            if isinstance(loaded, Failure):
+                self._refuse(groups, deferred, loaded)
+                if loaded.kind == ContextLost.__name__:
+                    raise ContextLost(loaded.message)
+            elif alike := self._alike(loaded, groups, deferred):
+                first = min(alike, key=lambda key: (not alike[key].deferred, key))
+                return self._packs(loaded, first, alike[first])
+        return None
 
     def _load(self, key: str, spec: RunSpec) -> Loaded | Failure:
         """The base model of a key, in place of the former one; or why it cannot be had."""
@@ -189,8 +189,8 @@ class Trainer:
             alike.setdefault(key, Alike()).deferred.append(state)
         return alike
 
-    def _train_alike(self, loaded: Loaded, key: PackKey, alike: Alike) -> bool:
-        """Trains runs that can share a pack, in as many packs as memory asks for; returns whether there were any."""
+    def _packs(self, loaded: Loaded, key: PackKey, alike: Alike) -> Packs:
+        """The packs of runs that can share one: how they compute, and how many runs fit together."""
         queue = RunQueue(loaded, self.source, alike.groups, key, alike.deferred)
         taken = {state.run_id for state in alike.deferred}
         self.deferred = [run for run in self.deferred if run.run_id not in taken]
@@ -200,17 +200,14 @@ class Trainer:
             self._calibrate(loaded.base, alike.states, config, solo)
         at_once = 1 if key.unpacked else alike.most_at_once
         measured = [(state, solo.get(state.shape)) for state in alike.states]
+        settings, device = self.context.settings, self.context.device
         try:
-            limit = runs_that_fit(
-                loaded.base, measured, self.context.settings, self.context.device, at_once=at_once
-            )  # fmt: skip
+            limit = runs_that_fit(loaded.base, measured, settings, device, at_once=at_once)
         except Exception as error:
             message = f"how many runs fit together cannot be told, so one at a time: {gist(error)}"
             self.context.emit(Stage(message=message))
             limit = 1
-        moved = Packs(loaded, queue, config, solo, alike.samples).train(limit)
-        self.deferred += queue.deferred
-        return moved
+        return Packs(loaded, queue, config, solo, alike.samples, limit)
 
     def _config(self, base: BaseModel, key: PackKey, alike: Alike) -> PackConfig:
         """How packs of a key compute: whether layers are compiled and steps captured, on CUDA."""

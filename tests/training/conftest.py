@@ -33,8 +33,9 @@ from sweeper.spec import (
     TrainerSpec,
 )
 from sweeper.tasks import Encoded
+from sweeper.tasks.example import Tokens
 from sweeper.training import train_runs
-from sweeper.training.batches import DataOrder, Tokens
+from sweeper.training.batches import DataOrder
 from sweeper.training.events import Event, Step
 from sweeper.training.pack import Pack
 from sweeper.training.run_state import RunState

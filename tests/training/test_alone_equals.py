@@ -12,9 +12,9 @@ from peft import AdaLoraConfig, get_peft_model
 from sweeper import methods, models
 from sweeper.lora.alone import Alone, AloneSpec
 from sweeper.models import BaseModel, budget
+from sweeper.models.loss import Head
 from sweeper.models.verdict import HeadForm
 from sweeper.spec import RunSpec
-from sweeper.training.loss import Head
 from sweeper.training.pack import Pack
 
 from .trainer import collate, ordered, trainer_run

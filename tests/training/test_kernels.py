@@ -15,8 +15,8 @@ from torch import Tensor
 from sweeper.lora import lowrank, seeds
 from sweeper.lora.adapters import AdapterBank
 from sweeper.lora.optimizer import PackedAdamW, hyperparameters
+from sweeper.models import loss
 from sweeper.spec import OptimSpec
-from sweeper.training import loss
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sweeper.models import loss
+from sweeper.models.loss import Head
 from sweeper.models.verdict import HeadForm
-from sweeper.training import loss
-from sweeper.training.loss import Head
 
 LANES, TARGETS, HIDDEN, VOCABULARY = 3, 5, 12, 41
 

@@ -20,8 +20,8 @@ from sweeper.placement.importance import Probing
 from sweeper.record import ADAPTER, Record, read_record
 from sweeper.rescoring import rescore
 from sweeper.spec import RunSpec, Settings
+from sweeper.tasks.example import Tokens
 from sweeper.training import probe
-from sweeper.training.batches import Tokens
 from sweeper.training.events import RunFinished, Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from sweeper.training.batches import Tokens
+from sweeper.tasks.example import Tokens
 from sweeper.training.run_state import RunState
 
 

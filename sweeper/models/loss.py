@@ -6,6 +6,7 @@ kept, and that of the output matrix where it is trained.
 Shapes: L lanes, K target tokens a lane (padded), D hidden size, V vocabulary.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sweeper.lora.lowrank import ROW_STRIDE
 from sweeper.models.head import StockHead, apply, for_head
 from sweeper.models.verdict import PLAIN, HeadForm
 
@@ -44,6 +44,25 @@ class _FrozenHead(torch.autograd.Function):
         (dhidden,) = ctx.saved_tensors
         # the rows already carry their weights
         return dhidden * dweighted[:, None].to(dhidden.dtype), None, None, None, None, None, None
+
+
+class _TokenNLL(torch.autograd.Function):
+    """NLL of each target token through a frozen output matrix; the backward pass makes the logits once more."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, softcap, divisor):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.softcap, ctx.divisor = softcap, divisor
+        ones = torch.ones(targets.shape, device=hidden.device)
+        nll, _ = _through_head(hidden, weight, bias, targets, ones, softcap, divisor, None)
+        return nll
+
+    @staticmethod
+    def backward(ctx, dnll):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        dhidden = torch.empty_like(hidden)
+        _through_head(hidden, weight, bias, targets, dnll.contiguous(), ctx.softcap, ctx.divisor, dhidden)
+        return dhidden, None, None, None, None, None
 
 
 class _TrainedHead(torch.autograd.Function):
@@ -101,9 +120,9 @@ def _through_head(hidden, weight, bias, targets, weights, softcap, divisor, dhid
 def token_loss(logits: Tensor, targets: Tensor, weights: Tensor, softcap: float | None, *, grad: bool):
     """NLL and argmax correctness [K] of logits [K, V]; with `grad`, the logits become weight * d NLL / d logits."""
     if logits.is_cuda:
-        from sweeper.lora import kernels
+        from sweeper.models import loss_kernel
 
-        return kernels.token_loss(logits, targets, weights, softcap, grad=grad)
+        return loss_kernel.token_loss(logits, targets, weights, softcap, grad=grad)
     capped = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
     log_p = functional.log_softmax(capped, dim=-1)
     nll = functional.nll_loss(log_p, targets, reduction="none")
@@ -149,23 +168,32 @@ class Head:
                 return loss[None], TokenScores(nll.view(targets.shape), correct.view(targets.shape))
             weighted, nll, correct = _FrozenHead.apply(hidden, weight, bias, *flat)
         else:
-            logits = self._adapted_logits(hidden)
+            logits = self._target_logits(hidden)
             nll = functional.cross_entropy(logits, targets.flatten(), reduction="none")
             correct = logits.argmax(-1) == targets.flatten()
             weighted = torch.where(weights.flatten() == 0, 0.0, weights.flatten() * nll)
         scores = TokenScores(nll.detach().view(targets.shape), correct.view(targets.shape))
         return weighted.view(targets.shape).sum(1), scores
 
-    def _adapted_logits(self, hidden: Tensor) -> Tensor:
-        group = getattr(self.module, "group", None)
-        if group is None:
+    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """NLL [L, K] of each target token, differentiable in the hidden states and in a head that is trained.
+
+        Args:
+            hidden: [L*K, D] states that predict the targets. targets: [L, K] token ids.
+        """
+        hidden, flat = for_head(self.module, hidden), targets.flatten()
+        frozen = type(self.module) is nn.Linear and not any(p.requires_grad for p in self.module.parameters())
+        if frozen:
+            found = _TokenNLL.apply(
+                hidden, self.module.weight, self.module.bias, flat, self.form.softcap, self.form.divisor
+            )
+        else:
+            found = functional.cross_entropy(self._target_logits(hidden), flat, reduction="none")
+        return found.view(targets.shape)
+
+    def _target_logits(self, hidden: Tensor) -> Tensor:
+        with getattr(self.module, "one_sequence", contextlib.nullcontext)():
             return self.logits(hidden)
-        lanes = group.lanes
-        # these rows are targets one after another: dropout counts them as one sequence, whatever the padding
-        tokens, lanes.tokens = lanes.tokens, ROW_STRIDE
-        logits = self.logits(hidden)
-        lanes.tokens = tokens
-        return logits
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., D], as the stock model computes them."""

@@ -1,0 +1,135 @@
+"""An objective is one file: here two that are none of ours train packed as they do alone, and as autograd has it."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sweeper import objectives
+from sweeper.errors import SpecError
+from sweeper.objectives.nll import NLL
+from sweeper.spec import ObjectiveSpec
+
+PAIRED = ObjectiveSpec(name="margin", options={"beta": 0.5})
+FOCAL = ObjectiveSpec(name="focal", options={"gamma": 1.5})
+
+
+class Focal:
+    """Mean of (1 - p)^gamma * NLL: no weighted sum of the tokens' NLL."""
+
+    linear = False
+
+    def __init__(self, gamma: float = 2.0) -> None:
+        self.gamma = gamma
+
+    def rows(self, example: Any) -> tuple[Any]:
+        return (example,)
+
+    def losses(self, nll: Tensor, weights: Tensor, rows: Tensor, count: int) -> Tensor:
+        return (weights * (1 - torch.exp(-nll)).clamp(min=1e-6) ** self.gamma * nll).sum(1)
+
+
+class Margin:
+    """Two rows of an example, its own and one that is cut short, of which the first is to be the likelier one."""
+
+    linear = False
+
+    def __init__(self, beta: float = 1.0) -> None:
+        self.beta = beta
+
+    def rows(self, example: Any) -> tuple[Any, Any]:
+        end = max(example.prompt_length + 1, len(example.input_ids) - 2)
+        return example, SimpleNamespace(input_ids=example.input_ids[:end][::-1], prompt_length=1)
+
+    def losses(self, nll: Tensor, weights: Tensor, rows: Tensor, count: int) -> Tensor:
+        sums = nll.new_zeros(len(nll), count)
+        sums = sums.scatter_add(1, rows, torch.where(weights > 0, nll, 0.0))
+        return functional.softplus(self.beta * (sums[:, ::2] - sums[:, 1::2])).mean(1)
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(objectives.OBJECTIVES, "focal", Focal)
+    monkeypatch.setitem(objectives.OBJECTIVES, "margin", Margin)
+    yield
+    objectives._made.cache_clear()
+
+
+@pytest.mark.parametrize("spec", [FOCAL, PAIRED], ids=lambda spec: spec.name)
+def test_packed_equals_solo(
+    spec: ObjectiveSpec, load: Any, make_job: Any, make_adapter: Any, make_examples: Any, train: Any, assert_close: Any
+) -> None:
+    base = load("llama")
+    jobs = [
+        make_job(name, make_adapter(base, name, rank, seed=rank, dropout=0.1), make_examples(rank)).with_spec(
+            objective=spec
+        )
+        for name, rank in (("attn", 2), ("ff", 4), ("full", 3))
+    ]
+    packed = train(base, jobs)
+    for job in jobs:
+        assert_close(packed[job.run_id], train(base, [job])[job.run_id])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite"])
+def test_the_nll_that_objectives_see_is_that_of_the_stock_model_and_so_is_its_gradient(kind: str, load: Any) -> None:
+    from sweeper.models.loss import Head
+
+    base = load(kind)
+    head = Head.of(base.model, base.verdict.head)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, 32, generator=generator).requires_grad_()
+    targets = torch.randint(0, 280, (2, 6), generator=generator)
+    found = head.nll(hidden, targets)
+    upstream = torch.randn(2, 6, generator=generator)
+    (gradient,) = torch.autograd.grad((found * upstream).sum(), hidden)
+    wanted = functional.cross_entropy(head.logits(hidden), targets.flatten(), reduction="none").view(2, 6)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradient, torch.autograd.grad((wanted * upstream).sum(), hidden)[0])
+
+
+def test_the_two_ways_through_the_head_are_one(
+    load: Any, make_job: Any, make_adapter: Any, make_examples: Any, train: Any, assert_close: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    base = load("llama")
+    job = make_job("x", make_adapter(base, "full", 4), make_examples(0))
+    once = train(base, [job])["x"]
+    monkeypatch.setattr(NLL, "linear", False)
+    assert_close(train(base, [job])["x"], once)
+
+
+def test_runs_of_different_objectives_share_no_pack(make_spec: Any) -> None:
+    from sweeper.training.sharing import pack_key
+
+    specs = [make_spec(), make_spec(objective={"name": "focal"}), make_spec(objective={"name": "margin"})]
+    assert len({pack_key(spec, [30] * 9) for spec in specs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "line"),
+    [
+        (
+            ObjectiveSpec(name="nl"),
+            "objective=nl: no such objective. Choose from focal, margin, nll. Did you mean nll?",
+        ),
+        (ObjectiveSpec(name="nll", options={"beta": 1}), "objective=nll has no such option. Options: none."),
+        (ObjectiveSpec(name="focal", options={"beta": 1}), "objective=focal has no such option. Options: gamma."),
+    ],
+)
+def test_what_cannot_be_is_named(spec: ObjectiveSpec, line: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        objectives.check(spec)
+    assert line in str(caught.value)
+
+
+def test_a_run_of_the_first_objective_keeps_its_id(make_spec: Any) -> None:
+    from sweeper.spec import canonical_json, to_mapping
+
+    assert "objective" not in canonical_json(make_spec())
+    assert "objective" not in to_mapping(make_spec())
+    assert make_spec(objective={"name": "focal"}).run_id != make_spec().run_id
