@@ -1,5 +1,6 @@
 """Comparisons between arms as tables: tests with Holm correction, matched budgets, share of a gain kept, power."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -250,13 +251,8 @@ def _enough(
 
 def needed(enough: Callable[[int], bool], start: int, most: int) -> int | None:
     """Smallest n in [start, most] with enough(n), which must be monotone; None where even `most` does not do."""
-    if not enough(most):
-        return None
-    low, high = start, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return low
+    n = start + bisect_left(range(start, most + 1), True, key=enough)
+    return n if n <= most else None
 
 
 def power_table(found: Arrangement, *, metric: str = "nll", target: float = 0.8) -> pd.DataFrame:

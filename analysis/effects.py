@@ -67,9 +67,8 @@ def slopes(found: Arrangement, metric: str = "nll") -> pd.DataFrame:
             y = group[f"{found.split}.{metric}"].to_numpy(dtype=float)
             if len(np.unique(x)) < 2 or len(x) < 3:
                 continue
-            slope = float(np.cov(x, y)[0, 1] / np.var(x, ddof=1))
-            rest = y - y.mean() - slope * (x - x.mean())
-            error = float((rest @ rest / (len(x) - 2) / ((x - x.mean()) ** 2).sum()) ** 0.5)
+            (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+            error = covariance[0, 0] ** 0.5
             half = float(special.stdtrit(len(x) - 2, 0.975)) * error
             p = float(2 * special.stdtr(len(x) - 2, -abs(slope) / error)) if error > 0 else 0.0
             values = {"slope": slope, "low": slope - half, "high": slope + half, "p": p}
@@ -113,8 +112,7 @@ def importance(found: Arrangement, *, metric: str = "nll", draws: int = 200, see
 
 
 def _explained(y: Array, codes: Sequence[NDArrayInt]) -> Array:
-    """Type II main-effect shares and the remainder. Main effects need only the cell counts, so this is fast for many
-    runs: the normal equations of the dummies are sums over pairs of codes."""
+    """Type II main-effect shares and the remainder."""
     total = float(((y - y.mean()) ** 2).sum())
     if total == 0:
         return np.zeros(len(codes) + 1)
@@ -169,10 +167,8 @@ def _dummies(values: pd.Series) -> Array:
 
 def _fit(y: Array, designs: Sequence[Array]) -> tuple[float, int]:
     """Residual sum of squares and rank of the least-squares fit with an intercept."""
-    y = y - y.mean()  # the intercept takes it up; without it the difference of squares below keeps more digits
+    y = y - y.mean()  # so that a constant score has a sum of squares of exactly 0
     x = np.column_stack([np.ones(len(y)), *designs])
-    gram = x.T @ x
-    values, vectors = np.linalg.eigh(gram)
-    keep = values > values[-1] * 1e-10
-    projected = (vectors[:, keep].T @ (x.T @ y)) / np.sqrt(values[keep])
-    return max(float(y @ y - projected @ projected), 0.0), int(keep.sum())
+    solution, _, rank, _ = np.linalg.lstsq(x, y)
+    rest = y - x @ solution
+    return float(rest @ rest), int(rank)

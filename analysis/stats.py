@@ -4,12 +4,14 @@ A score of an arm is a matrix x_RE with example weights w_E (response tokens for
 examples are two crossed random samples; both are resampled, because both would differ if the study were repeated.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from scipy import special
 
@@ -197,15 +199,16 @@ def paired(a_RE: Array, b_RE: Array, w_E: Array | None = None, *, draws: Draws) 
 
 
 def p_value(found: Interval, null: float = 0.0) -> float:
-    """Two-sided p of estimate = null: the alpha at which the interval just reaches it, by bisection in log alpha."""
+    """Two-sided p of estimate = null: the alpha at which the interval just reaches it, at least 1e-100."""
     distance = abs(found.estimate - null)
     if not found.se > 0:
         return np.nan if np.isnan(found.se) else (1.0 if distance == 0 else 0.0)
-    low, high = float(np.log(1e-100)), 0.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if half_width(found.terms, float(np.exp(middle))) > distance else (low, middle)
-    return float(np.exp(high))
+
+    def beyond(log_alpha: float) -> float:
+        return half_width(found.terms, math.exp(log_alpha)) - distance
+
+    least = math.log(1e-100)
+    return math.exp(scipy.optimize.brentq(beyond, least, 0.0) if beyond(least) > 0 else least)
 
 
 def moderated(intervals: Sequence[Interval], *, level: float = 0.95) -> list[Interval]:
@@ -239,11 +242,9 @@ def _prior(variances: Array, d: float) -> tuple[float, float]:
     spread = float(np.var(e, ddof=1)) - float(special.polygamma(1, d / 2))
     if spread <= 0:
         return np.inf, float(variances.mean())
-    low, high = 1e-3, 1e6  # trigamma falls from about 1e6 to 1e-6 in between
-    for _ in range(100):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if special.polygamma(1, middle) > spread else (low, middle)
-    weight = 2 * low
+    # trigamma falls from about 1e6 to 1e-6 between these bounds
+    half = scipy.optimize.brentq(lambda x: special.polygamma(1, np.exp(x)) - spread, np.log(1e-3), np.log(1e6))
+    weight = 2 * float(np.exp(half))
     return weight, float(np.exp(e.mean() + special.digamma(weight / 2) - np.log(weight / 2)))
 
 
