@@ -304,7 +304,7 @@ def _edge(value: Any, tried: pd.Series) -> str:
 def _scores(study: Study, found: Arrangement, arm: Arm) -> dict[str, Scores]:
     seeds = tuple(arm.runs["seed"])
     columns = [
-        study.example_columns(run_id, split=found.split, moment="after") if isinstance(folder, str) else {}
+        study.example_columns(run_id, split=found.split, phase="after") if isinstance(folder, str) else {}
         for run_id, folder in zip(arm.runs["run_id"], arm.runs.get("folder", seeds), strict=True)
     ]
     scores = {}
@@ -363,7 +363,7 @@ def _base(study: Study, found: Arrangement, setting: str, rows: pd.DataFrame) ->
     arm = Arm(setting=setting, label=BASE, factors={"placement": BASE}, trial={}, runs=runs)
     folder = runs["folder"].iloc[0]
     columns = (
-        study.example_columns(runs["run_id"].iloc[0], split=found.split, moment="before")
+        study.example_columns(runs["run_id"].iloc[0], split=found.split, phase="before")
         if isinstance(folder, str)
         else {}
     )

@@ -130,9 +130,9 @@ def from_wandb(project: str, api: Any = None) -> Rows:
         for key, value in summary.items():
             if "/" in key:
                 split, name = key.split("/", maxsplit=1)
-                for moment, place in (("_after", f"{split}."), ("_before", f"{split}.before.")):
-                    if name.endswith(moment):
-                        row[f"{place}{name.removesuffix(moment)}"] = value
+                for phase, place in (("_after", f"{split}."), ("_before", f"{split}.before.")):
+                    if name.endswith(phase):
+                        row[f"{place}{name.removesuffix(phase)}"] = value
             elif not key.startswith("_") and isinstance(value, int | float):
                 row[key] = value
         row["train_seconds_amortised"] = row.pop("train_seconds", None)

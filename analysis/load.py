@@ -61,21 +61,21 @@ class Study:
     layouts: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     _folders: dict[str, str] | None = None
 
-    def examples(self, run_ids: Iterable[str], *, split: str = "test", moment: str = "after") -> pd.DataFrame:
+    def examples(self, run_ids: Iterable[str], *, split: str = "test", phase: str = "after") -> pd.DataFrame:
         """Per-example scores: run_id, id, nll (nats of the whole response), tokens, and one column a metric."""
         parts = []
         for run_id in run_ids:
-            columns = self.example_columns(run_id, split=split, moment=moment)
+            columns = self.example_columns(run_id, split=split, phase=phase)
             if columns:
                 parts.append(pd.DataFrame({"run_id": run_id, **columns}))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "id", "nll", "tokens"])
 
-    def example_columns(self, run_id: str, *, split: str, moment: str) -> dict[str, list[Any]]:
+    def example_columns(self, run_id: str, *, split: str, phase: str) -> dict[str, list[Any]]:
         """Per-example scores of one run as a list a column; empty where the run left none."""
-        wanted = f'"split": "{split}", "moment": "{moment}"'
+        wanted = f'"split": "{split}", "moment": "{phase}"'
         rows = self._lines(self.folder(run_id), PREDICTIONS, wanted)
-        rows = [row for row in rows if row.get("split") == split and row.get("moment") == moment]
-        names = [key for key in rows[0] if key not in ("split", "moment")] if rows else []
+        rows = [row for row in rows if row.get("split") == split and phase in (row.get("phase"), row.get("moment"))]
+        names = [key for key in rows[0] if key not in ("split", "phase", "moment")] if rows else []
         return {key: [row.get(key) for row in rows] for key in names}
 
     def folder(self, run_id: str) -> Path | None:
@@ -338,15 +338,15 @@ def score_columns(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict
     """Columns of a record's scores. Perplexity is always exp(NLL); what a record states besides is kept apart."""
     row: dict[str, Any] = {}
     rises = []
-    for split, moments in scores.items():
-        for moment, score in moments.items():
-            prefix = f"{split}." if moment == "after" else f"{split}.{moment}."
+    for split, phases in scores.items():
+        for phase, score in phases.items():
+            prefix = f"{split}." if phase == "after" else f"{split}.{phase}."
             nll = math.nan if score.get("nll") is None else float(score["nll"])
             row |= {f"{prefix}nll": nll, f"{prefix}perplexity": math.nan if math.isnan(nll) else perplexity(nll)}
             row[f"{prefix}perplexity_stated"] = score.get("perplexity")
             row |= {f"{prefix}{key}": score.get(key) for key in ("tokens", "examples")}
             row |= {f"{prefix}{name}": value for name, value in (score.get("metrics") or {}).items()}
-        if split not in TASK_SPLITS and {"before", "after"} <= set(moments):
+        if split not in TASK_SPLITS and {"before", "after"} <= set(phases):
             row[f"forgetting.{split}"] = row[f"{split}.nll"] - row[f"{split}.before.nll"]
             rises.append(row[f"forgetting.{split}"])
     if rises:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import manifest
 from analysis.analyse import Analysis
-from analysis.written import settle
 from sweeper.record import ADAPTER
 
 
@@ -33,7 +33,7 @@ def to_peft(analysis: Analysis, folder: Path) -> list[Path]:
         stem = plain["run_info"]["experiment_name"].replace("/", "--")
         written.append(folder / f"{stem}.json")
         written[-1].write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    settle(folder, written)
+    manifest.update(folder, written)
     return written
 
 

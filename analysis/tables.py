@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import manifest
 from analysis.analyse import Analysis
 from analysis.arms import BASE, FULL, higher_is_better
-from analysis.written import settle
 
 TITLES = {
     "setting": "task", "trainable_parameters": "trainable", "trainable_percent": "%", "train_flops": "FLOPs",
@@ -238,7 +238,7 @@ def write(analysis: Analysis, folder: Path) -> list[Path]:
         table.to_csv(written[-1], index=False)
     written.append(folder / "all.tex")
     written[-1].write_text(document(sheet.name for sheet in shown), encoding="utf-8")
-    settle(folder, written)
+    manifest.update(folder, written)
     return written
 
 
@@ -307,25 +307,21 @@ def document(names: Iterable[str]) -> str:
     return "\n".join([*head, r"\begin{document}", *inputs, r"\end{document}"]) + "\n"
 
 
-_TEX = {
+_TEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "…": r"\ldots{}",
     "−": "$-$",
     "–": "--", "η": r"$\eta$", "²": "$^2$", "→": r"$\to$", "<": "$<$", ">": "$>$", "|": r"$|$", '"': "''", "\n": " ",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def tex(text: str) -> str:
     """Text safe in LaTeX; what pdfLaTeX has no letter for becomes its plain form or a question mark."""
-    found = []
-    for letter in text:
-        if letter in _TEX:
-            found.append(_TEX[letter])
-        elif letter.isascii():
-            found.append(letter)
-        else:
-            found.append(unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?")
-    return "".join(found)
+
+    def plain(letter: str) -> str:
+        return unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?"
+
+    return "".join(letter if letter.isascii() else plain(letter) for letter in text.translate(_TEX))
 
 
 def title(key: str) -> str:
