@@ -1,6 +1,7 @@
 """Packages that carry data: whether they are there, where their files lie, and modules of them run on their own."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ def require(module: str, install: str, spec: DatasetSpec) -> None:
     """Raises DataError saying what to give to pip, without importing the module."""
     if not is_installed(module):
         raise DataError(f"dataset={spec.name} needs the Python package {module}: pip install {install}")
+
+
+def installed_version(package: str, spec: DatasetSpec) -> str:
+    """The version of a family whose data is that package's, whatever the dataset."""
+    return importlib.metadata.version(package)
 
 
 def is_installed(module: str) -> bool:
