@@ -53,7 +53,7 @@ class Paired:
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """Variance components of a crossed design: between seeds, between examples, and what is left of one cell."""
+    """Variance components of a crossed design: between seeds, between examples, and residual within a cell."""
 
     seeds: float
     examples: float
@@ -61,14 +61,14 @@ class Components:
 
 
 class Draws:
-    """Seeded resampling counts, made once per sample size, so that all arms meet the same resampled examples."""
+    """Seeded resampling counts, drawn once per sample size, so that all arms share the same resampled examples."""
 
     def __init__(self, draws: int = 2000, seed: int = 0) -> None:
         self.draws, self.seed = draws, seed
         self.counts = lru_cache(maxsize=32)(self._counts)
 
     def _counts(self, size: int, stream: int = 0) -> Array:
-        """Counts of a bootstrap: (B, size), rows sum to size. `stream` tells independent uses of one size apart."""
+        """Counts of a bootstrap: (B, size), rows sum to size. `stream` separates independent uses of the same size."""
         rng = np.random.default_rng([self.seed, size, stream])
         picks_BE = rng.integers(0, size, (self.draws, size)) + size * np.arange(self.draws)[:, None]
         return np.bincount(picks_BE.ravel(), minlength=self.draws * size).reshape(self.draws, size).astype(float)
@@ -102,7 +102,7 @@ def interval(
     of freedom, estimated from 3 seeds, gave 16% false positives in our simulation. The part of cells counts as the
     examples' (coverage is right), or, for tests, as the seeds' (`strict`: wider, but sure to keep its level at small
     alpha too). With one seed the interval covers examples only; with one example column (scores without predictions)
-    seeds only; with both it is unknown (NaN).
+    seeds only; with one of each it is NaN.
     """
     x_RE = np.atleast_2d(np.asarray(x_RE, dtype=float))
     R, E = x_RE.shape
@@ -249,8 +249,8 @@ def _prior(variances: Array, d: float) -> tuple[float, float]:
 
 
 def sign_flip(d_E: Array, *, draws: Draws) -> float:
-    """Paired permutation test that the differences are symmetric about 0: exact up to 12 of them, else B random
-    flips with the estimate (k+1)/(B+1) (Phipson & Smyth 2010). With seeds averaged it holds for these seeds only.
+    """Paired permutation test that the differences are symmetric about 0: exact for up to 12, else B random sign flips
+    with p = (k+1)/(B+1) (Phipson & Smyth 2010). Seeds are averaged first, so it generalises over examples only.
     """
     n = len(d_E)
     if n < 2:
@@ -281,9 +281,9 @@ def holm(p_values: Sequence[float]) -> Array:
 
 
 def joint_draws(scores: Sequence[tuple[Array, Array]], *, draws: Draws) -> Array:
-    """(B, A) means of arms under one resampling of seeds and examples for all: for questions about several arms.
+    """(B, A) bootstrap means of arms that share the resampled seeds and examples, for statistics of several arms.
 
-    Deviations are widened by sqrt(R/(R-1)), the bootstrap's narrowness with few seeds.
+    Deviations are scaled by sqrt(R/(R-1)) to correct the bootstrap's downward bias with few seeds.
     """
     columns = []
     for x_RE, w_E in scores:
