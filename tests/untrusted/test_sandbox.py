@@ -17,12 +17,7 @@ CHECK = "exec(PROGRAM, globals())\nassert answer() == 42"
 LIMITS = Limits(wall_seconds=3.0, cpu_seconds=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ready() -> None:
-    try:
-        sandbox.ready()
-    except SandboxError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("sandboxed")
 
 
 def processes() -> set[str]:
