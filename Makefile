@@ -45,7 +45,7 @@ paper: $(STAMP)  ## train the paper's grid (what is missing of it), then write i
 # After a new study: make example STUDY=outputs/paper
 STUDY ?= outputs/paper
 example: $(STAMP)  ## make docs/example and the notebook's study from STUDY (default outputs/paper)
-	$(BIN)/python -m analysis.ship $(STUDY) notebooks/study.tar.xz
+	$(BIN)/python -m analysis.archive $(STUDY) notebooks/study.tar.xz
 	$(BIN)/python -m analysis $(STUDY) --out .cache/example
 	mkdir -p docs/example
 	rm -f docs/example/*.png docs/example/*.md

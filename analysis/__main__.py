@@ -68,9 +68,8 @@ def _run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise ValueError(f"--out {options.out}: this folder cannot be made ({error.strerror})") from None
     # Slow imports wait until there is something to do.
-    from analysis import report, tables
+    from analysis import manifest, report, tables
     from analysis.analyse import analyse
-    from analysis.written import others
 
     found = analyse(study, metric=options.metric, tuned=options.tuned, draws=options.draws, seed=options.seed)
     written = tables.write(found, options.out / "tables")
@@ -89,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
     for row in found.tables["checks"].to_dict("records"):
         print(f"check: {row['check']}: {row['subject']}: {row['message']}")
     for folder in dict.fromkeys([options.out / "figures", *(path.parent for path in written)]):
-        strange = others(folder, written) if folder != options.out else []
+        strange = manifest.unlisted(folder, written) if folder != options.out else []
         if strange:
             more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
             print(f"not of this analysis, left in {folder}/: {', '.join(strange[:5])}{more}")

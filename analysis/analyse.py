@@ -1,4 +1,4 @@
-"""The whole analysis of a study as named tables: what the files, the report and the notebook show."""
+"""The whole analysis of a study as named tables, for the files, the report and the notebook."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ COSTS = (
 
 @dataclass(kw_only=True)
 class Analysis:
-    """A study, its arms and every table, by name. `arms` has a row an arm and `runs` a row a run."""
+    """A study, its arms and every table, by name."""
 
     study: Study
     found: Arrangement
@@ -41,7 +41,7 @@ def analyse(
     """Computes every table.
 
     Args:
-        metric: what trials are chosen by (on validation) and what the main figures show (on test).
+        metric: selects trials (on validation) and is shown in the main figures (on test).
         tuned: dotted fields besides `optim.*` that count as tuned inside an arm.
         draws, seed: of the bootstrap.
     """
@@ -68,9 +68,9 @@ def analyse(
 
 
 def summarise(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd.DataFrame:
-    """A row an arm, the base model of each setting first: factors, costs (medians over replicates), forgetting and
-    every metric with their intervals, and whether it is on the front of trainable parameters against `metric`, with its
-    probability.
+    """One row per arm, the base model of each setting first: factors, costs (medians over replicates), forgetting and
+    every metric with intervals, and whether the arm is on the Pareto front of trainable parameters against `metric`,
+    with its probability.
     """
     rows = []
     for setting in found.settings:
@@ -158,7 +158,7 @@ def _mean(arm: Arm, metric: str) -> float:
 
 
 def across_settings(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
-    """Mean over tasks of equal weight, by model and arm, for arms that every task of the model has."""
+    """Mean over equally weighted tasks, by model and arm, for arms that every task of the model has."""
     rows = []
     models = {setting.model for setting in found.settings}
     for model in sorted(models):
@@ -213,7 +213,7 @@ def hypervolumes(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd
 
 
 def tuned_table(found: Arrangement) -> pd.DataFrame:
-    """The hyperparameters that validation chose in each arm, out of how many trials, and whether one is at an edge."""
+    """The hyperparameters selected on validation in each arm, the number of trials, and values at an edge."""
     confirmed = any(arm.confirmed for arm in found.arms)
     rows = [
         {
@@ -229,7 +229,7 @@ def tuned_table(found: Arrangement) -> pd.DataFrame:
 
 
 def spectra_table(found: Arrangement) -> pd.DataFrame:
-    """A row an arm whose replicates have spectra: means over them, and the share of each role in the energy."""
+    """One row per arm with spectra: means over replicates, and each role's share of the energy."""
     rows = []
     for arm in found.arms:
         if "update_norm" not in arm.runs or arm.runs["update_norm"].isna().all():
@@ -262,7 +262,7 @@ def failures(study: Study) -> pd.DataFrame:
 
 
 def notes(found: Arrangement) -> list[str]:
-    """What a reader must know to read the numbers right."""
+    """What a reader needs to interpret the numbers."""
     lines = [
         f"Scores are of the {found.split} split; NLL in nats per response token; perplexity = exp(NLL).",
         "Brackets are 95% intervals: seeds and evaluation examples resampled, t quantiles for few seeds.",

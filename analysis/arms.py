@@ -1,4 +1,4 @@
-"""Runs become arms: replicates put together, the hyperparameters tuned inside an arm chosen on validation."""
+"""Groups runs into arms: replicates together, hyperparameters tuned inside an arm selected on validation."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -34,9 +34,9 @@ class Scores:
 
 @dataclass(kw_only=True)
 class Arm:
-    """A cell of the grid with its chosen trial. `factors` tell it from other arms of its setting; `trial` are the tuned
-    values that won; `runs` are the completed replicates of that trial, or those that trained it again on fresh seeds
-    (`confirmed`); `tried` is how many trials there were."""
+    """A cell of the grid with its selected trial. `factors` distinguish it from other arms of its setting; `trial`
+    holds the selected values; `runs` are the completed replicates of that trial, or its reruns on fresh seeds
+    (`confirmed`); `tried` counts the trials."""
 
     setting: str
     label: str
@@ -88,13 +88,13 @@ class Arrangement:
 
 
 def higher_is_better(metric: str) -> bool:
-    """NLL, perplexity, loss and forgetting are to be low; task metrics are to be high."""
+    """False for NLL, perplexity, loss and forgetting; True for task metrics."""
     return not any(word in metric for word in ("nll", "perplexity", "loss", "forgetting"))
 
 
 def varying(runs: pd.DataFrame, fields: Sequence[str]) -> list[str]:
-    """Fields that differ between runs of one model and dataset (or are those), and do not follow from the option chosen
-    for their group (alpha: from rank). What only one source of runs knows does not make its runs differ.
+    """Fields that vary between runs of one model and dataset (or are those), and are not determined by the option
+    chosen for their group (alpha: by rank). A field that only one source of runs has does not count as varying.
     """
     if runs.empty:
         return []
@@ -113,8 +113,8 @@ def varying(runs: pd.DataFrame, fields: Sequence[str]) -> list[str]:
 
 
 def kinds(arms: pd.DataFrame) -> pd.Series:
-    """What tells trained arms apart besides their ranks: placement, method, or both, whichever differ, and the
-    allocation where arms would else be taken for one another. A kind has one look in the figures and the report.
+    """What distinguishes trained arms besides rank: placement, method, or both, whichever vary, and the allocation
+    where arms would otherwise be ambiguous. A kind has the same look in all figures and the report.
     """
     whole = arms["placement"] == FULL  # of which the placement is that of no adapter
     found = arms["placement"]
@@ -128,11 +128,11 @@ def kinds(arms: pd.DataFrame) -> pd.Series:
 
 
 def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> Arrangement:
-    """Groups completed runs into settings and arms, chooses each arm's trial and reads its per-example scores.
+    """Groups completed runs into settings and arms, selects each arm's trial and reads its per-example scores.
 
-    A trial is chosen by the mean of `metric` on validation among the trials with the most finished replicates, and
-    reported on test. Where the best trial was trained again on fresh seeds, only those runs count. Statuses other than
-    completed never enter a mean; they are counted in the tables.
+    A trial is selected by its mean `metric` on validation among the trials with the most completed replicates, and
+    reported on test. If the best trial was rerun on fresh seeds, only those runs count. Runs that did not complete
+    never enter a mean; the tables count them.
 
     Raises:
         ValueError: no run has `metric`, or a field of `tuned`.
@@ -142,7 +142,7 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
     runs["rank"] = pd.to_numeric(runs["rank"]).mask(unranked)
     if "alpha" in runs:
         runs["alpha"] = runs["alpha"].mask(unranked)
-    runs["placement"] = runs["placement"].mask(full, FULL)  # it is no placement of LoRA
+    runs["placement"] = runs["placement"].mask(full, FULL)  # it has no LoRA placement
     split = "test" if "test.nll" in runs and runs["test.nll"].notna().any() else "validation"
     fields = [key for key in varying(runs, study.fields) if not key.startswith("evaluation") and key != "seed"]
     tuned = list(tuned)
@@ -184,9 +184,9 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
 
 
 def aligned(a: Scores, b: Scores) -> tuple[Array, Array, Array] | None:
-    """Both score matrices on their shared seeds and examples, with the weights; None where nothing is shared.
+    """Both score matrices on their shared seeds and examples, with the weights; None if they share none.
 
-    A score without seeds of its own (the base model) is compared with every seed of the other.
+    Scores without seeds (the base model) are paired with every seed of the other.
     """
     if bool(a.ids) != bool(b.ids):
         return None
@@ -211,7 +211,7 @@ def aligned(a: Scores, b: Scores) -> tuple[Array, Array, Array] | None:
 
 
 def _labels(runs: pd.DataFrame, keys: Sequence[str], shown: Sequence[str]) -> pd.Series:
-    """A short name a row, unique to the values of `keys`: those that vary, or model and dataset if none does."""
+    """A short name per row, unique to the values of `keys`: those that vary, or model and dataset if none do."""
     if not keys:
         return pd.Series("", index=runs.index)
     distinct = runs[list(keys)].drop_duplicates()
@@ -294,7 +294,7 @@ def _arm(
 
 
 def _edge(value: Any, tried: pd.Series) -> str:
-    """Whether the chosen value is the lowest or the highest that was tried: then a better one may lie outside."""
+    """Whether the selected value is at the edge of those tried, so that the optimum may lie outside."""
     values = sorted(tried.dropna().unique()) if pd.api.types.is_numeric_dtype(tried) else []
     if len(values) < 2 or value not in (values[0], values[-1]):
         return ""
@@ -304,7 +304,7 @@ def _edge(value: Any, tried: pd.Series) -> str:
 def _scores(study: Study, found: Arrangement, arm: Arm) -> dict[str, Scores]:
     seeds = tuple(arm.runs["seed"])
     columns = [
-        study.example_columns(run_id, split=found.split, moment="after") if isinstance(folder, str) else {}
+        study.example_columns(run_id, split=found.split, phase="after") if isinstance(folder, str) else {}
         for run_id, folder in zip(arm.runs["run_id"], arm.runs.get("folder", seeds), strict=True)
     ]
     scores = {}
@@ -341,7 +341,7 @@ def _matrix(columns: Sequence[dict[str, list[Any]]], metric: str, seeds: tuple[A
     keep = np.isfinite(x_RE).all(axis=0)
     if weights is None or not keep.any():
         return None
-    # One order, whatever the order of the lines, so that a seeded bootstrap draws the same examples.
+    # Sorted by id, so that a seeded bootstrap draws the same examples whatever the order of the lines.
     kept = sorted(np.flatnonzero(keep), key=lambda i: ids[i])
     return Scores(x_RE=x_RE[:, kept], w_E=weights[kept], seeds=seeds, ids=tuple(ids[i] for i in kept))
 
@@ -355,7 +355,7 @@ def _check(study: Study, arm: Arm, metric: str, scores: Scores, level: Array) ->
 
 
 def _base(study: Study, found: Arrangement, setting: str, rows: pd.DataFrame) -> Arm | None:
-    """The model before training: the same for every run of a setting, so the first run that measured it is read."""
+    """The model before training. It is the same for all runs of a setting, so the first run that measured it counts."""
     column = f"{found.split}.before.nll"
     if column not in rows or not rows[column].notna().any():
         return None
@@ -363,7 +363,7 @@ def _base(study: Study, found: Arrangement, setting: str, rows: pd.DataFrame) ->
     arm = Arm(setting=setting, label=BASE, factors={"placement": BASE}, trial={}, runs=runs)
     folder = runs["folder"].iloc[0]
     columns = (
-        study.example_columns(runs["run_id"].iloc[0], split=found.split, moment="before")
+        study.example_columns(runs["run_id"].iloc[0], split=found.split, phase="before")
         if isinstance(folder, str)
         else {}
     )

@@ -1,4 +1,4 @@
-"""What a reviewer would ask about: numbers that contradict each other, and comparisons that would not be fair."""
+"""Checks a reviewer would make: numbers that contradict each other, and comparisons that are not fair."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,11 +29,11 @@ CONDITIONS = {
 }  # fmt: skip
 NUMBERLESS = ("hydra-core", "omegaconf")
 SHORTENED = 0.01
-"""Share of a split's examples that may be left out or cut without a word."""
+"""Share of a split's examples that may be left out or truncated without a finding."""
 
 
 def check(study: Study, found: Arrangement) -> pd.DataFrame:
-    """All findings, those that make a number wrong first. Columns: check, subject, message."""
+    """All findings, wrong numbers first. Columns: check, subject, message."""
     rows = [
         *_perplexities(study), *_parameters(study), *_conditions(found), *_shortened(study), *_fairness(found),
         *_costs(found),
@@ -57,7 +57,7 @@ def _perplexities(study: Study) -> Iterator[tuple[str, str, str]]:
 
 
 def _parameters(study: Study) -> Iterator[tuple[str, str, str]]:
-    """Trainable parameters and adapted roles that do not fit the placement; each kind of run is looked at once."""
+    """Trainable parameters and adapted roles that do not match the placement; each kind of run is checked once."""
     runs = (
         study.runs[study.runs["trainable_parameters"].notna()] if "trainable_parameters" in study.runs else study.runs
     )
@@ -204,7 +204,7 @@ def _fairness(found: Arrangement) -> Iterator[tuple[str, str, str]]:
 
 
 def _conditions(found: Arrangement) -> Iterator[tuple[str, str, str]]:
-    """What the runs of one comparison were not all made with. A record that does not say counts as no other."""
+    """Conditions that differ between runs of one comparison. A record without the field counts as equal."""
     for setting in found.settings:
         runs = pd.concat([arm.runs for arm in setting.arms]) if setting.arms else pd.DataFrame()
         labels = {index: arm.label for arm in setting.arms for index in arm.runs.index}

@@ -1,5 +1,6 @@
 """Comparisons between arms as tables: tests with Holm correction, matched budgets, share of a gain kept, power."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -64,8 +65,8 @@ def tests(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
 
 
 def corrected(table: pd.DataFrame) -> pd.DataFrame:
-    """Moderates the seed variances (`stats.moderated`) of each setting, family and metric, corrects over a family and
-    metric (p_holm), and says which arm is better where that is significant.
+    """Moderates the seed variances (`stats.moderated`) per setting, family and metric, corrects per family and metric
+    (p_holm), and names the better arm where the difference is significant.
     """
     for _, group in table.groupby(["setting", "family", "metric"]):
         for i, one in zip(group.index, stats.moderated(list(group["interval"])), strict=True):
@@ -97,8 +98,8 @@ def _tested(a: Scores | None, b: Scores | None, metric: str, draws: Draws) -> di
 
 
 def matched(found: Arrangement, *, draws: Draws, tolerance: float = 0.05) -> pd.DataFrame:
-    """Placements at equal trainable parameters: each arm against another placement's arm within `tolerance`, or, where
-    there is none, against that placement's scores interpolated in log parameters between the two ranks around it."""
+    """Placements at equal trainable parameters: each arm against another placement's arm within `tolerance`, else
+    against that placement's scores interpolated in log parameters between the two neighbouring ranks."""
     rows: list[dict[str, Any]] = []
     for setting in found.settings:
         ladders = _ladders(setting.arms)
@@ -116,7 +117,7 @@ def matched(found: Arrangement, *, draws: Draws, tolerance: float = 0.05) -> pd.
 
 
 def _ladders(arms: Sequence[Arm]) -> dict[tuple[str, str], list[Arm]]:
-    """Arms that differ in rank only, by placement and by the remaining factors, with rising parameters."""
+    """Arms that differ in rank only, grouped by placement and the remaining factors, sorted by parameters."""
     found: dict[tuple[str, str], list[Arm]] = {}
     for arm in arms:
         rest = {key: str(value) for key, value in arm.factors.items() if key not in ("rank", "alpha", "placement")}
@@ -160,8 +161,8 @@ def shares(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
     """Share of a reference's gain over the base model that an arm keeps, with its interval.
 
     Share = (base − arm)/(base − reference). The references are full fine-tuning, where the study has it, and the full
-    placement at the same rank. The interval is the delta method's on the paired differences; where the reference's own
-    gain is not clearly different from 0 the share is unknown.
+    placement at the same rank. The interval is the delta method's on the paired differences; if the reference's own
+    gain is not significantly different from 0, the share is NaN.
     """
     rows = []
     for setting in found.settings:
@@ -243,26 +244,21 @@ def _chi2_share(df: int) -> Array:
 def _enough(
     difference: float, parts: Components, seeds: int | None, examples: int | None, target: float, n: int
 ) -> bool:
-    """Whether n of what is None reaches the power."""
+    """Whether n seeds (or examples, whichever is None) reach the target power."""
     reached = power(difference, parts, n if seeds is None else seeds, n if examples is None else examples)
     return reached >= target
 
 
 def needed(enough: Callable[[int], bool], start: int, most: int) -> int | None:
-    """Smallest n in [start, most] with enough(n), which must be monotone; None where even `most` does not do."""
-    if not enough(most):
-        return None
-    low, high = start, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return low
+    """Smallest n in [start, most] with enough(n), which must be monotone; None if even `most` is not enough."""
+    n = start + bisect_left(range(start, most + 1), True, key=enough)
+    return n if n <= most else None
 
 
 def power_table(found: Arrangement, *, metric: str = "nll", target: float = 0.8) -> pd.DataFrame:
     """For each pair of placements or methods at equal rank: the power this study had for the difference it saw, and how
-    many seeds (at these examples) or examples (at these seeds) give `target`. None: not even 1,000 seeds or a million
-    examples."""
+    many seeds (at these examples) or examples (at these seeds) would reach `target`. None: more than 1,000 seeds or a
+    million examples."""
     rows = []
     for pair in pairs(found):
         a, b = pair.a.scores.get(metric), pair.b.scores.get(metric)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
 
 from analysis.style import GREY, SEQUENTIAL, Look
 
@@ -46,8 +47,8 @@ def rank_labels(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, *, higher:
     """
     labelled = arms if len(arms) <= 12 else arms[arms["on_front"].fillna(False).astype(bool)]
     point = ax.figure.dpi / 72
-    taken = [(x - 3 * point, y - 3 * point, x + 3 * point, y + 3 * point)
-             for x, y in ax.transData.transform(arms[[cost, metric]].to_numpy(dtype=float))]  # fmt: skip
+    places = ax.transData.transform(arms[[cost, metric]].to_numpy(dtype=float))
+    taken = [Bbox([place - 3 * point, place + 3 * point]) for place in places]
     # from above, so that the upper one of two takes the upper side
     for row in labelled.sort_values(metric, ascending=False).to_dict("records"):
         if pd.isna(row["rank"]):
@@ -60,8 +61,8 @@ def rank_labels(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, *, higher:
         for left, down in ((first, below), (first, not below), (not first, below), (not first, not below)):
             x0 = x - 4 * point - wide if left else x + 4 * point
             y0 = y - 3 * point - tall if down else y + 3 * point
-            box = (x0, y0, x0 + wide, y0 + tall)
-            if not any(_overlap(box, other) for other in taken):
+            box = Bbox.from_bounds(x0, y0, wide, tall)
+            if not box.count_overlaps(taken):
                 taken.append(box)
                 label = ax.annotate(
                     text, (row[cost], row[metric]), xytext=(-4 if left else 4, -3 if down else 3), fontsize=6,
@@ -69,10 +70,6 @@ def rank_labels(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, *, higher:
                 )  # fmt: skip
                 label.set(color=GREY, zorder=5, path_effects=[withStroke(linewidth=1.5, foreground="white")])
                 break
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def dots(ax: Axes, arms: pd.DataFrame, metric: str) -> None:

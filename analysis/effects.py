@@ -1,5 +1,5 @@
-"""What moves the score: a fixed-effects analysis of variance of placement × rank, slopes over rank, and the importance
-of each hyperparameter."""
+"""Effects on the score: fixed-effects analysis of variance of placement × rank, slopes over rank, and hyperparameter
+importance."""
 
 from collections.abc import Sequence
 
@@ -38,8 +38,8 @@ def anova(y: Array, factors: pd.DataFrame, interactions: Sequence[tuple[str, str
 
 
 def placement_by_rank(found: Arrangement, metric: str = "nll") -> pd.DataFrame:
-    """A row a term and setting: score ~ placement + rank + placement × rank + whatever else tells arms apart, with the
-    seed as a block. Methods without a rank count where rank is no factor."""
+    """One row per term and setting: score ~ placement + rank + placement × rank + all other factors, with the seed as a
+    block. Methods without a rank are included only where rank is not a factor."""
     parts = []
     for name, every in _chosen(found, metric):
         ranked = every[every["rank"].notna()]
@@ -57,8 +57,8 @@ def placement_by_rank(found: Arrangement, metric: str = "nll") -> pd.DataFrame:
 
 
 def slopes(found: Arrangement, metric: str = "nll") -> pd.DataFrame:
-    """Change of the score for each doubling of the rank, over arms that differ in nothing else: least squares on
-    log2(rank), t interval."""
+    """Change of the score per doubling of the rank, over arms that differ in rank alone: least squares on log2(rank),
+    t interval."""
     rows, others = [], _others(found)
     for name, runs in _chosen(found, metric):
         runs = runs[runs["rank"].notna()]
@@ -67,9 +67,8 @@ def slopes(found: Arrangement, metric: str = "nll") -> pd.DataFrame:
             y = group[f"{found.split}.{metric}"].to_numpy(dtype=float)
             if len(np.unique(x)) < 2 or len(x) < 3:
                 continue
-            slope = float(np.cov(x, y)[0, 1] / np.var(x, ddof=1))
-            rest = y - y.mean() - slope * (x - x.mean())
-            error = float((rest @ rest / (len(x) - 2) / ((x - x.mean()) ** 2).sum()) ** 0.5)
+            (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+            error = covariance[0, 0] ** 0.5
             half = float(special.stdtrit(len(x) - 2, 0.975)) * error
             p = float(2 * special.stdtr(len(x) - 2, -abs(slope) / error)) if error > 0 else 0.0
             values = {"slope": slope, "low": slope - half, "high": slope + half, "p": p}
@@ -83,10 +82,10 @@ def importance(found: Arrangement, *, metric: str = "nll", draws: int = 200, see
     """Share of the variance of the validation score, over all completed runs, that each varied field explains.
 
     The functional analysis of variance of Hutter et al. (2014), which on a grid is the classical one: type II sum of
-    squares of the main effect over the total. What is left is interactions and noise. Numbers with more than 8 values
-    are cut at their quantiles into 6. A field that follows from another of the arms' (each method at a rank of its own)
-    has no variance of its own and is left out. Intervals: normal, with the standard error of a bootstrap over runs;
-    its percentiles would lie above a small share, because runs that are drawn twice explain each other.
+    squares of the main effect over the total. The remainder is interactions and noise. Numeric fields with more than 8
+    values are binned at their quantiles into 6. A field determined by another (each method at its own rank) has no
+    variance of its own and is left out. Intervals: normal, with the bootstrap standard error over runs. Bootstrap
+    percentiles would be biased upwards for small shares, because runs drawn twice explain each other.
     """
     rows = []
     rng = np.random.default_rng(seed)
@@ -113,8 +112,7 @@ def importance(found: Arrangement, *, metric: str = "nll", draws: int = 200, see
 
 
 def _explained(y: Array, codes: Sequence[NDArrayInt]) -> Array:
-    """Type II main-effect shares and the remainder. Main effects need only the cell counts, so this is fast for many
-    runs: the normal equations of the dummies are sums over pairs of codes."""
+    """Type II main-effect shares and the remainder."""
     total = float(((y - y.mean()) ** 2).sum())
     if total == 0:
         return np.zeros(len(codes) + 1)
@@ -139,21 +137,21 @@ def _chosen(found: Arrangement, metric: str) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _others(found: Arrangement) -> list[str]:
-    """What tells arms apart besides placement and rank."""
+    """Factors that differ between arms besides placement and rank."""
     factors = list(found.arms[0].factors) if found.arms else []
     keys = [key for key in factors if key not in ("placement", "rank", "alpha")]
     return [key for key in keys if len({repr(arm.factors[key]) for arm in found.arms}) > 1]
 
 
 def _factors(found: Arrangement, setting: str, runs: pd.DataFrame) -> pd.DataFrame:
-    """The factors of a setting's arms that differ in these runs and do not follow from another, as text."""
+    """A setting's factors that vary over these runs and are not determined by another, as text."""
     factors = next(list(arm.factors) for arm in found.arms if arm.setting == setting)
     keys = ["placement", "rank", *(key for key in factors if key not in ("placement", "rank"))]
     return _independent(runs, [key for key in keys if runs[key].nunique(dropna=False) > 1]).astype(str)
 
 
 def _independent(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """The columns that do not follow from another one; of two that say the same, the first."""
+    """The columns that no other column determines; of two equivalent ones, the first."""
     kept = list(keys)
     for key in reversed(keys):
         others = [other for other in kept if other != key]
@@ -169,10 +167,8 @@ def _dummies(values: pd.Series) -> Array:
 
 def _fit(y: Array, designs: Sequence[Array]) -> tuple[float, int]:
     """Residual sum of squares and rank of the least-squares fit with an intercept."""
-    y = y - y.mean()  # the intercept takes it up; without it the difference of squares below keeps more digits
+    y = y - y.mean()  # so that a constant score has a sum of squares of exactly 0
     x = np.column_stack([np.ones(len(y)), *designs])
-    gram = x.T @ x
-    values, vectors = np.linalg.eigh(gram)
-    keep = values > values[-1] * 1e-10
-    projected = (vectors[:, keep].T @ (x.T @ y)) / np.sqrt(values[keep])
-    return max(float(y @ y - projected @ projected), 0.0), int(keep.sum())
+    solution, _, rank, _ = np.linalg.lstsq(x, y)
+    rest = y - x @ solution
+    return float(rest @ rest), int(rank)

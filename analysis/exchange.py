@@ -3,7 +3,6 @@
 Everything that is read becomes rows with the columns of `Study.runs`; `source` says where they come from.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pandas as pd
 
 from analysis.analyse import Analysis
 from analysis.load import flat, score_columns
-from analysis.peft import from_peft, to_peft
+from analysis.peft import from_peft, read_json, to_peft
 
 Rows = list[dict[str, Any]]
 
@@ -53,10 +52,7 @@ def from_published(path: Path) -> Rows:
     Raises:
         ValueError: it does not.
     """
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither JSON nor text
-        raise ValueError(f"--import {path}: not a JSON file ({error})") from None
+    plain = read_json(path)
     rows = plain.get("rows") if isinstance(plain, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"--import {path}: a published table is an object with source, model, dataset and rows")
@@ -130,9 +126,9 @@ def from_wandb(project: str, api: Any = None) -> Rows:
         for key, value in summary.items():
             if "/" in key:
                 split, name = key.split("/", maxsplit=1)
-                for moment, place in (("_after", f"{split}."), ("_before", f"{split}.before.")):
-                    if name.endswith(moment):
-                        row[f"{place}{name.removesuffix(moment)}"] = value
+                for phase, place in (("_after", f"{split}."), ("_before", f"{split}.before.")):
+                    if name.endswith(phase):
+                        row[f"{place}{name.removesuffix(phase)}"] = value
             elif not key.startswith("_") and isinstance(value, int | float):
                 row[key] = value
         row["train_seconds_amortised"] = row.pop("train_seconds", None)

@@ -16,13 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from analysis import draw
+from analysis import draw, manifest
 from analysis.analyse import Analysis
 from analysis.arms import BASE, FULL, higher_is_better, kinds
 from analysis.pareto import front
 from analysis.style import COLUMN, GREY, TEXT, Look, looks, styled
 from analysis.tables import number, title
-from analysis.written import settle
 
 Maker = Callable[[Analysis], Figure | str]
 """Makes a figure, or says why the study has no data for it."""
@@ -280,7 +279,7 @@ def write(
     else:
         found = _save(analysis, names, folder)
     written = [folder / f"{name}.{suffix}" for name in names if found[name] is None for suffix in ("pdf", "png")]
-    settle(folder, written, among=[f"{name}.{suffix}" for name in only for suffix in ("pdf", "png")] or None)
+    manifest.update(folder, written, among=[f"{name}.{suffix}" for name in only for suffix in ("pdf", "png")] or None)
     return written, {name: reason for name in names if (reason := found[name]) is not None}
 
 

@@ -1,4 +1,4 @@
-"""Run folders become one tidy table with a row a run. What cannot be read is named, never dropped and never fatal."""
+"""Reads run folders into one tidy table, one row per run. Unreadable folders are reported, never silently dropped."""
 
 import json
 import math
@@ -24,11 +24,11 @@ from sweeper.record import (
     perplexity,
 )
 
-CONTENTS = {"model.content": "model.location", "dataset.content": "dataset.path"}  # and where the files lie
+CONTENTS = {"model.content": "model.location", "dataset.content": "dataset.path"}  # and the location of the files
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "objective", "evaluation")
 STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
-# of accumulated runs of former versions: which examples a step had depended on how it was cut into passes
+# earlier versions: with accumulation, a step's examples depended on how it was split into passes
 ORDER = "trainer.order"
 MADE_WITH = ("precision", "device_type", "device", "attention", "sandbox_python")  # of a record's environment
 _NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB)
@@ -36,7 +36,7 @@ _NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB)
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that could not be used: the folder, a short kind to count by, and what was wrong."""
+    """Something that could not be used: the folder, a short kind to count by, and the reason."""
 
     folder: str
     kind: str
@@ -45,7 +45,7 @@ class Problem:
 
 @dataclass(kw_only=True)
 class Study:
-    """Runs, one row each, and what could not be read. Examples, curves and modules are read when asked for.
+    """Runs, one row each, and problems found while reading. Examples, curves and modules are read on demand.
 
     Columns of `runs`: run_id, study, status, folder, source; every field of the spec by its dotted name (the name of a
     group under the group itself); `SPLIT.METRIC` after training and `SPLIT.before.METRIC` before it; every field of
@@ -61,21 +61,21 @@ class Study:
     layouts: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     _folders: dict[str, str] | None = None
 
-    def examples(self, run_ids: Iterable[str], *, split: str = "test", moment: str = "after") -> pd.DataFrame:
+    def examples(self, run_ids: Iterable[str], *, split: str = "test", phase: str = "after") -> pd.DataFrame:
         """Per-example scores: run_id, id, nll (nats of the whole response), tokens, and one column a metric."""
         parts = []
         for run_id in run_ids:
-            columns = self.example_columns(run_id, split=split, moment=moment)
+            columns = self.example_columns(run_id, split=split, phase=phase)
             if columns:
                 parts.append(pd.DataFrame({"run_id": run_id, **columns}))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "id", "nll", "tokens"])
 
-    def example_columns(self, run_id: str, *, split: str, moment: str) -> dict[str, list[Any]]:
-        """Per-example scores of one run as a list a column; empty where the run left none."""
-        wanted = f'"split": "{split}", "moment": "{moment}"'
+    def example_columns(self, run_id: str, *, split: str, phase: str) -> dict[str, list[Any]]:
+        """Per-example scores of one run, a list per column; empty if the run left none."""
+        wanted = f'"split": "{split}", "moment": "{phase}"'
         rows = self._lines(self.folder(run_id), PREDICTIONS, wanted)
-        rows = [row for row in rows if row.get("split") == split and row.get("moment") == moment]
-        names = [key for key in rows[0] if key not in ("split", "moment")] if rows else []
+        rows = [row for row in rows if row.get("split") == split and phase in (row.get("phase"), row.get("moment"))]
+        names = [key for key in rows[0] if key not in ("split", "phase", "moment")] if rows else []
         return {key: [row.get(key) for row in rows] for key in names}
 
     def folder(self, run_id: str) -> Path | None:
@@ -113,7 +113,7 @@ class Study:
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", *spectra.BY_MODULE])
 
     def read_spectra(self, folder: Path) -> list[dict[str, Any]]:
-        """Rows of a run's spectra; what cannot be read is noted."""
+        """Rows of a run's spectra; an unreadable file becomes a problem."""
         try:
             return spectra.read(folder)
         except ValueError as error:
@@ -195,7 +195,7 @@ def load(*folders: Path | str, rows: Sequence[Mapping[str, Any]] = ()) -> Study:
 
 
 def _latest(found: Mapping[str, dict[str, Any]], study: Study) -> dict[str, dict[str, Any]]:
-    """Of runs that differ only in what was in their files, the one that finished last; files may have moved."""
+    """Of runs that differ only in their files' content, the one that finished last; files may have moved."""
     last: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in sorted(found.values(), key=lambda row: str(row["finished"])):
         key = tuple(str(row.get(name)) for name in study.fields)
@@ -234,7 +234,7 @@ def flat(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    """Folders of runs at or under `folder`: those with a record, and those that a run left without one."""
+    """Run folders at or under `folder`, with or without a record."""
     if (folder / RECORD).is_file():
         yield folder
         return
@@ -310,7 +310,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     row |= {f"versions.{name}": version for name, version in (environment.get("versions") or {}).items()}
     error = plain.get("error") or {}
     row |= {"error": error.get("class"), "error_message": error.get("message")}
-    # What a later schema-1 record adds comes along under its own name.
+    # Fields that a later schema-1 record adds keep their own names.
     known = {"run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data"}
     extra = {key: value for key, value in plain.items() if key not in known and key not in row and key != "schema"}
     return row | flat(extra) | spectra.columns(study.read_spectra(folder))
@@ -335,18 +335,18 @@ def made_with(environment: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[s
 
 
 def score_columns(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Columns of a record's scores. Perplexity is always exp(NLL); what a record states besides is kept apart."""
+    """Columns of a record's scores. Perplexity is always exp(NLL); a stated perplexity gets a column of its own."""
     row: dict[str, Any] = {}
     rises = []
-    for split, moments in scores.items():
-        for moment, score in moments.items():
-            prefix = f"{split}." if moment == "after" else f"{split}.{moment}."
+    for split, phases in scores.items():
+        for phase, score in phases.items():
+            prefix = f"{split}." if phase == "after" else f"{split}.{phase}."
             nll = math.nan if score.get("nll") is None else float(score["nll"])
             row |= {f"{prefix}nll": nll, f"{prefix}perplexity": math.nan if math.isnan(nll) else perplexity(nll)}
             row[f"{prefix}perplexity_stated"] = score.get("perplexity")
             row |= {f"{prefix}{key}": score.get(key) for key in ("tokens", "examples")}
             row |= {f"{prefix}{name}": value for name, value in (score.get("metrics") or {}).items()}
-        if split not in TASK_SPLITS and {"before", "after"} <= set(moments):
+        if split not in TASK_SPLITS and {"before", "after"} <= set(phases):
             row[f"forgetting.{split}"] = row[f"{split}.nll"] - row[f"{split}.before.nll"]
             rises.append(row[f"forgetting.{split}"])
     if rises:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import manifest
 from analysis.analyse import Analysis
-from analysis.written import settle
 from sweeper.record import ADAPTER
 
 
@@ -33,7 +33,7 @@ def to_peft(analysis: Analysis, folder: Path) -> list[Path]:
         stem = plain["run_info"]["experiment_name"].replace("/", "--")
         written.append(folder / f"{stem}.json")
         written[-1].write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    settle(folder, written)
+    manifest.update(folder, written)
     return written
 
 
@@ -158,10 +158,7 @@ def from_peft(folder: Path) -> list[dict[str, Any]]:
     """
     rows, task = [], folder.parent.name if folder.name == "results" else folder.name
     for path in sorted(folder.glob("*.json")):
-        try:
-            plain = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # neither JSON nor text
-            raise ValueError(f"--import {path}: not a JSON file ({error})") from None
+        plain = read_json(path)
         if not (isinstance(plain, dict) and {"run_info", "train_info"} <= set(plain)):
             continue
         rows.append(_from_peft_result(plain, task, path))
@@ -170,6 +167,14 @@ def from_peft(folder: Path) -> list[dict[str, Any]]:
             f"--import {folder}: no file with run_info and train_info; give a folder such as MetaMathQA/results"
         )
     return rows
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file given to --import. Raises ValueError if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor text
+        raise ValueError(f"--import {path}: not a JSON file ({error})") from None
 
 
 def _from_peft_result(plain: Mapping[str, Any], task: str, path: Path) -> dict[str, Any]:

@@ -4,12 +4,14 @@ A score of an arm is a matrix x_RE with example weights w_E (response tokens for
 examples are two crossed random samples; both are resampled, because both would differ if the study were repeated.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from scipy import special
 
@@ -51,7 +53,7 @@ class Paired:
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """Variance components of a crossed design: between seeds, between examples, and what is left of one cell."""
+    """Variance components of a crossed design: between seeds, between examples, and residual within a cell."""
 
     seeds: float
     examples: float
@@ -59,14 +61,14 @@ class Components:
 
 
 class Draws:
-    """Seeded resampling counts, made once per sample size, so that all arms meet the same resampled examples."""
+    """Seeded resampling counts, drawn once per sample size, so that all arms share the same resampled examples."""
 
     def __init__(self, draws: int = 2000, seed: int = 0) -> None:
         self.draws, self.seed = draws, seed
         self.counts = lru_cache(maxsize=32)(self._counts)
 
     def _counts(self, size: int, stream: int = 0) -> Array:
-        """Counts of a bootstrap: (B, size), rows sum to size. `stream` tells independent uses of one size apart."""
+        """Counts of a bootstrap: (B, size), rows sum to size. `stream` separates independent uses of the same size."""
         rng = np.random.default_rng([self.seed, size, stream])
         picks_BE = rng.integers(0, size, (self.draws, size)) + size * np.arange(self.draws)[:, None]
         return np.bincount(picks_BE.ravel(), minlength=self.draws * size).reshape(self.draws, size).astype(float)
@@ -100,7 +102,7 @@ def interval(
     of freedom, estimated from 3 seeds, gave 16% false positives in our simulation. The part of cells counts as the
     examples' (coverage is right), or, for tests, as the seeds' (`strict`: wider, but sure to keep its level at small
     alpha too). With one seed the interval covers examples only; with one example column (scores without predictions)
-    seeds only; with both it is unknown (NaN).
+    seeds only; with one of each it is NaN.
     """
     x_RE = np.atleast_2d(np.asarray(x_RE, dtype=float))
     R, E = x_RE.shape
@@ -197,15 +199,16 @@ def paired(a_RE: Array, b_RE: Array, w_E: Array | None = None, *, draws: Draws) 
 
 
 def p_value(found: Interval, null: float = 0.0) -> float:
-    """Two-sided p of estimate = null: the alpha at which the interval just reaches it, by bisection in log alpha."""
+    """Two-sided p of estimate = null: the alpha at which the interval just reaches it, at least 1e-100."""
     distance = abs(found.estimate - null)
     if not found.se > 0:
         return np.nan if np.isnan(found.se) else (1.0 if distance == 0 else 0.0)
-    low, high = float(np.log(1e-100)), 0.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if half_width(found.terms, float(np.exp(middle))) > distance else (low, middle)
-    return float(np.exp(high))
+
+    def beyond(log_alpha: float) -> float:
+        return half_width(found.terms, math.exp(log_alpha)) - distance
+
+    least = math.log(1e-100)
+    return math.exp(scipy.optimize.brentq(beyond, least, 0.0) if beyond(least) > 0 else least)
 
 
 def moderated(intervals: Sequence[Interval], *, level: float = 0.95) -> list[Interval]:
@@ -239,17 +242,15 @@ def _prior(variances: Array, d: float) -> tuple[float, float]:
     spread = float(np.var(e, ddof=1)) - float(special.polygamma(1, d / 2))
     if spread <= 0:
         return np.inf, float(variances.mean())
-    low, high = 1e-3, 1e6  # trigamma falls from about 1e6 to 1e-6 in between
-    for _ in range(100):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if special.polygamma(1, middle) > spread else (low, middle)
-    weight = 2 * low
+    # trigamma falls from about 1e6 to 1e-6 between these bounds
+    half = scipy.optimize.brentq(lambda x: special.polygamma(1, np.exp(x)) - spread, np.log(1e-3), np.log(1e6))
+    weight = 2 * float(np.exp(half))
     return weight, float(np.exp(e.mean() + special.digamma(weight / 2) - np.log(weight / 2)))
 
 
 def sign_flip(d_E: Array, *, draws: Draws) -> float:
-    """Paired permutation test that the differences are symmetric about 0: exact up to 12 of them, else B random
-    flips with the estimate (k+1)/(B+1) (Phipson & Smyth 2010). With seeds averaged it holds for these seeds only.
+    """Paired permutation test that the differences are symmetric about 0: exact for up to 12, else B random sign flips
+    with p = (k+1)/(B+1) (Phipson & Smyth 2010). Seeds are averaged first, so it generalises over examples only.
     """
     n = len(d_E)
     if n < 2:
@@ -280,9 +281,9 @@ def holm(p_values: Sequence[float]) -> Array:
 
 
 def joint_draws(scores: Sequence[tuple[Array, Array]], *, draws: Draws) -> Array:
-    """(B, A) means of arms under one resampling of seeds and examples for all: for questions about several arms.
+    """(B, A) bootstrap means of arms that share the resampled seeds and examples, for statistics of several arms.
 
-    Deviations are widened by sqrt(R/(R-1)), the bootstrap's narrowness with few seeds.
+    Deviations are scaled by sqrt(R/(R-1)) to correct the bootstrap's downward bias with few seeds.
     """
     columns = []
     for x_RE, w_E in scores:

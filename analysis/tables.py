@@ -1,4 +1,4 @@
-"""Tables for people: Markdown, LaTeX (booktabs), CSV. Bold marks a best value only where it is significantly best."""
+"""Formatted tables: Markdown, LaTeX (booktabs), CSV. A best value is bold only if it is significantly best."""
 
 import math
 import unicodedata
@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import manifest
 from analysis.analyse import Analysis
 from analysis.arms import BASE, FULL, higher_is_better
-from analysis.written import settle
 
 TITLES = {
     "setting": "task", "trainable_parameters": "trainable", "trainable_percent": "%", "train_flops": "FLOPs",
@@ -55,7 +55,7 @@ class Cell:
 
 @dataclass(kw_only=True)
 class Sheet:
-    """A table as it is shown: header and cells."""
+    """A formatted table: header and cells."""
 
     name: str
     caption: str
@@ -78,7 +78,7 @@ def sheets(analysis: Analysis) -> list[Sheet]:
 
 
 def placement_rank(analysis: Analysis, metric: str) -> Sheet:
-    """A row a placement (and method, where several), a column a rank; base model and commonest answer first."""
+    """One row per placement (and method, if several), one column per rank; base model and commonest answer first."""
     arms = analysis.arms
     ranks = sorted(arms["rank"].dropna().unique())
     arms = arms.assign(rank=pd.to_numeric(arms["rank"]))
@@ -137,7 +137,7 @@ def _commonest(analysis: Analysis, setting: str, metric: str) -> float | None:
 
 
 def efficiency(analysis: Analysis) -> Sheet:
-    """A row an arm: what it costs and what it gives."""
+    """One row per arm: its costs and scores."""
     arms, metrics = analysis.arms, analysis.found.metrics
     several = arms["setting"].nunique() > 1
     forgetting = [column for column in arms if column == "forgetting"]
@@ -183,7 +183,7 @@ def plain(name: str, table: pd.DataFrame) -> Sheet:
 
 
 def bold_arms(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
-    """(setting, arm) of arms that significantly beat, after Holm, all at their rank that differ in one other factor."""
+    """(setting, arm) of arms that significantly beat, after Holm, all arms of their rank that differ in one factor."""
     tests = analysis.tables["tests"]
     tests = tests[(tests["metric"] == metric) & ~tests["family"].isin(("rank", BASE, FULL))]
     found = set()
@@ -196,8 +196,8 @@ def bold_arms(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
 
 
 def overall_best(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
-    """(setting, arm) of the best arm where no other arm's test against it is open: all of its tests must be won, and an
-    arm without a test against it (it differs in two factors) must have an interval that does not overlap."""
+    """(setting, arm) of the best arm, if it wins all its tests and its interval overlaps with that of no arm it was not
+    tested against (those that differ in two factors)."""
     arms = analysis.arms[analysis.arms["arm"] != BASE]
     tests = analysis.tables["tests"]
     found = set()
@@ -238,7 +238,7 @@ def write(analysis: Analysis, folder: Path) -> list[Path]:
         table.to_csv(written[-1], index=False)
     written.append(folder / "all.tex")
     written[-1].write_text(document(sheet.name for sheet in shown), encoding="utf-8")
-    settle(folder, written)
+    manifest.update(folder, written)
     return written
 
 
@@ -253,8 +253,8 @@ def markdown(sheet: Sheet) -> str:
 
 
 def latex(sheet: Sheet) -> str:
-    """A booktabs table; a longtable where it does not fit on a page, turned where it is wide; else scaled to the text
-    width where it is wide. Sentences break into lines."""
+    """A booktabs table, scaled to the text width if it is wide; a longtable if it does not fit on a page, in landscape
+    if it is wide. Sentences wrap."""
     columns, letters, sentences = _layout(sheet)
     head = " & ".join(tex(text) for text in sheet.header) + r" \\"
     body = [
@@ -285,8 +285,8 @@ def latex(sheet: Sheet) -> str:
 
 
 def _layout(sheet: Sheet) -> tuple[str, int, bool]:
-    """LaTeX's columns of a sheet, about how many letters it is wide, and whether sentences break into lines in what the
-    other columns leave of the width."""
+    """LaTeX column types of a sheet, its approximate width in letters, and whether sentences wrap within the width that
+    the other columns leave."""
     texts = zip(sheet.header, *([cell.text for cell in row] for row in sheet.rows), strict=True)
     widths = [max(map(len, column)) for column in texts]
     long = [width > 45 for width in widths]
@@ -300,41 +300,37 @@ def _layout(sheet: Sheet) -> tuple[str, int, bool]:
 
 
 def document(names: Iterable[str]) -> str:
-    """A LaTeX document with every table, to read them or to see that they compile."""
+    """A LaTeX document with every table, for reading and as a check that they compile."""
     packages = [rf"\usepackage{{{name}}}" for name in ("booktabs", "longtable", "graphicx", "pdflscape")]
     inputs = [rf"\input{{{name}}}" + "\n" + r"\clearpage" for name in names]
     head = [r"\documentclass{article}", r"\usepackage[margin=2cm]{geometry}", *packages]
     return "\n".join([*head, r"\begin{document}", *inputs, r"\end{document}"]) + "\n"
 
 
-_TEX = {
+_TEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "…": r"\ldots{}",
     "−": "$-$",
     "–": "--", "η": r"$\eta$", "²": "$^2$", "→": r"$\to$", "<": "$<$", ">": "$>$", "|": r"$|$", '"': "''", "\n": " ",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def tex(text: str) -> str:
-    """Text safe in LaTeX; what pdfLaTeX has no letter for becomes its plain form or a question mark."""
-    found = []
-    for letter in text:
-        if letter in _TEX:
-            found.append(_TEX[letter])
-        elif letter.isascii():
-            found.append(letter)
-        else:
-            found.append(unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?")
-    return "".join(found)
+    """Escapes text for LaTeX; letters that pdfLaTeX lacks become their ASCII form or a question mark."""
+
+    def plain(letter: str) -> str:
+        return unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?"
+
+    return "".join(letter if letter.isascii() else plain(letter) for letter in text.translate(_TEX))
 
 
 def title(key: str) -> str:
-    """A column's name for people; a field of the configuration keeps its own."""
+    """A column's display name; a configuration field keeps its own."""
     return TITLES.get(key, key if "." in key else key.replace("_", " "))
 
 
 def show(key: str, value: Any) -> str:
-    """Text of a value; what is absent is a dash."""
+    """Text of a value; a dash if it is missing."""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool) or not _is_number(value):
@@ -351,7 +347,7 @@ def show(key: str, value: Any) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number with `digits` significant digits, plainly written where that is short."""
+    """A number with `digits` significant digits, in fixed notation where that is short."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if 1e-4 <= abs(value) < 1e6:

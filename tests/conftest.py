@@ -12,6 +12,7 @@ from sweeper.record import Efficiency, Module, Record, Score
 from sweeper.spec import RunSpec, Settings, run_spec, to_mapping
 from sweeper.training.events import Evaluated, RunFinished, RunStarted, Stage, Step
 from sweeper.training.source import Source
+from sweeper.untrusted import sandbox
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,6 +20,15 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def sandboxed() -> None:
+    """Skips where this machine cannot sandbox programs."""
+    try:
+        sandbox.ready()
+    except sandbox.SandboxError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

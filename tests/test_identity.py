@@ -327,23 +327,28 @@ def test_a_run_of_an_earlier_version_counts_while_its_files_are_older(
     former(make_record, study, spec)
     before_it(file)
     made = plan.make([single(spec)], study)
-    assert [(run.run_id, made.statuses[run.run_id]) for run in made.runs] == [(spec.run_id, "completed")]
+    assert made.statuses == {spec.run_id: "completed"}
     assert (made.todo, made.notes) == ((), ())
     file.touch()
     made = plan.make([single(spec)], study)
-    assert [made.statuses[run.run_id] for run in made.runs] == [None]
+    assert list(made.statuses.values()) == [None]
     assert made.todo[0].run_id != spec.run_id
     assert made.notes == (
         f"1 run in {study.folder} trained anew: dataset.path={file} may have changed since, their records do not say",
     )
 
 
-def test_one_file_that_is_newer_is_enough(
-    make_spec: Callable[..., RunSpec], folder: Path, study: Settings, make_record: Callable[..., Record],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are made for models that could not be loaded."""
     monkeypatch.setattr(plan, "check", lambda specs, settings: None)
     monkeypatch.setattr(plan, "_warnings", lambda specs: ())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_file_that_is_newer_is_enough(
+    make_spec: Callable[..., RunSpec], folder: Path, study: Settings, make_record: Callable[..., Record],
+) -> None:  # fmt: skip
     spec = make_spec(model={"source": "path", "location": str(folder)})
     former(make_record, study, spec)
     before_it(folder)
@@ -359,15 +364,13 @@ def test_one_file_that_is_newer_is_enough(
     assert "wrote the day's date into prompts" in dated.notes[0]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_run_whose_responses_began_with_a_space_of_the_tokenizers_trains_anew(
     make_spec: Callable[..., RunSpec], folder: Path, study: Settings, make_record: Callable[..., Record],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    monkeypatch.setattr(plan, "check", lambda specs, settings: None)
-    monkeypatch.setattr(plan, "_warnings", lambda specs: ())
     spec = make_spec(model={"source": "path", "location": str(folder)}, dataset={"template": "plain"})
     former(make_record, study, spec)
     core = Tokenizer(models.BPE(vocab={"<s>": 0, "▁": 1, "a": 2, "\n": 3}, merges=[], unk_token="<s>"))

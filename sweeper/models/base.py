@@ -1,4 +1,4 @@
-"""Base models: loaded frozen, with a tokenizer that agrees on where text ends, and read into targets."""
+"""Loads base models frozen, with a tokenizer that agrees on the end-of-text token, and resolves their targets."""
 
 import functools
 import json
@@ -87,7 +87,7 @@ def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model. Its end-of-text id is one that the model's generation stops at, and it can pad.
 
     Raises:
-        ModelError: as `load`, or the model has no tokenizer that says where text ends.
+        ModelError: as `load`, or the model has no tokenizer with an end-of-text token.
     """
     from transformers import AutoTokenizer
 
@@ -129,7 +129,7 @@ def total_parameters(of: "ModelSpec | torch.nn.Module") -> int:
 
 
 def hidden_size(model: "PreTrainedModel") -> int:
-    """Channels of a token's vector where it enters the model."""
+    """Width of the token embedding."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[1])
 
@@ -163,9 +163,9 @@ def _numel(parameter: Any) -> int:
 
 
 def check(spec: ModelSpec) -> None:
-    """Raises ModelError where a model would not load: no such file or package, no network, unknown architecture.
+    """Raises ModelError if a model would not load: no such file or package, no network, unknown architecture.
 
-    Cheap (config and file names, no weights), so that a grid can be refused before anything is trained.
+    Cheap (config and file names, no weights), so that a grid can be rejected before anything is trained.
     """
     skeleton(spec)
     if spec.source == "path":
@@ -175,7 +175,7 @@ def check(spec: ModelSpec) -> None:
 
 
 def _check_plain(spec: ModelSpec) -> None:
-    """Raises ModelError where a checkpoint's matrices are no plain numbers, which no placement could adapt."""
+    """Raises ModelError if a checkpoint's matrices are quantised, which no placement can adapt."""
     found = getattr(_config(spec), "quantization_config", None)
     if found is None:
         return
@@ -187,7 +187,7 @@ def _check_plain(spec: ModelSpec) -> None:
 
 
 def tokenizer_of(spec: ModelSpec) -> "PreTrainedTokenizerBase":
-    """As `load_tokenizer`; shared, so leave it as it is."""
+    """Like `load_tokenizer`, but shared: do not modify it."""
     return byte_tokenizer() if spec.source == "random" else _tokenizer(_key(spec))
 
 
@@ -202,13 +202,13 @@ def _tokenizer(key: str) -> "PreTrainedTokenizerBase":
 
 
 def learned_positions(of: "ModelSpec | PreTrainedModel") -> int | None:
-    """The most positions a text may have; None where positions are computed, as rotary ones are. Reads no weights."""
+    """The maximum number of positions; None if positions are computed (rotary). Reads no weights."""
     return _outline(_key(of))[3] if isinstance(of, ModelSpec) else _positions(of)
 
 
 def check_length(spec: ModelSpec, length: int) -> None:
-    """Raises SpecError where texts of `length` tokens have more positions than the model has learned, or are so long
-    that those of a batch change one another's.
+    """Raises SpecError if texts of `length` tokens exceed the model's learned positions, or are so long that the texts
+    of a batch change one another's positions.
     """
     most = learned_positions(spec)
     if most is not None and length > most:
@@ -225,7 +225,7 @@ def check_length(spec: ModelSpec, length: int) -> None:
 
 
 def trained_positions(spec: ModelSpec) -> int | None:
-    """The longest text that a model was trained on, by its config; None where that does not say. Reads no weights."""
+    """The longest text a model was trained on, by its config; None if the config does not say. Reads no weights."""
     config = _config(spec).get_text_config()
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
@@ -247,13 +247,13 @@ def loading_message(spec: ModelSpec) -> str:
 
 
 def tokens_key(spec: ModelSpec) -> str:
-    """What tells the tokenizers of models apart, for the cache of tokens, besides what a tokenizer says itself."""
+    """What distinguishes models' tokenizers in the token cache, besides the tokenizer's own settings."""
     key = f"{spec.source}:{spec.location}@{spec.revision}"
     return key if spec.content is None else f"{key} {spec.content}"
 
 
 def stock_config(spec: ModelSpec) -> "PretrainedConfig":
-    """The config as the model comes with it, for saving; `load` switches dropout and caching off in its own."""
+    """The model's original config, for saving; `load` disables dropout and caching in its own copy."""
     return _config(spec)
 
 
@@ -329,9 +329,7 @@ def _config(spec: ModelSpec) -> "PretrainedConfig":
 
 
 def settle(config: "PretrainedConfig") -> "PretrainedConfig":
-    """Sets every rate of dropout and of a router's noise to 0 and switches the key-value cache off, in nested configs
-    as well.
-    """
+    """Sets dropout and router-noise rates to 0 and disables the key-value cache, in nested configs too."""
     from transformers import PretrainedConfig
 
     config.use_cache = False
@@ -360,7 +358,7 @@ def _stop_ids(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def _check_account(spec: ModelSpec, model: Any, account: Any) -> None:
-    """Raises ModelError where weights of the model are not the checkpoint's, or some of the checkpoint's are lost.
+    """Raises ModelError if the model has weights that the checkpoint lacks, or the checkpoint has weights not loaded.
 
     `account` is transformers' own; tied weights are none that are missing.
     """

@@ -40,7 +40,7 @@ _STAGE = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_qk", "at
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes that a run holds at its peak, by what for. `activations` is a rough estimate, the rest is exact."""
+    """Bytes at a run's peak, by purpose. `activations` is a rough estimate, the rest is exact."""
 
     base: int
     adapter: int
@@ -194,7 +194,7 @@ def memory(
 
 
 def _place(target: Target, layers: int) -> Place:
-    """Where a module stands on the way from the input to the loss; equal for modules that do not see each other."""
+    """A module's position between input and loss; equal for modules that run in parallel."""
     if target.role == HEAD:
         return layers, 0
     if target.role == EMBEDDING or target.layer is None:
@@ -215,7 +215,7 @@ def _attention_product(target: Target, length: int) -> int:
 def _roles_with_gradient(
     targets: Sequence[Target], ranks: Ranks, first: Place, layers: int
 ) -> dict[int | None, set[str]]:
-    """For each layer, which of query, key and value need a gradient: adapted, or fed by something that is."""
+    """For each layer, which of query, key and value need a gradient: adapted, or downstream of an adapted module."""
     live: dict[int | None, set[str]] = {}
     for target in targets:
         if target in ranks or first < _place(target, layers):
@@ -229,7 +229,7 @@ def _attention_gradients(live: set[str]) -> int:
 
 
 def _kept(target: Target) -> int:
-    """Values of one token that are kept for the backward pass because of this module."""
+    """Values per token that this module saves for the backward pass."""
     if target.role in INTO_STREAM:
         return target.in_features
     return target.out_features * (2 if target.role.startswith("attn_") else 1)

@@ -33,7 +33,7 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _READ = frozenset(
     {".bin", ".bpe", ".gguf", ".jinja", ".json", ".model", ".py", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"}
 )
-# what training leaves beside a model
+# files that training writes beside a model
 _LEFT = frozenset(
     {"all_results.json", "eval_results.json", "optimizer.bin", "random_states_0.pkl", "requirements.txt",
      "scheduler.bin", "train_results.json", "trainer_state.json", "training_args.bin"}
@@ -60,7 +60,7 @@ def folder(spec: ModelSpec, *, weights: bool) -> Path:
 
 
 def base_reference(spec: ModelSpec) -> dict[str, str | None]:
-    """What an adapter's config says of its base: where transformers finds it, and at which revision of the hub."""
+    """The base model as named in an adapter's config: location for transformers, and hub revision."""
     if spec.source == "path":
         return {"base_model_name_or_path": str(Path(spec.location).expanduser().absolute()), "revision": None}
     if spec.source == "gguf":
@@ -88,7 +88,7 @@ def content(spec: ModelSpec) -> Content:
 
 
 def dates_prompts(spec: ModelSpec) -> bool:
-    """Whether the model's chat template writes today's date into a prompt, as far as its files say."""
+    """Whether the model's chat template writes today's date into a prompt, judging by its files."""
     if spec.source == "random":
         return False
     if spec.source == "gguf":
@@ -156,7 +156,7 @@ def gguf_content(location: str) -> Content:
 
 
 def converted_folder(location: str) -> Path:
-    """Where the safetensors of a GGUF are, or will be: it exists exactly when it is complete."""
+    """The folder of a GGUF's converted safetensors; it exists only once it is complete."""
     import transformers
 
     file = gguf_file(location)
@@ -167,7 +167,7 @@ def converted_folder(location: str) -> Path:
 
 
 def converted(location: str) -> Path:
-    """The folder of a GGUF's dequantised weights in float32; converts first where that is still to be done.
+    """The folder of a GGUF's dequantised weights in float32; converts them first if needed.
 
     The folder is renamed into place when complete, and a lock makes a second process wait rather than convert too.
     """
@@ -232,7 +232,7 @@ def byte_tokenizer() -> "PreTrainedTokenizerBase":
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars and notes, which would tear the display of a sweep."""
+    """Silences transformers' progress bars and messages, which would garble the sweep's display."""
     import transformers
 
     logging: Any = transformers.utils.logging
@@ -251,11 +251,11 @@ def _convert(source: Path, final: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for left in final.parent.glob(f".{final.name}.*/"):  # by a process that was killed; the lock is ours
+    for left in final.parent.glob(f".{final.name}.*/"):  # left by a killed process; we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
     try:
-        # transformers draws a progress bar here that no setting switches off
+        # transformers draws a progress bar here that no setting disables
         with quiet(), redirect_stderr(io.StringIO()):
             arguments: dict[str, Any] = {"gguf_file": source.name}
             try:
@@ -345,7 +345,7 @@ def _otherwise() -> str:
 
 
 def local_files(spec: ModelSpec) -> list[tuple[str, int, int]]:
-    """Name, size and time of each file of a model that is at hand: what tells that one of them has changed."""
+    """Name, size and time of each local file of a model, to detect changes."""
     if spec.source == "random":
         return []
     where = converted_folder(spec.location) if spec.source == "gguf" else folder(spec, weights=False)

@@ -1,4 +1,4 @@
-"""How the inner model of a base is called: rows padded on the right while training, on the left while generating."""
+"""Calls the inner model of a base: rows padded on the right for training, on the left for generation."""
 
 import contextlib
 import inspect
@@ -35,7 +35,7 @@ def last_hidden(output: Any) -> Tensor:
 
 
 class CachedDecoding:
-    """Rows that grow by a token at a time, padded on the left, through the model's key-value cache.
+    """Decodes a token at a time, rows padded on the left, with the model's key-value cache.
 
     Args:
         decoder: called as the model's inner model is. model: whose config and signature decide.
@@ -52,7 +52,7 @@ class CachedDecoding:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a row that the next call of the model is given."""
+        """Tokens per row in the next model call."""
         return self.ids.shape[1]
 
     def hidden(self) -> Tensor:
@@ -72,7 +72,7 @@ class CachedDecoding:
 
 
 class WholeDecoding:
-    """As `CachedDecoding`, for models whose state is no such cache: every token goes through the model each time.
+    """Like `CachedDecoding`, for models whose state is not a key-value cache: each step runs the whole row.
 
     Args:
         forward: hidden states [rows, T, D] of ids [rows, T] padded on the right and lengths [rows].
@@ -104,7 +104,7 @@ class WholeDecoding:
 
 @contextlib.contextmanager
 def _causal_kernel() -> Iterator[None]:
-    """Within it, models that attend by `sdpa` take their causal kernel and build no mask, not even while captured.
+    """Context in which `sdpa` models use their causal kernel and build no mask, not even during graph capture.
 
     Right where a mask would be causal and nothing else, which is what `allow_is_causal_skip` says. Local attention
     shorter than the row still gets its mask.
@@ -123,16 +123,16 @@ def _causal_kernel() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _masks_built() -> Iterator[None]:
-    """Within it, `sdpa` masks are always built: to look whether one is needed would be to wait for the device."""
+    """Context in which `sdpa` masks are always built: checking whether one is needed would wait for the device."""
     with _sdpa_masks(lambda stock, *args, **kwargs: stock(*args, **(kwargs | {"allow_is_causal_skip": False}))):
         yield
 
 
 @contextlib.contextmanager
 def _one_text_a_row() -> Iterator[None]:
-    """Within it, transformers does not look in the positions for several texts in a row, of which there are none.
+    """Context in which transformers does not search the positions for packed sequences, of which there are none.
 
-    While a step is captured it cannot look, and would take every row for several.
+    During graph capture it cannot search, and would treat every row as packed.
     """
     from transformers import masking_utils
 

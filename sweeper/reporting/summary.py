@@ -127,7 +127,7 @@ def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[
 
     flat = naming.flat(record.spec)
     lacking = methods.lacks(MethodSpec(name=flat["method"], options=record.spec["method"].get("options", {})))
-    moments = record.scores.get(SPLIT, {})
+    phases = record.scores.get(SPLIT, {})
     cost = record.efficiency
     share = record.trainable_parameters / record.total_parameters if record.total_parameters else None
     row = {
@@ -138,10 +138,10 @@ def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[
         **{key: flat.get(key) for key in fields},
         "trainable_parameters": record.trainable_parameters or None,
         "trainable_percent": None if share is None else 100 * share,
-        **_scores(moments.get("after")),
+        **_scores(phases.get("after")),
     }
     if metric is not None:
-        before, after = (_value(moments.get(moment), metric) for moment in ("before", "after"))
+        before, after = (_value(phases.get(phase), metric) for phase in ("before", "after"))
         row |= {f"{metric}_before": before, f"{metric}_after": after, "metric_change": _change(before, after)}
     row |= {
         "seconds": cost.train_seconds_amortised,

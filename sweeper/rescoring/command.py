@@ -1,4 +1,4 @@
-"""The command line of `evaluate.py`: folders of runs, and Hydra's overrides of dataset and evaluation."""
+"""The command line of `evaluate.py`: run folders, and Hydra overrides of dataset and evaluation."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,18 +10,18 @@ from sweeper.errors import SpecError
 from sweeper.reporting import text
 from sweeper.reporting.console import make_console
 from sweeper.rescoring import lm_harness, rescore
-from sweeper.rescoring.rescore import Harnessed, Rescored
+from sweeper.rescoring.rescore import HarnessResult, Rescored
 from sweeper.spec import DatasetSpec, EvaluationSpec, Settings, unique
 from sweeper.tasks.metrics import suite_score
 
 USAGE = """\
 python evaluate.py FOLDER... [dataset=NAME,...] [dataset.FIELD=...] [evaluation.FIELD=...] [trainer.device=...]
 
-  FOLDER   outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, or what adapters.py combine wrote
-  dataset  tasks to score on; without it, the one each run was trained on
-  evaluation.splits=[test] and evaluation.generate=true unless given; evaluation=lm_eval scores with lm-eval
+  FOLDER   outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, or a folder written by adapters.py combine
+  dataset  tasks to score on (default: each run's training dataset)
+  evaluation.splits=[test] and evaluation.generate=true are defaults; evaluation=lm_eval scores with lm-eval
 
-Results go to FOLDER/RUN_ID/evaluations/ and are printed as a table; records and adapters stay as they are."""
+Results go to FOLDER/RUN_ID/evaluations/ and are printed as a table; records and adapters are not changed."""
 DEFAULTS = {"evaluation.splits": "[test]", "evaluation.generate": "true"}
 OVERRIDES = ("dataset", "evaluation", "trainer.device")
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     """Scores and prints.
 
     Raises:
-        SweeperError: a folder without runs, or an override that cannot be used; nothing has been scored.
+        SweeperError: a folder has no runs or an override is invalid; nothing has been scored.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
@@ -68,7 +68,7 @@ def _composed(overrides: Sequence[str]) -> tuple[list[DatasetSpec], EvaluationSp
 
 
 def show(found: Sequence[Rescored], console: Console) -> None:
-    """A table for every dataset and split, with the majority baseline and the base model as rows; the suite's score."""
+    """Prints a table per dataset and split, including the majority baseline and the base model, and the suite score."""
     labels = rescore.labels([one.run for one in found])
     for dataset, split in dict.fromkeys((one.dataset.name, one.split) for one in found):
         part = [one for one in found if (one.dataset.name, one.split) == (dataset, split)]
@@ -91,8 +91,8 @@ def show(found: Sequence[Rescored], console: Console) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def show_harness(found: Sequence[Harnessed], console: Console) -> None:
-    """A table for every task of lm-eval, with the base model as a row."""
+def show_harness(found: Sequence[HarnessResult], console: Console) -> None:
+    """Prints a table per lm-eval task, including the base model."""
     labels = rescore.labels([one.run for one in found])
     for task in dict.fromkeys(name for one in found for name in one.scores):
         names = list(dict.fromkeys(name for one in found for name in one.scores[task]))
@@ -104,7 +104,7 @@ def show_harness(found: Sequence[Harnessed], console: Console) -> None:
 
 
 def _suite(found: Sequence[Rescored], labels: Mapping[Path, str]) -> list[str]:
-    """One line a run: `suite_score` over the first metric of each dataset, where a run has at least two datasets."""
+    """One line per run scored on at least two datasets: `suite_score` over each dataset's first metric."""
     lines = []
     for folder in dict.fromkeys(one.run.folder for one in found):
         after: dict[str, float] = {}

@@ -1,8 +1,8 @@
 """Scores saved adapters with EleutherAI's lm-evaluation-harness (package lm-eval, through its Python API).
 
-The base model is loaded as everywhere, the adapter by stock PEFT on top of it, and lm-eval does the rest: its own
-tokenisation, batching and metrics, so that numbers stand beside other people's. A dataset of ours becomes a task of
-lm-eval (`as_task`); its own tasks are named by `evaluation.options.tasks`, with `include_path` for local task files.
+The base model is loaded as usual, the adapter by stock PEFT. Tokenisation, batching and metrics are lm-eval's, so the
+numbers compare with published ones. One of our datasets becomes an lm-eval task (`as_task`); lm-eval's own tasks are
+named by `evaluation.options.tasks`, with `include_path` for local task files.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 NAME = "lm_eval"
 OPTIONS = {
     "tasks": "names of lm-eval's own tasks, besides dataset",
-    "include_path": "folder of task files of your own",
+    "include_path": "folder of your own task files",
     "limit": "examples of each of lm-eval's own tasks; null is all",
     "batch_size": "sequences in a batch (8)",
 }
 
 
 def check(evaluation: EvaluationSpec) -> None:
-    """Raises SpecError where lm-eval is not installed or an option does not exist."""
+    """Raises SpecError if lm-eval is not installed or an option does not exist."""
     for option in evaluation.options:
         if option not in OPTIONS:
             raise SpecError(unknown("evaluation.options", option, OPTIONS))
@@ -41,10 +41,10 @@ def check(evaluation: EvaluationSpec) -> None:
 
 
 def as_task(spec: DatasetSpec, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> Mapping[str, Any]:
-    """The configuration of a lm-eval task with these examples.
+    """The configuration of an lm-eval task with these examples.
 
-    Examples with choices become `multiple_choice` with `acc` and `acc_norm`, the latter the definition of
-    `choice_accuracy` here; others `generate_until`, compared by `exact_match` of this project.
+    Examples with choices become `multiple_choice`, scored by `acc` and `acc_norm` (our `choice_accuracy`). Others
+    become `generate_until`, scored by our `exact_match`.
 
     Raises:
         SpecError: the dataset is scored by running programs, which lm-eval would do without a sandbox.
@@ -58,7 +58,7 @@ def as_task(spec: DatasetSpec, examples: Sequence[Example], tokenizer: "PreTrain
         "test_split": "test",
         "num_fewshot": 0,
         "doc_to_text": lambda doc: doc["context"],
-        "target_delimiter": "",  # one for all documents, which need not end alike
+        "target_delimiter": "",  # it applies to all documents, but their endings differ
     }
     if all(example.choices for example in examples):
         return task | {
@@ -109,7 +109,7 @@ def score(
         )  # fmt: skip
         ours = [api.ConfigurableTask(config=dict(task)) for task in tasks if not isinstance(task, str)]
         found: dict[str, Mapping[str, Any]] = {}
-        for asked, limit in ((ours, None), (names, options.get("limit"))):  # the limit is for theirs
+        for asked, limit in ((ours, None), (names, options.get("limit"))):  # the limit applies to lm-eval's tasks only
             if asked:
                 found |= harness.simple_evaluate(
                     model=wrapped, tasks=asked, task_manager=known, limit=limit, bootstrap_iters=0, log_samples=False
@@ -130,9 +130,9 @@ def _document(spec: DatasetSpec, example: Example, tokenizer: "PreTrainedTokeniz
 
 
 def _open_for_choices(doc: Mapping[str, Any]) -> str:
-    """The context with the space that opens each choice where no white space does (`template.tokenise`).
+    """The context, ending with a space if neither it nor the choices provide white space (`template.tokenise`).
 
-    lm-eval tokenises the end of a context with the choice, whose length, which `acc_norm` divides by, is without it.
+    lm-eval moves that space to the choice when it tokenises, but does not count it in the length for `acc_norm`.
     """
     opened = doc["context"][-1:].isspace() or all(choice[:1].isspace() for choice in doc["choices"])
     return str(doc["context"]) if opened else f"{doc['context']} "
@@ -144,7 +144,7 @@ def _table(docs: list[dict[str, Any]]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval prints progress bars and logs at every level."""
+    """Silences lm-eval's progress bars and logs."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

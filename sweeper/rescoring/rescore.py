@@ -1,8 +1,7 @@
 """Scores saved adapters on any tasks, without training: what `evaluate.py` does.
 
-Adapters of one base model are scored together in a pack, the base model with them as slot -1. What is found goes to
-`RUN_FOLDER/evaluations/DATASET.json` and the rows of every example to `DATASET-SPLIT.jsonl` beside it; records stay as
-they are.
+Adapters of one base model are scored together in a pack, with the base model as slot -1. Results go to
+`RUN_FOLDER/evaluations/DATASET.json`, per-example rows to `DATASET-SPLIT.jsonl` beside it. Records are not changed.
 """
 
 import itertools
@@ -29,14 +28,14 @@ if TYPE_CHECKING:
     from sweeper.training.pack import Pack
 
 FOLDER = "evaluations"
-TOGETHER = 16  # adapters in one pack
+PACK_SIZE = 16  # adapters in one pack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saved:
-    """A completed run, or what `adapters.py combine` made of some: folder, spec and its adapter's ranks by module.
+    """A completed run, or a combination written by `adapters.py combine`: folder, spec and ranks by module.
 
-    `precision` is what it was trained in, `former` what it says of its model and data.
+    `precision` is the training precision; `former` is what the record says of its model and data.
     """
 
     folder: Path
@@ -56,7 +55,7 @@ class Saved:
 class Rescored:
     """One run on one split of one dataset: its scores, the base model's, and the majority baseline's metrics.
 
-    `remarks` is what a reader must know of the dataset on this model.
+    `remarks` are caveats about this dataset with this model.
     """
 
     run: Saved
@@ -102,7 +101,7 @@ def _read(folder: Path) -> Saved | None:
     spec = run_spec(known.spec)
     were: dict[object, Precision] = {"float32": "float32", "bfloat16": "bfloat16"}
     precision = spec.trainer.precision
-    if precision == "auto":  # which may be another one here
+    if precision == "auto":  # this device may resolve it differently
         precision = were.get(known.environment.get("precision"), "auto")
     return Saved(folder=folder, spec=spec, ranks=ranks, precision=precision, former=former_of(known))
 
@@ -117,14 +116,14 @@ def _read_combined(folder: Path) -> Saved | None:
 
 
 def labels(runs: Sequence[Saved]) -> dict[Path, str]:
-    """Folder -> what a table calls a run: its id and what tells it from the others."""
+    """Folder -> the run's label in tables: its id and the fields in which it differs from the others."""
     specs = {run.folder: to_mapping(run.spec) for run in runs if not run.combined}
     fields = naming.varying(list(specs.values()))
     return {run.folder: f"{run.folder.name} {run.combined or naming.label(specs[run.folder], fields)}" for run in runs}
 
 
 def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec) -> None:
-    """Raises `Problems` with a line for everything that would stop the evaluation, before a model is loaded.
+    """Raises `Problems` with one line per reason the evaluation cannot run, before any model is loaded.
 
     Args:
         datasets: as `rescore` takes them.
@@ -150,7 +149,7 @@ def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: Ev
 
 
 def changed(runs: Sequence[Saved], names: Sequence[str] = ("model",), *, certain: bool) -> Iterator[str]:
-    """A line for each model and dataset of some runs that has changed since, or where not `certain`, may have."""
+    """One line per model or dataset that has changed since training (`certain`) or may have changed (not `certain`)."""
     found: dict[str, list[str]] = {}
     for run in runs:
         if run.former is not None:
@@ -162,7 +161,7 @@ def changed(runs: Sequence[Saved], names: Sequence[str] = ("model",), *, certain
 
 
 def check_models(runs: Sequence[Saved]) -> None:
-    """Raises `Problems` where the base model of a run is not the one that it was trained on."""
+    """Raises `Problems` if a run's base model is not the one it was trained on."""
     if problems := list(changed(runs, certain=True)):
         raise Problems(problems)
 
@@ -170,10 +169,10 @@ def check_models(runs: Sequence[Saved]) -> None:
 def rescore(
     runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec, settings: Settings
 ) -> Iterator[Rescored]:
-    """Scores every run on every dataset and split of `evaluation`, and writes what it finds to the run's folder.
+    """Scores every run on every dataset and split of `evaluation`, and writes the results to the run's folder.
 
     Args:
-        datasets: each run is scored on all of them; empty takes the one it was trained on.
+        datasets: what every run is scored on; if empty, each run is scored on its training dataset.
     """
     from sweeper.cache import cache_folder
 
@@ -188,8 +187,8 @@ def rescore(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Harnessed:
-    """What lm-eval found of one run, and of its base model, by task and metric."""
+class HarnessResult:
+    """lm-eval's scores of one run and of its base model, by task and metric."""
 
     run: Saved
     scores: Mapping[str, Mapping[str, float]]
@@ -198,8 +197,8 @@ class Harnessed:
 
 def harness(
     runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: EvaluationSpec, settings: Settings
-) -> Iterator[Harnessed]:
-    """As `rescore`, by lm-eval on the test split; writes `RUN_FOLDER/evaluations/lm_eval.json`."""
+) -> Iterator[HarnessResult]:
+    """Like `rescore`, but with lm-eval on the test split; writes `RUN_FOLDER/evaluations/lm_eval.json`."""
     for base, same in _by_base(runs, settings):
         wanted = unique(datasets or [run.spec.dataset for run in same])
         asked: list[Any] = [lm_harness.as_task(d, tasks.load(d)["test"], base.tokenizer) for d in wanted]
@@ -207,25 +206,25 @@ def harness(
         before = lm_harness.score(base.model, base.tokenizer, asked, evaluation.options)
         for run in same:
             found = lm_harness.score(adapted_model(base, run), base.tokenizer, asked, evaluation.options)
-            _add_harnessed(run, before, found)
-            yield Harnessed(run=run, scores=found, base=before)
+            _merge_harness_scores(run, before, found)
+            yield HarnessResult(run=run, scores=found, base=before)
 
 
-def _add_harnessed(
+def _merge_harness_scores(
     run: Saved, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """Writes scores by task beside those of other tasks that an earlier command found."""
+    """Merges these scores with those of other tasks from earlier commands."""
     path = run.folder / FOLDER / "lm_eval.json"
     try:
         known = json.loads(path.read_text())
         before, after = known["before"] | before, known["after"] | after
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or none that can be read
+        pass  # no earlier scores, or unreadable ones
     record.write_json(path, {"run_id": run.folder.name, "before": before, "after": after})
 
 
 def _by_base(runs: Sequence[Saved], settings: Settings) -> "Iterator[tuple[BaseModel, list[Saved]]]":
-    """Each base model, loaded when its turn comes, and the runs on it."""
+    """Each base model, loaded lazily, with its runs."""
     from sweeper import methods
     from sweeper.device import device_for, precision_for
 
@@ -237,19 +236,19 @@ def _by_base(runs: Sequence[Saved], settings: Settings) -> "Iterator[tuple[BaseM
 
 
 def adapted_model(base: "BaseModel", run: Saved) -> Any:
-    """A run's model for others to use: stock PEFT around a twin of the base, or a twin with the run's own weights."""
+    """A run's model for other libraries: stock PEFT on a copy of the base, or a copy with the run's own weights."""
     from sweeper.training.export import as_stock
 
     return as_stock(base, run.folder)
 
 
 def _parts(runs: Sequence[Saved]) -> Iterator[list[Saved]]:
-    """Runs that are scored together: packed ones up to `TOGETHER` at once, the others one by one."""
+    """Batches of runs to score together: up to `PACK_SIZE` that can be packed, the others one by one."""
     from sweeper import methods
 
     packed = [run for run in runs if methods.packs(run.spec)]
-    for start in range(0, len(packed), TOGETHER):
-        yield packed[start : start + TOGETHER]
+    for start in range(0, len(packed), PACK_SIZE):
+        yield packed[start : start + PACK_SIZE]
     yield from ([run] for run in runs if not methods.packs(run.spec))
 
 
@@ -349,7 +348,7 @@ def packed(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
 
 
 def read_tensors(file: Path) -> "dict[str, torch.Tensor]":
-    """What a run saved, by name.
+    """A run's saved tensors, by name.
 
     Raises:
         DataError: the file is damaged.

@@ -2,7 +2,7 @@
 
 A family is a module with `OPTIONS` (the names `dataset.options` may have, each with its meaning), `check(spec)`
 (raises DataError before anything is loaded), `load(spec)` (the splits as text) and `version(spec)` (changes when its
-data does). A family whose data lies in a package names it as `PACKAGE`; one whose data lies elsewhere has `content`.
+data does). A family whose data is in a package names it as `PACKAGE`; one whose data is elsewhere has `content`.
 """
 
 import contextlib
@@ -124,12 +124,12 @@ def check(spec: DatasetSpec, *, training: bool = True) -> None:
 
 
 def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec, *, training: bool = True) -> None:
-    """Cheap validation of what is measured: the splits, the text behind them, and that programs can be shut in.
+    """Cheap validation of the evaluation: the splits, their text, and that programs can be sandboxed.
 
     Raises:
-        SpecError: no such split, or an evaluation that is not done while training.
-        DataError: general text that is missing.
-        SandboxError: generated programs are to be run and cannot be, safely.
+        SpecError: no such split, or an evaluation that is not available during training.
+        DataError: the general text is missing.
+        SandboxError: generated programs cannot be run safely.
     """
     if training and evaluation.name == "lm_eval":
         raise SpecError(
@@ -148,7 +148,7 @@ def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec, *, traini
 
 
 def content(spec: DatasetSpec) -> Content:
-    """What lies behind a dataset now: a digest of what is at `path`, a commit of the hub, the version of a package.
+    """The dataset's present content: a digest of what is at `path`, a hub commit, or a package version.
 
     Raises:
         DataError: the file cannot be read.
@@ -316,7 +316,7 @@ def where(spec: DatasetSpec, example_id: str) -> str:
 
 
 def check_template(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", *, model: str) -> None:
-    """Raises DataError where the dataset's template cannot even be put around a word for a model of this name."""
+    """Raises DataError if the dataset's template cannot be applied with this model's tokenizer."""
     try:
         tokenise(spec.template, "prompt", "response", spec.system, tokenizer)
     except DataError:

@@ -5,13 +5,13 @@ an expression with their signs, in any order, so a test never asks for a trainin
 """
 
 import hashlib
-import importlib.metadata
+from functools import partial
 from typing import Any
 
 from sweeper.errors import DataError
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import SPLITS, Example
-from sweeper.tasks.package import module_alone, require
+from sweeper.tasks.package import installed_version, module_alone, require
 from sweeper.tasks.split import shuffled, sizes
 
 PACKAGE = "reasoning-gym"
@@ -26,6 +26,8 @@ TRAIN_EXAMPLES = 4000  # where train_examples is null
 BUCKETS = 100  # of groups; each of validation and test has 15
 HELD_OUT_BUCKETS = 15
 
+version = partial(installed_version, PACKAGE)
+
 
 def check(spec: DatasetSpec) -> None:
     require("reasoning_gym", f"--no-deps {PACKAGE}", spec)
@@ -38,10 +40,6 @@ def check(spec: DatasetSpec) -> None:
             raise DataError(
                 f"dataset.options.min_{what}={found[f'min_{what}']} is more than max_{what}={found[f'max_{what}']}"
             )
-
-
-def version(spec: DatasetSpec) -> str:
-    return importlib.metadata.version(PACKAGE)
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:

@@ -9,15 +9,14 @@ question.
 
 import ast
 import gzip
-import importlib.metadata
 import json
 import sys
 import warnings
-from functools import cache
+from functools import cache, partial
 
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import Example
-from sweeper.tasks.package import folder, require
+from sweeper.tasks.package import folder, installed_version, require
 from sweeper.tasks.split import split_examples
 
 PACKAGE = "reasoning-gym"
@@ -56,13 +55,8 @@ for _seed in range(%(cases)d):
     assert _close(main_solution(**_copy.deepcopy(_inputs)), _expected)
 """
 
-
-def check(spec: DatasetSpec) -> None:
-    require("reasoning_gym", f"--no-deps {PACKAGE}", spec)
-
-
-def version(spec: DatasetSpec) -> str:
-    return importlib.metadata.version(PACKAGE)
+check = partial(require, "reasoning_gym", f"--no-deps {PACKAGE}")
+version = partial(installed_version, PACKAGE)
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:

@@ -5,16 +5,15 @@ package itself lists as in need of repair are left out (one raises, others give 
 so a test problem tells a story that training never told. Examples are drawn from the templates in turn.
 """
 
-import importlib.metadata
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from random import Random
 from typing import Any
 
 from sweeper.errors import DataError
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import Example
-from sweeper.tasks.package import module_alone, require
+from sweeper.tasks.package import installed_version, module_alone, require
 from sweeper.tasks.split import round_robin, shuffled, sizes
 
 PACKAGE = "reasoning-gym"
@@ -24,6 +23,8 @@ PER_TEMPLATE = 100  # where train_examples is null; also the number of variants 
 NEEDS_REPAIR = frozenset({32, 35, 37, 61, 63, 65, 74, 76, 77, 79, 86, 87, 90, 97, 98})
 
 Generator = Callable[[Random, float], dict[str, Any]]
+
+version = partial(installed_version, PACKAGE)
 
 
 def check(spec: DatasetSpec) -> None:
@@ -35,10 +36,6 @@ def check(spec: DatasetSpec) -> None:
                 f"dataset.{split}_examples={wanted}: the {len(held)} templates of this split give at most "
                 f"{PER_TEMPLATE * len(held)}"
             )
-
-
-def version(spec: DatasetSpec) -> str:
-    return importlib.metadata.version(PACKAGE)
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:

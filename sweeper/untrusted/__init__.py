@@ -1,1 +1,1 @@
-"""Where programs run that a model wrote. Only `jail.py` runs in their process, as a script; nothing imports it."""
+"""Runs model-written programs in a sandbox. `jail.py` runs in their process, as a script; nothing imports it."""

@@ -1,11 +1,11 @@
-"""The inside of `sandbox.py`: shuts this process in, then runs one program. Started as a script, never imported.
+"""The process inside the sandbox: isolates itself, then runs one program. Started as a script, never imported.
 
 Reads one JSON object from standard input: `program`, `check`, `token` and the limits. Writes `token` and the outcome to
-standard output; a program that ends the process itself leaves no outcome. Needs nothing but the standard library.
+standard output; a program that exits the process leaves no outcome. Uses the standard library only.
 
-Linux only. In order: new user, mount, PID, network, IPC and host-name namespaces; every mount read-only but a small
-tmpfs that is the working folder; a `/proc` that shows this namespace alone; resource limits; no capabilities and no way
-to new ones. See namespaces(7), user_namespaces(7), mount_setattr(2), capabilities(7).
+Linux only. In order: new user, mount, PID, network, IPC and host-name namespaces; every mount read-only except
+a small tmpfs as working folder; a `/proc` that shows only this namespace; resource limits; no capabilities, nor a way
+to gain any. See namespaces(7), user_namespaces(7), mount_setattr(2), capabilities(7).
 """
 
 import contextlib
@@ -30,7 +30,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(what: str, *arguments: object) -> None:
-    """Calls a function of libc; OSError where it fails."""
+    """Calls a function of libc; raises OSError if it fails."""
     if getattr(libc, what)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -42,7 +42,7 @@ def write(path: str, text: str) -> None:
 
 
 def show_python(place: str) -> None:
-    """Root's Python may lie where nobody else can look (/root): it is mounted at `place`, and imported from there."""
+    """Mounts Python at `place` and imports from there: root's may be in a folder that others cannot read (/root)."""
     call("unshare", CLONE_NEWNS)
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
     call("mount", sys.base_prefix.encode(), place.encode(), None, MS_BIND, None)
@@ -54,7 +54,7 @@ def show_python(place: str) -> None:
 
 
 def enter_namespaces(place: str) -> None:
-    """An unprivileged user in namespaces of its own. Root becomes nobody first: limits on processes spare root."""
+    """Enters new namespaces as an unprivileged user. Root becomes nobody first: process limits do not apply to root."""
     if os.geteuid() == 0:
         show_python(place)
         os.setgroups([])
@@ -69,15 +69,15 @@ def enter_namespaces(place: str) -> None:
     write("/proc/self/gid_map", f"{group} {group} 1")
 
 
-def shut_file_system(folder: str, size: int) -> None:
-    """Everything read-only but `folder`, a tmpfs of `size` bytes; `/proc` and `/dev/shm` show nothing of outside."""
+def restrict_file_system(folder: str, size: int) -> None:
+    """Makes everything read-only but `folder`, a tmpfs of `size` bytes, and hides the host's `/proc` and `/dev/shm`."""
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, ctypes.byref(attributes), 32)
     flags = MS_NOSUID | MS_NODEV
     try:
         call("mount", b"proc", b"/proc", b"proc", flags | MS_NOEXEC, None)
-    except OSError:  # some containers forbid a new one
+    except OSError:  # some containers forbid mounting a new one
         call("mount", b"tmpfs", b"/proc", b"tmpfs", flags | MS_NOEXEC, b"size=0")
     if os.path.isdir("/dev/shm"):
         call("mount", b"tmpfs", b"/dev/shm", b"tmpfs", flags | MS_NOEXEC, b"size=4096")
@@ -85,8 +85,8 @@ def shut_file_system(folder: str, size: int) -> None:
     os.chdir(folder)
 
 
-def forbid_more() -> None:
-    """No further namespaces and no shared memory segments, where the kernel lets us say so; no capabilities."""
+def drop_privileges() -> None:
+    """Drops all capabilities and, where the kernel allows it, forbids new namespaces and shared memory segments."""
     for name, value in (("user/max_user_namespaces", "0"), ("kernel/shmmni", "0")):
         with contextlib.suppress(OSError):
             write(f"/proc/sys/{name}", value)
@@ -112,7 +112,7 @@ def limit(task: dict[str, Any]) -> None:
 
 
 def run(task: dict[str, Any], report: int) -> None:
-    """Runs the check on the program; its own output goes nowhere."""
+    """Runs the check on the program and discards its output."""
     sys.stdin = open(os.devnull)  # noqa: SIM115
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -140,13 +140,13 @@ def main() -> None:
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     if task["contained"]:
         call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        shut_file_system(task["folder"], task["disk"])
-        forbid_more()
+        restrict_file_system(task["folder"], task["disk"])
+        drop_privileges()
     else:
         os.chdir(task["folder"])
     limit(task)
-    # The first process of a PID namespace ignores signals it has no handler for, so the program is its child. It
-    # passes on one short outcome and ends, and everything in the namespace with it.
+    # PID 1 of a namespace ignores signals without a handler, so the program runs as its child. PID 1 forwards one short
+    # outcome and exits, which kills everything in the namespace.
     receiver, sender = os.pipe()
     program = os.fork()
     if program == 0:

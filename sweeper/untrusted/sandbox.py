@@ -1,10 +1,10 @@
-"""Runs programs that a model wrote, one process tree each, shut in by the kernel.
+"""Runs model-written programs in a kernel-enforced sandbox, one process tree each.
 
-A program sees no network, no process but its own, and a read-only file system but for an empty throw-away folder. CPU
-time, memory, processes, file size and wall time are limited, and the whole tree is killed when the time is over. What
-enforces that is in `jail.py`; `ready` tries it out on this machine, and where anything is not held nothing is
-run, unless the environment variable SWEEPER_UNSAFE_EXEC=1 says that the user answers for it. The check runs in the
-program's own process: a program that sets out to forge its verdict, rather than to do harm, can.
+A program sees no network, no processes but its own, and a read-only file system apart from an empty temporary folder.
+CPU time, memory, processes, file size and wall time are limited; on timeout the whole tree is killed. `jail.py`
+enforces this. `ready` tests it on this machine, and if any limit fails nothing is run, unless the user accepts the risk
+with the environment variable SWEEPER_UNSAFE_EXEC=1. The check runs in the program's own process, so a program can forge
+its verdict.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ class SandboxError(SweeperError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Limits of one program: seconds of wall clock and CPU, bytes of address space a process, processes (threads
-    count), bytes of the working folder and of a file."""
+    """Limits per program: seconds of wall clock and CPU, bytes of address space per process, processes (including
+    threads), bytes of the working folder and of any file."""
 
     wall_seconds: float = 10.0
     cpu_seconds: int = 8
@@ -47,7 +47,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program ended: `passed`, or why not (the class of an exception, a limit, or how it died)."""
+    """How a program ended: `passed`, or why it failed (an exception's class, a limit, or an exit status)."""
 
     reason: str
 
@@ -57,13 +57,13 @@ class Outcome:
 
 
 def run_all(programs: Sequence[tuple[str, str]], limits: Limits | None = None) -> list[Outcome]:
-    """Runs the check of every (program, check), as many at once as there are CPUs.
+    """Runs every (program, check) pair, one per CPU at a time.
 
-    A check is Python source that gets the program as the text `PROGRAM` and raises where it is wrong; it passes by
-    coming to its end.
+    A check is Python source that sees the program as the string `PROGRAM` and raises if it is wrong; it passes if it
+    runs to the end.
 
     Raises:
-        SandboxError: this machine cannot hold a program, see `ready`.
+        SandboxError: this machine cannot sandbox a program, see `ready`.
     """
     if not programs:
         return []
@@ -73,10 +73,10 @@ def run_all(programs: Sequence[tuple[str, str]], limits: Limits | None = None) -
 
 
 def run(program: str, check: str, limits: Limits, *, contained: bool = True) -> Outcome:
-    """Runs one check on one program. `contained` false leaves out namespaces and the read-only file system."""
+    """Runs one check on one program, without namespaces and the read-only file system if not `contained`."""
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="sweeper-", ignore_cleanup_errors=True) as folder:
-        os.chmod(folder, 0o755)  # the jail leaves root's identity before it enters
+        os.chmod(folder, 0o755)  # the jail drops root before it enters
         work, python = Path(folder, "work"), Path(folder, "python")
         work.mkdir()
         python.mkdir()
@@ -99,12 +99,12 @@ def run(program: str, check: str, limits: Limits, *, contained: bool = True) -> 
     if answer.startswith(token):
         return Outcome(answer.removeprefix(token))
     if process.returncode == 3 and problem:
-        raise SandboxError(f"a program cannot be shut in here: {problem.decode(errors='replace').strip()}")
+        raise SandboxError(f"programs cannot be sandboxed here: {problem.decode(errors='replace').strip()}")
     return Outcome(f"died ({process.returncode})")
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills the jail and, with its first process, everything in its namespace."""
+    """Kills the jail and thereby everything in its PID namespace."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(Exception):
@@ -112,15 +112,15 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def python() -> str:
-    """The Python that programs run on: what they print, and whether they run at all, may differ with its version."""
+    """The Python that programs run on; its version can change their results."""
     return f"{platform.python_implementation()} {platform.python_version()}"
 
 
 def check() -> bool:
-    """True where programs are shut in, False where the user has allowed them to run without that.
+    """True if programs run sandboxed, False if the user allows them to run without a sandbox.
 
     Raises:
-        SandboxError: neither.
+        SandboxError: sandboxing does not work here and the user has not allowed running without it.
     """
     if os.environ.get(ALLOW) == "1":
         return False
@@ -134,7 +134,7 @@ x = math.comb(3, 3)
 with open("file", "w") as file:
     file.write("x")
 """
-# name of what must be held -> a program that comes to its end only where it is not
+# limit -> a program that runs to the end only if the limit is not enforced
 PROBES = {
     "network": "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())",
     "file system": "import tempfile, os; [open(d + '/sweeper-probe', 'w') for d in ('/tmp', '/var/tmp', '/dev/shm')]",
@@ -152,20 +152,20 @@ PROBES = {
 
 @functools.cache
 def ready() -> None:
-    """Tries on this machine that a harmless program runs and that each limit holds; once a process.
+    """Tests, once per process, that a harmless program runs on this machine and that every limit is enforced.
 
     Raises:
-        SandboxError: it cannot be enforced here; names what is not held.
+        SandboxError: names the limit that is not enforced.
     """
     limits = Limits(wall_seconds=20.0)
-    otherwise = f"leave the metric pass_at_1 out, or set {ALLOW}=1 to run programs without protection"
+    otherwise = f"remove the metric pass_at_1, or set {ALLOW}=1 to run programs without a sandbox"
     if sys.platform != "linux":
-        raise SandboxError(f"pass_at_1 runs generated programs shut in by Linux namespaces; {otherwise}")
+        raise SandboxError(f"pass_at_1 runs generated programs in a sandbox of Linux namespaces; {otherwise}")
     try:
         if not (harmless := run(HARMLESS, "exec(PROGRAM, globals())\nassert x == 1", limits)).passed:
             raise SandboxError(f"a harmless program ended with {harmless.reason}")
         for name, probe in PROBES.items():
             if run("", probe.replace("PARENT", str(os.getpid())), limits).passed:
-                raise SandboxError(f"the limit on {name} does not hold")
+                raise SandboxError(f"the limit on {name} is not enforced")
     except (SandboxError, OSError) as error:
         raise SandboxError(f"pass_at_1 cannot run generated programs safely here ({error}); {otherwise}") from None

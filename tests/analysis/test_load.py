@@ -103,6 +103,9 @@ def test_examples_and_curves_are_tidy(small: Path) -> None:
     assert len(examples) == 2 * 30
     assert {"run_id", "id", "nll", "tokens", "exact_match"} == set(examples)
     assert len(study.curves(ids)) == 2 * 5
+    predictions = study.folder(ids.iloc[1]) / record.PREDICTIONS
+    predictions.write_text(predictions.read_text().replace('"moment"', '"phase"'))
+    assert study.examples(ids).equals(examples)
     (study.folder(ids.iloc[0]) / record.PREDICTIONS).write_text("not json\n")
     assert len(study.examples(ids)) == 30
     assert "broken lines" in study.counts()

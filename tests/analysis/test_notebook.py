@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import analyse, load, ship
+from analysis import analyse, archive, load
 from tests.analysis.synthetic import write_study
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "paper.ipynb"
@@ -43,26 +43,26 @@ def test_outputs_are_stripped_and_only_analysis_is_called() -> None:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
     imports = [line for source in cells() for line in source.splitlines() if line.startswith(("import ", "from "))]
-    assert imports == ["from pathlib import Path", "from analysis import analyse, figures, load, ship, tables"]
+    assert imports == ["from pathlib import Path", "from analysis import analyse, archive, figures, load, tables"]
 
 
 def test_the_shipped_study_is_small() -> None:
     assert (NOTEBOOK.parent / "study.tar.xz").stat().st_size < 600_000
 
 
-def test_a_packed_study_says_the_same(tmp_path: Path) -> None:
+def test_an_archive_gives_the_same_scores(tmp_path: Path) -> None:
     study = write_study(tmp_path / "s", ranks=(4,), seeds=(0, 1), examples=30, steps=200)
-    archive = ship.pack(study, tmp_path / "one.tar.xz")
-    assert archive.read_bytes() == ship.pack(study, tmp_path / "two.tar.xz").read_bytes()
-    folder = ship.unpack(archive, tmp_path / "again")
+    first = archive.create(study, tmp_path / "one.tar.xz")
+    assert first.read_bytes() == archive.create(study, tmp_path / "two.tar.xz").read_bytes()
+    folder = archive.extract(first, tmp_path / "again")
     before, after = analyse(load(study), draws=50).arms, analyse(load(folder), draws=50).arms
     assert after["nll"].to_list() == pytest.approx(before["nll"].to_list(), rel=1e-5)
     assert len(load(folder).curves(load(folder).runs["run_id"].head(1))) == 50
 
 
-def test_an_empty_study_does_not_replace_the_shipped_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    archive = tmp_path / "study.tar.xz"
-    archive.write_bytes(b"kept")
-    assert ship.main([str(tmp_path / "nowhere"), str(archive)]) == 2
+def test_an_empty_study_does_not_replace_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "study.tar.xz"
+    kept.write_bytes(b"kept")
+    assert archive.main([str(tmp_path / "nowhere"), str(kept)]) == 2
     assert "nowhere: no record in it. Give the folder of a study" in capsys.readouterr().err
-    assert archive.read_bytes() == b"kept"
+    assert kept.read_bytes() == b"kept"

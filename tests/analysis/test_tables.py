@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from analysis import Analysis, analyse, load
+from analysis.manifest import MANIFEST, unlisted
 from analysis.tables import COMMONEST, Cell, Sheet, latex, markdown, number, placement_rank, sheets, tex, title, write
-from analysis.written import NOTE, others
 from tests.analysis.synthetic import write_study
 
 NASTY = "50% of $x_1$ & {a\\b} #2 ~ ^ <é> 漢 | ± × …"
@@ -125,16 +125,16 @@ def test_a_table_of_a_former_analysis_does_not_stay_and_whatever_else_there_is_d
     written = write(fewer, tmp_path)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     mine = {"notes.md", "anova.pdf", "power.md", "kept/slopes.md"}
-    assert left == {path.name for path in written} | mine | {NOTE}
+    assert left == {path.name for path in written} | mine | {MANIFEST}
     assert all((tmp_path / name).read_text().startswith("mine") for name in mine)
-    assert others(tmp_path, written) == ["notes.md", "power.md"]
+    assert unlisted(tmp_path, written) == ["notes.md", "power.md"]
 
 
 @pytest.mark.parametrize("note", ["", "[]", '{"../mine.md": "DIGEST", "/": 3, "": null, "..": []}'])
-def test_a_note_that_is_not_ours_removes_nothing(note: str, analysis: Analysis, tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_ours_removes_nothing(note: str, analysis: Analysis, tmp_path: Path) -> None:
     (tmp_path / "mine.md").write_text("mine")
     (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / NOTE).write_text(note.replace("DIGEST", hashlib.sha256(b"mine").hexdigest()))
+    (tmp_path / "tables" / MANIFEST).write_text(note.replace("DIGEST", hashlib.sha256(b"mine").hexdigest()))
     write(analysis, tmp_path / "tables")
     assert (tmp_path / "mine.md").read_text() == "mine"
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,20 @@ def step(run_id: str, number: int, **changes: Any) -> Step:
     return Step(run_id=run_id, step=number, **(values | changes))
 
 
-def test_pace_gives_speed_and_eta(plan: Plan) -> None:
+def stepped(plan: Plan, numbers: Sequence[int], *, pace: float) -> Board:
+    """The first run of eight steps, a step every `pace` seconds."""
     clock = Clock()
     board = Board.of(plan, clock)
-    run_id = plan.runs[0].run_id
-    board.take(RunStarted(run_id=run_id, steps=8))
-    for number in (1, 2, 3):
-        clock.now += 2.0
-        board.take(step(run_id, number))
-    view = board.views[run_id]
+    board.take(RunStarted(run_id=plan.runs[0].run_id, steps=8))
+    for number in numbers:
+        clock.now += pace
+        board.take(step(plan.runs[0].run_id, number))
+    return board
+
+
+def test_pace_gives_speed_and_eta(plan: Plan) -> None:
+    board = stepped(plan, (1, 2, 3), pace=2.0)
+    view = board.views[plan.runs[0].run_id]
     assert view.speed == pytest.approx(200)
     assert view.eta() == pytest.approx(5 * 2.0)
     assert board.counts() == {"training": 1, "waiting": 2}
@@ -57,14 +62,8 @@ def test_pace_gives_speed_and_eta(plan: Plan) -> None:
 
 
 def test_steps_of_a_former_command_are_no_pace(plan: Plan) -> None:
-    clock = Clock()
-    board = Board.of(plan, clock)
-    run_id = plan.runs[0].run_id
-    board.take(RunStarted(run_id=run_id, steps=8))
-    for number in (5, 6):
-        clock.now += 3.0
-        board.take(step(run_id, number))
-    assert board.views[run_id].eta() == pytest.approx(2 * 3.0)
+    board = stepped(plan, (5, 6), pace=3.0)
+    assert board.views[plan.runs[0].run_id].eta() == pytest.approx(2 * 3.0)
 
 
 def test_nothing_is_known_before_the_first_step(plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,12 @@ class MemoryLog:
         self.summary, self.failed = dict(summary), failed
 
 
+def track(plan: Plan, settings: Settings, make_record: Callable[..., Record]) -> None:
+    tracker = tracking.make(plan.fields, settings)
+    assert tracker is not None
+    play(tracker, plan, make_record)
+
+
 def test_each_run_has_its_own_log(plan: Plan, make_record: Callable[..., Record]) -> None:
     logs: dict[str, MemoryLog] = {}
 
@@ -85,13 +92,9 @@ def test_each_run_has_its_own_log(plan: Plan, make_record: Callable[..., Record]
 def test_tensorboard_files_hold_curves_and_summary(
     plan: Plan, study: Settings, make_record: Callable[..., Record]
 ) -> None:
-    import dataclasses
-
-    settings = dataclasses.replace(study, tracking="tensorboard", tracking_options={"every_steps": 1})
+    settings = replace(study, tracking="tensorboard", tracking_options={"every_steps": 1})
     tracking.check(settings)
-    tracker = tracking.make(plan.fields, settings)
-    assert tracker is not None
-    play(tracker, plan, make_record)
+    track(plan, settings, make_record)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folders = sorted((plan.study / "tensorboard").iterdir())
@@ -104,16 +107,12 @@ def test_tensorboard_files_hold_curves_and_summary(
 def test_wandb_offline_runs_live_side_by_side(
     plan: Plan, study: Settings, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import dataclasses
-
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb_home"))
     options = {"mode": "offline", "project": "p", "entity": None, "every_steps": 1}
-    settings = dataclasses.replace(study, tracking="wandb", tracking_options=options)
+    settings = replace(study, tracking="wandb", tracking_options=options)
     tracking.check(settings)
-    tracker = tracking.make(plan.fields, settings)
-    assert tracker is not None
-    play(tracker, plan, make_record)
+    track(plan, settings, make_record)
     runs = sorted((plan.study / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
     assert all(list(run.glob("*.wandb")) for run in runs)
@@ -125,8 +124,6 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(
     plan: Plan, study: Settings, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its id, which lies in the run's folder; a run in another study is another one."""
-    import dataclasses
-
     import wandb
 
     begun: list[dict[str, Any]] = []
@@ -136,10 +133,8 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(
         return SimpleNamespace(log=lambda *_, **__: None, summary={}, finish=lambda **_: None)
 
     monkeypatch.setattr(wandb, "init", init)
-    for settings in (study, study, dataclasses.replace(study, study="other")):
-        tracker = tracking.make(plan.fields, dataclasses.replace(settings, tracking="wandb"))
-        assert tracker is not None
-        play(tracker, plan, make_record)
+    for settings in (study, study, replace(study, study="other")):
+        track(plan, replace(settings, tracking="wandb"), make_record)
     first, again, other = ([one["id"] for one in begun[place : place + 2]] for place in (0, 2, 4))
     assert first == again
     assert len({*first, *other}) == 4
@@ -165,19 +160,15 @@ def test_a_damaged_note_of_the_wandb_run_begins_a_new_one(content: str, tmp_path
     ],
 )
 def test_mistakes_are_told(changes: dict[str, Any], message: str, study: Settings) -> None:
-    import dataclasses
-
     with pytest.raises(SpecError, match=message.replace(".", r"\.").replace("?", r"\?")):
-        tracking.check(dataclasses.replace(study, **changes))
+        tracking.check(replace(study, **changes))
 
 
 def test_wandb_without_an_account_is_met_before_work(study: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
     import wandb
 
     monkeypatch.setattr(wandb, "login", lambda **_: False)
-    online = dataclasses.replace(study, tracking="wandb", tracking_options={"mode": "online"})
+    online = replace(study, tracking="wandb", tracking_options={"mode": "online"})
     with pytest.raises(SpecError, match="wandb knows no account here: wandb login, or WANDB_MODE=offline"):
         tracking.check(online)
 
@@ -185,8 +176,6 @@ def test_wandb_without_an_account_is_met_before_work(study: Settings, monkeypatc
 def test_wandb_that_cannot_begin_says_so_in_one_line(
     plan: Plan, study: Settings, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dataclasses
-
     import wandb
 
     def refuse(**_: Any) -> None:
@@ -194,7 +183,7 @@ def test_wandb_that_cannot_begin_says_so_in_one_line(
 
     monkeypatch.setattr(wandb, "init", refuse)
     said: list[str] = []
-    tracker = tracking.make(plan.fields, dataclasses.replace(study, tracking="wandb"), said.append)
+    tracker = tracking.make(plan.fields, replace(study, tracking="wandb"), said.append)
     assert tracker is not None
     for run in plan.runs:
         tracker(RunQueued(run_id=run.run_id, spec=run.spec, arm=""))
@@ -249,23 +238,20 @@ def test_a_tracker_that_logs_nothing_is_not_asked_for_ever(make_spec: Callable[.
 
 
 def test_a_tracker_that_cannot_be_used_is_met_before_work(study: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
     def broken(*_: Any) -> None:
         raise ImportError("libprotobuf is of another version")
 
     monkeypatch.setitem(tracking.TRACKERS, "wandb", ("wandb", ("mode",), broken))  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"^tracking=wandb cannot be used here: libprotobuf is of another version$"):
-        tracking.make([], dataclasses.replace(study, tracking="wandb"))
+        tracking.make([], replace(study, tracking="wandb"))
 
 
 def test_a_tracker_that_is_not_installed_says_how(study: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SpecError, match=r"needs the package wandb: pip install '\.\[wandb\]', or tracking=none"):
-        tracking.check(dataclasses.replace(study, tracking="wandb"))
+        tracking.check(replace(study, tracking="wandb"))
 
 
 def test_summary_is_plain_numbers(make_record: Callable[..., Record]) -> None:

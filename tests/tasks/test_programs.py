@@ -6,13 +6,7 @@ from sweeper import tasks
 from sweeper.spec import DatasetSpec
 from sweeper.untrusted import sandbox
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _ready() -> None:
-    try:
-        sandbox.ready()
-    except sandbox.SandboxError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("sandboxed")
 
 
 def test_humaneval_references_pass_and_empty_ones_do_not() -> None:

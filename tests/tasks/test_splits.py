@@ -12,22 +12,13 @@ from sweeper.tasks.example import Example
 from sweeper.tasks.split import prompt_key, round_robin, split_examples
 
 ICD = DatasetSpec(
-    name="icd10_chapter",
-    family="icd10_chapter",
-    train_examples=2100,
-    validation_examples=105,
-    test_examples=210,
+    name="icd10_chapter", family="icd10_chapter", train_examples=2100, validation_examples=105, test_examples=210,
     template="plain",
-)
+)  # fmt: skip
 GSM = DatasetSpec(
-    name="gsm_symbolic",
-    family="gsm_symbolic",
-    train_examples=590,
-    validation_examples=104,
-    test_examples=208,
-    metrics=("final_number",),
-    max_new_tokens=320,
-)
+    name="gsm_symbolic", family="gsm_symbolic", train_examples=590, validation_examples=104, test_examples=208,
+    metrics=("final_number",), max_new_tokens=320,
+)  # fmt: skip
 OFFLINE = pytest.mark.parametrize("spec", [ICD, GSM], ids=lambda spec: spec.name)
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,7 @@ CHECK = "exec(PROGRAM, globals())\nassert answer() == 42"
 LIMITS = Limits(wall_seconds=3.0, cpu_seconds=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ready() -> None:
-    try:
-        sandbox.ready()
-    except SandboxError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("sandboxed")
 
 
 def processes() -> set[str]:
@@ -113,28 +109,25 @@ def test_a_program_sees_nothing_of_outside(program: str) -> None:
     assert sandbox.run(program + "\ndef answer(): return 42", CHECK, LIMITS).passed
 
 
-def test_where_a_limit_does_not_hold_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "PROBES", {"thoughts": "pass"})
+@pytest.fixture
+def untested() -> Iterator[None]:
+    """Limits are tested on this machine once per process: here again, and again afterwards."""
     sandbox.ready.cache_clear()
-    message = (
-        r"cannot run generated programs safely here \(the limit on thoughts does not hold\); .*SWEEPER_UNSAFE_EXEC=1"
-    )
-    try:
-        with pytest.raises(SandboxError, match=message):
-            sandbox.run_all([("", "pass")])
-        monkeypatch.setenv(sandbox.ALLOW, "1")
-        assert sandbox.run_all([("def answer(): return 42", CHECK)])[0].passed
-    finally:
-        sandbox.ready.cache_clear()
+    yield
+    sandbox.ready.cache_clear()
 
 
+@pytest.mark.usefixtures("untested")
+def test_nothing_runs_unless_every_limit_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "PROBES", {"thoughts": "pass"})
+    with pytest.raises(SandboxError, match=r"safely here \(the limit on thoughts is not enforced\); .*UNSAFE_EXEC=1"):
+        sandbox.run_all([("", "pass")])
+    monkeypatch.setenv(sandbox.ALLOW, "1")
+    assert sandbox.run_all([("def answer(): return 42", CHECK)])[0].passed
+
+
+@pytest.mark.usefixtures("untested")
 def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    sandbox.ready.cache_clear()
-    try:
-        with pytest.raises(
-            SandboxError, match="Linux namespaces; leave the metric pass_at_1 out, or set SWEEPER_UNSAFE"
-        ):
-            sandbox.check()
-    finally:
-        sandbox.ready.cache_clear()
+    with pytest.raises(SandboxError, match="Linux namespaces; remove the metric pass_at_1, or set SWEEPER_UNSAFE"):
+        sandbox.check()

@@ -1,0 +1,87 @@
+"""A study as a small archive, to keep beside a notebook: python -m analysis.archive outputs/<study> study.tar.xz"""
+
+import argparse
+import io
+import json
+import lzma
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sweeper.record import METRICS, PREDICTIONS, RECORD
+
+CURVE_POINTS = 60
+
+
+def create(study: Path, archive: Path) -> Path:
+    """Writes a study's records, per-example test scores to 6 digits and thinned training curves. The same study gives
+    the same bytes.
+
+    Raises:
+        FileNotFoundError: the study's folder has no record; an existing archive stays as it was.
+    """
+    records = sorted(study.glob(f"*/{RECORD}"))
+    if not records:
+        raise FileNotFoundError(f"{study}: no record in it. Give the folder of a study, such as outputs/default.")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for record in records:
+            texts = {RECORD: json.dumps(json.loads(record.read_text(encoding="utf-8")), separators=(",", ":"))}
+            predictions, metrics = record.parent / PREDICTIONS, record.parent / METRICS
+            if predictions.is_file():
+                rows = [row for row in _rows(predictions) if row.get("split") == "test"]
+                texts[PREDICTIONS] = "".join(json.dumps(_short(row)) + "\n" for row in rows)
+            if metrics.is_file():
+                texts[METRICS] = "".join(json.dumps(_short(row)) + "\n" for row in _thin(_rows(metrics)))
+            for name, text in texts.items():
+                entry = tarfile.TarInfo(f"{study.name}/{record.parent.name}/{name}")
+                entry.size = len(text.encode())
+                tar.addfile(entry, io.BytesIO(text.encode()))
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    archive.write_bytes(lzma.compress(buffer.getvalue(), preset=9))
+    return archive
+
+
+def extract(archive: Path | str, folder: Path | str | None = None) -> Path:
+    """Extracts an archive into `folder` (a new temporary one by default). Returns the study's folder."""
+    target = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="study-"))
+    with tarfile.open(archive) as tar:
+        tar.extractall(target, filter="data")
+        return target / tar.getnames()[0].split("/")[0]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
+def _thin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    losses = [row for row in rows if "loss" in row]
+    step = -(-len(losses) // CURVE_POINTS) or 1
+    kept = losses[::step]
+    return [row for row in rows if "loss" not in row or row in kept]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the archive and prints its size."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.archive", description="A study as a small archive.")
+    parser.add_argument("study", type=Path)
+    parser.add_argument("archive", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        archive = create(options.study, options.archive)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{archive}: {archive.stat().st_size / 1024:.0f} KiB")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
