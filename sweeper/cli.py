@@ -178,7 +178,7 @@ def _no_such_hydra_field(message: str, overrides: Sequence[str]) -> list[str]:
     part, field, key = match.groups()
     if part not in ("sweeper", "launcher"):
         known = [one.name for one in fields(HydraConf)]
-        return [] if part in known else [unknown("hydra field", part, known).replace(" field=", ".", 1)]
+        return [] if part in known else [unknown("hydra field", part, known, given=f"hydra.{part}")]
     chosen, known = _chosen_plugin(part, overrides)
     name = f"hydra.{part}.{field}"
     if field == "params":
@@ -191,7 +191,7 @@ def _no_such_hydra_field(message: str, overrides: Sequence[str]) -> list[str]:
         return [f"{name} is a field of hydra/launcher=ray: give that as well"]
     if not known:
         return [f"{name}: hydra/{part}={chosen} has no fields"]
-    return [unknown(f"hydra.{part} field", field, known).replace(" field=", ".", 1)]
+    return [unknown(f"hydra.{part} field", field, known, given=name)]
 
 
 def _chosen_plugin(part: str, overrides: Sequence[str]) -> tuple[str, list[str]]:

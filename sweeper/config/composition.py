@@ -63,7 +63,7 @@ def expand(overrides: Sequence[str], composer: Composer) -> Composition:
     """
     problems: list[str] = []
     grid = read_grid(overrides, composer, problems)
-    builder = Builder(problems)
+    builder = Builder(problems, grid.unread)
     found: list[Settings] = []
     cells = dict(cells_of(grid, composer, problems))
     for cell in cells.values():
@@ -80,7 +80,6 @@ def expand(overrides: Sequence[str], composer: Composer) -> Composition:
             arms.setdefault(arm.key, arm)
     if len(found) > 1:
         problems.append(differing(found))
-    problems = [line for line in problems if not grid.explains(line)]
     if not problems and grid.space:
         for arm in {arm.space: arm for arm in reversed(arms.values())}.values():
             _try_ends(arm, problems)

@@ -40,14 +40,6 @@ class Grid:
     by_method: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
 
-    def explains(self, problem: str) -> bool:
-        """Whether a problem is that a section lacks what an override that could not be read would have given."""
-        return any(
-            problem.startswith(f"{key} is required")
-            or (problem.startswith(f"{key.split('.')[0]}=") and " needs " in problem and " got neither" in problem)
-            for key in self.unread
-        )
-
     @property
     def cell_axes(self) -> tuple[Axis, ...]:
         return (*(axis for axis in self.axes if axis.key in self.groups), *self.tuned)
@@ -320,4 +312,4 @@ def _no_option(group: str, name: Any, composer: Composer) -> str:
 
 
 def _is_setting(key: str) -> bool:
-    return key in ("study", "output_root", "trainer.device") or key.split(".")[0] in ("tracking", "sweep")
+    return key in ("study", "output_root", "plugins", "trainer.device") or key.split(".")[0] in ("tracking", "sweep")
