@@ -8,7 +8,7 @@ from typing import Any
 from sweeper import record as records
 from sweeper.errors import DataError, gist
 from sweeper.record import Record, Status
-from sweeper.spec import RunSpec
+from sweeper.spec import RunSpec, run_spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +32,16 @@ class Run:
         """The run of a spec in the folder of a study."""
         run_id = spec.run_id
         return cls(run_id=run_id, spec=spec, folder=study / run_id, arm=arm, search=search or {})
+
+    @classmethod
+    def recorded(cls, record: Record, study: Path) -> "Run":
+        """The run of a record in the folder of a study.
+
+        Raises:
+            SpecError: it is of a spec that this version does not know.
+        """
+        arm, folder = str(record.search.get("arm", "")), study / record.run_id
+        return cls(run_id=record.run_id, spec=run_spec(record.spec), folder=folder, arm=arm, search=record.search)
 
     @property
     def status(self) -> Status | None:

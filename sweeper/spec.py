@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
@@ -39,6 +39,18 @@ class Stored:
     PLACE: ClassVar[str]
 
     content: str | None = field(default=None, metadata=MADE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodeSpec(Stored):
+    """Of an option that is the user's own (`sweeper.register`): `content` is the digest of its source.
+
+    `plugin` is the module or file that registers it, empty where that is a script or notebook.
+    """
+
+    PLACE: ClassVar[str] = "plugin"
+
+    plugin: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +86,7 @@ class PlacementSpec:
     patterns: tuple[str, ...] = ()
     embeddings: bool = False
     head: bool = False
+    code: CodeSpec | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
         if bool(self.roles) == bool(self.patterns) and not (self.embeddings or self.head):
@@ -123,6 +136,7 @@ class MethodSpec:
     dropout: float = 0.0
     rank_stabilised: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    code: CodeSpec | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -151,6 +165,7 @@ class DatasetSpec(Stored):
     metrics: tuple[str, ...] = ("exact_match",)
     max_new_tokens: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    code: CodeSpec | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
         for name, least in (("validation_examples", 1), ("test_examples", 1), ("max_length", 8)):
@@ -259,20 +274,6 @@ class EvaluationSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CodeSpec(Stored):
-    """A part of a run that is the user's own code: `name` is registered in `group` (`sweeper.register`).
-
-    `content` is the digest of its source; `plugin` is the module or file that has it, empty for a script or notebook.
-    """
-
-    PLACE: ClassVar[str] = "plugin"
-
-    group: str
-    name: str
-    plugin: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
     """One training job. Equal specs are the same run; `run_id` is its identity."""
 
@@ -287,7 +288,6 @@ class RunSpec:
     trainer: TrainerSpec
     evaluation: EvaluationSpec
     seed: int = 0
-    code: tuple[CodeSpec, ...] = field(default=(), metadata=MADE)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -403,10 +403,14 @@ def typed_fields(kind: Any) -> list[str]:
 
 def bare(spec: RunSpec) -> RunSpec:
     """The spec as it was typed, without what is known of its files and its code."""
-    if spec.model.content is None and spec.dataset.content is None and not spec.code:
-        return spec
-    model = dataclasses.replace(spec.model, content=None)
-    return dataclasses.replace(spec, model=model, dataset=dataclasses.replace(spec.dataset, content=None), code=())
+    parts: dict[str, Any] = {}
+    for name in _field_names(RunSpec):
+        section: Any = getattr(spec, name)
+        kind: Any = type(section)
+        made = [key for key in _marked(kind, "made") if getattr(section, key)] if is_dataclass(section) else []
+        if made:
+            parts[name] = dataclasses.replace(section, **dict.fromkeys(made))
+    return dataclasses.replace(spec, **parts) if parts else spec
 
 
 def placed_by_content(spec: Any) -> str | None:
@@ -536,7 +540,7 @@ def _distinct(spec: Any) -> dict[str, Any]:
 def _to_plain(value: Any, of_spec: Callable[[Any], dict[str, Any]] = to_mapping) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
-    if dataclasses.is_dataclass(value):
+    if is_dataclass(value):
         return of_spec(value)
     if isinstance(value, Mapping):
         return {str(key): _to_plain(item, of_spec) for key, item in value.items()}

@@ -13,7 +13,7 @@ from sweeper.study.search_settings import SearchSettings
 Plain = dict[str, Any]
 
 SCALARS = ("rank", "alpha", "seed")
-SECTIONS = {name: kind for name, kind in get_type_hints(RunSpec).items() if name not in (*SCALARS, "code")}
+SECTIONS = {name: kind for name, kind in get_type_hints(RunSpec).items() if name not in SCALARS}
 SETTINGS = ("study", "output_root", "plugins", "tracking", "sweep")
 _MISSING = "???"
 
@@ -66,8 +66,8 @@ class Builder:
         if any(_missing(mapping)):
             return None
         typed = typed_fields(kind)
-        if "content" in mapping and "content" not in typed:  # which is filled in
-            self.problems.append(no_such_field(f"{name}.content", [f"{name}.{field}" for field in typed]))
+        for made in {"content", "code"} & mapping.keys():  # which are filled in
+            self.problems.append(no_such_field(f"{name}.{made}", [f"{name}.{field}" for field in typed]))
             return None
         if name == "trainer":
             mapping = {key: value for key, value in mapping.items() if key != "device"}

@@ -8,7 +8,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from hydra_plugins.lora_sweeper.packed_launcher import PackedLauncher
 from omegaconf import DictConfig
 
 
@@ -59,6 +58,13 @@ class AblationSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        from sweeper.study import launch
+
+        arms, settings, search, workers = self.command(arguments)
+        return launch.train(arms, settings, search, workers=workers)
+
+    def command(self, arguments: list[str]) -> tuple[Any, Any, Any, Any]:
+        """Arms, settings, search and workers, as `sweeper.study.launch.carry_out` takes them."""
         from sweeper import config
         from sweeper.study import launch
 
@@ -72,6 +78,6 @@ class AblationSweeper(Sweeper):
         )
         lines: Sequence[str] = [*config.axes_of(self.params), *arguments]
         found, search = config.expand(lines, composer), config.search_settings(self.search)
-        if isinstance(self.launcher, PackedLauncher):
-            return self.launcher.train(found.arms, found.settings, search)
-        return launch.train_as_jobs(found.arms, found.settings, search, self.launcher)
+        ours: Any = getattr(self.launcher, "our_workers", None)  # Hydra may have imported the launcher's class twice
+        workers = ours() if ours is not None else launch.as_jobs(self.launcher)
+        return found.arms, found.settings, search, workers
