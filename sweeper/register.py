@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import SpecError, SweeperError, gist
-from sweeper.spec import OF_FILES, CodeSpec, DatasetSpec, MethodSpec, PlacementSpec, RunSpec, to_mapping
+from sweeper.spec import OF_FILES, CodeSpec, DatasetSpec, MethodSpec, PlacementSpec, RunSpec, from_mapping, to_mapping
 
 if TYPE_CHECKING:
     from sweeper.lora.alone import AloneSpec
@@ -61,7 +61,8 @@ def task(
     Raises:
         SpecError: a built-in family has the name, a field is wrong, or the source cannot be read.
     """
-    spec = DatasetSpec(**{"name": name, "family": name, "options": dict(options or {}), **fields})
+    given_fields = {"name": name, "family": name, "options": dict(options or {}), **fields}
+    spec = from_mapping(DatasetSpec, given_fields, prefix="dataset.")
     code = _code("dataset", name)
 
     def add(given: Any) -> Any:
@@ -110,9 +111,8 @@ def placement(name: str, pick: "Callable[[Sequence[Target]], Iterable[Target]] |
     from sweeper.placement.placement import PICKS, PLACEMENTS
 
     code = _code("placement", name)
-    spec = PlacementSpec(
-        name=name, **(fields if {"roles", "patterns"} & fields.keys() else {"roles": PLACEMENTS["all"], **fields})
-    )
+    roles = {} if {"roles", "patterns"} & fields.keys() else {"roles": PLACEMENTS["all"]}
+    spec = from_mapping(PlacementSpec, {"name": name, **roles, **fields}, prefix="placement.")
 
     def add(given: Any) -> Any:
         PICKS[name] = given
