@@ -19,11 +19,12 @@ python evaluate.py FOLDER... [dataset=NAME,...] [dataset.FIELD=...] [evaluation.
 
   FOLDER   outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, or what adapters.py combine wrote
   dataset  tasks to score on; without it, the one each run was trained on
+  plugins  files and modules with the code of runs' own methods and tasks (docs/extending.md)
   evaluation.splits=[test] and evaluation.generate=true unless given; evaluation=lm_eval scores with lm-eval
 
 Results go to FOLDER/RUN_ID/evaluations/ and are printed as a table; records and adapters stay as they are."""
 DEFAULTS = {"evaluation.splits": "[test]", "evaluation.generate": "true"}
-OVERRIDES = ("dataset", "evaluation", "trainer.device", "plugins")
+OVERRIDES = ("dataset", "evaluation", "trainer.device")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -68,7 +69,7 @@ def _composed(
 ) -> tuple[list[DatasetSpec], EvaluationSpec, Settings]:
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     for key in keys:
-        if not any(key == name or key.startswith(f"{name}.") for name in OVERRIDES):
+        if key != "plugins" and not any(key == name or key.startswith(f"{name}.") for name in OVERRIDES):
             raise SpecError(f"{key}: evaluate.py takes overrides of {', '.join(OVERRIDES)} only; a run keeps the rest")
     if "dataset" not in keys and any(key.startswith("dataset.") for key in keys):
         raise SpecError(
