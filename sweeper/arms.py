@@ -112,6 +112,9 @@ class Arm:
         plain.pop("seed")
         for name in ("model", "dataset"):
             plain[name].pop(placed_by_content(getattr(self.default, name)), None)
+        for section in plain.values():
+            if isinstance(section, dict) and "code" in section:
+                section["code"].pop("plugin")
         for dimension in self.space:
             _forget(plain, dimension.key)
         if plain["trainer"].get("accumulation") != 1:  # also where it is tuned: once it changed a step's examples

@@ -68,9 +68,16 @@ def run(main: Callable[[], object]) -> int:
     atexit.register(gc.freeze)  # or the interpreter looks through all that the imports made once more before it goes
     # threads that spin while they wait make a step many times slower on cores that are shared with other work
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+    def command() -> object:
+        from sweeper import config
+
+        config.load_plugins(sys.argv[1:])
+        return main()
+
     if os.environ.get(FULL) == "1":
         try:
-            main()
+            command()
         except (ContextLost, Quit) as error:
             cause = error.error if isinstance(error, Quit) else error
             if isinstance(cause, ContextLost):
@@ -79,7 +86,7 @@ def run(main: Callable[[], object]) -> int:
         return 0
     os.environ[FULL] = "1"  # makes Hydra raise instead of printing its own account
     try:
-        main()
+        command()
     except Quit as quit_:
         return _report(quit_.error)
     except SweeperError as error:
@@ -88,12 +95,10 @@ def run(main: Callable[[], object]) -> int:
         print("error: stopped at once; the same command trains what is missing", file=sys.stderr)
         return 130
     except Exception as error:
-        if _no_room(error):
-            reason = str(error).strip().splitlines()[-1]  # a worker's error has its traceback before it
-            return _report(NoRoom(f"{reason}: make room; the same command goes on from what is saved"))
-        if not _from_hydra(error):
+        told = no_room(error) or (_explain(error, sys.argv[1:]) if from_hydra(error) else None)
+        if told is None:
             raise
-        return _report(_explain(error, sys.argv[1:]))
+        return _report(told)
     finally:
         del os.environ[FULL]
     return 0
@@ -118,12 +123,15 @@ def train(cfg: "DictConfig") -> float | None:
         raise
 
 
-def _no_room(error: BaseException) -> bool:
-    """Whether a disk is full; not every library says so by an OSError."""
-    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+def no_room(error: BaseException) -> NoRoom | None:
+    """The line for a full disk, if that is what an error is; not every library says so by an OSError."""
+    if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+        return None
+    reason = str(error).strip().splitlines()[-1]  # a worker's error has its traceback before it
+    return NoRoom(f"{reason}: make room; the same command goes on from what is saved")
 
 
-def _from_hydra(error: BaseException) -> bool:
+def from_hydra(error: BaseException) -> bool:
     """Whether Hydra or OmegaConf raised this about the command, rather than a part of ours about itself."""
     if type(error).__module__.split(".")[0] == "hydra":  # whose traceback may end in what it called
         return True
@@ -143,21 +151,25 @@ def _report(error: SweeperError) -> int:
 
 
 def _explain(error: Exception, arguments: Sequence[str]) -> SweeperError:
-    """Everything wrong with the command, in place of Hydra's account of the first thing."""
     from hydra._internal.utils import get_args
 
+    parsed = get_args(arguments)
+    return explain(error, parsed.overrides, parsed.config_dir, multirun=parsed.multirun)
+
+
+def explain(error: Exception, overrides: Sequence[str], config_dir: str | None, *, multirun: bool) -> SweeperError:
+    """Everything wrong with the command, in place of Hydra's account of the first thing."""
     from sweeper import config
 
-    parsed = get_args(arguments)
-    lines: list[str] = _no_such_hydra_field(str(error), parsed.overrides)
+    lines: list[str] = _no_such_hydra_field(str(error), overrides)
     try:
-        composer = composer_of(parsed.config_dir)
-        if not (parsed.multirun or _is_multirun(composer, parsed.overrides)):
-            lines += _grid_without_multirun(parsed.overrides, composer)
+        composer = config.composer_of(config_dir)
+        if not (multirun or is_multirun(composer, overrides)):
+            lines += grid_without_multirun(overrides, composer)
         elif str(error).startswith("Ambiguous"):  # Hydra did not see that it is one, for what is wrong with hydra.*
-            error = _refused(composer, parsed.overrides) or error
-            lines += _no_such_hydra_field(str(error), parsed.overrides)
-        config.expand(parsed.overrides, composer)
+            error = _refused(composer, overrides) or error
+            lines += _no_such_hydra_field(str(error), overrides)
+        config.expand(overrides, composer)
     except Problems as problems:
         lines += problems.lines
     except Exception:  # the first error is what counts, not what happened while explaining it
@@ -178,7 +190,7 @@ def _no_such_hydra_field(message: str, overrides: Sequence[str]) -> list[str]:
     part, field, key = match.groups()
     if part not in ("sweeper", "launcher"):
         known = [one.name for one in fields(HydraConf)]
-        return [] if part in known else [unknown("hydra field", part, known).replace(" field=", ".", 1)]
+        return [] if part in known else [unknown("hydra field", part, known, given=f"hydra.{part}")]
     chosen, known = _chosen_plugin(part, overrides)
     name = f"hydra.{part}.{field}"
     if field == "params":
@@ -191,7 +203,7 @@ def _no_such_hydra_field(message: str, overrides: Sequence[str]) -> list[str]:
         return [f"{name} is a field of hydra/launcher=ray: give that as well"]
     if not known:
         return [f"{name}: hydra/{part}={chosen} has no fields"]
-    return [unknown(f"hydra.{part} field", field, known).replace(" field=", ".", 1)]
+    return [unknown(f"hydra.{part} field", field, known, given=name)]
 
 
 def _chosen_plugin(part: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
@@ -207,7 +219,7 @@ def _chosen_plugin(part: str, overrides: Sequence[str]) -> tuple[str, list[str]]
     return chosen, [name for name in map(str, node) if not name.startswith("_")]
 
 
-def _is_multirun(composer: "Composer", overrides: Sequence[str]) -> bool:
+def is_multirun(composer: "Composer", overrides: Sequence[str]) -> bool:
     """Whether an overlay such as search=lr makes a sweep of a command without -m."""
     from hydra.types import RunMode
 
@@ -236,36 +248,19 @@ def _refused(composer: "Composer", overrides: Sequence[str]) -> Exception | None
     return None
 
 
-def composer_of(config_dir: str | None) -> "Composer":
-    """The loader of `conf/` beside the script, preceded by the folder that --config-dir names."""
-    from pathlib import Path
-
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
-    from hydra.core.config_search_path import SearchPathQuery
-    from hydra.core.global_hydra import GlobalHydra
-
-    from sweeper.config import Composer
-
-    GlobalHydra.instance().clear()
-    search_path = create_config_search_path(str(Path(sys.argv[0]).resolve().parent / "conf"))
-    if config_dir:
-        folder = f"file://{Path(config_dir).resolve()}"
-        search_path.prepend(provider="command-line", path=folder, anchor=SearchPathQuery(provider="schema"))
-    return Composer(loader=Hydra.create_main_hydra2("train", search_path).config_loader)
-
-
-def _grid_without_multirun(overrides: Sequence[str], composer: "Composer") -> list[str]:
+def grid_without_multirun(
+    overrides: Sequence[str], composer: "Composer", needs: str = "-m (train.py -m ...)"
+) -> list[str]:
+    """A line for each override that asks for several runs where there is one; `needs` is what trains several."""
     lines = []
     for line in overrides:
         try:
             override = composer.parse(line)
         except Exception:  # named by expand
             continue
-        if override.is_sweep_override():
+        if override.is_interval_sweep():
+            lines.append(f"{line}: a range is tuned by a sweep: give {needs}")
+        elif override.is_sweep_override():
             key, values = line.split("=", 1)
-            if override.is_interval_sweep():
-                lines.append(f"{line}: a range is tuned by a sweep: give -m (train.py -m ...)")
-                continue
-            lines.append(f"{line}: several values need -m (train.py -m ...); a list as one value is '{key}=[{values}]'")
+            lines.append(f"{line}: several values need {needs}; a list as one value is '{key}=[{values}]'")
     return lines

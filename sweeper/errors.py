@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class SweeperError(Exception):
@@ -42,7 +43,19 @@ class Interrupted(SweeperError):
 
 
 class SpecError(SweeperError):
-    """A configuration value that cannot be used."""
+    """A configuration value that cannot be used.
+
+    Attributes:
+        field: its dotted name; None where there is no single one.
+        got: the value; None also where there was none.
+        wanted: what would have been right, in words.
+    """
+
+    def __init__(
+        self, message: str = "", *, field: str | None = None, got: Any = None, wanted: str | None = None
+    ) -> None:
+        self.field, self.got, self.wanted = field, got, wanted
+        super().__init__(message or f"{field} must be {wanted}, got {got}")
 
 
 class DataError(SweeperError):
@@ -53,28 +66,34 @@ class ModelError(SweeperError):
     """A base model that cannot be loaded or whose structure is unknown."""
 
 
-def unknown(what: str, name: str, choices: Iterable[str]) -> str:
+def unknown(
+    what: str, name: str, choices: Iterable[str], *, given: str | None = None, meant: Sequence[str] = ()
+) -> str:
     """One line for a name that is not among the choices, with the nearest one suggested.
+
+    Args:
+        given: what was typed, if not `what=name`. meant: suggested in place of the nearest choice.
 
     >>> unknown("placement", "atn", ["attn", "ff"])
     'placement=atn: no such placement. Choose from attn, ff. Did you mean attn?'
     """
     listed = sorted(choices)
+    line = f"{f'{what}={name}' if given is None else given}: no such {what}"
     if not listed:
-        return f"{what}={name}: no such {what}; there is none to choose from here."
-    line = f"{what}={name}: no such {what}. Choose from {', '.join(listed)}."
+        return f"{line}; there is none to choose from here."
     folded = {choice.casefold(): choice for choice in listed}
-    near = difflib.get_close_matches(name.casefold(), folded, n=1)
-    return f"{line} Did you mean {folded[near[0]]}?" if near else line
+    near = meant or [folded[one] for one in difflib.get_close_matches(name.casefold(), folded, n=1)]
+    line = f"{line}. Choose from {', '.join(listed)}."
+    return f"{line} Did you mean {' or '.join(near)}?" if near else line
 
 
-def no_such_field(name: str, choices: Iterable[str]) -> str:
+def no_such_field(name: str, choices: Iterable[str], *, meant: Sequence[str] = ()) -> str:
     """One line for a field that does not exist, with the nearest one suggested.
 
     >>> no_such_field("optim.lrr", ["optim.lr", "optim.eps"])
     'optim.lrr: no such field. Choose from optim.eps, optim.lr. Did you mean optim.lr?'
     """
-    return unknown("field", name, choices).removeprefix("field=")
+    return unknown("field", name, choices, given=name, meant=meant)
 
 
 def gist(error: BaseException, most: int = 300) -> str:

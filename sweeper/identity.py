@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sweeper import record
+from sweeper import record, register
 from sweeper.arms import Arm, Params
 from sweeper.content import COMMIT, NONE, Content
 from sweeper.errors import DataError, ModelError, SweeperError
@@ -50,9 +50,10 @@ def confirmed(section: Section) -> str | None:
 
 
 def known(dataset: DatasetSpec) -> DatasetSpec:
-    """A dataset with its content, where that can be had."""
+    """A dataset with its code, and its content where that can be had."""
+    here = register.FOUND.get(("dataset", dataset.family))
     try:
-        return replace(dataset, content=now(dataset).text)
+        return replace(dataset, content=now(dataset).text, code=None if here is None else here.code)
     except SweeperError:  # its check says so
         return dataset
 
@@ -87,10 +88,13 @@ class Identities:
         typed = bare(spec)
         found = {name: self._content(getattr(spec, name)) for name in ("model", "dataset")}
         known = {name: one for name, one in found.items() if one.text is not None}
+        coded = register.coded(typed)
         if not known:
-            return typed
-        parts: dict[str, Any] = {name: replace(getattr(typed, name), content=one.text) for name, one in known.items()}
-        whole = replace(typed, **parts)
+            return coded
+        parts: dict[str, Any] = {name: replace(getattr(coded, name), content=one.text) for name, one in known.items()}
+        whole = replace(coded, **parts)
+        if coded is not typed:  # earlier versions knew nothing of code
+            return whole
         if typed.run_id not in self._former:
             self._former[typed.run_id] = self._stays(typed, whole, known)
         return typed if self._former[typed.run_id] else whole
@@ -122,6 +126,15 @@ class Identities:
             if count:
                 runs = "a run" if count == 1 else f"{count} runs"
                 yield f"{place(section)} has changed since {runs} in {self.study}, kept as they are"
+
+    def plugin_of(self, group: str, name: str) -> str | None:
+        """The module or file that an option of a run of the study was registered by, if any was."""
+        key = register.KEYS[group]
+        for one in self._records('"plugin": '):
+            section = one.spec.get(group, {})
+            if section.get("code") and section.get(key) == name:
+                return str(section["code"]["plugin"])
+        return None
 
     def _arm(self, arm: Arm) -> Arm:
         def make(params: Params, seed: int) -> RunSpec:

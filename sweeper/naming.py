@@ -21,7 +21,7 @@ def flat(spec: Mapping[str, Any]) -> dict[str, Any]:
                 found[prefix.rstrip(".")] = value
             elif isinstance(value, Mapping) and value:
                 walk(value, f"{prefix}{key}.")
-            elif prefix + key in CONTENTS and value is not None:
+            elif key == "content" and value is not None:
                 found[f"{prefix}{key}"] = str(value)[:SHOWN]
             else:
                 found[f"{prefix}{key}"] = value

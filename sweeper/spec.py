@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
@@ -39,6 +39,18 @@ class Stored:
     PLACE: ClassVar[str]
 
     content: str | None = field(default=None, metadata=MADE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodeSpec(Stored):
+    """Of an option that is the user's own (`sweeper.register`): `content` is the digest of its source.
+
+    `plugin` is the module or file that registers it, empty where that is a script or notebook.
+    """
+
+    PLACE: ClassVar[str] = "plugin"
+
+    plugin: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,13 +86,15 @@ class PlacementSpec:
     patterns: tuple[str, ...] = ()
     embeddings: bool = False
     head: bool = False
+    code: CodeSpec | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
         if bool(self.roles) == bool(self.patterns) and not (self.embeddings or self.head):
             raise SpecError(
                 f"placement={self.name} needs either roles or patterns (placement=custom: "
-                "'placement.patterns=[mlp\\.c_proj]'), got " + ("both" if self.roles else "neither")
-            )
+                "'placement.patterns=[mlp\\.c_proj]'), got " + ("both" if self.roles else "neither"),
+                field="placement", wanted="either roles or patterns", got=self.roles or None,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +136,11 @@ class MethodSpec:
     dropout: float = 0.0
     rank_stabilised: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    code: CodeSpec | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
-            raise SpecError(f"method.dropout must be in [0, 1), got {self.dropout}")
+            raise SpecError(field="method.dropout", wanted="in [0, 1)", got=self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,15 +165,17 @@ class DatasetSpec(Stored):
     metrics: tuple[str, ...] = ("exact_match",)
     max_new_tokens: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    code: CodeSpec | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
         for name, least in (("validation_examples", 1), ("test_examples", 1), ("max_length", 8)):
             if getattr(self, name) < least:
-                raise SpecError(f"dataset.{name} must be at least {least}, got {getattr(self, name)}")
+                raise SpecError(field=f"dataset.{name}", wanted=f"at least {least}", got=getattr(self, name))
         if self.train_examples is not None and self.train_examples < 1:
-            raise SpecError(f"dataset.train_examples must be at least 1 or null for all, got {self.train_examples}")
+            wanted = "at least 1 or null for all"
+            raise SpecError(field="dataset.train_examples", wanted=wanted, got=self.train_examples)
         if self.max_new_tokens < 0:
-            raise SpecError(f"dataset.max_new_tokens must be at least 0, got {self.max_new_tokens}")
+            raise SpecError(field="dataset.max_new_tokens", wanted="at least 0", got=self.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,24 +201,24 @@ class OptimSpec:
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise SpecError(f"optim.lr must be a positive number, got {self.lr}")
+            raise SpecError(field="optim.lr", wanted="a positive number", got=self.lr)
         if not 0 <= self.warmup_fraction < 1:
-            raise SpecError(f"optim.warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+            raise SpecError(field="optim.warmup_fraction", wanted="in [0, 1)", got=self.warmup_fraction)
         if self.weight_decay < 0:
-            raise SpecError(f"optim.weight_decay must be at least 0, got {self.weight_decay}")
+            raise SpecError(field="optim.weight_decay", wanted="at least 0", got=self.weight_decay)
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise SpecError(f"optim.beta1 and optim.beta2 must be in [0, 1), got {self.beta1}, {self.beta2}")
         if not self.eps > 0:
-            raise SpecError(f"optim.eps must be above 0, got {self.eps}")
+            raise SpecError(field="optim.eps", wanted="above 0", got=self.eps)
         if self.schedule not in SCHEDULES:
             raise SpecError(f"optim.schedule={self.schedule}: no such schedule. Choose from {', '.join(SCHEDULES)}.")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise SpecError(f"optim.max_grad_norm must be positive or null, got {self.max_grad_norm}")
+            raise SpecError(field="optim.max_grad_norm", wanted="positive or null", got=self.max_grad_norm)
         if self.lr_ratio is not None and not (self.lr_ratio > 0 and math.isfinite(self.lr_ratio)):
-            raise SpecError(f"optim.lr_ratio must be above 0 or null, got {self.lr_ratio}")
+            raise SpecError(field="optim.lr_ratio", wanted="above 0 or null", got=self.lr_ratio)
         for name in ("update_penalty", "orthogonality_penalty", "norm_penalty"):
             if getattr(self, name) < 0:
-                raise SpecError(f"optim.{name} must be at least 0, got {getattr(self, name)}")
+                raise SpecError(field=f"optim.{name}", wanted="at least 0", got=getattr(self, name))
 
     @property
     def penalties(self) -> tuple[float, float, float]:
@@ -231,13 +248,13 @@ class TrainerSpec:
     def __post_init__(self) -> None:
         for name, least in (("max_steps", 0), ("batch_size", 1), ("accumulation", 1)):
             if getattr(self, name) < least:
-                raise SpecError(f"trainer.{name} must be at least {least}, got {getattr(self, name)}")
+                raise SpecError(field=f"trainer.{name}", wanted=f"at least {least}", got=getattr(self, name))
         if self.neftune_alpha < 0:
-            raise SpecError(f"trainer.neftune_alpha must be at least 0, got {self.neftune_alpha}")
+            raise SpecError(field="trainer.neftune_alpha", wanted="at least 0", got=self.neftune_alpha)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise SpecError(f"trainer.ema_decay must be in (0, 1) or null, got {self.ema_decay}")
+            raise SpecError(field="trainer.ema_decay", wanted="in (0, 1) or null", got=self.ema_decay)
         if self.patience is not None and self.patience < 1:
-            raise SpecError(f"trainer.patience must be at least 1 or null, got {self.patience}")
+            raise SpecError(field="trainer.patience", wanted="at least 1 or null", got=self.patience)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,7 +270,7 @@ class EvaluationSpec:
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
-            raise SpecError(f"evaluation.every_steps must be at least 0, got {self.every_steps}")
+            raise SpecError(field="evaluation.every_steps", wanted="at least 0", got=self.every_steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,18 +300,18 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise SpecError(f"rank must be at least 1, got {self.rank}")
+            raise SpecError(field="rank", wanted="at least 1", got=self.rank)
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise SpecError(f"alpha must be a positive number, got {self.alpha}")
+            raise SpecError(field="alpha", wanted="a positive number", got=self.alpha)
         if not 0 <= self.seed < 2**31:
-            raise SpecError(f"seed must be in [0, 2**31), got {self.seed}")
+            raise SpecError(field="seed", wanted="in [0, 2**31)", got=self.seed)
         if self.trainer.patience is not None and not 0 < self.evaluation.every_steps < self.trainer.max_steps:
             start, steps = f"trainer.patience={self.trainer.patience} counts evaluations", self.trainer.max_steps
             if steps < 2:
                 raise SpecError(f"{start} before the last step, and trainer.max_steps={steps} has none")
             raise SpecError(f"{start} while a run trains: give evaluation.every_steps, from 1 to {steps - 1}")
         for name, value in _infinite(_distinct(self)):  # comparisons with nan are false, and JSON has no such numbers
-            raise SpecError(f"{name} must be a finite number, got {value}")
+            raise SpecError(field=name, wanted="a finite number", got=value)
 
     @property
     def run_id(self) -> str:
@@ -306,6 +323,7 @@ class RunSpec:
 class Settings:
     """How and where runs are executed: nothing in here changes a result, so nothing of it is part of `run_id`.
 
+    `plugins` are modules and files that register parts of the user's own (`sweeper.register`).
     `max_pack` 0 lets the planner choose the number of runs trained together. On CUDA, `compile` on compiles the layers
     and captures whole steps as CUDA graphs, capture does only the latter, and auto compiles where a sweep is long
     enough to pay for it. What trains is checkpointed every `checkpoint_seconds`; a run that fails for a reason that may
@@ -324,6 +342,7 @@ class Settings:
     checkpoint_seconds: float = 300.0
     retry_failed: bool = True
     retries: int = 1
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", self.study):
@@ -333,12 +352,12 @@ class Settings:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise SpecError(f"trainer.device={self.device}: no such device. Choose from auto, cpu, cuda, cuda:N.")
         if self.retries < 0:
-            raise SpecError(f"sweep.retries must be at least 0, got {self.retries}")
+            raise SpecError(field="sweep.retries", wanted="at least 0", got=self.retries)
         if self.max_pack < 0:
-            raise SpecError(f"sweep.max_pack must be at least 0 (0: chosen for you), got {self.max_pack}")
+            raise SpecError(field="sweep.max_pack", wanted="at least 0 (0: chosen for you)", got=self.max_pack)
 
         if self.checkpoint_seconds <= 0:
-            raise SpecError(f"sweep.checkpoint_seconds must be above 0, got {self.checkpoint_seconds}")
+            raise SpecError(field="sweep.checkpoint_seconds", wanted="above 0", got=self.checkpoint_seconds)
         if self.tracking == "none" and self.tracking_options:
             name = next(iter(self.tracking_options))
             raise SpecError(f"tracking.{name}: tracking=none has no fields. Choose tracking=tensorboard or wandb.")
@@ -381,12 +400,9 @@ def to_mapping(spec: Any) -> dict[str, Any]:
     """Plain dict, list, str, number and None of a spec dataclass."""
     kind: Any = type(spec)
     optional = _marked(kind, "made") | _marked(kind, "added")
-    found = {name: _to_plain(getattr(spec, name)) for name in _field_names(kind)}
-    return {
-        name: value
-        for name, value in found.items()
-        if name not in optional or getattr(spec, name) != _defaults(kind)[name]
-    }
+    found = {name: getattr(spec, name) for name in _field_names(kind)}
+    kept = {name: one for name, one in found.items() if name not in optional or one != _defaults(kind)[name]}
+    return {name: _to_plain(value) for name, value in kept.items()}
 
 
 def typed_fields(kind: Any) -> list[str]:
@@ -395,11 +411,15 @@ def typed_fields(kind: Any) -> list[str]:
 
 
 def bare(spec: RunSpec) -> RunSpec:
-    """The spec as it was typed, without what is known of its files."""
-    if spec.model.content is None and spec.dataset.content is None:
-        return spec
-    model = dataclasses.replace(spec.model, content=None)
-    return dataclasses.replace(spec, model=model, dataset=dataclasses.replace(spec.dataset, content=None))
+    """The spec as it was typed, without what is known of its files and its code."""
+    parts: dict[str, Any] = {}
+    for name in _field_names(RunSpec):
+        section: Any = getattr(spec, name)
+        kind: Any = type(section)
+        made = [key for key in _marked(kind, "made") if getattr(section, key)] if is_dataclass(section) else []
+        if made:
+            parts[name] = dataclasses.replace(section, **dict.fromkeys(made))
+    return dataclasses.replace(spec, **parts) if parts else spec
 
 
 def placed_by_content(spec: Any) -> str | None:
@@ -420,7 +440,9 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
         value = mapping.get(item.name)
         if get_origin(item.type) is tuple and isinstance(value, str):  # dacite would take it letter by letter
-            raise SpecError(f"{prefix}{item.name} must be a list, got {value}: write '{prefix}{item.name}=[{value}]'")
+            name = f"{prefix}{item.name}"
+            line = f"{name} must be a list, got {value}: write '{name}=[{value}]'"
+            raise SpecError(line, field=name, wanted="a list", got=value)
         if get_origin(item.type) is dict and not isinstance(value, Mapping) and item.name in mapping:
             mapping = {**mapping, item.name: _pairs(value, f"{prefix}{item.name}", get_args(item.type)[1])}
     config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _to_float, int: _to_int})
@@ -429,9 +451,10 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
     except dacite.UnexpectedDataError as error:
         known = [f"{prefix}{name}" for name in typed_fields(kind)]
         names = ", ".join(f"{prefix}{key}" for key in sorted(error.keys))
-        raise SpecError(no_such_field(names, known)) from None
+        raise SpecError(no_such_field(names, known), field=names) from None
     except dacite.MissingValueError as error:
-        raise SpecError(f"{prefix}{error.field_path} is required: give {prefix}{error.field_path}=...") from None
+        name = f"{prefix}{error.field_path}"
+        raise SpecError(f"{name} is required: give {name}=...", field=name) from None
     except dacite.WrongTypeError as error:
         name, wanted, given = f"{prefix}{error.field_path}", error.field_type, error.value
         if get_origin(wanted) is dict and isinstance(given, Mapping):  # one of its values is at fault
@@ -441,7 +464,8 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
                 for key, value in given.items()
                 if not isinstance(value, wanted) or isinstance(value, bool)
             )
-        raise SpecError(f"{name} must be {_in_words(wanted)}, got {_as_typed(given)}") from None
+        line = f"{name} must be {_in_words(wanted)}, got {_as_typed(given)}"
+        raise SpecError(line, field=name, wanted=_in_words(wanted), got=given) from None
 
 
 def run_spec(mapping: Mapping[str, Any]) -> RunSpec:
@@ -516,20 +540,20 @@ def _distinct(spec: Any) -> dict[str, Any]:
         if name == elsewhere:
             continue
         if name not in defaults or value != defaults[name]:
-            plain[identities[name]] = _distinct(value) if dataclasses.is_dataclass(value) else _to_plain(value)
+            plain[identities[name]] = _to_plain(value, _distinct)
             if name in _marked(kind, "ordered") and list(value) != sorted(value):  # JSON with sorted keys would lose it
                 plain[f"{name}_order"] = list(value)
     return plain
 
 
-def _to_plain(value: Any) -> Any:
+def _to_plain(value: Any, of_spec: Callable[[Any], dict[str, Any]] = to_mapping) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
-    if dataclasses.is_dataclass(value):
-        return to_mapping(value)
+    if is_dataclass(value):
+        return of_spec(value)
     if isinstance(value, Mapping):
-        return {str(key): _to_plain(item) for key, item in value.items()}
-    return [_to_plain(item) for item in value]
+        return {str(key): _to_plain(item, of_spec) for key, item in value.items()}
+    return [_to_plain(item, of_spec) for item in value]
 
 
 def _to_float(value: Any) -> Any:

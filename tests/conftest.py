@@ -157,10 +157,10 @@ def engine(make_record: Callable[..., Record]) -> FakeEngine:
 @pytest.fixture
 def composer(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The project's own configuration, loaded the way `train.py` does."""
-    from sweeper import cli
+    from sweeper import config
 
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py")])
-    return cli.composer_of(None)
+    return config.composer_of(None)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """From plain data to specs and settings, section by section, with a line for everything that cannot be used."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
@@ -14,15 +14,18 @@ Plain = dict[str, Any]
 
 SCALARS = ("rank", "alpha", "seed")
 SECTIONS = {name: kind for name, kind in get_type_hints(RunSpec).items() if name not in SCALARS}
-SETTINGS = ("study", "output_root", "tracking", "sweep")
+SETTINGS = ("study", "output_root", "plugins", "tracking", "sweep")
 _MISSING = "???"
 
 
 class Builder:
-    """Makes specs of plain data, section by section, and keeps a line for everything that cannot be used."""
+    """Makes specs of plain data, section by section, and keeps a line for everything that cannot be used.
 
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
+    `unread` are the keys of overrides that cannot be read, which have a line: what they would have given is not missed.
+    """
+
+    def __init__(self, problems: list[str], unread: Collection[str] = ()) -> None:
+        self.problems, self.unread = problems, unread
 
     def run(
         self, plain: Plain, cache: dict[tuple[str, str], Any], values: Mapping[str, Any] | None = None
@@ -55,15 +58,16 @@ class Builder:
     def _section(self, name: str, kind: type, plain: Plain) -> Any:
         mapping = plain.get(name)
         if not isinstance(mapping, dict):
-            self.problems.append(f"{name} is required: choose an option of the group {name}")
+            if name not in self.unread:
+                self.problems.append(f"{name} is required: choose an option of the group {name}")
             return None
-        for key in _missing(mapping):
+        for key in (key for key in _missing(mapping) if f"{name}.{key}" not in self.unread):
             self.problems.append(f"{name}.{key} is required for {name}={mapping.get('name')}: give {name}.{key}=...")
         if any(_missing(mapping)):
             return None
         typed = typed_fields(kind)
-        if "content" in mapping and "content" not in typed:  # which is filled in
-            self.problems.append(no_such_field(f"{name}.content", [f"{name}.{field}" for field in typed]))
+        for made in {"content", "code"} & mapping.keys():  # which are filled in
+            self.problems.append(no_such_field(f"{name}.{made}", [f"{name}.{field}" for field in typed]))
             return None
         if name == "trainer":
             mapping = {key: value for key, value in mapping.items() if key != "device"}
@@ -73,8 +77,13 @@ class Builder:
         try:
             return build()
         except SweeperError as error:
-            self.problems.extend(error.lines)
+            missed = isinstance(error, SpecError) and error.got is None and error.field in self._unread_parts
+            self.problems.extend(() if missed else error.lines)
             return None
+
+    @property
+    def _unread_parts(self) -> set[str]:
+        return {part for key in self.unread for part in (key, key.split(".")[0])}
 
 
 def _probe() -> Plain:
@@ -104,7 +113,7 @@ def settings_of(plain: Plain, problems: list[str]) -> Settings | None:
     study, trainer, sweep = plain.get("study"), plain.get("trainer"), plain.get("sweep")
     if not isinstance(sweep, dict):
         problems.append(f"sweep must be a mapping, got {sweep}: give one of its fields, such as sweep.dry_run=true")
-    elsewhere = ("study", "output_root", "device", "tracking", "tracking_options")
+    elsewhere = ("study", "output_root", "plugins", "device", "tracking", "tracking_options")
     known = [f"sweep.{name}" for name in Settings.__slots__ if name not in elsewhere]
     strange = [name for name in map("sweep.{}".format, sweep if isinstance(sweep, dict) else ()) if name not in known]
     if strange:
@@ -113,6 +122,7 @@ def settings_of(plain: Plain, problems: list[str]) -> Settings | None:
     mapping = {
         "study": str(study) if type(study) is int else study,  # study=2026 is a folder's name too
         "output_root": plain.get("output_root"),
+        "plugins": [plugins] if isinstance(plugins := plain.get("plugins") or [], str) else plugins,
         "device": trainer.get("device", "auto") if isinstance(trainer, dict) else "auto",
         "tracking": tracking.pop("name", "none"),
         "tracking_options": tracking,
@@ -123,8 +133,7 @@ def settings_of(plain: Plain, problems: list[str]) -> Settings | None:
     try:
         return from_mapping(Settings, mapping)
     except SpecError as error:
-        name = str(error).split(" ", 1)[0]
-        problems.append(f"sweep.{error}" if isinstance(sweep, dict) and name in sweep else str(error))
+        problems.append(f"sweep.{error}" if isinstance(sweep, dict) and error.field in sweep else str(error))
         return None
 
 

@@ -159,9 +159,7 @@ def _no_such_field(key: str, plain: Plain) -> str:
         return f"{whole} has no keys yet; where it takes any, they are added with '+{whole}={{...}}'"
     if not choices:
         return f"{'.'.join([*path, leaf])}: no such field; {'.'.join(path)} has none here."
-    line = no_such_field(".".join([*path, leaf]), choices)
-    elsewhere = [] if path else sorted(_paths_to(leaf, plain))
-    return f"{line.partition(' Did you mean')[0]} Did you mean {' or '.join(elsewhere)}?" if elsewhere else line
+    return no_such_field(whole, choices, meant=() if path else sorted(_paths_to(leaf, plain)))
 
 
 def _paths_to(leaf: str, node: Any, prefix: str = "") -> Iterator[str]:

@@ -1,9 +1,16 @@
 """Hydra's configuration loader, and what it says when it refuses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -11,7 +18,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sweeper import register
 from sweeper.errors import SpecError
+
+_HERE = Path(__file__).parents[1]
+CONF = next(path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir())
+"""In the package where it is installed, beside it in a checkout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +56,33 @@ class Composer:
 
     def parse(self, override: str) -> Override:
         return OverridesParser.create(config_loader=self.loader).parse_overrides([override])[0]
+
+
+def composer_of(config_dir: str | Path | None = None) -> Composer:
+    """The loader of `conf/`, preceded by the folder that --config-dir names."""
+    GlobalHydra.instance().clear()
+    search_path = create_config_search_path(str(CONF))
+    if config_dir:
+        folder = f"file://{Path(config_dir).resolve()}"
+        search_path.prepend(provider="command-line", path=folder, anchor=SearchPathQuery(provider="schema"))
+    return Composer(loader=Hydra.create_main_hydra2("train", search_path).config_loader)
+
+
+def load_plugins(overrides: Iterable[str]) -> None:
+    """Loads what `plugins=...` names, and makes all that is registered options of its group.
+
+    Raises:
+        SpecError: as `register.load`.
+    """
+    plugins: list[str] = []
+    for line in overrides:
+        if line.partition("=")[0].lstrip("+") == "plugins":
+            with suppress(HydraException):  # which has a line of its own
+                value = OverridesParser.create().parse_overrides([line])[0].value()
+                plugins = list(map(str, value)) if isinstance(value, list) else [str(value)] if value else []
+    register.load(plugins)
+    for (group, name), one in register.FOUND.items():
+        ConfigStore.instance().store(group=group, name=name, node=dict(one.option), provider="register")
 
 
 def as_typed(overrides: ListConfig) -> tuple[str, ...]:

@@ -1,18 +1,20 @@
 """Every arm of a command: the grid times the cells, each combination once."""
 
 import itertools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sweeper import register
 from sweeper.arms import Arm, Params, look_up
 from sweeper.config.build import SECTIONS, Builder, differing, one_option, settings_of
 from sweeper.config.cells import Cell, cells_of, plain_of, unused
 from sweeper.config.composer import Composer
 from sweeper.config.grid import Axis, Grid, read_grid
 from sweeper.errors import Problems, SweeperError
+from sweeper.identity import Identities
 from sweeper.spec import RunSpec, Settings, to_mapping
 
 
@@ -63,7 +65,7 @@ def expand(overrides: Sequence[str], composer: Composer) -> Composition:
     """
     problems: list[str] = []
     grid = read_grid(overrides, composer, problems)
-    builder = Builder(problems)
+    builder = Builder(problems, grid.unread)
     found: list[Settings] = []
     cells = dict(cells_of(grid, composer, problems))
     for cell in cells.values():
@@ -80,13 +82,20 @@ def expand(overrides: Sequence[str], composer: Composer) -> Composition:
             arms.setdefault(arm.key, arm)
     if len(found) > 1:
         problems.append(differing(found))
-    problems = [line for line in problems if not grid.explains(line)]
     if not problems and grid.space:
         for arm in {arm.space: arm for arm in reversed(arms.values())}.values():
             _try_ends(arm, problems)
     if problems:
-        raise Problems(problems)
+        raise Problems([*problems, *_of_plugins(grid, found)])
     return Composition(arms=tuple(arms.values()), settings=found[0])
+
+
+def _of_plugins(grid: Grid, found: Sequence[Settings]) -> Iterator[str]:
+    """A line for each unknown option that runs of the study have, by code that is not loaded."""
+    for group, name in grid.unknown if found else ():
+        plugin = Identities(found[0].folder).plugin_of(group, name) if group in register.KEYS else None
+        if plugin is not None:
+            yield f"{group}={name} is code of your own in {found[0].folder}: {register.how_to_give(plugin)}"
 
 
 def _arm(

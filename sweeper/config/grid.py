@@ -29,7 +29,7 @@ class Grid:
     """`tuned` are the groups whose option is tuned, as axes; `space` is all that is tuned.
 
     `by_method` are the tuned fields whose range, where a method has one of its own, is the method's. `unread` are the
-    keys of overrides that cannot be read.
+    keys of overrides that cannot be read, `unknown` groups and options that there are not.
     """
 
     fixed: tuple[str, ...]
@@ -39,14 +39,7 @@ class Grid:
     tuned: tuple[Axis, ...] = ()
     by_method: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
-
-    def explains(self, problem: str) -> bool:
-        """Whether a problem is that a section lacks what an override that could not be read would have given."""
-        return any(
-            problem.startswith(f"{key} is required")
-            or (problem.startswith(f"{key.split('.')[0]}=") and " needs " in problem and " got neither" in problem)
-            for key in self.unread
-        )
+    unknown: tuple[tuple[str, str], ...] = ()
 
     @property
     def cell_axes(self) -> tuple[Axis, ...]:
@@ -84,7 +77,7 @@ def read_grid(overrides: Sequence[str], composer: Composer, problems: list[str])
             key, _, values = line.partition("=")
             problems.append(f"{line}: {key} is no axis of a grid. Give one value; a list is '{key}=[{values}]'")
         elif composer.is_group(override.key_or_group):
-            _known_options(override, [override.value()], composer, problems)
+            reader.known_options(override, [override.value()])
     return reader.grid()
 
 
@@ -176,6 +169,7 @@ class _Reader:
     groups: set[str] = field(default_factory=set)
     by_method: set[str] = field(default_factory=set)
     unread: set[str] = field(default_factory=set)
+    unknown: list[tuple[str, str]] = field(default_factory=list)
 
     def take(self, override: Override) -> None:
         key = override.get_key_element()
@@ -200,10 +194,11 @@ class _Reader:
             tuned=tuple(self.axes[key] for key in self.space if key in self.axes),
             by_method=frozenset(self.by_method & self.space.keys()),
             unread=frozenset(self.unread),
+            unknown=tuple(self.unknown),
         )
 
     def _fix(self, key: str, override: Override, group: bool) -> None:
-        if not group or _known_options(override, [override.value()], self.composer, self.problems):
+        if not group or self.known_options(override, [override.value()]):
             self.axes.pop(key, None)
             self.fixed[key] = str(override.input_line)
 
@@ -224,7 +219,7 @@ class _Reader:
         if axis is None:
             return
         if group:
-            kept = _known_options(override, axis.values, self.composer, self.problems)
+            kept = self.known_options(override, axis.values)
             places = [place for place, value in enumerate(axis.values) if value in kept]
             if not places:
                 return
@@ -235,6 +230,23 @@ class _Reader:
             )
             self.groups.add(key)
         self.axes[key] = axis
+
+    def known_options(self, override: Override, values: Sequence[Any]) -> list[Any]:
+        """Those of `values` that are options of the override's group; a line for each other."""
+        group, kept = override.key_or_group, []
+        if override.is_delete():
+            return list(values)
+        for value in values:
+            if isinstance(value, list) and group in SECTIONS:
+                self.problems.append(one_option(group))
+                continue
+            names = value if isinstance(value, list) else [value]
+            strange = [n for n in names if not isinstance(n, str) or not self.composer.has_option(group, n)]
+            if not strange:
+                kept.append(value)
+            self.problems.extend(_no_option(group, name, self.composer) for name in strange)
+            self.unknown.extend((group, str(name)) for name in strange)
+        return kept
 
 
 def _dimension(override: Override, group: bool, problems: list[str]) -> Dimension | None:
@@ -278,23 +290,6 @@ def _axis(override: Override, options: Sequence[str], problems: list[str]) -> Ax
     )
 
 
-def _known_options(override: Override, values: Sequence[Any], composer: Composer, problems: list[str]) -> list[Any]:
-    """Those of `values` that are options of the override's group; a line for each other."""
-    group, kept = override.key_or_group, []
-    if override.is_delete():
-        return list(values)
-    for value in values:
-        if isinstance(value, list) and group in SECTIONS:
-            problems.append(one_option(group))
-            continue
-        names = value if isinstance(value, list) else [value]
-        strange = [name for name in names if not isinstance(name, str) or not composer.has_option(group, name)]
-        if not strange:
-            kept.append(value)
-        problems.extend(_no_option(group, name, composer) for name in strange)
-    return kept
-
-
 # parts of Hydra that people know by name, and the packages they come in
 PLUGINS = {
     "joblib": "hydra-joblib-launcher",
@@ -320,4 +315,4 @@ def _no_option(group: str, name: Any, composer: Composer) -> str:
 
 
 def _is_setting(key: str) -> bool:
-    return key in ("study", "output_root", "trainer.device") or key.split(".")[0] in ("tracking", "sweep")
+    return key in ("study", "output_root", "plugins", "trainer.device") or key.split(".")[0] in ("tracking", "sweep")

@@ -34,7 +34,7 @@ __all__ = [
     "unadapted",
 ]
 
-PLACEMENTS: Mapping[str, tuple[str, ...]] = {
+PLACEMENTS: dict[str, tuple[str, ...]] = {
     "attn": ATTENTION,
     "attn_q": ("attn_q",),
     "attn_qk": ("attn_q", "attn_k"),
@@ -47,6 +47,8 @@ PLACEMENTS: Mapping[str, tuple[str, ...]] = {
     "mixer": MIXER,
     "all": (*ATTENTION, *FEED_FORWARD, *MIXER),
 }
+PICKS: dict[str, Callable[[Sequence[Target]], Iterable[Target]]] = {}
+"""Of placements by a function (`sweeper.register`): of the modules that roles, patterns and layers choose, which."""
 PARTS: Mapping[str, tuple[str, ...]] = {"attention": ATTENTION, "feed-forward": FEED_FORWARD, "token mixer": MIXER}
 LAYER_CHOICES = "all, lower_half, upper_half, middle_half, every_other, first:K, last:K or a list such as [0,3,7]"
 
@@ -73,6 +75,10 @@ def resolve(targets: Sequence[Target], placement: PlacementSpec, *, layers: int)
             if not ends:
                 raise SpecError(f"placement={placement.name}: this model has no {role} module to adapt")
             names |= ends
+    if pick := PICKS.get(placement.name):
+        names = {target.name for target in pick([target for target in targets if target.name in names])} & names
+        if not names:
+            raise SpecError(f"placement={placement.name}: its function picks no module of this model")
     return tuple(target for target in targets if target.name in names)
 
 

@@ -1,11 +1,14 @@
-"""What people see while runs train: a live table in a terminal, plain lines anywhere else."""
+"""What people see while runs train: a live table in a terminal or notebook, plain lines anywhere else."""
 
+import html
+import io
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +30,8 @@ class Display(Protocol):
 def make_display(plan: Planned, console: Console, *, trials: int | None = None) -> Display:
     """`trials` is how many each tuned arm shall have."""
     board = Board.of(plan, wanted=trials)
+    if console.is_jupyter:
+        return NotebookDisplay(board, console)
     return LiveDisplay(board, console) if console.is_terminal else LineDisplay(board, console)
 
 
@@ -96,6 +101,42 @@ class LiveDisplay:
             clock_time(view.eta()) if training else ("" if view.state == "waiting" else view.state),
             view.error or _change(view),
         ]
+
+
+class NotebookDisplay:
+    """The live table with a progress bar in a notebook's output, drawn again at most twice a second."""
+
+    def __init__(self, board: Board, console: Console) -> None:
+        self.board, self.live = board, LiveDisplay(board, console)
+        self.drawn = 0.0
+        self.output: Any = None
+
+    def __enter__(self) -> Self:
+        import IPython.display
+
+        self.output = IPython.display.display(self._page(), raw=True, display_id=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.output.update(self._page(), raw=True)
+
+    def __call__(self, event: Event) -> None:
+        self.live(event)
+        if self.board.clock() - self.drawn >= 0.5:
+            self.drawn = self.board.clock()
+            self.output.update(self._page(), raw=True)
+
+    def _page(self) -> dict[str, str]:
+        views = self.board.views.values()
+        bar = ProgressBar(total=sum(view.steps for view in views), completed=sum(view.step for view in views), width=60)
+        page = Console(file=io.StringIO(), width=115)
+        page.print(bar)
+        page.print()
+        page.print(self.live.render())
+        text = page.file.getvalue()  # type: ignore[attr-defined]
+        return {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
 
 
 class LineDisplay:

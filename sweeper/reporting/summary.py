@@ -126,7 +126,8 @@ def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[
     from sweeper import methods  # imports torch
 
     flat = naming.flat(record.spec)
-    lacking = methods.lacks(MethodSpec(name=flat["method"], options=record.spec["method"].get("options", {})))
+    method = MethodSpec(name=flat["method"], options=record.spec["method"].get("options", {}))
+    lacking = methods.lacks(method) if method.name in methods.METHODS else []  # a plugin's, not loaded for this command
     phases = record.scores.get(SPLIT, {})
     cost = record.efficiency
     share = record.trainable_parameters / record.total_parameters if record.total_parameters else None

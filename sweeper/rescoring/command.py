@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeper import cli, config, identity
+from sweeper import config, identity
 from sweeper.errors import SpecError
 from sweeper.reporting import text
 from sweeper.reporting.console import make_console
@@ -19,6 +19,7 @@ python evaluate.py FOLDER... [dataset=NAME,...] [dataset.FIELD=...] [evaluation.
 
   FOLDER   outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, or a folder written by adapters.py combine
   dataset  tasks to score on (default: each run's training dataset)
+  plugins  files and modules with the code of runs' own methods and tasks (docs/extending.md)
   evaluation.splits=[test] and evaluation.generate=true are defaults; evaluation=lm_eval scores with lm-eval
 
 Results go to FOLDER/RUN_ID/evaluations/ and are printed as a table; records and adapters are not changed."""
@@ -36,7 +37,16 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     folders = [Path(argument) for argument in arguments if "=" not in argument]
-    datasets, evaluation, settings = _composed([argument for argument in arguments if "=" in argument])
+    score(folders, [argument for argument in arguments if "=" in argument], config.composer_of())
+
+
+def score(folders: Sequence[Path], overrides: Sequence[str], composer: config.Composer) -> list[Rescored | Harnessed]:
+    """Scores the saved runs in some folders, prints their tables and returns what is in them.
+
+    Raises:
+        SweeperError: as `main`.
+    """
+    datasets, evaluation, settings = _composed(overrides, composer)
     if not folders:
         raise SpecError(f"no folder of runs given. Usage: {USAGE.splitlines()[0]}")
     runs = rescore.find(folders)
@@ -46,22 +56,27 @@ def main(arguments: Sequence[str]) -> None:
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"{len(runs)} saved run{'s' if len(runs) > 1 else ''} to score", markup=False)
     if evaluation.name == lm_harness.NAME:
-        show_harness(list(rescore.harness(runs, datasets, evaluation, settings)), console)
-    else:
-        show(list(rescore.rescore(runs, datasets, evaluation, settings)), console)
+        harnessed = list(rescore.harness(runs, datasets, evaluation, settings))
+        show_harness(harnessed, console)
+        return [*harnessed]
+    rescored = list(rescore.rescore(runs, datasets, evaluation, settings))
+    show(rescored, console)
+    return [*rescored]
 
 
-def _composed(overrides: Sequence[str]) -> tuple[list[DatasetSpec], EvaluationSpec, Settings]:
+def _composed(
+    overrides: Sequence[str], composer: config.Composer
+) -> tuple[list[DatasetSpec], EvaluationSpec, Settings]:
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     for key in keys:
-        if not any(key == name or key.startswith(f"{name}.") for name in OVERRIDES):
+        if key != "plugins" and not any(key == name or key.startswith(f"{name}.") for name in OVERRIDES):
             raise SpecError(f"{key}: evaluate.py takes overrides of {', '.join(OVERRIDES)} only; a run keeps the rest")
     if "dataset" not in keys and any(key.startswith("dataset.") for key in keys):
         raise SpecError(
             "dataset.FIELD=... needs dataset=NAME: without it each run is scored on its own dataset as it was"
         )
     lines = [*(f"{key}={value}" for key, value in DEFAULTS.items() if key not in keys), *overrides]
-    composition = config.expand(lines, cli.composer_of(None))
+    composition = config.expand(lines, composer)
     specs = composition.specs
     datasets = [identity.known(one) for one in unique(s.dataset for s in specs)] if "dataset" in keys else []
     return datasets, specs[0].evaluation, composition.settings

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import naming, record, tasks
+from sweeper import naming, record, register, tasks
 from sweeper.errors import DataError, Problems, SweeperError
 from sweeper.identity import Former, changes, former_of
 from sweeper.record import ADAPTER, COMBINED, RECORD, WEIGHTS, Score
@@ -130,7 +130,9 @@ def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: Ev
     """
     from sweeper import models
 
-    problems = list(changed(runs, ["model", *(["dataset"] if not datasets else [])], certain=True))
+    read = ["dataset"] if not datasets else []
+    problems = list(changed(runs, ["model", *read], certain=True))
+    problems += dict.fromkeys(line for run in runs for line in register.missing(run.spec, ["method", *read]))
     wanted = unique(datasets or [run.spec.dataset for run in runs])
     acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in wanted]
     acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in wanted]

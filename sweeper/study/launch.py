@@ -4,14 +4,17 @@ import dataclasses
 import errno
 import functools
 import importlib.util
+import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from sweeper import record
+from sweeper import record, register
 from sweeper.arms import Arm, look_up, single
 from sweeper.errors import Interrupted, RunsFailed, SpecError, SweeperError, gist
 from sweeper.record import Record
@@ -30,34 +33,54 @@ from sweeper.training.events import Event, RunFinished, Stage
 MENDABLE = ("SpecError", "DataError", "ModelError")  # whose message says it all
 
 
-def train(
-    arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, *, engine: TrainRuns | None = None
-) -> dict[str, Record]:
-    """Trains what is missing, prints and saves the table; returns the records of all runs that stand for an arm.
+Workers = Callable[[Scheduler], Outcome]
+"""Who trains what a scheduler has."""
 
-    Raises:
-        Problems: bad input; nothing was trained and nothing written.
-        RunsFailed: every run was tried and some failed.
-        Interrupted: stopped by Ctrl-C.
-        ContextLost: this process can use its GPU no more; the same again in a fresh one goes on from what is saved.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """What a command came to.
+
+    Attributes:
+        runs: those that stand for an arm, in grid order, then others that failed, as trials do.
+        records: of those that stand for an arm, by run id.
+        failures: a line for each that did not complete; None where all did.
     """
 
-    def go(work: Scheduler) -> Outcome:
-        return scheduler.run(work, train=engine)
+    study: Path
+    runs: tuple[Run, ...]
+    records: dict[str, Record]
+    failures: RunsFailed | None = None
 
-    return _carry_out(arms, settings, search or SearchSettings(), go)
+
+def train(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, *,
+    workers: Workers | None = None, engine: TrainRuns | None = None,
+) -> dict[str, Record]:  # fmt: skip
+    """As `carry_out`; returns the records of all runs that stand for an arm.
+
+    Raises:
+        RunsFailed: every run was tried and some failed.
+    """
+    found = carry_out(arms, settings, search, workers=workers, engine=engine)
+    if found.failures is not None:
+        raise found.failures
+    return found.records
 
 
-def train_on_ray(
-    arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, **ray_settings: Any
-) -> dict[str, Record]:
-    """As `train`, on workers over Ray; `ray_settings` are the fields of `sweeper.study.ray_workers.RaySettings`."""
+def on_ray(**ray_settings: Any) -> Workers:
+    """Workers over Ray; `ray_settings` are the fields of `sweeper.study.ray_workers.RaySettings`."""
     if importlib.util.find_spec("ray") is None:
         raise SpecError("hydra/launcher=ray needs the package ray: pip install '.[ray]'")
     from sweeper.study import ray_workers
 
     chosen = ray_workers.RaySettings(**ray_settings)
-    return _carry_out(arms, settings, search or SearchSettings(), lambda work: ray_workers.run(work, chosen))
+    return lambda work: ray_workers.run(work, chosen)
+
+
+def as_jobs(launcher: Any) -> Workers:
+    """A job of a Hydra launcher for each run."""
+    return lambda work: _as_jobs(work, launcher)
 
 
 def train_one(spec: RunSpec, settings: Settings, *, engine: TrainRuns | None = None) -> float | None:
@@ -66,25 +89,18 @@ def train_one(spec: RunSpec, settings: Settings, *, engine: TrainRuns | None = N
     return objective(next(iter(found.values()), None))
 
 
-def train_as_jobs(arms: Sequence[Arm], settings: Settings, search: SearchSettings, launcher: Any) -> dict[str, Record]:
-    """As `train`, a job of a Hydra launcher for each run."""
-
-    def go(work: Scheduler) -> Outcome:
-        return _as_jobs(work, launcher)
-
-    return _carry_out(arms, settings, search, go)
-
-
 def _as_jobs(work: Scheduler, launcher: Any) -> Outcome:
     """Batches of runs as Hydra jobs; a batch ends before the next is asked for, and nothing is pruned midway."""
     by_key = {state.arm.key: state.arm for state in work.states.values()}  # as they are in this study
+    given = ",".join(map(json.dumps, work.settings.plugins))
+    plugins = [f"plugins=[{given}]"] if given else []
     begun = 0
     try:
         while kinds := work.pending():
             pulled = work.pull(sum(kind.most for kind in kinds), [kind.key for kind in kinds])
             if not pulled.runs:
                 break
-            typed = [_typed(by_key[one.arm], to_mapping(one.spec)) for one in pulled.runs]
+            typed = [[*_typed(by_key[one.arm], to_mapping(one.spec)), *plugins] for one in pulled.runs]
             former = [_stamp(request) for request in pulled.runs]
             for request in pulled.runs:
                 work.claims.give_back(request.run_id)  # the job is a command of its own and claims it
@@ -150,15 +166,29 @@ def _no_jobs(launcher: Any, error: Exception) -> SpecError:
     )
 
 
-def _carry_out(
-    arms: Sequence[Arm], settings: Settings, search: SearchSettings, go: Callable[[Scheduler], Outcome]
-) -> dict[str, Record]:
+def carry_out(
+    arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, *,
+    workers: Workers | None = None, engine: TrainRuns | None = None,
+) -> Finished:  # fmt: skip
+    """Trains what is missing, prints and saves the table: where the command line and the Python API meet.
+
+    Args:
+        workers: who trains; None is this process. engine: what it trains with.
+
+    Raises:
+        Problems: bad input; nothing was trained and nothing written.
+        Interrupted: stopped by Ctrl-C.
+        ContextLost: this process can use its GPU no more; the same again in a fresh one goes on from what is saved.
+    """
+    search = search or SearchSettings()
+    register.load(settings.plugins)
     plan, console = planning.make(arms, settings, search), make_console()
+    settings = _with_plugins(settings, plan, elsewhere=workers is not None)
     for line in (*_left_out(plan), *plan.notes):
         console.print(line, markup=False, soft_wrap=True)
     if settings.dry_run:
         show_plan(plan, settings, search, console)
-        return {}
+        return Finished(study=plan.study, runs=plan.runs, records={})
     early: list[Event] = []
     work = Scheduler(plan.arms, [run.run_id for run in plan.todo], settings, search, observers=[early.append])
     left = bool(work.pending())
@@ -172,11 +202,20 @@ def _carry_out(
             with display:
                 for event in early:
                     display(event)
-                outcome = go(work)
+                outcome = scheduler.run(work, train=engine) if workers is None else workers(work)
         finally:
             if tracker is not None:
                 tracker.close()
     return conclude(plan, work, console, outcome)
+
+
+def _with_plugins(settings: Settings, plan: Plan, *, elsewhere: bool) -> Settings:
+    """The settings with all plugins that runs need; other processes (`elsewhere`) can have code from nowhere else."""
+    found = register.plugins_of(run.spec for run in plan.runs)
+    if elsewhere and "" in found:
+        raise SpecError(f"code of your own for workers in other processes: {register.how_to_give('')}")
+    plugins = dict.fromkeys([*settings.plugins, *filter(None, found)])
+    return dataclasses.replace(settings, plugins=tuple(plugins))
 
 
 def objective(found: Record | None) -> float | None:
@@ -231,8 +270,8 @@ def _where(dimension: str, arms: Sequence[Arm]) -> str:
     return f" (method={','.join(methods)})" if len(tuning) < len(arms) else ""
 
 
-def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) -> dict[str, Record]:
-    """Prints the command's table, saves the study's, and raises where not every run completed."""
+def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) -> Finished:
+    """Prints the command's table and saves the study's; raises where it was stopped."""
     chosen = [request for requests in work.chosen().values() for request in requests]
     found: dict[str, Record] = {}
     for request in chosen:
@@ -256,9 +295,11 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
     lines = [f"{row['arm']}: no trial completed" for row in work.table() if row["best"] is None and not several]
     if failed or (left and not elsewhere):
         lines += _failures(plan, failed, left, len(outcome.records) if plan.tuned else len(chosen))
-    if lines:
-        raise RunsFailed(lines)
-    return found
+    others = [one for run_id, one in failed.items() if run_id not in {run.run_id for run in chosen}]
+    return Finished(
+        study=plan.study, runs=(*chosen, *(Run.recorded(one, plan.study) for one in others)), records=found,
+        failures=RunsFailed(lines) if lines else None,
+    )  # fmt: skip
 
 
 def _stopped(plan: Plan, found: Mapping[str, Record]) -> str:

@@ -22,7 +22,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from sweeper.errors import SweeperError, first_line
+from sweeper import register
+from sweeper.errors import Problems, SweeperError, first_line
 from sweeper.lost import ContextLost
 from sweeper.spec import Settings
 from sweeper.study.scheduler import Outcome, Scheduler, stop_on_signal
@@ -127,6 +128,8 @@ class _Messenger:
         with self.lock:
             self.flush()
             found: Pulled = self._ask("pull", (count, list(kinds)))
+            if lines := [line for run in found.runs for line in register.missing(run.spec)]:
+                raise Problems(lines)
             return found
 
     def to_prune(self) -> Collection[str]:
@@ -154,6 +157,7 @@ class _Worker:
     def __init__(self, name: str, desk: Any, settings: Settings, folder: str) -> None:
         if os.path.isdir(folder):
             os.chdir(folder)
+        register.load(settings.plugins)
         self.settings, self.messenger = settings, _Messenger(name, desk)
 
     def train(self) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sweeper.errors import ModelError, SpecError, unknown
 from sweeper.models.architecture import structure
 from sweeper.placement.placement import PLACEMENTS, Target, check_rank, number_of_layers, resolve, select_layers
-from sweeper.spec import PlacementSpec, from_mapping
+from sweeper.spec import PlacementSpec, from_mapping, typed_fields
 
 CONF = Path(__file__).parents[2] / "conf" / "placement"
 LAYERS = 2
@@ -384,7 +384,7 @@ def test_the_configuration_files_hold_the_placements(path: Path) -> None:
         fields["patterns"] = ["c_fc"]
     spec = from_mapping(PlacementSpec, fields)
     assert spec.roles == PLACEMENTS.get(path.stem, ())
-    assert set(fields) == set(PlacementSpec.__slots__)
+    assert set(fields) == set(typed_fields(PlacementSpec))
 
 
 def test_every_placement_has_a_configuration_file() -> None:

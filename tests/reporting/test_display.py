@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,3 +217,33 @@ def test_a_remark_is_made_once_and_stays(live: bool, plan: Plan, searched: Plan)
                 view(Remark(message=message))
         assert out.getvalue().count("2 of 9 [examples] are left out") == 1
         assert out.getvalue().count("another") == 1
+
+
+def test_a_notebook_has_one_output_that_is_drawn_again(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages: list[dict[str, str]] = []
+
+    class Output:
+        def update(self, page: dict[str, str], *, raw: bool) -> None:
+            pages.append(page)
+
+    def show(page: dict[str, str], *, raw: bool, display_id: bool) -> Output:
+        pages.append(page)
+        return Output()
+
+    module = SimpleNamespace(display=show)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=module))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    console = Console(file=io.StringIO(), force_jupyter=True)
+    with display.make_display(plan, console) as view:
+        assert isinstance(view, display.NotebookDisplay)
+        view.drawn, view.board.clock = 0.0, (clock := Clock())
+        run_id = plan.runs[0].run_id
+        view(RunStarted(run_id=run_id, steps=8))
+        for number in range(1, 5):
+            clock.now += 0.25
+            view(step(run_id, number, loss=1.5))
+    assert len(pages) == 4  # first, at 0.5 and 1.0 seconds, last
+    assert "attn r4" in pages[-1]["text/plain"]
+    assert "4/8" in pages[-1]["text/plain"]
+    assert pages[0]["text/plain"].splitlines()[0].strip() != pages[-1]["text/plain"].splitlines()[0].strip()
+    assert pages[-1]["text/html"].startswith("<pre>")

@@ -18,7 +18,6 @@ from sweeper.lost import ContextLost
 from sweeper.record import Record
 from sweeper.spec import RunSpec, Settings
 from sweeper.study import launch, scheduler
-from sweeper.study.search_settings import SearchSettings
 from sweeper.training.events import RunFinished, Step
 
 
@@ -179,10 +178,10 @@ def test_another_launcher_gets_a_run_a_job(composer: Any, study: Settings, make_
 
     launcher = JobLauncher(job)
     with pytest.raises(RunsFailed, match="2 of 4 runs failed"):
-        launch.train_as_jobs(found.arms, found.settings, SearchSettings(), launcher)
+        launch.train(found.arms, found.settings, workers=launch.as_jobs(launcher))
     assert len(launcher.calls) == 4
     with pytest.raises(RunsFailed):
-        launch.train_as_jobs(found.arms, found.settings, SearchSettings(), launcher)
+        launch.train(found.arms, found.settings, workers=launch.as_jobs(launcher))
     assert [call[1:] for call in launcher.calls[4:]] == [
         ["placement=attn", "rank=8", "seed=0"],
         ["placement=ff", "rank=8", "seed=0"],
@@ -221,7 +220,7 @@ def test_what_a_job_raised_is_its_runs_error(grid: Any, study: Settings) -> None
         raise ValueError(f"no\nluck with {overrides[1]}")
 
     with pytest.raises(RunsFailed) as caught:
-        launch.train_as_jobs(grid.arms, grid.settings, SearchSettings(), HoldingBack(job))
+        launch.train(grid.arms, grid.settings, workers=launch.as_jobs(HoldingBack(job)))
     assert "2 of 2 runs failed" in caught.value.lines[0]
     assert any("ValueError: no luck with placement=attn" in line for line in caught.value.lines)
     kept = [record.read_record(study.folder / spec.run_id).error for spec in grid.specs]
@@ -239,7 +238,7 @@ def test_a_failed_record_of_before_is_no_record_of_the_job(
         raise ValueError("of today")
 
     with pytest.raises(RunsFailed) as caught:
-        launch.train_as_jobs(grid.arms, grid.settings, SearchSettings(), HoldingBack(job))
+        launch.train(grid.arms, grid.settings, workers=launch.as_jobs(HoldingBack(job)))
     assert "of today" in str(caught.value)
     assert "of yesterday" not in str(caught.value)
 
@@ -252,7 +251,7 @@ def test_a_job_that_ends_badly_after_its_record_is_told(
         record.write_record(study.folder / spec.run_id, make_record(spec))
         raise ConnectionError("the tracker is gone")
 
-    assert len(launch.train_as_jobs(grid.arms, grid.settings, SearchSettings(), HoldingBack(job))) == 2
+    assert len(launch.train(grid.arms, grid.settings, workers=launch.as_jobs(HoldingBack(job)))) == 2
     out = capsys.readouterr().out
     assert "its record is whole, but its job ended with ConnectionError: the tracker is gone" in out
 
@@ -263,7 +262,7 @@ def test_a_launcher_that_runs_nothing_is_one_line_and_leaves_nothing(grid: Any, 
             raise RuntimeError("no such\ncluster")
 
     with pytest.raises(SpecError, match=r"^hydra/launcher: Broken ran no job \(RuntimeError: no such cluster\)"):
-        launch.train_as_jobs(grid.arms, grid.settings, SearchSettings(), Broken(lambda overrides: None))
+        launch.train(grid.arms, grid.settings, workers=launch.as_jobs(Broken(lambda overrides: None)))
     assert not list(study.folder.glob("*/record.json"))
 
 
@@ -277,7 +276,7 @@ def test_a_launcher_that_breaks_halfway_keeps_what_was_done(
             raise RuntimeError("a worker died")
 
     with pytest.raises(RunsFailed, match=r"(?s)1 of 2 runs failed.*RuntimeError: a worker died"):
-        launch.train_as_jobs(grid.arms, grid.settings, SearchSettings(), Halfway(lambda overrides: None))
+        launch.train(grid.arms, grid.settings, workers=launch.as_jobs(Halfway(lambda overrides: None)))
 
 
 def test_a_folder_name_that_is_too_long_says_what_fits(grid: Any) -> None:
@@ -286,7 +285,7 @@ def test_a_folder_name_that_is_too_long_says_what_fits(grid: Any) -> None:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x" * 300)
 
     with pytest.raises(SpecError, match=r"too long for the file system: 'hydra.sweep.subdir=\$\{hydra.job.num\}'"):
-        launch.train_as_jobs(grid.arms, grid.settings, SearchSettings(), Long(lambda overrides: None))
+        launch.train(grid.arms, grid.settings, workers=launch.as_jobs(Long(lambda overrides: None)))
 
 
 def test_a_scheduler_off_the_main_thread_needs_no_signals(

@@ -58,6 +58,13 @@ class AblationSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        from sweeper.study import launch
+
+        arms, settings, search, workers = self.command(arguments)
+        return launch.train(arms, settings, search, workers=workers)
+
+    def command(self, arguments: list[str]) -> tuple[Any, Any, Any, Any]:
+        """Arms, settings, search and workers, as `sweeper.study.launch.carry_out` takes them."""
         from sweeper import config
         from sweeper.study import launch
 
@@ -71,8 +78,8 @@ class AblationSweeper(Sweeper):
         )
         lines: Sequence[str] = [*config.axes_of(self.params), *arguments]
         found, search = config.expand(lines, composer), config.search_settings(self.search)
-        # by name: Hydra imports its plugins twice, so that a class may not be the class of the same name
-        if str(self.config.hydra.launcher._target_).startswith(f"{__package__}."):
-            ours: Any = self.launcher
-            return ours.train(found.arms, found.settings, search)
-        return launch.train_as_jobs(found.arms, found.settings, search, self.launcher)
+        # told by its name: Hydra imports plugins twice, so a class may not be the class of the same name
+        ours = str(self.config.hydra.launcher._target_).startswith(f"{__package__}.")
+        launcher: Any = self.launcher
+        workers = launcher.our_workers() if ours else launch.as_jobs(launcher)
+        return found.arms, found.settings, search, workers

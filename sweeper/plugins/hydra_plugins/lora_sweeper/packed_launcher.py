@@ -21,7 +21,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedL
 
 
 class PackedLauncher(Launcher):
-    """Our sweeper calls `train`; `launch` does the same for the jobs of any other sweeper."""
+    """Our sweeper asks for `our_workers`; `launch` has the jobs of any other sweeper trained by them."""
 
     def __init__(self) -> None:
         self.config: DictConfig | None = None
@@ -30,11 +30,9 @@ class PackedLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
 
-    def train(self, arms: Any, settings: Any, search: Any = None) -> Any:
-        """Trains arms; returns the records by run id."""
-        from sweeper.study import launch
-
-        return launch.train(arms, settings, search)
+    def our_workers(self) -> Any:
+        """Who trains; None is this process."""
+        return None
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from sweeper import config
@@ -52,7 +50,7 @@ class PackedLauncher(Launcher):
         if any(settings != jobs[0][1] for _, settings in jobs):
             raise SpecError(config.differing([settings for _, settings in jobs]))
         specs = list(map(Identities(jobs[0][1].folder), (spec for spec, _ in jobs)))
-        found = self.train(grouped(specs), jobs[0][1])
+        found = launch.train(grouped(specs), jobs[0][1], workers=self.our_workers())
         values = [launch.objective(found.get(spec.run_id)) for spec in specs]
         return [
             JobReturn(overrides=list(overrides), _return_value=value, status=JobStatus.COMPLETED)

@@ -28,7 +28,7 @@ class RayLauncher(PackedLauncher):
         super().__init__()
         self.settings = settings
 
-    def train(self, arms: Any, settings: Any, search: Any = None) -> Any:
+    def our_workers(self) -> Any:
         from sweeper.study import launch
 
-        return launch.train_on_ray(arms, settings, search, **self.settings)
+        return launch.on_ray(**self.settings)
