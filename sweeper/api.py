@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sweeper.config import Composer
-    from sweeper.rescoring.rescore import Harnessed, Rescored
+    from sweeper.rescoring.rescore import HarnessResult, Rescored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +125,7 @@ def train(*overrides: str, config_dir: str | Path | None = None, **fields: Any) 
 
 def evaluate(
     runs: Study | Run | str | Path, *overrides: str, config_dir: str | Path | None = None, **fields: Any
-) -> "list[Rescored | Harnessed]":
+) -> "list[Rescored | HarnessResult]":
     """Scores saved runs on other tasks without training, as evaluate.py, and prints the tables.
 
     Args:

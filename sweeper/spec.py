@@ -279,6 +279,7 @@ class ObjectiveSpec:
 
     name: str = "nll"
     options: dict[str, Any] = field(default_factory=dict)
+    code: CodeSpec | None = field(default=None, metadata=MADE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,7 +40,9 @@ def main(arguments: Sequence[str]) -> None:
     score(folders, [argument for argument in arguments if "=" in argument], config.composer_of())
 
 
-def score(folders: Sequence[Path], overrides: Sequence[str], composer: config.Composer) -> list[Rescored | Harnessed]:
+def score(
+    folders: Sequence[Path], overrides: Sequence[str], composer: config.Composer
+) -> list[Rescored | HarnessResult]:
     """Scores the saved runs in some folders, prints their tables and returns what is in them.
 
     Raises:
