@@ -5,6 +5,7 @@ line does. Errors are the command line's: one line each, as `SweeperError`.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,6 +181,7 @@ def _composing(words: Sequence[str], config_dir: str | Path | None) -> "Iterator
 
     from sweeper import cli, config
 
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as `sweeper.cli.run`
     former = GlobalHydra.instance().hydra
     folder = None if config_dir is None else str(config_dir)
     try:

@@ -271,12 +271,11 @@ def _noting(plugin: str) -> Iterator[None]:
 def _load_module(name: str) -> None:
     if name in sys.modules:
         return
-    sys.path.append(str(Path.cwd()))  # a script's own folder is on the path, not the one it is called from
-    try:
-        with _noting(name):
-            importlib.import_module(name)
-    finally:
-        sys.path.pop()
+    here = str(Path.cwd())
+    if here not in sys.path:  # a script's own folder is on the path, not the one it is called from
+        sys.path.append(here)
+    with _noting(name):
+        importlib.import_module(name)
 
 
 def _load_file(path: Path) -> None:

@@ -1,6 +1,5 @@
 """Fixtures of the whole suite."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,11 +154,10 @@ def engine(make_record: Callable[..., Record]) -> FakeEngine:
 
 
 @pytest.fixture
-def composer(monkeypatch: pytest.MonkeyPatch) -> Any:
+def composer() -> Any:
     """The project's own configuration, loaded the way `train.py` does."""
     from sweeper import config
 
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py")])
     return config.composer_of(None)
 
 

@@ -93,6 +93,13 @@ def test_a_sweep_has_the_runs_of_the_command_line(trains: FakeEngine, tmp_path: 
     assert {run.run_id for run in sweeper.load_study("outputs/mine").runs} == {run.run_id for run in study.runs}
 
 
+def test_a_tuned_arm_is_its_best_trial(trains: FakeEngine) -> None:
+    tuned = (*SMOKE, "rank=4,8", "optim.lr=tag(log,interval(1e-4,1e-2))", "hydra.sweeper.n_trials=2")
+    study = sweeper.sweep(*tuned, study="tuned")
+    assert [run.spec.rank for run in study.runs] == [4, 8]
+    assert (len(trains.trained), len(sweeper.load_study(study.folder).runs), len(study.table())) == (4, 4, 2)
+
+
 def test_a_dry_run_trains_nothing(trains: FakeEngine, tmp_path: Path) -> None:
     study = sweeper.sweep(*SMOKE, "rank=4,8", **{"sweep.dry_run": True})
     assert [run.status for run in study.runs] == [None, None]

@@ -283,6 +283,13 @@ def test_a_plugin_that_fails_is_one_line(text: str, line: str, tmp_path: Path) -
     assert "bad_plugin" not in sys.modules
 
 
+def test_a_module_in_the_folder_of_the_command_is_found(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    mine.rename(mine.with_name("a_module_of_mine.py"))
+    register.load(["a_module_of_mine"])
+    assert register.FOUND["method", "eager"].code.plugin == "a_module_of_mine"
+
+
 def test_a_file_named_as_a_module_is_refused(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("")
     with pytest.raises(SpecError, match="there is another module json: give the file another name"):

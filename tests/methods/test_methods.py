@@ -36,7 +36,7 @@ def test_options_have_the_type_of_their_default() -> None:
 def test_vera_may_have_more_directions_than_a_module_has_sides(composer: Any) -> None:
     lines = ["model=tiny_llama", "method=vera", "rank=4096"]
     (spec,) = config.expand(lines, composer).specs
-    chosen = plan.targets(spec)
+    chosen = plan.module_ranks(spec)
     assert methods.trainable(spec.method, dict.fromkeys(chosen, 4096)) == sum(4096 + t.out_features for t in chosen)
     with pytest.raises(SpecError, match="rank=4096 is above"):
-        plan.targets(config.expand(["model=tiny_llama", "rank=4096"], composer).specs[0])
+        plan.module_ranks(config.expand(["model=tiny_llama", "rank=4096"], composer).specs[0])
