@@ -1,6 +1,6 @@
 """Fixtures of the whole suite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +154,14 @@ def engine(make_record: Callable[..., Record]) -> FakeEngine:
 
 
 @pytest.fixture
-def composer() -> Any:
+def composer() -> Iterator[Any]:
     """The project's own configuration, loaded the way `train.py` does."""
+    from hydra.core.global_hydra import GlobalHydra
+
     from sweeper import config
 
-    return config.composer_of(None)
+    yield config.composer_of(None)
+    GlobalHydra.instance().clear()
 
 
 @pytest.fixture
