@@ -24,11 +24,13 @@ SMOKE = ["-m", "experiment=smoke", "trainer.precision=float32", "trainer.max_ste
          "sweep.calibrate=false"]  # fmt: skip
 EVERY = "lora,rslora,lora_plus,lora_fa,dora,pissa,olora,vera,relora,sparse,full_ft,bitfit,adalora,qlora"
 COMMANDS = {
-    "methods": [f"method={EVERY}", "placement=attn,full", "rank=4"],
-    "peft": ["method=peft", "method.options.tuner=LOHA,BONE", "placement=attn", "rank=4"],
+    "methods": [f"method={EVERY}", "placement=attn,full", "rank=4", "trainer.max_steps=20"],
+    "peft": ["method=peft", "method.options.tuner=LOHA,MISS", "placement=attn", "rank=4"],
     "ranks": ["placement=attn,ff,all", "rank=2,8", "seed=0,1", "evaluation.generate=true"],
     "options": ["method.dropout=0.1", "trainer.neftune_alpha=5", "trainer.ema_decay=0.9", "optim.update_penalty=0.01",
-                "optim.orthogonality_penalty=0.01", "trainer.accumulation=2", "method=lora,dora"],
+                "optim.orthogonality_penalty=0.01", "trainer.accumulation=2", "method=lora,lora_plus"],
+    "forms": ["method=dora,vera,relora,sparse", "trainer.max_steps=20", "trainer.ema_decay=0.9", "trainer.patience=2",
+              "optim.update_penalty=0.01", "trainer.accumulation=2"],
     "patience": ["trainer.patience=1", "trainer.max_steps=12", "optim.lr=0.1,1e-3"],
     "importance": ["allocation=importance,matched", "placement=full", "rank=4"],
     "search": ["placement=attn,ff", "'optim.lr=tag(log, interval(1e-4, 1e-2))'", "hydra.sweeper.n_trials=4",

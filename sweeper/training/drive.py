@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from sweeper.errors import gist
-from sweeper.lora.interface import Saved
+from sweeper.lora.slot_store import Saved
 from sweeper.spec import RunSpec
 from sweeper.training import checkpoint
 from sweeper.training.calibrate import Solo
@@ -97,7 +97,7 @@ class Drive:
             self.pack.add(run.job, slot)
         except Exception as error:
             failure = self._own(error)
-            self.pack.bank.release(slot)
+            self.pack.store.release(slot)
             return failure
         return None
 
@@ -256,7 +256,7 @@ class Drive:
                 yield self._scored(progress, VALIDATION, _moment(progress), result)
                 job = progress.prepared.job
                 if job.adapter.keep_best and job.adapter.saveable(job.done) and progress.judge(result.score.nll):
-                    self.pack.bank.keep_best(slot)
+                    self.pack.store.keep_best(slot)
         yield from self._fail(failed)
         self.left = self.left or bool(failed)
         self.clock.restart()
@@ -301,7 +301,7 @@ class Drive:
         began, size = time.perf_counter(), len(self.running)
         for slot, progress in whole:
             if progress.best is not None:
-                self.pack.bank.take_best(slot)
+                self.pack.store.take_best(slot)
         scored = len(whole)
         for group in _by_dataset(whole):
             for split in group[0][1].request.spec.evaluation.splits:
@@ -322,7 +322,7 @@ class Drive:
                 continue  # it failed
             progress.eval_seconds += share if (slot, progress) in whole else 0.0
             progress.pack_runs = max(progress.pack_runs, size)
-            weights = self.pack.bank.saved(slot, progress.prepared.job.adapter, values=not progress.pruned)
+            weights = self.pack.store.saved(slot, values=not progress.pruned)
             yield functools.partial(self._write, progress, weights)
             self.pack.remove(slot)
             del self.running[progress.request.run_id]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sweeper import methods
 from sweeper.identity import short
-from sweeper.lora.alone import AloneSpec, Learnt
 from sweeper.lora.forms import AdapterSpec, Capacity
+from sweeper.lora.slot_store import Learnt
+from sweeper.lora.unpacked import UnpackedSpec
 from sweeper.models import total_parameters
 from sweeper.models.architecture import Target
 from sweeper.record import (
@@ -88,7 +89,7 @@ class Prepared:
             return None
         if (why := self._other(found[1])) is not None:
             return f"{self.request.run_id}: its checkpoint {why}; it starts anew"
-        if isinstance(adapter, AloneSpec):
+        if isinstance(adapter, UnpackedSpec):
             matches = adapter.resumes(found[0])
         else:
             matches = set(found[0]) == set(adapter.ranks) and self._same_ranks(found[0])

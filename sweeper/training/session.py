@@ -16,8 +16,8 @@ import torch
 from sweeper import identity, lost, methods, models
 from sweeper.device import precision_for, precision_name
 from sweeper.errors import first_line, gist
-from sweeper.lora.alone import AloneSpec
 from sweeper.lora.forms import Capacity
+from sweeper.lora.unpacked import UnpackedSpec
 from sweeper.lost import ContextLost
 from sweeper.models import BaseModel
 from sweeper.models.architecture import number_of_layers
@@ -300,9 +300,9 @@ class Session:
         """
         waiting = queue.waiting
         first = waiting[0].job.adapter
-        exact = limit == 0 or isinstance(first, AloneSpec) or (len(waiting) <= limit and not queue.more)
-        capacities: list[Capacity] | AloneSpec
-        if isinstance(first, AloneSpec):
+        exact = limit == 0 or isinstance(first, UnpackedSpec) or (len(waiting) <= limit and not queue.more)
+        capacities: list[Capacity] | UnpackedSpec
+        if isinstance(first, UnpackedSpec):
             slots, capacities = 1, first
         elif exact:
             slots = min(max(limit, 1), len(waiting))

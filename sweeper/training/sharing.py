@@ -19,7 +19,7 @@ def pack_key(spec: RunSpec, lengths: Sequence[int]) -> tuple[tuple[str, Any], ..
     typical = ordered[int(0.9 * (len(ordered) - 1))]
     return (
         ("accumulation", spec.trainer.accumulation),
-        ("alone", methods.alone_key(spec)),
+        ("alone", methods.unpacked_key(spec)),
         ("batch_size", spec.trainer.batch_size),
         ("checkpointing", spec.trainer.activation_checkpointing),
         ("deterministic", spec.trainer.deterministic),

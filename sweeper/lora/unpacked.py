@@ -8,28 +8,28 @@ pack's. Where the base is in bfloat16 a trained weight of it is a working copy o
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sweeper.lora.flat import Flat
+from sweeper.lora.layout import BLOCK, padded
 from sweeper.lora.optimizer import LR, MAX_NORM, WEIGHT_DECAY, PackedAdamW
-from sweeper.lora.store import BLOCK
+from sweeper.lora.slot_store import Able, Learnt, Saved, Serving, State
 from sweeper.lora.wrappers import Lanes
 from sweeper.models import BaseModel
 from sweeper.models.forward import inner_model
-from sweeper.record import ADAPTER, replacing_folder
-
-Changed = Mapping[str, tuple[Tensor, ...]]
+from sweeper.record import ADAPTER
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AloneSpec:
-    """What one run trains by itself.
+class UnpackedSpec:
+    """What a run trains that has a model to itself.
 
     Attributes:
         build: puts the method on a twin of the base model; draws from torch's generator, which is seeded.
@@ -49,7 +49,6 @@ class AloneSpec:
     noise: float = 0.0
     settles: int = 0
     outdated: str | None = None
-    restarts: None = None
 
     def saveable(self, step: int) -> bool:
         """Whether what there is after a step is such as the method is to leave."""
@@ -59,7 +58,7 @@ class AloneSpec:
         """Whether a checkpoint of parameters with these names can be gone on from."""
         return self.outdated is None or not any(self.outdated in name for name in names)
 
-    def settled(self) -> "AloneSpec":
+    def settled(self) -> "UnpackedSpec":
         """What is left of it to be scored."""
         return replace(self, average=None, keep_best=False, noise=0.0)
 
@@ -131,32 +130,6 @@ class Trainee:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Learnt:
-    """What a run leaves, on the host: the files of a folder, and of every placed module rank and parameters."""
-
-    folder: str
-    files: Mapping[str, Mapping[str, Tensor] | str]
-    ranks: Mapping[str, int]
-    parameters: Mapping[str, int]
-    trainable: int
-
-    def write(self, run: Path) -> int:
-        """Writes the files to a run's folder, whole or not at all; returns the bytes of the tensors."""
-        if not self.files:
-            return 0
-        with replacing_folder(run / self.folder) as temporary:
-            for name, content in self.files.items():
-                if isinstance(content, str):
-                    (temporary / name).write_text(content, encoding="utf-8")
-                else:
-                    save_file(dict(content), temporary / name, metadata={"format": "pt"})
-        tensors = [
-            tensor for content in self.files.values() if not isinstance(content, str) for tensor in content.values()
-        ]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors, ready to be written."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -182,46 +155,39 @@ def twin(model: nn.Module) -> Any:
 _STATE = "state:"
 
 
-class Alone:
-    """The one slot of a run that trains by itself; to a `Pack` it is what an `AdapterBank` is.
+class UnpackedStore(Flat[UnpackedSpec]):
+    """The one slot of a run that has a model to itself.
 
     Attributes:
-        capacities: of the one slot. lanes: which of the two is served, slot 0 or, as -1, the base model.
+        lanes: which of the two is served, slot 0 or, as -1, the base model.
         trained: the parameters, by name, in the order of the store.
     """
 
-    mixes = False
-
-    def __init__(self, base: BaseModel, spec: AloneSpec, device: torch.device) -> None:
+    def __init__(self, base: BaseModel, spec: UnpackedSpec, device: torch.device) -> None:
         self.base, self.spec = base, spec
-        self.capacities: tuple[dict[str, int], ...] = (dict(spec.ranks),)
         self.drawn_on = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(self.drawn_on):
             torch.manual_seed(spec.seed)
             self.trainee = spec.build(base)
-        self.lanes = Lanes(
-            torch.full((1,), -1, dtype=torch.int32, device=device),
-            torch.zeros(1, device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
-            torch.zeros(1, device=device),
-        )
+        self.trained = self.trainee.trained()
+        sizes = {name: parameter.numel() for name, parameter in self.trained.items()}
+        ends = list(itertools.accumulate(map(padded, sizes.values()), initial=0))
+        self.bounds = {name: (at, at + size) for (name, size), at in zip(sizes.items(), ends, strict=False)}
+        copies = [name for name, wanted in (("average", spec.average), ("best", spec.keep_best)) if wanted]
+        block_slot = torch.zeros(ends[-1] // BLOCK, dtype=torch.int64)
+        super().__init__([[(0, ends[-1])]], block_slot, copies, size=ends[-1], device=device)
+        self.lanes = Lanes.of(1, device)
         self.draw: int | None = None
         self.taken = False
-        self._lay_out(device)
+        self._take_up()
+        self.optimizer = PackedAdamW(self)
 
     @torch.no_grad()
-    def _lay_out(self, device: torch.device) -> None:
-        self.trained = trained = self.trainee.trained()
-        bounds, size = {}, 0
-        for name, parameter in trained.items():
-            bounds[name] = (size, size + parameter.numel())
-            size += -(-parameter.numel() // BLOCK) * BLOCK
-        self.bounds = bounds
-        self.spans = [[(0, size)]]
-        self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
-        self.block_slot = torch.zeros(size // BLOCK, dtype=torch.int64, device=device)
-        self.working: list[nn.Parameter] = []
-        for name, parameter in trained.items():
+    def _take_up(self) -> None:
+        """Puts the trained parameters into the store, or where they are not in float32 copies of them."""
+        self.working: list[Tensor] = []
+        self.masters: list[Tensor] = []
+        for name, parameter in self.trained.items():
             master, gradient = self.view(name), self.view(name, self.grads)
             master.copy_(parameter)
             if parameter.dtype == torch.float32:
@@ -230,15 +196,16 @@ class Alone:
                 parameter.data = parameter.data.clone()
                 parameter.register_post_accumulate_grad_hook(_collect(gradient))
                 self.working.append(parameter)
-        names = [name for name, wanted in (("average", self.spec.average), ("best", self.spec.keep_best)) if wanted]
-        self.copies = {name: torch.zeros(size, device=device) for name in names}
-        self.rates, self.rated, self.work = None, [False], self.params
-        self.masters = [self.view(name) for name, p in trained.items() if p.dtype != torch.float32]
+                self.masters.append(master)
 
     def view(self, name: str, store: Tensor | None = None) -> Tensor:
         """A trained parameter in the store, or in one of the same layout."""
         start, stop = self.bounds[name]
         return (self.params if store is None else store)[start:stop].view(self.trained[name].shape)
+
+    def views(self, slot: int, store: Tensor | None = None) -> dict[str, tuple[Tensor, ...]]:
+        """Parameter name -> the parameter in the store, or in one of the same layout."""
+        return {name: (self.view(name, store),) for name in self.trained}
 
     @property
     def state_bytes(self) -> int:
@@ -248,6 +215,7 @@ class Alone:
 
     @property
     def trainable(self) -> int:
+        """Trained parameters."""
         return sum(parameter.numel() for parameter in self.trained.values())
 
     def parameters_of(self, module: str) -> int:
@@ -256,71 +224,67 @@ class Alone:
         return sum(parameter.numel() for parameter in own)
 
     @property
-    def graphable(self) -> bool:
-        return self.trainee.graphable
-
-    @property
-    def compilable(self) -> bool:
-        return self.trainee.compilable
+    def able(self) -> Able:
+        return Able(mixes=False, graphs=self.trainee.graphable, compiles=self.trainee.compilable)
 
     @property
     def model(self) -> Any:
         return self.trainee.model
 
     @property
-    def serving(self) -> Any:
-        """The model of the present lanes: the twin, or the base itself for lane -1."""
-        return self.base.model if self.lanes.host_slots == (-1,) else self.model
+    def serving(self) -> Serving:
+        """The twin, or the base itself for lane -1."""
+        if self.lanes.host_slots == (-1,):
+            return Serving(self.base.model, inner_model(self.base.model))
+        return Serving(self.model, self.trainee.decoder)
 
-    @property
-    def decoder(self) -> Callable[..., Any]:
-        return inner_model(self.base.model) if self.lanes.host_slots == (-1,) else self.trainee.decoder
-
-    def install(self) -> None:
-        """Nothing is put on the base model."""
-
-    def uninstall(self) -> None:
+    def close(self) -> None:
         self.base.model.eval()
 
     def fits(self, slot: int, adapter: Any) -> bool:
-        same = isinstance(adapter, AloneSpec) and adapter.key == self.spec.key
+        """Whether a run is like the first, and where it comes later the twin can begin afresh."""
+        same = isinstance(adapter, UnpackedSpec) and adapter.key == self.spec.key
         return same and (not self.taken or self.trainee.fresh() is not None)
 
     @torch.no_grad()
-    def assign(self, slot: int, adapter: Any, *, fresh: bool = True) -> None:
+    def assign(self, slot: int, adapter: UnpackedSpec, state: State | None = None, step: int = 0) -> None:
         """Gives the twin to a run. The first finds it as it was built, a later one as `Trainee.fresh` says."""
-        self.spec = adapter
+        self.spec = self.held[0] = adapter
         self.lanes.noise.fill_(adapter.noise)
         self.lanes.noisy = adapter.noise > 0
+        # a step that can be captured draws nothing but the noise of the embedding
+        self.lanes.drop = not self.trainee.graphable
         if self.taken:
             start = self.trainee.fresh()
             assert start is not None
-            for store in (self.grads, self.exp_avg, self.exp_avg_sq):
-                store.zero_()
             for name, value in start.items():
                 self.view(name).copy_(value)
-            self.publish()
+            self.publish(0)
         self.taken, self.trainee.steps = True, 0
         for copied in self.copies.values():
             copied.copy_(self.params)
+        if state is not None:
+            self._restore(state, step)
 
     def release(self, slot: int) -> None:
-        """The weights stay until the twin is given to another run."""
+        """Forgets gradients and moments; the weights stay until the twin is given to another run."""
+        for store in (self.grads, self.exp_avg, self.exp_avg_sq):
+            store.zero_()
+        self.held[0] = None
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def publish(self, slot: int) -> None:
         """Brings the working copies up to date."""
         if self.working:
-            torch._foreach_copy_(list[Tensor](self.working), self.masters)
+            torch._foreach_copy_(self.working, self.masters)
 
-    def snapshot(self, slot: int, adapter: Any) -> dict[str, tuple[Tensor, ...]]:
+    def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
         """Parameter name -> value and Adam moments, and what else the method remembers, on the host."""
         stores = self._stores()
         found = {name: tuple(self.view(name, s).to("cpu", copy=True) for s in stores) for name in self.trained}
         return found | {f"{_STATE}{key}": (value.cpu(),) for key, value in self.trainee.state().items()}
 
-    @torch.no_grad()
-    def restore(self, slot: int, adapter: Any, state: Changed, step: int) -> None:
+    def _restore(self, state: State, step: int) -> None:
         if {name for name in state if not name.startswith(_STATE)} != set(self.trained):
             raise RuntimeError("the checkpoint is of other parameters than this version of the method trains")
         for place, store in enumerate(self._stores()):
@@ -329,101 +293,54 @@ class Alone:
         self.trainee.steps = step
         own = {name.removeprefix(_STATE): parts[0] for name, parts in state.items() if name.startswith(_STATE)}
         self.trainee.resume(own, step)
-        self.publish()
+        self.publish(0)
 
     def _stores(self) -> list[Tensor]:
         return [self.params, self.exp_avg, self.exp_avg_sq, *self.copies.values()]
 
-    @property
-    def draws(self) -> bool:
-        """A step that can be captured draws nothing but the noise of the embedding."""
-        return not self.graphable or self.lanes.noisy
-
     def seed(self, seeds: Sequence[int]) -> None:
         # torch's generator on a CPU takes 32 bits: those above, of a later pass of the step, must not be lost
-        self.draw = None if self.graphable else (seeds[0] ^ (seeds[0] >> 32) * 0x9E3779B1) & 0xFFFFFFFF
+        graphable = self.trainee.graphable
+        self.draw = None if graphable else (seeds[0] ^ (seeds[0] >> 32) * 0x9E3779B1) & 0xFFFFFFFF
         if self.lanes.noisy:
-            self.lanes.seeds.copy_(torch.tensor(seeds), non_blocking=True)
+            self.lanes.seed(seeds)
 
     @contextlib.contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Random numbers of torch modules come from the run's own seed within it."""
-        if self.draw is None:
+    def one_pass(self, share: float) -> Iterator[None]:
+        """Random numbers of torch modules come from the run's own seed within it; then the method's own penalty."""
+        with contextlib.ExitStack() as drawing:
+            if self.draw is not None:
+                drawing.enter_context(torch.random.fork_rng(self.drawn_on))
+                torch.manual_seed(self.draw)
             yield
-            return
-        with torch.random.fork_rng(self.drawn_on):
-            torch.manual_seed(self.draw)
-            yield
-
-    def penalise(self, share: float) -> None:
-        """Adds the gradient of the method's own penalty, times `share`."""
         penalty = self.trainee.penalty()
         if penalty is not None:
             (penalty * share).backward()
 
-    def set_rates(self, slot: int, step: int) -> None:
-        """All that trains has the run's learning rate."""
-
-    def derive(self, slots: Iterable[int] | None = None) -> None:
-        """Nothing follows from the parameters but the model itself."""
-
-    def restart(self, slot: int, step: int) -> None:
-        """Nothing is merged."""
-
-    def sense(self, steps: Mapping[int, int]) -> None:
-        """No pattern is learnt."""
-
-    def prune(self, slot: int, step: int) -> None:
-        """No pattern is learnt."""
-
-    def project(self) -> None:
-        """Gradients are those of the parameters themselves."""
-
     @torch.no_grad()
-    def follow(self, slot: int, step: int) -> None:
-        """Moves the average of the weights, with the decay that `AdapterBank.follow` has."""
-        if self.spec.average is not None:
-            self.copies["average"].lerp_(self.params, 1 - min(self.spec.average, (1 + step) / (10 + step)))
-
-    @torch.no_grad()
-    def swap_averages(self) -> None:
-        """Puts the average where the weights are, and back."""
-        if self.spec.average is not None:
-            former = self.params.clone()
-            self.params.copy_(self.copies["average"])
-            self.copies["average"].copy_(former)
-            self.publish()
-
-    def _to_save(self) -> Tensor:
-        return self.params if self.spec.average is None else self.copies["average"]
-
-    def keep_best(self, slot: int) -> None:
-        """Remembers the weights as the best so far."""
-        self.copies["best"].copy_(self._to_save())
-
-    def take_best(self, slot: int) -> None:
-        """Gives the run its best weights back."""
-        for store in (self.params, self._to_save()):
-            store.copy_(self.copies["best"])
-        self.publish()
-
-    def saved(self, slot: int, adapter: Any, *, values: bool = True) -> Callable[[], Learnt]:
-        """What the run leaves: its average, where it has one."""
-        self.swap_averages()
-        found = Learnt(
-            folder=self.trainee.folder, files=self.trainee.files() if values else {}, ranks=self.trainee.ranks(),
-            parameters={module: self.parameters_of(module) for module in adapter.ranks}, trainable=self.trainable,
-        )  # fmt: skip
-        self.swap_averages()
-        return lambda: found
-
-    def read(self, folder: Path) -> None:
-        """Takes up what a run left, to be scored and not trained on."""
-        self.trainee.read(folder / self.trainee.folder)
-        self.trainee.model.eval()
-
-    def make_optimizer(self) -> "AloneAdamW":
-        return AloneAdamW(self)
+    def update(self, rows: dict[int, list[float]], steps: Mapping[int, int]) -> Tensor:
+        """A step of AdamW, whose weight decay falls on what `decayed` gives, and then what the method does."""
+        row, trainee = list(rows[0]), self.trainee
+        shrink, row[WEIGHT_DECAY] = row[LR] * row[WEIGHT_DECAY], 0.0
+        self.optimizer.set({0: row})
+        kept = None
+        if shrink or trainee.importance:
+            norm = torch.linalg.vector_norm(self.grads)
+            decayed = list(self.decayed()) if shrink else []
+            if decayed:
+                torch._foreach_mul_(decayed, torch.where(norm.isfinite(), 1 - shrink, 1.0))
+            if trainee.importance:
+                kept = self.grads * (row[MAX_NORM] / (norm + 1e-6)).clamp(max=1)
+        norms = self.optimizer.step()
+        trainee.steps += 1
+        if kept is not None:
+            self.grads.copy_(kept)
+        trainee.updated(trainee.steps)
+        if kept is not None:
+            self.grads.zero_()
+        self.publish(0)
+        self.update_ema(0, steps[0])
+        return norms
 
     def decayed(self) -> Iterator[Tensor]:
         """Views of what weight decay falls on: all but biases and norms, as in Hugging Face's Trainer."""
@@ -431,41 +348,19 @@ class Alone:
             if parameter.dim() > 1 or not self.trainee.spares_vectors:
                 yield self.view(name)
 
+    def saved(self, slot: int, *, values: bool = True) -> Saved:
+        """What the run leaves: its average, where it has one."""
+        with self.averaged():
+            found = Learnt(
+                folder=self.trainee.folder, files=self.trainee.files() if values else {}, ranks=self.trainee.ranks(),
+                parameters={module: self.parameters_of(module) for module in self.spec.ranks}, trainable=self.trainable,
+            )  # fmt: skip
+        return lambda: found
 
-@dataclass
-class AloneAdamW(PackedAdamW):
-    """AdamW over the store of `Alone`, whose weight decay falls on what `Alone.decayed` gives."""
-
-    bank: Any
-    shrink: float = 0.0
-
-    def set(self, rows: dict[int, list[float]]) -> None:
-        row = list(rows[0])
-        self.shrink, self.most = row[LR] * row[WEIGHT_DECAY], row[MAX_NORM]
-        row[WEIGHT_DECAY] = 0.0
-        super().set({0: row})
-
-    @torch.no_grad()
-    def step(self) -> Tensor:
-        bank = self.bank
-        kept = None
-        if self.shrink or bank.trainee.importance:
-            norm = torch.linalg.vector_norm(bank.grads)
-            decayed = list(bank.decayed()) if self.shrink else []
-            if decayed:
-                factor = torch.where(norm.isfinite(), 1 - self.shrink, 1.0)
-                torch._foreach_mul_(decayed, factor)
-            if bank.trainee.importance:
-                kept = bank.grads * (self.most / (norm + 1e-6)).clamp(max=1)
-        norms = super().step()
-        bank.trainee.steps += 1
-        if kept is not None:
-            bank.grads.copy_(kept)
-        bank.trainee.updated(bank.trainee.steps)
-        if kept is not None:
-            bank.grads.zero_()
-        bank.publish()
-        return norms
+    def read(self, folder: Path) -> None:
+        """Takes up what a run left, to be scored and not trained on."""
+        self.trainee.read(folder / self.trainee.folder)
+        self.trainee.model.eval()
 
 
 def _collect(gradient: Tensor) -> Callable[[Tensor], None]:
