@@ -133,10 +133,10 @@ def check(runs: Sequence[Saved], out: Path) -> None:
                 f"{run.spec.model.name}: adapters of one base model can be combined"
             )
     for run in runs:
-        config = rescore.read_config(run.folder) if run.adapter.is_dir() else {"peft_type": "no adapter"}
+        config = rescore.read_config(run.folder)
         form = peft.form_of(config)
         if form is None or not form.plain:
-            kind = config["peft_type"] if form is None else form.name.upper()
+            kind = config.get("peft_type", "no adapter") if form is None else form.name.upper()
             raise SpecError(f"combine: {run.folder.name} is {kind}, and only plain LoRA updates can be combined")
 
 

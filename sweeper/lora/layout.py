@@ -194,10 +194,13 @@ class Layout:
         """A slot's segments of all but the embedding."""
         return [segment for segment in self.by_slot[slot] if segment.target.kind != "embedding"]
 
-    def table(self, group: int, store: Tensor) -> Tensor:
-        """The table [slots, values] beside a group in a store."""
+    def table(self, group: int, params: Tensor, grads: Tensor) -> Tensor:
+        """The table [slots, values] beside a group, as a leaf whose gradients are added to `grads`."""
         start, width, _ = self.tables[group]
-        return store[start : start + width * self.slots].view(-1, width)
+        part = slice(start, start + width * self.slots)
+        leaf = params[part].view(-1, width).detach().requires_grad_()
+        leaf.grad = grads[part].view(-1, width)
+        return leaf
 
 
 def groups(targets: Sequence[Target], used: set[str]) -> list[tuple[Target, ...]]:

@@ -177,9 +177,9 @@ class AdapterStore(Flat[AdapterSpec]):
         """Says which values of a slot train from a step (from 0) on, and at which rate over the run's."""
         if self.rates is None:
             return
+        for piece in self.pieces(slot, self.rates):
+            piece.fill_(0.0 if adapter.rated else 1.0)
         if not adapter.rated:
-            for piece in self.pieces(slot, self.rates):
-                piece.fill_(1.0)
             return
         placed, sparsity = self.placed[slot], adapter.sparsity
         rates, every = placed.blank(self.params.device)

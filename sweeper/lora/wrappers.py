@@ -135,11 +135,13 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.base.weight
+        weight: Tensor = self.base.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias
+        bias: Tensor | None = self.base.bias
+        return bias
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.group(x, self.member)

@@ -371,6 +371,7 @@ def read_adapter(folder: Path) -> "Loaded":
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """PEFT's configuration of a run's saved adapter."""
-    found: dict[str, Any] = json.loads((folder / ADAPTER / "adapter_config.json").read_text())
+    """PEFT's configuration of a run's saved adapter; empty where there is none."""
+    file = folder / ADAPTER / "adapter_config.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return found

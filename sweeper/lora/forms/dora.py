@@ -60,7 +60,8 @@ class Gain:
         weight = self.weights[member]
         cross = torch.mm(a.to(weight.dtype), weight).float()
         squares = self.squares[member] + scale * (b * (2 * cross + scale * torch.mm(torch.mm(a, a.t()), b))).sum(0)
-        return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        norm: Tensor = squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        return norm
 
     def apply(self, ys: Sequence[Tensor], biases: Sequence[Tensor], slots: Tensor) -> list[Tensor]:
         """Outputs [N, O] of each member times the gain of the slot of their lane; the bias is left as it is."""
@@ -92,8 +93,7 @@ class Gains(Attached):
         for index, group in enumerate(groups):
             own = layout.by_group[index]
             if isinstance(group, Group) and any(segment.slot in self.slots for segment in own):
-                magnitude = layout.table(index, flat.params).detach().requires_grad_()
-                magnitude.grad = layout.table(index, flat.grads)
+                magnitude = layout.table(index, flat.params, flat.grads)
                 gain = Gain(group.weights, magnitude, layout.tables[index][2])
                 group.changes = (*group.changes, gain)
                 self.groups[index] = group, gain
@@ -142,7 +142,8 @@ def _begin(segment: Segment, adapter: AdapterSpec, group: Group | AdaptedEmbeddi
 def _update(weight: Tensor, scale: float, values: Sequence[Tensor], shared: SharedTensors) -> Tensor:
     """m (W + s B A) / ||W + s B A|| - W."""
     changed = weight + lora.update(weight, scale, values, shared)
-    return values[2][:, None] * changed / changed.norm(dim=1, keepdim=True) - weight
+    norm = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
+    return values[2][:, None] * changed / norm - weight
 
 
 def _config(spec: RunSpec, adapter: AdapterSpec, ranks: Mapping[Target, int], **more: Any) -> Any:

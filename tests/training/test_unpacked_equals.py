@@ -82,15 +82,15 @@ def test_adalora_equals_peft_s(
     adapter = what_trains(spec, base, place)
     job = make_job("x", adapter, make_examples(7), steps=steps, bucketed=False, **OPTIM)
     with Pack(base, adapter, batch_size=BATCH) as pack:
-        held = pack.store
-        assert isinstance(held, UnpackedStore)
-        start = {name: value.detach().clone() for name, value in held.trainee.peft.state_dict().items()}  # type: ignore[attr-defined]
+        store = pack.store
+        assert isinstance(store, UnpackedStore)
+        start = {name: value.detach().clone() for name, value in store.trainee.peft.state_dict().items()}  # type: ignore[attr-defined]
         pack.add(job)
         for _ in range(steps):
             pack.step()
         losses = [result.loss for result in pack.drain()]
-        ours = {name: value.detach().clone() for name, value in held.trained.items()}
-        ranks = held.trainee.ranks()
+        ours = {name: value.detach().clone() for name, value in store.trained.items()}
+        ranks = store.trainee.ranks()
 
     config = AdaLoraConfig(
         target_r=3, init_r=5, total_step=steps, tinit=2, tfinal=6, deltaT=1, lora_alpha=6, task_type="CAUSAL_LM",
