@@ -82,17 +82,9 @@ class PackedAdamW:
 
             self.squares = self.squares or kernels.Squares(flat.block_slot, len(self.norms))
             kernels.adamw(
-                flat.params,
-                flat.work,
-                flat.grads,
-                flat.exp_avg,
-                flat.exp_avg_sq,
-                flat.rates,
-                flat.block_slot,
-                self.table,
-                self.norms,
-                self.squares,
-            )
+                flat.params, flat.work, flat.grads, flat.exp_avg, flat.exp_avg_sq, flat.rates, flat.block_slot,
+                self.table, self.norms, self.squares,
+            )  # fmt: skip
             return self.norms
         for slot, rated in enumerate(flat.rated):
             if rated and flat.rates is not None:

@@ -235,17 +235,6 @@ def test_relora_restarts_with_the_function_it_had_and_the_largest_moments(load: 
         assert float(largest[kept].min()) >= float(largest[~kept].max())
 
 
-def test_the_schedule_of_relora_is_jagged() -> None:
-    from sweeper.lora.forms import Restarts
-
-    restarts = Restarts(every=10, count=2, warmup=4, prune=0.9)
-    assert [restarts.block(step) for step in (0, 9, 10, 19, 20, 35)] == [0, 0, 1, 1, 2, 2]
-    assert [step for step in range(36) if restarts.due(step)] == [10, 20]
-    assert [restarts.pace(step) for step in (0, 9, 10, 12, 14, 21, 35)] == [
-        (0, 1.0), (9, 1.0), (14, 0.0), (14, 0.5), (14, 1.0), (24, 0.25), (35, 1.0),
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("learnt", [True, False])
 def test_a_sparse_adapter_has_as_many_values_in_every_row(learnt: bool, load: Any, make: Any, train: Any) -> None:
     from sweeper.lora.forms import Sparsity
@@ -267,17 +256,6 @@ def test_a_sparse_adapter_has_as_many_values_in_every_row(learnt: bool, load: An
         assert set((b != 0).sum(1).tolist()) == {round(0.25 * b.shape[1])}
         assert (a != 0).equal(seen[6][name])  # final from its last step on
         assert (a != 0).equal(seen[0][name]) is not learnt
-
-
-def test_pruning_takes_some_twenty_rounds_however_long_the_run() -> None:
-    from sweeper.lora.forms import Sparsity
-
-    long = Sparsity(density=0.1, learnt=True, first=100, last=731)
-    rounds = [step for step in range(1000) if long.due(step)]
-    assert 20 <= len(rounds) <= 22
-    assert (rounds[-1], rounds[0] > 100) == (731, True)
-    assert [long.kept(1000, step) for step in (0, 100, 731, 999)] == [1000, 1000, 100, 100]
-    assert not any(Sparsity(density=0.1, learnt=False).due(step) for step in range(10))
 
 
 def test_what_is_pruned_is_what_the_loss_does_not_feel(load: Any, make: Any) -> None:

@@ -83,7 +83,7 @@ def begin(segment: Segment, adapter: AdapterSpec, group: Any, values: Sequence[T
     values[0].fill_(1.0)
 
 
-def update(weight: Tensor, scale: float, values: Sequence[Tensor], shared: Mapping[str, Tensor]) -> Tensor:
+def update(weight: Tensor, scale: float, values: Sequence[Tensor]) -> Tensor:
     return (values[0] - 1) * weight
 
 

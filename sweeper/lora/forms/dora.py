@@ -19,7 +19,7 @@ from torch.nn import functional
 from sweeper.lora.embedding import AdaptedEmbedding
 from sweeper.lora.flat import Flat
 from sweeper.lora.forms import lora, peft
-from sweeper.lora.forms.form import AdapterSpec, Attached, SharedTensors
+from sweeper.lora.forms.form import AdapterSpec, Attached
 from sweeper.lora.layout import Layout, Part, Segment
 from sweeper.lora.wrappers import Group
 from sweeper.models.architecture import Target
@@ -139,11 +139,12 @@ def _begin(segment: Segment, adapter: AdapterSpec, group: Group | AdaptedEmbeddi
     values[2].copy_(gain.squares[segment.member].sqrt())
 
 
-def _update(weight: Tensor, scale: float, values: Sequence[Tensor], shared: SharedTensors) -> Tensor:
+def _update(weight: Tensor, scale: float, values: Sequence[Tensor]) -> Tensor:
     """m (W + s B A) / ||W + s B A|| - W."""
-    changed = weight + lora.update(weight, scale, values, shared)
-    norm = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
-    return values[2][:, None] * changed / norm - weight
+    a, b, magnitude = values
+    changed = weight + scale * b.t() @ a
+    gain: Tensor = magnitude / torch.linalg.vector_norm(changed, dim=1)
+    return gain[:, None] * changed - weight
 
 
 def _config(spec: RunSpec, adapter: AdapterSpec, ranks: Mapping[Target, int], **more: Any) -> Any:

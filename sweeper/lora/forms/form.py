@@ -55,8 +55,8 @@ class Form:
     Attributes:
         parts: the named tensors of a module at a rank, in the order in which they are kept.
         begin: fills them, of zeros on the host, for a fresh adapter, which changes nothing.
-        update: the change dW [out, in] of a module's weight W [out, in], from its scale, its parts and what is shared.
-        factors: A [rank, in] and B [rank, out] with dW = scale B^T A, where there are any.
+        factors: A [rank, in] and B [rank, out] of the change dW = scale B^T A of a module's weight W [out, in], from
+            its parts and what is shared. update: dW from W, scale and parts, where it is no such product.
         attach: what the form does on a pack; None where the low-rank product of A and B is all there is.
         shared: what all modules of an adapter share, frozen.
         config: PEFT's configuration of a run's adapter, given its ranks as saved and further fields.
@@ -69,11 +69,11 @@ class Form:
     name: str
     parts: Callable[[Target, int], tuple[Part, ...]]
     begin: Callable[[Segment, "AdapterSpec", Group | AdaptedEmbedding, Sequence[Tensor]], None]
-    update: Callable[[Tensor, float, Sequence[Tensor], SharedTensors], Tensor]
     config: Callable[..., Any]
     owns: Callable[[Mapping[str, Any]], bool]
     scale: Callable[[Mapping[str, Any], str, int], float] = lambda config, name, rank: 1.0
     factors: Callable[[Target, Sequence[Tensor], SharedTensors], tuple[Tensor, Tensor]] | None = None
+    update: Callable[[Tensor, float, Sequence[Tensor]], Tensor] | None = None
     attach: Callable[[Flat[Any], Layout, Sequence[Group | AdaptedEmbedding], Sequence[int]], Attached] | None = None
     shared: Callable[["AdapterSpec", Sequence[Target]], dict[str, Tensor]] = lambda adapter, targets: {}
     weight_config: Callable[[Sequence[Target]], dict[str, Any]] | None = None

@@ -42,11 +42,6 @@ def factors(target: Target, values: Sequence[Tensor], shared: SharedTensors) -> 
     return values[0], values[1]
 
 
-def update(weight: Tensor, scale: float, values: Sequence[Tensor], shared: SharedTensors) -> Tensor:
-    """s B A."""
-    return scale * values[1].t() @ values[0]
-
-
 def config(spec: RunSpec, adapter: AdapterSpec, ranks: Mapping[Target, int], **more: Any) -> Any:
     """PEFT's configuration."""
     return peft.lora_config(spec, ranks, **more)
@@ -65,6 +60,6 @@ def by_weight(targets: Sequence[Target]) -> dict[str, Any]:
 
 
 LORA = Form(
-    name="lora", parts=parts, begin=begin, update=update, factors=factors, config=config, owns=owns,
+    name="lora", parts=parts, begin=begin, factors=factors, config=config, owns=owns,
     scale=peft.lora_scale, weight_config=by_weight,
 )  # fmt: skip

@@ -121,7 +121,11 @@ class Loaded:
 
     def update(self, target: Target, weight: Tensor) -> Tensor:
         """dW [out, in] of a module whose weight [out, in] this is."""
-        return self.form.update(weight, self._scale(target), self.parts(target), self._shared)
+        factors = self.factors(target)
+        if factors is not None:
+            return factors[0] @ factors[1]
+        assert self.form.update is not None
+        return self.form.update(weight, self._scale(target), self.parts(target))
 
     def _scale(self, target: Target) -> float:
         return self.form.scale(self.config, target.name, len(self.parts(target)[0]))

@@ -169,12 +169,6 @@ def _factors(target: Target, values: Sequence[Tensor], shared: SharedTensors) ->
     return d[:, None] * shared[A0][: len(d), : target.in_features], shared[B0][: len(b), : len(d)].t() * b
 
 
-def _update(weight: Tensor, scale: float, values: Sequence[Tensor], shared: SharedTensors) -> Tensor:
-    d, b = values
-    a0, b0 = shared[A0][: len(d), : weight.shape[1]], shared[B0][: len(b), : len(d)]
-    return scale * (b[:, None] * b0) @ (d[:, None] * a0)
-
-
 def _config(spec: RunSpec, adapter: AdapterSpec, ranks: Mapping[Target, int], **more: Any) -> Any:
     """All modules have the run's rank."""
     from peft import VeraConfig
@@ -192,6 +186,6 @@ def _owns(config: Mapping[str, Any]) -> bool:
 
 
 VERA = Form(
-    name="vera", parts=_parts, begin=_begin, update=_update, factors=_factors, attach=SharedMatrices, shared=_shared,
+    name="vera", parts=_parts, begin=_begin, factors=_factors, attach=SharedMatrices, shared=_shared,
     config=_config, owns=_owns, product=False,
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """The Triton kernels compute what the CPU implementation does.
 
-Needs a GPU, or Triton's interpreter and numpy < 2.4: TRITON_INTERPRET=1 pytest tests/training/test_kernels.py.
+Needs a GPU, or Triton's interpreter and numpy < 2.4: TRITON_INTERPRET=1 pytest tests/lora/test_kernels.py.
 """
 
 import dataclasses
