@@ -1,8 +1,9 @@
 """A flat float32 store: parameters, gradients and moments of every slot [F], and copies that some runs need."""
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ class Flat(Generic[Held]):
         self.copies = {name: torch.zeros(size, device=device) for name in copies}
         self.held: list[Held | None] = [None] * len(spans)
         self.rated = [False] * len(spans)
+
+    @property
+    def weak(self) -> Any:
+        """Itself, for what it holds: without cycles, a store that is dropped gives its memory back at once."""
+        return weakref.proxy(self)
 
     @property
     def slots(self) -> int:

@@ -1,4 +1,4 @@
-"""The adapter store: the adapters of a pack's slots, and the wrappers that put them on the frozen base."""
+"""The adapter store: the adapters of a pack's slots."""
 
 import contextlib
 import functools
@@ -14,12 +14,12 @@ from sweeper.lora.flat import Flat
 from sweeper.lora.forms import FORMS, AdapterSpec, Attached, Capacity, sparse
 from sweeper.lora.forms.begin import uniform
 from sweeper.lora.forms.restarts import restart
-from sweeper.lora.layout import Layout, Placed, Segment
-from sweeper.lora.lowrank import A_OFFSET, B_OFFSET, H_COLUMN, RANK
+from sweeper.lora.layout import Layout, Placed
 from sweeper.lora.optimizer import PackedAdamW
 from sweeper.lora.slot_store import Able, Saved, Serving, State
-from sweeper.lora.transfer import Mirrored, fetch_all, send
-from sweeper.lora.wrappers import Adapted, Group, Lanes
+from sweeper.lora.transfer import fetch_all, send
+from sweeper.lora.wrappers import Lanes
+from sweeper.lora.wrapping import Wrapping
 from sweeper.models.architecture import Target
 from sweeper.models.forward import inner_model
 
@@ -61,52 +61,22 @@ class AdapterStore(Flat[AdapterSpec]):
         self.placed: list[Placed] = [Placed((), ())] * layout.slots
         self.lanes = Lanes.of(layout.slots, device)
         self.penalties = torch.zeros(layout.slots, 3, device=device)
-        widths = [layout.slots * len(members) for members in layout.members]
-        self.tables = Mirrored([4 * width for width in widths], torch.int32, device)
-        self.scales = Mirrored(widths, torch.float32, device)
-        self.wrappers: dict[str, Adapted | AdaptedEmbedding] = {}
-        self.groups = [self._wrap(index, members) for index, members in enumerate(layout.members)]
-        self._upload()
+        self.wrapping = Wrapping(model, self.weak, layout, self.lanes)
+        self.groups = self.wrapping.groups
         able = {form: [s for s, own in enumerate(self.capacities) if form in own.forms] for form in FORMS}
         self.attached: dict[str, Attached] = {
-            name: form.attach(self, layout, self.groups, able[name])
+            name: form.attach(self.weak, layout, self.groups, able[name])
             for name, form in FORMS.items()
             if form.attach is not None and able[name]
         }
-        self.optimizer = PackedAdamW(self)
-
-    def _wrap(self, index: int, members: Sequence[Target]) -> Group | AdaptedEmbedding:
-        """What stands for the modules of a group."""
-        modules = [_base_of(self.model.get_submodule(target.name)) for target in members]
-        group: Group | AdaptedEmbedding
-        if members[0].kind == "embedding":
-            group = self.wrappers[members[0].name] = AdaptedEmbedding(modules[0], members[0], self.lanes)
-        else:
-            group = linear = Group(members, modules, self.lanes)
-            for member, (target, module) in enumerate(zip(members, modules, strict=True)):
-                self.wrappers[target.name] = Adapted(module, linear, member)
-        start, stop = self.layout.bounds[2 * index : 2 * index + 2]
-        params = self.params[start:stop].detach().requires_grad_()
-        params.grad = self.grads[start:stop]
-        own, shape = self.layout.by_group[index], (self.slots, len(members))
-        widest = -(-max(segment.capacity for segment in own) // 16) * 16
-        for segment in own:
-            row = self.tables.host[index].reshape(*shape, 4)[segment.slot, segment.member]
-            row[A_OFFSET], row[B_OFFSET] = segment.a - start, segment.b - start
-            row[H_COLUMN] = segment.member * widest
-        table, scale = self.tables.device[index].view(*shape, 4), self.scales.device[index].view(shape)
-        group.attach(params, self.work[start:stop], table, scale, widest * len(members))
-        return group
+        self.optimizer = PackedAdamW(self.weak)
 
     def install(self) -> None:
         """Puts the wrappers on the base model. The frozen weights are untouched."""
-        for name, wrapper in self.wrappers.items():
-            _replace(self.model, name, wrapper)
+        self.wrapping.install()
 
     def close(self) -> None:
-        """Gives the base model its own modules back."""
-        for name, wrapper in self.wrappers.items():
-            _replace(self.model, name, wrapper.base)
+        self.wrapping.uninstall()
 
     @property
     def able(self) -> Able:
@@ -138,7 +108,7 @@ class AdapterStore(Flat[AdapterSpec]):
         self.held[slot], self.rated[slot] = adapter, adapter.rated
         self.placed[slot] = placed = Placed.of(self.layout.by_slot[slot], form.parts, adapter.ranks)
         for segment in placed.segments:
-            self._enter(segment, adapter.ranks[segment.target.name], adapter.scales[segment.target.name])
+            self.wrapping.enter(segment, adapter.ranks[segment.target.name], adapter.scales[segment.target.name])
         if state is not None:
             self._restore(placed, adapter, state)
         elif placed.segments:
@@ -148,7 +118,7 @@ class AdapterStore(Flat[AdapterSpec]):
             self.attached[adapter.form].assign(slot, adapter, placed.segments)
         self._set_rates(slot, adapter, step)
         self.publish(slot)
-        self._upload()
+        self.wrapping.upload()
         self._note(slot, adapter)
         self._derive([slot])
 
@@ -197,7 +167,7 @@ class AdapterStore(Flat[AdapterSpec]):
     def release(self, slot: int) -> None:
         """Empties a slot; the others keep every bit of their state."""
         self._empty(slot)
-        self._upload()
+        self.wrapping.upload()
         self._note(slot, None)
 
     @torch.no_grad()
@@ -208,19 +178,10 @@ class AdapterStore(Flat[AdapterSpec]):
         if pieces:
             torch._foreach_zero_(pieces)
         for segment in self.layout.by_slot[slot]:
-            self._enter(segment, 0, 0.0)
+            self.wrapping.enter(segment, 0, 0.0)
         if former is not None and former.form in self.attached:
             self.attached[former.form].release(slot, self.placed[slot].segments)
         self.held[slot], self.rated[slot], self.placed[slot] = None, False, Placed((), ())
-
-    def _enter(self, segment: Segment, rank: int, scale: float) -> None:
-        row = segment.slot * len(self.layout.members[segment.group]) + segment.member
-        self.tables.host[segment.group][4 * row + RANK] = rank
-        self.scales.host[segment.group][row] = scale
-
-    def _upload(self) -> None:
-        self.tables.upload()
-        self.scales.upload()
 
     def _note(self, slot: int, adapter: AdapterSpec | None) -> None:
         lanes = self.lanes
@@ -335,12 +296,3 @@ class AdapterStore(Flat[AdapterSpec]):
     def saved(self, slot: int, *, values: bool = True) -> Saved:
         """As `views`, of the weights that the run leaves; called, it waits for their copy on the host."""
         return fetch_all(self.views(slot, self.to_save(slot)) if values else {})
-
-
-def _base_of(module: nn.Module) -> Any:
-    return module.base if isinstance(module, Adapted | AdaptedEmbedding) else module
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sweeper.errors import SpecError, unknown
 from sweeper.lora.forms import AdapterSpec
-from sweeper.lora.unpacked import UnpackedSpec
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import budget

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from sweeper.errors import SpecError
 from sweeper.lora.forms import AdapterSpec
-from sweeper.lora.unpacked import Trainee, UnpackedSpec
+from sweeper.lora.trainee import Trainee, UnpackedSpec
 from sweeper.models import BaseModel
 from sweeper.models.architecture import Target, smaller_side
 from sweeper.spec import MethodSpec, RunSpec

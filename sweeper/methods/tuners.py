@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sweeper.errors import SpecError, gist, unknown
 from sweeper.lora.forms.peft import lora_config, places
-from sweeper.lora.unpacked import Trainee, UnpackedSpec, on_host, twin
+from sweeper.lora.trainee import Trainee, UnpackedSpec, on_host, twin
 from sweeper.methods import qlora
 from sweeper.methods.method import Method, Ranks, lora_parameters, unpacked
 from sweeper.methods.prompts import Prompted

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sweeper.errors import DataError, SpecError
-from sweeper.lora.unpacked import Trainee, UnpackedSpec, on_host, twin
+from sweeper.lora.trainee import Trainee, UnpackedSpec, on_host, twin
 from sweeper.methods.method import Method, Ranks, unpacked
 from sweeper.models import BaseModel
 from sweeper.models.architecture import Target

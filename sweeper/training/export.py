@@ -13,7 +13,7 @@ from torch import Tensor
 from sweeper import methods
 from sweeper.lora.forms import FORMS, AdapterSpec
 from sweeper.lora.forms.peft import state_dict
-from sweeper.lora.unpacked import twin
+from sweeper.lora.trainee import twin
 from sweeper.methods.weights import load_weights
 from sweeper.models import BaseModel
 from sweeper.models.files import base_reference, quiet

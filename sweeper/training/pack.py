@@ -25,8 +25,9 @@ from sweeper.lora.optimizer import LR, hyperparameters, learning_rate
 from sweeper.lora.seeds import for_rows
 from sweeper.lora.slot_store import SlotStore
 from sweeper.lora.store import AdapterStore
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.lora.transfer import Fetched, fetch
-from sweeper.lora.unpacked import UnpackedSpec, UnpackedStore
+from sweeper.lora.unpacked import UnpackedStore
 from sweeper.models import BaseModel, hidden_size
 from sweeper.models.forward import hidden_states
 from sweeper.spec import OptimSpec

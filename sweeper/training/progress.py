@@ -14,7 +14,7 @@ from sweeper import methods
 from sweeper.identity import short
 from sweeper.lora.forms import AdapterSpec, Capacity
 from sweeper.lora.slot_store import Learnt
-from sweeper.lora.unpacked import UnpackedSpec
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.models import total_parameters
 from sweeper.models.architecture import Target
 from sweeper.record import (

@@ -17,7 +17,7 @@ from sweeper import identity, lost, methods, models
 from sweeper.device import precision_for, precision_name
 from sweeper.errors import first_line, gist
 from sweeper.lora.forms import Capacity
-from sweeper.lora.unpacked import UnpackedSpec
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.lost import ContextLost
 from sweeper.models import BaseModel
 from sweeper.models.architecture import number_of_layers

@@ -1,5 +1,7 @@
 """What each form says of itself is what its adapters do, and where they lie is nobody else's."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -44,6 +46,23 @@ def test_the_update_of_a_form_is_what_its_modules_do(form: str, kind: str, load:
                 assert factors is None or torch.equal(factors[0] @ factors[1], saved.update(target, weight))
     finally:
         store.close()
+
+
+def test_a_store_that_is_dropped_gives_its_memory_back_at_once(load: Any, make_adapter: Any) -> None:
+    base = load("llama")
+    adapters = [make_adapter(base, "full", 3, form=form) for form in FORMS]
+    store = AdapterStore(base.model, base.targets, [adapter.capacity for adapter in adapters], CPU)
+    store.install()
+    for slot, adapter in enumerate(adapters):
+        store.assign(slot, adapter)
+    store.close()
+    values = weakref.ref(store.params)
+    gc.disable()
+    try:
+        del store
+        assert values() is None
+    finally:
+        gc.enable()
 
 
 def test_every_value_belongs_to_one_slot_and_one_part(load: Any, make_adapter: Any) -> None:

@@ -12,7 +12,7 @@ from sweeper.arms import Arm, Dimension, single
 from sweeper.lora import noise
 from sweeper.lora.lowrank import keep_mask, row_index
 from sweeper.lora.seeds import for_rows
-from sweeper.lora.unpacked import UnpackedSpec
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.models import budget
 
 pytestmark = [

@@ -9,7 +9,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig, get_peft_mode
 from torch import nn
 
 from sweeper import methods, models
-from sweeper.lora.unpacked import UnpackedSpec
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.models import BaseModel, budget
 from sweeper.models.architecture import Target
 from sweeper.spec import RunSpec

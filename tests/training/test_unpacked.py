@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from peft import PeftModel
 
 from sweeper import methods, models, record, tasks
 from sweeper.errors import SpecError
-from sweeper.lora.unpacked import UnpackedSpec, UnpackedStore, twin
+from sweeper.lora.trainee import UnpackedSpec, twin
+from sweeper.lora.unpacked import UnpackedStore
 from sweeper.models import BaseModel
 from sweeper.placement.placement import Target
 from sweeper.record import ADAPTER, WEIGHTS, Record
@@ -534,6 +537,19 @@ def test_an_average_of_the_weights_is_scored_and_saved(
         pack.add(job)
         with pack.store.averaged():
             torch.testing.assert_close(pack.store.params, wanted)  # type: ignore[attr-defined]
+
+
+def test_a_pack_that_is_dropped_gives_its_memory_back_at_once(make_alone: Any, base_of: Any, place: Any) -> None:
+    spec = make_alone({"name": "full_ft"})
+    base = base_of(spec)
+    with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
+        values = weakref.ref(pack.store.grads)
+    gc.disable()
+    try:
+        del pack
+        assert values() is None
+    finally:
+        gc.enable()
 
 
 def test_a_run_alone_can_end_early_with_its_best_weights(make_alone: Any, run_all: Any, tmp_path: Path) -> None:

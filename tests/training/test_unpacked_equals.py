@@ -10,7 +10,8 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 
 from sweeper import methods, models
-from sweeper.lora.unpacked import UnpackedSpec, UnpackedStore
+from sweeper.lora.trainee import UnpackedSpec
+from sweeper.lora.unpacked import UnpackedStore
 from sweeper.models import BaseModel, budget
 from sweeper.models.verdict import HeadForm
 from sweeper.spec import RunSpec
