@@ -44,7 +44,7 @@ def main() -> None:
     specs = [adapter(base, ARMS[i % 3], (4, 8, 16)[i // 3 % 3], seed=i) for i in range(args.adapters)]
     with tempfile.TemporaryDirectory() as folder, Pack(base, [s.ranks for s in specs], batch_size=1) as pack:
         for slot, spec in enumerate(specs):
-            pack.bank.assign(slot, spec)
+            pack.store.assign(slot, spec)
             randomise(pack, slot, spec)
             save(pack, slot, spec, Path(folder, str(slot)))
         packed, texts = timed(lambda: ours(pack, prompts, args), args.device)
@@ -62,10 +62,10 @@ def main() -> None:
 def randomise(pack, slot, spec) -> None:
     generator = torch.Generator().manual_seed(spec.seed)
     with torch.no_grad():
-        for views in pack.bank.adapter(slot, spec).values():
+        for views in pack.store.views(slot).values():
             for view in views:
                 view.copy_(0.02 * torch.randn(view.shape, generator=generator))
-    pack.bank.refresh(slot)
+    pack.store.publish(slot)
 
 
 def save(pack, slot, spec, folder: Path) -> None:
@@ -75,7 +75,7 @@ def save(pack, slot, spec, folder: Path) -> None:
     folder.mkdir()
     config.save_pretrained(folder)
     tensors = {}
-    for name, (a, b) in pack.bank.adapter(slot, spec).items():
+    for name, (a, b) in pack.store.views(slot).items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.t().cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors")

@@ -31,6 +31,8 @@ COMMANDS = {
     "options": ["method.dropout=0.1", "trainer.neftune_alpha=5", "trainer.ema_decay=0.9", "optim.update_penalty=0.01",
                 "optim.orthogonality_penalty=0.01", "trainer.accumulation=2", "method=lora,sparse"],
     "unpacked": ["method=dora,vera", "method.dropout=0.1", "trainer.neftune_alpha=5", "trainer.ema_decay=0.9"],
+    "forms": ["method=dora,vera,relora,sparse", "trainer.max_steps=20", "trainer.ema_decay=0.9", "trainer.patience=2",
+              "optim.update_penalty=0.01", "trainer.accumulation=2"],
     "patience": ["trainer.patience=1", "trainer.max_steps=12", "optim.lr=0.1,1e-3"],
     "importance": ["allocation=importance,matched", "placement=full", "rank=4"],
     "search": ["placement=attn,ff", "'optim.lr=tag(log, interval(1e-4, 1e-2))'", "hydra.sweeper.n_trials=4",

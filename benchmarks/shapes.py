@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.peft_today import PLACEMENTS, SHAPES
-from sweeper.lora.adapters import AdapterSpec
+from sweeper.lora.forms import AdapterSpec
 from sweeper.models import BaseModel
 from sweeper.models.architecture import structure
 from sweeper.models.proof import prove

@@ -21,8 +21,8 @@ from sweeper.errors import SpecError, SweeperError, gist
 from sweeper.spec import OF_FILES, CodeSpec, DatasetSpec, MethodSpec, PlacementSpec, RunSpec, from_mapping, to_mapping
 
 if TYPE_CHECKING:
-    from sweeper.lora.alone import AloneSpec
     from sweeper.lora.forms import AdapterSpec
+    from sweeper.lora.trainee import UnpackedSpec
     from sweeper.methods.method import Method, Ranks
     from sweeper.models.architecture import Target
     from sweeper.tasks import Example, Family
@@ -75,7 +75,7 @@ def task(
 
 
 def method(
-    name: str, made: "Method | Callable[[RunSpec, Ranks], AdapterSpec | AloneSpec] | None" = None, **fields: Any
+    name: str, made: "Method | Callable[[RunSpec, Ranks], AdapterSpec | UnpackedSpec] | None" = None, **fields: Any
 ) -> Any:
     """Registers a method; without `made`, a decorator.
 

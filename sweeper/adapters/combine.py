@@ -7,7 +7,6 @@ no `svd` in their name work on A and B separately, which is no sum of updates.
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sweeper import record
 from sweeper.adapters import peft_models
 from sweeper.errors import DataError, SpecError, gist, unknown
+from sweeper.rescoring import rescore
 from sweeper.rescoring.rescore import Saved
 from sweeper.spec import MethodSpec, bare, to_mapping
 
@@ -122,6 +122,8 @@ def check(runs: Sequence[Saved], out: Path) -> None:
     """Raises for adapters that cannot be combined, before a model is loaded."""
     if (out / record.RECORD).exists():
         raise DataError(f"--out {out}: that is a run's folder; give a new one")
+    from sweeper.lora.forms import peft
+
     first = runs[0]
     for run in runs[1:]:
         one, other = run.spec.model.content, first.spec.model.content
@@ -131,10 +133,10 @@ def check(runs: Sequence[Saved], out: Path) -> None:
                 f"{run.spec.model.name}: adapters of one base model can be combined"
             )
     for run in runs:
-        file = run.adapter / "adapter_config.json"
-        config = json.loads(file.read_text()) if file.is_file() else {"peft_type": "no adapter"}
-        kind = "DORA" if config.get("use_dora") else str(config.get("peft_type"))
-        if kind != "LORA":
+        config = rescore.read_config(run.folder)
+        form = peft.form_of(config)
+        if form is None or not form.plain:
+            kind = config.get("peft_type", "no adapter") if form is None else form.name.upper()
             raise SpecError(f"combine: {run.folder.name} is {kind}, and only plain LoRA updates can be combined")
 
 

@@ -1,6 +1,5 @@
 """An adapter merged into its base model, as a plain transformers model, checked to give the engine's logits."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,13 +63,11 @@ def _merged(model: Any) -> Any:
 
 def _as_trained(run: Saved, weights: bool) -> bool:
     """Whether what was saved, `weights` or an adapter, is what the run's method leaves; else it was put there since."""
-    if weights:
-        return run.spec.method.name in ("full_ft", "bitfit")
-    config = json.loads((run.adapter / "adapter_config.json").read_text())
-    name = run.spec.method.name
-    tuner = str(run.spec.method.options.get("tuner", "")).upper()
-    kind = {"vera": "VERA", "adalora": "ADALORA", "peft": tuner}.get(name, "LORA")
-    return config.get("peft_type") == kind and bool(config.get("use_dora")) == (name == "dora")
+    from sweeper import methods
+    from sweeper.lora.forms.peft import kind_of
+
+    left = methods.find(run.spec.method.name).leaves(run.spec.method)
+    return left == (None if weights else kind_of(rescore.read_config(run.folder)))
 
 
 def _engine_logits(base: "BaseModel", run: Saved, rows: "list[torch.Tensor]") -> "list[torch.Tensor]":
@@ -100,7 +97,7 @@ def _engine_weights(base: "BaseModel", run: Saved) -> "dict[str, torch.Tensor]":
                 found[f"{name}.weight"] = module(every[None])[0] / getattr(module.base, "embed_scale", 1.0)
                 continue
             units = torch.eye(target.in_features, device=pack.device, dtype=pack.dtype)
-            pack.bank.lanes.tokens = target.in_features
+            pack.store.lanes.tokens = target.in_features
             weight = module(units[None])[0] - module(torch.zeros_like(units[:1])[None])[0, 0]  # without the bias
             found[f"{name}.weight"] = weight if target.kind == "conv1d" else weight.t()
     return found

@@ -1,9 +1,9 @@
 """Spectra of what training changed: the update dW of every module, by itself and against the base's weight W.
 
 Every run's update is first reduced to its singular values and a few vectors; then each weight of the base is decomposed
-once and compared with all runs. Low-rank updates are never made whole for that (QR of B and A); other methods go
-through PEFT's own merge, and a fully trained weight through its difference from the base's. What is found goes to
-`RUN_FOLDER/spectra.json`; records stay as they are.
+once and compared with all runs. An adapter's form says what its update is, and low-rank ones are never made whole (QR
+of B and A); adapters of no form go through PEFT's own merge, and a trained weight is compared with the base's. What is
+found goes to `RUN_FOLDER/spectra.json`; records stay as they are.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sweeper import record
 from sweeper.adapters import peft_models
 from sweeper.errors import DataError, SpecError, gist
+from sweeper.rescoring import rescore
 from sweeper.rescoring.rescore import Saved
 
 if TYPE_CHECKING:
@@ -123,11 +124,32 @@ def write(run: Saved, modules: Sequence[ModuleSpectrum], look: Look) -> Path:
 
 def look_at(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced]:
     """Module name and numbers of every matrix that a run changed."""
+    from sweeper.lora.forms.peft import form_of
+
     tuned = peft_models.own_weights(run.folder)
-    return _of_adapter(base, run, look) if tuned is None else _of_weights(base, tuned, look)
+    if tuned is not None:
+        return _of_weights(base, tuned, look)
+    known = form_of(rescore.read_config(run.folder)) is not None
+    return _of_form(base, run, look) if known else _of_peft(base, run, look)
 
 
-def _of_adapter(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced]:
+def _of_form(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced]:
+    from sweeper.placement import spectrum
+
+    adapter, found = rescore.read_adapter(run.folder).to(base.model.device), {}
+    for target in base.targets:
+        if not adapter.has(target):
+            continue
+        module, factors = base.model.get_submodule(target.name), adapter.factors(target)
+        if factors is not None:
+            update = spectrum.decompose_product(*factors)
+        else:
+            update = spectrum.decompose(adapter.update(target, spectrum.weight_of(module)))
+        found[target.name] = _reduced(module, target, update, look)
+    return found
+
+
+def _of_peft(base: "BaseModel", run: Saved, look: Look) -> dict[str, _Reduced]:
     model = peft_models.adapted(base, {"default": run.adapter})
     try:
         targets = {target.name: target for target in base.targets}
@@ -168,9 +190,6 @@ def _of_layer(layer: Any) -> "Singular":
     from sweeper.placement import spectrum
 
     with torch.no_grad():
-        factors = _plain_factors(layer)
-        if factors is not None:
-            return spectrum.decompose_product(*factors)
         module = layer.get_base_layer()
         before, kept = spectrum.weight_of(module).clone(), module.weight.detach().clone()
         with peft_models.hushed():
@@ -179,19 +198,6 @@ def _of_layer(layer: Any) -> "Singular":
             layer.unmerge()
         module.weight.data.copy_(kept)  # unmerging leaves rounding behind
         return spectrum.decompose(after - before)
-
-
-def _plain_factors(layer: Any) -> "tuple[torch.Tensor, torch.Tensor] | None":
-    """scale * B [out, rank] and A [rank, in] where the update is their product and nothing else."""
-    more = (getattr(layer, name, {}) for name in ("use_dora", "lora_variant", "lora_E"))  # the last is AdaLoRA's
-    if any("default" in one and one["default"] is not False for one in more):
-        return None
-    for prefix in ("lora_", "lora_embedding_"):
-        if "default" in getattr(layer, f"{prefix}A", {}):
-            a, b = (getattr(layer, f"{prefix}{side}")["default"] for side in "AB")
-            a, b = (getattr(part, "weight", part).detach().float() for part in (a, b))
-            return layer.scaling["default"] * b, a
-    return None
 
 
 def _reduced(module: Any, target: "Target", update: "Singular", look: Look) -> _Reduced:

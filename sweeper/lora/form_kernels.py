@@ -1,4 +1,4 @@
-"""Triton kernels of DoRA's norms and VeRA's factors on CUDA; `dora.py` and `vera.py` define what they compute.
+"""Triton kernels of DoRA's norms and VeRA's factors on CUDA; the files of these forms define what they compute.
 
 A pack of hundreds of modules would else launch a dozen small kernels for each, which take longer than the step itself.
 
@@ -6,15 +6,11 @@ Shapes: J slots, M members, X columns of a group's extra values, S segments, R r
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from sweeper.lora.vera import Shared
 
 
 @triton.jit
@@ -156,18 +152,19 @@ def _project_outputs(grads, shared_b, on, segments, stride_b, COLS: tl.constexpr
     tl.store(where, tl.load(where, mask=c < width, other=0.0) + total, mask=c < width)
 
 
-def derive(params: Tensor, work: Tensor, shared: "Shared", segments: Tensor) -> None:
-    """A and B of every segment [S, 6] of a slot from the shared matrices and the factors, in the flat store."""
-    _derive[(segments.shape[0], 2 * shared.a.shape[0])](
-        params, work, shared.a, shared.b, shared.on.view(torch.int8), segments, shared.a.stride(0), shared.b.stride(0),
-        COPY=work is not params, COLS=256,
-    )  # fmt: skip
+def derive(params: Tensor, work: Tensor, a: Tensor, b: Tensor, on: Tensor, segments: Tensor) -> None:
+    """A and B of every segment [S, 6] of a slot from the shared a [R, I], b [R, O] and the factors, in the flat store;
+    nothing where `on` [] is false.
+    """
+    _derive[(segments.shape[0], 2 * a.shape[0])](
+        params, work, a, b, on.view(torch.int8), segments, a.stride(0), b.stride(0), COPY=work is not params, COLS=256
+    )
 
 
-def project(grads: Tensor, shared: "Shared", segments: Tensor) -> None:
+def project(grads: Tensor, a: Tensor, b: Tensor, on: Tensor, segments: Tensor) -> None:
     """Gradients of the factors from those of A and B, which are cleared."""
-    on, cols = shared.on.view(torch.int8), 256
-    count, (ranks, _) = segments.shape[0], shared.a.shape
-    _project_ranks[(count, ranks)](grads, shared.a, on, segments, shared.a.stride(0), COLS=cols)
-    outputs = triton.cdiv(shared.b.shape[1], cols)
-    _project_outputs[(count, outputs)](grads, shared.b, on, segments, shared.b.stride(0), COLS=cols)
+    on, cols = on.view(torch.int8), 256
+    count, (ranks, _) = segments.shape[0], a.shape
+    _project_ranks[(count, ranks)](grads, a, on, segments, a.stride(0), COLS=cols)
+    outputs = triton.cdiv(b.shape[1], cols)
+    _project_outputs[(count, outputs)](grads, b, on, segments, b.stride(0), COLS=cols)

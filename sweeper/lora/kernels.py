@@ -425,7 +425,7 @@ def adamw(flat, work, grads, exp_avg, exp_avg_sq, rates, block_slot, table, norm
 
 
 @triton.jit
-def _sense(flat, grads, found, block_slot, memory, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+def _accumulate_sensitivity(flat, grads, found, block_slot, memory, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """found = memory * found + (1 - memory) * |value * gradient| in every block of a slot whose memory is no NaN."""
     block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     slot = tl.load(block_slot + block, mask=block < blocks, other=0)
@@ -440,11 +440,11 @@ def _sense(flat, grads, found, block_slot, memory, blocks, BLOCK: tl.constexpr, 
     tl.store(found + where, before + (now - before) * (1 - kept)[:, None], mask=mask)
 
 
-def sense(flat: Tensor, grads: Tensor, found: Tensor, block_slot: Tensor, memory: Tensor) -> None:
-    """CUDA implementation of `AdapterBank.sense`; `memory` [J] is NaN for a slot that learns no pattern."""
+def accumulate_sensitivity(flat: Tensor, grads: Tensor, found: Tensor, block_slot: Tensor, memory: Tensor) -> None:
+    """CUDA implementation of `sparse.accumulate_sensitivity`; `memory` [J] is NaN for a slot that learns no pattern."""
     blocks, count = block_slot.shape[0], 32
     block = grads.shape[0] // max(blocks, 1)
-    _sense[(triton.cdiv(blocks, count),)](
+    _accumulate_sensitivity[(triton.cdiv(blocks, count),)](
         flat, grads, found, block_slot, memory, blocks, BLOCK=block, COUNT=count
     )  # fmt: skip
 

@@ -5,12 +5,13 @@ Shapes: F values of the flat store, J slots, 64 values a block.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sweeper.lora.store import BLOCK, Store
+from sweeper.lora.flat import Flat
+from sweeper.lora.layout import BLOCK
 from sweeper.spec import OptimSpec
 
 if TYPE_CHECKING:
@@ -50,18 +51,18 @@ def hyperparameters(optim: OptimSpec, step: int, max_steps: int) -> list[float]:
 
 @dataclass
 class PackedAdamW:
-    """AdamW (Loshchilov & Hutter 2019) over a `Store`, clipped by each run's own gradient norm.
+    """AdamW (Loshchilov & Hutter 2019) over a `Flat`, clipped by each run's own gradient norm.
 
     A slot whose gradient norm is not finite, or whose learning-rate row is NaN (idle), keeps its parameters and
-    moments. A value's rate (`bank.rates`) multiplies the learning rate of its run; one of rate 0 is frozen: it is part
+    moments. A value's rate (`flat.rates`) multiplies the learning rate of its run; one of rate 0 is frozen: it is part
     of no norm and has no moments.
     """
 
-    bank: Store
+    flat: Flat[Any]
 
     def __post_init__(self) -> None:
-        slots = len(self.bank.capacities)
-        device = self.bank.params.device
+        slots = self.flat.slots
+        device = self.flat.params.device
         self.table = torch.full((slots, 8), math.nan, device=device)
         self.norms = torch.zeros(slots, device=device)
         self.squares: kernels.Squares | None = None
@@ -75,44 +76,36 @@ class PackedAdamW:
     @torch.no_grad()
     def step(self) -> Tensor:
         """One update of every slot that is set. Returns gradient norms [J] before clipping; zeroes the gradients."""
-        bank = self.bank
-        if bank.params.is_cuda:
+        flat = self.flat
+        if flat.params.is_cuda:
             from sweeper.lora import kernels
 
-            self.squares = self.squares or kernels.Squares(bank.block_slot, len(self.norms))
+            self.squares = self.squares or kernels.Squares(flat.block_slot, len(self.norms))
             kernels.adamw(
-                bank.params,
-                bank.work,
-                bank.grads,
-                bank.exp_avg,
-                bank.exp_avg_sq,
-                bank.rates,
-                bank.block_slot,
-                self.table,
-                self.norms,
-                self.squares,
-            )
+                flat.params, flat.work, flat.grads, flat.exp_avg, flat.exp_avg_sq, flat.rates, flat.block_slot,
+                self.table, self.norms, self.squares,
+            )  # fmt: skip
             return self.norms
-        for slot, rated in enumerate(bank.rated):
-            if rated and bank.rates is not None:
-                for start, stop in bank.spans[slot]:
-                    bank.grads[start:stop].masked_fill_(bank.rates[start:stop] == 0, 0.0)
-        blocks = bank.grads.view(-1, BLOCK)
+        for slot, rated in enumerate(flat.rated):
+            if rated and flat.rates is not None:
+                for start, stop in flat.spans[slot]:
+                    flat.grads[start:stop].masked_fill_(flat.rates[start:stop] == 0, 0.0)
+        blocks = flat.grads.view(-1, BLOCK)
         squares = torch.linalg.vector_norm(blocks, dim=1).square()
-        self.norms.zero_().index_add_(0, bank.block_slot, squares).sqrt_()
+        self.norms.zero_().index_add_(0, flat.block_slot, squares).sqrt_()
         row = self.table.clone()
         live = torch.isfinite(self.norms) & torch.isfinite(row[:, LR])
         clip = (row[:, MAX_NORM] / (self.norms + 1e-6)).clamp(max=1)
         for slot in live.nonzero().flatten().tolist():
             self._update(slot, row[slot].tolist(), float(clip[slot]))
-        bank.grads.zero_()
+        flat.grads.zero_()
         return self.norms
 
     def _update(self, slot: int, row: list[float], clip: float) -> None:
-        bank = self.bank
-        rates = bank.rates if bank.rated[slot] else None
-        for start, stop in bank.spans[slot]:
-            p, g, m, v = (s[start:stop] for s in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq))
+        flat = self.flat
+        rates = flat.rates if flat.rated[slot] else None
+        for start, stop in flat.spans[slot]:
+            p, g, m, v = (s[start:stop] for s in (flat.params, flat.grads, flat.exp_avg, flat.exp_avg_sq))
             g = g * clip
             m.lerp_(g, 1 - row[BETA1])
             v.mul_(row[BETA2]).addcmul_(g, g, value=1 - row[BETA2])
@@ -124,5 +117,5 @@ class PackedAdamW:
                 rate = rates[start:stop]
                 p.mul_(1 - row[LR] * row[WEIGHT_DECAY] * rate)
                 p.addcdiv_(m * rate, scale, value=-row[LR] / row[CORRECTION1])
-            if bank.work is not bank.params:
-                bank.work[start:stop] = p
+            if flat.work is not flat.params:
+                flat.work[start:stop] = p

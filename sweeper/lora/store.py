@@ -1,286 +1,298 @@
-"""The flat store: every slot's parameters, gradients and moments, and where in it each module's adapter lies."""
+"""The adapter store: the adapters of a pack's slots."""
 
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sweeper.lora.forms import AdapterSpec, Capacity
-from sweeper.lora.transfer import Fetched, fetch, send, zeros
+from sweeper.lora import penalty
+from sweeper.lora.embedding import AdaptedEmbedding
+from sweeper.lora.flat import Flat
+from sweeper.lora.forms import FORMS, AdapterSpec, Attached, Capacity, sparse
+from sweeper.lora.forms.begin import uniform
+from sweeper.lora.forms.restarts import restart
+from sweeper.lora.layout import Layout, Placed
+from sweeper.lora.optimizer import PackedAdamW
+from sweeper.lora.slot_store import Able, Saved, Serving, State
+from sweeper.lora.transfer import fetch_all, send
+from sweeper.lora.wrappers import Lanes
+from sweeper.lora.wrapping import Wrapping
 from sweeper.models.architecture import Target
+from sweeper.models.forward import inner_model
 
-BLOCK = 64  # values; a segment starts at a multiple of it, so a block belongs to one slot
-MOST_MEMBERS = 3  # of a group: the kernels take that many output tensors
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
-    """Where one slot's adapter of one module lies in the flat store: A `[rank, in]` at `a`, B `[rank, out]` at `b`.
-
-    `extras` values at `x` are DoRA's magnitudes, or VeRA's factors of `capacity` ranks and of the outputs.
-    """
-
-    target: Target
-    slot: int
-    group: int
-    member: int
-    capacity: int
-    a: int
-    b: int
-    x: int = 0
-    extras: int = 0
-
-    @property
-    def end(self) -> int:
-        return self.b + _padded(self.capacity * self.target.out_features)
+__all__ = ["AdapterSpec", "AdapterStore", "Capacity"]
 
 
-class Store:
-    """Values of the adapters of every slot.
+class AdapterStore(Flat[AdapterSpec]):
+    """The adapters of every slot.
 
-    They lie group by group, slot by slot and member by member, A `[rank, in]` then B `[rank, out]`, and after each
-    group, where a slot of it may hold a DoRA or VeRA, a table `[slot, values]` of their extra values. `work` is what
-    the products read: the values themselves, or their copy in the base model's precision, kept by the optimiser.
-    `rates` is each value's learning rate over its run's (0: frozen), None where all have their run's.
-    `copies` are further stores of the same layout, which some runs need.
+    Args:
+        targets: all adaptable modules of the base.
+        capacities: for each slot, module name -> highest rank it may ever hold, or what else it may hold. What is
+            absent takes no memory.
+
+    Attributes:
+        attached: what the forms that some slot may hold keep here.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         targets: Sequence[Target],
         capacities: Sequence[Capacity | Mapping[str, int]],
-        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.model = model
         self.capacities = tuple(Capacity.of(capacity) for capacity in capacities)
-        count = len(capacities)
-        used = {name for capacity in self.capacities for name in capacity.ranks}
-        self.member_targets = groups(targets, used)
-        self.segments: list[Segment] = []
-        self.bounds = self._lay_out()
-        size = self.bounds[-1]
-        self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
-        self.work = self.params if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device)
-        stores = frozenset[str]().union(*(capacity.stores for capacity in self.capacities))
-        self.rates = torch.ones(size, device=device) if "rates" in stores else None
-        self.copies = {name: torch.zeros(size, device=device) for name in sorted(stores - {"rates"})}
-        self.held: list[AdapterSpec | None] = [None] * count
-        self.block_slot = self._block_slots(size).to(device)
-        self.by_slot = [[segment for segment in self.segments if segment.slot == slot] for slot in range(count)]
-        self.by_group: list[list[Segment]] = [[] for _ in self.member_targets]
-        for segment in self.segments:
-            self.by_group[segment.group].append(segment)
-        self.spans = [_merged([span for s in own for span in _spans(s)]) for own in self.by_slot]
+        self.layout = layout = Layout(
+            targets, [own.ranks for own in self.capacities], [own.extra for own in self.capacities]
+        )
+        stores = frozenset[str]().union(*(own.stores for own in self.capacities))
+        copies = sorted(stores - {"rates"})
+        super().__init__(layout.spans, layout.block_slots(), copies, size=layout.size, device=device)
+        dtype = next(model.parameters()).dtype
+        if dtype != torch.float32:
+            self.work = torch.zeros(layout.size, dtype=dtype, device=device)
+        if "rates" in stores:
+            self.rates = torch.ones(layout.size, device=device)
+        self.placed: list[Placed] = [Placed((), ())] * layout.slots
+        self.lanes = Lanes.of(layout.slots, device)
+        self.penalties = torch.zeros(layout.slots, 3, device=device)
+        self.wrapping = Wrapping(model, self.weak, layout, self.lanes)
+        self.groups = self.wrapping.groups
+        able = {form: [s for s, own in enumerate(self.capacities) if form in own.forms] for form in FORMS}
+        self.attached: dict[str, Attached] = {
+            name: form.attach(self.weak, layout, self.groups, able[name])
+            for name, form in FORMS.items()
+            if form.attach is not None and able[name]
+        }
+        self.optimizer = PackedAdamW(self.weak)
+
+    def install(self) -> None:
+        """Puts the wrappers on the base model. The frozen weights are untouched."""
+        self.wrapping.install()
+
+    def close(self) -> None:
+        self.wrapping.uninstall()
 
     @property
-    def rated(self) -> list[bool]:
-        """Of each slot, whether its values have rates of their own."""
-        return [adapter is not None and adapter.rated for adapter in self.held]
+    def able(self) -> Able:
+        graphs = not any(isinstance(group, AdaptedEmbedding) for group in self.groups)
+        return Able(mixes=True, graphs=graphs, compiles=graphs)
 
-    def _lay_out(self) -> list[int]:
-        bounds, offset = [0], 0
-        self.extras: list[tuple[int, int, list[int]]] = []
-        for group, members in enumerate(self.member_targets):
-            found = []
-            for slot, capacity in enumerate(self.capacities):
-                for member, target in enumerate(members):
-                    rank = capacity.ranks.get(target.name, 0)
-                    if not rank:
-                        continue
-                    a, b = offset, offset + _padded(rank * target.in_features)
-                    offset = b + _padded(rank * target.out_features)
-                    found.append(Segment(target=target, slot=slot, group=group, member=member, capacity=rank, a=a, b=b))
-            bounds.append(offset)
-            columns, width = self._columns(members)
-            self.extras.append((offset, width, columns))
-            for segment in found:
-                x = offset + segment.slot * width + columns[segment.member]
-                extras = self.capacities[segment.slot].extra(segment.target)
-                self.segments.append(replace(segment, x=x, extras=extras))
-            offset += width * len(self.capacities)
-            bounds.append(offset)
-        return bounds
+    @property
+    def serving(self) -> Serving:
+        return Serving(self.model, inner_model(self.model))
 
-    def _columns(self, members: Sequence[Target]) -> tuple[list[int], int]:
-        """Where each member's extra values begin in its group's table, and the width of that."""
-        widths = [_padded(max(capacity.extra(target) for capacity in self.capacities)) for target in members]
-        return [sum(widths[:member]) for member in range(len(members))], sum(widths)
+    @property
+    def state_bytes(self) -> int:
+        """Memory of all that is kept of the adapters of every slot."""
+        stores = [self.params, self.grads, self.exp_avg, self.exp_avg_sq, *self.copies.values()]
+        stores += [self.work] if self.work is not self.params else []
+        stores += [self.rates] if self.rates is not None else []
+        stores += [tensor for attached in self.attached.values() for tensor in attached.held]
+        return sum(store.numel() * store.element_size() for store in stores)
 
-    def _block_slots(self, size: int) -> Tensor:
-        slots = torch.zeros(size // BLOCK, dtype=torch.int64)
-        for segment in self.segments:
-            slots[segment.a // BLOCK : segment.end // BLOCK] = segment.slot
-        for start, width, _ in self.extras:
-            for slot in range(len(self.capacities)):
-                slots[(start + slot * width) // BLOCK : (start + (slot + 1) * width) // BLOCK] = slot
-        return slots
+    def fits(self, slot: int, adapter: Any) -> bool:
+        """Whether a slot, once it is free, can be given to such a run."""
+        return isinstance(adapter, AdapterSpec) and self.capacities[slot].holds(adapter.capacity)
 
-    def stores(self, adapter: AdapterSpec) -> list[Tensor]:
+    @torch.no_grad()
+    def assign(self, slot: int, adapter: AdapterSpec, state: State | None = None, step: int = 0) -> None:
+        """Gives a slot to a run: fresh, or with the values of a `state`, and the moments if it has any."""
+        self._empty(slot)
+        form = FORMS[adapter.form]
+        self.held[slot], self.rated[slot] = adapter, adapter.rated
+        self.placed[slot] = placed = Placed.of(self.layout.by_slot[slot], form.parts, adapter.ranks)
+        for segment in placed.segments:
+            self.wrapping.enter(segment, adapter.ranks[segment.target.name], adapter.scales[segment.target.name])
+        if state is not None:
+            self._restore(placed, adapter, state)
+        elif placed.segments:
+            self._begin(placed, adapter)
+        self.penalties[slot] = send(torch.tensor(adapter.penalties), self.penalties.device)
+        if adapter.form in self.attached:
+            self.attached[adapter.form].assign(slot, adapter, placed.segments)
+        self._set_rates(slot, adapter, step)
+        self.publish(slot)
+        self.wrapping.upload()
+        self._note(slot, adapter)
+        self._derive([slot])
+
+    def _begin(self, placed: Placed, adapter: AdapterSpec) -> None:
+        # drawn on the host: a GPU is given one long copy, not a handful for each module
+        values, every = placed.blank(self.params.device)
+        for segment, parts, own in zip(placed.segments, placed.parts, every, strict=True):
+            FORMS[adapter.form].begin(segment, adapter, self.groups[segment.group], own)
+            if adapter.sparsity is not None:
+                adapter.sparsity.thin_out([part for part, _ in parts], own, f"{adapter.seed}/{segment.target.name}")
+        copies = [self.copies[name] for name in {"average", "best"} & set(adapter.copies)]
+        placed.write(values, [self.params, *copies])
+
+    def _restore(self, placed: Placed, adapter: AdapterSpec, state: State) -> None:
+        counts = {name: len(views) for name, views in placed.views(self.params).items()}
+        for place, store in enumerate(self._stores(adapter)):
+            values = [v for name, n in counts.items() for v in state[name][n * place : n * (place + 1)]]
+            if values:
+                placed.write(torch.cat([value.flatten() for value in values]), [store])
+
+    def _stores(self, adapter: AdapterSpec) -> list[Tensor]:
         """The stores that make up the state of a run: values, moments, and what else its options keep."""
         return [self.params, self.exp_avg, self.exp_avg_sq, *(self.copies[name] for name in adapter.copies)]
 
+    def _set_rates(self, slot: int, adapter: AdapterSpec, step: int) -> None:
+        """Says which values of a slot train from a step (from 0) on, and at which rate over the run's."""
+        if self.rates is None:
+            return
+        for piece in self.pieces(slot, self.rates):
+            piece.fill_(0.0 if adapter.rated else 1.0)
+        if not adapter.rated:
+            return
+        placed, sparsity = self.placed[slot], adapter.sparsity
+        rates, every = placed.blank(self.params.device)
+        for segment, parts, own in zip(placed.segments, placed.parts, every, strict=True):
+            live = adapter.live_rows(segment.target.name, step)
+            for (part, _), value in zip(parts, own, strict=True):
+                value[live if part.by_rank else slice(None)] = adapter.rate_a if part.rate == "a" else adapter.rate_b
+            if sparsity is not None:
+                sparsity.thin_out([part for part, _ in parts], own, f"{adapter.seed}/{segment.target.name}")
+        placed.write(rates, [self.rates])
+        if sparsity is not None and sparsity.learnt and sparsity.settled(step):
+            masks = sparsity.masks(placed.flat(self.copies["sensitivity"]), step)
+            torch._foreach_mul_(placed.flat(self.rates), masks)
+
+    def release(self, slot: int) -> None:
+        """Empties a slot; the others keep every bit of their state."""
+        self._empty(slot)
+        self.wrapping.upload()
+        self._note(slot, None)
+
     @torch.no_grad()
-    def refresh(self, slot: int) -> None:
-        """Brings the working copy up to date, after parameters were written by anything but the optimiser."""
+    def _empty(self, slot: int) -> None:
+        former = self.held[slot]
+        stores = (self.params, self.grads, self.exp_avg, self.exp_avg_sq, *self.copies.values())
+        pieces = [piece for store in stores for piece in self.pieces(slot, store)]
+        if pieces:
+            torch._foreach_zero_(pieces)
+        for segment in self.layout.by_slot[slot]:
+            self.wrapping.enter(segment, 0, 0.0)
+        if former is not None and former.form in self.attached:
+            self.attached[former.form].release(slot, self.placed[slot].segments)
+        self.held[slot], self.rated[slot], self.placed[slot] = None, False, Placed((), ())
+
+    def _note(self, slot: int, adapter: AdapterSpec | None) -> None:
+        lanes = self.lanes
+        lanes.dropout[slot] = adapter.dropout if adapter else 0.0
+        lanes.noise[slot] = adapter.noise if adapter else 0.0
+        held = [one for one in self.held if one is not None]
+        lanes.drop = any(one.dropout > 0 for one in held)
+        lanes.noisy = any(one.noise > 0 for one in held)
+        lanes.forms = tuple(form for form in self.attached if any(one.form == form for one in held))
+        lanes.penalised = tuple(slot for slot, one in enumerate(self.held) if one is not None and any(one.penalties))
+        for form, attached in self.attached.items():
+            attached.switch(form in lanes.forms)
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Each slot's seed for the coming forward pass; what is drawn follows from it and the place alone."""
+        self.lanes.seed(seeds)
+
+    @contextlib.contextmanager
+    def one_pass(self, share: float) -> Iterator[None]:
+        """Around a forward and backward pass; `share` is the pass's of its step."""
+        self._derive(range(self.slots))
+        yield
+        self._penalise(share)
+        for form in self.lanes.forms:
+            self.attached[form].project()
+
+    @torch.no_grad()
+    def _derive(self, slots: Sequence[int]) -> None:
+        for form in self.lanes.forms:
+            self.attached[form].derive(slots)
+
+    @torch.no_grad()
+    def _penalise(self, share: float) -> None:
+        """Adds the gradients of the penalties, times `share`, of the runs that have any."""
+        for slot in self.lanes.penalised:
+            for segment in self.layout.by_slot[slot]:
+                live = pair = segment.pair(self.params)
+                if self.rates is not None:
+                    moving = [rate.amax(1, keepdim=True) > 0 for rate in segment.pair(self.rates)]
+                    live = pair[0] * moving[0], pair[1] * moving[1]
+                scale = self.groups[segment.group].scale[slot, segment.member]
+                found = penalty.gradients(*pair, *live, scale, self.penalties[slot] * share)
+                for gradient, more in zip(segment.pair(self.grads), found, strict=True):
+                    gradient += more
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        with super().averaged():
+            self._derive(range(self.slots))
+            yield
+
+    def update(self, rows: dict[int, list[float]], steps: Mapping[int, int]) -> Tensor:
+        """An optimiser step, and what follows it; `steps` is the number (from 1) of each slot's."""
+        held = {slot: adapter.sparsity for slot in steps if (adapter := self.held[slot]) is not None}
+        memory = {slot: own.memory for slot, own in held.items() if own and not own.settled(steps[slot] - 1)}
+        if memory:
+            sparse.accumulate_sensitivity(self, memory)
+        self.optimizer.set(rows)
+        norms = self.optimizer.step()
+        for slot, step in steps.items():
+            self._prune(slot, step)
+            self.update_ema(slot, step)
+            self._restart(slot, step)
+        return norms
+
+    @torch.no_grad()
+    def _prune(self, slot: int, step: int) -> None:
+        """Sets to zero what a slot that learns its pattern does without after its step `step`."""
+        adapter, placed = self.held[slot], self.placed[slot]
+        if adapter is None or adapter.sparsity is None or not adapter.sparsity.due(step):
+            return
+        over = step == adapter.sparsity.last
+        average = [self.copies["average"]] if "average" in adapter.copies else []
+        stores = [self.params, self.exp_avg, self.exp_avg_sq, *average]
+        masks = adapter.sparsity.masks(placed.flat(self.copies["sensitivity"]), step)
+        for store in stores if over else stores[:1]:
+            torch._foreach_mul_(placed.flat(store), masks)
+        if over:
+            self._set_rates(slot, adapter, step)
+        self.publish(slot)
+
+    @torch.no_grad()
+    def _restart(self, slot: int, step: int) -> None:
+        """Begins the next adapter of a run that merges and restarts, before its step `step` (from 0)."""
+        adapter, placed = self.held[slot], self.placed[slot]
+        if adapter is None or adapter.restarts is None or not adapter.restarts.due(step):
+            return
+        self._set_rates(slot, adapter, step)
+        before, now = ([adapter.live_rows(s.target.name, at) for s in placed.segments] for at in (step - 1, step))
+        begin = functools.partial(uniform, seed=adapter.seed, again=adapter.restarts.block(step))
+        copies = [self.copies[name] for name in {"average"} & set(adapter.copies)]
+        restart(self, placed, adapter.restarts, before, now, begin, copies)
+        self.publish(slot)
+
+    @torch.no_grad()
+    def publish(self, slot: int) -> None:
+        """Brings up to date what follows from a slot's parameters, where anything but the optimiser wrote them."""
         if self.work is not self.params and self.spans[slot]:
             torch._foreach_copy_(self.pieces(slot, self.work), self.pieces(slot, self.params))
 
-    def views(self, segment: Segment, rank: int, store: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """A [rank, in] and transposed B [rank, out] of a segment, in the parameters or a store of their layout."""
-        store = self.params if store is None else store
-        fan_in, fan_out = segment.target.in_features, segment.target.out_features
-        return (
-            store[segment.a : segment.a + rank * fan_in].view(rank, fan_in),
-            store[segment.b : segment.b + rank * fan_out].view(rank, fan_out),
-        )
+    def views(self, slot: int, store: Tensor | None = None) -> dict[str, tuple[Tensor, ...]]:
+        """Module name -> the parts of the adapter that a slot holds, in the parameters or a store of their layout."""
+        return self.placed[slot].views(self.params if store is None else store)
 
-    def factors(self, segment: Segment, store: Tensor) -> tuple[Tensor, Tensor]:
-        """VeRA's factors of the ranks [capacity] and outputs [out] of a segment."""
-        middle = segment.x + segment.capacity
-        return store[segment.x : middle], store[middle : middle + segment.target.out_features]
-
-    def parts(self, segment: Segment, adapter: AdapterSpec, store: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What makes up a module's adapter, as views: A [rank, in] and B transposed [rank, out]; of a DoRA also its
-        magnitudes [out]; of a VeRA its factors [rank] and [out] alone.
-        """
-        store = self.params if store is None else store
-        rank = adapter.ranks[segment.target.name]
-        if adapter.form == "vera":
-            d, b = self.factors(segment, store)
-            return d[:rank], b
-        pair = self.views(segment, rank, store)
-        return (*pair, store[segment.x : segment.x + segment.target.out_features]) if adapter.form == "dora" else pair
-
-    def adapter(self, slot: int, adapter: AdapterSpec, store: Tensor | None = None) -> dict[str, tuple[Tensor, ...]]:
-        """Module name -> the parts of the adapter of the run that holds a slot; views, not copies."""
-        return {segment.target.name: self.parts(segment, adapter, store) for segment in self.own(slot, adapter)}
-
-    def blank(self, adapter: AdapterSpec, segments: Sequence[Segment]) -> tuple[Tensor, list[list[Tensor]]]:
-        """Zeros on the host for all parts of an adapter in one piece, and the parts of each module as views of it."""
-        shapes = [_shapes(segment, adapter) for segment in segments]
-        sizes = [math.prod(shape) for own in shapes for shape in own]
-        whole = zeros(sum(sizes), self.params.device)
-        pieces = iter(whole.split(sizes))
-        return whole, [[next(pieces).view(shape) for shape in own] for own in shapes]
-
-    @torch.no_grad()
-    def write(self, slot: int, adapter: AdapterSpec, values: Tensor, stores: Sequence[Tensor]) -> None:
-        """Puts the same host values of all parts of an adapter, one after another as `flat`, into some stores."""
-        moved = send(values, self.params.device)
-        for store in stores:
-            parts = [part.view(-1) for part in self.flat(slot, adapter, store)]
-            torch._foreach_copy_(parts, moved.split([part.numel() for part in parts]))
-
-    def saved(
-        self, slot: int, adapter: AdapterSpec, *, values: bool = True
-    ) -> Callable[[], dict[str, tuple[Tensor, ...]]]:
-        """As `adapter`, of the weights that the run leaves; called, it waits for their copy on the host."""
-        return fetch_all(self.adapter(slot, adapter, self.to_save(slot)) if values else {})
-
-    def flat(self, slot: int, adapter: AdapterSpec, store: Tensor) -> list[Tensor]:
-        """The parts of all modules of an adapter, one after another; views."""
-        return [part for parts in self.adapter(slot, adapter, store).values() for part in parts]
-
-    def own(self, slot: int, adapter: AdapterSpec) -> list[Segment]:
-        return [segment for segment in self.by_slot[slot] if segment.target.name in adapter.ranks]
-
-    def pieces(self, slot: int, store: Tensor) -> list[Tensor]:
-        return [store[start:stop] for start, stop in self.spans[slot]]
-
-    @torch.no_grad()
-    def follow(self, slot: int, step: int) -> None:
-        """Moves the average of a slot's weights after its step `step` (from 1), if it has one.
-
-        The decay is that of the run, or (1 + step) / (10 + step) where that is less, so that the start fades soon.
-        """
-        adapter = self.held[slot]
-        if adapter is not None and adapter.average is not None:
-            decay = min(adapter.average, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.pieces(slot, self.copies["average"]), self.pieces(slot, self.params), 1 - decay)
-
-    @torch.no_grad()
-    def swap_averages(self) -> None:
-        """Puts the averages where the weights are, and back: evaluation looks at them."""
-        for slot, adapter in enumerate(self.held):
-            if adapter is not None and adapter.average is not None:
-                now, average = self.pieces(slot, self.params), self.pieces(slot, self.copies["average"])
-                former = [piece.clone() for piece in now]
-                torch._foreach_copy_(now, average)
-                torch._foreach_copy_(average, former)
-                self.refresh(slot)
-
-    def to_save(self, slot: int) -> Tensor:
-        """The store whose weights a slot's run leaves: the average, where it has one."""
+    def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
+        """Module name -> the parts of its adapter, then their moments and what else is kept of them, on the host."""
         adapter = self.held[slot]
         assert adapter is not None
-        return self.params if adapter.average is None else self.copies["average"]
+        stores = [self.views(slot, store) for store in self._stores(adapter)]
+        return fetch_all({name: tuple(part for parts in stores for part in parts[name]) for name in stores[0]})()
 
-    @torch.no_grad()
-    def keep_best(self, slot: int) -> None:
-        """Remembers the weights of a slot as the best so far."""
-        torch._foreach_copy_(self.pieces(slot, self.copies["best"]), self.pieces(slot, self.to_save(slot)))
-
-    @torch.no_grad()
-    def take_best(self, slot: int) -> None:
-        """Gives a slot its best weights back."""
-        for store in (self.params, self.to_save(slot)):
-            torch._foreach_copy_(self.pieces(slot, store), self.pieces(slot, self.copies["best"]))
-        self.refresh(slot)
-
-
-@torch.no_grad()
-def fetch_all(tensors: Mapping[str, tuple[Tensor, ...]]) -> Callable[[], dict[str, tuple[Tensor, ...]]]:
-    """Copies float32 tensors to the host in one piece; called, it waits until they are there."""
-    flat = [tensor.reshape(-1) for parts in tensors.values() for tensor in parts]
-    sizes = [tensor.numel() for tensor in flat]
-    shapes = {name: [tensor.shape for tensor in parts] for name, parts in tensors.items()}
-    fetched = fetch(torch.cat(flat)) if flat else Fetched(torch.empty(0))
-
-    def arrived() -> dict[str, tuple[Tensor, ...]]:
-        values = iter(fetched.wait().split(sizes))
-        return {name: tuple(next(values).view(shape) for shape in parts) for name, parts in shapes.items()}
-
-    return arrived
-
-
-def groups(targets: Sequence[Target], used: set[str]) -> list[tuple[Target, ...]]:
-    """Targets that are computed together: those with one input, if any of them is adapted."""
-    found = []
-    for _, siblings in itertools.groupby(targets, key=lambda t: t.inputs if t.kind == "linear" else t.name):
-        together = list(siblings)
-        for start in range(0, len(together), MOST_MEMBERS):
-            members = tuple(together[start : start + MOST_MEMBERS])
-            if any(target.name in used for target in members):
-                found.append(members)
-    return found
-
-
-def _shapes(segment: Segment, adapter: AdapterSpec) -> list[tuple[int, ...]]:
-    """Of the parts of a module's adapter, as `Store.parts` gives them."""
-    target, rank = segment.target, adapter.ranks[segment.target.name]
-    if adapter.form == "vera":
-        return [(rank,), (target.out_features,)]
-    pair: list[tuple[int, ...]] = [(rank, target.in_features), (rank, target.out_features)]
-    return [*pair, (target.out_features,)] if adapter.form == "dora" else pair
-
-
-def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Adjoining spans joined, so that a slot is updated in few long strides."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(spans):
-        if merged and merged[-1][1] == start:
-            start = merged.pop()[0]
-        merged.append((start, stop))
-    return merged
-
-
-def _padded(values: int) -> int:
-    return -(-values // BLOCK) * BLOCK
-
-
-def _spans(segment: Segment) -> list[tuple[int, int]]:
-    """The parts of the flat store that are a segment's own."""
-    return [(segment.a, segment.end)] + ([(segment.x, segment.x + _padded(segment.extras))] if segment.extras else [])
+    def saved(self, slot: int, *, values: bool = True) -> Saved:
+        """As `views`, of the weights that the run leaves; called, it waits for their copy on the host."""
+        return fetch_all(self.views(slot, self.to_save(slot)) if values else {})

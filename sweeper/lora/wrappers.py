@@ -1,14 +1,13 @@
-"""What stands in the base model for the modules that are adapted, and the lanes that all of it reads."""
+"""What stands in the base model for the linear modules that are adapted, and the lanes that all of it reads."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sweeper.lora.dora import Gain
 from sweeper.lora.lowrank import ROW_STRIDE, adapted_linear
 from sweeper.lora.seeds import seed_of
 from sweeper.models.architecture import Target
@@ -19,6 +18,7 @@ class Lanes:
     """How the rows of the present batch are shared out; one object that every adapted module reads.
 
     `slots` [L] int32 is the slot of each lane (-1: the bare base), `tokens` the padded length of a sequence.
+    `forms` are those of the slots that do more than the low-rank product.
     """
 
     slots: Tensor
@@ -27,25 +27,63 @@ class Lanes:
     noise: Tensor
     tokens: int = 1
     drop: bool = False
-    gain: bool = False
-    share: bool = False
     noisy: bool = False
+    forms: tuple[str, ...] = ()
     penalised: tuple[int, ...] = ()
     host_slots: tuple[int, ...] = field(default=())
 
     @property
     def flags(self) -> tuple[Any, ...]:
         """What a step looks at on the host: one that was captured under other flags does other things."""
-        return self.drop, self.gain, self.share, self.noisy, self.penalised
+        return self.drop, self.noisy, self.forms, self.penalised
+
+    @property
+    def draws(self) -> bool:
+        """Whether the coming step draws random numbers, and so needs `seeds`."""
+        return self.drop or self.noisy
+
+    @classmethod
+    def of(cls, slots: int, device: torch.device) -> "Lanes":
+        """As many lanes as slots, all on the bare base."""
+        seeds = torch.zeros(slots, dtype=torch.int64, device=device)
+        dropout, noise = torch.zeros(slots, device=device), torch.zeros(slots, device=device)
+        return cls(torch.full((slots,), -1, dtype=torch.int32, device=device), dropout, seeds, noise)
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Each slot's seed for the coming forward pass (`seeds.for_rows`)."""
+        self.seeds.copy_(torch.tensor(seeds), non_blocking=True)
+
+
+class Change(Protocol):
+    """What a form does to the outputs of a group, where that is more than the low-rank product.
+
+    It is applied where it is `active`, to the outputs [N, O] of each member, and is exactly the identity for a slot of
+    another form. `biases` are [O] of each member, or none at all; `slots` [L] the slot of each lane.
+    """
+
+    active: bool
+
+    def apply(self, ys: Sequence[Tensor], biases: Sequence[Tensor], slots: Tensor) -> list[Tensor]: ...
 
 
 class Group(nn.Module):
-    """Up to three frozen matrices on the same input, computed in one go with every lane's adapters."""
+    """Up to three frozen matrices on the same input, computed in one go with every lane's adapters.
+
+    Attributes:
+        bases: the modules whose matrices they are. weights: [I, O] of each.
+        params, work: values of the group's adapters and what the products read of them. table, scale: `lowrank` has
+            their columns. changes: what forms do to the outputs.
+    """
+
+    params: Tensor
+    work: Tensor
+    table: Tensor
+    scale: Tensor
+    salts: Tensor
 
     def __init__(self, targets: Sequence[Target], modules: Sequence[Any], lanes: Lanes) -> None:
         super().__init__()
-        self.targets = tuple(targets)
-        self.lanes = lanes
+        self.targets, self.bases, self.lanes = tuple(targets), tuple(modules), lanes
         self.weights = [
             module.weight.data if target.kind == "conv1d" else module.weight.data.t()
             for target, module in zip(targets, modules, strict=True)
@@ -54,7 +92,7 @@ class Group(nn.Module):
         self.input: Tensor | None = None
         self.parts: tuple[Tensor, ...] = ()
         self.waiting = 0
-        self.gain: Gain | None = None
+        self.changes: tuple[Change, ...] = ()
 
     def attach(self, params: Tensor, work: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
         self.params, self.work, self.table, self.scale, self.hidden = params, work, table, scale, hidden
@@ -81,8 +119,9 @@ class Group(nn.Module):
             self.scale, lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, tokens,
             lanes.drop and self.training,
         )  # fmt: skip
-        if self.gain is not None and lanes.gain:
-            ys = self.gain.apply(ys, self.biases, lanes.slots)
+        for change in self.changes:
+            if change.active:
+                ys = change.apply(ys, self.biases, lanes.slots)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
@@ -97,11 +136,13 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.base.weight
+        weight: Tensor = self.base.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias
+        bias: Tensor | None = self.base.bias
+        return bias
 
     @contextlib.contextmanager
     def one_sequence(self) -> Iterator[None]:
@@ -114,69 +155,8 @@ class Adapted(nn.Module):
             lanes.tokens = tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.group(x, self.member)
-
-
-class _EmbeddingLookup(torch.autograd.Function):
-    """Frozen embedding rows plus s * A[:, id]^T B of each lane's slot."""
-
-    @staticmethod
-    def forward(ctx, ids, weight, params, group, slots):
-        y = weight[ids]
-        hidden = []
-        for rows, a, b, scale in group.walk(params, slots, len(ids)):
-            part = (a[:, ids[rows]].t() * scale).to(y.dtype)
-            y[rows] += part @ b.to(y.dtype)
-            hidden.append(part)
-        ctx.save_for_backward(ids, params, *hidden)
-        ctx.group, ctx.slots = group, slots
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        ids, params, *hidden = ctx.saved_tensors
-        dparams = torch.zeros_like(params)
-        walk = zip(
-            ctx.group.walk(params, ctx.slots, len(ids)),
-            ctx.group.walk(dparams, ctx.slots, len(ids)),
-            hidden,
-            strict=True,
-        )
-        for (rows, _, b, scale), (_, grad_a, grad_b, _), part in walk:
-            grad_b.copy_(part.t() @ dy[rows])
-            grad_a.index_add_(1, ids[rows], (dy[rows] @ b.to(dy.dtype).t() * scale).t().to(grad_a.dtype))
-        return None, None, dparams, None, None
-
-
-class AdaptedEmbedding(nn.Module):
-    """Stands in for the token embedding. Its lanes are walked on the host, so such a pack runs without CUDA graphs."""
-
-    def __init__(self, base: nn.Embedding, target: Target, lanes: Lanes) -> None:
-        super().__init__()
-        self.base, self.target, self.lanes = base, target, lanes
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    def attach(self, params: Tensor, _work: Tensor, table: Tensor, scale: Tensor, _hidden: int) -> None:
-        self.params, self.table, self.scale = params, table, scale
-
-    def walk(self, params: Tensor, slots: Sequence[int], rows: int) -> Iterator[tuple[slice, Tensor, Tensor, float]]:
-        share = rows // len(slots)
-        for lane, slot in enumerate(slots):
-            rank, a, b, _ = self.table[slot, 0].tolist() if slot >= 0 else (0, 0, 0, 0)
-            if rank:
-                yield (
-                    slice(lane * share, (lane + 1) * share),
-                    params[a : a + rank * self.target.in_features].view(rank, -1),
-                    params[b : b + rank * self.target.out_features].view(rank, -1),
-                    float(self.scale[slot, 0]),
-                )
-
-    def forward(self, ids: Tensor) -> Tensor:
-        flat = _EmbeddingLookup.apply(ids.reshape(-1), self.base.weight, self.params, self, self.lanes.host_slots)
-        return flat.view(*ids.shape, -1) * getattr(self.base, "embed_scale", 1.0)
+        found: Tensor = self.group(x, self.member)
+        return found
 
 
 def _biases(modules: Sequence[Any]) -> list[Tensor]:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sweeper.errors import SpecError, unknown
-from sweeper.lora.alone import AloneSpec
 from sweeper.lora.forms import AdapterSpec
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import budget
@@ -191,7 +191,7 @@ def placed(method: MethodSpec, targets: Sequence[Target], every: Sequence[Target
     return tuple(target for target in every if not (tied and target.role == HEAD))
 
 
-def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec | AloneSpec:
+def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec | UnpackedSpec:
     """What a run trains: the adapter of one that packs, with a rank for every placed module, or what trains alone.
 
     Raises:
@@ -201,10 +201,10 @@ def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec | AloneSpec:
     method = find(spec.method.name)
     if method.adapter is not None and method.packs(spec):
         return _with_options(spec, method.adapter(spec, ranks))
-    assert method.alone is not None, f"method={spec.method.name} neither packs nor trains alone"
+    assert method.unpacked is not None, f"method={spec.method.name} neither packs nor trains alone"
     return replace(
-        method.alone(spec, ranks),
-        key=alone_key(spec),
+        method.unpacked(spec, ranks),
+        key=unpacked_key(spec),
         average=spec.trainer.ema_decay,
         keep_best=spec.trainer.patience is not None,
         noise=spec.trainer.neftune_alpha,
@@ -250,7 +250,7 @@ def load_base(spec: RunSpec, *, dtype: "torch.dtype", device: "torch.device") ->
     return qlora.quantised(base, device) if find(spec.method.name).quantised else base
 
 
-def alone_key(spec: RunSpec) -> str:
+def unpacked_key(spec: RunSpec) -> str:
     """Equal for runs that train alone and can use one another's model; empty for runs that pack."""
     if packs(spec):
         return ""

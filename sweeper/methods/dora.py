@@ -25,4 +25,6 @@ def _packs(spec: RunSpec) -> bool:
     return spec.method.dropout == 0
 
 
-DORA = Method(adapter=_adapter, alone=tuners.dora, parameters=_parameters, packs=_packs)
+DORA = Method(
+    adapter=_adapter, unpacked=tuners.dora, parameters=_parameters, packs=_packs, leaves=lambda method: "dora"
+)

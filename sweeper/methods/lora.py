@@ -22,12 +22,6 @@ def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
     )
 
 
-def alpha_of(spec: RunSpec, rank: int) -> float:
-    """The alpha that gives a module of another rank the run's scale; what PEFT calls its alpha pattern."""
-    share = rank / spec.rank
-    return spec.alpha * (math.sqrt(share) if spec.method.rank_stabilised else share)
-
-
 def effective_scale(alpha: float, rank: int, *, rank_stabilised: bool) -> float:
     """Factor on B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023, eq. 4)."""
     return alpha / (math.sqrt(rank) if rank_stabilised else rank)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sweeper.errors import SpecError
-from sweeper.lora.alone import AloneSpec, Trainee
 from sweeper.lora.forms import AdapterSpec
+from sweeper.lora.trainee import Trainee, UnpackedSpec
 from sweeper.models import BaseModel
 from sweeper.models.architecture import Target, smaller_side
 from sweeper.spec import MethodSpec, RunSpec
@@ -14,10 +14,10 @@ from sweeper.spec import MethodSpec, RunSpec
 Ranks = Mapping[Target, int]
 
 
-def trained_alone(spec: RunSpec, ranks: Ranks, build: Callable[[BaseModel], Trainee]) -> AloneSpec:
-    """What a run trains alone: what `build` puts on a twin of the base model."""
+def unpacked(spec: RunSpec, ranks: Ranks, build: Callable[[BaseModel], Trainee]) -> UnpackedSpec:
+    """What a run trains by itself: what `build` puts on a twin of the base model."""
     named = {target.name: rank for target, rank in ranks.items()}
-    return AloneSpec(build=build, ranks=named, dropout=spec.method.dropout, seed=spec.seed)
+    return UnpackedSpec(build=build, ranks=named, dropout=spec.method.dropout, seed=spec.seed)
 
 
 def lora_parameters(method: MethodSpec, target: Target, rank: int) -> int:
@@ -32,7 +32,7 @@ class Method:
     Attributes:
         parameters: trainable parameters of a placed module at a rank, as the method's paper counts them.
         adapter: the adapter of a run that packs; None for a method that the engine trains by itself alone.
-        alone: what a run that does not pack trains, on a model of its own.
+        unpacked: what a run that does not pack trains, on a model of its own.
         packs: whether a run packs, for methods where that depends on its other fields.
         options: name -> default of what `method.options` may hold; a default of None takes anything.
         check: raises SpecError for a run that the method cannot train.
@@ -45,13 +45,14 @@ class Method:
         work: what a placed module adds to the operations of a step: those of a low-rank product, of the gradient of its
             own matrix, or nothing that is counted.
         inner_rank: the rank of a low-rank product while it trains, where that is not the run's.
+        leaves: what is saved of a run that has an adapter: its form, or PEFT's type of it; none for weights.
         quantised: whether the base is quantised to 4 bits.
         ranges: tuned field -> lowest and highest value, where those that suit LoRA do not suit this method.
     """
 
     parameters: Callable[[MethodSpec, Target, int], int] = lora_parameters
     adapter: Callable[[RunSpec, Ranks], AdapterSpec] | None = None
-    alone: Callable[[RunSpec, Ranks], AloneSpec] | None = None
+    unpacked: Callable[[RunSpec, Ranks], UnpackedSpec] | None = None
     packs: Callable[[RunSpec], bool] = lambda spec: True
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[RunSpec], None] = lambda spec: None
@@ -63,6 +64,7 @@ class Method:
     whole: Callable[[MethodSpec], bool] = lambda method: False
     work: Literal["product", "weight", "none"] = "product"
     inner_rank: Callable[[MethodSpec, int], int] = lambda method, rank: rank
+    leaves: Callable[[MethodSpec], str | None] = lambda method: "lora"
     quantised: bool = False
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 

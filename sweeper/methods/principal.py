@@ -1,4 +1,4 @@
-"""LoRA that starts from the base weights themselves: pissa and olora (see `sweeper.lora.starts`).
+"""LoRA that starts from the base weights themselves: pissa and olora (see `sweeper.lora.forms.begin`).
 
 pissa  B A starts as the part of W with the largest singular values (Meng et al. 2024); `niter` above 0 takes the
        fast SVD with that many power iterations (Halko et al. 2011) in place of the exact one
@@ -24,11 +24,11 @@ def _twice(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
 
 
 def _pissa(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
-    return replace(_twice(spec, ranks), start="pissa", niter=PISSA.option(spec.method, "niter"))
+    return replace(_twice(spec, ranks), begin="pissa", niter=PISSA.option(spec.method, "niter"))
 
 
 def _olora(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
-    return replace(_twice(spec, ranks), start="olora")
+    return replace(_twice(spec, ranks), begin="olora")
 
 
 def _check_pissa(spec: RunSpec) -> None:

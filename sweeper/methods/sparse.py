@@ -1,4 +1,4 @@
-"""LoRA whose A and B are mostly zero (see `sweeper.lora.sparse`).
+"""LoRA whose A and B are mostly zero (see `sweeper.lora.forms.sparse`).
 
 learnt  RoseLoRA (Wang et al. 2024): rows of A and columns of B are pruned by their smoothed sensitivity, along a cubic
         from `prune_from` to `prune_to`, which are shares of `max_steps`. Unlike in the paper the pattern is final then
@@ -10,8 +10,7 @@ The parameters counted are those that are not zero.
 from dataclasses import replace
 
 from sweeper.errors import SpecError, unknown
-from sweeper.lora import sparse
-from sweeper.lora.forms import AdapterSpec
+from sweeper.lora.forms import AdapterSpec, sparse
 from sweeper.methods import lora
 from sweeper.methods.method import Method, Ranks
 from sweeper.models.architecture import Target

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sweeper.errors import SpecError, gist, unknown
-from sweeper.lora.alone import AloneSpec, Trainee, on_host, twin
+from sweeper.lora.forms.peft import lora_config, places
+from sweeper.lora.trainee import Trainee, UnpackedSpec, on_host, twin
 from sweeper.methods import qlora
-from sweeper.methods.method import Method, Ranks, lora_parameters, trained_alone
-from sweeper.methods.peft_config import lora_config, places
+from sweeper.methods.method import Method, Ranks, lora_parameters, unpacked
 from sweeper.methods.prompts import Prompted
 from sweeper.models import BaseModel, learned_positions
 from sweeper.models.files import base_reference, quiet
@@ -172,14 +172,14 @@ class AdaptiveRanks(Tuned):
             self.config.rank_pattern = pattern
 
 
-def dora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
+def dora(spec: RunSpec, ranks: Ranks) -> UnpackedSpec:
     """DoRA (Liu et al. 2024) with dropout, which falls on the low-rank part alone and so leaves no packed form."""
-    return trained_alone(spec, ranks, lambda base: _lora(spec, ranks, base, use_dora=True))
+    return unpacked(spec, ranks, lambda base: _lora(spec, ranks, base, use_dora=True))
 
 
-def quantised_lora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
+def quantised_lora(spec: RunSpec, ranks: Ranks) -> UnpackedSpec:
     """LoRA on the quantised base that `methods.load_base` made."""
-    return trained_alone(spec, ranks, lambda base: _lora(spec, ranks, base))
+    return unpacked(spec, ranks, lambda base: _lora(spec, ranks, base))
 
 
 def _lora(spec: RunSpec, ranks: Ranks, base: BaseModel, **more: Any) -> Tuned:
@@ -187,7 +187,7 @@ def _lora(spec: RunSpec, ranks: Ranks, base: BaseModel, **more: Any) -> Tuned:
     return Tuned(base, lora_config(spec, ranks, **more), cast=True, places=names)
 
 
-def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
+def adalora(spec: RunSpec, ranks: Ranks) -> UnpackedSpec:
     """AdaLoRA with the run's rank as the mean rank in the end; the schedule is in steps of the run."""
     steps, option = spec.trainer.max_steps, partial(ADALORA.option, spec.method)
 
@@ -205,7 +205,7 @@ def adalora(spec: RunSpec, ranks: Ranks) -> AloneSpec:
         )  # fmt: skip
         return AdaptiveRanks(base, config, [target.name for target in ranks])
 
-    return replace(trained_alone(spec, ranks, build), settles=steps - _phases(spec)[1], outdated=f".{DIVISOR}.")
+    return replace(unpacked(spec, ranks, build), settles=steps - _phases(spec)[1], outdated=f".{DIVISOR}.")
 
 
 def initial_rank(method: MethodSpec, rank: int) -> int:
@@ -213,7 +213,7 @@ def initial_rank(method: MethodSpec, rank: int) -> int:
     return max(rank + 1, math.ceil(float(ADALORA.option(method, "initial")) * rank))
 
 
-def any_tuner(spec: RunSpec, ranks: Ranks) -> AloneSpec:
+def any_tuner(spec: RunSpec, ranks: Ranks) -> UnpackedSpec:
     """A tuner of PEFT by its name. Where its configuration has such fields, and `arguments` does not set them, it is
     given the placed modules, and the run's rank, alpha and dropout.
     """
@@ -225,7 +225,7 @@ def any_tuner(spec: RunSpec, ranks: Ranks) -> AloneSpec:
         names = {target.name for target in ranks}
         return Tuned(base, config, graphable=graphable, places=names if given == names else None)
 
-    return trained_alone(spec, ranks, build)
+    return unpacked(spec, ranks, build)
 
 
 def tuners() -> dict[str, Any]:
@@ -314,6 +314,10 @@ def _check_arguments(spec: RunSpec, tuner: str) -> None:
         )
 
 
+def _leaves(method: MethodSpec) -> str:
+    return str(PEFT.option(method, "tuner")).lower()
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -350,16 +354,17 @@ UNABLE = {
 }
 
 ADALORA = Method(
-    alone=adalora,
+    unpacked=adalora,
     parameters=lambda method, target, rank: initial_rank(method, rank) * (target.in_features + target.out_features + 1),
     options={
         "initial": 1.5, "tinit": None, "tfinal": None, "delta_t": None, "beta1": 0.85, "beta2": 0.85,
         "orthogonality": 0.5,
     },
-    check=_check_adalora, scaled=False, inner_rank=initial_rank, ranges={"optim.lr": (1e-3, 1e-1)},
+    check=_check_adalora, scaled=False, inner_rank=initial_rank, leaves=lambda method: "adalora",
+    ranges={"optim.lr": (1e-3, 1e-1)},
 )  # fmt: skip
-QLORA = Method(alone=quantised_lora, check=qlora.check, quantised=True)
+QLORA = Method(unpacked=quantised_lora, check=qlora.check, quantised=True)
 PEFT = Method(
-    alone=any_tuner, parameters=lora_parameters, options={"tuner": "", "arguments": {}}, check=_check_tuner,
-    scaled=False, work="none",
+    unpacked=any_tuner, parameters=lora_parameters, options={"tuner": "", "arguments": {}}, check=_check_tuner,
+    scaled=False, work="none", leaves=_leaves,
 )  # fmt: skip

@@ -14,16 +14,6 @@ from sweeper.spec import MethodSpec, RunSpec
 MOST = 1 << 16  # any rank: what trains is a scaling of each random direction, and there may be more than dimensions
 
 
-def key(spec: RunSpec) -> int:
-    """The seed of the shared matrices; what PEFT calls projection_prng_key."""
-    return int(VERA.option(spec.method, "projection_key"))
-
-
-def initial(spec: RunSpec) -> float:
-    """The first value of d."""
-    return float(VERA.option(spec.method, "d_initial"))
-
-
 def _adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
     return AdapterSpec(
         ranks={target.name: rank for target, rank in ranks.items()},
@@ -31,7 +21,7 @@ def _adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec:
         dropout=spec.method.dropout,
         seed=spec.seed,
         form="vera",
-        shared=(initial(spec), key(spec)),
+        options={"initial": float(VERA.option(spec.method, "d_initial")), "key": _key(spec)},
     )
 
 
@@ -42,8 +32,13 @@ def _parameters(method: MethodSpec, target: Target, rank: int) -> int:
 def _check(spec: RunSpec) -> None:
     if spec.optim.orthogonality_penalty or spec.optim.norm_penalty:
         raise SpecError("method=vera trains neither A nor B: of the penalties it takes optim.update_penalty alone")
-    if key(spec) < 0:
-        raise SpecError(f"method.options.projection_key must be at least 0, got {key(spec)}")
+    if _key(spec) < 0:
+        raise SpecError(f"method.options.projection_key must be at least 0, got {_key(spec)}")
+
+
+def _key(spec: RunSpec) -> int:
+    """The seed of the shared matrices; what PEFT calls projection_prng_key."""
+    return int(VERA.option(spec.method, "projection_key"))
 
 
 VERA = Method(
@@ -54,5 +49,6 @@ VERA = Method(
     even=True,
     scaled=False,
     highest=lambda target: MOST,
+    leaves=lambda method: "vera",
     ranges={"optim.lr": (1e-3, 1e-1)},
 )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sweeper.errors import DataError, SpecError
-from sweeper.lora.alone import AloneSpec, Trainee, on_host, twin
-from sweeper.methods.method import Method, Ranks, trained_alone
+from sweeper.lora.trainee import Trainee, UnpackedSpec, on_host, twin
+from sweeper.methods.method import Method, Ranks, unpacked
 from sweeper.models import BaseModel
 from sweeper.models.architecture import Target
 from sweeper.record import WEIGHTS
@@ -88,7 +88,7 @@ def add_biases(model: nn.Module, names: Sequence[str] | Mapping[str, Tensor]) ->
     return added
 
 
-def full_ft(spec: RunSpec, ranks: Ranks) -> AloneSpec:
+def full_ft(spec: RunSpec, ranks: Ranks) -> UnpackedSpec:
     """All weights of the model, or the matrices of the placed modules without their biases."""
 
     def build(base: BaseModel) -> OwnWeights:
@@ -99,17 +99,17 @@ def full_ft(spec: RunSpec, ranks: Ranks) -> AloneSpec:
         limits = {target.name: min(target.in_features, target.out_features) for target in ranks}
         return OwnWeights(base, names, ranks=limits, saved=FULL_FT.option(spec.method, "save"))
 
-    return trained_alone(spec, ranks, build)
+    return unpacked(spec, ranks, build)
 
 
-def bitfit(spec: RunSpec, ranks: Ranks) -> AloneSpec:
+def bitfit(spec: RunSpec, ranks: Ranks) -> UnpackedSpec:
     """The biases of the placed modules (Ben Zaken et al. 2022); a module that has none is given one of zeros."""
 
     def build(base: BaseModel) -> OwnWeights:
         names = [f"{target.name}.bias" for target in ranks]
         return OwnWeights(base, names, ranks={target.name: 0 for target in ranks})
 
-    return trained_alone(spec, ranks, build)
+    return unpacked(spec, ranks, build)
 
 
 def _trains_all(method: MethodSpec) -> bool:
@@ -133,10 +133,11 @@ def _matrix(method: MethodSpec, target: Target, rank: int) -> int:
 
 
 FULL_FT = Method(
-    alone=full_ft, parameters=_matrix, options={"modules": "all", "save": True}, check=_check_full_ft, ranked=False,
-    scaled=False, embeddings=True, whole=_trains_all, work="weight", ranges={"optim.lr": (1e-5, 1e-3)},
+    unpacked=full_ft, parameters=_matrix, options={"modules": "all", "save": True}, check=_check_full_ft, ranked=False,
+    scaled=False, embeddings=True, whole=_trains_all, work="weight", leaves=lambda method: None,
+    ranges={"optim.lr": (1e-5, 1e-3)},
 )  # fmt: skip
 BITFIT = Method(
-    alone=bitfit, parameters=lambda method, target, rank: target.out_features, check=_check_no_dropout, ranked=False,
-    scaled=False, work="none", ranges={"optim.lr": (1e-3, 1e-1)},
+    unpacked=bitfit, parameters=lambda method, target, rank: target.out_features, check=_check_no_dropout, ranked=False,
+    scaled=False, work="none", leaves=lambda method: None, ranges={"optim.lr": (1e-3, 1e-1)},
 )  # fmt: skip

@@ -24,6 +24,7 @@ from sweeper.tasks import general_text
 if TYPE_CHECKING:
     import torch
 
+    from sweeper.lora.forms.peft import Loaded
     from sweeper.models import BaseModel
     from sweeper.training.pack import Pack
 
@@ -321,11 +322,9 @@ def _plain(score: Score) -> dict[str, Any]:
 
 def packed(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     """A pack whose slots hold the runs' adapters, in order."""
-    import torch
 
     from sweeper import methods
-    from sweeper.lora.adapters import AdapterBank, AdapterSpec
-    from sweeper.lora.alone import Alone
+    from sweeper.lora.unpacked import UnpackedStore
     from sweeper.training.pack import open_pack
 
     targets = {target.name: target for target in base.targets}
@@ -333,19 +332,12 @@ def packed(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
         methods.adapter(run.spec, {targets[name]: rank for name, rank in run.ranks.items()}).settled() for run in runs
     ]
     pack = open_pack(base, adapters, batch_size=1)
-    if isinstance(pack.bank, Alone):
-        pack.bank.read(runs[0].folder)
+    if isinstance(pack.store, UnpackedStore):
+        pack.store.read(runs[0].folder)
         return pack
-    assert isinstance(pack.bank, AdapterBank)
     for slot, (run, adapter) in enumerate(zip(runs, adapters, strict=True)):
-        assert isinstance(adapter, AdapterSpec)
         saved = read_adapter(run.folder)
-        pack.bank.assign(slot, adapter, fresh=False)
-        with torch.no_grad():
-            for name, views in pack.bank.adapter(slot, adapter).items():
-                for view, value in zip(views, saved[name], strict=True):
-                    view.copy_(value)
-        pack.bank.refresh(slot)
+        pack.store.assign(slot, adapter, {name: saved.parts(targets[name]) for name in run.ranks})
     return pack
 
 
@@ -364,16 +356,23 @@ def read_tensors(file: Path) -> "dict[str, torch.Tensor]":
         raise DataError(f"{file}: cannot be read: {error}") from error
 
 
-_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "vera_lambda_d",
-          "vera_lambda_b")  # fmt: skip
+def read_adapter(folder: Path) -> "Loaded":
+    """A run's saved adapter.
 
+    Raises:
+        DataError: the file is damaged, or it is of no form that the engine has.
+    """
+    from sweeper.lora.forms import peft
 
-def read_adapter(folder: Path) -> "dict[str, tuple[torch.Tensor, ...]]":
-    """A run's saved adapter: module name -> its parts, as `AdapterBank.parts` has them."""
     tensors = read_tensors(folder / ADAPTER / "adapter_model.safetensors")
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        if part in _PARTS:
-            found.setdefault(name, {})[part] = tensor.t() if part.endswith("_B") else tensor
-    return {name: tuple(parts[part] for part in _PARTS if part in parts) for name, parts in found.items()}
+    found = peft.loaded(read_config(folder), tensors)
+    if found is None:
+        raise DataError(f"{folder / ADAPTER}: an adapter that PEFT alone can load")
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of a run's saved adapter; empty where there is none."""
+    file = folder / ADAPTER / "adapter_config.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found

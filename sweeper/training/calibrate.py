@@ -85,7 +85,7 @@ def _measure(base: BaseModel, job: RunState, config: PackConfig) -> Solo:
     with open_pack(base, [job.adapter], **dataclasses.asdict(config)) as pack:
         pack.add(job)
         weights = held_bytes(pack.model)
-        state = pack.bank.state_bytes
+        state = pack.store.state_bytes
         activations = _activations(pack, job)
         fixed = dataclasses.replace(job, order=_Typical(job))
         pack.jobs[0] = fixed
@@ -126,7 +126,7 @@ def _activations(pack: Pack, job: RunState) -> int:
         peak = warm_peak(lambda: pack.forward_backward(batch), Requested(pack.device))
     else:
         peak = _saved_bytes(pack, batch)
-    pack.bank.grads.zero_()
+    pack.store.grads.zero_()
     return peak
 
 
@@ -170,7 +170,7 @@ def warm_peak(step: Callable[[], object], memory: Requested) -> int:
 def _saved_bytes(pack: Pack, batch: Any) -> int:
     held: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in pack.model.parameters()}
-    own |= {store.untyped_storage().data_ptr() for store in (pack.bank.params, pack.bank.grads)}
+    own |= {part.untyped_storage().data_ptr() for parts in pack.store.views(0).values() for part in parts}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -72,7 +72,7 @@ def queue_examples(
         generation: whether metrics that need generated text are computed.
         exact_match: whether exact match by teacher forcing is.
     """
-    if len(slots) > 1 and not pack.bank.mixes:
+    if len(slots) > 1 and not pack.store.able.mixes:
         begun = [
             queue_examples(pack, [slot], examples, dataset, generation=generation, exact_match=exact_match)
             for slot in slots

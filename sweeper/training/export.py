@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sweeper import methods
-from sweeper.lora.alone import twin
-from sweeper.lora.forms import AdapterSpec, Form
-from sweeper.lora.vera import draw
-from sweeper.methods import peft_config, vera
+from sweeper.lora.forms import FORMS, AdapterSpec
+from sweeper.lora.forms.peft import state_dict
+from sweeper.lora.trainee import twin
 from sweeper.methods.weights import load_weights
 from sweeper.models import BaseModel
 from sweeper.models.files import base_reference, quiet
@@ -35,15 +34,17 @@ def write_adapter(
     """Writes `folder/adapter/` and returns the bytes of its weights.
 
     Args:
-        targets: the adapted modules. weights: module name -> A [rank, in] and B transposed [rank, out], and what else
-            the form of the adapter has (`AdapterBank.parts`).
+        targets: the adapted modules. weights: module name -> the parts that the form of the adapter has.
         as_parameters: name the weights rather than their modules, for models whose modules PEFT takes for others.
     """
     made = methods.adapter(spec, dict.fromkeys(targets, spec.rank))
     assert isinstance(made, AdapterSpec)
-    form = made.form
-    tensors = _vera(spec, targets, weights) if form == "vera" else _lora(targets, weights)
-    config = _config(spec, targets, weights, form, as_parameters=as_parameters)
+    form, ranks = FORMS[made.form], {target: len(weights[target.name][0]) for target in targets}
+    loaded: dict[str, Any] = {**base_reference(spec.model), "inference_mode": True}
+    if as_parameters:
+        assert form.weight_config is not None
+        loaded |= form.weight_config(targets)
+    tensors, config = state_dict(made, targets, weights), form.config(spec, made, ranks, **loaded)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     with replacing_folder(folder / ADAPTER) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -86,45 +87,3 @@ def write_readme(run: Path, spec: RunSpec, refused: str | None) -> None:
             "`RUN_FOLDER` is the folder above this one; `python evaluate.py RUN_FOLDER` scores it as it is.",
         ]  # fmt: skip
     write_atomically(folder / "README.md", "\n".join(lines) + "\n")
-
-
-def _lora(targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    tensors = {}
-    for target in targets:
-        a, b, *magnitude = weights[target.name]
-        key = f"base_model.model.{target.name}"
-        if target.kind == "embedding":
-            tensors[f"{key}.lora_embedding_A"] = a.cpu().contiguous()
-            tensors[f"{key}.lora_embedding_B"] = b.t().cpu().contiguous()
-        else:
-            tensors[f"{key}.lora_A.weight"] = a.cpu().contiguous()
-            tensors[f"{key}.lora_B.weight"] = b.t().cpu().contiguous()
-        for vector in magnitude:
-            tensors[f"{key}.lora_magnitude_vector"] = vector.cpu().contiguous()
-    return tensors
-
-
-def _vera(spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """Factors of every module, and the shared matrices themselves: their seed would do on the same torch alone."""
-    rank = len(weights[targets[0].name][0])
-    a, b = draw(rank, targets, vera.key(spec))
-    tensors = {"base_model.vera_A": a, "base_model.vera_B": b}
-    for target in targets:
-        factors = weights[target.name]
-        for name, factor in zip(("vera_lambda_d", "vera_lambda_b"), factors, strict=True):
-            tensors[f"base_model.model.{target.name}.{name}"] = factor.cpu().contiguous()
-    return tensors
-
-
-def _config(
-    spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]], form: Form, *,
-    as_parameters: bool,
-) -> Any:  # fmt: skip
-    loaded: dict[str, Any] = {**base_reference(spec.model), "inference_mode": True}
-    if as_parameters:
-        names = [f"{target.name}.weight" for target in targets]
-        loaded |= {"target_modules": [], "target_parameters": names, "lora_dropout": 0.0}
-    if form == "vera":
-        return peft_config.vera_config(spec, targets, **loaded)
-    ranks = {target: len(weights[target.name][0]) for target in targets}
-    return peft_config.lora_config(spec, ranks, use_dora=form == "dora", **loaded)

@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sweeper import lost, methods
 from sweeper.errors import gist
-from sweeper.lora.alone import Alone, Learnt
-from sweeper.lora.forms import AdapterSpec
+from sweeper.lora.forms import FORMS, AdapterSpec
+from sweeper.lora.slot_store import Learnt
 from sweeper.methods.method import Ranks
 from sweeper.models import BaseModel, proof
 from sweeper.record import write_atomically
@@ -68,18 +68,18 @@ def prove(
     rows = proof.rows(base.model, () if base.tokenizer is None else base.tokenizer.all_special_ids)
     adapter = methods.adapter(spec, ranks).settled()
     with open_pack(base, [adapter], batch_size=len(rows)) as pack:
-        pack.bank.assign(0, adapter)
+        pack.store.assign(0, adapter)
         before = log_probabilities(pack, -1, rows)
-        ours = _move(pack, adapter, rows, before)
+        ours = _move(pack, rows, before)
         effect = _largest(ours, before)
-        unreached = () if isinstance(pack.bank, Alone) else _unreached(pack, adapter, rows)
-        weights = pack.bank.saved(0, adapter)()
+        unreached = _unreached(pack, rows) if isinstance(adapter, AdapterSpec) else ()
+        weights = pack.store.saved(0)()
     if isinstance(weights, Learnt) and not weights.files:
         return ExportProof(effect=effect)
     found = ExportProof(effect=effect, unreached=unreached)
     # a LoRA of other weights than PEFT takes the names of their modules for can name the weights
-    plain = isinstance(adapter, AdapterSpec) and adapter.form == "lora"
-    for as_parameters in (False, True) if plain else (False,):
+    by_weight = isinstance(adapter, AdapterSpec) and FORMS[adapter.form].weight_config is not None
+    for as_parameters in (False, True) if by_weight else (False,):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder)
             if isinstance(weights, Learnt):
@@ -132,11 +132,11 @@ def _compared(
     ), difference
 
 
-def _move(pack: Pack, adapter: Any, rows: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+def _move(pack: Pack, rows: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
     """Moves every value of the adapter until that shows; returns the log-probabilities then."""
     size, ours = 0.02, list(before)
     for _ in range(6):
-        _shake(pack, adapter, size)
+        _shake(pack, size)
         ours = log_probabilities(pack, 0, rows)
         if EFFECT <= _largest(ours, before) < math.inf:
             break
@@ -145,28 +145,18 @@ def _move(pack: Pack, adapter: Any, rows: Sequence[Tensor], before: Sequence[Ten
 
 
 @torch.no_grad()
-def _shake(pack: Pack, adapter: Any, size: float) -> None:
+def _shake(pack: Pack, size: float) -> None:
     """Adds noise to all that trains: `size` times the spread of each tensor's values, or `size` where all are equal."""
-    bank: Any = pack.bank
     generator = torch.Generator().manual_seed(0)
-    if isinstance(bank, Alone):
-        parts = [bank.view(name) for name in bank.trained]
-    else:
-        parts = bank.flat(0, adapter, bank.params)
-    for part in parts:
+    for part in (part for parts in pack.store.views(0).values() for part in parts):
         spread = float(part.float().std()) if part.numel() > 1 else 0.0
         noise = torch.randn(part.shape, generator=generator).to(part.device)
         part.add_(noise * size * (spread if spread > 1e-8 else 1.0))
-    if isinstance(bank, Alone):
-        bank.publish()
-    else:
-        bank.refresh(0)
-        bank.derive([0])
+    pack.store.publish(0)
 
 
-def _unreached(pack: Pack, adapter: Any, rows: Sequence[Tensor]) -> tuple[str, ...]:
+def _unreached(pack: Pack, rows: Sequence[Tensor]) -> tuple[str, ...]:
     """Modules whose adapter has no gradient at all."""
-    bank: Any = pack.bank
     examples = [Encoded(str(place), tuple(row.tolist()), 1) for place, row in enumerate(rows)]
     pack.model.train()
     pack.use_lanes([0])
@@ -174,9 +164,9 @@ def _unreached(pack: Pack, adapter: Any, rows: Sequence[Tensor]) -> tuple[str, .
     pack.forward_backward(batch)
     found = {
         name: max(float(part.abs().max()) for part in parts)
-        for name, parts in bank.adapter(0, adapter, bank.grads).items()
+        for name, parts in pack.store.views(0, pack.store.grads).items()
     }
-    bank.grads.zero_()
+    pack.store.grads.zero_()
     return tuple(name for name, largest in found.items() if largest == 0)
 
 

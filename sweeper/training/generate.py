@@ -86,16 +86,16 @@ def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids, stop_stri
     lengths = mask.sum(1)
     decoding: CachedDecoding | WholeDecoding
     if pack.base.verdict.cached:
-        decoding = CachedDecoding(pack.bank.decoder, pack.model, ids, mask)
+        decoding = CachedDecoding(pack.store.serving.decoder, pack.model, ids, mask)
     else:
         decoding = WholeDecoding(pack.hidden, ids, mask)
     done = torch.zeros(len(ids), dtype=torch.bool, device=pack.device)
     written: list[Tensor] = []
     most = learned_positions(pack.base.model)
-    room = math.inf if most is None else most - getattr(pack.bank.decoder, "virtual", 0)
+    room = math.inf if most is None else most - getattr(pack.store.serving.decoder, "virtual", 0)
     window = STOP_EVERY + max((len(text.encode()) for text in stop_strings), default=0)
     for count in range(1, max_new_tokens + 1):
-        pack.bank.lanes.tokens = decoding.tokens
+        pack.store.lanes.tokens = decoding.tokens
         token = pack.head.logits(decoding.hidden()).argmax(-1)
         written.append(torch.where(done, stops[0], token))
         done |= torch.isin(token, stops)

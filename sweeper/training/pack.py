@@ -20,13 +20,14 @@ from torch import Tensor
 
 from sweeper import lost
 from sweeper.lora import noise
-from sweeper.lora.adapters import AdapterBank
-from sweeper.lora.alone import Alone, AloneSpec
 from sweeper.lora.forms import AdapterSpec, Capacity
-from sweeper.lora.interface import Bank
 from sweeper.lora.optimizer import LR, hyperparameters, learning_rate
 from sweeper.lora.seeds import for_rows
+from sweeper.lora.slot_store import SlotStore
+from sweeper.lora.store import AdapterStore
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.lora.transfer import Fetched, fetch
+from sweeper.lora.unpacked import UnpackedStore
 from sweeper.models import BaseModel, hidden_size
 from sweeper.models.forward import hidden_states
 from sweeper.models.loss import Head
@@ -58,7 +59,7 @@ class Pack:
     Args:
         base: the frozen model; its modules are wrapped until `close`.
         capacities: for each slot, module name -> the highest rank it may hold, or what else it may hold; or the one run
-            that trains alone.
+            that has a model to itself.
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
         compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
             nothing without CUDA.
@@ -69,7 +70,7 @@ class Pack:
     def __init__(
         self,
         base: BaseModel,
-        capacities: Sequence[Capacity | Mapping[str, int]] | AloneSpec,
+        capacities: Sequence[Capacity | Mapping[str, int]] | UnpackedSpec,
         *,
         batch_size: int,
         accumulation: int = 1,
@@ -82,27 +83,26 @@ class Pack:
         self.deterministic = deterministic
         self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
         self.device, self.dtype = next(base.model.parameters()).device, next(base.model.parameters()).dtype
-        self.bank: Bank
-        if isinstance(capacities, AloneSpec):
-            self.bank = Alone(base, capacities, self.device)
+        self.store: SlotStore
+        if isinstance(capacities, UnpackedSpec):
+            self.store = UnpackedStore(base, capacities, self.device)
         else:
-            self.bank = AdapterBank(base.model, base.targets, capacities, self.device)
-        self.bank.install()
+            self.store = adapters = AdapterStore(base.model, base.targets, capacities, self.device)
+            adapters.install()
         try:
             self._set_up(compiled=compiled, captured=captured, lengths_vary=lengths_vary, checkpointing=checkpointing)
         except BaseException:
-            self.bank.uninstall()  # or the next pack would be put on top of this one
+            self.store.close()  # or the next pack would be put on top of this one
             raise
 
     def _set_up(self, *, compiled: bool, captured: bool, lengths_vary: bool, checkpointing: bool) -> None:
-        self.optimizer = self.bank.make_optimizer()
         self.objective: Objective = NLL()
         self.sound = True  # whether every run is where its steps say, so that what it is can be kept
-        self.jobs: list[RunState | None] = [None] * len(self.bank.capacities)
+        self.jobs: list[RunState | None] = [None] * self.store.slots
         self.pending: deque[_Pending] = deque()
         self._lane_slots: dict[int, Tensor] = {}
-        able = self.device.type == "cuda" and self.bank.graphable
-        self.compiled = compiled and able and self.bank.compilable
+        able = self.device.type == "cuda" and self.store.able.graphs
+        self.compiled = compiled and able and self.store.able.compiles
         self.checkpointing = checkpointing
         self._checkpoint_activations(checkpointing)
         if self.compiled:
@@ -125,7 +125,7 @@ class Pack:
             uncompile_layers(self.model)
         self._checkpoint_activations(False)
         self._noise.remove()
-        self.bank.uninstall()
+        self.store.close()
         self.model.eval()
 
     def __enter__(self) -> "Pack":
@@ -144,30 +144,26 @@ class Pack:
     @property
     def model(self) -> Any:
         """What is trained: the base model, or a twin of it."""
-        return self.bank.model
+        return self.store.model
 
     @property
     def head(self) -> Head:
         """The head of the model that the present lanes run through."""
-        return Head.of(self.bank.serving, self.base.verdict.head)
+        return Head.of(self.store.serving.model, self.base.verdict.head)
 
-    def free_slot(self, adapter: AdapterSpec | AloneSpec) -> int | None:
+    def free_slot(self, adapter: AdapterSpec | UnpackedSpec) -> int | None:
         """A slot that is empty and can hold an adapter of these ranks, or None."""
         for slot, job in enumerate(self.jobs):
-            if job is None and self.bank.fits(slot, adapter):
+            if job is None and self.store.fits(slot, adapter):
                 return slot
         return None
 
     def add(self, job: RunState, slot: int | None = None) -> int:
         """Puts a run in a slot, fresh or from `job.weights`. The other slots are not touched."""
         slot = self.free_slot(job.adapter) if slot is None else slot
-        if slot is None or self.jobs[slot] is not None or not self.bank.fits(slot, job.adapter):
+        if slot is None or self.jobs[slot] is not None or not self.store.fits(slot, job.adapter):
             raise ValueError(f"no free slot can hold run {job.run_id}")
-        self.bank.assign(slot, job.adapter, fresh=job.weights is None)
-        if job.weights is not None:
-            self.restore(slot, job)
-        self.bank.set_rates(slot, job.done)
-        self.bank.derive([slot])
+        self.store.assign(slot, job.adapter, job.weights, job.done)
         self.objective = job.objective  # one for all: `PackKey` sees to it
         self.jobs[slot] = job
         return slot
@@ -177,18 +173,12 @@ class Pack:
         job = self.jobs[slot]
         assert job is not None
         self.jobs[slot] = None
-        self.bank.release(slot)
+        self.store.release(slot)
         return job
 
     def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
         """What the run of a slot has learnt, on the host: with `job.done`, all that resuming needs."""
-        job = self.jobs[slot]
-        assert job is not None
-        return self.bank.snapshot(slot, job.adapter)
-
-    def restore(self, slot: int, job: RunState) -> None:
-        assert job.weights is not None
-        self.bank.restore(slot, job.adapter, job.weights, job.done)
+        return self.store.snapshot(slot)
 
     def step(self) -> None:
         """One optimiser step of every run that is neither finished nor halted. Results come from `drain`."""
@@ -208,17 +198,11 @@ class Pack:
             losses = part if losses is None else losses + part
         rows = {slot: _row(job) for slot, job in moving}
         self.sound = False
-        self.bank.sense({slot: job.done + 1 for slot, job in moving})
-        self.optimizer.set(rows)
-        norms = self.optimizer.step()
+        norms = self.store.update(rows, {slot: job.done + 1 for slot, job in moving})
         entries = []
         for (slot, job), total in zip(moving, totals, strict=True):
             job.done += 1
             job.tokens += total
-            self.bank.prune(slot, job.done)
-            self.bank.follow(slot, job.done)
-            if job.adapter.restarts is not None and job.adapter.restarts.due(job.done):
-                self.bank.restart(slot, job.done)
             entries.append((slot, job, job.done, rows[slot][0], total))
         assert losses is not None
         one_off = time.perf_counter() - began if self.warming else 0.0
@@ -252,7 +236,7 @@ class Pack:
     def use_lanes(self, slots: Sequence[int], count: int | None = None) -> None:
         """Says which slot each lane of the coming batch belongs to; -1, or none given, is the bare base model."""
         slots = [*slots, *[-1] * ((count or len(slots)) - len(slots))]
-        lanes = self.bank.lanes
+        lanes = self.store.lanes
         if tuple(slots) != lanes.host_slots:
             lanes.host_slots = tuple(slots)
             # one tensor for each number of lanes: a captured step goes on reading the one it was recorded with
@@ -263,14 +247,14 @@ class Pack:
 
     def hidden(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Last hidden states [rows, T, D] of token ids [rows, T], padded on the right from `lengths` [rows]."""
-        self.bank.lanes.tokens = ids.shape[1]
-        return hidden_states(self.bank.decoder, ids, lengths, self.base.verdict.padding)
+        self.store.lanes.tokens = ids.shape[1]
+        return hidden_states(self.store.serving.decoder, ids, lengths, self.base.verdict.padding)
 
     def scores(self, batch: Batch) -> Tensor:
         """NLL of every target token, and 1 where it is the likeliest, [2, L, K] float32; no gradients, no dropout."""
         if self.captured_scores is not None:
-            bare = self.bank.serving is self.base.model
-            return self.captured_scores(batch.pinned(), key=(*self.bank.lanes.flags, bare))
+            bare = self.store.serving.model is self.base.model
+            return self.captured_scores(batch.pinned(), key=(*self.store.lanes.flags, bare))
         return self._scores(batch.to(self.device))
 
     def _scores(self, batch: Batch) -> Tensor:
@@ -283,13 +267,10 @@ class Pack:
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode, layers uncompiled, averaged weights where a run has them; all as before afterwards."""
         self.model.eval()
-        self.bank.swap_averages()
-        self.bank.derive()
         try:
-            with eager():
+            with self.store.averaged(), eager():
                 yield
         finally:
-            self.bank.swap_averages()
             self.model.train()
 
     def warm_up(self, steps: int) -> None:
@@ -304,15 +285,13 @@ class Pack:
         return self.captured is not None and not self.captured.replayed
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Losses [L] of one forward pass; their gradients are added to the bank's."""
-        self.bank.derive()
+        """Losses [L] of one forward pass; their gradients are added to the store's."""
         self._lengths = batch.lengths
         repeatable = _repeatable() if self.deterministic else contextlib.nullcontext()
-        with _attention(self.device, self.dtype), repeatable, self.bank.drawing():
-            losses = self._forward_backward(batch)
-        self._lengths = None
-        self.bank.penalise(1 / self.accumulation)
-        self.bank.project()
+        with self.store.one_pass(1 / self.accumulation):
+            with _attention(self.device, self.dtype), repeatable:
+                losses = self._forward_backward(batch)
+            self._lengths = None
         return losses
 
     def _forward_backward(self, batch: Batch) -> Tensor:
@@ -327,14 +306,14 @@ class Pack:
         return losses.detach()
 
     def _add_noise(self, module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
-        lanes = self.bank.lanes
+        lanes = self.store.lanes
         if self._lengths is None or not (lanes.noisy and self.model.training):
             return embedded
         return noise.add(embedded, self._lengths, lanes.noise, lanes.seeds, lanes.slots)
 
     def _micro_step(self, batch: Batch) -> Tensor:
         if self.captured is not None:
-            return self.captured(batch.pinned(), key=self.bank.lanes.flags)
+            return self.captured(batch.pinned(), key=self.store.lanes.flags)
         return self.forward_backward(batch.to(self.device))
 
     def _examples(self, job: RunState, micro: int) -> list[Tokens]:
@@ -343,14 +322,14 @@ class Pack:
 
     def _seed_dropout(self, moving: Sequence[tuple[int, RunState]], before: int) -> None:
         """Seeds a forward pass of a step that has had `before` rows of each run already."""
-        if not self.bank.draws:
+        if not self.store.lanes.draws:
             return
         seeds = [0] * len(self.jobs)
         for slot, job in moving:
             key = f"{job.seed}/{job.done}/0".encode()  # of the step, whichever pass this is
             drawn = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
             seeds[slot] = for_rows(drawn, before)
-        self.bank.seed(seeds)
+        self.store.seed(seeds)
 
     def _checkpoint_activations(self, on: bool) -> None:
         # transformers renamed this; both names must work
@@ -364,10 +343,10 @@ class Pack:
                 self.model.disable_input_require_grads()
 
 
-def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | AloneSpec], **options: Any) -> Pack:
-    """A pack whose slots hold exactly these, in order; one that trains alone is given alone."""
+def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | UnpackedSpec], **options: Any) -> Pack:
+    """A pack whose slots hold exactly these, in order; an unpacked one is given by itself."""
     (first, *_) = adapters
-    if isinstance(first, AloneSpec):
+    if isinstance(first, UnpackedSpec):
         assert len(adapters) == 1
         return Pack(base, first, **options)
     return Pack(base, [adapter.capacity for adapter in adapters if isinstance(adapter, AdapterSpec)], **options)
@@ -376,8 +355,9 @@ def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | AloneSpec], **op
 def _row(job: RunState) -> list[float]:
     """The optimiser's settings for a run's next step."""
     row = hyperparameters(job.optim, job.done, job.steps)
-    if job.adapter.restarts is not None:
-        step, factor = job.adapter.restarts.pace(job.done)
+    restarts = job.adapter.restarts if isinstance(job.adapter, AdapterSpec) else None
+    if restarts is not None:
+        step, factor = restarts.pace(job.done)
         row[LR] = factor * learning_rate(job.optim, step, job.steps)
     return row
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from sweeper.errors import gist
-from sweeper.lora.interface import Saved
+from sweeper.lora.slot_store import Saved
 from sweeper.spec import RunSpec
 from sweeper.training import checkpoint
 from sweeper.training.calibrate import Solo
@@ -157,7 +157,7 @@ class PackTrainer:
             for slot, state, result in found:
                 self.context.emit(state.note_scores(VALIDATION, state.phase, result))
                 if state.adapter.keep_best and state.adapter.saveable(state.done) and state.judge(result.score.nll):
-                    self.pack.bank.keep_best(slot)
+                    self.pack.store.keep_best(slot)
         self._fail(failed)
         self.left = self.left or bool(failed)
         self.clock.restart()
@@ -227,7 +227,7 @@ class PackTrainer:
             state.enter()
         except Exception as error:
             failure = self._own(error)
-            self.pack.bank.release(slot)
+            self.pack.store.release(slot)
             return failure
         return None
 
@@ -319,7 +319,7 @@ class PackTrainer:
         began, size = time.perf_counter(), len(self.running)
         for slot, state in whole:
             if state.best is not None:
-                self.pack.bank.take_best(slot)
+                self.pack.store.take_best(slot)
         self._score_ends(whole)
         share = (time.perf_counter() - began) / max(len(whole), 1)
         if whole:
@@ -329,7 +329,7 @@ class PackTrainer:
                 continue  # it failed
             state.eval_seconds += share if (slot, state) in whole else 0.0
             state.pack_runs = max(state.pack_runs, size)
-            weights = self.pack.bank.saved(slot, state.adapter, values=not state.pruned)
+            weights = self.pack.store.saved(slot, values=not state.pruned)
             self.context.writer.write(functools.partial(self._write, state, weights))
             self.pack.remove(slot)
             del self.running[state.run_id]

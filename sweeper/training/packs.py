@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from sweeper.lora.alone import AloneSpec
 from sweeper.lora.forms import Capacity
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.lost import ContextLost
 from sweeper.training import suspects
 from sweeper.training.calibrate import Solo
@@ -84,9 +84,9 @@ class Packs:
         """
         waiting = queue.waiting
         first = waiting[0].adapter
-        exact = limit == 0 or isinstance(first, AloneSpec) or (len(waiting) <= limit and not queue.more)
-        capacities: list[Capacity] | AloneSpec
-        if isinstance(first, AloneSpec):
+        exact = limit == 0 or isinstance(first, UnpackedSpec) or (len(waiting) <= limit and not queue.more)
+        capacities: list[Capacity] | UnpackedSpec
+        if isinstance(first, UnpackedSpec):
             slots, capacities = 1, first
         elif exact:
             slots = min(max(limit, 1), len(waiting))

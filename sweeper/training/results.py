@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sweeper import methods
-from sweeper.lora.alone import Learnt
+from sweeper.lora.slot_store import Learnt
 from sweeper.models import total_parameters
 from sweeper.record import (
     METRICS,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sweeper import objectives
 from sweeper.identity import short
-from sweeper.lora.alone import AloneSpec
 from sweeper.lora.forms import AdapterSpec, Capacity
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.models.architecture import Target
 from sweeper.objectives.objective import Objective
 from sweeper.record import Score, remove_leftovers
@@ -80,7 +80,7 @@ class RunState:
     """
 
     run: Run
-    adapter: AdapterSpec | AloneSpec
+    adapter: AdapterSpec | UnpackedSpec
     examples: Sequence[Tokens]
     order: DataOrder
     ranks: Mapping[Target, int] = field(default_factory=dict)
@@ -184,7 +184,7 @@ class RunState:
         weights, kept = found
         if (why := self._other(kept)) is not None:
             return f"{self.run_id}: its checkpoint {why}; it starts anew"
-        if isinstance(self.adapter, AloneSpec):
+        if isinstance(self.adapter, UnpackedSpec):
             matches = self.adapter.resumes(weights)
         else:
             matches = set(weights) == set(self.adapter.ranks) and self._same_ranks(weights)

@@ -37,7 +37,7 @@ def pack_key(spec: RunSpec, lengths: Sequence[int]) -> PackKey:
     typical = ordered[int(0.9 * (len(ordered) - 1))]
     return PackKey(
         accumulation=spec.trainer.accumulation,
-        unpacked=methods.alone_key(spec),
+        unpacked=methods.unpacked_key(spec),
         batch_size=spec.trainer.batch_size,
         checkpointing=spec.trainer.activation_checkpointing,
         deterministic=spec.trainer.deterministic,

@@ -119,4 +119,6 @@ def by_peft(saved: Callable[..., Saved]) -> Callable[..., Saved]:
 def updates_of(run: Saved) -> dict[str, torch.Tensor]:
     """dW [out, in] of every module of a LoRA run, by hand: every module has the run's scale, whatever its rank."""
     scale = run.spec.alpha / (run.spec.rank**0.5 if run.spec.method.rank_stabilised else run.spec.rank)
-    return {name: scale * b.t() @ a for name, (a, b) in rescore.read_adapter(run.folder).items()}
+    saved = rescore.read_adapter(run.folder)
+    pairs = {target.name: saved.parts(target) for target in base_of(run.spec).targets if saved.has(target)}
+    return {name: scale * b.t() @ a for name, (a, b) in pairs.items()}

@@ -83,14 +83,15 @@ def test_embedding_and_head_add(saved: Make, tmp_path: Path) -> None:
     same(made(runs, tmp_path / "mix", method="add"), weighted(runs, [1, 1]))
 
 
-def test_linear_adds_factors(saved: Make, tmp_path: Path) -> None:
+def test_linear_adds_factors(saved: Make, base: Any, tmp_path: Path) -> None:
     """PEFT's linear adds A and B, each with the root of its weight: not the sum of updates."""
     runs = [saved("a"), saved("b", seed=1)]
     found = made(runs, tmp_path / "mix", method="linear", weights=(1.0, 4.0))
     factors = [rescore.read_adapter(run.folder) for run in runs]
+    targets = {target.name: target for target in base(runs[0].spec).targets}
     scale = 2.0  # alpha / rank of both
     for name, delta in found.items():
-        (a1, b1), (a2, b2) = (one[name] for one in factors)
+        (a1, b1), (a2, b2) = (one.parts(targets[name]) for one in factors)
         torch.testing.assert_close(delta, scale * (b1.t() + 2 * b2.t()) @ (a1 + 2 * a2), rtol=1e-4, atol=1e-5)
 
 

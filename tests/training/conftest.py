@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sweeper import models
-from sweeper.lora.adapters import AdapterSpec
+from sweeper.lora.forms import AdapterSpec
 from sweeper.models import BaseModel
 from sweeper.placement import placement
 from sweeper.placement.placement import PLACEMENTS, Target

@@ -9,9 +9,9 @@ import torch
 from sweeper import methods, record
 from sweeper.arms import Arm, Dimension, single
 from sweeper.lora import noise
-from sweeper.lora.alone import AloneSpec
 from sweeper.lora.lowrank import keep_mask, row_index
 from sweeper.lora.seeds import for_rows
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.models import budget
 
 pytestmark = [
@@ -50,7 +50,7 @@ def test_equal_products_give_equal_results(
     spec = make_run("full", method={"name": name, **SECTIONS[name]}, trainer=TRAINER | averaged, optim=optim)
     targets = methods.placed(spec.method, place(base, "full"), base.targets, tied=True)
     adapter = methods.adapter(spec, budget.uniform(targets, 4))
-    capacities: Any = adapter if isinstance(adapter, AloneSpec) else [adapter.capacity]
+    capacities: Any = adapter if isinstance(adapter, UnpackedSpec) else [adapter.capacity]
     found = []
     for batch_size, accumulation in CUTS:
         job = make_job(

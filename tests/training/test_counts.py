@@ -9,7 +9,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig, get_peft_mode
 from torch import nn
 
 from sweeper import methods, models
-from sweeper.lora.alone import AloneSpec
+from sweeper.lora.trainee import UnpackedSpec
 from sweeper.models import BaseModel, budget
 from sweeper.models.architecture import Target
 from sweeper.spec import RunSpec
@@ -60,10 +60,10 @@ def wanted(base: BaseModel, targets: tuple[Target, ...], spec: RunSpec) -> int:
 
 def trained(pack: Pack) -> int:
     """Values that the engine's optimiser moves for the run in slot 0."""
-    bank: Any = pack.bank
-    if bank.rates is None:
-        return sum(part.numel() for part in bank.flat(0, bank.held[0], bank.params))
-    return sum(int(part.count_nonzero()) for part in bank.flat(0, bank.held[0], bank.rates))
+    store: Any = pack.store
+    if store.rates is None:
+        return sum(part.numel() for parts in store.views(0).values() for part in parts)
+    return sum(int(part.count_nonzero()) for parts in store.views(0, store.rates).values() for part in parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -82,7 +82,7 @@ def test_every_count_is_the_same(
     adapter = methods.adapter(spec, ranks)
     with open_pack(base, [adapter], batch_size=2) as pack:
         pack.add(make_job("x", adapter, make_examples(0), batch_size=2))
-        engine = pack.bank.trainable if isinstance(adapter, AloneSpec) else trained(pack)  # type: ignore[attr-defined]
+        engine = pack.store.trainable if isinstance(adapter, UnpackedSpec) else trained(pack)  # type: ignore[attr-defined]
     assert engine == wanted(base, targets, spec)
     if name != "peft":  # what any tuner trains is known when it is built; a dry run says a LoRA's
         assert engine == methods.trainable(spec.method, ranks, total=models.total_parameters(base.model))

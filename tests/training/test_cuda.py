@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sweeper.lora.forms import Capacity, Restarts
-from sweeper.lora.sparse import Sparsity
+from sweeper.lora.forms import Capacity, Restarts, Sparsity
 from sweeper.models import BaseModel
 from sweeper.placement.importance import Probing
 from sweeper.training import probe

@@ -52,11 +52,11 @@ def masks(pack: Pack, slot: int) -> dict[tuple[int, str], Tensor]:
     """Masks of a slot by step and module over three steps, read off the operator's seeds and salts."""
     seen: dict[tuple[int, str], Tensor] = {}
     salts = {}
-    for group in pack.bank.groups:
+    for group in pack.store.groups:
         salts |= {int(salt): target.name for salt, target in zip(group.salts, group.targets, strict=True)}
     for step in range(3):
         pack.step()
-        seed = int(pack.bank.lanes.seeds[slot])
+        seed = int(pack.store.lanes.seeds[slot])
         for salt, name in salts.items():
             seen[step, name] = keep_mask(seed, salt, row_index(16, 8, CPU), 32, 0.5)
     return seen
@@ -119,7 +119,7 @@ def test_evaluation_drops_nothing(load: Any, make_adapter: Any, make_job: Any, m
         generator = torch.Generator().manual_seed(4)
         with Pack(base, [adapter.ranks], batch_size=4) as pack:
             slot = pack.add(one)
-            for _, b in pack.bank.adapter(slot, adapter).values():
+            for _, b in pack.store.views(slot).values():
                 b.copy_(0.1 * torch.randn(b.shape, generator=generator))
             found.append(score(pack, [slot], examples, budget=4096))
     assert found[0] == found[1]

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from sweeper import methods
-from sweeper.lora.adapters import AdapterSpec
+from sweeper.lora.forms import AdapterSpec
 from sweeper.models import BaseModel
 from sweeper.placement.placement import Target
 from sweeper.record import ADAPTER

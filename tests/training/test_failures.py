@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from sweeper import lost, methods, record
-from sweeper.lora.adapters import AdapterBank
+from sweeper.lora.store import AdapterStore
 from sweeper.lost import ContextLost
 from sweeper.record import Record
 from sweeper.spec import RunSpec
@@ -127,12 +127,12 @@ def test_a_step_that_broke_halfway_is_taken_again_from_the_last_good_state(
 ) -> None:
     """The optimiser has moved some adapters by then, so what the pack holds is not what any run was."""
     run_all(specs, "undisturbed")
-    bad, whole = specs[3].run_id, AdapterBank.follow
+    bad, whole = specs[3].run_id, AdapterStore.update_ema
 
-    def breaking(bank: AdapterBank, slot: int, step: int) -> None:
-        if bank.held[slot].ranks == specs_ranks and step == 4:
+    def breaking(store: AdapterStore, slot: int, step: int) -> None:
+        if store.held[slot].ranks == specs_ranks and step == 4:
             raise RuntimeError("the average cannot move")
-        whole(bank, slot, step)
+        whole(store, slot, step)
 
     specs_ranks: dict[str, int] = {}
     added = Pack.add
@@ -143,7 +143,7 @@ def test_a_step_that_broke_halfway_is_taken_again_from_the_last_good_state(
         return added(pack, job, slot)
 
     monkeypatch.setattr(Pack, "add", noted)
-    monkeypatch.setattr(AdapterBank, "follow", breaking)
+    monkeypatch.setattr(AdapterStore, "update_ema", breaking)
     run_all(specs, "one-bad")
     failed(tmp_path / "one-bad", specs[3], "RuntimeError", "the average cannot move")
     alike(tmp_path / "undisturbed", tmp_path / "one-bad", [spec for spec in specs if spec.run_id != bad])
@@ -295,7 +295,7 @@ def test_a_run_that_no_slot_can_be_given_fails_and_leaves_the_slot(
 
     def breaking(pack: Pack, job: Any, slot: int | None = None) -> int:
         if job.run_id == specs[1].run_id:
-            pack.bank.assign(held(pack, job.adapter), job.adapter)
+            pack.store.assign(held(pack, job.adapter), job.adapter)
             raise IndexError("too many ranks")
         return whole(pack, job, slot)
 

@@ -52,9 +52,9 @@ def filled_pack(base: Any, made: list[Any]) -> Pack:
     specs = [methods.adapter(spec, ranks) for spec, ranks, _ in made]
     pack = Pack(base, [adapter.ranks for adapter in specs], batch_size=4)
     for slot, (adapter, (_, _, weights)) in enumerate(zip(specs, made, strict=True)):
-        pack.bank.assign(slot, adapter)
+        pack.store.assign(slot, adapter)
         with torch.no_grad():
-            for name, views in pack.bank.adapter(slot, adapter).items():
+            for name, views in pack.store.views(slot).items():
                 for view, value in zip(views, weights[name], strict=True):
                     view.copy_(value)
     return pack

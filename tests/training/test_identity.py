@@ -21,7 +21,7 @@ def test_a_fresh_adapter_is_the_identity(kind: str, load: Any, make_adapter: Any
     ]
     with Pack(base, [adapter.ranks for adapter in adapters], batch_size=4) as pack:
         for slot, adapter in enumerate(adapters):
-            pack.bank.assign(slot, adapter)
+            pack.store.assign(slot, adapter)
         found = score(pack, [-1, 0, 1, 2], examples, budget=4096)
     for i, example in enumerate(examples):
         ids = torch.tensor([example.input_ids])

@@ -93,10 +93,11 @@ def test_accumulation_counts_a_penalty_once(load: Any, make_job: Any, make_adapt
         with Pack(base, [adapter.capacity], batch_size=4 // accumulation, accumulation=accumulation) as pack:
             pack.add(job)
             before = {name: parts[0] for name, parts in pack.snapshot(0).items()}
-            pack.bank.lanes.penalised = (0,)
+            pack.store.lanes.penalised = (0,)
             for _ in range(accumulation):
-                pack.bank.penalise(1 / accumulation)
-            gradients = pack.bank.adapter(0, adapter, pack.bank.grads)
+                with pack.store.one_pass(1 / accumulation):
+                    pass
+            gradients = pack.store.views(0, pack.store.grads)
             found.append({name: parts[0].clone() for name, parts in gradients.items()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, 6.0 * before[name])
@@ -140,7 +141,7 @@ def test_the_average_is_what_is_evaluated_and_saved_and_the_weights_train_on(
             decay = min(0.9, (1 + step) / (10 + step))
             now = {name: parts[0] for name, parts in pack.snapshot(0).items()}
             average = {name: decay * average[name] + (1 - decay) * now[name] for name in now}
-        held = pack.bank.adapter(0, job.adapter, pack.bank.to_save(0))
+        held = pack.store.views(0, pack.store.to_save(0))
         for name, wanted in average.items():
             torch.testing.assert_close(held[name][0], wanted)
         state = {name: tuple(part.clone() for part in parts) for name, parts in held.items()}
@@ -189,7 +190,7 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(
 
 
 def test_a_sparse_run_that_ends_early_or_is_averaged_is_saved_sparse(
-    make_run: Any, run_all: Any, tmp_path: Path
+    make_run: Any, run_all: Any, load: Any, place: Any, tmp_path: Path
 ) -> None:
     """Its lowest NLL is while the adapter is still dense, which is not what the method is to leave."""
     from sweeper.rescoring.rescore import read_adapter
@@ -202,7 +203,8 @@ def test_a_sparse_run_that_ends_early_or_is_averaged_is_saved_sparse(
     record = read_record(folder)
     assert record.saved["step"] >= 7
     found = read_adapter(folder)
-    assert sum(int((part != 0).sum()) for parts in found.values() for part in parts) == record.trainable_parameters
+    parts = [part for target in place(load("llama"), "attn") for part in found.parts(target)]
+    assert sum(int((part != 0).sum()) for part in parts) == record.trainable_parameters
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_averages_of_every_form_are_scored_and_scoring_changes_nothing(
         pack.add(dataclasses.replace(job))
         for _ in range(5):
             pack.step()
-        held = pack.bank.adapter(0, adapter, pack.bank.to_save(0))
+        held = pack.store.views(0, pack.store.to_save(0))
         average.update({n: tuple(part.clone() for part in parts) for n, parts in held.items()})
     plain = dataclasses.replace(adapter.settled(), sparsity=None)
     state = {n: (*parts, *(torch.zeros_like(p) for p in (*parts, *parts))) for n, parts in average.items()}

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from sweeper import record
-from sweeper.lora.adapters import AdapterBank
+from sweeper.lora.store import AdapterStore
 from sweeper.record import Record
 from sweeper.spec import RunSpec
 from sweeper.training import checkpoint, pack_trainer
@@ -305,14 +305,14 @@ def test_a_pack_that_cannot_even_be_built_is_made_smaller(
     specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_all(specs, "roomy")
-    build = AdapterBank.__init__
+    build = AdapterStore.__init__
 
-    def limited(bank: AdapterBank, model: Any, targets: Any, capacities: Any, device: Any) -> None:
+    def limited(store: AdapterStore, model: Any, targets: Any, capacities: Any, device: Any) -> None:
         if len(capacities) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        build(bank, model, targets, capacities, device)
+        build(store, model, targets, capacities, device)
 
-    monkeypatch.setattr(AdapterBank, "__init__", limited)
+    monkeypatch.setattr(AdapterStore, "__init__", limited)
     run_all(specs, "tight")
     alike(tmp_path / "roomy", tmp_path / "tight", specs)
 
@@ -322,14 +322,14 @@ def test_a_run_that_does_not_fit_alone_fails_and_the_rest_go_on(
 ) -> None:
     """Not even the adapter of the second run can be held."""
     run_all(specs, "roomy")
-    build = AdapterBank.__init__
+    build = AdapterStore.__init__
 
-    def limited(bank: AdapterBank, model: Any, targets: Any, capacities: Any, device: Any) -> None:
+    def limited(store: AdapterStore, model: Any, targets: Any, capacities: Any, device: Any) -> None:
         if any(rank == 8 for capacity in capacities for rank in capacity.ranks.values()):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB\nmore about it")
-        build(bank, model, targets, capacities, device)
+        build(store, model, targets, capacities, device)
 
-    monkeypatch.setattr(AdapterBank, "__init__", limited)
+    monkeypatch.setattr(AdapterStore, "__init__", limited)
     run_all(specs, "tight", max_pack=1)
     failed = record.read_record(tmp_path / "tight" / specs[1].run_id)
     assert failed.status == "failed"

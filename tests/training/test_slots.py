@@ -33,7 +33,7 @@ def test_a_slot_with_nan_in_its_adapter_changes_no_bit_of_the_others(
 ) -> None:
     def poison(pack: Pack, step: int) -> None:
         if step == 2:
-            a, _ = next(iter(pack.bank.adapter(1, jobs[1].adapter).values()))
+            a, _ = next(iter(pack.store.views(1).values()))
             a[0, 0] = math.nan
 
     undisturbed = train(load("llama"), jobs)
@@ -62,7 +62,7 @@ def test_a_step_without_a_finite_gradient_moves_nothing_in_its_slot(load: Any, j
         for _ in range(2):
             pack.step()
         before = [pack.snapshot(slot) for slot in range(3)]
-        pack.bank.grads[pack.bank.by_slot[1][0].a] = math.inf
+        pack.store.grads[pack.store.layout.by_slot[1][0].a] = math.inf
         pack.step()
         after = [pack.snapshot(slot) for slot in range(3)]
     moved = [
@@ -144,8 +144,8 @@ def test_a_fresh_draw_depends_on_seed_and_module_only(load: Any, jobs: Any, make
     other = make_adapter(base, "full", 4, seed=3)
     with Pack(base, [attn.ranks, full.ranks, full.ranks], batch_size=4) as pack:
         for slot, adapter in enumerate((attn, full, other)):
-            pack.bank.assign(slot, adapter)
-        drawn = [pack.bank.adapter(slot, adapter) for slot, adapter in enumerate((attn, full, other))]
+            pack.store.assign(slot, adapter)
+        drawn = [pack.store.views(slot) for slot, adapter in enumerate((attn, full, other))]
     for name, (a, b) in drawn[0].items():
         assert torch.equal(a, drawn[1][name][0])
         assert not torch.equal(a, drawn[2][name][0])

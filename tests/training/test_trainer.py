@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sweeper.lora.adapters import AdapterSpec
+from sweeper.lora.forms import AdapterSpec
 from sweeper.models import BaseModel
 from sweeper.training.pack import Pack
 

@@ -69,7 +69,7 @@ def test_every_tuner_trains_or_says_why_not(tuner: str, make_run: Any, run_all: 
     assert done.trainable_parameters > 0
     assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
     # and stock PEFT reads what it left
-    from sweeper.lora.alone import twin
+    from sweeper.lora.trainee import twin
 
     loaded = PeftModel.from_pretrained(twin(base.model), folder / "adapter")
     assert loaded.peft_config["default"].peft_type == PeftType[tuner]

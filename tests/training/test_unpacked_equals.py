@@ -10,7 +10,8 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 
 from sweeper import methods, models
-from sweeper.lora.alone import Alone, AloneSpec
+from sweeper.lora.trainee import UnpackedSpec
+from sweeper.lora.unpacked import UnpackedStore
 from sweeper.models import BaseModel, budget
 from sweeper.models.loss import Head
 from sweeper.models.verdict import HeadForm
@@ -28,11 +29,11 @@ STEPS, BATCH = 10, 4
 OPTIM = {"lr": 2e-3, "weight_decay": 0.1, "warmup_fraction": 0.2, "max_grad_norm": 0.2, "beta2": 0.99}
 
 
-def what_trains(spec: RunSpec, base: BaseModel, place: Any) -> AloneSpec:
+def what_trains(spec: RunSpec, base: BaseModel, place: Any) -> UnpackedSpec:
     targets = place(base, spec.placement.name)
     found = methods.placed(spec.method, targets, base.targets, tied=models.is_tied(base.model))
     adapter = methods.adapter(spec, budget.uniform(found, spec.rank))
-    assert isinstance(adapter, AloneSpec)
+    assert isinstance(adapter, UnpackedSpec)
     return adapter
 
 
@@ -82,15 +83,15 @@ def test_adalora_equals_peft_s(
     adapter = what_trains(spec, base, place)
     job = make_job("x", adapter, make_examples(7), steps=steps, bucketed=False, **OPTIM)
     with Pack(base, adapter, batch_size=BATCH) as pack:
-        bank = pack.bank
-        assert isinstance(bank, Alone)
-        start = {name: value.detach().clone() for name, value in bank.trainee.peft.state_dict().items()}  # type: ignore[attr-defined]
+        store = pack.store
+        assert isinstance(store, UnpackedStore)
+        start = {name: value.detach().clone() for name, value in store.trainee.peft.state_dict().items()}  # type: ignore[attr-defined]
         pack.add(job)
         for _ in range(steps):
             pack.step()
         losses = [result.loss for result in pack.drain()]
-        ours = {name: value.detach().clone() for name, value in bank.trained.items()}
-        ranks = bank.trainee.ranks()
+        ours = {name: value.detach().clone() for name, value in store.trained.items()}
+        ranks = store.trainee.ranks()
 
     config = AdaLoraConfig(
         target_r=3, init_r=5, total_step=steps, tinit=2, tfinal=6, deltaT=1, lora_alpha=6, task_type="CAUSAL_LM",

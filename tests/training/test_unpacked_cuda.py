@@ -31,7 +31,7 @@ def losses(
     found = methods.placed(spec.method, targets, base.targets, tied=models.is_tied(base.model))
     job = make_job("x", methods.adapter(spec, budget.uniform(found, 4)), examples, steps=STEPS, lr=lr, weight_decay=0.1)
     with Pack(base, job.adapter, batch_size=4, **options) as pack:
-        assert pack.compiled == (bool(options.get("compiled")) and pack.bank.compilable)
+        assert pack.compiled == (bool(options.get("compiled")) and pack.store.compilable)
         pack.add(job)
         for _ in range(STEPS):
             pack.step()

@@ -1,6 +1,6 @@
 """The Triton kernels compute what the CPU implementation does.
 
-Needs a GPU, or Triton's interpreter and numpy < 2.4: TRITON_INTERPRET=1 pytest tests/training/test_kernels.py.
+Needs a GPU, or Triton's interpreter and numpy < 2.4: TRITON_INTERPRET=1 pytest tests/lora/test_kernels.py.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sweeper.lora import lowrank, seeds
-from sweeper.lora.adapters import AdapterBank
 from sweeper.lora.optimizer import PackedAdamW, hyperparameters
+from sweeper.lora.store import AdapterStore
 from sweeper.models import loss
 from sweeper.spec import OptimSpec
 
@@ -189,16 +189,16 @@ def test_adamw(rated: bool, load: Any, make_adapter: Any) -> None:
     if rated:
         adapters[0] = dataclasses.replace(adapters[0], rate_a=0.0)
         adapters[2] = dataclasses.replace(adapters[2], rate_b=4.0)
-    bank = AdapterBank(base.model, base.targets, [adapter.capacity for adapter in adapters], torch.device("cpu"))
-    assert (bank.rates is not None) is rated
+    store = AdapterStore(base.model, base.targets, [adapter.capacity for adapter in adapters], torch.device("cpu"))
+    assert (store.rates is not None) is rated
     for slot, adapter in enumerate(adapters):
-        bank.assign(slot, adapter)
-    rates = None if bank.rates is None else bank.rates.to(DEVICE)
-    stores = [store.clone().to(DEVICE) for store in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq)]
-    start = bank.params.clone()
-    packed = PackedAdamW(bank)
+        store.assign(slot, adapter)
+    rates = None if store.rates is None else store.rates.to(DEVICE)
+    stores = [flat.clone().to(DEVICE) for flat in (store.params, store.grads, store.exp_avg, store.exp_avg_sq)]
+    start = store.params.clone()
+    packed = PackedAdamW(store)
     norms = torch.zeros(len(adapters), device=DEVICE)
-    slot_of = bank.block_slot.to(DEVICE)
+    slot_of = store.block_slot.to(DEVICE)
     squares = kernels.Squares(slot_of, len(adapters))
     params, *others = stores
     work = params.bfloat16()
@@ -209,26 +209,26 @@ def test_adamw(rated: bool, load: Any, make_adapter: Any) -> None:
     }
     generator = torch.Generator().manual_seed(0)
     for step in range(3):
-        bank.grads.copy_(0.1 * torch.randn(bank.grads.shape, generator=generator))
-        bank.grads[bank.by_slot[3][0].a] = torch.inf
-        stores[1].copy_(bank.grads)
+        store.grads.copy_(0.1 * torch.randn(store.grads.shape, generator=generator))
+        store.grads[store.layout.by_slot[3][0].a] = torch.inf
+        stores[1].copy_(store.grads)
         packed.set({slot: hyperparameters(optim, step, 5) for slot, optim in optims.items()})
         kernels.adamw(params, work, *others, rates, slot_of, packed.table.to(DEVICE), norms, squares)
         wanted = packed.step()
         assert_close(norms, wanted)
-    for mine, store in zip(stores, (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq), strict=True):
-        torch.testing.assert_close(mine.cpu(), store, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(stores, (store.params, store.grads, store.exp_avg, store.exp_avg_sq), strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-6)
     # the interpreter truncates where a GPU rounds
     torch.testing.assert_close(work, params.bfloat16(), rtol=0 if DEVICE.type == "cuda" else 2**-7, atol=0)
     for slot, moved in enumerate((True, False, True, False)):
-        assert any(not torch.equal(bank.params[a:b], start[a:b]) for a, b in bank.spans[slot]) is moved
+        assert any(not torch.equal(store.params[a:b], start[a:b]) for a, b in store.spans[slot]) is moved
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 40_000 if torch.cuda.is_available() else 3_000])
 def test_squares_are_added_up_by_slot_and_to_the_same_bits_each_time(blocks: int) -> None:
     """Slot 1 of four has no block; the others' lie among one another."""
     from sweeper.lora import kernels
-    from sweeper.lora.store import BLOCK
+    from sweeper.lora.layout import BLOCK
 
     generator = torch.Generator().manual_seed(0)
     slot_of = torch.tensor([0, 2, 3])[torch.randint(0, 3, (blocks,), generator=generator)]
@@ -250,7 +250,7 @@ def test_squares_are_added_up_by_slot_and_to_the_same_bits_each_time(blocks: int
 def test_sensitivities_of_the_slots_that_learn_a_pattern(load: Any, make_adapter: Any) -> None:
     """Slots 0 and 2 learn one, with a memory of their own; an infinite gradient counts as none."""
     from sweeper.lora import kernels
-    from sweeper.lora.sparse import Sparsity
+    from sweeper.lora.forms import Sparsity, sparse
 
     base = load("llama")
     plain = make_adapter(base, "full", 5)
@@ -259,21 +259,22 @@ def test_sensitivities_of_the_slots_that_learn_a_pattern(load: Any, make_adapter
         for memory in (0.9, 0.25)
     ]
     adapters = {0: learning[0], 1: plain, 2: learning[1]}
-    bank = AdapterBank(base.model, base.targets, [learning[0].capacity] * 3, torch.device("cpu"))
+    store = AdapterStore(base.model, base.targets, [learning[0].capacity] * 3, torch.device("cpu"))
     for slot, adapter in adapters.items():
-        bank.assign(slot, adapter)
+        store.assign(slot, adapter)
     generator = torch.Generator().manual_seed(0)
-    for store in (bank.params, bank.grads, bank.copies["sensitivity"]):
-        store.copy_(torch.randn(store.shape, generator=generator))
-    bank.grads[bank.by_slot[2][0].a] = torch.inf
-    found = bank.copies["sensitivity"].clone().to(DEVICE)
+    for flat in (store.params, store.grads, store.copies["sensitivity"]):
+        flat.copy_(torch.randn(flat.shape, generator=generator))
+    store.grads[store.layout.by_slot[2][0].a] = torch.inf
+    found = store.copies["sensitivity"].clone().to(DEVICE)
     memory = torch.tensor([0.9, torch.nan, 0.25], device=DEVICE)
-    kernels.sense(bank.params.to(DEVICE), bank.grads.to(DEVICE), found, bank.block_slot.to(DEVICE), memory)
-    before = bank.copies["sensitivity"].clone()
-    bank.sense(dict.fromkeys(adapters, 3))
-    assert_close(found, bank.copies["sensitivity"])
+    moved = [tensor.to(DEVICE) for tensor in (store.params, store.grads, store.block_slot)]
+    kernels.accumulate_sensitivity(*moved[:2], found, moved[2], memory)
+    before = store.copies["sensitivity"].clone()
+    sparse.accumulate_sensitivity(store, {0: 0.9, 2: 0.25})
+    assert_close(found, store.copies["sensitivity"])
     for slot, moved in enumerate((True, False, True)):
-        changed = [not bank.copies["sensitivity"][a:b].equal(before[a:b]) for a, b in bank.spans[slot]]
+        changed = [not store.copies["sensitivity"][a:b].equal(before[a:b]) for a, b in store.spans[slot]]
         assert any(changed) is moved
 
 
@@ -300,7 +301,7 @@ def test_dropout_masks_have_the_same_bits(seed: int) -> None:
 def test_norms_of_adapted_weights() -> None:
     """Slot 1 holds no DoRA, slot 2 has one of two members alone; one weight lies transposed, as a Linear's does."""
     from sweeper.lora import form_kernels
-    from sweeper.lora.dora import Gain
+    from sweeper.lora.forms.dora import Gain
 
     chosen = case((70, 24), [[4, 9], [5, 5], [100, 0]], bias=False, fan_in=130)
     chosen.weights[0] = chosen.weights[0].t().contiguous().t()
@@ -334,25 +335,26 @@ def test_factors_of_shared_matrices_and_their_gradients(copied: bool, load: Any,
     vera = dataclasses.replace(make_adapter(base, "full", 9), form="vera", scales={})
     vera = dataclasses.replace(vera, scales=dict.fromkeys(vera.ranks, 1.0))
     wide = Capacity.union([vera.capacity, make_adapter(base, "attn", 20).capacity])
-    bank = AdapterBank(base.model, base.targets, [wide, vera.capacity], torch.device("cpu"))
+    store = AdapterStore(base.model, base.targets, [wide, vera.capacity], torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for slot in (0, 1):
-        bank.assign(slot, vera)
-    for parts in bank.adapter(0, vera).values():
+        store.assign(slot, vera)
+    for parts in store.views(0).values():
         for part in parts:
             part.copy_(torch.randn(part.shape, generator=generator))
-    bank.grads.copy_(torch.randn(bank.grads.shape, generator=generator))
-    ours, gradients = bank.params.clone().to(DEVICE), bank.grads.clone().to(DEVICE)
+    store.grads.copy_(torch.randn(store.grads.shape, generator=generator))
+    ours, gradients = store.params.clone().to(DEVICE), store.grads.clone().to(DEVICE)
     work = ours.bfloat16() if copied else ours
-    for slot, shared in bank.shared.items():
-        there = dataclasses.replace(shared, **{n: getattr(shared, n).to(DEVICE) for n in ("a", "b", "on")})
-        form_kernels.derive(ours, work, there, bank.places[slot].to(DEVICE))
-        form_kernels.project(gradients, there, bank.places[slot].to(DEVICE))
-    start = bank.params.clone()
-    bank.derive()
-    bank.project()
-    assert not bank.params.equal(start)
-    assert_close(ours, bank.params)
-    assert_close(gradients, bank.grads)
+    attached: Any = store.attached["vera"]
+    for slot, shared in attached.matrices.items():
+        there = [tensor.to(DEVICE) for tensor in (*shared.tensors, attached.places[slot])]
+        form_kernels.derive(ours, work, *there)
+        form_kernels.project(gradients, *there)
+    start = store.params.clone()
+    with store.one_pass(1.0):
+        pass
+    assert not store.params.equal(start)
+    assert_close(ours, store.params)
+    assert_close(gradients, store.grads)
     # the interpreter truncates where a GPU rounds
     torch.testing.assert_close(work.float(), ours, rtol=2**-7, atol=0)

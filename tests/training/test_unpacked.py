@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from peft import PeftModel
 
 from sweeper import methods, models, record, tasks
 from sweeper.errors import SpecError
-from sweeper.lora.alone import Alone, AloneSpec, twin
+from sweeper.lora.trainee import UnpackedSpec, twin
+from sweeper.lora.unpacked import UnpackedStore
 from sweeper.models import BaseModel
 from sweeper.placement.placement import Target
 from sweeper.record import ADAPTER, WEIGHTS, Record
@@ -140,13 +143,13 @@ def base_of() -> Callable[[RunSpec], BaseModel]:
     )
 
 
-def prepared(spec: RunSpec, base: BaseModel, place: Any) -> AloneSpec:
+def prepared(spec: RunSpec, base: BaseModel, place: Any) -> UnpackedSpec:
     from sweeper.models import budget
 
     targets = place(base, spec.placement.name)
     found = methods.placed(spec.method, targets, base.targets, tied=models.is_tied(base.model))
     adapter = methods.adapter(spec, budget.uniform(found, spec.rank))
-    assert isinstance(adapter, AloneSpec)
+    assert isinstance(adapter, UnpackedSpec)
     return adapter
 
 
@@ -172,7 +175,7 @@ def test_a_method_trains_and_is_what_it_says(
     base = base_of(spec)
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
-        pack.bank.assign(0, pack.bank.spec)  # type: ignore[attr-defined]
+        pack.store.assign(0, pack.store.spec)  # type: ignore[attr-defined]
         ids = torch.arange(3, 51).view(3, 16)
         found = []
         for slots in ([-1], [0]):
@@ -296,14 +299,14 @@ def test_small_steps_add_up_under_a_bfloat16_base(load: Any, make_alone: Any, ba
     spec = make_alone({"name": "full_ft"}, trainer={"precision": "bfloat16"})
     base = base_of(spec)
     with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
-        bank = pack.bank
-        assert isinstance(bank, Alone)
-        bank.assign(0, bank.spec)
-        name, parameter = max(bank.trained.items(), key=lambda item: item[1].numel())
+        store = pack.store
+        assert isinstance(store, UnpackedStore)
+        store.assign(0, store.spec)
+        name, parameter = max(store.trained.items(), key=lambda item: item[1].numel())
         start = parameter.detach().float()
         for _ in range(100):
-            bank.params += 1e-5
-            bank.publish()
+            store.params += 1e-5
+            store.publish(0)
         moved = parameter.detach().float() - start
         assert parameter.dtype == torch.bfloat16
         assert float(moved.mean()) == pytest.approx(1e-3, rel=0.05), name
@@ -401,15 +404,15 @@ def test_generation_with_virtual_tokens_is_peft_s_own(
     base = base_of(spec)
     prompts = [list(range(5, 5 + length)) for length in (3, 9, 6)]
     with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
-        bank = pack.bank
-        assert isinstance(bank, Alone)
-        bank.assign(0, bank.spec)
-        bank.params.normal_(generator=torch.Generator().manual_seed(0))
+        store = pack.store
+        assert isinstance(store, UnpackedStore)
+        store.assign(0, store.spec)
+        store.params.normal_(generator=torch.Generator().manual_seed(0))
         ours = generate(pack, [0], prompts, max_new_tokens=8, stop_ids=[1], rows=3)[0]
         plain = generate(pack, [-1], prompts, max_new_tokens=8, stop_ids=[1], rows=3)[0]
         for written, text in zip(ours, prompts, strict=True):
             ids = torch.tensor([text])
-            theirs = bank.trainee.peft.eval().generate(  # type: ignore[attr-defined]
+            theirs = store.trainee.peft.eval().generate(  # type: ignore[attr-defined]
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, use_cache=True,
                 eos_token_id=1, pad_token_id=0,
             )[0, -8:].tolist()  # fmt: skip
@@ -445,7 +448,7 @@ def test_a_step_without_a_finite_gradient_moves_nothing(
         for _ in range(2):
             pack.step()
         before = pack.snapshot(0)
-        pack.bank.grads[0] = math.inf
+        pack.store.grads[0] = math.inf
         pack.step()
         after = pack.snapshot(0)
         pack.step()
@@ -464,7 +467,7 @@ def test_weight_decay_spares_biases(
             pack.add(job)
             for _ in range(3):
                 pack.step()
-            ends.append(pack.bank.params.clone())
+            ends.append(pack.store.params.clone())
     assert torch.equal(*ends)
     assert ends[0].any()
 
@@ -477,8 +480,8 @@ def test_scores_of_several_lanes_are_those_of_each(
     spec = make_alone({"name": "bitfit"})
     base = base_of(spec)
     with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
-        pack.bank.assign(0, pack.bank.spec)  # type: ignore[attr-defined]
-        pack.bank.params.fill_(0.1)
+        pack.store.assign(0, pack.store.spec)  # type: ignore[attr-defined]
+        pack.store.params.fill_(0.1)
         both = evaluate_examples(pack, [-1, 0], make_examples(1), None)
         assert [one.rows for one in both] == [
             evaluate_examples(pack, [slot], make_examples(1), None)[0].rows for slot in (-1, 0)
@@ -519,23 +522,35 @@ def test_an_average_of_the_weights_is_scored_and_saved(
     job = make_job("x", prepared(spec, base, place), make_examples(0))
     with Pack(base, job.adapter, batch_size=4) as pack:
         pack.add(job)
-        bank = pack.bank
-        wanted = bank.params.clone()
+        store = pack.store
+        wanted = store.params.clone()
         for step in range(1, 5):
             pack.step()
-            wanted.lerp_(bank.params, 1 - min(0.9, (1 + step) / (10 + step)))
-        own = bank.params.clone()
+            wanted.lerp_(store.params, 1 - min(0.9, (1 + step) / (10 + step)))
+        own = store.params.clone()
         average = pack.snapshot(0)
-        bank.swap_averages()
-        torch.testing.assert_close(bank.params, wanted)
-        bank.swap_averages()
-        assert torch.equal(bank.params, own)
+        with store.averaged():
+            torch.testing.assert_close(store.params, wanted)
+        assert torch.equal(store.params, own)
         assert not torch.allclose(own, wanted)
     job.weights, job.done = average, 4
     with Pack(base, job.adapter, batch_size=4) as pack:
         pack.add(job)
-        pack.bank.swap_averages()
-        torch.testing.assert_close(pack.bank.params, wanted)
+        with pack.store.averaged():
+            torch.testing.assert_close(pack.store.params, wanted)  # type: ignore[attr-defined]
+
+
+def test_a_pack_that_is_dropped_gives_its_memory_back_at_once(make_alone: Any, base_of: Any, place: Any) -> None:
+    spec = make_alone({"name": "full_ft"})
+    base = base_of(spec)
+    with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
+        values = weakref.ref(pack.store.grads)
+    gc.disable()
+    try:
+        del pack
+        assert values() is None
+    finally:
+        gc.enable()
 
 
 def test_a_run_alone_can_end_early_with_its_best_weights(make_alone: Any, run_all: Any, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from sweeper.lora.adapters import AdapterBank, AdapterSpec
 from sweeper.lora.optimizer import PackedAdamW, hyperparameters, learning_rate
+from sweeper.lora.store import AdapterStore
 from sweeper.spec import OptimSpec
 
 CPU = torch.device("cpu")
@@ -30,75 +30,75 @@ def test_schedules_are_those_of_transformers(schedule: str, steps: int, warmup: 
         scheduler.step()
 
 
-def make_bank(load: Any, make_adapter: Any) -> tuple[AdapterBank, list[AdapterSpec]]:
+def make_store(load: Any, make_adapter: Any) -> AdapterStore:
     base = load("llama")
     adapters = [
         make_adapter(base, "attn", 3),
         make_adapter(base, "full", 5, seed=1),
         make_adapter(base, "ff", 2, seed=2),
     ]
-    bank = AdapterBank(base.model, base.targets, [adapter.ranks for adapter in adapters], CPU)
+    store = AdapterStore(base.model, base.targets, [adapter.ranks for adapter in adapters], CPU)
     for slot, adapter in enumerate(adapters):
-        bank.assign(slot, adapter)
-    return bank, adapters
+        store.assign(slot, adapter)
+    return store
 
 
-def parts(bank: AdapterBank, slot: int, adapter: AdapterSpec, store: torch.Tensor | None = None) -> list[torch.Tensor]:
-    return list(itertools.chain.from_iterable(bank.adapter(slot, adapter, store).values()))
+def parts(store: AdapterStore, slot: int, flat: torch.Tensor | None = None) -> list[torch.Tensor]:
+    return list(itertools.chain.from_iterable(store.views(slot, flat).values()))
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 def test_adamw_is_torchs_and_an_idle_slot_stays_as_it_is(limit: float | None, load: Any, make_adapter: Any) -> None:
     """Slots 0 and 1 train with different settings; slot 2 holds an adapter but is idle."""
-    bank, adapters = make_bank(load, make_adapter)
+    store = make_store(load, make_adapter)
     optims = [
         OptimSpec(lr=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9, max_grad_norm=limit),
         OptimSpec(lr=3e-3, eps=1e-3, max_grad_norm=2.0, schedule="linear"),
     ]
-    copies = [[p.clone().requires_grad_() for p in parts(bank, slot, adapters[slot])] for slot in (0, 1)]
+    copies = [[p.clone().requires_grad_() for p in parts(store, slot)] for slot in (0, 1)]
     reference = [
         torch.optim.AdamW(own, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
         for own, o in zip(copies, optims, strict=True)
     ]
-    idle = [p.clone() for p in parts(bank, 2, adapters[2])]
-    packed = PackedAdamW(bank)
+    idle = [p.clone() for p in parts(store, 2)]
+    packed = PackedAdamW(store)
     generator = torch.Generator().manual_seed(0)
     for step in range(6):
         norms = []
         for slot, (own, optim, torch_optim) in enumerate(zip(copies, optims, reference, strict=True)):
-            for grad, p in zip(parts(bank, slot, adapters[slot], bank.grads), own, strict=True):
+            for grad, p in zip(parts(store, slot, store.grads), own, strict=True):
                 grad.copy_(0.05 * torch.randn(grad.shape, generator=generator))
                 p.grad = grad.clone()
             norms.append(float(torch.nn.utils.clip_grad_norm_(own, optim.max_grad_norm or math.inf)))
             torch_optim.param_groups[0]["lr"] = learning_rate(optim, step, 6)
             torch_optim.step()
-        for grad in parts(bank, 2, adapters[2], bank.grads):
+        for grad in parts(store, 2, store.grads):
             grad.fill_(1.0)
         packed.set({slot: hyperparameters(optim, step, 6) for slot, optim in enumerate(optims)})
         found = packed.step()
         assert found[:2].tolist() == pytest.approx(norms, rel=1e-5)
-        assert not bank.grads.any()
+        assert not store.grads.any()
     assert limit is None or norms[0] > limit
     for slot, own in enumerate(copies):
-        for ours, theirs in zip(parts(bank, slot, adapters[slot]), own, strict=True):
+        for ours, theirs in zip(parts(store, slot), own, strict=True):
             torch.testing.assert_close(ours, theirs.data, rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(p, old) for p, old in zip(parts(bank, 2, adapters[2]), idle, strict=True))
-    assert not any(m.any() for m in parts(bank, 2, adapters[2], bank.exp_avg))
+    assert all(torch.equal(p, old) for p, old in zip(parts(store, 2), idle, strict=True))
+    assert not any(m.any() for m in parts(store, 2, store.exp_avg))
 
 
 def test_the_norm_of_one_slot_clips_no_other(load: Any, make_adapter: Any) -> None:
     steps = []
     for loud in (1.0, 1e6):
-        bank, adapters = make_bank(load, make_adapter)
-        packed = PackedAdamW(bank)
-        for grad in parts(bank, 0, adapters[0], bank.grads):
+        store = make_store(load, make_adapter)
+        packed = PackedAdamW(store)
+        for grad in parts(store, 0, store.grads):
             grad.fill_(0.01)
-        for grad in parts(bank, 1, adapters[1], bank.grads):
+        for grad in parts(store, 1, store.grads):
             grad.fill_(loud)
         optim = OptimSpec(lr=1e-2, warmup_fraction=0.0, eps=1.0, max_grad_norm=1.0)
         packed.set(dict.fromkeys((0, 1), hyperparameters(optim, 0, 10)))
         packed.step()
-        steps.append([p.clone() for p in parts(bank, 0, adapters[0])])
+        steps.append([p.clone() for p in parts(store, 0)])
     assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
 
 
@@ -107,23 +107,23 @@ def test_rates_are_torchs_groups_and_what_is_frozen_is_no_part_of_the_norm(load:
     base = load("llama")
     ordinary = [make_adapter(base, "attn", 3, seed=seed) for seed in range(3)]
     adapters = [replace(ordinary[0], rate_b=4.0), replace(ordinary[1], rate_a=0.0), ordinary[2]]
-    bank = AdapterBank(base.model, base.targets, [adapter.capacity for adapter in adapters], CPU)
+    store = AdapterStore(base.model, base.targets, [adapter.capacity for adapter in adapters], CPU)
     optim = OptimSpec(lr=1e-2, weight_decay=0.3, max_grad_norm=0.5, schedule="constant", warmup_fraction=0.0)
     for slot, adapter in enumerate(adapters):
-        bank.assign(slot, adapter)
-    copies = [[p.clone().requires_grad_() for p in parts(bank, slot, a)] for slot, a in enumerate(adapters)]
+        store.assign(slot, adapter)
+    copies = [[p.clone().requires_grad_() for p in parts(store, slot)] for slot, a in enumerate(adapters)]
     faster = {0: (1.0, 4.0), 1: (0.0, 1.0), 2: (1.0, 1.0)}
     reference = []
     for slot, own in enumerate(copies):
         a, b = faster[slot]
         groups = [{"params": own[0::2], "lr": a * optim.lr}, {"params": own[1::2], "lr": b * optim.lr}]
         reference.append(torch.optim.AdamW([g for g in groups if g["lr"]], weight_decay=optim.weight_decay))
-    packed = PackedAdamW(bank)
+    packed = PackedAdamW(store)
     generator = torch.Generator().manual_seed(0)
     for step in range(4):
         norms = []
         for slot, own in enumerate(copies):
-            for grad, p in zip(parts(bank, slot, adapters[slot], bank.grads), own, strict=True):
+            for grad, p in zip(parts(store, slot, store.grads), own, strict=True):
                 grad.copy_(torch.randn(grad.shape, generator=generator))
                 p.grad = grad.clone()
             moving = [p for group in reference[slot].param_groups for p in group["params"]]
@@ -132,7 +132,7 @@ def test_rates_are_torchs_groups_and_what_is_frozen_is_no_part_of_the_norm(load:
         packed.set(dict.fromkeys(range(3), hyperparameters(optim, step, 10)))
         assert packed.step().tolist() == pytest.approx(norms, rel=1e-5)
     for slot, own in enumerate(copies):
-        for ours, theirs in zip(parts(bank, slot, adapters[slot]), own, strict=True):
+        for ours, theirs in zip(parts(store, slot), own, strict=True):
             torch.testing.assert_close(ours, theirs.data, rtol=1e-5, atol=1e-6)
-    frozen = parts(bank, 1, adapters[1], bank.exp_avg)[0::2]
+    frozen = parts(store, 1, store.exp_avg)[0::2]
     assert not any(moment.any() for moment in frozen)

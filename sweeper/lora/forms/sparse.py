@@ -5,14 +5,19 @@ counts is the sensitivity |w dL/dw|, smoothed over the steps (equations 6 and 7)
 between two steps. After the last of them the pattern stays as it is, and what was pruned is frozen at zero.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sweeper.lora.flat import Flat
+from sweeper.lora.layout import Part
 from sweeper.lora.seeds import seed_of
+from sweeper.lora.transfer import send
 
 ROUNDS = 20  # of pruning; each looks at every value
 
@@ -49,6 +54,19 @@ class Sparsity:
         """Whether the pattern is final after `step` steps."""
         return not self.learnt or step >= self.last
 
+    def masks(self, sensitivities: Sequence[Tensor], step: int) -> list[Tensor]:
+        """For every part of an adapter that learns its pattern: 1 where it is not zero after some steps."""
+        return patterns(sensitivities, [self.kept(part.shape[1], step) for part in sensitivities])
+
+    def thin_out(self, parts: Sequence[Part], values: Sequence[Tensor], key: str) -> None:
+        """Sets to zero, on the host, what a random pattern leaves out of a module's A and B."""
+        if self.learnt:
+            return
+        for part, value in zip(parts, values, strict=True):
+            if part.by_rank:
+                count = self.kept(value.shape[1], 0)
+                value *= random_pattern(len(value), value.shape[1], count, f"{key}/{part.rate}")
+
 
 def kept(width: int, density: float) -> int:
     """Values of a row that are not zero; at least one."""
@@ -80,3 +98,19 @@ def random_pattern(rows: int, width: int, count: int, key: str) -> Tensor:
 def sensitivity(value: Tensor, gradient: Tensor) -> Tensor:
     """|w dL/dw|; 0 where the gradient is not finite, since such a step moves nothing."""
     return torch.where(gradient.isfinite(), value * gradient, 0.0).abs()
+
+
+@torch.no_grad()
+def accumulate_sensitivity(flat: Flat[Any], memory: Mapping[int, float]) -> None:
+    """Smooths over the steps how sensitive the loss is to the values of some slots, which each keep a share of it."""
+    found = flat.copies["sensitivity"]
+    if flat.params.is_cuda:
+        from sweeper.lora import kernels
+
+        shares = send(torch.tensor([memory.get(slot, math.nan) for slot in range(flat.slots)]), flat.params.device)
+        kernels.accumulate_sensitivity(flat.params, flat.grads, found, flat.block_slot, shares)
+        return
+    for slot, share in memory.items():
+        for start, stop in flat.spans[slot]:
+            now = sensitivity(flat.params[start:stop], flat.grads[start:stop])
+            found[start:stop].lerp_(now, 1 - share)
