@@ -37,6 +37,7 @@ from sweeper.spec import ModelSpec, PlacementSpec, RunSpec, run_spec
 from sweeper.training import export_proof
 from sweeper.training.generate import generate
 from sweeper.training.pack import open_pack
+from sweeper.training.pack_config import PackConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 RANK, WRITTEN = 4, 6  # of the adapters; tokens that are generated
@@ -136,7 +137,7 @@ def generated(base: BaseModel) -> list[tuple[int, ...]]:
     """What the engine writes after each row, greedily: the base, which is a pack's lane -1."""
     spec, ranks = run_of(base)
     rows = [tuple(row.tolist()) for row in proof.rows(base.model)]
-    with open_pack(base, [adapter_of(spec, ranks)], batch_size=1) as pack:
+    with open_pack(base, [adapter_of(spec, ranks)], PackConfig(batch_size=1)) as pack:
         (texts,) = generate(pack, [-1], rows, max_new_tokens=WRITTEN, stop_ids=[-1], rows=len(rows))
     return [text.ids for text in texts]
 

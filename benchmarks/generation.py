@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from benchmarks.shapes import adapter, base_model
 from sweeper.training.generate import generate
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 
 ARMS = ("attn", "ff", "full")
 
@@ -42,7 +43,10 @@ def main() -> None:
     base = base_model(args.model, args.device)
     base.model.generation_config.pad_token_id = 0
     specs = [adapter(base, ARMS[i % 3], (4, 8, 16)[i // 3 % 3], seed=i) for i in range(args.adapters)]
-    with tempfile.TemporaryDirectory() as folder, Pack(base, [s.ranks for s in specs], batch_size=1) as pack:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Pack(base, [s.ranks for s in specs], PackConfig(batch_size=1)) as pack,
+    ):
         for slot, spec in enumerate(specs):
             pack.store.assign(slot, spec)
             randomise(pack, slot, spec)

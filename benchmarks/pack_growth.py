@@ -52,6 +52,7 @@ def measure(base, runs: int, batch: int, length: int, least_seconds: float) -> d
 
     from benchmarks.shapes import job
     from sweeper.training.pack import Pack
+    from sweeper.training.pack_config import PackConfig
 
     arms = (ARMS * runs)[:runs]
     jobs = [
@@ -61,7 +62,7 @@ def measure(base, runs: int, batch: int, length: int, least_seconds: float) -> d
     size = sum(p.numel() for p in base.model.parameters())
     others = torch.cuda.memory_allocated() - 2 * size  # another base model may be there, too
     torch.cuda.reset_peak_memory_stats()
-    with Pack(base, [j.adapter.ranks for j in jobs], batch_size=batch, compiled=True) as pack:
+    with Pack(base, [j.adapter.ranks for j in jobs], PackConfig(batch_size=batch, compiled=True)) as pack:
         for j in jobs:
             pack.add(j)
         for _ in range(3):

@@ -36,6 +36,7 @@ def packed(runs: list[tuple[str, int]], args: argparse.Namespace) -> dict:
 
     from benchmarks.shapes import base_model, job
     from sweeper.training.pack import Pack
+    from sweeper.training.pack_config import PackConfig
 
     base = base_model(args.model, args.device, getattr(torch, args.precision) if args.precision else None)
     jobs = [
@@ -47,7 +48,9 @@ def packed(runs: list[tuple[str, int]], args: argparse.Namespace) -> dict:
         if args.device == "cuda":
             torch.cuda.synchronize()
 
-    with Pack(base, [j.adapter.ranks for j in jobs], batch_size=args.batch, compiled=args.device == "cuda") as pack:
+    with Pack(
+        base, [j.adapter.ranks for j in jobs], PackConfig(batch_size=args.batch, compiled=args.device == "cuda")
+    ) as pack:
         for j in jobs:
             pack.add(j)
         began = time.perf_counter()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sweeper.lora.forms.peft import Loaded
     from sweeper.models import BaseModel
     from sweeper.training.pack import Pack
+    from sweeper.training.pack_config import PackConfig
 
 FOLDER = "evaluations"
 PACK_SIZE = 16  # adapters in one pack
@@ -331,7 +332,7 @@ def packed(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     adapters = [
         methods.adapter(run.spec, {targets[name]: rank for name, rank in run.ranks.items()}).settled() for run in runs
     ]
-    pack = open_pack(base, adapters, batch_size=1)
+    pack = open_pack(base, adapters, PackConfig(batch_size=1))
     if isinstance(pack.store, UnpackedStore):
         pack.store.read(runs[0].folder)
         return pack

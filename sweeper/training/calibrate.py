@@ -82,13 +82,13 @@ def measure(base: BaseModel, job: RunState, config: PackConfig, cache: Path) -> 
 
 
 def _measure(base: BaseModel, job: RunState, config: PackConfig) -> Solo:
-    with open_pack(base, [job.adapter], **dataclasses.asdict(config)) as pack:
+    with open_pack(base, [job.adapter], config) as pack:
         pack.add(job)
         weights = held_bytes(pack.model)
         state = pack.store.state_bytes
         activations = _activations(pack, job)
         fixed = dataclasses.replace(job, order=_Typical(job))
-        pack.jobs[0] = fixed
+        pack.states[0] = fixed
         pack.warm_up(MOST_WARM if pack.captured else 1)
         _wait(pack)
         began = time.perf_counter()
@@ -118,8 +118,8 @@ class _Typical(DataOrder):
 
 def _activations(pack: Pack, job: RunState) -> int:
     """Bytes that one forward and backward pass of the run's longest batch needs beyond weights and adapter state."""
-    longest = sorted(job.examples, key=lambda e: len(e.input_ids))[-pack.batch_size :]
-    longest = (longest * pack.batch_size)[: pack.batch_size]
+    longest = sorted(job.examples, key=lambda e: len(e.input_ids))[-pack.config.batch_size :]
+    longest = (longest * pack.config.batch_size)[: pack.config.batch_size]
     pack.use_lanes([0])
     batch = collate([longest], [supervised(longest)], fixed=pack.captured is not None).to(pack.device)
     if pack.device.type == "cuda":

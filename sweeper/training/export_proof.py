@@ -33,6 +33,7 @@ from sweeper.tasks.example import Encoded
 from sweeper.training.batches import collate, supervised
 from sweeper.training.export import as_stock, write_adapter
 from sweeper.training.pack import Pack, open_pack
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.run_state import ExportProof
 
 VERSION = 1
@@ -67,7 +68,7 @@ def prove(
     """Makes the proof. `tamper` is given the run folder before it is loaded; tests plant faults there."""
     rows = proof.rows(base.model, () if base.tokenizer is None else base.tokenizer.all_special_ids)
     adapter = methods.adapter(spec, ranks).settled()
-    with open_pack(base, [adapter], batch_size=len(rows)) as pack:
+    with open_pack(base, [adapter], PackConfig(batch_size=len(rows))) as pack:
         pack.store.assign(0, adapter)
         before = log_probabilities(pack, -1, rows)
         ours = _move(pack, rows, before)

@@ -37,17 +37,18 @@ from sweeper.tasks.example import Tokens
 from sweeper.training.batches import Batch, collate, supervised
 from sweeper.training.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCounts
 from sweeper.training.compilation import compile_layers, decoder_layers, eager, uncompile_layers
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.run_state import RunState, StepResult
 
 
 @dataclass
 class _Pending:
-    """Steps of some jobs: slot, job, step, learning rate, tokens of each; losses by lane, then norms by slot.
+    """Steps of some states: slot, state, step, learning rate, tokens of each; losses by lane, then norms by slot.
 
     `one_off` are the host's seconds if it compiled or captured, else 0.
     """
 
-    jobs: list[tuple[int, RunState, int, float, int]]
+    states: list[tuple[int, RunState, int, float, int]]
     lanes: int
     values: Fetched
     one_off: float
@@ -60,28 +61,12 @@ class Pack:
         base: the frozen model; its modules are wrapped until `close`.
         capacities: for each slot, module name -> the highest rank it may hold, or what else it may hold; or the one run
             that has a model to itself.
-        batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
-        compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
-            nothing without CUDA.
-        lengths_vary: compile once for all lengths, rather than for the first and then once more.
-        deterministic: no kernels that add up in an order of chance. It is attention's backward pass that has them.
     """
 
     def __init__(
-        self,
-        base: BaseModel,
-        capacities: Sequence[Capacity | Mapping[str, int]] | UnpackedSpec,
-        *,
-        batch_size: int,
-        accumulation: int = 1,
-        compiled: bool = False,
-        captured: bool = False,
-        lengths_vary: bool = False,
-        checkpointing: bool = False,
-        deterministic: bool = False,
+        self, base: BaseModel, capacities: Sequence[Capacity | Mapping[str, int]] | UnpackedSpec, config: PackConfig
     ) -> None:
-        self.deterministic = deterministic
-        self.base, self.batch_size, self.accumulation = base, batch_size, accumulation
+        self.base, self.config = base, config
         self.device, self.dtype = next(base.model.parameters()).device, next(base.model.parameters()).dtype
         self.store: SlotStore
         if isinstance(capacities, UnpackedSpec):
@@ -90,28 +75,29 @@ class Pack:
             self.store = adapters = AdapterStore(base.model, base.targets, capacities, self.device)
             adapters.install()
         try:
-            self._set_up(compiled=compiled, captured=captured, lengths_vary=lengths_vary, checkpointing=checkpointing)
+            self._set_up()
         except BaseException:
             self.store.close()  # or the next pack would be put on top of this one
             raise
 
-    def _set_up(self, *, compiled: bool, captured: bool, lengths_vary: bool, checkpointing: bool) -> None:
+    def _set_up(self) -> None:
+        config = self.config
         self.objective: Objective = NLL()
         self.sound = True  # whether every run is where its steps say, so that what it is can be kept
-        self.jobs: list[RunState | None] = [None] * self.store.slots
+        self.states: list[RunState | None] = [None] * self.store.slots
         self.pending: deque[_Pending] = deque()
         self._lane_slots: dict[int, Tensor] = {}
         able = self.device.type == "cuda" and self.store.able.graphs
-        self.compiled = compiled and able and self.store.able.compiles
-        self.checkpointing = checkpointing
-        self._checkpoint_activations(checkpointing)
+        self.compiled = config.compiled and able and self.store.able.compiles
+        self._checkpoint_activations(config.checkpointing)
         if self.compiled:
-            compile_layers(self.model, dynamic=True if lengths_vary else None)
-        self.captured = CapturedStep(self.forward_backward) if able and (compiled or captured) else None
+            compile_layers(self.model, dynamic=True if config.lengths_vary else None)
+        captures = able and (config.compiled or config.captured)
+        self.captured = CapturedStep(self.forward_backward) if captures else None
         self.captured_scores = None if self.captured is None else CapturedStep(self._scores)
         values = len(decoder_layers(self.model)) * hidden_size(self.model)
         self._step_lanes, self._score_lanes = (
-            LaneCounts(len(self.jobs), recording=by_layer * len(decoder_layers(self.model)), token=by_value * values)
+            LaneCounts(len(self.states), recording=by_layer * len(decoder_layers(self.model)), token=by_value * values)
             for by_layer, by_value in (STEP_COSTS, SCORE_COSTS)
         )
         self._lengths: Tensor | None = None
@@ -139,7 +125,7 @@ class Pack:
 
     @property
     def active(self) -> list[tuple[int, RunState]]:
-        return [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
+        return [(slot, state) for slot, state in enumerate(self.states) if state is not None]
 
     @property
     def model(self) -> Any:
@@ -153,40 +139,40 @@ class Pack:
 
     def free_slot(self, adapter: AdapterSpec | UnpackedSpec) -> int | None:
         """A slot that is empty and can hold an adapter of these ranks, or None."""
-        for slot, job in enumerate(self.jobs):
-            if job is None and self.store.fits(slot, adapter):
+        for slot, state in enumerate(self.states):
+            if state is None and self.store.fits(slot, adapter):
                 return slot
         return None
 
-    def add(self, job: RunState, slot: int | None = None) -> int:
-        """Puts a run in a slot, fresh or from `job.weights`. The other slots are not touched."""
-        slot = self.free_slot(job.adapter) if slot is None else slot
-        if slot is None or self.jobs[slot] is not None or not self.store.fits(slot, job.adapter):
-            raise ValueError(f"no free slot can hold run {job.run_id}")
-        self.store.assign(slot, job.adapter, job.weights, job.done)
-        self.objective = job.objective  # one for all: `PackKey` sees to it
-        self.jobs[slot] = job
+    def add(self, state: RunState, slot: int | None = None) -> int:
+        """Puts a run in a slot, fresh or from `state.weights`. The other slots are not touched."""
+        slot = self.free_slot(state.adapter) if slot is None else slot
+        if slot is None or self.states[slot] is not None or not self.store.fits(slot, state.adapter):
+            raise ValueError(f"no free slot can hold run {state.run_id}")
+        self.store.assign(slot, state.adapter, state.weights, state.done)
+        self.objective = state.objective  # one for all: `PackKey` sees to it
+        self.states[slot] = state
         return slot
 
     def remove(self, slot: int) -> RunState:
         """Takes the run out of its slot."""
-        job = self.jobs[slot]
-        assert job is not None
-        self.jobs[slot] = None
+        state = self.states[slot]
+        assert state is not None
+        self.states[slot] = None
         self.store.release(slot)
-        return job
+        return state
 
     def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
-        """What the run of a slot has learnt, on the host: with `job.done`, all that resuming needs."""
+        """What the run of a slot has learnt, on the host: with `state.done`, all that resuming needs."""
         return self.store.snapshot(slot)
 
     def step(self) -> None:
         """One optimiser step of every run that is neither finished nor halted. Results come from `drain`."""
-        moving = [(slot, job) for slot, job in self.active if not (job.finished or job.halted)]
+        moving = [(slot, state) for slot, state in self.active if not (state.finished or state.halted)]
         if not moving:
             return
         began = time.perf_counter()
-        chosen = [[self._examples(job, micro) for _, job in moving] for micro in range(self.accumulation)]
+        chosen = [[self._examples(state, micro) for _, state in moving] for micro in range(self.config.accumulation)]
         totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
         count = self._count_lanes(chosen)
         self.use_lanes([slot for slot, _ in moving], count)
@@ -196,14 +182,14 @@ class Pack:
             batch = collate(lanes, totals, fixed=self.captured is not None, count=count)
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
-        rows = {slot: _row(job) for slot, job in moving}
+        rows = {slot: _row(state) for slot, state in moving}
         self.sound = False
-        norms = self.store.update(rows, {slot: job.done + 1 for slot, job in moving})
+        norms = self.store.update(rows, {slot: state.done + 1 for slot, state in moving})
         entries = []
-        for (slot, job), total in zip(moving, totals, strict=True):
-            job.done += 1
-            job.tokens += total
-            entries.append((slot, job, job.done, rows[slot][0], total))
+        for (slot, state), total in zip(moving, totals, strict=True):
+            state.done += 1
+            state.tokens += total
+            entries.append((slot, state, state.done, rows[slot][0], total))
         assert losses is not None
         one_off = time.perf_counter() - began if self.warming else 0.0
         self.pending.append(_Pending(entries, len(losses), fetch(torch.cat([losses, norms])), one_off))
@@ -215,8 +201,8 @@ class Pack:
             entry = self.pending.popleft()
             values = entry.values.wait().tolist()
             losses, norms = values[: entry.lanes], values[entry.lanes :]
-            for lane, (slot, job, step, lr, tokens) in enumerate(entry.jobs):
-                yield StepResult(job, step, losses[lane], lr, norms[slot], tokens, entry.one_off / len(entry.jobs))
+            for lane, (slot, state, step, lr, tokens) in enumerate(entry.states):
+                yield StepResult(state, step, losses[lane], lr, norms[slot], tokens, entry.one_off / len(entry.states))
 
     def _count_lanes(self, chosen: Sequence[Sequence[Sequence[Tokens]]]) -> int:
         """Lanes for a step of these examples, by forward pass and run."""
@@ -224,7 +210,8 @@ class Pack:
         if self.captured is None:
             return runs
         longest = max(len(example.input_ids) for run in chosen[0] for example in run)
-        return self._step_lanes.choose(runs, self.accumulation * self.batch_size * longest, self.captured.shapes)
+        tokens = self.config.accumulation * self.config.batch_size * longest
+        return self._step_lanes.choose(runs, tokens, self.captured.shapes)
 
     def lanes_to_score(self, runs: int, examples: Sequence[Tokens]) -> int:
         """Lanes for scoring examples for so many runs: some are empty where recorded passes can then be used again."""
@@ -287,8 +274,8 @@ class Pack:
     def forward_backward(self, batch: Batch) -> Tensor:
         """Losses [L] of one forward pass; their gradients are added to the store's."""
         self._lengths = batch.lengths
-        repeatable = _repeatable() if self.deterministic else contextlib.nullcontext()
-        with self.store.one_pass(1 / self.accumulation):
+        repeatable = _repeatable() if self.config.deterministic else contextlib.nullcontext()
+        with self.store.one_pass(1 / self.config.accumulation):
             with _attention(self.device, self.dtype), repeatable:
                 losses = self._forward_backward(batch)
             self._lengths = None
@@ -316,17 +303,17 @@ class Pack:
             return self.captured(batch.pinned(), key=self.store.lanes.flags)
         return self.forward_backward(batch.to(self.device))
 
-    def _examples(self, job: RunState, micro: int) -> list[Tokens]:
-        chosen = job.order.batch(job.done * self.accumulation + micro)
-        return [row for i in chosen for row in self.objective.rows(job.examples[i])]
+    def _examples(self, state: RunState, micro: int) -> list[Tokens]:
+        chosen = state.order.batch(state.done * self.config.accumulation + micro)
+        return [row for i in chosen for row in self.objective.rows(state.examples[i])]
 
     def _seed_dropout(self, moving: Sequence[tuple[int, RunState]], before: int) -> None:
         """Seeds a forward pass of a step that has had `before` rows of each run already."""
         if not self.store.lanes.draws:
             return
-        seeds = [0] * len(self.jobs)
-        for slot, job in moving:
-            key = f"{job.seed}/{job.done}/0".encode()  # of the step, whichever pass this is
+        seeds = [0] * len(self.states)
+        for slot, state in moving:
+            key = f"{state.seed}/{state.done}/0".encode()  # of the step, whichever pass this is
             drawn = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
             seeds[slot] = for_rows(drawn, before)
         self.store.seed(seeds)
@@ -337,28 +324,28 @@ class Pack:
         word = "activation_checkpointing" if newer else "gradient_checkpointing"
         if on:
             getattr(self.model, f"{word}_enable")(**{f"{word}_kwargs": {"use_reentrant": False}})
-        elif self.checkpointing:
+        elif self.config.checkpointing:
             getattr(self.model, f"{word}_disable")()
             if hasattr(self.model, "_require_grads_hook"):  # enabling it had the embedding ask for gradients
                 self.model.disable_input_require_grads()
 
 
-def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | UnpackedSpec], **options: Any) -> Pack:
+def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | UnpackedSpec], config: PackConfig) -> Pack:
     """A pack whose slots hold exactly these, in order; an unpacked one is given by itself."""
     (first, *_) = adapters
     if isinstance(first, UnpackedSpec):
         assert len(adapters) == 1
-        return Pack(base, first, **options)
-    return Pack(base, [adapter.capacity for adapter in adapters if isinstance(adapter, AdapterSpec)], **options)
+        return Pack(base, first, config)
+    return Pack(base, [adapter.capacity for adapter in adapters if isinstance(adapter, AdapterSpec)], config)
 
 
-def _row(job: RunState) -> list[float]:
+def _row(state: RunState) -> list[float]:
     """The optimiser's settings for a run's next step."""
-    row = hyperparameters(job.optim, job.done, job.steps)
-    restarts = job.adapter.restarts if isinstance(job.adapter, AdapterSpec) else None
+    row = hyperparameters(state.optim, state.done, state.steps)
+    restarts = state.adapter.restarts if isinstance(state.adapter, AdapterSpec) else None
     if restarts is not None:
-        step, factor = restarts.pace(job.done)
-        row[LR] = factor * learning_rate(job.optim, step, job.steps)
+        step, factor = restarts.pace(state.done)
+        row[LR] = factor * learning_rate(state.optim, step, state.steps)
     return row
 
 

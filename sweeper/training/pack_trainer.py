@@ -86,7 +86,7 @@ class PackTrainer:
         began = time.perf_counter()
         refused = False
         with self.context.timeline.span("refill"):
-            self.queue.want(len(self.pack.jobs) - len(self.pack.active))
+            self.queue.want(len(self.pack.states) - len(self.pack.active))
             for state in list(self.queue.waiting):
                 slot = self.pack.free_slot(state.adapter)
                 if slot is None:
@@ -210,7 +210,7 @@ class PackTrainer:
     def _ask_or_save(self) -> None:
         """Asks for work for empty slots, or saves what trains, where either was not done for some time."""
         now = time.monotonic()
-        has_room = self.queue.more and len(self.pack.active) < len(self.pack.jobs)
+        has_room = self.queue.more and len(self.pack.active) < len(self.pack.states)
         if self.judged is None and has_room and now - self.asked > ASK_SECONDS:
             self.fill()
             self.asked = now
@@ -270,7 +270,7 @@ class PackTrainer:
 
     def _step_ahead(self) -> None:
         """Gives a GPU the steps that it will do while slots are filled, as far as they lead to nothing else."""
-        empty = len(self.pack.jobs) - len(self.pack.active)
+        empty = len(self.pack.states) - len(self.pack.active)
         if not (self.clock.in_flight and self.pack.active and empty):
             return
         wanted = _steps_of(1.5 * self.arrival_seconds * empty, self.clock.step_seconds) - len(self.pack.pending)

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 
@@ -98,7 +98,7 @@ class Packs:
         begun = False
         try:
             with self.context.timeline.span("set up"):
-                pack = Pack(self.loaded.base, capacities, **asdict(self.config))
+                pack = Pack(self.loaded.base, capacities, self.config)
             trainer = PackTrainer(self.loaded, pack, queue, self.solo)
             running, begun = trainer.running, True
             with pack, self.loaded.packed():

@@ -147,7 +147,7 @@ def _modules(state: RunState, learnt: Learnt | None) -> tuple[Module, ...]:
 
 
 def _efficiency(state: RunState, adapter_bytes: int, solo: Solo | None, pack: Pack) -> Efficiency:
-    passes = range(state.done * pack.accumulation)
+    passes = range(state.done * pack.config.accumulation)
     seen = [state.examples[i] for n in passes for i in state.order.batch(n)]
     tokens = sum(len(example.input_ids) for example in seen)
     mean_length = round(tokens / max(len(seen), 1))

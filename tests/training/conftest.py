@@ -38,6 +38,7 @@ from sweeper.training import train_runs
 from sweeper.training.batches import DataOrder
 from sweeper.training.events import Event, Step
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.run_state import RunState
 from sweeper.training.source import Fixed
 
@@ -162,7 +163,9 @@ def _train(
 ) -> dict[str, Trace]:  # fmt: skip
     queue = [dataclasses.replace(job) for job in jobs]
     traces = {job.run_id: Trace() for job in jobs}
-    with Pack(base, capacities or [job.adapter.ranks for job in jobs], **({"batch_size": 4} | options)) as pack:
+    with Pack(
+        base, capacities or [job.adapter.ranks for job in jobs], PackConfig(**({"batch_size": 4} | options))
+    ) as pack:
         step = 0
         while queue or pack.active:
             while queue and pack.free_slot(queue[0].adapter) is not None:

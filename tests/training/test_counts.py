@@ -15,6 +15,7 @@ from sweeper.models.architecture import Target
 from sweeper.spec import RunSpec
 from sweeper.tasks.package import is_installed
 from sweeper.training.pack import Pack, open_pack
+from sweeper.training.pack_config import PackConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -80,7 +81,7 @@ def test_every_count_is_the_same(
     placed = methods.placed(spec.method, targets, base.targets, tied=models.is_tied(base.model))
     ranks = budget.uniform(placed, RANK)
     adapter = methods.adapter(spec, ranks)
-    with open_pack(base, [adapter], batch_size=2) as pack:
+    with open_pack(base, [adapter], PackConfig(batch_size=2)) as pack:
         pack.add(make_job("x", adapter, make_examples(0), batch_size=2))
         engine = pack.store.trainable if isinstance(adapter, UnpackedSpec) else trained(pack)  # type: ignore[attr-defined]
     assert engine == wanted(base, targets, spec)

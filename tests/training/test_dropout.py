@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sweeper.lora.lowrank import adapted_linear, keep_mask, row_index
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,7 @@ def test_masks_differ_by_step_seed_and_module_but_not_by_pack_mates(
     runs = []
     for seeds in ([0], [1, 0], [1]):
         jobs = [job(str(seed), seed) for seed in seeds]
-        with Pack(base, [one.adapter.ranks for one in jobs], batch_size=4) as pack:
+        with Pack(base, [one.adapter.ranks for one in jobs], PackConfig(batch_size=4)) as pack:
             for one in jobs:
                 pack.add(one)
             runs.append(masks(pack, len(jobs) - 1))
@@ -117,7 +118,7 @@ def test_evaluation_drops_nothing(load: Any, make_adapter: Any, make_job: Any, m
         adapter = make_adapter(base, "full", 4, dropout=dropout)
         one = make_job("x", adapter, examples)
         generator = torch.Generator().manual_seed(4)
-        with Pack(base, [adapter.ranks], batch_size=4) as pack:
+        with Pack(base, [adapter.ranks], PackConfig(batch_size=4)) as pack:
             slot = pack.add(one)
             for _, b in pack.store.views(slot).values():
                 b.copy_(0.1 * torch.randn(b.shape, generator=generator))

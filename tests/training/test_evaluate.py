@@ -16,6 +16,7 @@ from sweeper.training import evaluate as evaluation
 from sweeper.training.evaluate import evaluate, evaluate_examples
 from sweeper.training.generate import cut, generate
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.score import choose, score
 from sweeper.untrusted.sandbox import Limits
 
@@ -26,7 +27,7 @@ DATASET = DatasetSpec(name="d", family="jsonl", metrics=("exact_match",), max_ne
 @pytest.fixture
 def pack(tiny_llama: Any) -> Any:
     """No adapter in it: slot -1 is the base model, which is all these tests need."""
-    with Pack(tiny_llama, [{}], batch_size=4) as made:
+    with Pack(tiny_llama, [{}], PackConfig(batch_size=4)) as made:
         yield made
 
 

@@ -19,6 +19,7 @@ from sweeper.record import ADAPTER
 from sweeper.spec import RunSpec
 from sweeper.training.export import write_adapter
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.run_state import RunState
 
 pytestmark = [
@@ -43,7 +44,7 @@ def random_state(adapter: AdapterSpec, targets: Mapping[str, Target]) -> dict[st
 
 
 def engine_logits(base: BaseModel, job: RunState, ids: torch.Tensor) -> torch.Tensor:
-    with Pack(base, [job.adapter.ranks], batch_size=4) as pack, torch.no_grad():
+    with Pack(base, [job.adapter.ranks], PackConfig(batch_size=4)) as pack, torch.no_grad():
         pack.add(job)
         pack.model.eval()
         pack.use_lanes([0])

@@ -15,6 +15,7 @@ from sweeper.tasks import Encoded
 from sweeper.training.export import write_adapter
 from sweeper.training.generate import generate
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.score import score
 
 # PEFT still asks transformers by a name that is about to go
@@ -50,7 +51,7 @@ def adapters(place: Any, make_spec: Any) -> Any:
 
 def filled_pack(base: Any, made: list[Any]) -> Pack:
     specs = [methods.adapter(spec, ranks) for spec, ranks, _ in made]
-    pack = Pack(base, [adapter.ranks for adapter in specs], batch_size=4)
+    pack = Pack(base, [adapter.ranks for adapter in specs], PackConfig(batch_size=4))
     for slot, (adapter, (_, _, weights)) in enumerate(zip(specs, made, strict=True)):
         pack.store.assign(slot, adapter)
         with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.score import score
 
 KINDS = ["llama", "gpt2", "gpt_neox", "qwen2", "phi3", "gemma2", "gemma3_text", "granite", "opt", "bloom", "falcon"]
@@ -19,7 +20,7 @@ def test_a_fresh_adapter_is_the_identity(kind: str, load: Any, make_adapter: Any
         make_adapter(base, "attn", 8, seed=1, dropout=0.5),
         make_adapter(base, "ends", 2, embeddings=True, head=True),
     ]
-    with Pack(base, [adapter.ranks for adapter in adapters], batch_size=4) as pack:
+    with Pack(base, [adapter.ranks for adapter in adapters], PackConfig(batch_size=4)) as pack:
         for slot, adapter in enumerate(adapters):
             pack.store.assign(slot, adapter)
         found = score(pack, [-1, 0, 1, 2], examples, budget=4096)
@@ -40,7 +41,7 @@ def test_a_trained_adapter_is_not(kind: str, load: Any, make_job: Any, make_adap
     """And the bare base model, scored beside it, is what it was."""
     base, examples = load(kind), make_examples(0, count=6)
     adapter = make_adapter(base, "full", 4)
-    with Pack(base, [adapter.ranks], batch_size=4) as pack:
+    with Pack(base, [adapter.ranks], PackConfig(batch_size=4)) as pack:
         pack.add(make_job("x", adapter, examples, steps=4))
         before = score(pack, [-1, 0], examples, budget=4096)
         for _ in range(4):

@@ -19,6 +19,7 @@ from sweeper.tasks import Encoded
 from sweeper.training.export import write_adapter
 from sweeper.training.generate import generate
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.run_state import RunState
 from sweeper.training.score import score
 
@@ -91,7 +92,7 @@ def test_the_table_and_these_tests_name_the_same_methods() -> None:
 def test_a_fresh_adapter_is_the_base_model(kind: str, name: str, load: Any, make: Any, make_examples: Any) -> None:
     base, examples = load(kind), make_examples(0, count=6)
     made = make(base, name)
-    with Pack(base, [made.job.adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [made.job.adapter.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(made.job)
         plain, fresh = score(pack, [-1, 0], examples, budget=4096)
     assert [s.nll for s in fresh] == pytest.approx([s.nll for s in plain], rel=1e-5)
@@ -104,7 +105,7 @@ def test_training_lowers_the_nll_and_the_saved_adapter_is_what_was_trained(
 ) -> None:
     base, examples, ids = load(kind), make_examples(0), torch.arange(3, 51).view(3, 16)
     made = make(base, name, examples=examples, steps=12)
-    with Pack(base, [made.job.adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [made.job.adapter.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(made.job)
         start = pack.snapshot(0)
         before = sum(s.nll for s in score(pack, [0], examples, budget=4096)[0])
@@ -157,7 +158,7 @@ def test_every_method_trains_on_a_base_in_bfloat16(name: str, load: Any, make: A
     base = load("llama")
     base = dataclasses.replace(base, model=copy.deepcopy(base.model).bfloat16())
     made = make(base, name, steps=12)
-    with Pack(base, [made.job.adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [made.job.adapter.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(made.job)
         plain, fresh = score(pack, [-1, 0], made.job.examples, budget=4096)
         for _ in range(12):
@@ -204,7 +205,7 @@ def test_relora_restarts_with_the_function_it_had_and_the_largest_moments(load: 
     base, ids = load("llama"), torch.arange(3, 51).view(3, 16)
     made = make(base, "relora", steps=12)
     seen: list[Any] = []
-    with Pack(base, [made.job.adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [made.job.adapter.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(made.job)
         restart = pack.store._restart  # type: ignore[attr-defined]
 
@@ -262,7 +263,7 @@ def test_a_sparse_adapter_has_as_many_values_in_every_row(learnt: bool, load: An
 def test_what_is_pruned_is_what_the_loss_does_not_feel(load: Any, make: Any) -> None:
     base = load("llama")
     made = make(base, "sparse", steps=12)
-    with Pack(base, [made.job.adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [made.job.adapter.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(made.job)
         for _ in range(3):
             pack.step()
@@ -308,7 +309,7 @@ def test_the_fast_svd_of_pissa_is_nearly_the_exact_one(load: Any, make: Any) -> 
     found = []
     for niter in (0, 8):
         adapter = dataclasses.replace(made.job.adapter, niter=niter)
-        with Pack(base, [adapter.capacity], batch_size=4) as pack:
+        with Pack(base, [adapter.capacity], PackConfig(batch_size=4)) as pack:
             pack.store.assign(0, adapter)
             found.append({n: (b[:4].t() @ a[:4]).clone() for n, (a, b) in pack.store.views(0).items()})
     for name, exact in found[0].items():
@@ -321,7 +322,7 @@ def test_the_fast_svd_of_pissa_is_nearly_the_exact_one(load: Any, make: Any) -> 
 def test_a_slot_without_the_room_is_refused(load: Any, make: Any) -> None:
     base = load("llama")
     plain, dora, vera, fa = (make(base, name).job.adapter for name in ("lora", "dora", "vera", "lora_fa"))
-    with Pack(base, [plain.capacity, dora.capacity, fa.capacity], batch_size=4) as pack:
+    with Pack(base, [plain.capacity, dora.capacity, fa.capacity], PackConfig(batch_size=4)) as pack:
         assert pack.free_slot(dora) == 1
         assert pack.free_slot(vera) is None
         assert pack.free_slot(fa) == 2
@@ -332,7 +333,7 @@ def test_a_run_goes_on_from_its_snapshot(name: str, load: Any, make: Any, train:
     base = load("llama")
     made = make(base, name)
     whole = train(base, [made.job], capacities=[made.job.adapter.capacity])[name]
-    with Pack(base, [made.job.adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [made.job.adapter.capacity], PackConfig(batch_size=4)) as pack:
         first = dataclasses.replace(made.job)
         pack.add(first)
         for _ in range(3):
@@ -465,7 +466,7 @@ def test_a_pack_of_every_method_writes_what_generate_writes_through_peft(
         ids = [(*prompt[:5], *[20 + i] * 6) for prompt in (e.input_ids for e in make_examples(0))]
         examples = [Encoded(f"{place}", row, 5) for place, row in enumerate(ids)]
         made.append(make(base, name, seed=i, steps=20, examples=examples))
-    with Pack(base, [one.job.adapter.capacity for one in made], batch_size=4) as pack:
+    with Pack(base, [one.job.adapter.capacity for one in made], PackConfig(batch_size=4)) as pack:
         for one in made:
             pack.add(one.job)
         for _ in range(20):

@@ -26,6 +26,7 @@ from sweeper.spec import RunSpec
 from sweeper.training import memory
 from sweeper.training.export import write_adapter
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -147,7 +148,7 @@ def test_it_begins_as_the_base_and_is_in_a_pack_what_it_is_by_itself(
         assert_close(together[job.run_id], train(base, [job], capacities=[job.adapter.capacity])[job.run_id])
     changed = [bool((parts[0] != 1).all()) for parts in together["ia30"].adapter.values()]
     assert all(changed)
-    with Pack(base, [jobs[0].adapter.capacity], batch_size=4) as pack, torch.no_grad():
+    with Pack(base, [jobs[0].adapter.capacity], PackConfig(batch_size=4)) as pack, torch.no_grad():
         pack.store.assign(0, jobs[0].adapter)
         with pack.evaluating():
             pack.use_lanes([0])
@@ -163,14 +164,14 @@ def test_a_slot_that_held_it_holds_nothing_of_it(load: Any, make: Any, train: An
     union = Capacity.union([first.adapter.capacity, other.adapter.capacity])
     used = train(base, [first, other], capacities=[union])[other.run_id]
     assert_identical(used, train(base, [other], capacities=[union])[other.run_id])
-    with Pack(base, [other.adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [other.adapter.capacity], PackConfig(batch_size=4)) as pack:
         assert pack.free_slot(first.adapter) is None
 
 
 def test_its_memory_is_counted(load: Any, make: Any) -> None:
     base: BaseModel = load("llama")
     spec, ranks, job = make("ia3")
-    with Pack(base, [job.adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [job.adapter.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(job)
         store: Any = pack.store
         held = methods.held(spec, ranks, total=0)

@@ -13,6 +13,7 @@ from sweeper.errors import SpecError
 from sweeper.lora import noise, penalty
 from sweeper.record import ADAPTER, METRICS, read_record
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.score import score
 
 
@@ -90,7 +91,9 @@ def test_accumulation_counts_a_penalty_once(load: Any, make_job: Any, make_adapt
     found = []
     for accumulation in (1, 2):
         job = make_job("x", adapter, make_examples(0))
-        with Pack(base, [adapter.capacity], batch_size=4 // accumulation, accumulation=accumulation) as pack:
+        with Pack(
+            base, [adapter.capacity], PackConfig(batch_size=4 // accumulation, accumulation=accumulation)
+        ) as pack:
             pack.add(job)
             before = {name: parts[0] for name, parts in pack.snapshot(0).items()}
             pack.store.lanes.penalised = (0,)
@@ -123,7 +126,7 @@ def test_noise_is_uniform_of_the_size_neftune_says_and_only_in_training(
     assert float(noisy[1].abs().max()) == pytest.approx(5 / (20 * 64) ** 0.5, rel=0.01)
     assert not noisy[2:].any()
     base, examples = load("llama"), make_examples(0, count=5)
-    with Pack(base, [jobs[1].adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [jobs[1].adapter.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(jobs[1])
         fresh, plain = score(pack, [0, -1], examples, budget=4096)
     assert fresh == plain
@@ -133,7 +136,7 @@ def test_the_average_is_what_is_evaluated_and_saved_and_the_weights_train_on(
     load: Any, jobs: Any, make_examples: Any, train: Any, assert_identical: Any
 ) -> None:
     base, job, examples = load("llama"), jobs[2], make_examples(0, count=6)
-    with Pack(base, [job.adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [job.adapter.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(dataclasses.replace(job))
         average = {name: parts[0] for name, parts in pack.snapshot(0).items()}
         for step in range(1, 5):
@@ -151,7 +154,7 @@ def test_the_average_is_what_is_evaluated_and_saved_and_the_weights_train_on(
     assert all(u.equal(v) for name in before for u, v in zip(before[name], after[name], strict=True))
     plain = dataclasses.replace(job.adapter, average=None)
     zeros = {name: (*parts, *(torch.zeros_like(p) for p in (*parts, *parts))) for name, parts in state.items()}
-    with Pack(base, [plain.capacity], batch_size=4) as pack:
+    with Pack(base, [plain.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(dataclasses.replace(job, adapter=plain, weights=zeros))
         (wanted_scores,) = score(pack, [0], examples, budget=4096)
     assert [s.nll for s in found] == pytest.approx([s.nll for s in wanted_scores], rel=1e-6)
@@ -253,7 +256,7 @@ def test_averages_of_every_form_are_scored_and_scoring_changes_nothing(
     assert_identical(watched, undisturbed)
 
     average: dict[str, tuple[torch.Tensor, ...]] = {}
-    with Pack(base, [adapter.capacity], batch_size=4) as pack:
+    with Pack(base, [adapter.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(dataclasses.replace(job))
         for _ in range(5):
             pack.step()
@@ -261,7 +264,7 @@ def test_averages_of_every_form_are_scored_and_scoring_changes_nothing(
         average.update({n: tuple(part.clone() for part in parts) for n, parts in held.items()})
     plain = dataclasses.replace(adapter.settled(), sparsity=None)
     state = {n: (*parts, *(torch.zeros_like(p) for p in (*parts, *parts))) for n, parts in average.items()}
-    with Pack(base, [plain.capacity], batch_size=4) as pack:
+    with Pack(base, [plain.capacity], PackConfig(batch_size=4)) as pack:
         pack.add(dataclasses.replace(job, adapter=plain, weights=state))
         wanted = [s.nll for s in score(pack, [0], examples, budget=4096)[0]]
         bare = [s.nll for s in score(pack, [-1], examples, budget=4096)[0]]

@@ -10,6 +10,7 @@ import torch
 from sweeper.spec import OptimSpec
 from sweeper.training.batches import Batch
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 from sweeper.training.run_state import RunState
 
 
@@ -56,7 +57,7 @@ def test_a_slot_that_diverges_changes_no_bit_of_the_others(
 
 
 def test_a_step_without_a_finite_gradient_moves_nothing_in_its_slot(load: Any, jobs: Any) -> None:
-    with Pack(load("llama"), [job.adapter.ranks for job in jobs], batch_size=4) as pack:
+    with Pack(load("llama"), [job.adapter.ranks for job in jobs], PackConfig(batch_size=4)) as pack:
         for job in jobs:
             pack.add(dataclasses.replace(job))
         for _ in range(2):
@@ -125,7 +126,7 @@ def test_a_slot_holds_nothing_of_the_run_before(load: Any, jobs: Any, train: Any
 
 def test_a_run_goes_only_where_its_ranks_fit(load: Any, jobs: Any) -> None:
     attn, ff, full = jobs
-    with Pack(load("llama"), [attn.adapter.ranks, full.adapter.ranks], batch_size=4) as pack:
+    with Pack(load("llama"), [attn.adapter.ranks, full.adapter.ranks], PackConfig(batch_size=4)) as pack:
         assert pack.free_slot(attn.adapter) == 0  # rank 4 is above slot 1's rank 3
         assert pack.free_slot(full.adapter) == 1
         assert pack.free_slot(ff.adapter) is None
@@ -142,7 +143,7 @@ def test_a_fresh_draw_depends_on_seed_and_module_only(load: Any, jobs: Any, make
     attn = make_adapter(base, "attn", 4, seed=2)
     full = make_adapter(base, "full", 4, seed=2)
     other = make_adapter(base, "full", 4, seed=3)
-    with Pack(base, [attn.ranks, full.ranks, full.ranks], batch_size=4) as pack:
+    with Pack(base, [attn.ranks, full.ranks, full.ranks], PackConfig(batch_size=4)) as pack:
         for slot, adapter in enumerate((attn, full, other)):
             pack.store.assign(slot, adapter)
         drawn = [pack.store.views(slot) for slot, adapter in enumerate((attn, full, other))]

@@ -174,7 +174,7 @@ def test_a_method_trains_and_is_what_it_says(
     spec = make_alone(method, lr, kind=kind, trainer={"max_steps": 30})
     base = base_of(spec)
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
-    with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
+    with Pack(base, prepared(spec, base, place), PackConfig(batch_size=4)) as pack:
         pack.store.assign(0, pack.store.spec)  # type: ignore[attr-defined]
         ids = torch.arange(3, 51).view(3, 16)
         found = []
@@ -298,7 +298,7 @@ def test_a_base_in_bfloat16_trains_float32_values(
 def test_small_steps_add_up_under_a_bfloat16_base(load: Any, make_alone: Any, base_of: Any, place: Any) -> None:
     spec = make_alone({"name": "full_ft"}, trainer={"precision": "bfloat16"})
     base = base_of(spec)
-    with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
+    with Pack(base, prepared(spec, base, place), PackConfig(batch_size=4)) as pack:
         store = pack.store
         assert isinstance(store, UnpackedStore)
         store.assign(0, store.spec)
@@ -403,7 +403,7 @@ def test_generation_with_virtual_tokens_is_peft_s_own(
     spec = make_alone({"name": "peft", "options": method}, kind=kind)
     base = base_of(spec)
     prompts = [list(range(5, 5 + length)) for length in (3, 9, 6)]
-    with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
+    with Pack(base, prepared(spec, base, place), PackConfig(batch_size=4)) as pack:
         store = pack.store
         assert isinstance(store, UnpackedStore)
         store.assign(0, store.spec)
@@ -443,7 +443,7 @@ def test_a_step_without_a_finite_gradient_moves_nothing(
     spec = make_alone({"name": "full_ft"})
     base = base_of(spec)
     job = make_job("x", prepared(spec, base, place), make_examples(0), weight_decay=0.1)
-    with Pack(base, job.adapter, batch_size=4) as pack:
+    with Pack(base, job.adapter, PackConfig(batch_size=4)) as pack:
         pack.add(job)
         for _ in range(2):
             pack.step()
@@ -463,7 +463,7 @@ def test_weight_decay_spares_biases(
     base, ends = base_of(spec), []
     for decay in (0.0, 0.5):
         job = make_job("x", prepared(spec, base, place), make_examples(0), weight_decay=decay)
-        with Pack(base, job.adapter, batch_size=4) as pack:
+        with Pack(base, job.adapter, PackConfig(batch_size=4)) as pack:
             pack.add(job)
             for _ in range(3):
                 pack.step()
@@ -479,7 +479,7 @@ def test_scores_of_several_lanes_are_those_of_each(
 
     spec = make_alone({"name": "bitfit"})
     base = base_of(spec)
-    with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
+    with Pack(base, prepared(spec, base, place), PackConfig(batch_size=4)) as pack:
         pack.store.assign(0, pack.store.spec)  # type: ignore[attr-defined]
         pack.store.params.fill_(0.1)
         both = evaluate_examples(pack, [-1, 0], make_examples(1), None)
@@ -520,7 +520,7 @@ def test_an_average_of_the_weights_is_scored_and_saved(
     spec = make_alone({"name": name}, trainer={"ema_decay": 0.9})
     base = base_of(spec)
     job = make_job("x", prepared(spec, base, place), make_examples(0))
-    with Pack(base, job.adapter, batch_size=4) as pack:
+    with Pack(base, job.adapter, PackConfig(batch_size=4)) as pack:
         pack.add(job)
         store = pack.store
         wanted = store.params.clone()
@@ -534,7 +534,7 @@ def test_an_average_of_the_weights_is_scored_and_saved(
         assert torch.equal(store.params, own)
         assert not torch.allclose(own, wanted)
     job.weights, job.done = average, 4
-    with Pack(base, job.adapter, batch_size=4) as pack:
+    with Pack(base, job.adapter, PackConfig(batch_size=4)) as pack:
         pack.add(job)
         with pack.store.averaged():
             torch.testing.assert_close(pack.store.params, wanted)  # type: ignore[attr-defined]
@@ -543,7 +543,7 @@ def test_an_average_of_the_weights_is_scored_and_saved(
 def test_a_pack_that_is_dropped_gives_its_memory_back_at_once(make_alone: Any, base_of: Any, place: Any) -> None:
     spec = make_alone({"name": "full_ft"})
     base = base_of(spec)
-    with Pack(base, prepared(spec, base, place), batch_size=4) as pack:
+    with Pack(base, prepared(spec, base, place), PackConfig(batch_size=4)) as pack:
         values = weakref.ref(pack.store.grads)
     gc.disable()
     try:

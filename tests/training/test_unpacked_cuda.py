@@ -11,6 +11,7 @@ from sweeper import methods, models
 from sweeper.methods.tuners import CAPTURED
 from sweeper.models import BaseModel, budget
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 from tests.training.test_tuners import NEEDS
 
 pytestmark = [
@@ -30,8 +31,8 @@ def losses(
     targets = place(base, "full")
     found = methods.placed(spec.method, targets, base.targets, tied=models.is_tied(base.model))
     job = make_job("x", methods.adapter(spec, budget.uniform(found, 4)), examples, steps=STEPS, lr=lr, weight_decay=0.1)
-    with Pack(base, job.adapter, batch_size=4, **options) as pack:
-        assert pack.compiled == (bool(options.get("compiled")) and pack.store.compilable)
+    with Pack(base, job.adapter, PackConfig(batch_size=4, **options)) as pack:
+        assert pack.compiled == (bool(options.get("compiled")) and pack.store.able.compiles)
         pack.add(job)
         for _ in range(STEPS):
             pack.step()

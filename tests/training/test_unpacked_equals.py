@@ -17,6 +17,7 @@ from sweeper.models.loss import Head
 from sweeper.models.verdict import HeadForm
 from sweeper.spec import RunSpec
 from sweeper.training.pack import Pack
+from sweeper.training.pack_config import PackConfig
 
 from .trainer import collate, ordered, trainer_run
 
@@ -49,7 +50,7 @@ def test_full_fine_tuning_equals_the_trainer(
     spec = make_spec(method={"name": "full_ft", "options": {"modules": modules}}, placement={"name": "attn"})
     job = make_job("x", what_trains(spec, base, place), make_examples(7), steps=STEPS, bucketed=False, **OPTIM)
     losses, norms = [], []
-    with Pack(base, job.adapter, batch_size=BATCH, accumulation=accumulation) as pack:
+    with Pack(base, job.adapter, PackConfig(batch_size=BATCH, accumulation=accumulation)) as pack:
         pack.add(job)
         for _ in range(STEPS):
             pack.step()
@@ -82,7 +83,7 @@ def test_adalora_equals_peft_s(
     spec = make_spec(method={"name": "adalora"}, rank=3, alpha=6, trainer={"max_steps": steps})
     adapter = what_trains(spec, base, place)
     job = make_job("x", adapter, make_examples(7), steps=steps, bucketed=False, **OPTIM)
-    with Pack(base, adapter, batch_size=BATCH) as pack:
+    with Pack(base, adapter, PackConfig(batch_size=BATCH)) as pack:
         store = pack.store
         assert isinstance(store, UnpackedStore)
         start = {name: value.detach().clone() for name, value in store.trainee.peft.state_dict().items()}  # type: ignore[attr-defined]
