@@ -154,7 +154,7 @@ class Requested:
         torch.cuda.synchronize(self.device)
         stats = torch.cuda.memory_stats(self.device)
         # an allocator that does not count requests (cudaMallocAsync) counts what it gave
-        return stats.get(f"requested_bytes.all.{which}") or stats[f"allocated_bytes.all.{which}"]
+        return int(stats.get(f"requested_bytes.all.{which}") or stats[f"allocated_bytes.all.{which}"])
 
 
 def warm_peak(step: Callable[[], object], memory: Requested) -> int:

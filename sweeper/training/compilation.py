@@ -1,6 +1,7 @@
 """Compiling a model's layers in place, and when that pays."""
 
 import contextlib
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ def pays(passes: float, *, layers: int, width: int, tokens: float, lengths_vary:
     return spared > (SECONDS_WHERE_LENGTHS_VARY if lengths_vary else SECONDS)
 
 
-def eager():
+def eager() -> contextlib.AbstractContextManager[Any]:
     """Runs compiled layers uncompiled inside the `with` block."""
     return torch.compiler.set_stance("force_eager") if torch.cuda.is_available() else contextlib.nullcontext()
 

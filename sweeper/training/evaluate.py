@@ -14,6 +14,7 @@ from sweeper.training.run_state import EvaluatedSplit, RunState
 from sweeper.training.score import ExampleScore, choose, queue_scores
 from sweeper.untrusted import sandbox
 
+Rows = list[dict[str, Any]]  # of a split, one an example
 CPU_TOKENS, CUDA_TOKENS = 4096, 65536  # of one forward pass, padding included
 
 
@@ -99,8 +100,8 @@ def _rows(examples: Sequence[Encoded], scores: Sequence[ExampleScore], *, exact_
 
 
 def _add_metrics(
-    pack: Pack, slots: Sequence[int], examples: Sequence[Encoded], dataset: DatasetSpec, rows, whole, *,
-    generation: bool, budget: int,
+    pack: Pack, slots: Sequence[int], examples: Sequence[Encoded], dataset: DatasetSpec, rows: list[Rows],
+    whole: list[dict[str, float]], *, generation: bool, budget: int,
 ) -> None:  # fmt: skip
     """Adds to the rows, and to what is of the whole split, the metrics that need choices or generated text."""
     wanted = set(dataset.metrics)
@@ -117,7 +118,10 @@ def _add_metrics(
             _add_texts(pack, rows[lane], whole[lane], examples, written, stops, wanted)
 
 
-def _add_choices(rows, whole, examples, chosen: list[list[int]], wanted: set[str]) -> None:
+def _add_choices(
+    rows: list[Rows], whole: list[dict[str, float]], examples: Sequence[Encoded], chosen: list[list[int]],
+    wanted: set[str],
+) -> None:  # fmt: skip
     for lane, picks in enumerate(chosen):
         right = [example.choices[pick].text for example, pick in zip(examples, picks, strict=True)]
         labels = [label(example) for example in examples]
@@ -133,7 +137,10 @@ def label(example: Encoded) -> str:
     return next(choice.text for choice in example.choices if choice.ids == response)
 
 
-def _add_texts(pack: Pack, rows, whole, examples, written: list[Generated], stops, wanted: set[str]) -> None:
+def _add_texts(
+    pack: Pack, rows: Rows, whole: dict[str, float], examples: Sequence[Encoded], written: list[Generated],
+    stops: Sequence[str], wanted: set[str],
+) -> None:  # fmt: skip
     decode: Any = pack.base.tokenizer.decode
     responses = [decode(e.input_ids[e.prompt_length :], skip_special_tokens=True) for e in examples]
     texts = []

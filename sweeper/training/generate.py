@@ -73,7 +73,10 @@ def cut(text: str, stop_strings: Sequence[str]) -> tuple[str, bool]:
     return (text, False) if first is None else (text[:first], True)
 
 
-def _decode(pack: Pack, slots, prompts, max_new_tokens: int, stop_ids, stop_strings=()) -> list[Generated]:
+def _decode(
+    pack: Pack, slots: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int],
+    stop_strings: Sequence[str] = (),
+) -> list[Generated]:  # fmt: skip
     length = max(map(len, prompts))
     ids = torch.zeros(len(prompts), length, dtype=torch.int64)
     mask = torch.zeros(len(prompts), length, dtype=torch.int64)

@@ -290,7 +290,7 @@ class _Fisher(_Observer):
         return gradient_OI.square().mean()
 
     def result(self) -> float:
-        return super().result() ** 0.5
+        return float(super().result() ** 0.5)
 
 
 class _Activation(_Observer):

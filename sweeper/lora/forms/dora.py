@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sweeper.lora.embedding import AdaptedEmbedding
 from sweeper.lora.flat import Flat
 from sweeper.lora.forms import lora, peft
-from sweeper.lora.forms.form import AdapterSpec, Attached
+from sweeper.lora.forms.form import AdapterSpec, Attached, Wrapped
 from sweeper.lora.layout import Layout, Part, Segment
 from sweeper.lora.wrappers import Group
 from sweeper.models.architecture import Target
@@ -85,9 +84,7 @@ class Gain:
 class Gains(Attached):
     """The gains of all groups in which some slot may hold a DoRA."""
 
-    def __init__(
-        self, flat: Flat[Any], layout: Layout, groups: Sequence[Group | AdaptedEmbedding], slots: Sequence[int]
-    ) -> None:
+    def __init__(self, flat: Flat[Any], layout: Layout, groups: Sequence[Wrapped], slots: Sequence[int]) -> None:
         self.flat, self.layout, self.slots = flat, layout, set(slots)
         self.groups: dict[int, tuple[Group, Gain]] = {}
         for index, group in enumerate(groups):
@@ -131,7 +128,7 @@ def _parts(target: Target, rank: int) -> tuple[Part, ...]:
     return (*lora.parts(target, rank), magnitude)
 
 
-def _begin(segment: Segment, adapter: AdapterSpec, group: Group | AdaptedEmbedding, values: Sequence[Tensor]) -> None:
+def _begin(segment: Segment, adapter: AdapterSpec, group: Wrapped, values: Sequence[Tensor]) -> None:
     """The magnitudes are the norms of the rows of W."""
     lora.begin(segment, adapter, group, values)
     assert isinstance(group, Group)

@@ -18,6 +18,7 @@ from sweeper.lora.wrappers import Group
 from sweeper.models.architecture import Target
 
 Begin = Literal["uniform", "pissa", "olora"]
+Wrapped = Group | AdaptedEmbedding
 SharedTensors = Mapping[str, Tensor]  # tensors that all modules share, by their names in a PEFT state dict
 
 
@@ -68,13 +69,13 @@ class Form:
 
     name: str
     parts: Callable[[Target, int], tuple[Part, ...]]
-    begin: Callable[[Segment, "AdapterSpec", Group | AdaptedEmbedding, Sequence[Tensor]], None]
+    begin: Callable[[Segment, "AdapterSpec", Wrapped, Sequence[Tensor]], None]
     config: Callable[..., Any]
     owns: Callable[[Mapping[str, Any]], bool]
     scale: Callable[[Mapping[str, Any], str, int], float] = lambda config, name, rank: 1.0
     factors: Callable[[Target, Sequence[Tensor], SharedTensors], tuple[Tensor, Tensor]] | None = None
     update: Callable[[Tensor, float, Sequence[Tensor]], Tensor] | None = None
-    attach: Callable[[Flat[Any], Layout, Sequence[Group | AdaptedEmbedding], Sequence[int]], Attached] | None = None
+    attach: Callable[[Flat[Any], Layout, Sequence[Wrapped], Sequence[int]], Attached] | None = None
     shared: Callable[["AdapterSpec", Sequence[Target]], dict[str, Tensor]] = lambda adapter, targets: {}
     weight_config: Callable[[Sequence[Target]], dict[str, Any]] | None = None
     product: bool = True

@@ -5,10 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sweeper.lora.embedding import AdaptedEmbedding
 from sweeper.lora.forms import peft
 from sweeper.lora.forms.begin import principal, uniform
-from sweeper.lora.forms.form import AdapterSpec, Form, SharedTensors
+from sweeper.lora.forms.form import AdapterSpec, Form, SharedTensors, Wrapped
 from sweeper.lora.layout import Part, Segment
 from sweeper.lora.wrappers import Group
 from sweeper.models.architecture import Target
@@ -24,7 +23,7 @@ def parts(target: Target, rank: int) -> tuple[Part, ...]:
     )
 
 
-def begin(segment: Segment, adapter: AdapterSpec, group: Group | AdaptedEmbedding, values: Sequence[Tensor]) -> None:
+def begin(segment: Segment, adapter: AdapterSpec, group: Wrapped, values: Sequence[Tensor]) -> None:
     """Fills A and B, and where they do not begin at zero the frozen half that takes that off."""
     target, (a, b) = segment.target, values[:2]
     trained = adapter.trained.get(target.name, len(a))

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sweeper.lora.embedding import AdaptedEmbedding
 from sweeper.lora.flat import Flat
 from sweeper.lora.forms import peft
-from sweeper.lora.forms.form import AdapterSpec, Attached, Form, SharedTensors
+from sweeper.lora.forms.form import AdapterSpec, Attached, Form, SharedTensors, Wrapped
 from sweeper.lora.layout import Layout, Part, Segment
-from sweeper.lora.wrappers import Group
 from sweeper.models.architecture import Target
 from sweeper.spec import RunSpec
 
@@ -91,9 +89,7 @@ class Shared:
 class SharedMatrices(Attached):
     """The shared matrices of the slots that may hold a VeRA."""
 
-    def __init__(
-        self, flat: Flat[Any], layout: Layout, groups: Sequence[Group | AdaptedEmbedding], slots: Sequence[int]
-    ) -> None:
+    def __init__(self, flat: Flat[Any], layout: Layout, groups: Sequence[Wrapped], slots: Sequence[int]) -> None:
         device = flat.params.device
         self.flat = flat
         self.segments = {slot: layout.linear(slot) for slot in slots}
@@ -154,7 +150,7 @@ def _parts(target: Target, rank: int) -> tuple[Part, ...]:
     )
 
 
-def _begin(segment: Segment, adapter: AdapterSpec, group: Group | AdaptedEmbedding, values: Sequence[Tensor]) -> None:
+def _begin(segment: Segment, adapter: AdapterSpec, group: Wrapped, values: Sequence[Tensor]) -> None:
     values[0].fill_(float(adapter.options.get("initial", INITIAL)))
 
 
