@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from sweeper.lora.forms.peft import Loaded
     from sweeper.models import BaseModel
     from sweeper.training.pack import Pack
-    from sweeper.training.pack_config import PackConfig
 
 FOLDER = "evaluations"
 PACK_SIZE = 16  # adapters in one pack
@@ -327,6 +326,7 @@ def packed(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
     from sweeper import methods
     from sweeper.lora.unpacked import UnpackedStore
     from sweeper.training.pack import open_pack
+    from sweeper.training.pack_config import PackConfig
 
     targets = {target.name: target for target in base.targets}
     adapters = [
