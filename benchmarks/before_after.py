@@ -6,8 +6,8 @@
     python -m benchmarks.before_after ../before . --only "packed step" --pairs 3
 
 `finished grid`, `dry run` and `small grid` (nine tiny runs) are whole processes from return to prompt, caches warm;
-`first start` is a small grid with an empty cache; `packed step` is one step of nine runs after warm-up, in a process of
-its own. Both checkouts run on this interpreter. Above 1, the second is slower.
+`first start` is a small grid with an empty cache; `packed step` is one step of nine runs, or of 64, after warm-up, in a
+process of its own. Both checkouts run on this interpreter. Above 1, the second is slower.
 """
 
 import argparse
@@ -64,17 +64,22 @@ def first_start(checkout: Path, folder: Path) -> float:
     return seconds(checkout, own, ["train.py", *GRID, f"output_root={own}"])
 
 
-def packed_step(checkout: Path, folder: Path) -> float:
+def packed_step(checkout: Path, folder: Path, runs: int = len(NINE)) -> float:
     import torch
 
     size = [] if torch.cuda.is_available() else ["--model", "tiny", "--packed-steps", "30", "--length", "32"]
-    told = run(checkout, folder, ["-m", "benchmarks.packed_vs_peft", *size, "--child", json.dumps(NINE)])
-    return len(NINE) / json.loads(told.strip().splitlines()[-1])["run_steps_per_second"]
+    arms = json.dumps((NINE * runs)[:runs])
+    told = run(checkout, folder, ["-m", "benchmarks.packed_vs_peft", *size, "--child", arms])
+    return runs / json.loads(told.strip().splitlines()[-1])["run_steps_per_second"]
+
+
+def large_packed_step(checkout: Path, folder: Path) -> float:
+    return packed_step(checkout, folder, 64)
 
 
 MEASURES: dict[str, Callable[[Path, Path], float]] = {
     "finished grid": finished_grid, "dry run": dry_run, "small grid": small_grid, "first start": first_start,
-    "packed step": packed_step,
+    "packed step": packed_step, "packed step, 64 runs": large_packed_step,
 }  # fmt: skip
 
 

@@ -132,7 +132,7 @@ class FakeEngine:
                 done = self.make_record(spec, status="failed", scores={}, error=error)
             else:
                 scores = done.scores["validation"]
-                source.report(Evaluated(run_id=run_id, split="validation", moment="before", score=scores["before"]))
+                source.report(Evaluated(run_id=run_id, split="validation", phase="before", score=scores["before"]))
                 for step in range(1, spec.trainer.max_steps + 1):
                     source.report(
                         Step(run_id=run_id, step=step, loss=5 / step, lr=1e-3, grad_norm=1.0, tokens=50, seconds=0.1)
@@ -142,7 +142,7 @@ class FakeEngine:
                         self.interrupt()
                     if should_stop():
                         return
-                source.report(Evaluated(run_id=run_id, split="validation", moment="after", score=scores["after"]))
+                source.report(Evaluated(run_id=run_id, split="validation", phase="after", score=scores["after"]))
             record.write_record(run.folder, done)
             self.trained.append(run_id)
             source.report(RunFinished(record=done))

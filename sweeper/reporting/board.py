@@ -149,9 +149,9 @@ class Board:
                 self.views[run_id].state, self.views[run_id].steps = "training", steps
             case Step():
                 self._step(event)
-            case Evaluated(run_id=run_id, split="validation", moment="before", score=score):
+            case Evaluated(run_id=run_id, split="validation", phase="before", score=score):
                 self.views[run_id].before = score.nll
-            case Evaluated(run_id=run_id, split="validation", moment="after", score=score):
+            case Evaluated(run_id=run_id, split="validation", phase="after", score=score):
                 self.views[run_id].after = score.nll
             case RunFinished(record=record):
                 self._finish(record)

@@ -173,10 +173,10 @@ def summary(record: Record) -> dict[str, float]:
         "adapter_bytes": cost.adapter_bytes,
         "peak_memory_bytes": cost.peak_memory_solo_bytes or cost.pack_peak_memory_bytes,
     }
-    for split, moments in record.scores.items():
-        for moment, score in moments.items():
+    for split, phases in record.scores.items():
+        for phase, score in phases.items():
             for name, value in {"nll": score.nll, "perplexity": score.perplexity, **score.metrics}.items():
-                values[f"{split}/{name}_{moment}"] = value
+                values[f"{split}/{name}_{phase}"] = value
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -96,14 +96,14 @@ def _as_jobs(work: Scheduler, launcher: Any) -> Outcome:
     plugins = [f"plugins=[{given}]"] if given else []
     begun = 0
     try:
-        while kinds := work.pending():
-            pulled = work.pull(sum(kind.most for kind in kinds), [kind.key for kind in kinds])
+        while groups := work.pending():
+            pulled = work.pull(sum(group.most for group in groups), [group.key for group in groups])
             if not pulled.runs:
                 break
             typed = [[*_typed(by_key[one.arm], to_mapping(one.spec)), *plugins] for one in pulled.runs]
-            former = [_stamp(request) for request in pulled.runs]
-            for request in pulled.runs:
-                work.claims.give_back(request.run_id)  # the job is a command of its own and claims it
+            former = [_stamp(run) for run in pulled.runs]
+            for run in pulled.runs:
+                work.claims.give_back(run.run_id)  # the job is a command of its own and claims it
             broken: Exception | None = None
             try:
                 errors = _errors_of(launcher.launch(typed, initial_job_idx=begun), len(typed))
@@ -112,11 +112,11 @@ def _as_jobs(work: Scheduler, launcher: Any) -> Outcome:
             except Exception as error:  # the launcher's own: a job's comes back with what the job returned
                 broken, errors = error, [error] * len(typed)
             begun += len(typed)
-            left = [_stamp(request) != stamp for request, stamp in zip(pulled.runs, former, strict=True)]
+            left = [_stamp(run) != stamp for run, stamp in zip(pulled.runs, former, strict=True)]
             if broken is not None and not any(left):
                 raise _no_jobs(launcher, broken) from broken
-            for request, job_error, new in zip(pulled.runs, errors, left, strict=True):
-                _take(work, request, job_error, new)
+            for run, job_error, new in zip(pulled.runs, errors, left, strict=True):
+                _take(work, run, job_error, new)
     finally:
         work.close()
     return Outcome(records=work.records)
@@ -130,27 +130,27 @@ def _errors_of(returned: Any, jobs: int) -> Sequence[BaseException | None]:
     return [value if isinstance(value, BaseException) else None for value in values]
 
 
-def _take(work: Scheduler, request: Run, error: BaseException | None, new: bool) -> None:
+def _take(work: Scheduler, run: Run, error: BaseException | None, new: bool) -> None:
     """Reports what became of a run that was a job: `new` says whether the job left a record."""
     if not new:
         reason = "the job left no record" if error is None else gist(error)
-        work.abandon(request.run_id, reason, kind="WorkerDied" if error is None else type(error).__name__)
+        work.abandon(run.run_id, reason, kind="WorkerDied" if error is None else type(error).__name__)
         return
-    found = record.read_record(request.folder)
-    if found.search != request.search:  # a job knows nothing of the search it is part of
-        found = dataclasses.replace(found, search=request.search)
-        record.write_record(request.folder, found)
+    found = record.read_record(run.folder)
+    if found.search != run.search:  # a job knows nothing of the search it is part of
+        found = dataclasses.replace(found, search=run.search)
+        record.write_record(run.folder, found)
     if error is not None and found.status != "failed":
         what = f"{type(error).__name__}: {gist(error)}"
-        work.notify(Stage(message=f"{request.run_id}: its record is whole, but its job ended with {what}"))
+        work.notify(Stage(message=f"{run.run_id}: its record is whole, but its job ended with {what}"))
     work.report(RunFinished(record=found))
 
 
-def _stamp(request: Run) -> tuple[int, int] | None:
+def _stamp(run: Run) -> tuple[int, int] | None:
     """Changes when a run's record is written; None where there is none that can be read."""
-    if record.status(request.folder) is None:
+    if record.status(run.folder) is None:
         return None
-    found = (request.folder / record.RECORD).stat()
+    found = (run.folder / record.RECORD).stat()
     return found.st_mtime_ns, found.st_ino
 
 
@@ -243,11 +243,11 @@ def _left_out(plan: Plan) -> list[str]:
     """A line for each method that has arms which would train the same."""
     from sweeper import methods
 
-    kinds = Counter((arm.default.method.name, *methods.lacks(arm.default.method)) for arm in plan.left_out)
+    groups = Counter((arm.default.method.name, *methods.lacks(arm.default.method)) for arm in plan.left_out)
     return [
         f"method={name} has no {' and no '.join(lacking)}: {number} arm{'' if number == 1 else 's'} left out, "
         "which would train the same as another"
-        for (name, *lacking), number in kinds.items()
+        for (name, *lacking), number in groups.items()
     ]
 
 
@@ -272,11 +272,11 @@ def _where(dimension: str, arms: Sequence[Arm]) -> str:
 
 def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) -> Finished:
     """Prints the command's table and saves the study's; raises where it was stopped."""
-    chosen = [request for requests in work.chosen().values() for request in requests]
+    chosen = [run for runs in work.chosen().values() for run in runs]
     found: dict[str, Record] = {}
-    for request in chosen:
-        if record.status(request.folder) is not None:
-            found[request.run_id] = record.read_record(request.folder)
+    for run in chosen:
+        if record.status(run.folder) is not None:
+            found[run.run_id] = record.read_record(run.folder)
     several = len(work.how.objectives) > 1
     if plan.tuned:
         summary.show_search(work.table(), console)
@@ -291,7 +291,7 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
     if elsewhere:
         what = "trials" if plan.tuned else "of these runs"
         console.print(f"another command is still at work on {elsewhere} {what}; the same command later sums up all")
-    left = len({request.run_id for request in chosen} - found.keys() - failed.keys())
+    left = len({run.run_id for run in chosen} - found.keys() - failed.keys())
     lines = [f"{row['arm']}: no trial completed" for row in work.table() if row["best"] is None and not several]
     if failed or (left and not elsewhere):
         lines += _failures(plan, failed, left, len(outcome.records) if plan.tuned else len(chosen))

@@ -124,10 +124,10 @@ class _Messenger:
             found: list[PendingGroup] = self._ask("pending", None)
             return found
 
-    def pull(self, count: int, kinds: Collection[str]) -> Pulled:
+    def pull(self, count: int, groups: Collection[str]) -> Pulled:
         with self.lock:
             self.flush()
-            found: Pulled = self._ask("pull", (count, list(kinds)))
+            found: Pulled = self._ask("pull", (count, list(groups)))
             if lines := [line for run in found.runs for line in register.missing(run.spec)]:
                 raise Problems(lines)
             return found
@@ -215,21 +215,21 @@ class _Crew:
 
     def pending(self, worker: str) -> list[PendingGroup]:
         """What may still come to a worker: it shall keep no slots, or lanes of its steps, for what others train."""
-        kinds, room = self.scheduler.pending(), max(1, self.room(worker))
-        left = sum(kind.left for kind in kinds)
+        groups, room = self.scheduler.pending(), max(1, self.room(worker))
+        left = sum(group.left for group in groups)
         in_all = left + sum(map(len, self.holds.values()))
         mine = in_all / max(self.wanted(), 1) - len(self.holds[worker])
         part = min(1.0, max(0.0, mine / left)) if 0 < left < math.inf else 1.0
-        return [dataclasses.replace(kind, share=room, left=part * kind.left) for kind in kinds]
+        return [dataclasses.replace(group, share=room, left=part * group.left) for group in groups]
 
     def answer(self, worker: str, what: str, content: Any, *, stop: bool) -> Any:
         if what == "pending":
             return [] if stop else self.pending(worker)
         if what == "pull":
-            count, kinds = content
+            count, groups = content
             count = 0 if stop else min(count, self.room(worker))
-            pulled = self.scheduler.pull(count, kinds, spread=self.wanted() > 1)
-            self.holds[worker] |= {request.run_id for request in pulled.runs}
+            pulled = self.scheduler.pull(count, groups, spread=self.wanted() > 1)
+            self.holds[worker] |= {run.run_id for run in pulled.runs}
             return pulled
         for event in content:
             if isinstance(event, Stage) and len(self.alive) > 1:

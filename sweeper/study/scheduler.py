@@ -115,7 +115,7 @@ class Scheduler:
         for state in self.states.values():
             if not state.arm.space:
                 runs = [spec for spec in state.arm.defaults if spec.run_id in left]
-                state.ready.extend(self._request(state, spec) for spec in runs)
+                state.ready.extend(self._run(state, spec) for spec in runs)
         self._open_searches([state for state in self.states.values() if state.arm.space])
 
     def _open_searches(self, states: Sequence[_ArmState]) -> None:
@@ -134,7 +134,7 @@ class Scheduler:
                 for seed in state.arm.seeds:
                     spec = state.arm.make(params, seed)
                     if self.find(spec.run_id) is None:
-                        state.ready.append(self._request(state, spec, {"trial": number, "purpose": "trial"}))
+                        state.ready.append(self._run(state, spec, {"trial": number, "purpose": "trial"}))
 
     # -- the engine asks
 
@@ -158,22 +158,22 @@ class Scheduler:
         return found
 
     @_locked
-    def pull(self, count: int, kinds: Collection[str], *, spread: bool = False) -> Pulled:
+    def pull(self, count: int, groups: Collection[str], *, spread: bool = False) -> Pulled:
         """At most `count` runs of some arms; arms that have had the fewest trials come first.
 
         Arms that are not tuned follow one another. With `spread`, their runs are taken from all over the grid, so that
         a part of it costs what any other part does.
         """
-        states = [self.states[key] for key in kinds if key in self.states]
+        states = [self.states[key] for key in groups if key in self.states]
         found = self._spread(states, count) if spread else []
         while len(found) < count:
             turn = sorted(states, key=lambda s: (0 if s.search is None else s.search.asked, s.place))
-            request = next((one for state in turn if (one := self._next(state)) is not None), None)
-            if request is None:
+            run = next((one for state in turn if (one := self._next(state)) is not None), None)
+            if run is None:
                 break
-            found.append(request)
-            self._hand_out(request)
-            state = self.states[request.arm]
+            found.append(run)
+            self._hand_out(run)
+            state = self.states[run.arm]
             while state.search is None and len(found) < count and (following := self._take(state)) is not None:
                 found.append(following)
                 self._hand_out(following)
@@ -183,15 +183,15 @@ class Scheduler:
     def _spread(self, states: Sequence[_ArmState], count: int) -> list[Run]:
         """Runs at equal distances among those that wait; none where all of them are asked for."""
         plain = sorted((s for s in states if s.search is None), key=lambda s: s.place)
-        waiting = [request for state in plain for request in state.ready]
+        waiting = [run for state in plain for run in state.ready]
         if not 0 < count < len(waiting):
             return []
         found = []
-        for request in [waiting[place * len(waiting) // count] for place in range(count)]:
-            self.states[request.arm].ready.remove(request)
-            if self._mine(request):
-                found.append(request)
-                self._hand_out(request)
+        for run in [waiting[place * len(waiting) // count] for place in range(count)]:
+            self.states[run.arm].ready.remove(run)
+            if self._mine(run):
+                found.append(run)
+                self._hand_out(run)
         return found
 
     @_locked
@@ -223,7 +223,7 @@ class Scheduler:
     def report(self, event: Event) -> None:
         """Takes note of an event and passes it on."""
         match event:
-            case Evaluated(split="validation", moment=moment) if moment.isdigit():
+            case Evaluated(split="validation", phase=phase) if phase.isdigit():
                 self._evaluated(event)
             case RunFinished(record=ended):
                 if self._again(ended):
@@ -252,21 +252,21 @@ class Scheduler:
     def give_back(self, run_ids: Collection[str]) -> None:
         """A worker goes without having trained these runs to their end, and not for their sake: they go to others."""
         for run_id in run_ids:
-            if (request := self.running.pop(run_id, None)) is not None:
-                self.states[request.arm].ready.appendleft(request)
+            if (run := self.running.pop(run_id, None)) is not None:
+                self.states[run.arm].ready.appendleft(run)
 
     @_locked
     def lose(self, run_ids: Collection[str], reason: str) -> None:
         """A worker died with these runs: they go back, from their last checkpoint, unless it was not the first time."""
         for run_id in run_ids:
-            request = self.running.pop(run_id, None)
-            if request is None:
+            run = self.running.pop(run_id, None)
+            if run is None:
                 continue
             self.lost[run_id] = self.lost.get(run_id, 0) + 1
             if self.lost[run_id] < MOST_WORKERS_LOST:
-                self.states[request.arm].ready.appendleft(request)
+                self.states[run.arm].ready.appendleft(run)
             else:
-                self.running[run_id] = request
+                self.running[run_id] = run
                 self.abandon(run_id, reason)
 
     @_locked
@@ -302,10 +302,10 @@ class Scheduler:
 
     def _chosen(self, state: _ArmState) -> list[Run]:
         if state.search is None:
-            return [self._request(state, spec) for spec in state.arm.defaults]
+            return [self._run(state, spec) for spec in state.arm.defaults]
         seeds = self.how.confirm_seeds or state.arm.seeds
         points = state.search.chosen()
-        return [self._request(state, state.arm.make(params, seed)) for params in points for seed in seeds]
+        return [self._run(state, state.arm.make(params, seed)) for params in points for seed in seeds]
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each tuned arm: trials, how they ended, the best one's value, point and edges."""
@@ -341,19 +341,19 @@ class Scheduler:
     def _take(self, state: _ArmState) -> Run | None:
         """The next run of an arm that waits, and that no other command trains or has trained by now."""
         while state.ready:
-            request = state.ready.popleft()
-            if state.search is not None or self._mine(request):  # a search signs its trials
-                return request
+            run = state.ready.popleft()
+            if state.search is not None or self._mine(run):  # a search signs its trials
+                return run
         return None
 
-    def _mine(self, request: Run) -> bool:
+    def _mine(self, run: Run) -> bool:
         """Claims a run of an arm that is not tuned."""
-        if not self.claims.take(request.run_id):
-            self.others.add(request.run_id)
+        if not self.claims.take(run.run_id):
+            self.others.add(run.run_id)
             return False
-        if self.find(request.run_id) is None:
+        if self.find(run.run_id) is None:
             return True
-        self.claims.give_back(request.run_id)
+        self.claims.give_back(run.run_id)
         return False
 
     def _start(self, state: _ArmState, trial: "Trial") -> None:
@@ -371,7 +371,7 @@ class Scheduler:
             if found is not None:
                 trial.records[spec.run_id] = found
             elif spec.run_id not in state.trials:
-                state.ready.append(self._request(state, spec, {"trial": trial.number, "purpose": "trial"}))
+                state.ready.append(self._run(state, spec, {"trial": trial.number, "purpose": "trial"}))
             state.trials[spec.run_id] = trial
         self._tell_if_over(state, trial)
 
@@ -385,7 +385,7 @@ class Scheduler:
 
     def _waiting_for_itself(self, state: _ArmState) -> bool:
         """Whether what is running of an arm may be followed by more of it."""
-        if state.search is None or not any(request.arm == state.arm.key for request in self.running.values()):
+        if state.search is None or not any(run.arm == state.arm.key for run in self.running.values()):
             return False
         return self._open(state) or bool(self.how.confirm_seeds) or bool(self.how.widen)
 
@@ -411,7 +411,7 @@ class Scheduler:
             for seed in self.how.confirm_seeds:
                 spec = state.arm.make(best.params, seed)
                 if self.find(spec.run_id) is None:
-                    state.ready.append(self._request(state, spec, {"trial": best.number, "purpose": "confirm"}))
+                    state.ready.append(self._run(state, spec, {"trial": best.number, "purpose": "confirm"}))
 
     def label(self, arm: Arm) -> str:
         """A short name of an arm, with what tells it from the others."""
@@ -421,25 +421,25 @@ class Scheduler:
     def _labels(self) -> dict[str, str]:
         return labels([state.arm for state in self.states.values()])
 
-    def _request(self, state: _ArmState, spec: RunSpec, search: dict[str, Any] | None = None) -> Run:
+    def _run(self, state: _ArmState, spec: RunSpec, search: dict[str, Any] | None = None) -> Run:
         tuned = [dimension.key for dimension in state.arm.space]
         about = {} if search is None else {"arm": state.arm.key, "tuned": tuned, **search}
         return Run.of(spec, self.settings.folder, arm=state.arm.key, search=about)
 
-    def _hand_out(self, request: Run) -> None:
-        self.running[request.run_id] = request
-        self.notify(RunQueued(run_id=request.run_id, spec=request.spec, arm=request.arm))
+    def _hand_out(self, run: Run) -> None:
+        self.running[run.run_id] = run
+        self.notify(RunQueued(run_id=run.run_id, spec=run.spec, arm=run.arm))
 
     def _evaluated(self, event: Evaluated) -> None:
-        request = self.running.get(event.run_id)
-        state = None if request is None else self.states[request.arm]
+        run = self.running.get(event.run_id)
+        state = None if run is None else self.states[run.arm]
         trial = None if state is None else state.trials.get(event.run_id)
         if state is None or state.search is None or trial is None or event.run_id in self.prune:
             return
         value = event.score.value(self.how.objectives[0].removeprefix("validation."))
         if value is None or math.isnan(value):
             return
-        if state.search.report(trial, trial.runs[event.run_id], int(event.moment), value):
+        if state.search.report(trial, trial.runs[event.run_id], int(event.phase), value):
             self.prune |= {run_id for run_id in trial.runs if run_id in self.running}
             # replicates that have not begun need not begin
             for waiting in [one for one in state.ready if one.run_id in trial.runs]:
@@ -449,14 +449,14 @@ class Scheduler:
 
     def _again(self, ended: Record) -> bool:
         """Whether a failed run is tried once more in this command."""
-        request = self.running.get(ended.run_id)
+        run = self.running.get(ended.run_id)
         error = (ended.error or {}).get("class", "")
         tried = self.tries.get(ended.run_id, 0)
-        if ended.status != "failed" or request is None or error in LASTING or tried >= self.settings.retries:
+        if ended.status != "failed" or run is None or error in LASTING or tried >= self.settings.retries:
             return False
         self.tries[ended.run_id] = tried + 1
         del self.running[ended.run_id]
-        self.states[request.arm].ready.append(request)
+        self.states[run.arm].ready.append(run)
         return True
 
     def _ended(self, ended: Record) -> None:
@@ -490,14 +490,14 @@ class Scheduler:
         found = (self.find(run_id) for run_id in state.search.run_ids())
         return sum(one.efficiency.train_tokens for one in found if one is not None)
 
-    def _failure(self, request: Run, kind: str, message: str) -> Record:
+    def _failure(self, run: Run, kind: str, message: str) -> Record:
         failed = Record(
-            run_id=request.run_id, study=self.settings.study, status="failed", spec=to_mapping(request.spec),
-            error={"class": kind, "message": message}, search=request.search,
+            run_id=run.run_id, study=self.settings.study, status="failed", spec=to_mapping(run.spec),
+            error={"class": kind, "message": message}, search=run.search,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
-        request.folder.mkdir(parents=True, exist_ok=True)
-        record.write_record(request.folder, failed)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        record.write_record(run.folder, failed)
         return failed
 
 

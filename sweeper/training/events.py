@@ -43,11 +43,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """Scores of a split; `moment` is "before", "after" or the number of steps done, as text."""
+    """Scores of a split; `phase` is "before", "after" or the number of steps done, as text."""
 
     run_id: str
     split: str
-    moment: str
+    phase: str
     score: Score
 
 

@@ -269,7 +269,7 @@ class RunState:
         if phase in ENDS:
             self.scores.setdefault(split, {})[phase] = found.score
             self.predictions += [{"split": split, "moment": phase, **row} for row in found.rows]
-        return Evaluated(run_id=self.run_id, split=split, moment=phase, score=found.score)
+        return Evaluated(run_id=self.run_id, split=split, phase=phase, score=found.score)
 
     def has_scores(self, phase: str) -> bool:
         """Whether it was scored in a phase."""

@@ -40,7 +40,7 @@ def play(tracker: tracking.Tracker, plan: Plan, make_record: Callable[..., Recor
             tracker(Step(run_id=run.run_id, step=number, loss=loss, lr=0.1, grad_norm=1.0, tokens=10, seconds=0.5))
     done = make_record(first.spec)
     score = done.scores["validation"]["after"]
-    tracker(Evaluated(run_id=first.run_id, split="validation", moment="after", score=score))
+    tracker(Evaluated(run_id=first.run_id, split="validation", phase="after", score=score))
     tracker(RunFinished(record=done))
     assert second.run_id in tracker.logs
     tracker.close()

@@ -65,7 +65,7 @@ class BowlEngine:
                 running[run_id] = (request, step)
                 if spec.evaluation.every_steps and step < spec.trainer.max_steps:
                     score = Score(nll=loss(spec, step / spec.trainer.max_steps), tokens=1, examples=1)
-                    source.report(Evaluated(run_id=run_id, split="validation", moment=str(step), score=score))
+                    source.report(Evaluated(run_id=run_id, split="validation", phase=str(step), score=score))
                 if run_id in source.to_prune():
                     self.pruned.append(spec)
                     source.report(self.end(running.pop(run_id)[0], status="pruned", scores={}, steps=step))

@@ -43,7 +43,7 @@ class Script:
     def report(self, event: Event) -> None:
         self.events.append(event)
         self.out -= isinstance(event, RunFinished)
-        if isinstance(event, Evaluated) and event.moment.isdigit() and event.run_id in self.to_be_pruned:
+        if isinstance(event, Evaluated) and event.phase.isdigit() and event.run_id in self.to_be_pruned:
             self.prune.add(event.run_id)
 
 

@@ -219,7 +219,7 @@ def test_runs_of_other_data_shapes_and_models_go_through_together(
 def test_evaluation_midway_changes_nothing_of_the_training(make_run: Any, run_all: Any, tmp_path: Path) -> None:
     quiet, watched = make_run("full"), make_run("full", evaluation={"every_steps": 2})
     events = run_all([quiet], "one") and run_all([watched], "two")
-    moments = [event.moment for event in events if isinstance(event, Evaluated) and event.split == "validation"]
+    moments = [event.phase for event in events if isinstance(event, Evaluated) and event.split == "validation"]
     assert moments == ["before", "2", "4", "after"]
     adapters = [tmp_path / s / spec.run_id / ADAPTER for s, spec in (("one", quiet), ("two", watched))]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
