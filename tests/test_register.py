@@ -67,7 +67,7 @@ def ids(study: sweeper.Study) -> list[str]:
 
 def test_the_page_runs(root: Path, mine: Path, tmp_path: Path) -> None:
     page = root / "docs/extending.md"
-    assert len(blocks(page)[0].splitlines()) <= 35
+    assert len(blocks(page)[0].splitlines()) <= 50
     (command,) = [line for line in page.read_text().splitlines() if line.startswith("    python train.py")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "sweeper/plugins")])}
     words = [sys.executable, str(root / "train.py"), *shlex.split(command)[2:]]
@@ -83,7 +83,7 @@ def test_the_page_runs(root: Path, mine: Path, tmp_path: Path) -> None:
     found = study.runs[3].record
     assert {module.layer for module in found.modules} == {0, 3}
     assert {module.role for module in found.modules} == {"attn_q", "attn_v"}
-    codes = [found.spec[group]["code"] for group in ("dataset", "method", "placement")]
+    codes = [found.spec[group]["code"] for group in ("dataset", "method", "placement", "objective")]
     assert {(code["plugin"], code["content"][:7]) for code in codes} == {(str(mine), "sha256:")}
     assert [run.run_id for run in sweeper.load_study(study.folder).runs if run.spec.run_id != run.run_id] == []
 
