@@ -148,7 +148,7 @@ def test_low_rank_products_and_their_gradients(name: str, drop: bool) -> None:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("vocabulary", [50, 5000])
 def test_token_loss(vocabulary: int, softcap: float | None, grad: bool) -> None:
-    from sweeper.lora import kernels
+    from sweeper.models import loss_kernel
 
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(6, vocabulary, generator=generator)
@@ -157,7 +157,7 @@ def test_token_loss(vocabulary: int, softcap: float | None, grad: bool) -> None:
     weights[2] = 0
     wanted, ours = logits.clone(), logits.clone().to(DEVICE)
     nll, correct = loss.token_loss(wanted, targets, weights, softcap, grad=grad)
-    ours_nll, ours_correct = kernels.token_loss(ours, targets.to(DEVICE), weights.to(DEVICE), softcap, grad=grad)
+    ours_nll, ours_correct = loss_kernel.token_loss(ours, targets.to(DEVICE), weights.to(DEVICE), softcap, grad=grad)
     assert_close(ours_nll, nll)
     assert torch.equal(ours_correct.bool().cpu(), correct)
     assert bool(correct[1])
@@ -166,12 +166,12 @@ def test_token_loss(vocabulary: int, softcap: float | None, grad: bool) -> None:
 
 
 def test_a_row_without_weight_stays_zero_where_its_logits_overflow() -> None:
-    from sweeper.lora import kernels
+    from sweeper.models import loss_kernel
 
     logits = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits[1] = torch.inf
     targets, weights = torch.tensor([3, 0], device=DEVICE), torch.tensor([1.0, 0.0], device=DEVICE)
-    kernels.token_loss(logits, targets, weights, None, grad=True)
+    loss_kernel.token_loss(logits, targets, weights, None, grad=True)
     assert logits[0].isfinite().all()
     assert not logits[1].any()
 

@@ -91,7 +91,7 @@ def of_every_form(load: Any, make_job: Any, make_adapter: Any, make_examples: An
     ones, halves = dict.fromkeys(plain.ranks, 1.0), dict.fromkeys(plain.ranks, 2)
     changes: dict[str, dict[str, Any]] = {
         "lora": {}, "dora": {"form": "dora"}, "vera": {"form": "vera", "scales": ones}, "fast": {"rate_b": 4.0},
-        "pissa": {"start": "pissa", "trained": halves},
+        "pissa": {"begin": "pissa", "trained": halves},
         "relora": {"trained": halves, "restarts": Restarts(every=4, count=1, warmup=2, prune=0.9)},
         "sparse": {"sparsity": Sparsity(density=0.5, learnt=True, first=1, last=5)},
         "options": {"noise": 5.0, "penalties": (0.1, 0.1, 0.01), "average": 0.9},
