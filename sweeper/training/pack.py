@@ -7,7 +7,6 @@ the gradients are those of runs alone.
 
 import contextlib
 import hashlib
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.attention
 from torch import Tensor
 
 from sweeper import lost
@@ -29,6 +27,7 @@ from sweeper.lora.trainee import UnpackedSpec
 from sweeper.lora.transfer import Fetched, fetch
 from sweeper.lora.unpacked import UnpackedStore
 from sweeper.models import BaseModel, hidden_size
+from sweeper.models.attention import training_kernel
 from sweeper.models.forward import hidden_states
 from sweeper.models.loss import Head
 from sweeper.objectives.nll import NLL
@@ -274,9 +273,8 @@ class Pack:
     def forward_backward(self, batch: Batch) -> Tensor:
         """Losses [L] of one forward pass; their gradients are added to the store's."""
         self._lengths = batch.lengths
-        repeatable = _repeatable() if self.config.deterministic else contextlib.nullcontext()
         with self.store.one_pass(1 / self.config.accumulation):
-            with _attention(self.device, self.dtype), repeatable:
+            with training_kernel(self.device, self.dtype, deterministic=self.config.deterministic):
                 losses = self._forward_backward(batch)
             self._lengths = None
         return losses
@@ -347,33 +345,3 @@ def _row(state: RunState) -> list[float]:
         step, factor = restarts.pace(state.done)
         row[LR] = factor * learning_rate(state.optim, step, state.steps)
     return row
-
-
-def _attention(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """The attention kernel to train with: torch's choice, except where its backward pass on a CPU is the slow one.
-
-    In bfloat16 the CPU's flash kernel takes 34 ms backward for 72 rows of 24 tokens, the plain one 10 ms both ways.
-    """
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _repeatable() -> Iterator[None]:
-    """Within it, no kernel of torch adds up by atomic operations, whose order, and so rounding, is by chance."""
-    settings: Any = torch.utils.deterministic
-    fills, on, warns = (
-        settings.fill_uninitialized_memory,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    # torch's own size on these cards, which it wants to see set
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    settings.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(on, warn_only=warns)
-        settings.fill_uninitialized_memory = fills
