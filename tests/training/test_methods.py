@@ -188,7 +188,7 @@ def test_a_slot_passes_from_method_to_method(load: Any, make: Any, train: Any, a
     base = load("gpt2")
     turns = (("vera", "attn"), ("lora", "full"), ("dora", "ff"), ("vera", "ff"), ("pissa", "attn"), ("dora", "full"))
     jobs = [make(base, name, where, seed=i, steps=3).job for i, (name, where) in enumerate(turns)]
-    jobs = [dataclasses.replace(job, run_id=f"{i}") for i, job in enumerate(jobs)]
+    jobs = [dataclasses.replace(job, run=dataclasses.replace(job.run, run_id=f"{i}")) for i, job in enumerate(jobs)]
     union = Capacity.union(job.adapter.capacity for job in jobs)
     together = train(base, jobs, capacities=[union, union])
     for job in jobs:
