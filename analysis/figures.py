@@ -147,6 +147,7 @@ def training_curves(analysis: Analysis) -> Figure | str:
     table = table.merge(runs[["run_id", "setting", "placement", "rank"]], on="run_id")
     look = _looks(analysis, table)
     figure, axes = _by_rank(settings, ranks)
+    unit = "\n(nats/token)" if set(runs["objective"]) == {"nll"} else ""  # each objective has its own
     for (name, rank), ax in axes.items():
         part = table[(table["setting"] == name) & (table["rank"] == rank)]
         if len(part):
@@ -154,7 +155,7 @@ def training_curves(analysis: Analysis) -> Figure | str:
         if name != settings[-1] and len(ranks) > 1:
             ax.set_xlabel("")
         if rank == ranks[0]:
-            ax.set_ylabel("training loss\n(nats/token)")
+            ax.set_ylabel(f"training loss{unit}")
     _legend(figure, look)
     return figure
 

@@ -13,6 +13,7 @@ from analysis import spectra
 from sweeper.record import (
     ADAPTER,
     COMBINED,
+    LEFT_OUT,
     MERGED,
     METRICS,
     PREDICTIONS,
@@ -291,7 +292,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     layout = hash(tuple((module["name"], module["rank"]) for module in modules))
     study.layouts.setdefault(layout, modules)
     row: dict[str, Any] = {key: plain[key] for key in ("run_id", "study", "status")}
-    spec = {name: value for name, value in flat(plain["spec"]).items() if name not in CONTENTS}
+    spec = LEFT_OUT | {name: value for name, value in flat(plain["spec"]).items() if name not in CONTENTS}
     trained_on = (plain.get("data") or {}).get("train")
     if trained_on and (spec.get("trainer.accumulation") or 1) > 1 and "order" not in trained_on:
         spec[ORDER] = "by pass"

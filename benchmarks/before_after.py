@@ -85,11 +85,12 @@ MEASURES: dict[str, Callable[[Path, Path], float]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkouts", nargs=2, type=Path, metavar=("BEFORE", "AFTER"))
+    parser.add_argument("before", type=Path, metavar="BEFORE")
+    parser.add_argument("after", type=Path, metavar="AFTER")
     parser.add_argument("--pairs", type=int, default=5, help="of counted runs, after one of each that is not")
     parser.add_argument("--only", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     args = parser.parse_args()
-    checkouts = [checkout.resolve() for checkout in args.checkouts]
+    checkouts = [checkout.resolve() for checkout in (args.before, args.after)]
     print("| what | before, s | after, s | after / before | lowest and highest |")
     print("| --- | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as root:

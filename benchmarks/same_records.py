@@ -88,7 +88,8 @@ def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkouts", nargs=2, type=Path, metavar=("BEFORE", "AFTER"))
+    parser.add_argument("before", type=Path, metavar="BEFORE")
+    parser.add_argument("after", type=Path, metavar="AFTER")
     parser.add_argument("--only", nargs="+", default=list(COMMANDS), choices=list(COMMANDS))
     parser.add_argument("--keep", type=Path, help="folder for what BEFORE gives, which the next call reads from there")
     args = parser.parse_args()
@@ -96,7 +97,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.only:
             sides = []
-            for side, checkout in zip(("before", "after"), args.checkouts, strict=True):
+            for side, checkout in zip(("before", "after"), (args.before, args.after), strict=True):
                 root = args.keep if args.keep and side == "before" else Path(scratch, side)
                 if not (root / name).exists():
                     command = ["train.py", *SMOKE, *(word.strip("'") for word in COMMANDS[name])]

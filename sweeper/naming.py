@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from sweeper.record import LEFT_OUT
+
 # a group's name stands for the group; what its options also say is shown only where it varies by itself
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "objective", "evaluation")
 
@@ -27,7 +29,7 @@ def flat(spec: Mapping[str, Any]) -> dict[str, Any]:
                 found[f"{prefix}{key}"] = value
 
     walk(spec, "")
-    return found
+    return LEFT_OUT | found
 
 
 def varying(specs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -39,6 +39,10 @@ def perplexity(nll: float) -> float:
     return math.exp(nll) if nll < 709 else math.inf
 
 
+# dotted field of a spec -> what a run has whose plain data leave it out: a field that came later, at its default
+LEFT_OUT: dict[str, Any] = {"objective": "nll", "trainer.deterministic": False}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Module:
     """One adapted module: full name, role, layer (None outside the layers), rank and trainable parameters.

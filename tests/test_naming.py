@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from sweeper import naming
+from sweeper.record import LEFT_OUT
 from sweeper.spec import RunSpec, to_mapping
 
 Make = Callable[..., RunSpec]
@@ -29,3 +30,15 @@ def test_a_field_that_varies_inside_a_group_is_named(make_spec: Make) -> None:
 def test_equal_runs_have_nothing_to_name(make_spec: Make) -> None:
     assert naming.varying([to_mapping(make_spec())]) == []
     assert naming.varying([]) == []
+
+
+def test_a_field_that_plain_data_leave_out_at_its_default_is_named_all_the_same(make_spec: Make) -> None:
+    specs = [to_mapping(make_spec()), to_mapping(make_spec(objective={"name": "focal"}))]
+    assert naming.varying(specs) == ["objective"]
+    assert [naming.label(spec, ["objective"]).split()[-1] for spec in specs] == ["objective=nll", "objective=focal"]
+
+
+def test_what_plain_data_leave_out_is_what_a_spec_has_at_its_default(make_spec: Make) -> None:
+    spec = make_spec()
+    assert {"objective": spec.objective.name, "trainer.deterministic": spec.trainer.deterministic} == LEFT_OUT
+    assert not [field for field in LEFT_OUT if field.split(".")[-1] in str(to_mapping(spec))]

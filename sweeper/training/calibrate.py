@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sweeper.models import BaseModel, held_bytes
 from sweeper.record import write_atomically
+from sweeper.spec import ObjectiveSpec
 from sweeper.training.batches import DataOrder, collate, supervised
 from sweeper.training.pack import Pack, open_pack
 from sweeper.training.pack_config import PackConfig
@@ -56,11 +58,12 @@ def key_of(base: BaseModel, job: RunState, config: PackConfig) -> str:
     """Identity of a calibration: everything that time and memory of a step depend on."""
     model = next(base.model.parameters())
     device = torch.cuda.get_device_name(model.device) if model.is_cuda else f"cpu x {torch.get_num_threads()}"
-    lengths = sorted(len(example.input_ids) for example in job.examples)
+    lengths = sorted(job.order.lengths.tolist())
+    objective = [] if job.spec.objective == ObjectiveSpec() else [repr(job.spec.objective)]
     described = [
         dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, job.adapter.shape(),
         dataclasses.asdict(config), lengths[len(lengths) // 2], lengths[-1],
-        WARM_PASS if model.is_cuda else SAVED_TENSORS,
+        WARM_PASS if model.is_cuda else SAVED_TENSORS, *objective,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -109,7 +112,7 @@ class _Typical(DataOrder):
         super().__init__(order.lengths, order.batch_size, order.seed, accumulation=order.accumulation)
         passes = range(order.accumulation)
         steps = [[order.batch(step * order.accumulation + micro) for micro in passes] for step in range(16)]
-        padded = [sum(max(len(job.examples[i].input_ids) for i in batch) for batch in step) for step in steps]
+        padded = [sum(max(order.lengths[i] for i in batch) for batch in step) for step in steps]
         self.chosen = steps[sorted(range(len(steps)), key=lambda i: padded[i])[len(steps) // 2]]
 
     def batch(self, index: int) -> list[int]:
@@ -118,10 +121,11 @@ class _Typical(DataOrder):
 
 def _activations(pack: Pack, job: RunState) -> int:
     """Bytes that one forward and backward pass of the run's longest batch needs beyond weights and adapter state."""
-    longest = sorted(job.examples, key=lambda e: len(e.input_ids))[-pack.config.batch_size :]
-    longest = (longest * pack.config.batch_size)[: pack.config.batch_size]
+    size = pack.config.batch_size
+    longest = np.argsort(job.order.lengths, kind="stable")[-size:].tolist()
+    rows = [row for i in (longest * size)[:size] for row in job.objective.rows(job.examples[i])]
     pack.use_lanes([0])
-    batch = collate([longest], [supervised(longest)], fixed=pack.captured is not None).to(pack.device)
+    batch = collate([rows], [supervised(rows)], fixed=pack.captured is not None).to(pack.device)
     if pack.device.type == "cuda":
         peak = warm_peak(lambda: pack.forward_backward(batch), Requested(pack.device))
     else:

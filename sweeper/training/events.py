@@ -30,7 +30,7 @@ class RunStarted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One optimiser step of one run. `step` counts from 1; `loss` is mean NLL (nats) over the response tokens."""
+    """One optimiser step of one run. `step` counts from 1; `loss` is what the run minimises: of nll, nats a token."""
 
     run_id: str
     step: int

@@ -32,6 +32,7 @@ class Loaded:
         self.base, self.key, self.context, self.content = base, key, context, content
         self.scores: dict[str, dict[str, EvaluatedSplit]] = {}
         self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
+        self._lengths_of: dict[str, list[int]] = {}
         self._contents: dict[str, str | None] = {}
         self._probes: dict[str, probe.Probe] = {}
         self._exports: dict[str, ExportProof] = {}
@@ -50,8 +51,7 @@ class Loaded:
         scores = None if probed is None else probed.scores
         ranks = methods.module_ranks(spec, base.targets, tied=is_tied(base.model), scores=scores)
         examples = splits["train"].examples
-        rows = objectives.of(spec.objective).rows
-        lengths = [sum(len(row.input_ids) for row in rows(example)) for example in examples]
+        lengths = self._lengths(spec, examples)
         trainer = spec.trainer
         return RunState(
             run=run, adapter=methods.adapter(spec, ranks), examples=examples,
@@ -116,6 +116,14 @@ class Loaded:
                 "adapter there would change nothing. Leave them out with placement=custom or placement.layers."
             )
         return found
+
+    def _lengths(self, spec: RunSpec, examples: Sequence[tasks.Encoded]) -> list[int]:
+        """Tokens of the longest row that each training example becomes."""
+        key = repr((spec.dataset, spec.objective))
+        if key not in self._lengths_of:
+            rows = objectives.of(spec.objective).rows
+            self._lengths_of[key] = [max(len(row.input_ids) for row in rows(example)) for example in examples]
+        return self._lengths_of[key]
 
     def _splits(self, spec: RunSpec) -> dict[str, tasks.EncodedSplit]:
         key = repr(spec.dataset)

@@ -40,8 +40,8 @@ def run_bytes(base: BaseModel, run: RunState, solo: Solo | None) -> int:
     return STATE_BYTES * held + budget.activation_bytes(
         base.targets,
         run.ranks,
-        batch_size=trainer.batch_size,
-        length=max(len(example.input_ids) for example in run.examples),
+        batch_size=trainer.batch_size * run.rows_of_example,
+        length=int(run.order.lengths.max()),
         bytes_per_value=parameter.element_size(),
         checkpointing=trainer.activation_checkpointing,
     )

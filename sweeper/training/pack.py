@@ -209,7 +209,7 @@ class Pack:
         if self.captured is None:
             return runs
         longest = max(len(example.input_ids) for run in chosen[0] for example in run)
-        tokens = self.config.accumulation * self.config.batch_size * longest
+        tokens = self.config.accumulation * len(chosen[0][0]) * longest
         return self._step_lanes.choose(runs, tokens, self.captured.shapes)
 
     def lanes_to_score(self, runs: int, examples: Sequence[Tokens]) -> int:

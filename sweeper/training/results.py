@@ -148,8 +148,9 @@ def _modules(state: RunState, learnt: Learnt | None) -> tuple[Module, ...]:
 
 def _efficiency(state: RunState, adapter_bytes: int, solo: Solo | None, pack: Pack) -> Efficiency:
     passes = range(state.done * pack.config.accumulation)
-    seen = [state.examples[i] for n in passes for i in state.order.batch(n)]
-    tokens = sum(len(example.input_ids) for example in seen)
+    rows = state.objective.rows
+    seen = [row for n in passes for i in state.order.batch(n) for row in rows(state.examples[i])]
+    tokens = sum(len(row.input_ids) for row in seen)
     mean_length = round(tokens / max(len(seen), 1))
     return Efficiency(
         train_seconds_amortised=state.train_seconds,

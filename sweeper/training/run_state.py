@@ -143,6 +143,11 @@ class RunState:
         return objectives.of(self.run.spec.objective)
 
     @property
+    def rows_of_example(self) -> int:
+        """Token rows that each example becomes."""
+        return len(self.objective.rows(self.examples[0]))
+
+    @property
     def steps(self) -> int:
         """Optimiser steps to do in all."""
         return self.run.spec.trainer.max_steps
@@ -292,7 +297,7 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimiser step of one run: `loss` is the mean NLL over the response tokens of the step.
+    """One optimiser step of one run: `loss` is what the run minimises: of nll, nats a token.
 
     `one_off` are the seconds that the host spent on it to compile and capture, a run's share of them.
     """

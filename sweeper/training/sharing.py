@@ -48,7 +48,7 @@ def pack_key(spec: RunSpec, lengths: Sequence[int]) -> PackKey:
 
 def pack_key_of(state: RunState) -> PackKey:
     """`pack_key` of a run whose examples are known."""
-    return pack_key(state.spec, [len(example.input_ids) for example in state.examples])
+    return pack_key(state.spec, state.order.lengths.tolist())
 
 
 def model_key(spec: RunSpec) -> str:

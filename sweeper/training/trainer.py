@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from sweeper import identity, lost, methods, models
 from sweeper.device import precision_for, precision_name
 from sweeper.errors import first_line, gist
@@ -211,10 +213,10 @@ class Trainer:
 
     def _config(self, base: BaseModel, key: PackKey, alike: Alike) -> PackConfig:
         """How packs of a key compute: whether layers are compiled and steps captured, on CUDA."""
-        lengths = [len(example.input_ids) for state in alike.states for example in state.examples]
+        lengths = np.concatenate([state.order.lengths for state in alike.states])
         config = PackConfig(
             batch_size=key.batch_size, accumulation=key.accumulation, checkpointing=key.checkpointing,
-            deterministic=key.deterministic, lengths_vary=distinct_lengths(lengths) > 1,
+            deterministic=key.deterministic, lengths_vary=distinct_lengths(lengths.tolist()) > 1,
         )  # fmt: skip
         chosen = self.context.settings.compile
         if self.context.device.type != "cuda" or chosen == "off":
@@ -222,10 +224,10 @@ class Trainer:
         steps = sum(group.left * group.spec.trainer.max_steps for group in alike.groups)
         passes = key.accumulation * (steps + sum(state.steps for state in alike.deferred))
         together = max(1, min(self.context.settings.max_pack or MOST, alike.most_at_once))
-        some = [len(example.input_ids) for state in alike.states for example in state.examples[:1000]]
+        rows = key.batch_size * alike.states[0].rows_of_example
         pays = compilation.pays(
             passes / together, layers=number_of_layers(base.targets), width=models.hidden_size(base.model),
-            tokens=together * key.batch_size * sum(some) / len(some), lengths_vary=config.lengths_vary,
+            tokens=together * rows * float(lengths.mean()), lengths_vary=config.lengths_vary,
         )  # fmt: skip
         return dataclasses.replace(config, compiled=chosen == "on" or (chosen == "auto" and pays), captured=True)
 

@@ -1,6 +1,7 @@
 """An objective is one file: here two that are none of ours train packed as they do alone, and as autograd has it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 from sweeper import objectives
 from sweeper.errors import SpecError
 from sweeper.objectives.nll import NLL
+from sweeper.record import read_record
 from sweeper.spec import ObjectiveSpec
 
 PAIRED = ObjectiveSpec(name="margin", options={"beta": 0.5})
@@ -51,10 +53,18 @@ class Margin:
         return functional.softplus(self.beta * (sums[:, ::2] - sums[:, 1::2])).mean(1)
 
 
+class Twice(Margin):
+    """Each example as two rows of the same length."""
+
+    def rows(self, example: Any) -> tuple[Any, Any]:
+        return example, example
+
+
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(objectives.OBJECTIVES, "focal", Focal)
     monkeypatch.setitem(objectives.OBJECTIVES, "margin", Margin)
+    monkeypatch.setitem(objectives.OBJECTIVES, "twice", Twice)
     yield
     objectives._made.cache_clear()
 
@@ -115,7 +125,7 @@ def test_runs_of_different_objectives_share_no_pack(make_spec: Any) -> None:
     [
         (
             ObjectiveSpec(name="nl"),
-            "objective=nl: no such objective. Choose from focal, margin, nll. Did you mean nll?",
+            "objective=nl: no such objective. Choose from focal, margin, nll, twice. Did you mean nll?",
         ),
         (ObjectiveSpec(name="nll", options={"beta": 1}), "objective=nll has no such option. Options: none."),
         (ObjectiveSpec(name="focal", options={"beta": 1}), "objective=focal has no such option. Options: gamma."),
@@ -133,3 +143,11 @@ def test_a_run_of_the_first_objective_keeps_its_id(make_spec: Any) -> None:
     assert "objective" not in canonical_json(make_spec())
     assert "objective" not in to_mapping(make_spec())
     assert make_spec(objective={"name": "focal"}).run_id != make_spec().run_id
+
+
+def test_the_tokens_of_every_row_are_counted(make_run: Any, run_all: Any, tmp_path: Path) -> None:
+    plain, twice = make_run("attn"), make_run("attn", objective={"name": "twice"})
+    run_all([plain, twice])
+    one, two = (read_record(tmp_path / "study" / spec.run_id).efficiency for spec in (plain, twice))
+    assert two.train_tokens == 2 * one.train_tokens
+    assert two.train_flops == pytest.approx(2 * one.train_flops)
