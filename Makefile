@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt constraints-data.txt
 	@test -n "$(PYTHON)" || { echo "error: no python3.11 or newer found; name one with make PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,search,analysis,hub,metrics,tracking,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,search,analysis,mixed,hub,metrics,tracking,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-data.txt
 	@touch $@
 

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap draws (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument("--no-figures", action="store_true", help="tables and report only")
+    parser.add_argument("--mixed", action="store_true", help="fit a linear mixed model as well (needs statsmodels)")
     parser.add_argument(
         "--export", action="append", default=[], choices=["peft", "csv", "parquet"], help="write the runs so"
     )
@@ -68,11 +69,14 @@ def _run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise ValueError(f"--out {options.out}: this folder cannot be made ({error.strerror})") from None
     # Slow imports wait until there is something to do.
-    from analysis import manifest, report, tables
+    from analysis import claims, manifest, report, tables
     from analysis.analyse import analyse
 
-    found = analyse(study, metric=options.metric, tuned=options.tuned, draws=options.draws, seed=options.seed)
-    written = tables.write(found, options.out / "tables")
+    found = analyse(
+        study, metric=options.metric, tuned=options.tuned, draws=options.draws, seed=options.seed,
+        mixed_model=options.mixed,
+    )  # fmt: skip
+    written = [*tables.write(found, options.out / "tables"), claims.write(found, options.out)]
     absent: dict[str, str] = {}
     drawn: list[Path] = []
     if not options.no_figures:

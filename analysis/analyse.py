@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import checks, compare, effects, pareto, spectra, stats
+from analysis import aggregate, checks, compare, effects, mixed, pareto, scaling, spectra, stats
 from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
 from analysis.load import STATUSES, Study
 from analysis.stats import Draws
@@ -36,26 +36,32 @@ class Analysis:
 
 
 def analyse(
-    study: Study, *, metric: str = "nll", tuned: Iterable[str] = (), draws: int = 2000, seed: int = 0
-) -> Analysis:
+    study: Study, *, metric: str = "nll", tuned: Iterable[str] = (), draws: int = 2000, seed: int = 0,
+    mixed_model: bool = False,
+) -> Analysis:  # fmt: skip
     """Computes every table.
 
     Args:
         metric: selects trials (on validation) and is shown in the main figures (on test).
         tuned: dotted fields besides `optim.*` that count as tuned inside an arm.
         draws, seed: of the bootstrap.
+        mixed_model: whether to fit one (`analysis.mixed`), which takes seconds a setting.
     """
+    if mixed_model:
+        mixed.require()
     sampler = Draws(draws, seed)
     found = arrange(study, tuned=tuned, metric=metric)
     arms = summarise(found, draws=sampler, metric=metric)
     tables = {
         "arms": arms,
         "all_tasks": across_settings(found, draws=sampler),
+        "aggregate": aggregate.table(found, draws=sampler),
         "tests": compare.tests(found, draws=sampler),
         "matched_budget": compare.matched(found, draws=sampler),
         "share_kept": compare.shares(found, draws=sampler),
         "anova": effects.placement_by_rank(found, metric),
         "slopes": effects.slopes(found, metric),
+        "scaling": scaling.table(found, metric, draws=sampler),
         "importance": effects.importance(found, metric=metric, seed=seed),
         "power": compare.power_table(found, metric=metric),
         "hypervolume": hypervolumes(found, draws=sampler, metric=metric),
@@ -64,6 +70,8 @@ def analyse(
         "failures": failures(study),
         "checks": checks.check(study, found),
     }
+    if mixed_model:
+        tables["mixed"] = mixed.table(found, metric)
     return Analysis(study=study, found=found, tables=tables, draws=sampler, metric=metric, notes=notes(found))
 
 
@@ -181,35 +189,39 @@ def across_settings(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
 
 
 def hypervolumes(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd.DataFrame:
-    """Hypervolume of each placement's ladder of ranks: log10 of trainable parameters against the metric, up to a fixed
-    reference (all parameters of the model, the base model's score). Percentile interval over joint draws.
+    """Hypervolume of each placement's ladder of ranks: the mean gain over the base model that log10 of trainable
+    parameters buys, over the window of budgets that all ladders share. Percentile interval over joint draws.
     """
     rows = []
     for setting in found.settings:
         base = setting.base
-        if base is None or metric not in base.scores or not setting.total > 0:
-            continue
-        reference = (float(np.log10(setting.total)), _oriented(metric) * _mean(base, metric))
         arms = [arm for arm in setting.arms if metric in arm.scores and arm.parameters > 0]
-        groups = {"all": arms}
+        ladders: dict[str, list[Arm]] = {}
         for arm in arms:
-            if arm.factors["placement"] != FULL:  # at the reference itself, whatever its score
-                groups.setdefault(str(arm.factors["placement"]), []).append(arm)
+            if arm.factors["placement"] != FULL:  # one budget, that of the whole model
+                ladders.setdefault(str(arm.factors["placement"]), []).append(arm)
+        if base is None or metric not in base.scores or not ladders:
+            continue
+        sign, reference = _oriented(metric), _oriented(metric) * _mean(base, metric)
+        start = max(min(arm.parameters for arm in group) for group in ladders.values())
+        end = max(arm.parameters for group in ladders.values() for arm in group)
+        window = (float(np.log10(start)), float(np.log10(end)))
+        groups = {"all": [arm for group in ladders.values() for arm in group], **ladders}
         for name, group in groups.items():
-            if not group:
-                continue
             cost = np.log10([arm.parameters for arm in group])
-            sign = _oriented(metric)
             drawn = sign * stats.joint_draws(
-                [(a.scores[metric].x_RE, a.scores[metric].w_E) for a in group], draws=draws
+                [(arm.scores[metric].x_RE, arm.scores[metric].w_E) for arm in group], draws=draws
             )
-            volumes = [pareto.hypervolume(cost, losses, reference) for losses in drawn[:400]]
-            point = pareto.hypervolume(cost, sign * np.array([_mean(arm, metric) for arm in group]), reference)
+            volumes = [pareto.hypervolume(cost, losses, window, reference) for losses in drawn[:400]]
+            losses = sign * np.array([_mean(arm, metric) for arm in group])
+            point = pareto.hypervolume(cost, losses, window, reference)
             known = all(arm.scores[metric].x_RE.size > 1 for arm in group)
             low, high = np.quantile(volumes, [0.025, 0.975]) if known else (np.nan, np.nan)
             row: dict[str, Any] = {"setting": setting.name, "metric": metric, "placement": name, "arms": len(group)}
+            row |= {"from_parameters": start, "to_parameters": end}
             rows.append(row | {"hypervolume": point, "low": low, "high": high})
-    return pd.DataFrame(rows, columns=["setting", "metric", "placement", "arms", "hypervolume", "low", "high"])
+    columns = ["setting", "metric", "placement", "arms", "from_parameters", "to_parameters", "hypervolume"]
+    return pd.DataFrame(rows, columns=[*columns, "low", "high"])
 
 
 def tuned_table(found: Arrangement) -> pd.DataFrame:
@@ -265,7 +277,8 @@ def notes(found: Arrangement) -> list[str]:
     """What a reader needs to interpret the numbers."""
     lines = [
         f"Scores are of the {found.split} split; NLL in nats per response token; perplexity = exp(NLL).",
-        "Brackets are 95% intervals: seeds and evaluation examples resampled, t quantiles for few seeds.",
+        "Brackets are 95% intervals over seeds and independent groups of evaluation examples, t quantiles for few.",
+        "Part of any arm's gain over the base model is the format of the answers, which the base model never saw.",
         "Scores that single examples do not have, such as macro F1, have intervals over seeds only.",
         "Seconds, memory and tokens/s are of a run alone on its device (solo calibration), never shares of a pack.",
         f"{BASE}: the model before training, on the same examples.",

@@ -23,13 +23,14 @@ NOT_METRICS = ("perplexity", "perplexity_stated", "tokens", "examples")
 
 @dataclass(kw_only=True)
 class Scores:
-    """x_RE with example weights w_E, the seeds of its rows and the ids of its columns. Without per-example scores there
-    is one column and `ids` is empty."""
+    """x_RE with example weights w_E, the seeds of its rows, the ids of its columns and the group of each, empty where
+    records name none. Without per-example scores there is one column and `ids` is empty."""
 
     x_RE: Array
     w_E: Array
     seeds: tuple[Any, ...]
     ids: tuple[str, ...]
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -52,6 +53,12 @@ class Arm:
     @property
     def is_base(self) -> bool:
         return self.label == BASE
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the choice of hyperparameters may not be the arm's best, or its score flatters it; none if not tuned."""
+        edges = tuple(f"{key.split('.')[-1]} {side}" for key, side in self.edges.items())
+        return edges if self.confirmed or self.tried < 2 else (*edges, "not confirmed on fresh seeds")
 
     @cached_property
     def parameters(self) -> float:
@@ -311,7 +318,7 @@ def _scores(study: Study, found: Arrangement, arm: Arm) -> dict[str, Scores]:
     for metric in found.metrics:
         if metric.startswith("forgetting"):
             continue
-        examples = _matrix(columns, metric, seeds)
+        examples = _matrix(columns, metric, seeds, alone=_groups_known(arm.runs, found.split))
         level = arm.runs[f"{found.split}.{metric}"].to_numpy(dtype=float)
         if examples is not None:
             scores[metric] = examples
@@ -321,7 +328,10 @@ def _scores(study: Study, found: Arrangement, arm: Arm) -> dict[str, Scores]:
     return scores
 
 
-def _matrix(columns: Sequence[dict[str, list[Any]]], metric: str, seeds: tuple[Any, ...]) -> Scores | None:
+def _matrix(
+    columns: Sequence[dict[str, list[Any]]], metric: str, seeds: tuple[Any, ...], *, alone: bool
+) -> Scores | None:
+    """Scores of runs by example. `alone`: predictions without groups are of examples that are units of their own."""
     if not columns or not all(metric in one and "id" in one for one in columns):
         return None
     ids = [str(name) for name in columns[0]["id"]]
@@ -343,7 +353,17 @@ def _matrix(columns: Sequence[dict[str, list[Any]]], metric: str, seeds: tuple[A
         return None
     # Sorted by id, so that a seeded bootstrap draws the same examples whatever the order of the lines.
     kept = sorted(np.flatnonzero(keep), key=lambda i: ids[i])
-    return Scores(x_RE=x_RE[:, kept], w_E=weights[kept], seeds=seeds, ids=tuple(ids[i] for i in kept))
+    groups = columns[0].get("group") or (ids if alone else [])
+    return Scores(
+        x_RE=x_RE[:, kept], w_E=weights[kept], seeds=seeds, ids=tuple(ids[i] for i in kept),
+        groups=tuple(str(groups[i]) for i in kept) if groups else (),
+    )  # fmt: skip
+
+
+def _groups_known(runs: pd.DataFrame, split: str) -> bool:
+    """Whether the records say how many independent units the split has; those of former versions do not."""
+    column = f"data.{split}.groups"
+    return column in runs and bool(runs[column].notna().all())
 
 
 def _check(study: Study, arm: Arm, metric: str, scores: Scores, level: Array) -> None:
@@ -369,7 +389,7 @@ def _base(study: Study, found: Arrangement, setting: str, rows: pd.DataFrame) ->
     )
     for metric in found.metrics:
         level = runs.get(f"{found.split}.before.{metric}")
-        scores = _matrix([columns], metric, ())
+        scores = _matrix([columns], metric, (), alone=_groups_known(runs, found.split))
         if scores is None and level is not None and not pd.isna(level.iloc[0]):
             scores = Scores(x_RE=level.to_numpy(dtype=float)[:, None], w_E=np.ones(1), seeds=(), ids=())
         if scores is not None:

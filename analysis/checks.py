@@ -1,8 +1,10 @@
 """Checks a reviewer would make: numbers that contradict each other, and comparisons that are not fair."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.arms import Arrangement
@@ -22,6 +24,8 @@ FUSED = {
     "ff_gate_up": ("ff_gate", "ff_up"),
 }
 FEW_EXAMPLES = 100
+FEW_GROUPS = 30
+DIRTY = "+"  # what the commit of a tree with changes ends in
 _MEMORY = ("peak_memory_solo_bytes", "memory_measured", "device_type", "source")
 CONDITIONS = {
     "precision": "precision", "device_type": "device kind", "device": "device", "attention": "attention",
@@ -35,8 +39,8 @@ SHORTENED = 0.01
 def check(study: Study, found: Arrangement) -> pd.DataFrame:
     """All findings, wrong numbers first. Columns: check, subject, message."""
     rows = [
-        *_perplexities(study), *_parameters(study), *_conditions(found), *_shortened(study), *_fairness(found),
-        *_costs(found),
+        *_perplexities(study), *_unfinite(found), *_parameters(study), *_replicates(found), *_examples(found),
+        *_conditions(found), *_shortened(study), *_fairness(found), *_choice(found), *_source(found), *_costs(found),
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=CHECK_COLUMNS)
 
@@ -54,6 +58,115 @@ def _perplexities(study: Study) -> Iterator[tuple[str, str, str]]:
                 "perplexity is not exp(NLL)", _subject(study.runs.loc[index]),
                 f"{prefix}NLL {nll:.4g} gives perplexity {right[index]:.4g}, stated is {stated[index]:.6g}",
             )  # fmt: skip
+
+
+def _unfinite(found: Arrangement) -> Iterator[tuple[str, str, str]]:
+    """Completed runs without a finite score that other runs of their setting have."""
+    for column in (f"{found.split}.{metric}" for metric in found.metrics):
+        for name, runs in found.runs[found.runs["status"] == "completed"].groupby("setting"):
+            scores = pd.to_numeric(runs[column], errors="coerce").replace([np.inf, -np.inf], np.nan)
+            if scores.isna().any() and scores.notna().any():
+                which = [f"{row['arm']} seed={row['seed']}" for row in runs[scores.isna()].to_dict("records")]
+                text = f"{len(which)} of {len(runs)} completed runs have no finite {column}; they are in no mean"
+                yield "score is no number", f"{name}: {_some(which)}", text
+
+
+def _replicates(found: Arrangement) -> Iterator[tuple[str, str, str]]:
+    """Arms of one setting whose seeds differ, so that means, fronts and hypervolumes compare different samples; runs
+    of one arm, trial and seed."""
+    for setting in found.settings:
+        seeds = {arm.label: frozenset(arm.runs["seed"]) for arm in setting.arms}
+        if len(set(seeds.values())) > 1:
+            shared = frozenset.intersection(*seeds.values())
+            sizes = sorted({len(one) for one in seeds.values()})
+            told = [f"{label}: {_numbers(one)}" for label, one in seeds.items()]
+            text = f"arms have {' to '.join(map(str, sizes[:: max(len(sizes) - 1, 1)]))} seeds, " if sizes[1:] else ""
+            text += f"of which all share {_numbers(shared)}" if shared else "none of which all share"
+            yield (
+                "different seeds", f"{setting.name}: {_some(told)}",
+                f"{text}; a test uses the seeds that its two arms share, and none is made where they share none",
+            )  # fmt: skip
+        apart = [
+            f"{a.label} and {b.label}"
+            for a, b in combinations(setting.arms, 2)
+            if not seeds[a.label] & seeds[b.label]
+        ]  # fmt: skip
+        if apart:
+            text = f"{len(apart)} pairs of arms share no seed: they cannot be compared in pairs, and no test was made"
+            yield "no shared seeds", f"{setting.name}: {_some(apart)}", text
+    done = found.runs[found.runs["status"] == "completed"]
+    if "search.purpose" in done:
+        done = done.assign(purpose=done["search.purpose"])
+    keys = [key for key in ("setting", "arm", "trial", "seed", "purpose") if key in done]
+    again = done[done.duplicated(keys, keep=False)]
+    if len(again):
+        named = [f"{row['arm']} seed={row['seed']} ({row['run_id']})" for row in again.to_dict("records")]
+        text = f"{len(again)} runs share arm, trial and seed with another; only the last by run id of each counts"
+        yield "repeated run", _some(named), text
+
+
+def _examples(found: Arrangement) -> Iterator[tuple[str, str, str]]:
+    """Arms that were scored on different examples, on few independent groups, or on examples of unknown grouping."""
+    for setting in found.settings:
+        for metric in found.metrics:
+            ids = {arm.label: arm.scores[metric].ids for arm in setting.arms if metric in arm.scores}
+            counts = sorted({len(one) for one in ids.values()})
+            if len({frozenset(one) for one in ids.values()}) > 1:
+                shared = len(frozenset.intersection(*(frozenset(one) for one in ids.values())))
+                text = f"{metric}: arms were scored on {counts[0]:,} to {counts[-1]:,} examples of which all share "
+                text += f"{shared:,}; their means are of different examples, their tests of those that two arms share"
+                yield "different examples", setting.name, text
+        scored = [(arm, one) for arm in setting.arms for metric, one in arm.scores.items() if one.ids]
+        missing = [arm.label for arm, one in scored if not one.groups]
+        if missing:
+            text = f"predictions of {len(set(missing))} arms name no groups: each example counts as independent, and "
+            text += "intervals are too narrow if several share a template, document or patient"
+            yield "no groups", f"{setting.name}: {_some(missing)}", text
+        groups = [len(set(one.groups)) for _, one in scored if one.groups]
+        if groups and min(groups) < FEW_GROUPS:
+            examples = min(len(one.ids) for _, one in scored)
+            text = f"{examples:,} examples of {min(groups)} independent groups on {found.split}: "
+            text += "the groups are the sample, and intervals use t with as many degrees of freedom less one"
+            yield "few groups", setting.name, text
+
+
+def _choice(found: Arrangement) -> Iterator[tuple[str, str, str]]:
+    """Arms whose chosen trial was not confirmed on fresh seeds, and arms with more trials to choose from."""
+    for setting in found.settings:
+        tried = {arm.label: arm.tried for arm in setting.arms}
+        chosen = [arm for arm in setting.arms if arm.tried > 1]
+        if len(set(tried.values())) > 1:
+            told = [f"{label}: {count}" for label, count in sorted(tried.items(), key=lambda pair: pair[1])]
+            text = f"arms chose from {min(tried.values())} to {max(tried.values())} trials; more looks find a better "
+            text += "score by chance"
+            yield "unequal trials", f"{setting.name}: {_some([*told[:2], *told[-2:]])}", text
+        unsure = [arm.label for arm in chosen if not arm.confirmed]
+        if unsure:
+            text = f"{len(unsure)} arms report the seeds that their trial was chosen on: their scores are optimistic; "
+            text += "hydra.sweeper.confirm_seeds trains the choice again on fresh seeds"
+            yield "not confirmed", f"{setting.name}: {_some(unsure)}", text
+
+
+def _source(found: Arrangement) -> Iterator[tuple[str, str, str]]:
+    """Runs of several commits, of a working tree with changes, or of none that is known."""
+    runs = found.runs[found.runs["chosen"]]
+    if "git_commit" not in runs or "source" not in runs:
+        return
+    commits = runs.loc[runs["source"] == "study", "git_commit"]
+    known = sorted(set(commits.dropna().astype(str)))
+    dirty = [one for one in known if one.endswith(DIRTY)]
+    if dirty:
+        count = int(commits.isin(dirty).sum())
+        yield "uncommitted changes", _some(dirty), f"{count} of {len(commits)} runs are of a tree with changes"
+    if commits.isna().any():
+        text = f"{int(commits.isna().sum())} of {len(commits)} runs do not say of which commit they are"
+        yield "unknown commit", "study", text
+    if len(known) > 1:
+        yield "several commits", _some(known), f"the runs compared are of {len(known)} commits"
+
+
+def _numbers(seeds: Iterable[Any]) -> str:
+    return ", ".join(map(str, sorted(seeds))) or "none"
 
 
 def _parameters(study: Study) -> Iterator[tuple[str, str, str]]:

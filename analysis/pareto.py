@@ -34,8 +34,20 @@ def membership(cost_A: Array, loss_BA: Array) -> Array:
     return found
 
 
-def hypervolume(cost_A: Array, loss_A: Array, reference: tuple[float, float]) -> float:
-    """Area dominated by the arms up to a fixed reference point (cost, loss); 0 where none beats it (moocore)."""
-    points = np.column_stack([cost_A, loss_A])
-    inside = (points < np.asarray(reference)).all(axis=1)
-    return float(moocore.hypervolume(points[inside], ref=np.asarray(reference))) if inside.any() else 0.0
+def hypervolume(cost_A: Array, loss_A: Array, window: tuple[float, float], reference: float) -> float:
+    """Area between a reference loss and the best loss that each budget of a window buys, over the window's width: the
+    mean gain on the reference, in units of the loss. Where the window has no width, the gain at its end.
+
+    A window that several sets of arms share, from the largest of their smallest costs on, rewards none for arms that
+    are merely cheaper than the others'.
+
+    Raises:
+        ValueError: no arm is as cheap as the window's start.
+    """
+    start, end = window
+    if not (cost_A <= start).any():
+        raise ValueError(f"no arm costs at most {start:g}")
+    edges = np.unique(np.clip(np.r_[start, cost_A, end], start, end))
+    best_K = np.array([loss_A[cost_A <= edge].min() for edge in edges])
+    gain_K = np.maximum(reference - best_K, 0.0)
+    return float(gain_K[:-1] @ np.diff(edges) / (end - start)) if end > start else float(gain_K[-1])

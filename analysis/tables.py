@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import manifest
+from analysis import compare, manifest, provenance
 from analysis.analyse import Analysis
 from analysis.arms import BASE, FULL, higher_is_better
 
@@ -34,7 +35,11 @@ CAPTIONS = {
     "anova": "Analysis of variance over what tells arms apart, seeds as blocks (type II), on these examples.",
     "slopes": "Change of the score for each doubling of the rank, on these examples.",
     "power": "Power of one paired test at 5% (before Holm), and the seeds or examples that 80% would need.",
-    "hypervolume": "Hypervolume of each placement's ranks (log10 trainable parameters by score, up to the base model).",
+    "hypervolume": "Mean gain over the base model that trainable parameters buy, over the log10 budgets shared by all.",
+    "scaling": "Change of the score per doubling of rank and of parameters; from 4 sizes a power law with a floor.",
+    "aggregate": "Over tasks: normalised scores (0 base model, 1 mean gain of all arms), and the chance to beat the "
+    "reference arm (Agarwal et al. 2021).",
+    "mixed": "Linear mixed model: placement × rank fixed, seeds and groups random, restricted maximum likelihood.",
     "importance": "Share of the variance of the validation score that each field explains.",
     "all_tasks": "Mean over tasks of equal weight.",
     "spectra": "What training changed: norm, ranks and new directions of the updates, and where their energy is.",
@@ -55,15 +60,20 @@ class Cell:
 
 @dataclass(kw_only=True)
 class Sheet:
-    """A formatted table: header and cells."""
+    """A formatted table: header and cells. The note under it says where its numbers come from."""
 
     name: str
     caption: str
     header: list[str]
     rows: list[list[Cell]] = field(default_factory=list)
+    note: str = ""
 
 
 COMMONEST = "commonest answer"
+SKEWED = 0.05
+"""Share of its half width that an estimate may lie beside its interval's middle and still be shown with "±"."""
+DAGGER = "†"
+DAGGERED = f" {DAGGER}: the choice of hyperparameters is at the edge of what was tried or not confirmed (table tuned)."
 
 
 def sheets(analysis: Analysis) -> list[Sheet]:
@@ -74,6 +84,9 @@ def sheets(analysis: Analysis) -> list[Sheet]:
         table = analysis.tables.get(name)
         if name != "efficiency" and table is not None and len(table):
             found.append(plain(name, table))
+    note = provenance.sentence(analysis)
+    for sheet in found:
+        sheet.note = note
     return found
 
 
@@ -90,7 +103,7 @@ def placement_rank(analysis: Analysis, metric: str) -> Sheet:
         *(title(key) for key in extra),
         *(f"r={rank:g}" for rank in ranks),
     ]
-    best = bold_arms(analysis, metric)
+    best, marks = bold_arms(analysis, metric), daggers(analysis)
     rows: list[list[Cell]] = []
     for setting, group in arms.groupby("setting", sort=False):
         lead = [Cell(value=setting, text=str(setting))] if several else []
@@ -112,7 +125,12 @@ def placement_rank(analysis: Analysis, metric: str) -> Sheet:
         for keys, ladder in trained.groupby(["placement", *extra], sort=False, dropna=False):
             by_rank = {row["rank"]: row for row in ladder.to_dict("records")}
             cells = [
-                _estimate(by_rank[rank], metric, (setting, by_rank[rank]["arm"]) in best)
+                _estimate(
+                    by_rank[rank],
+                    metric,
+                    (setting, by_rank[rank]["arm"]) in best,
+                    marks.get((str(setting), by_rank[rank]["arm"]), ""),
+                )
                 if rank in by_rank
                 else Cell(value=None, text="–")
                 for rank in ranks
@@ -121,7 +139,8 @@ def placement_rank(analysis: Analysis, metric: str) -> Sheet:
     name = f"placement_rank_{metric}"
     direction = "higher" if higher_is_better(metric) else "lower"
     what = f"{title(metric)} on {analysis.found.split} by placement and rank"
-    caption = f"{what} ({direction} is better), ± half of the 95% interval."
+    caption = f"{what} ({direction} is better), with 95% intervals: ± half of one where it is symmetric."
+    caption += DAGGERED if marks else ""
     if len(ranks) > 1 and arms.loc[arms["arm"] != BASE, "rank"].isna().any():
         caption += " What has no rank stands in the first column."
     return Sheet(name=name, caption=caption, header=header, rows=rows)
@@ -149,15 +168,22 @@ def efficiency(analysis: Analysis) -> Sheet:
     scores = [name for metric in metrics for name in ([metric, "perplexity"] if metric == "nll" else [metric])]
     header = [*(["task"] if several else []), "arm", *map(title, costs), *map(title, scores), *map(title, forgetting)]
     bold = {metric: overall_best(analysis, metric) for metric in metrics}
+    marks = daggers(analysis)
     rows = []
     for row in arms.to_dict("records"):
         cells = [Cell(value=row["setting"], text=row["setting"])] if several else []
-        cells.append(Cell(value=row["arm"], text=row["arm"]))
+        cells.append(Cell(value=row["arm"], text=row["arm"] + marks.get((row["setting"], row["arm"]), "")))
         cells += [Cell(value=row[key], text=show(key, row[key])) for key in costs]
         cells += [_estimate(row, key, (row["setting"], row["arm"]) in bold.get(key, set())) for key in scores]
         cells += [_estimate(row, key) for key in forgetting]
         rows.append(cells)
-    return Sheet(name="efficiency", caption=CAPTIONS["efficiency"], header=header, rows=rows)
+    caption = CAPTIONS["efficiency"] + (DAGGERED if marks else "")
+    return Sheet(name="efficiency", caption=caption, header=header, rows=rows)
+
+
+def daggers(analysis: Analysis) -> dict[tuple[str, str], str]:
+    """A dagger for each (setting, arm) whose choice of hyperparameters is in doubt."""
+    return {(arm.setting, arm.label): DAGGER for arm in analysis.found.arms if arm.doubts}
 
 
 def plain(name: str, table: pd.DataFrame) -> Sheet:
@@ -183,23 +209,31 @@ def plain(name: str, table: pd.DataFrame) -> Sheet:
 
 
 def bold_arms(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
-    """(setting, arm) of arms that significantly beat, after Holm, all arms of their rank that differ in one factor."""
+    """(setting, arm) of arms that significantly beat all arms of their rank that differ in one factor; an arm that
+    could not be tested against one of them is never bold."""
     tests = analysis.tables["tests"]
     tests = tests[(tests["metric"] == metric) & ~tests["family"].isin(("rank", BASE, FULL))]
+    rivals = _rivals(analysis, without=("rank", BASE, FULL))
     found = set()
     for setting, group in tests.groupby("setting"):
         for arm in set(group["a"]) | set(group["b"]):
             mine = group[(group["a"] == arm) | (group["b"] == arm)]
-            if (mine["better"] == arm).all():
+            if len(mine) == rivals[str(setting), arm] and (mine["better"] == arm).all():
                 found.add((str(setting), arm))
     return found
+
+
+def _rivals(analysis: Analysis, without: tuple[str, ...] = ()) -> Counter[tuple[str, str]]:
+    """How many arms each (setting, arm) is to be tested against, in families but these."""
+    pairs = [pair for pair in compare.pairs(analysis.found) if pair.family not in without]
+    return Counter((pair.setting.name, arm.label) for pair in pairs for arm in (pair.a, pair.b))
 
 
 def overall_best(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
     """(setting, arm) of the best arm, if it wins all its tests and its interval overlaps with that of no arm it was not
     tested against (those that differ in two factors)."""
     arms = analysis.arms[analysis.arms["arm"] != BASE]
-    tests = analysis.tables["tests"]
+    tests, rivals = analysis.tables["tests"], _rivals(analysis)
     found = set()
     for setting, group in arms.groupby("setting"):
         if metric not in group or group[metric].notna().sum() < 2:
@@ -213,7 +247,8 @@ def overall_best(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
         edge = (
             best[f"{metric}_low"] > others[f"{metric}_high"] if up else best[f"{metric}_high"] < others[f"{metric}_low"]
         )
-        if (mine["better"] == best["arm"]).all() and bool(edge.all()):
+        tested_all = len(mine) == rivals[str(setting), str(best["arm"])]
+        if tested_all and (mine["better"] == best["arm"]).all() and bool(edge.all()):
             found.add((str(setting), str(best["arm"])))
     return found
 
@@ -243,13 +278,14 @@ def write(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def markdown(sheet: Sheet) -> str:
-    """A Markdown table with its caption."""
+    """A Markdown table with its caption above and its note below."""
 
     def line(texts: Iterable[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
 
     body = [line(f"**{cell.text}**" if cell.bold else cell.text for cell in row) for row in sheet.rows]
-    return "\n".join([sheet.caption, "", line(sheet.header), line("---" for _ in sheet.header), *body])
+    under = ["", sheet.note] if sheet.note else []
+    return "\n".join([sheet.caption, "", line(sheet.header), line("---" for _ in sheet.header), *body, *under])
 
 
 def latex(sheet: Sheet) -> str:
@@ -262,12 +298,13 @@ def latex(sheet: Sheet) -> str:
         for row in sheet.rows
     ]
     caption, label = tex(sheet.caption), sheet.name.replace("_", "-")
+    under = rf"\par\smallskip\raggedright\scriptsize {tex(sheet.note)}" if sheet.note else ""
     if len(body) > 45:
         opening, closing = (r"\begin{landscape}", r"\end{landscape}") if letters > 125 else ("", "")
         size = r"\tiny" if letters > 175 else r"\scriptsize"
         lines = [opening, rf"{{{size}\setlength{{\tabcolsep}}{{3pt}}", rf"\begin{{longtable}}{{{columns}}}"]
         lines += [rf"\caption{{{caption}}}\label{{tab:{label}}}\\", r"\toprule", head, r"\midrule", r"\endhead"]
-        lines += [r"\bottomrule", r"\endfoot", *body, r"\end{longtable}}", closing]
+        lines += [r"\bottomrule", r"\endfoot", *body, r"\end{longtable}", under, "}", closing]
         return "\n".join(line for line in lines if line) + "\n"
     wide = letters > 110 and not sentences
     opening, closing = (r"\resizebox{\textwidth}{!}{%", "}") if wide else ("", "")
@@ -281,7 +318,7 @@ def latex(sheet: Sheet) -> str:
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    return "\n".join([*(line for line in lines if line), *([closing] if closing else []), r"\end{table}"]) + "\n"
+    return "\n".join(line for line in [*lines, closing, under, r"\end{table}"] if line) + "\n"
 
 
 def _layout(sheet: Sheet) -> tuple[str, int, bool]:
@@ -311,6 +348,7 @@ _TEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "…": r"\ldots{}",
     "−": "$-$",
+    "†": r"$\dagger$",
     "–": "--", "η": r"$\eta$", "²": "$^2$", "→": r"$\to$", "<": "$<$", ">": "$>$", "|": r"$|$", '"': "''", "\n": " ",
 })  # fmt: skip
 
@@ -366,16 +404,18 @@ def size(count: float) -> str:
     return f"{count:.3g} GiB" if count < 1000 else f"{count:.0f} GiB"
 
 
-def _estimate(row: dict[str, Any], metric: str, bold: bool = False) -> Cell:
+def _estimate(row: dict[str, Any], metric: str, bold: bool = False, mark: str = "") -> Cell:
     value = row.get(metric)
     if value is None or math.isnan(value):
         return Cell(value=None, text="–")
     low, high = row.get(f"{metric}_low", math.nan), row.get(f"{metric}_high", math.nan)
     half = (high - low) / 2
     if not math.isfinite(half) or half <= 0:
-        return Cell(value=value, text=number(value), bold=bold)
+        return Cell(value=value, text=number(value) + mark, bold=bold)
+    if abs(value - (low + high) / 2) > SKEWED * half:  # "±" would state an interval that it is not
+        return Cell(value=value, text=_between(value, low, high) + mark, bold=bold)
     decimals = min(max(1 - math.floor(math.log10(half)), 0), 5)
-    return Cell(value=value, text=f"{value:,.{decimals}f} ± {half:,.{decimals}f}", bold=bold)
+    return Cell(value=value, text=f"{value:,.{decimals}f} ± {half:,.{decimals}f}{mark}", bold=bold)
 
 
 def _between(value: float, low: float, high: float) -> str:

@@ -97,7 +97,7 @@ def sweep(*overrides: str, config_dir: str | Path | None = None, **fields: Any) 
     words = _words(overrides, fields)
     with _composing(words, config_dir) as composer:
         arms, settings, search, workers = _command(composer, words)
-        found = launch.carry_out(arms, settings, search, workers=workers)
+        found = launch.carry_out(arms, settings, search, workers=workers, typed=_call("sweep", words))
     return Study(folder=found.study, runs=tuple(map(_own, found.runs)))
 
 
@@ -118,7 +118,7 @@ def train(*overrides: str, config_dir: str | Path | None = None, **fields: Any) 
         found = config.expand(words, composer)
         if several:
             raise Problems(several)
-        done = launch.carry_out(found.arms, found.settings)
+        done = launch.carry_out(found.arms, found.settings, typed=_call("train", words))
     if done.failures is not None:
         raise done.failures
     return _own(done.runs[0])
@@ -167,6 +167,10 @@ def _read(folder: Path) -> run.Run:
 
 def _own(one: run.Run) -> Run:
     return Run(run_id=one.run_id, spec=one.spec, folder=one.folder, arm=one.arm, search=one.search)
+
+
+def _call(name: str, words: Sequence[str]) -> str:
+    return f"sweeper.{name}({', '.join(map(repr, words))})"
 
 
 def _words(overrides: Sequence[str], fields: dict[str, Any]) -> list[str]:

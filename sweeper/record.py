@@ -1,6 +1,7 @@
 """What a run leaves on disk: the schema, the atomic write and the read. Nothing here needs torch."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -24,6 +25,8 @@ SPECTRA = "spectra.json"
 CHECKPOINT = "checkpoint.safetensors"
 TRACEBACK = "traceback.txt"
 WANDB_ID = "wandb.json"
+
+COMMANDS = "commands.jsonl"
 
 # what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
 TENSORBOARD, WANDB = "tensorboard", "wandb"
@@ -164,6 +167,23 @@ def write_record(folder: Path, record: Record) -> Path:
         for score in moments.values():
             score["perplexity"] = perplexity(score["nll"])
     return write_json(folder / RECORD, plain)
+
+
+def note_command(study: Path, typed: str) -> None:
+    """Adds a command that trains to `study/commands.jsonl`: `at`, UTC, and what was `typed`."""
+    at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    study.mkdir(parents=True, exist_ok=True)
+    with (study / COMMANDS).open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps({"at": at, "typed": typed}) + "\n")
+
+
+def read_commands(study: Path) -> list[dict[str, str]]:
+    """The commands that trained a study, oldest first; none where a former version did."""
+    try:
+        lines = (study / COMMANDS).read_text(encoding="utf-8").splitlines()
+        return [{key: str(value) for key, value in json.loads(line).items()} for line in lines if line.strip()]
+    except (OSError, ValueError, AttributeError):
+        return []
 
 
 def read_record(folder: Path) -> Record:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,12 +169,13 @@ def _no_jobs(launcher: Any, error: Exception) -> SpecError:
 
 def carry_out(
     arms: Sequence[Arm], settings: Settings, search: SearchSettings | None = None, *,
-    workers: Workers | None = None, engine: TrainRuns | None = None,
+    workers: Workers | None = None, engine: TrainRuns | None = None, typed: str | None = None,
 ) -> Finished:  # fmt: skip
     """Trains what is missing, prints and saves the table: where the command line and the Python API meet.
 
     Args:
         workers: who trains; None is this process. engine: what it trains with.
+        typed: the command as the study is to note it; None is that of this process.
 
     Raises:
         Problems: bad input; nothing was trained and nothing written.
@@ -195,6 +197,7 @@ def carry_out(
     announce(plan, search, console, left=left)
     outcome = Outcome(records={})
     if left:
+        record.note_command(plan.study, typed or shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
         say = functools.partial(console.print, style="yellow", markup=False, soft_wrap=True)
         display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan.fields, settings, say)
         work.observers = [display] if tracker is None else [display, tracker]

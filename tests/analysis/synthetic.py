@@ -55,8 +55,11 @@ def write_study(
     modules: bool = True,
     spectra: bool = False,
     seed: int = 0,
+    groups: int | None = None,
+    group_sd: float = 0.0,
 ) -> Path:
-    """Writes one run folder for each combination. Full fine-tuning (method full_ft) has one arm a dataset."""
+    """Writes one run folder for each combination; its examples are of so many `groups`, which share an effect on the
+    difference between arms, or each of its own. Full fine-tuning (method full_ft) has one arm a dataset."""
     truth = truth or Truth()
     rng = np.random.default_rng(seed)
     for dataset in datasets:
@@ -67,6 +70,8 @@ def write_study(
         for placement, level in truth.placements.items():
             for rank in ranks:
                 mine = rng.normal(0, truth.arm_example_sd, examples)
+                if groups is not None:
+                    mine = mine + rng.normal(0, group_sd, groups)[np.arange(examples) % groups]
                 for method in methods:
                     if method == "full_ft" and (placement != "full" or rank != ranks[0]):
                         continue
@@ -79,8 +84,9 @@ def write_study(
                             after = np.maximum(mean + shift + hard + mine + wiggle + noise, 0.001)
                             spec = _spec(dataset, method, placement, rank, lr, number, steps)
                             _write_run(
-                                folder, spec, ids, tokens, base, after, forgetting=forgetting, modules=modules, rng=rng
-                            )
+                                folder, spec, ids, tokens, base, after, forgetting=forgetting, modules=modules, rng=rng,
+                                groups=groups,
+                            )  # fmt: skip
                             if spectra:
                                 write_spectra(folder, spec)
     return folder
@@ -102,7 +108,7 @@ def _spec(dataset: str, method: str, placement: str, rank: int, lr: float, seed:
 
 def _write_run(
     folder: Path, spec: dict[str, Any], ids: list[str], tokens: Any, base: Any, after: Any, *, forgetting: bool,
-    modules: bool, rng: np.random.Generator,
+    modules: bool, rng: np.random.Generator, groups: int | None,
 ) -> None:  # fmt: skip
     run_id = _run_id(spec)
     path = folder / run_id
@@ -131,11 +137,12 @@ def _write_run(
                 "metrics": {"exact_match": float(correct.mean())},
             }  # fmt: skip
             if split == "test":
+                own = [""] * len(ids) if groups is None else [f'"group": "g{i % groups}", ' for i in range(len(ids))]
                 lines += [
-                    f'{{"split": "{split}", "moment": "{moment}", "id": "{name}", "nll": {score:.6f}, '
+                    f'{{"split": "{split}", "moment": "{moment}", "id": "{name}", {group}"nll": {score:.6f}, '
                     f'"tokens": {count}, "exact_match": {hit}}}'
-                    for name, score, count, hit in zip(
-                        ids, (nll * tokens).tolist(), tokens.tolist(), correct.tolist(), strict=True
+                    for name, group, score, count, hit in zip(
+                        ids, own, (nll * tokens).tolist(), tokens.tolist(), correct.tolist(), strict=True
                     )
                 ]
     if forgetting:
@@ -148,7 +155,8 @@ def _write_run(
     loss = scores["test"]["after"]["nll"] + 5 * np.exp(-np.arange(steps) / steps * 6) + rng.normal(0, 0.03, steps)
     record = {
         "run_id": run_id, "study": folder.name, "status": "completed", "spec": spec, "modules": adapted,
-        "trainable_parameters": trainable, "total_parameters": TOTAL, "steps": steps, "scores": scores, "data": {},
+        "trainable_parameters": trainable, "total_parameters": TOTAL, "steps": steps, "scores": scores,
+        "data": {split: {"examples": len(ids), "groups": groups or len(ids)} for split in ("validation", "test")},
         "efficiency": {
             "train_seconds_amortised": 1.1,
             "train_seconds_solo": 4 + 0.1 * len(spec["placement"]["roles"]) + 1e-7 * trainable,
@@ -156,7 +164,10 @@ def _write_run(
             "train_tokens": 40000, "train_flops": 2e13 + 6.0 * trainable * 40000, "adapter_bytes": 4 * trainable,
             "pack_runs": 9,
         },
-        "environment": {"device": "H200", "versions": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"}},
+        "environment": {
+            "device": "H200", "git_commit": "0123456789ab",
+            "versions": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
+        },
         "error": None, "started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:00+00:00", "schema": 1,
     }  # fmt: skip
     (path / RECORD).write_text(json.dumps(record))

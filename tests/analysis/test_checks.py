@@ -9,8 +9,9 @@ import pytest
 from analysis import analyse, load
 from analysis.checks import expected_parameters
 from analysis.exchange import from_published
+from analysis.tables import bold_arms, overall_best
 from sweeper.record import PREDICTIONS, RECORD
-from tests.analysis.synthetic import edit, write_study
+from tests.analysis.synthetic import Truth, edit, write_study
 
 DATA = Path(__file__).parent / "data"
 GPT2_MEDIUM = {"model.config.n_layer": 24, "model.config.n_embd": 1024, "rank": 16, "method": "lora"}
@@ -49,7 +50,112 @@ def test_the_published_table_of_2025_is_contradicted() -> None:
 
 def test_an_honest_study_has_no_contradictions(tmp_path: Path) -> None:
     study = write_study(tmp_path / "s", ranks=(4,), lrs=(1e-3, 3e-3, 1e-2), examples=120, steps=2)
-    assert set(analyse(load(study), draws=50).tables["checks"]["check"]) == {"unequal budgets"}
+    assert set(analyse(load(study), draws=50).tables["checks"]["check"]) == {"unequal budgets", "not confirmed"}
+
+
+def _checks(study: Path) -> dict[str, str]:
+    table = analyse(load(study), draws=50).tables["checks"]
+    return {row["check"]: f"{row['subject']}: {row['message']}" for row in table.to_dict("records")}
+
+
+def _runs(study: Path, **wanted: object) -> list[Path]:
+    """Folders of the runs whose spec has these values: placement, seed, rank."""
+    found = []
+    for folder in sorted(path.parent for path in study.glob(f"*/{RECORD}")):
+        spec = json.loads((folder / RECORD).read_text())["spec"]
+        if all((spec[key]["name"] if key == "placement" else spec[key]) == value for key, value in wanted.items()):
+            found.append(folder)
+    return found
+
+
+def test_arms_with_other_seeds_are_named_and_none_of_them_is_bold(tmp_path: Path) -> None:
+    """Attention and feed-forward on seeds 0 to 2, full on 3 to 5: full cannot be tested, so nobody is the best."""
+    truth = Truth(placements={"attn": 0.53, "ff": 0.42, "full": 0.12}, arm_example_sd=0.01)
+    study = write_study(tmp_path / "s", truth=truth, ranks=(4,), seeds=(0, 1, 2, 3, 4, 5), examples=120, steps=2)
+    gone = [*_runs(study, placement="attn"), *_runs(study, placement="ff")]
+    for folder in gone:
+        if json.loads((folder / RECORD).read_text())["spec"]["seed"] > 2:
+            shutil.rmtree(folder)
+    for seed in (0, 1, 2):
+        for folder in _runs(study, placement="full", seed=seed):
+            shutil.rmtree(folder)
+    found = analyse(load(study), draws=200)
+    said = _checks(study)
+    assert "none of which all share" in said["different seeds"]
+    assert "attn r4 and full r4, ff r4 and full r4: 2 pairs of arms share no seed" in said["no shared seeds"]
+    assert bold_arms(found, "nll") == set()
+    assert overall_best(found, "nll") == set()
+
+
+def test_unequal_numbers_of_seeds_are_named(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0, 1, 2), examples=120, steps=2)
+    shutil.rmtree(_runs(study, placement="ff", seed=2)[0])
+    assert "arms have 2 to 3 seeds, of which all share 0, 1" in _checks(study)["different seeds"]
+
+
+def test_test_sets_that_differ_are_named(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), examples=120, steps=2)
+    for folder in _runs(study, placement="ff"):
+        lines = (folder / PREDICTIONS).read_text().splitlines()
+        (folder / PREDICTIONS).write_text("\n".join(line for line in lines if '-7"' not in line) + "\n")
+    said = _checks(study)["different examples"]
+    assert "arms were scored on 119 to 120 examples of which all share 119" in said
+
+
+def test_a_score_that_is_no_number_is_named(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), examples=120, steps=2)
+
+    def diverge(record: dict[str, Any]) -> None:
+        record["scores"]["test"]["after"]["nll"] = None
+
+    edit(_runs(study, placement="attn", seed=1)[0], diverge)
+    assert "attn r4 seed=1: 1 of 9 completed runs have no finite test.nll" in _checks(study)["score is no number"]
+
+
+def test_one_arm_and_seed_twice_is_named(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), examples=120, steps=2)
+    one = _runs(study, placement="attn", seed=1)[0]
+    shutil.copytree(one, study / "again")
+
+    def other(record: dict[str, Any]) -> None:
+        record["run_id"] = "ffffffffffff"
+
+    edit(study / "again", other)
+    assert "2 runs share arm, trial and seed" in _checks(study)["repeated run"]
+
+
+def test_more_looks_in_one_arm_are_named(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), lrs=(1e-3, 3e-3, 1e-2), examples=120, steps=2)
+    for folder in _runs(study, placement="ff"):
+        if json.loads((folder / RECORD).read_text())["spec"]["optim"]["lr"] == 1e-2:
+            shutil.rmtree(folder)
+    assert "arms chose from 2 to 3 trials" in _checks(study)["unequal trials"]
+
+
+@pytest.mark.parametrize(("groups", "check"), [(12, "few groups"), (60, None)])
+def test_few_groups_are_named(groups: int, check: str | None, tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), examples=120, steps=2, groups=groups)
+    said = _checks(study)
+    assert ("few groups" in said) == (check is not None)
+    assert check is None or "120 examples of 12 independent groups" in said[check]
+
+
+def test_records_that_say_nothing_of_groups_are_named(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), examples=120, steps=2)
+    for folder in _runs(study):
+        edit(folder, lambda record: record.update(data={}))
+    assert "each example counts as independent" in _checks(study)["no groups"]
+
+
+def test_changes_that_no_commit_has_are_named(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), examples=120, steps=2)
+    first, second, *_ = _runs(study)
+    edit(first, lambda record: record["environment"].update(git_commit="0123456789ab+"))
+    edit(second, lambda record: record["environment"].update(git_commit=None))
+    said = _checks(study)
+    assert "1 of 9 runs are of a tree with changes" in said["uncommitted changes"]
+    assert "1 of 9 runs do not say of which commit they are" in said["unknown commit"]
+    assert "0123456789ab, 0123456789ab+" in said["several commits"]
 
 
 def test_an_arm_is_named_with_its_task_where_there_are_several(tmp_path: Path) -> None:

@@ -127,9 +127,19 @@ def test_arms_that_are_equal_do_not_differ(draws: Draws) -> None:
 def test_front_and_hypervolume_on_a_drawing() -> None:
     cost, loss = np.array([1.0, 2, 3, 2, 4, 1]), np.array([5.0, 3, 1, 4, 1, 5])
     assert front(cost, loss).tolist() == [True, True, True, False, False, True]
-    # rectangles up to (4, 6): (4-1)(6-5) + (4-2)(5-3) + (4-3)(3-1)
-    assert hypervolume(cost, loss, (4.0, 6.0)) == pytest.approx(3 + 4 + 2)
-    assert hypervolume(cost, loss, (1.0, 1.0)) == 0.0
+    # gains on 6 of the best so far: 1 from cost 1 to 2, 3 from 2 to 3, 5 from 3 to 4
+    assert hypervolume(cost, loss, (1.0, 4.0), 6.0) == pytest.approx((1 + 3 + 5) / 3)
+    assert hypervolume(cost, loss, (2.5, 4.0), 6.0) == pytest.approx((0.5 * 3 + 5) / 1.5)
+    assert hypervolume(cost, loss, (3.0, 3.0), 6.0) == 5.0
+    assert hypervolume(cost, loss, (1.0, 4.0), 0.5) == 0.0
+    with pytest.raises(ValueError, match=r"no arm costs at most 0\.5"):
+        hypervolume(cost, loss, (0.5, 4.0), 6.0)
+
+
+def test_a_cheaper_arm_alone_does_not_raise_the_hypervolume() -> None:
+    window = (2.0, 4.0)
+    dear = hypervolume(np.array([2.0, 4.0]), np.array([3.0, 1.0]), window, 6.0)
+    assert hypervolume(np.array([1.0, 2.0, 4.0]), np.array([5.0, 3.0, 1.0]), window, 6.0) == dear
 
 
 def test_membership_without_noise_is_the_front() -> None:

@@ -50,8 +50,19 @@ def test_others_can_read_what_a_study_leaves(specs: tuple[RunSpec, ...], study: 
     finally:
         os.umask(former)
     left = [path for path in study.folder.rglob("*") if path.is_file()]
-    assert {path.name for path in left} == {"record.json", "summary.csv", "summary.md"}
+    assert {path.name for path in left} == {"record.json", "summary.csv", "summary.md", "commands.jsonl"}
     assert {path.stat().st_mode & 0o777 for path in left} == {0o640}
+
+
+def test_a_study_notes_the_commands_that_trained_it(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py", "-m", "rank=4,8", "study=a b"])
+    launch.train(grouped(specs[:2]), study, engine=engine)
+    launch.carry_out(grouped(specs[:3]), study, engine=engine, typed="sweeper.sweep('rank=4')")
+    launch.train(grouped(specs[:3]), study, engine=engine)  # trains nothing
+    found = [one["typed"] for one in record.read_commands(study.folder)]
+    assert found == ["python train.py -m rank=4,8 'study=a b'", "sweeper.sweep('rank=4')"]
 
 
 def test_more_runs_extend_a_study(

@@ -1,0 +1,101 @@
+"""How the score falls with rank and parameters: a straight line in log parameters, and, with four sizes or more, a
+power law with a floor, each with its uncertainty from the joint bootstrap of seeds and groups."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import optimize
+
+from analysis import stats
+from analysis.arms import FULL, Arm, Arrangement, Setting, higher_is_better
+from analysis.stats import Array, Draws
+
+COLUMNS = [
+    "setting", "metric", "placement", "by", "sizes", "per_doubling", "low", "high", "rms_residual", "exponent",
+    "exponent_low", "exponent_high", "floor", "floor_low", "floor_high",
+]  # fmt: skip
+LEAST_SIZES = 4
+DRAWS = 200
+EXPONENTS = (0.01, 4.0)
+
+
+def table(found: Arrangement, metric: str, *, draws: Draws) -> pd.DataFrame:
+    """One row per setting, placement and measure of size (`rank`, `parameters`).
+
+    `per_doubling` is the change of the score when the size doubles. The power law score = floor + scale ·
+    size^-exponent is fitted to four sizes or more; its interval is that of the draws it could be fitted to, empty where
+    fewer than half could. A ladder holds arms that differ in rank alone.
+    """
+    rows = []
+    for setting in found.settings:
+        for placement, arms in _ladders(setting, metric).items():
+            scores = [(arm.scores[metric].x_RE, arm.scores[metric].w_E) for arm in arms]
+            drawn_BA = stats.joint_draws(scores, draws=draws)
+            mean_A = np.array([float((x_RE @ w_E / w_E.sum()).mean()) for x_RE, w_E in scores])
+            known = all(x_RE.size > 1 for x_RE, _ in scores)
+            for by, size_A in (
+                ("rank", [arm.factors["rank"] for arm in arms]),
+                ("parameters", [a.parameters for a in arms]),
+            ):
+                row: dict[str, Any] = {"setting": setting.name, "metric": metric, "placement": placement, "by": by}
+                row |= {"sizes": len(arms), **_line(np.log2(np.array(size_A, dtype=float)), mean_A, drawn_BA, known)}
+                if len(arms) >= LEAST_SIZES:
+                    sign = -1.0 if higher_is_better(metric) else 1.0
+                    row |= _law(np.array(size_A, dtype=float), sign * mean_A, sign * drawn_BA[:DRAWS], sign)
+                rows.append(row)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _ladders(setting: Setting, metric: str) -> dict[str, list[Arm]]:
+    """Arms with a rank, by what else tells them apart; of two sizes or more."""
+    ranked = [arm for arm in setting.arms if metric in arm.scores and not pd.isna(arm.factors["rank"])]
+    ranked = [arm for arm in ranked if arm.factors["placement"] != FULL]
+    vary = [key for key in (ranked[0].factors if ranked else []) if key not in ("rank", "alpha", "placement")]
+    vary = [key for key in vary if len({str(arm.factors[key]) for arm in ranked}) > 1]
+    found: dict[str, list[Arm]] = {}
+    for arm in ranked:
+        name = " ".join([str(arm.factors["placement"]), *(str(arm.factors[key]) for key in vary)])
+        found.setdefault(name, []).append(arm)
+    ladders = {name: sorted(arms, key=lambda arm: arm.factors["rank"]) for name, arms in found.items()}
+    return {name: arms for name, arms in ladders.items() if len({arm.factors["rank"] for arm in arms}) > 1}
+
+
+def _line(x_A: Array, mean_A: Array, drawn_BA: Array, known: bool) -> dict[str, float]:
+    centered_A = x_A - x_A.mean()
+    weights_A = centered_A / (centered_A @ centered_A)
+    slope = float(mean_A @ weights_A)
+    rest = mean_A - mean_A.mean() - slope * centered_A
+    low, high = np.quantile(drawn_BA @ weights_A, [0.025, 0.975]) if known else (np.nan, np.nan)
+    return {"per_doubling": slope, "low": low, "high": high, "rms_residual": float(np.sqrt((rest**2).mean()))}
+
+
+def _law(size_A: Array, mean_A: Array, drawn_BA: Array, sign: float) -> dict[str, float]:
+    fitted = fit(size_A, mean_A)
+    if fitted is None:
+        return {}
+    drawn = [one for one in (fit(size_A, values) for values in drawn_BA) if one is not None]
+    row = {"exponent": fitted[1], "floor": sign * fitted[0]}
+    if 2 * len(drawn) >= len(drawn_BA):
+        for name, values in (("exponent", [one[1] for one in drawn]), ("floor", [sign * one[0] for one in drawn])):
+            row[f"{name}_low"], row[f"{name}_high"] = np.quantile(values, [0.025, 0.975])
+    return row
+
+
+def fit(size_A: Sequence[float] | Array, loss_A: Sequence[float] | Array) -> tuple[float, float] | None:
+    """Floor and exponent of loss = floor + scale · (size / smallest)^-exponent, least squares; None where the best
+    exponent is at the edge of `EXPONENTS`, so that the data do not tell a floor from a straight line or from none."""
+    x_A, y_A = np.asarray(size_A, dtype=float) / float(np.min(size_A)), np.asarray(loss_A, dtype=float)
+
+    def solved(exponent: float) -> tuple[float, Array]:
+        design = np.column_stack([np.ones(len(x_A)), x_A**-exponent])
+        solution = np.linalg.lstsq(design, y_A)[0]
+        rest = y_A - design @ solution
+        return float(rest @ rest), solution
+
+    found = optimize.minimize_scalar(lambda log: solved(np.exp(log))[0], bounds=np.log(EXPONENTS), method="bounded")
+    exponent = float(np.exp(found.x))
+    solution = solved(exponent)[1]
+    inside = EXPONENTS[0] * 1.1 < exponent < EXPONENTS[1] / 1.1
+    return (float(solution[0]), exponent) if inside and solution[1] > 0 else None
