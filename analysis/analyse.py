@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from analysis import aggregate, checks, compare, effects, mixed, pareto, scaling, spectra, stats
 from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
@@ -105,7 +106,24 @@ def _cost_columns(setting: Setting, arm: Arm) -> dict[str, float]:
     for key in COSTS:
         known = not arm.is_base and key in arm.runs
         row[key] = float(pd.to_numeric(arm.runs[key], errors="coerce").median()) if known else np.nan
-    return row
+    return row | _solo_seconds(arm)
+
+
+def _solo_seconds(arm: Arm) -> dict[str, float]:
+    """95% t interval of the seconds that a run takes alone, over repeated timings of a step: over calibrations where
+    the arm's runs have several, else over the repeats of the one."""
+    if arm.is_base or "step_seconds_solo" not in arm.runs:
+        return {}
+    timed = [one for one in arm.runs["step_seconds_solo"] if isinstance(one, list | tuple) and len(one) > 1]
+    distinct = sorted({tuple(map(float, one)) for one in timed})
+    values = [float(np.median(one)) for one in distinct] if len(distinct) > 1 else list(distinct[0]) if distinct else []
+    if len(values) < 2:
+        return {}
+    steps = float(pd.to_numeric(arm.runs["steps"]).median())
+    mean = float(np.mean(values))
+    half = float(special.stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5)
+    low, high = steps * max(mean - half, min(values) / 2), steps * (mean + half)
+    return {"train_seconds_solo_low": low, "train_seconds_solo_high": high}
 
 
 def _forgetting(arm: Arm, draws: Draws) -> dict[str, float]:

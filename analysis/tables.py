@@ -173,7 +173,7 @@ def efficiency(analysis: Analysis) -> Sheet:
     for row in arms.to_dict("records"):
         cells = [Cell(value=row["setting"], text=row["setting"])] if several else []
         cells.append(Cell(value=row["arm"], text=row["arm"] + marks.get((row["setting"], row["arm"]), "")))
-        cells += [Cell(value=row[key], text=show(key, row[key])) for key in costs]
+        cells += [_cost(row, key) for key in costs]
         cells += [_estimate(row, key, (row["setting"], row["arm"]) in bold.get(key, set())) for key in scores]
         cells += [_estimate(row, key) for key in forgetting]
         rows.append(cells)
@@ -402,6 +402,13 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.3g} GiB" if count < 1000 else f"{count:.0f} GiB"
+
+
+def _cost(row: dict[str, Any], key: str) -> Cell:
+    """A cost; with the interval of its repeated measurements where there are such."""
+    if math.isnan(row.get(f"{key}_low", math.nan)):
+        return Cell(value=row[key], text=show(key, row[key]))
+    return Cell(value=row[key], text=_between(row[key], row[f"{key}_low"], row[f"{key}_high"]))
 
 
 def _estimate(row: dict[str, Any], metric: str, bold: bool = False, mark: str = "") -> Cell:

@@ -85,13 +85,15 @@ class Efficiency:
 
     Seconds are wall clock, memory is bytes, `train_flops` is the closed form of `sweeper.models.budget`. The probe's
     cost is that of the probe whose scores allocated the ranks, in full, also where several runs share it.
-    `memory_measured` says how the solo peak was (`sweeper.training.calibrate`). Records of former versions do not have
-    it: on CUDA the run of theirs that was measured first has its process's one-off allocations in its peak.
+    `step_seconds_solo` are the repeated timings whose median is behind `train_seconds_solo`; former versions timed
+    once. `memory_measured` says how the solo peak was (`sweeper.training.calibrate`). Records of former versions do not
+    have it: on CUDA the run of theirs that was measured first has its process's one-off allocations in its peak.
     """
 
     train_seconds_amortised: float | None = None
     eval_seconds_amortised: float | None = None
     train_seconds_solo: float | None = None
+    step_seconds_solo: tuple[float, ...] = ()
     peak_memory_solo_bytes: int | None = None
     memory_measured: str | None = None
     tokens_per_second_solo: float | None = None
@@ -196,7 +198,9 @@ def read_record(folder: Path) -> Record:
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA_VERSION:
         raise ValueError(f"{folder / RECORD}: no record of schema {SCHEMA_VERSION}")
     plain["modules"] = tuple(Module(**module) for module in plain["modules"])
-    plain["efficiency"] = Efficiency(**plain["efficiency"])
+    plain["efficiency"] = Efficiency(
+        **plain["efficiency"] | {"step_seconds_solo": tuple(plain["efficiency"].get("step_seconds_solo", ()))}
+    )
     plain["scores"] = {
         split: {moment: _score(values) for moment, values in moments.items()}
         for split, moments in plain["scores"].items()

@@ -14,6 +14,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ from sweeper.training.pack import Pack, open_pack
 from sweeper.training.pack_config import PackConfig
 from sweeper.training.run_state import RunState
 
-TIMED_STEPS, MOST_WARM = 2, 2
+MOST_WARM = 2
+REPEATS = {"cuda": (5, 2), "cpu": (3, 1)}  # how often so many steps are timed; those of a CPU may take seconds
 # how memory is measured, in records and in the key of what is kept on disk: once there was no first pass
 WARM_PASS, SAVED_TENSORS = "warm pass", "saved tensors"
 
@@ -41,6 +43,7 @@ WARM_PASS, SAVED_TENSORS = "warm pass", "saved tensors"
 class Solo:
     """Seconds of one optimiser step, its tokens, and peak memory in bytes, of a run alone.
 
+    `repeats` are the seconds of a step as each of several timings has them, `step_seconds` their median.
     Memory is that of the base, of the adapter with gradient and moments, and of activations. On CUDA the last are what
     a pass asked of the allocator at its peak, on a CPU everything that is saved for the backward pass, and
     `memory_measured` says which. What libraries keep for the process is not in it.
@@ -52,6 +55,7 @@ class Solo:
     state_bytes: int
     activation_bytes: int
     memory_measured: str
+    repeats: tuple[float, ...] = ()
 
 
 def key_of(base: BaseModel, job: RunState, config: PackConfig) -> str:
@@ -63,7 +67,7 @@ def key_of(base: BaseModel, job: RunState, config: PackConfig) -> str:
     described = [
         dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, job.adapter.shape(),
         dataclasses.asdict(config), lengths[len(lengths) // 2], lengths[-1],
-        WARM_PASS if model.is_cuda else SAVED_TENSORS, *objective,
+        WARM_PASS if model.is_cuda else SAVED_TENSORS, REPEATS["cuda" if model.is_cuda else "cpu"], *objective,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -72,10 +76,12 @@ def measure(base: BaseModel, job: RunState, config: PackConfig, cache: Path) -> 
     """Solo cost of a run, from the cache folder or by training a throw-away copy of it for a few steps."""
     path = cache / f"{key_of(base, job, config)}.json"
     try:
-        return Solo(**json.loads(path.read_text()))
+        found = Solo(**json.loads(path.read_text()))
+        return dataclasses.replace(found, repeats=tuple(found.repeats))
     except (OSError, ValueError, TypeError):
         pass
-    steps = max(job.steps, MOST_WARM + TIMED_STEPS)  # a run may be shorter than what is measured
+    times, each = REPEATS.get(base.model.device.type, REPEATS["cpu"])
+    steps = max(job.steps, MOST_WARM + times * each)  # a run may be shorter than what is measured
     longer = job.with_spec(trainer=dataclasses.replace(job.spec.trainer, max_steps=steps))
     afresh = dataclasses.replace(longer, done=0, tokens=0, weights=None, kept={})
     found = _measure(base, afresh, config)
@@ -94,14 +100,21 @@ def _measure(base: BaseModel, job: RunState, config: PackConfig) -> Solo:
         pack.states[0] = fixed
         pack.warm_up(MOST_WARM if pack.captured else 1)
         _wait(pack)
-        began = time.perf_counter()
-        for _ in range(TIMED_STEPS):
-            pack.step()
-        _wait(pack)
-        seconds = (time.perf_counter() - began) / TIMED_STEPS
+        times, each = REPEATS.get(pack.device.type, REPEATS["cpu"])
+        repeats = tuple(_timed(pack, each) for _ in range(times))
         results = list(pack.drain())
     measured = WARM_PASS if pack.device.type == "cuda" else SAVED_TENSORS
-    return Solo(seconds, results[-1].tokens, weights + state + activations, state, activations, measured)
+    memory = (weights + state + activations, state, activations)
+    return Solo(statistics.median(repeats), results[-1].tokens, *memory, measured, repeats)
+
+
+def _timed(pack: Pack, steps: int) -> float:
+    """Seconds of one of so many steps."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        pack.step()
+    _wait(pack)
+    return (time.perf_counter() - began) / steps
 
 
 class _Typical(DataOrder):

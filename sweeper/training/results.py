@@ -156,6 +156,7 @@ def _efficiency(state: RunState, adapter_bytes: int, solo: Solo | None, pack: Pa
         train_seconds_amortised=state.train_seconds,
         eval_seconds_amortised=state.eval_seconds,
         train_seconds_solo=None if solo is None else solo.step_seconds * state.done,
+        step_seconds_solo=() if solo is None else solo.repeats,
         peak_memory_solo_bytes=None if solo is None else solo.peak_memory_bytes,
         memory_measured=None if solo is None else solo.memory_measured,
         tokens_per_second_solo=None if solo is None else tokens / max(state.done, 1) / solo.step_seconds,

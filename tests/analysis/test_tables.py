@@ -10,8 +10,21 @@ import pytest
 
 from analysis import Analysis, analyse, load
 from analysis.manifest import MANIFEST, unlisted
-from analysis.tables import COMMONEST, Cell, Sheet, latex, markdown, number, placement_rank, sheets, tex, title, write
-from tests.analysis.synthetic import write_study
+from analysis.tables import (
+    COMMONEST,
+    Cell,
+    Sheet,
+    _estimate,
+    latex,
+    markdown,
+    number,
+    placement_rank,
+    sheets,
+    tex,
+    title,
+    write,
+)
+from tests.analysis.synthetic import edit, write_study
 
 NASTY = "50% of $x_1$ & {a\\b} #2 ~ ^ <é> 漢 | ± × …"
 
@@ -160,3 +173,21 @@ def test_the_commonest_answer_stands_below_the_base_model(analysis: Analysis) ->
     assert any(cell.text == "base model" for row in found.rows[:place] for cell in row)
     assert any(cell.value == 0.25 for cell in found.rows[place])
     assert not any(cell.text == COMMONEST for row in placement_rank(analysis, "nll").rows for cell in row)
+
+
+def test_seconds_have_the_interval_of_their_repeated_timings(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), examples=20, steps=10)
+    for path in study.glob("*/record.json"):
+        edit(path.parent, lambda record: record["efficiency"].update(step_seconds_solo=[0.10, 0.11, 0.12]))
+    found = analyse(load(study), draws=50)
+    arm = found.arms[found.arms["arm"] != "base model"].iloc[0]
+    # t(2) = 4.303, sd 0.01, three timings, ten steps
+    assert arm["train_seconds_solo_high"] == pytest.approx(10 * (0.11 + 4.303 * 0.01 / 3**0.5), rel=1e-3)
+    sheet = next(one for one in sheets(found) if one.name == "efficiency")
+    assert re.search(r"\[0\.85, 1\.35\]", markdown(sheet))
+
+
+def test_an_interval_that_is_not_symmetric_is_written_out() -> None:
+    row = {"x": 24_308.0, "x_low": 15_520.0, "x_high": 38_072.0, "y": 0.5, "y_low": 0.4, "y_high": 0.6}
+    assert _estimate(row, "x").text == "24,308 [15,520, 38,072]"
+    assert _estimate(row, "y").text == "0.50 ± 0.10"

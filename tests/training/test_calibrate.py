@@ -88,6 +88,15 @@ def test_the_record_says_how_memory_was_measured(make_run: Any, run_all: Any, tm
     assert ways == ["saved tensors", None]
 
 
+def test_a_step_is_timed_several_times_and_the_record_has_them_all(make_run: Any, run_all: Any, tmp_path: Path) -> None:
+    spec = make_run("attn")
+    run_all([spec], calibrate=True)
+    found = record.read_record(tmp_path / "study" / spec.run_id)
+    seconds = found.efficiency.step_seconds_solo
+    assert len(seconds) == calibrate.REPEATS["cpu"][0]
+    assert found.efficiency.train_seconds_solo == pytest.approx(sorted(seconds)[1] * found.steps)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs CUDA"))])  # fmt: skip
 def test_arms_cost_the_same_in_any_order(
