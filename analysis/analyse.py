@@ -143,8 +143,10 @@ def _estimates(found: Arrangement, arm: Arm, metric: str, draws: Draws) -> dict[
     scores = arm.scores.get(metric)
     if scores is None:
         return {}
-    one = stats.interval(scores.x_RE, scores.w_E, draws=draws)
-    robust = stats.interval(scores.x_RE, scores.w_E, draws=draws, statistic="iqm") if len(scores.x_RE) > 3 else one
+    one = stats.interval(scores.x_RE, scores.w_E, groups=scores.groups, seed_variance=scores.seed_variance)
+    robust = one
+    if len(scores.x_RE) > 3:
+        robust = stats.interval(scores.x_RE, scores.w_E, draws=draws, statistic="iqm", groups=scores.groups)
     low, high = one.low, one.high
     if higher_is_better(metric) and scores.x_RE.min() >= 0 and scores.x_RE.max() <= 1:
         low, high = max(low, 0.0), min(high, 1.0)
@@ -165,8 +167,9 @@ def _membership(setting: Setting, metric: str, draws: Draws) -> dict[str, dict[s
     if not arms:
         return {}
     loss_BA = _oriented(metric) * stats.joint_draws(
-        [(arm.scores[metric].x_RE, arm.scores[metric].w_E) for arm in arms], draws=draws
-    )
+        [(arm.scores[metric].x_RE, arm.scores[metric].w_E) for arm in arms], draws=draws,
+        groups=[arm.scores[metric].groups for arm in arms],
+    )  # fmt: skip
     cost = np.array([arm.parameters for arm in arms])
     means = np.array([_mean(arm, metric) for arm in arms]) * _oriented(metric)
     known = all(arm.scores[metric].x_RE.size > 1 for arm in arms)  # else a draw would be the number itself
@@ -200,7 +203,12 @@ def across_settings(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
                 scores = [one[label].scores.get(metric) for one in by_label]
                 if any(score is None for score in scores):
                     continue
-                one = stats.combine([stats.interval(s.x_RE, s.w_E, draws=draws) for s in scores if s is not None])
+                parts = [
+                    stats.interval(s.x_RE, s.w_E, groups=s.groups, seed_variance=s.seed_variance)
+                    for s in scores
+                    if s is not None
+                ]
+                one = stats.combine(parts)
                 names = {"model": model, "tasks": len(settings), "arm": label, "metric": metric}
                 rows.append(names | {"estimate": one.estimate, "low": one.low, "high": one.high})
     return pd.DataFrame(rows, columns=["model", "tasks", "arm", "metric", "estimate", "low", "high"])
@@ -228,8 +236,9 @@ def hypervolumes(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd
         for name, group in groups.items():
             cost = np.log10([arm.parameters for arm in group])
             drawn = sign * stats.joint_draws(
-                [(arm.scores[metric].x_RE, arm.scores[metric].w_E) for arm in group], draws=draws
-            )
+                [(arm.scores[metric].x_RE, arm.scores[metric].w_E) for arm in group], draws=draws,
+                groups=[arm.scores[metric].groups for arm in group],
+            )  # fmt: skip
             volumes = [pareto.hypervolume(cost, losses, window, reference) for losses in drawn[:400]]
             losses = sign * np.array([_mean(arm, metric) for arm in group])
             point = pareto.hypervolume(cost, losses, window, reference)

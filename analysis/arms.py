@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from analysis.load import GROUPS, Problem, Study
+from analysis.seeds import SeedVariance, of_difference, pooled
 from analysis.stats import Array
 
 SETTING = ("model", "dataset")
@@ -23,14 +24,35 @@ NOT_METRICS = ("perplexity", "perplexity_stated", "tokens", "examples")
 
 @dataclass(kw_only=True)
 class Scores:
-    """x_RE with example weights w_E, the seeds of its rows, the ids of its columns and the group of each, empty where
-    records name none. Without per-example scores there is one column and `ids` is empty."""
+    """x_RE with example weights w_E, the seeds of its rows and the ids of its columns. Without per-example scores there
+    is one column and `ids` is empty.
+
+    `groups` has one entry a column: examples of one group (template, document, …) are not independent; () where each
+    example is on its own. The seed variances are pooled over the arms of the setting that have the same seeds:
+    `seed_variance` of the score itself, `contrast_variance` of its part in a difference of two such arms."""
 
     x_RE: Array
     w_E: Array
     seeds: tuple[Any, ...]
     ids: tuple[str, ...]
     groups: tuple[str, ...] = ()
+    seed_variance: SeedVariance | None = None
+    contrast_variance: SeedVariance | None = None
+
+    @property
+    def units(self) -> int:
+        """Independent groups of examples."""
+        return len(set(self.groups)) if self.groups else len(self.ids)
+
+
+class Aligned(NamedTuple):
+    """Two arms' scores on shared seeds and examples, with the weights and groups of the examples."""
+
+    a_RE: Array
+    b_RE: Array
+    w_E: Array
+    groups: tuple[str, ...]
+    seed_variance: SeedVariance | None
 
 
 @dataclass(kw_only=True)
@@ -179,6 +201,7 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
         arms.sort(key=lambda arm: tuple(_sortable(arm.factors[key]) for key in arm_fields))
         for arm in arms:
             arm.scores = _scores(study, found, arm)
+        share_variances(arms)
         total = rows["total_parameters"].max()
         base = _base(study, found, str(name), rows)
         found.settings.append(
@@ -190,8 +213,22 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
     return found
 
 
-def aligned(a: Scores, b: Scores) -> tuple[Array, Array, Array] | None:
-    """Both score matrices on their shared seeds and examples, with the weights; None if they share none.
+def share_variances(arms: Sequence[Arm]) -> None:
+    """Pools the variance between seeds over the arms of one setting, by metric and set of seeds."""
+    families: dict[tuple[str, tuple[Any, ...]], list[Scores]] = {}
+    for arm in arms:
+        for metric, scores in arm.scores.items():
+            families.setdefault((metric, scores.seeds), []).append(scores)
+    for family in families.values():
+        rows_AR = np.stack([one.x_RE @ one.w_E / one.w_E.sum() for one in family])
+        own, contrast = pooled(rows_AR, blocks=False), pooled(rows_AR, blocks=True)
+        for i, one in enumerate(family):
+            one.seed_variance = own[i] if own is not None else None
+            one.contrast_variance = contrast[i] if contrast is not None else None
+
+
+def aligned(a: Scores, b: Scores) -> Aligned | None:
+    """Both score matrices on their shared seeds and examples; None if they share none.
 
     Scores without seeds (the base model) are paired with every seed of the other.
     """
@@ -214,7 +251,14 @@ def aligned(a: Scores, b: Scores) -> tuple[Array, Array, Array] | None:
         picks = [place[seed] for seed in seeds] if scores.seeds else [0] * max(len(seeds), 1)
         return scores.x_RE[picks]
 
-    return rows(a)[:, columns_a], rows(b)[:, columns_b], a.w_E[columns_a]
+    variance = None
+    if not a.seeds or not b.seeds:
+        variance = (a if a.seeds else b).seed_variance
+    elif a.seeds == b.seeds and a.contrast_variance is not None and b.contrast_variance is not None:
+        variance = of_difference(a.contrast_variance, b.contrast_variance)
+    groups, columns = (a.groups, columns_a) if a.groups else (b.groups, columns_b)
+    named = tuple(groups[i] for i in columns) if groups else ()
+    return Aligned(rows(a)[:, columns_a], rows(b)[:, columns_b], a.w_E[columns_a], named, variance)
 
 
 def _labels(runs: pd.DataFrame, keys: Sequence[str], shown: Sequence[str]) -> pd.Series:
@@ -318,7 +362,7 @@ def _scores(study: Study, found: Arrangement, arm: Arm) -> dict[str, Scores]:
     for metric in found.metrics:
         if metric.startswith("forgetting"):
             continue
-        examples = _matrix(columns, metric, seeds, alone=_groups_known(arm.runs, found.split))
+        examples = _matrix(columns, metric, seeds)
         level = arm.runs[f"{found.split}.{metric}"].to_numpy(dtype=float)
         if examples is not None:
             scores[metric] = examples
@@ -328,10 +372,7 @@ def _scores(study: Study, found: Arrangement, arm: Arm) -> dict[str, Scores]:
     return scores
 
 
-def _matrix(
-    columns: Sequence[dict[str, list[Any]]], metric: str, seeds: tuple[Any, ...], *, alone: bool
-) -> Scores | None:
-    """Scores of runs by example. `alone`: predictions without groups are of examples that are units of their own."""
+def _matrix(columns: Sequence[dict[str, list[Any]]], metric: str, seeds: tuple[Any, ...]) -> Scores | None:
     if not columns or not all(metric in one and "id" in one for one in columns):
         return None
     ids = [str(name) for name in columns[0]["id"]]
@@ -353,17 +394,15 @@ def _matrix(
         return None
     # Sorted by id, so that a seeded bootstrap draws the same examples whatever the order of the lines.
     kept = sorted(np.flatnonzero(keep), key=lambda i: ids[i])
-    groups = columns[0].get("group") or (ids if alone else [])
+    # Every run of a setting has the same examples, so the first that names their groups does for all.
+    first = next((one for one in columns if "group" in one), None)
+    group = {} if first is None else dict(zip(map(str, first["id"]), first["group"], strict=True))
+    # an example without a group is its own; the prefixes keep its id from being taken for a group's name
+    names = [f"example {ids[i]}" if group.get(ids[i]) is None else f"group {group[ids[i]]}" for i in kept]
     return Scores(
         x_RE=x_RE[:, kept], w_E=weights[kept], seeds=seeds, ids=tuple(ids[i] for i in kept),
-        groups=tuple(str(groups[i]) for i in kept) if groups else (),
+        groups=tuple(names) if group else (),
     )  # fmt: skip
-
-
-def _groups_known(runs: pd.DataFrame, split: str) -> bool:
-    """Whether the records say how many independent units the split has; those of former versions do not."""
-    column = f"data.{split}.groups"
-    return column in runs and bool(runs[column].notna().all())
 
 
 def _check(study: Study, arm: Arm, metric: str, scores: Scores, level: Array) -> None:
@@ -389,7 +428,7 @@ def _base(study: Study, found: Arrangement, setting: str, rows: pd.DataFrame) ->
     )
     for metric in found.metrics:
         level = runs.get(f"{found.split}.before.{metric}")
-        scores = _matrix([columns], metric, (), alone=_groups_known(runs, found.split))
+        scores = _matrix([columns], metric, ())
         if scores is None and level is not None and not pd.isna(level.iloc[0]):
             scores = Scores(x_RE=level.to_numpy(dtype=float)[:, None], w_E=np.ones(1), seeds=(), ids=())
         if scores is not None:

@@ -39,7 +39,7 @@ SHORTENED = 0.01
 def check(study: Study, found: Arrangement) -> pd.DataFrame:
     """All findings, wrong numbers first. Columns: check, subject, message."""
     rows = [
-        *_perplexities(study), *_unfinite(found), *_parameters(study), *_replicates(found), *_examples(found),
+        *_perplexities(study), *_unfinite(found), *_parameters(study), *_replicates(found), *_examples(study, found),
         *_conditions(found), *_shortened(study), *_fairness(found), *_choice(found), *_source(found), *_costs(found),
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=CHECK_COLUMNS)
@@ -105,8 +105,9 @@ def _replicates(found: Arrangement) -> Iterator[tuple[str, str, str]]:
         yield "repeated run", _some(named), text
 
 
-def _examples(found: Arrangement) -> Iterator[tuple[str, str, str]]:
+def _examples(study: Study, found: Arrangement) -> Iterator[tuple[str, str, str]]:
     """Arms that were scored on different examples, on few independent groups, or on examples of unknown grouping."""
+    unnamed = set(study.ungrouped(split=found.split))
     for setting in found.settings:
         for metric in found.metrics:
             ids = {arm.label: arm.scores[metric].ids for arm in setting.arms if metric in arm.scores}
@@ -116,16 +117,16 @@ def _examples(found: Arrangement) -> Iterator[tuple[str, str, str]]:
                 text = f"{metric}: arms were scored on {counts[0]:,} to {counts[-1]:,} examples of which all share "
                 text += f"{shared:,}; their means are of different examples, their tests of those that two arms share"
                 yield "different examples", setting.name, text
-        scored = [(arm, one) for arm in setting.arms for metric, one in arm.scores.items() if one.ids]
-        missing = [arm.label for arm, one in scored if not one.groups]
+        scored = [(arm, one) for arm in setting.arms for one in arm.scores.values() if one.ids]
+        missing = [arm.label for arm, _ in scored if unnamed & set(arm.runs["run_id"])]
         if missing:
             text = f"predictions of {len(set(missing))} arms name no groups: each example counts as independent, and "
             text += "intervals are too narrow if several share a template, document or patient"
             yield "no groups", f"{setting.name}: {_some(missing)}", text
-        groups = [len(set(one.groups)) for _, one in scored if one.groups]
-        if groups and min(groups) < FEW_GROUPS:
+        units = [one.units for arm, one in scored if one.groups]
+        if units and min(units) < FEW_GROUPS:
             examples = min(len(one.ids) for _, one in scored)
-            text = f"{examples:,} examples of {min(groups)} independent groups on {found.split}: "
+            text = f"{examples:,} examples of {min(units)} independent groups on {found.split}: "
             text += "the groups are the sample, and intervals use t with as many degrees of freedom less one"
             yield "few groups", setting.name, text
 

@@ -1,7 +1,7 @@
 """Comparisons between arms as tables: tests with Holm correction, matched budgets, share of a gain kept, power."""
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import combinations, pairwise
@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 from scipy import special
 
 from analysis import stats
-from analysis.arms import FULL, Arm, Arrangement, Scores, Setting, aligned, higher_is_better
+from analysis.arms import FULL, Aligned, Arm, Arrangement, Scores, Setting, aligned, higher_is_better
+from analysis.seeds import of_blend
 from analysis.stats import Array, Components, Draws
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 TEST_COLUMNS = [
-    "setting", "metric", "family", "a", "b", "difference", "low", "high", "p", "p_holm", "p_permutation", "effect",
-    "share_improved", "seeds", "examples", "significant", "better",
+    "setting", "metric", "family", "a", "b", "difference", "low", "high", "p", "p_holm", "effect",
+    "share_improved", "seeds", "examples", "groups", "significant", "better",
 ]  # fmt: skip
 
 
@@ -57,21 +59,15 @@ def tests(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
     rows = []
     for pair in pairs(found):
         for metric in found.metrics:
-            tested = _tested(pair.a.scores.get(metric), pair.b.scores.get(metric), metric, draws)
+            tested = _tested(pair.a.scores.get(metric), pair.b.scores.get(metric), metric)
             if tested is not None:
                 names = {"setting": pair.setting.name, "metric": metric, "family": pair.family}
                 rows.append({**names, "a": pair.a.label, "b": pair.b.label, **tested})
-    return corrected(pd.DataFrame(rows, columns=[*TEST_COLUMNS, "interval"]))
+    return corrected(pd.DataFrame(rows, columns=TEST_COLUMNS))
 
 
 def corrected(table: pd.DataFrame) -> pd.DataFrame:
-    """Moderates the seed variances (`stats.moderated`) per setting, family and metric, corrects per family and metric
-    (p_holm), and names the better arm where the difference is significant.
-    """
-    for _, group in table.groupby(["setting", "family", "metric"]):
-        for i, one in zip(group.index, stats.moderated(list(group["interval"])), strict=True):
-            table.loc[i, ["low", "high", "p"]] = [one.low, one.high, stats.p_value(one)]
-    table = table.drop(columns="interval")
+    """Corrects p per family and metric (p_holm), and names the better arm where the difference is significant."""
     for _, group in table.groupby(["family", "metric"]):
         table.loc[group.index, "p_holm"] = stats.holm(group["p"].to_numpy(dtype=float))
     table["p_holm"] = table["p_holm"].astype(float)
@@ -82,18 +78,17 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _tested(a: Scores | None, b: Scores | None, metric: str, draws: Draws) -> dict[str, Any] | None:
+def _tested(a: Scores | None, b: Scores | None, metric: str) -> dict[str, Any] | None:
     shared = aligned(a, b) if a is not None and b is not None else None
     if shared is None or a is None:
         return None
-    a_RE, b_RE, w_E = shared
-    found = stats.paired(a_RE, b_RE, w_E, draws=draws)
+    found = stats.paired(shared.a_RE, shared.b_RE, shared.w_E, groups=shared.groups, seed_variance=shared.seed_variance)
     share = 1 - found.share if higher_is_better(metric) else found.share
     return {
-        "interval": found.difference, "difference": found.difference.estimate,
-        "low": found.difference.low, "high": found.difference.high,
-        "p": found.p, "p_permutation": found.p_permutation, "effect": found.effect, "share_improved": share,
-        "seeds": found.difference.seeds, "examples": found.difference.examples if a.ids else np.nan,
+        "difference": found.difference.estimate, "low": found.difference.low, "high": found.difference.high,
+        "p": found.p, "effect": found.effect, "share_improved": share, "seeds": found.difference.seeds,
+        "examples": found.difference.examples if a.ids else np.nan,
+        "groups": found.difference.groups if a.ids else np.nan,
     }  # fmt: skip
 
 
@@ -108,8 +103,8 @@ def matched(found: Arrangement, *, draws: Draws, tolerance: float = 0.05) -> pd.
                 if placement_a == placement_b or rest_a != rest_b:
                     continue
                 for arm in arms:
-                    rows += _matched_rows(setting, found.metrics, arm, others, draws, tolerance)
-    table = pd.DataFrame(rows, columns=[*TEST_COLUMNS, "parameters_a", "parameters_b", "interval"])
+                    rows += _matched_rows(setting, found.metrics, arm, others, tolerance)
+    table = pd.DataFrame(rows, columns=[*TEST_COLUMNS, "parameters_a", "parameters_b"])
     pair = table.apply(lambda row: "|".join(sorted((row["a"], row["b"]))), axis=1) if len(table) else None
     if pair is not None:
         table = table[~pd.concat([table[["setting", "metric"]], pair], axis=1).duplicated()].reset_index(drop=True)
@@ -126,7 +121,7 @@ def _ladders(arms: Sequence[Arm]) -> dict[tuple[str, str], list[Arm]]:
 
 
 def _matched_rows(
-    setting: Setting, metrics: Sequence[str], arm: Arm, others: Sequence[Arm], draws: Draws, tolerance: float
+    setting: Setting, metrics: Sequence[str], arm: Arm, others: Sequence[Arm], tolerance: float
 ) -> Iterator[dict[str, Any]]:
     close = [other for other in others if abs(np.log(other.parameters / arm.parameters)) <= np.log1p(tolerance)]
     around = [(low, high) for low, high in pairwise(others) if low.parameters < arm.parameters < high.parameters]
@@ -141,7 +136,7 @@ def _matched_rows(
             label, size = f"{low.label} … {high.label}", arm.parameters
         else:
             return
-        tested = _tested(a, b, metric, draws)
+        tested = _tested(a, b, metric)
         if tested is not None:
             names = {"setting": setting.name, "metric": metric, "family": "matched budget", "a": arm.label, "b": label}
             yield {**names, **tested, "parameters_a": arm.parameters, "parameters_b": size}
@@ -154,7 +149,13 @@ def _blend(low: Arm, high: Arm, parameters: float, metric: str) -> Scores | None
         return None
     share = float(np.log(parameters / low.parameters) / np.log(high.parameters / low.parameters))
     seeds = tuple(seed for seed in a.seeds if seed in b.seeds)
-    return Scores(x_RE=(1 - share) * shared[0] + share * shared[1], w_E=shared[2], seeds=seeds, ids=a.ids)
+    blended = Scores(
+        x_RE=(1 - share) * shared.a_RE + share * shared.b_RE, w_E=shared.w_E, seeds=seeds, ids=a.ids,
+        groups=shared.groups,
+    )  # fmt: skip
+    if a.seeds == b.seeds and a.contrast_variance is not None and b.contrast_variance is not None:
+        blended.contrast_variance = of_blend([(1 - share, a.contrast_variance), (share, b.contrast_variance)])
+    return blended
 
 
 def shares(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
@@ -169,7 +170,7 @@ def shares(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
         for arm in setting.arms:
             for reference, name in _references(setting, arm):
                 for metric in found.metrics:
-                    kept = _kept(setting, arm, reference, metric, draws)
+                    kept = _kept(setting, arm, reference, metric)
                     if kept is not None:
                         names: dict[str, Any] = {"setting": setting.name, "metric": metric}
                         names |= {"arm": arm.label, "reference": name}
@@ -193,7 +194,7 @@ def _references(setting: Setting, arm: Arm) -> Iterator[tuple[Arm, str]]:
             yield other, "full placement"
 
 
-def _kept(setting: Setting, arm: Arm, reference: Arm, metric: str, draws: Draws) -> dict[str, float] | None:
+def _kept(setting: Setting, arm: Arm, reference: Arm, metric: str) -> dict[str, float] | None:
     base = setting.base.scores.get(metric) if setting.base is not None else None
     a, b = arm.scores.get(metric), reference.scores.get(metric)
     if base is None or a is None or b is None or a.ids != b.ids or a.ids != base.ids:
@@ -201,37 +202,41 @@ def _kept(setting: Setting, arm: Arm, reference: Arm, metric: str, draws: Draws)
     shared = aligned(a, b)
     if shared is None:
         return None
-    gain_arm, gain_reference = base.x_RE - shared[0], base.x_RE - shared[1]
-    reference_gain = stats.interval(gain_reference, shared[2], draws=draws, strict=True)
+    gain_arm, gain_reference = base.x_RE - shared.a_RE, base.x_RE - shared.b_RE
+    reference_gain = stats.interval(gain_reference, shared.w_E, strict=True, groups=shared.groups)
     if not stats.p_value(reference_gain) < 0.05:
         return {"share": np.nan, "low": np.nan, "high": np.nan}
-    share = stats.interval(gain_arm, shared[2], draws=draws).estimate / reference_gain.estimate
-    rest = stats.interval(gain_arm - share * gain_reference, shared[2], draws=draws, strict=True)
+    share = float((gain_arm @ shared.w_E / shared.w_E.sum()).mean()) / reference_gain.estimate
+    rest = stats.interval(gain_arm - share * gain_reference, shared.w_E, strict=True, groups=shared.groups)
     half = (rest.high - rest.low) / 2 / abs(reference_gain.estimate)
     return {"share": share, "low": share - half, "high": share + half}
 
 
-def power(difference: float, parts: Components, seeds: int, examples: int, level: float = 0.05) -> float:
+def power(
+    difference: float, parts: Components, seeds: int, groups: int, *, level: float = 0.05, arms: int = 2
+) -> float:
     """Chance that the paired test finds a true difference, given the variance components of the paired differences.
 
-    The estimate is normal; the test's half width depends on the estimated variances of seeds and examples, which are
-    chi-squared; both are averaged over (two-dimensional quadrature).
+    The estimate is normal; the test's half width depends on the estimated variances of seeds (pooled over `arms`:
+    (arms − 1)(seeds − 1) degrees of freedom) and groups, which are chi-squared; both are averaged over
+    (two-dimensional quadrature).
     """
-    cell = parts.cell / (seeds * examples)
-    by_seeds, by_examples = parts.seeds / seeds + cell, parts.examples / examples + cell
-    sd = (by_seeds + by_examples - cell) ** 0.5
+    cell = parts.cell / (seeds * groups)
+    by_seeds, by_groups = parts.seeds / seeds + cell, parts.groups / groups + cell
+    sd = (by_seeds + by_groups - cell) ** 0.5
     if sd <= 0:
         return 1.0 if difference else level
     width = np.zeros((1, 1))
     if seeds > 1:
-        width = width + special.stdtrit(seeds - 1, 1 - level / 2) ** 2 * by_seeds * _chi2_share(seeds - 1)[:, None]
-    if examples > 1:
-        drawn = by_examples * _chi2_share(examples - 1) - cell * (seeds > 1)
-        width = width + special.stdtrit(examples - 1, 1 - level / 2) ** 2 * np.maximum(drawn, 0)
+        df = (arms - 1 if seeds > 2 else 1) * (seeds - 1)  # two seeds are not pooled
+        width = width + special.stdtrit(df, 1 - level / 2) ** 2 * by_seeds * _chi2_share(df)[:, None]
+    if groups > 1:
+        drawn = by_groups * _chi2_share(groups - 1) - cell * (seeds > 1)
+        width = width + special.stdtrit(groups - 1, 1 - level / 2) ** 2 * np.maximum(drawn, 0)
     reach, shift = np.sqrt(width) / sd, abs(difference) / sd
     tails = special.ndtr(shift - reach) + special.ndtr(-reach - shift)
     rows = _WEIGHTS @ tails / 2 if seeds > 1 else tails[0]
-    return float(rows @ _WEIGHTS / 2 if examples > 1 else rows[0])
+    return float(rows @ _WEIGHTS / 2 if groups > 1 else rows[0])
 
 
 @lru_cache(maxsize=4096)
@@ -241,50 +246,73 @@ def _chi2_share(df: int) -> Array:
     return quantiles
 
 
-def _enough(
-    difference: float, parts: Components, seeds: int | None, examples: int | None, target: float, n: int
-) -> bool:
-    """Whether n seeds (or examples, whichever is None) reach the target power."""
-    reached = power(difference, parts, n if seeds is None else seeds, n if examples is None else examples)
-    return reached >= target
+def detectable(
+    parts: Components, seeds: int, groups: int, *, target: float = 0.8, level: float = 0.05, arms: int = 2
+) -> float:
+    """Smallest true difference that the paired test finds with the chance `target`; 0 without any variance."""
+    sd = (parts.seeds / seeds + parts.groups / groups + parts.cell / (seeds * groups)) ** 0.5
+    if sd <= 0:
+        return 0.0
+    most = sd
+    while power(most, parts, seeds, groups, level=level, arms=arms) < target:
+        most *= 2
+    miss = partial(_miss, parts=parts, seeds=seeds, groups=groups, target=target, level=level, arms=arms)
+    return float(scipy.optimize.brentq(miss, 0.0, most, xtol=1e-6 * sd))
 
 
-def needed(enough: Callable[[int], bool], start: int, most: int) -> int | None:
-    """Smallest n in [start, most] with enough(n), which must be monotone; None if even `most` is not enough."""
-    n = start + bisect_left(range(start, most + 1), True, key=enough)
-    return n if n <= most else None
+def _miss(
+    difference: float, *, parts: Components, seeds: int, groups: int, target: float, level: float, arms: int
+) -> float:
+    return power(difference, parts, seeds, groups, level=level, arms=arms) - target
+
+
+SEEDS, TIMES = (2, 3, 5, 10, 20), (1, 2, 4)
 
 
 def power_table(found: Arrangement, *, metric: str = "nll", target: float = 0.8) -> pd.DataFrame:
-    """For each pair of placements or methods at equal rank: the power this study had for the difference it saw, and how
-    many seeds (at these examples) or examples (at these seeds) would reach `target`. None: more than 1,000 seeds or a
-    million examples."""
+    """Smallest difference between two placements or methods at equal rank that a study would find with the chance
+    `target`, by seeds and groups of examples, for planning the next study.
+
+    From the variance components of the paired differences, pooled over the pairs of a setting; nothing here depends on
+    the differences that were seen. `level` is 5% over the number of `tests` of the largest family of these pairs.
+    """
+    tests = [(pair, shared) for pair, shared in _aligned_pairs(found, metric) if min(shared.a_RE.shape) > 1]
     rows = []
+    for setting in found.settings:
+        mine = [(pair, shared) for pair, shared in tests if pair.setting is setting]
+        if not mine:
+            continue
+        squares = [
+            stats.mean_squares(shared.b_RE - shared.a_RE, shared.w_E, groups=shared.groups) for _, shared in mine
+        ]
+        parts = stats.solve(*np.mean(squares, axis=0).tolist())
+        count = max(Counter(pair.family for pair, _ in tests).values())
+        arms = len({label for pair, _ in mine for label in (pair.a.label, pair.b.label)})
+        groups = min(len(set(shared.groups)) or shared.a_RE.shape[1] for _, shared in mine)
+        for times in TIMES:
+            for seeds in SEEDS:
+                rows.append(
+                    {
+                        "setting": setting.name, "metric": metric, "pairs": len(mine), "tests": count,
+                        "level": 0.05 / count, "sd_seeds": parts.seeds**0.5, "sd_groups": parts.groups**0.5,
+                        "sd_cell": parts.cell**0.5, "seeds": seeds, "groups": times * groups,
+                        "detectable": detectable(
+                            parts, seeds, times * groups, target=target, level=0.05 / count, arms=arms
+                        ),
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows, columns=POWER_COLUMNS)
+
+
+POWER_COLUMNS = [
+    "setting", "metric", "pairs", "tests", "level", "sd_seeds", "sd_groups", "sd_cell", "seeds", "groups", "detectable",
+]  # fmt: skip
+
+
+def _aligned_pairs(found: Arrangement, metric: str) -> Iterator[tuple[Pair, Aligned]]:
     for pair in pairs(found):
         a, b = pair.a.scores.get(metric), pair.b.scores.get(metric)
-        shared = aligned(a, b) if a is not None and b is not None and pair.family in ("placement", "method") else None
-        if shared is None or min(shared[0].shape) < 2:
-            continue
-        d_RE: Array = shared[1] - shared[0]
-        parts, (R, E) = stats.components(d_RE, shared[2]), d_RE.shape
-        difference = float((d_RE @ shared[2] / shared[2].sum()).mean())
-        rows.append(
-            {
-                "setting": pair.setting.name,
-                "metric": metric,
-                "a": pair.a.label,
-                "b": pair.b.label,
-                "difference": difference,
-                "sd_seeds": parts.seeds**0.5,
-                "sd_examples": parts.examples**0.5,
-                "sd_cell": parts.cell**0.5,
-                "seeds": R,
-                "examples": E,
-                "power": power(difference, parts, R, E),
-                "seeds_needed": needed(partial(_enough, difference, parts, None, E, target), 2, 1000),
-                "examples_needed": needed(partial(_enough, difference, parts, R, None, target), 2, 1_000_000),
-            }
-        )
-    columns = ["setting", "metric", "a", "b", "difference", "sd_seeds", "sd_examples", "sd_cell", "seeds", "examples"]
-    table = pd.DataFrame(rows, columns=[*columns, "power", "seeds_needed", "examples_needed"])
-    return table.astype({"seeds_needed": "Int64", "examples_needed": "Int64"})
+        if pair.family in ("placement", "method") and a is not None and b is not None:
+            shared = aligned(a, b)
+            if shared is not None:
+                yield pair, shared

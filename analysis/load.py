@@ -304,8 +304,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     row |= score_columns(plain.get("scores") or {})
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
-        counts = [key for key in ("examples", "groups", "truncated", "dropped") if key in facts]
-        row |= {f"data.{split}.{key}": facts[key] for key in counts}
+        row |= {f"data.{split}.{key}": facts[key] for key in ("examples", "truncated", "dropped") if key in facts}
     environment = plain.get("environment") or {}
     row |= {name: environment.get(name) for name in ("device", "device_type", "git_commit")}
     row |= made_with(environment, plain["spec"])

@@ -1,12 +1,14 @@
-"""Estimates, intervals and tests. Letters: R replicates (seeds), E evaluation examples, B bootstrap draws, A arms.
+"""Estimates, intervals and tests. Letters: R replicates (seeds), E evaluation examples, G groups of examples that are
+not independent of each other, B bootstrap draws, A arms.
 
 A score of an arm is a matrix x_RE with example weights w_E (response tokens for NLL, 1 for a task metric). Seeds and
-examples are two crossed random samples; both are resampled, because both would differ if the study were repeated.
+groups are two crossed random samples, because both would differ if the study were repeated. docs/statistics.md has the
+formulas and the simulations.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +16,8 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 from scipy import special
+
+from analysis.seeds import SeedVariance
 
 Array = NDArray[np.float64]
 
@@ -28,6 +32,7 @@ class Interval:
     terms: tuple[tuple[float, float], ...]
     seeds: int
     examples: int
+    groups: int
 
     @property
     def se(self) -> float:
@@ -39,24 +44,26 @@ class Interval:
 class Paired:
     """Difference b − a of two arms over shared seeds and examples.
 
-    `effect` is Cohen's d of the paired differences (mean over standard deviation, over examples, seeds averaged);
-    `share` is the share of (seed, example) pairs in which b is lower than a, ties counting half. Without per-example
-    scores `effect` and `p_permutation`, which are over examples, are NaN.
+    `effect` is Cohen's d of the paired differences (mean over standard deviation, over examples with their weights,
+    seeds averaged; NaN without per-example scores); `share` is the share of (seed, example) pairs in which b is lower
+    than a, ties counting half.
     """
 
     difference: Interval
     p: float
-    p_permutation: float
     effect: float
     share: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """Variance components of a crossed design: between seeds, between examples, and residual within a cell."""
+    """Variance components of a crossed design: between seeds, between groups of examples, and residual of a cell.
+
+    The variance of a mean is seeds/R + groups/G + cell/(R·G).
+    """
 
     seeds: float
-    examples: float
+    groups: float
     cell: float
 
 
@@ -88,21 +95,27 @@ def interval(
     x_RE: Array,
     w_E: Array | None = None,
     *,
-    draws: Draws,
+    draws: Draws | None = None,
     statistic: str = "mean",
     level: float = 0.95,
     strict: bool = False,
+    groups: Sequence[str] = (),
+    seed_variance: SeedVariance | None = None,
 ) -> Interval:
-    """Two-way bootstrap interval of the statistic over replicates of the weighted mean over examples.
+    """Two-way interval of the statistic over replicates of the weighted mean over examples.
 
-    Seeds and examples are resampled apart (2 x B draws); each variance is scaled by n/(n-1), and the part of single
-    cells, which is in both, is counted once (Owen 2007, "The pigeonhole bootstrap": resampling both at once counts it
-    three times). The half width is sqrt(t² of the seeds · their variance + t² of the examples · theirs), after Howe
-    (1974): percentiles of 3 to 5 seeds are far too narrow (Hesterberg 2015, section 5.1), and Satterthwaite's degrees
-    of freedom, estimated from 3 seeds, gave 16% false positives in our simulation. The part of cells counts as the
-    examples' (coverage is right), or, for tests, as the seeds' (`strict`: wider, but sure to keep its level at small
-    alpha too). With one seed the interval covers examples only; with one example column (scores without predictions)
-    seeds only; with one of each it is NaN.
+    Seeds and groups each give a variance; the part of single cells, which is in both, is counted once (Owen 2007, "The
+    pigeonhole bootstrap"). The half width is sqrt(t² of the seeds · their variance + t² of the groups · theirs), after
+    Howe (1974): percentiles of 3 to 5 seeds are far too narrow (Hesterberg 2015, section 5.1). The part of cells counts
+    as the groups' (coverage is right), or, for tests, as the seeds' (`strict`: wider, but sure to keep its level at
+    small alpha too). Groups of unequal weight have a variance corrected as by CR2 (Bell & McCaffrey 2002) and G* − 1
+    degrees of freedom, G* = (sum of weights)² / sum of squares (Carter et al. 2017). Scores that are all 0 or 1 have a
+    Wilson interval of the effective sample size. With one seed the interval covers examples only; with one example
+    column (scores without predictions) seeds only; with one of each it is NaN.
+
+    Args:
+        groups: the group of each column; empty where every example is its own.
+        seed_variance: of the arm's family (`seeds.pooled`), for the mean.
     """
     x_RE = np.atleast_2d(np.asarray(x_RE, dtype=float))
     R, E = x_RE.shape
@@ -110,35 +123,104 @@ def interval(
     reduce = STATISTICS[statistic]
     rows_R = x_RE @ w_E / w_E.sum()
     estimate = float(reduce(rows_R))
-    var_seeds = var_examples = 0.0
-    if R > 1:
-        if statistic == "mean":  # what infinitely many draws would give
-            var_seeds = float(np.var(rows_R)) / (R - 1)
-        else:
+    u_RG, weight_G = _influence(x_RE, w_E, groups)
+    G = len(weight_G)
+    # a mean over groups that weigh q each leaves (1 - 2q + sum q²) of a group's variance in its residual
+    kish = 1 / float((weight_G**2).sum())
+    df_groups = max(kish - 1, 1.0)
+    var_seeds = var_groups = 0.0
+    if statistic == "mean":
+        if R > 1:
+            var_seeds = float(np.var(rows_R, ddof=1)) / R
+        if G > 1:
+            var_groups = float((u_RG.mean(axis=0) ** 2 / (1 - 2 * weight_G + 1 / kish)).sum())
+    else:
+        if draws is None:
+            raise ValueError(f"statistic {statistic} needs draws")
+        if R > 1:
             picks_BR = np.random.default_rng([draws.seed, R]).integers(0, R, (draws.draws, R))
             var_seeds = float(np.var(reduce(rows_R[picks_BR], axis=1))) * R / (R - 1)
-    if E > 1:
-        counts_BE = draws.counts(E)
-        columns_ER = (x_RE.mean(axis=0, keepdims=True) if statistic == "mean" else x_RE).T
-        drawn_BR = counts_BE @ (w_E[:, None] * columns_ER) / (counts_BE @ w_E)[:, None]
-        var_examples = float(np.var(reduce(drawn_BR, axis=1))) * E / (E - 1)
-    var_cell = components(x_RE, w_E).cell / (R * E) if R > 1 and E > 1 else 0.0
+        if G > 1:
+            counts_BG = draws.counts(G)
+            # a group's sum is its influence plus its weight times the mean of the row
+            drawn_BR = rows_R + counts_BG @ u_RG.T / (counts_BG @ weight_G)[:, None]
+            var_groups = float(np.var(reduce(drawn_BR, axis=1))) * G / (G - 1)
+    var_cell = 0.0
+    if R > 1 and G > 1:
+        var_cell = min(float((_rest(u_RG) ** 2).sum()) * G / ((R - 1) * (G - 1) * R), var_seeds, var_groups)
+    df_seeds = R - 1.0
+    if seed_variance is not None and R > 1 and statistic == "mean":
+        family = seed_variance.variance / R
+        var_seeds, df_seeds = max(var_seeds, family) if seed_variance.unequal else family, seed_variance.df
     if strict:
-        var_examples = max(var_examples - var_cell, 0.0)
+        var_groups = max(var_groups - var_cell, 0.0)
     else:
         var_seeds = max(var_seeds - var_cell, 0.0)
-    terms = [(var_seeds, R - 1.0)] if R > 1 else []
-    terms += [(var_examples, E - 1.0)] if E > 1 else []
-    return _with_bounds(estimate, tuple(terms), R, E, level)
+    if strict and G > 1 and (steps := _steps(x_RE, u_RG)) > 0:
+        var_groups += 2 * steps
+    terms = [(var_seeds, df_seeds)] if R > 1 else []
+    terms += [(var_groups, df_groups)] if G > 1 else []
+    found = _with_bounds(estimate, tuple(terms), R, E, G, level)
+    binary = not strict and statistic == "mean" and G > 1 and bool(np.isin(x_RE, (0.0, 1.0)).all())
+    return _wilson(found, level) if binary else found
+
+
+def _influence(x_RE: Array, w_E: Array, groups: Sequence[str]) -> tuple[Array, Array]:
+    """u_RG, sums over each group of weight·(x − mean of the row), and the groups' weights; both of total weight 1."""
+    q_E = w_E / w_E.sum()
+    u_RE = q_E * (x_RE - (x_RE @ q_E)[:, None])
+    if not len(groups):
+        return u_RE, q_E
+    names, code_E = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) == len(q_E):
+        return u_RE, q_E
+    member_EG = np.zeros((len(q_E), len(names)))
+    member_EG[np.arange(len(q_E)), code_E] = 1.0
+    return u_RE @ member_EG, q_E @ member_EG
+
+
+def _rest(u_RG: Array) -> Array:
+    return u_RG - u_RG.mean(axis=0) - u_RG.mean(axis=1, keepdims=True) + u_RG.mean()
+
+
+def _steps(d_RE: Array, u_RG: Array) -> float:
+    """Squared influence of one more group that differs, for differences of 0/1 scores; else 0.
+
+    Counting one more in each direction keeps the variance of few discordant examples from being 0 and gives nearly the
+    p of McNemar's exact test (Agresti & Min 2005, "Simple improved confidence intervals for comparing matched
+    proportions")."""
+    if not np.isin(d_RE, (-1.0, 0.0, 1.0)).all():
+        return 0.0
+    E = d_RE.shape[1]
+    changed = u_RG.mean(axis=0) + d_RE.mean() / u_RG.shape[1]
+    discordant = np.abs(changed) > 1e-12
+    seen = float((changed[discordant] ** 2).mean()) if discordant.any() else 0.0
+    return max(seen, 1 / E**2)
 
 
 def _with_bounds(
-    estimate: float, terms: tuple[tuple[float, float], ...], seeds: int, examples: int, level: float
+    estimate: float, terms: tuple[tuple[float, float], ...], seeds: int, examples: int, groups: int, level: float
 ) -> Interval:
     half = half_width(terms, 1 - level)
     return Interval(
-        estimate=estimate, low=estimate - half, high=estimate + half, terms=terms, seeds=seeds, examples=examples
-    )
+        estimate=estimate, low=estimate - half, high=estimate + half, terms=terms, seeds=seeds, examples=examples,
+        groups=groups,
+    )  # fmt: skip
+
+
+def _wilson(found: Interval, level: float) -> Interval:
+    """Wilson's (1927) interval at the effective sample size p(1 − p)/variance, with the quantile of the t interval.
+
+    Where every score is the same nothing is known of the design effect, and each group counts once."""
+    p, variance = found.estimate, found.se**2
+    if variance > 0 and 0 < p < 1:
+        size = min(max(p * (1 - p) / variance, 1.0), found.seeds * found.examples)
+        z2 = (found.high - p) ** 2 / variance
+    else:
+        size, z2 = float(found.groups), half_width([(1.0, found.terms[-1][1])], 1 - level) ** 2
+    center = (p + z2 / (2 * size)) / (1 + z2 / size)
+    half = math.sqrt(z2 * p * (1 - p) / size + z2**2 / (4 * size**2)) / (1 + z2 / size)
+    return replace(found, low=min(max(center - half, 0.0), p), high=max(min(center + half, 1.0), p))
 
 
 def half_width(terms: Sequence[tuple[float, float]], alpha: float) -> float:
@@ -155,31 +237,49 @@ def combine(intervals: Sequence[Interval], level: float = 0.95) -> Interval:
     terms = tuple((variance / n**2, df) for one in intervals for variance, df in one.terms)
     estimate = float(np.mean([one.estimate for one in intervals]))
     seeds, examples = min(one.seeds for one in intervals), sum(one.examples for one in intervals)
-    return _with_bounds(estimate, terms, seeds, examples, level)
+    return _with_bounds(estimate, terms, seeds, examples, sum(one.groups for one in intervals), level)
 
 
-def components(x_RE: Array, w_E: Array | None = None) -> Components:
+def components(x_RE: Array, w_E: Array | None = None, *, groups: Sequence[str] = ()) -> Components:
     """Variance components by two-way analysis of variance without replication (Searle et al. 1992, section 4.5).
 
-    Of the weighted mean: each cell enters as its influence, w·(x - mean)/mean(w). Negative components are 0.
+    Of the weighted mean: each cell enters as its influence. Negative components are 0.
     """
+    seeds, by_groups, cell = mean_squares(x_RE, w_E, groups=groups)
+    return solve(seeds, by_groups, cell)
+
+
+def mean_squares(x_RE: Array, w_E: Array | None = None, *, groups: Sequence[str] = ()) -> tuple[float, float, float]:
+    """Variances that contain the cells': R·V(mean) of seeds, G·V(mean) of groups, and of cells (R·G·V(mean))."""
     R, E = x_RE.shape
-    w_E = np.ones(E) if w_E is None else w_E
-    center = float((x_RE @ w_E / w_E.sum()).mean())
-    u_RE = w_E * (x_RE - center) / w_E.mean()
-    seed_means, example_means = u_RE.mean(axis=1), u_RE.mean(axis=0)
-    ms_seeds = E * float(np.var(seed_means, ddof=1)) if R > 1 else 0.0
-    ms_examples = R * float(np.var(example_means, ddof=1)) if E > 1 else 0.0
-    if R < 2 or E < 2:
-        return Components(seeds=ms_seeds / E, examples=ms_examples / R, cell=0.0)
-    rest = u_RE - seed_means[:, None] - example_means[None, :] + u_RE.mean()
-    cell = float((rest**2).sum()) / ((R - 1) * (E - 1))
-    return Components(seeds=max((ms_seeds - cell) / E, 0.0), examples=max((ms_examples - cell) / R, 0.0), cell=cell)
+    u_RG, _ = _influence(x_RE, np.ones(E) if w_E is None else w_E, groups)
+    G = u_RG.shape[1]
+    rows_R = x_RE.mean(axis=1) if w_E is None else x_RE @ w_E / w_E.sum()
+    seeds = float(np.var(rows_R, ddof=1)) if R > 1 else 0.0
+    by_groups = G**2 * float(np.var(u_RG.mean(axis=0), ddof=1)) if G > 1 else 0.0
+    cell = G**2 * float((_rest(u_RG) ** 2).sum()) / ((R - 1) * (G - 1)) if R > 1 and G > 1 else 0.0
+    return seeds - cell / G, by_groups - cell / R, cell
 
 
-def paired(a_RE: Array, b_RE: Array, w_E: Array | None = None, *, draws: Draws) -> Paired:
-    """Test of b − a on shared seeds (rows) and examples (columns): the bootstrap interval of the mean difference,
-    inverted, so that p < 0.05 exactly where the 95% interval leaves out 0.
+def solve(seeds: float, groups: float, cell: float) -> Components:
+    """Components without negative ones."""
+    return Components(seeds=max(seeds, 0.0), groups=max(groups, 0.0), cell=cell)
+
+
+def paired(
+    a_RE: Array,
+    b_RE: Array,
+    w_E: Array | None = None,
+    *,
+    groups: Sequence[str] = (),
+    seed_variance: SeedVariance | None = None,
+) -> Paired:
+    """Test of b − a on shared seeds (rows) and examples (columns): the interval of the mean difference, inverted, so
+    that p < 0.05 exactly where the 95% interval leaves out 0. p is NaN where no variance is known: it is never 0.
+
+    Args:
+        groups: the group of each column; empty where every example is its own.
+        seed_variance: of the difference, from the family (`seeds.of_difference`).
 
     Raises:
         ValueError: the matrices do not have the same shape.
@@ -187,69 +287,37 @@ def paired(a_RE: Array, b_RE: Array, w_E: Array | None = None, *, draws: Draws) 
     if a_RE.shape != b_RE.shape:
         raise ValueError(f"paired scores need one shape, got {a_RE.shape} and {b_RE.shape}")
     d_RE = np.asarray(b_RE, dtype=float) - np.asarray(a_RE, dtype=float)
-    found = interval(d_RE, w_E, draws=draws, strict=True)
-    d_E = d_RE.mean(axis=0)
-    spread = float(np.std(d_E, ddof=1)) if len(d_E) > 1 else np.nan
-    effect = float(d_E.mean()) / spread if spread > 0 else np.nan
+    found = interval(d_RE, w_E, strict=True, groups=groups, seed_variance=seed_variance)
+    d_E, w_E = d_RE.mean(axis=0), np.ones(d_RE.shape[1]) if w_E is None else w_E
+    mean, E = found.estimate, len(d_E)
+    spread = math.sqrt(float(w_E @ (d_E - mean) ** 2 / w_E.sum()) * E / (E - 1)) if E > 1 else np.nan
     share = float((d_RE < 0).mean() + 0.5 * (d_RE == 0).mean())
-    weighted = d_E if w_E is None else d_E * w_E / w_E.mean()
-    return Paired(
-        difference=found, p=p_value(found), p_permutation=sign_flip(weighted, draws=draws), effect=effect, share=share
-    )
+    p = p_value(found)
+    if not found.se > 1e-12 * max(1.0, abs(mean)) and mean != 0:
+        found = replace(found, low=np.nan, high=np.nan)
+    return Paired(difference=found, p=p, effect=mean / spread if spread > 0 else np.nan, share=share)
 
 
 def p_value(found: Interval, null: float = 0.0) -> float:
-    """Two-sided p of estimate = null: the alpha at which the interval just reaches it, at least 1e-100."""
+    """Two-sided p of estimate = null: the alpha at which the interval just reaches it, at least 1e-100. NaN where the
+    variance is unknown or 0 and the estimate is not the null."""
     distance = abs(found.estimate - null)
-    if not found.se > 0:
-        return np.nan if np.isnan(found.se) else (1.0 if distance == 0 else 0.0)
+    if not found.se > 1e-12 * max(1.0, abs(found.estimate)):
+        return 1.0 if distance == 0 and not np.isnan(found.se) else np.nan
+    positive = [(variance, df) for variance, df in found.terms if variance > 0]
+    least = math.log(1e-100)
+    if len(positive) == 1:
+        variance, df = positive[0]
+        return max(2 * float(special.stdtr(df, -distance / math.sqrt(variance))), 1e-100)
 
     def beyond(log_alpha: float) -> float:
-        return half_width(found.terms, math.exp(log_alpha)) - distance
+        return half_width(positive, math.exp(log_alpha)) - distance
 
-    least = math.log(1e-100)
     return math.exp(scipy.optimize.brentq(beyond, least, 0.0) if beyond(least) > 0 else least)
 
 
-def moderated(intervals: Sequence[Interval], *, level: float = 0.95) -> list[Interval]:
-    """Intervals of one family of comparisons, each seed variance informed by the family's (empirical Bayes).
-
-    A variance of 3 seeds has 2 degrees of freedom and t = 4.3; a family of comparisons knows more. Smyth (2004, section
-    6.2): the variances are scaled inverse chi-squared around a prior whose weight d0, in degrees of freedom, is
-    estimated from how much they differ beyond chance; the posterior is (d0·prior + d·own)/(d0 + d) with d0 + d degrees.
-    Two precautions, because comparisons share arms and arms may differ in their variance: the prior never weighs more
-    than an arm's own seeds in the degrees, and a variance is only ever raised. Fewer than 3 variances stay as they are.
-    """
-    found = list(intervals)
-    usable = [i for i, one in enumerate(found) if one.seeds > 1 and one.terms and one.terms[0][0] > 0]
-    for R in {found[i].seeds for i in usable}:
-        group = [i for i in usable if found[i].seeds == R]
-        if len(group) < 3:
-            continue
-        d = R - 1.0
-        own = np.array([found[i].terms[0][0] for i in group])
-        weight, prior = _prior(own, d)
-        for i, variance in zip(group, own, strict=True):
-            posterior = prior if np.isinf(weight) else (weight * prior + d * variance) / (weight + d)
-            terms = ((max(float(posterior), float(variance)), min(weight, d) + d), *found[i].terms[1:])
-            found[i] = _with_bounds(found[i].estimate, terms, R, found[i].examples, level)
-    return found
-
-
-def _prior(variances: Array, d: float) -> tuple[float, float]:
-    """Degrees of freedom and scale of the prior, from the mean and variance of the logarithms (Smyth 2004)."""
-    e = np.log(variances) - special.digamma(d / 2) + np.log(d / 2)
-    spread = float(np.var(e, ddof=1)) - float(special.polygamma(1, d / 2))
-    if spread <= 0:
-        return np.inf, float(variances.mean())
-    # trigamma falls from about 1e6 to 1e-6 between these bounds
-    half = scipy.optimize.brentq(lambda x: special.polygamma(1, np.exp(x)) - spread, np.log(1e-3), np.log(1e6))
-    weight = 2 * float(np.exp(half))
-    return weight, float(np.exp(e.mean() + special.digamma(weight / 2) - np.log(weight / 2)))
-
-
 def sign_flip(d_E: Array, *, draws: Draws) -> float:
-    """Paired permutation test that the differences are symmetric about 0: exact for up to 12, else B random sign flips
+    """Paired permutation test that the differences (of examples, or sums of their groups) are symmetric about 0: exact for up to 12, else B random sign flips
     with p = (k+1)/(B+1) (Phipson & Smyth 2010). Seeds are averaged first, so it generalises over examples only.
     """
     n = len(d_E)
@@ -280,17 +348,23 @@ def holm(p_values: Sequence[float]) -> Array:
     return adjusted
 
 
-def joint_draws(scores: Sequence[tuple[Array, Array]], *, draws: Draws) -> Array:
-    """(B, A) bootstrap means of arms that share the resampled seeds and examples, for statistics of several arms.
+def joint_draws(
+    scores: Sequence[tuple[Array, Array]], *, draws: Draws, groups: Sequence[Sequence[str]] | None = None
+) -> Array:
+    """(B, A) bootstrap means of arms that share the resampled seeds and groups of examples, for statistics of several
+    arms. `groups` has the groups of each arm's columns, () where every example is its own.
 
     Deviations are scaled by sqrt(R/(R-1)) to correct the bootstrap's downward bias with few seeds.
     """
     columns = []
-    for x_RE, w_E in scores:
-        R, E = x_RE.shape
-        counts_BE = draws.counts(E) if E > 1 else np.ones((draws.draws, 1))
-        rows_BR = counts_BE @ (w_E[:, None] * x_RE.T) / (counts_BE @ w_E)[:, None]
+    for i, (x_RE, w_E) in enumerate(scores):
+        R = len(x_RE)
+        u_RG, weight_G = _influence(x_RE, w_E, groups[i] if groups else ())
+        G = len(weight_G)
+        rows_R = x_RE @ w_E / w_E.sum()
+        counts_BG = draws.counts(G) if G > 1 else np.ones((draws.draws, 1))
+        rows_BR = rows_R + counts_BG @ u_RG.T / (counts_BG @ weight_G)[:, None]
         drawn_B = (rows_BR * draws.counts(R, 1)).sum(axis=1) / R if R > 1 else rows_BR[:, 0]
-        center = float((x_RE @ w_E / w_E.sum()).mean())
+        center = float(rows_R.mean())
         columns.append(center + (drawn_B - center) * (R / (R - 1) if R > 1 else 1.0) ** 0.5)
     return np.stack(columns, axis=1)

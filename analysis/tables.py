@@ -17,11 +17,11 @@ from analysis.arms import BASE, FULL, higher_is_better
 TITLES = {
     "setting": "task", "trainable_parameters": "trainable", "trainable_percent": "%", "train_flops": "FLOPs",
     "train_seconds_solo": "seconds", "peak_memory_solo_bytes": "peak memory", "tokens_per_second_solo": "tokens/s",
-    "adapter_bytes": "adapter", "nll": "NLL", "p_holm": "Holm p", "p_permutation": "p, examples only", "effect": "d",
+    "adapter_bytes": "adapter", "nll": "NLL", "p_holm": "Holm p", "effect": "d",
     "share_improved": "improved", "front_probability": "P(front)", "partial_eta2": "partial η²",
     "exact_match": "accuracy",
-    "percent": "% of model", "percent_of_reference": "% of reference", "seeds_needed": "seeds for 80%",
-    "examples_needed": "examples for 80%", "final_number": "accuracy", "hypervolume": "hypervolume",
+    "percent": "% of model", "percent_of_reference": "% of reference", "detectable": "difference found in 80%",
+    "final_number": "accuracy", "hypervolume": "hypervolume",
     "update_norm": "|dW|", "energy": "energy by role",
 }  # fmt: skip
 CAPTIONS = {
@@ -34,7 +34,7 @@ CAPTIONS = {
     "checks": "Checks: numbers that contradict each other and comparisons that may not be fair.",
     "anova": "Analysis of variance over what tells arms apart, seeds as blocks (type II), on these examples.",
     "slopes": "Change of the score for each doubling of the rank, on these examples.",
-    "power": "Power of one paired test at 5% (before Holm), and the seeds or examples that 80% would need.",
+    "power": "Smallest true difference that a study of these seeds and groups of examples would find in 80% of cases.",
     "hypervolume": "Mean gain over the base model that trainable parameters buy, over the log10 budgets shared by all.",
     "scaling": "Change of the score per doubling of rank and of parameters; from 4 sizes a power law with a floor.",
     "aggregate": "Over tasks: normalised scores (0 base model, 1 mean gain of all arms), and the chance to beat the "
@@ -45,8 +45,11 @@ CAPTIONS = {
     "spectra": "What training changed: norm, ranks and new directions of the updates, and where their energy is.",
 }
 _BYTES = ("peak_memory_solo_bytes", "adapter_bytes")
-_COUNTS = ("trainable_parameters", "parameters_a", "parameters_b", "seeds", "examples", "trials", "runs", "df", "arms")
-_PS = ("p", "p_holm", "p_permutation")
+_COUNTS = (
+    "trainable_parameters", "parameters_a", "parameters_b", "seeds", "examples", "groups", "tests", "pairs", "trials", "runs",
+    "df", "arms",
+)  # fmt: skip
+_PS = ("p", "p_holm")
 
 
 @dataclass(frozen=True, kw_only=True)

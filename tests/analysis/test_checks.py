@@ -178,7 +178,7 @@ def test_seeds_alone_never_pass_for_examples(tmp_path: Path) -> None:
     )
     tests = found.tables["tests"].query("family == 'placement'")
     assert tests["p"].notna().all()
-    assert tests[["p_permutation", "effect", "examples"]].isna().all(axis=None)
+    assert tests[["effect", "examples"]].isna().all(axis=None)
 
 
 def test_contradictions_in_records_are_found(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats as reference
 
 from analysis import stats
-from analysis.compare import needed, power
+from analysis.compare import detectable, power
 from analysis.effects import anova
 from analysis.pareto import front, hypervolume, membership
 from analysis.stats import Components, Draws
@@ -72,7 +72,7 @@ def test_components_are_found_again() -> None:
     seeds, examples = rng.normal(0, 0.3, (60, 1)), rng.normal(0, 1.0, (1, 400))
     found = stats.components(seeds + examples + rng.normal(0, 0.5, (60, 400)))
     assert found.seeds**0.5 == pytest.approx(0.3, rel=0.2)
-    assert found.examples**0.5 == pytest.approx(1.0, rel=0.1)
+    assert found.groups**0.5 == pytest.approx(1.0, rel=0.1)
     assert found.cell**0.5 == pytest.approx(0.5, rel=0.02)
 
 
@@ -96,32 +96,32 @@ def test_sign_flip_of_many_agrees_with_t(draws: Draws) -> None:
     assert stats.sign_flip(d, draws=draws) == pytest.approx(reference.ttest_1samp(d, 0).pvalue, abs=0.01)
 
 
-def test_paired_of_one_seed_is_the_t_test(draws: Draws) -> None:
+def test_paired_of_one_seed_is_the_t_test() -> None:
     rng = np.random.default_rng(6)
     a = rng.normal(size=(1, 150))
     b = a + rng.normal(0.1, 0.5, (1, 150))
-    found = stats.paired(a, b, draws=draws)
+    found = stats.paired(a, b)
     assert found.p == pytest.approx(reference.ttest_rel(b[0], a[0]).pvalue, rel=0.15)
     assert found.effect == pytest.approx((b - a).mean() / (b - a).std(ddof=1))
     assert found.share == pytest.approx((b < a).mean())
-    mirrored = stats.paired(b, a, draws=draws)
+    mirrored = stats.paired(b, a)
     assert mirrored.p == found.p
     assert mirrored.difference.low == pytest.approx(-found.difference.high)
 
 
-def test_p_and_interval_agree(draws: Draws) -> None:
+def test_p_and_interval_agree() -> None:
     rng = np.random.default_rng(7)
     for shift in (0.0, 0.05, 0.1, 0.2):
         a = rng.normal(size=(3, 60))
-        found = stats.paired(a, a + rng.normal(shift, 0.4, (3, 60)), draws=draws)
+        found = stats.paired(a, a + rng.normal(shift, 0.4, (3, 60)))
         assert (found.p < 0.05) == (found.difference.low > 0 or found.difference.high < 0)
 
 
-def test_arms_that_are_equal_do_not_differ(draws: Draws) -> None:
+def test_arms_that_are_equal_do_not_differ() -> None:
     a = np.ones((3, 5))
-    assert stats.paired(a, a, draws=draws).p == 1.0
+    assert stats.paired(a, a).p == 1.0
     with pytest.raises(ValueError, match="one shape"):
-        stats.paired(a, a[:2], draws=draws)
+        stats.paired(a, a[:2])
 
 
 def test_front_and_hypervolume_on_a_drawing() -> None:
@@ -166,7 +166,7 @@ def test_anova_of_a_balanced_table() -> None:
 
 def test_power_of_the_t_test() -> None:
     # only example noise: the one-sample t test, whose power is that of the noncentral t
-    parts = Components(seeds=0.0, examples=1.0, cell=0.0)
+    parts = Components(seeds=0.0, groups=1.0, cell=0.0)
     found = power(0.3, parts, 1, 50)
     critical = reference.t.ppf(0.975, 49)
     exact = reference.nct.sf(critical, 49, 0.3 * 50**0.5) + reference.nct.cdf(-critical, 49, 0.3 * 50**0.5)
@@ -174,11 +174,11 @@ def test_power_of_the_t_test() -> None:
     assert power(0.0, parts, 1, 50) == pytest.approx(0.05, abs=1e-3)
 
 
-def test_power_rises_with_seeds_and_the_number_needed_is_the_least() -> None:
-    parts = Components(seeds=0.01, examples=0.5, cell=0.2)
+def test_power_rises_with_seeds_and_the_detectable_difference_falls() -> None:
+    parts = Components(seeds=0.01, groups=0.5, cell=0.2)
     values = [power(0.2, parts, seeds, 200) for seeds in (2, 3, 5, 10, 30)]
     assert values == sorted(values)
-    n = needed(lambda count: power(0.2, parts, count, 200) >= 0.8, 2, 1000)
-    assert n is not None
-    assert power(0.2, parts, n, 200) >= 0.8 > power(0.2, parts, n - 1, 200)
-    assert needed(lambda count: False, 2, 1000) is None
+    least = [detectable(parts, seeds, 200) for seeds in (2, 3, 5, 10, 30)]
+    assert least == sorted(least, reverse=True)
+    assert power(least[1], parts, 3, 200) == pytest.approx(0.8, abs=1e-3)
+    assert detectable(Components(seeds=0.0, groups=0.0, cell=0.0), 3, 10) == 0.0
