@@ -117,6 +117,9 @@ class Record:
     `saved` says which weights were scored "after" and saved: those of which `step`, whether a moving `average` of them,
     and whether the run was `stopped_early`.
 
+    `environment` is what it was made with; its `git_commit` ends in "+" where tracked files of the source differed from
+    the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`).
+
     `error` of a failed run: its `class`, its `message`, and as `traceback` the file beside the record that has it all.
 
     `search` is empty for a run of a plain grid; else `arm` and `trial` say which trial it was of, `tuned` names the

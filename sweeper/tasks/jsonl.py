@@ -3,8 +3,9 @@
 `PROGRAM`). `dataset.options.group=patient` reads the group from another key.
 
 A group is what examples that are not independent share: a document, a patient, an author. Examples of one group, and
-near-duplicate prompts, stay on one side, and the analysis resamples whole groups. Splits that the file does not name are cut out of
-its training examples, at most a tenth each. Empty lines are skipped; everything else that is wrong names its line.
+near-duplicate prompts, stay on one side, and the analysis resamples whole groups. Splits that the file does not name
+are cut out of its training examples, at most a tenth each. Empty lines are skipped; everything else that is wrong names
+its line.
 """
 
 import hashlib
@@ -113,7 +114,10 @@ def _row(raw: bytes, where: str, *, group: str | None = None) -> dict[str, Any]:
         raise DataError(f"{where}: missing {' and '.join(missing)}; this line has the keys {have}")
     if group is not None:
         if row.get(group) is None:
-            raise DataError(f"{where}: dataset.options.group={group}: this line has the keys {', '.join(map(str, row))}")
+            have = ", ".join(map(str, row))
+            raise DataError(
+                f"{where}: missing {group}, the key of dataset.options.group; this line has the keys {have}"
+            )
         row["group"] = row[group]
     present = [key for key in (*REQUIRED, *OPTIONAL) if key in REQUIRED or row.get(key) is not None]
     found: dict[str, Any] = {key: _text(row[key], key, where) for key in present}
