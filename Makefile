@@ -14,10 +14,10 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example models lm-eval qlora fetch test test-slow lint format clean
+.PHONY: help install sweep paper example models lm-eval qlora fetch commit-file test test-slow lint format clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## make the virtual environment with every version pinned (the other targets do it when needed)
 
@@ -56,6 +56,9 @@ fetch: $(STAMP)  ## download the data of the tasks that need it (PubMedQA, MedMC
 
 models: $(STAMP)  ## prove every causal language model class, tiny, and write docs/models.md (some minutes)
 	$(BIN)/python -m benchmarks.architectures
+
+commit-file: $(STAMP)  ## write .commit, which tells a copy of this tree without .git the commit that records name
+	$(BIN)/python -m sweeper.commit
 
 lm-eval: $(STAMP)  ## install lm-eval, for evaluation=lm_eval
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-lm-eval.txt

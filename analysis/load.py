@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import spectra
+from analysis import groups, spectra
 from sweeper.record import (
     ADAPTER,
     COMBINED,
@@ -31,6 +31,7 @@ STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
 # earlier versions: with accumulation, a step's examples depended on how it was split into passes
 ORDER = "trainer.order"
+SIZES = ("examples", "groups", "truncated", "dropped")  # of a split, in a record's data
 MADE_WITH = ("precision", "device_type", "device", "attention", "sandbox_python")  # of a record's environment
 _NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB)
 
@@ -50,9 +51,9 @@ class Study:
 
     Columns of `runs`: run_id, study, status, folder, source; every field of the spec by its dotted name (the name of a
     group under the group itself); `SPLIT.METRIC` after training and `SPLIT.before.METRIC` before it; every field of
-    the efficiency; `data.SPLIT.examples`, `data.SPLIT.truncated`, `data.SPLIT.dropped`; `forgetting.SPLIT`, the rise of
-    NLL on splits other than train, validation and test; where `adapters.py spectra` looked at a run,
-    `analysis.spectra.columns`. `fields` are those columns that come from the spec.
+    the efficiency; `data.SPLIT.examples`, `data.SPLIT.groups`, `data.SPLIT.truncated`, `data.SPLIT.dropped`;
+    `forgetting.SPLIT`, the rise of NLL on splits other than train, validation and test; where `adapters.py spectra`
+    looked at a run, `analysis.spectra.columns`. `fields` are those columns that come from the spec.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Study:
     problems: list[Problem] = field(default_factory=list)
     layouts: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     _folders: dict[str, str] | None = None
+    _unnamed: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
     def examples(self, run_ids: Iterable[str], *, split: str = "test", phase: str = "after") -> pd.DataFrame:
         """Per-example scores: run_id, id, nll (nats of the whole response), tokens, and one column a metric."""
@@ -72,12 +74,49 @@ class Study:
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "id", "nll", "tokens"])
 
     def example_columns(self, run_id: str, *, split: str, phase: str) -> dict[str, list[Any]]:
-        """Per-example scores of one run, a list per column; empty if the run left none."""
+        """Per-example scores of one run, a list per column; empty if the run left none.
+
+        "group" is the unit of independence of each example. It is missing where every example is a unit of its own, and
+        where the units are not known (`ungrouped`).
+        """
         wanted = f'"split": "{split}", "moment": "{phase}"'
         rows = self._lines(self.folder(run_id), PREDICTIONS, wanted)
         rows = [row for row in rows if row.get("split") == split and phase in (row.get("phase"), row.get("moment"))]
         names = [key for key in rows[0] if key not in ("split", "phase", "moment")] if rows else []
-        return {key: [row.get(key) for row in rows] for key in names}
+        found: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in names}
+        if any("group" in row for row in rows):
+            found["group"] = [row.get("group") or row.get("id") for row in rows]
+        elif "id" in found and run_id in (unnamed := self._without_groups(split)):
+            units = groups.recovered(unnamed[run_id], found["id"])
+            if units is not None and units != found["id"]:
+                found["group"] = units
+        return found
+
+    def ungrouped(self, *, split: str = "test") -> list[str]:
+        """Runs, by id, whose predictions may share units of independence without saying so: of an earlier version, on
+        data whose ids do not tell the units. Their examples can only be treated as independent.
+
+        Args:
+            split: one of the dataset's own.
+        """
+        found = []
+        for run_id, family in self._without_groups(split).items():
+            columns = self.example_columns(run_id, split=split, phase="after")
+            if columns and "group" not in columns and groups.recovered(family, columns.get("id", ())) is None:
+                found.append(run_id)
+        return sorted(found)
+
+    def _without_groups(self, split: str) -> dict[str, str | None]:
+        """run_id -> family of its dataset, of runs whose record does not count the units of a split."""
+        if split not in self._unnamed:
+            counted = f"data.{split}.groups"
+            rows = self.runs if counted not in self.runs else self.runs[self.runs[counted].isna()]
+            families = rows["dataset.family"] if "dataset.family" in rows else [None] * len(rows)
+            self._unnamed[split] = {
+                run_id: family if isinstance(family, str) else None
+                for run_id, family in zip(rows["run_id"], families, strict=True)
+            }
+        return self._unnamed[split]
 
     def folder(self, run_id: str) -> Path | None:
         """The folder of a run; None of one that came from elsewhere, which has none."""
@@ -304,7 +343,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     row |= score_columns(plain.get("scores") or {})
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
-        row |= {f"data.{split}.{key}": facts[key] for key in ("examples", "truncated", "dropped") if key in facts}
+        row |= {f"data.{split}.{key}": facts[key] for key in SIZES if key in facts}
     environment = plain.get("environment") or {}
     row |= {name: environment.get(name) for name in ("device", "device_type", "git_commit")}
     row |= made_with(environment, plain["spec"])

@@ -19,6 +19,10 @@ SCHEMA_VERSION = 1
 RECORD = "record.json"
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
+"""A line for every example scored: `split`, `moment` (before, after), `id`, `nll` (nats of the whole response),
+`tokens`, the example's metrics, and `group`, the unit of independence that it shares with others: a template, a
+category, a document. A split in which every example is a unit of its own has no `group`. Nor have the lines of earlier
+versions, whose records lack `data.SPLIT.groups`."""
 ADAPTER = "adapter"
 WEIGHTS = "weights"
 SPECTRA = "spectra.json"
@@ -113,9 +117,13 @@ class Record:
     """Everything the analysis may know about a run. `scores` maps split -> "before"/"after" -> Score; `data`
     has the sizes of each split and, as `majority`, what always giving the commonest training answer scores on it; of
     "train" also the `order` of its examples (none: that of former versions, in which each pass of a step had its own).
+    `groups` of a split is the number of its independent units (none: a former version, which did not say).
 
     `saved` says which weights were scored "after" and saved: those of which `step`, whether a moving `average` of them,
     and whether the run was `stopped_early`.
+
+    `environment` is what it was made with; its `git_commit` ends in "+" where tracked files of the source differed from
+    the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`).
 
     `error` of a failed run: its `class`, its `message`, and as `traceback` the file beside the record that has it all.
 

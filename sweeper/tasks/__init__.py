@@ -1,6 +1,7 @@
 """Tasks: examples, splits, prompts and metrics. One file a family; `FAMILIES` is the table of them.
 
-A family is a module with `OPTIONS` (the names `dataset.options` may have, each with its meaning), `check(spec)`
+A family is a module with `OPTIONS` (the names `dataset.options` may have, each with its meaning), `UNIT` (what examples
+of one `Example.group` share, the unit of independence, in words; families of your own may lack it), `check(spec)`
 (raises DataError before anything is loaded), `load(spec)` (the splits as text) and `version(spec)` (changes when its
 data does). A family whose data is in a package names it as `PACKAGE`; one whose data is elsewhere has `content`.
 """
@@ -42,6 +43,7 @@ from sweeper.tasks import cache as _cache
 from sweeper.tasks.example import SPLITS, Choice, Encoded, EncodedSplit, Example
 from sweeper.tasks.metrics import GENERATED, METRICS, PACKAGES, PROGRAM
 from sweeper.tasks.package import require
+from sweeper.tasks.split import units
 from sweeper.tasks.template import TEMPLATES, TODAY, adds_start, puts_space_first, tokenise, writes_date
 from sweeper.untrusted import sandbox
 
@@ -69,8 +71,8 @@ __all__ = [
     "where",
 ]
 
-# Raise whenever the same spec and data would give other tokens, so that no stale cache file is read.
-CODE_VERSION = 6
+# Raise whenever the same spec and data would give other tokens or groups, so that no stale cache file is read.
+CODE_VERSION = 7
 
 
 class Family(Protocol):
@@ -242,10 +244,11 @@ def remarks(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", splits: Map
 
 
 def data_of(splits: Mapping[str, EncodedSplit]) -> dict[str, dict[str, int]]:
-    """Sizes of the splits, as a record has them."""
+    """Sizes of the splits, as a record has them; `groups` counts units of independence."""
     return {
         name: {
             "examples": len(split.examples),
+            "groups": len({e.unit for e in split.examples}),
             "truncated": split.truncated,
             "dropped": len(split.dropped),
             "tokens": sum(len(e.input_ids) for e in split.examples),
@@ -286,7 +289,7 @@ def _encode_split(
     known: dict[tuple[str, str], Choice] = {}
     truncated = apart = 0
     starts, alike = int(adds_start(tokenizer)), not puts_space_first(tokenizer)
-    for example in examples:
+    for example, unit in zip(examples, units(examples), strict=True):
         try:
             tokens = template.encode(spec.template, example.prompt, example.response, spec.system, tokenizer)
             choices = tuple(_choice(example.prompt, text, spec, tokenizer, known, alike) for text in example.choices)
@@ -302,7 +305,7 @@ def _encode_split(
         if len(prompt) > room:
             truncated += 1
             prompt = prompt[:starts] + prompt[len(prompt) - room + starts :]
-        encoded.append(Encoded(example.id, (*prompt, *response), len(prompt), choices, example.check))
+        encoded.append(Encoded(example.id, (*prompt, *response), len(prompt), choices, example.check, unit))
         apart += not tokens.whole
     if examples and not encoded:
         raise DataError(f"dataset.max_length={spec.max_length} is too short for every response of the {name} split")

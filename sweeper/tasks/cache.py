@@ -31,6 +31,7 @@ def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
             {
                 "choices": [c.text for c in choices],
                 "checks": [e.check for e in split.examples],
+                "groups": [e.group for e in split.examples],
                 "majority": dict(split.majority),
             }
         )
@@ -60,9 +61,10 @@ def _split(name: str, arrays: Mapping[str, Any]) -> EncodedSplit:
     columns = (arrays[f"{name}/{key}"].tolist() for key in ("ids", "lengths", "prompts", "choice_counts"))
     texts = json.loads(arrays[f"{name}/texts"].tobytes().decode())
     choices = _choices(name, arrays, texts["choices"])
-    for example_id, length, prompt_length, count, check in zip(*columns, texts["checks"], strict=True):
+    written = texts["checks"], texts["groups"]
+    for example_id, length, prompt_length, count, check, group in zip(*columns, *written, strict=True):
         own = tuple(itertools.islice(choices, count))
-        examples.append(Encoded(example_id, tuple(tokens[start : start + length]), prompt_length, own, check))
+        examples.append(Encoded(example_id, tuple(tokens[start : start + length]), prompt_length, own, check, group))
         start += length
     if start != len(tokens):
         raise ValueError(f"{name}: lengths and tokens disagree")

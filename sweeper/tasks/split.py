@@ -16,6 +16,8 @@ Item = TypeVar("Item")
 # The most that validation and test may each take of a dataset that names no splits of its own.
 HELD_OUT_SHARE = 0.1
 
+LONGEST_NAME = 60  # characters of a unit's name
+
 PUNCTUATION = re.compile(r"""[.,;:!?"'()\[\]]""")
 
 
@@ -67,13 +69,15 @@ def split_examples(
     *,
     marked: Mapping[str, str] | None = None,
     near_duplicates: bool = True,
+    held_out_each: int | None = None,
 ) -> dict[str, tuple[Example, ...]]:
     """Train, validation and test of a dataset in which groups and near-duplicate prompts stay together.
 
     `marked` maps an example's id to the split its source names. A split that the source lacks is cut out of train:
     whole clusters in an order given by `split_seed`, up to the size asked for but no more than a tenth of the
     examples. Sizes are upper limits; `train_examples` None means all. `near_duplicates` false leaves out what
-    `without_near_duplicates` finds.
+    `without_near_duplicates` finds. Of a cluster that is cut out, `held_out_each` examples are kept (None: all) and the
+    others left out, so that a split of one size has more groups.
 
     Raises:
         DataError: one cluster is marked for two splits, or a split would be empty.
@@ -86,7 +90,9 @@ def split_examples(
     limit = max(1, int(HELD_OUT_SHARE * len(examples)))
     for split, wanted in (("validation", spec.validation_examples), ("test", spec.test_examples)):
         if not parts[split]:
-            parts[split], parts["train"] = _cut(parts["train"], min(wanted, limit), (spec.split_seed, split))
+            parts[split], parts["train"] = _cut(
+                parts["train"], min(wanted, limit), (spec.split_seed, split), most=held_out_each
+            )
     empty = [split for split in SPLITS if not parts[split]]
     if empty:
         raise DataError(
@@ -100,6 +106,19 @@ def split_examples(
     if not near_duplicates:
         found = without_near_duplicates(found)
     return {split: found[split][:size] for split, size in sizes(spec).items()}
+
+
+def units(examples: Sequence[Example]) -> list[str]:
+    """The unit of independence of each example: its group, joined with those that near-duplicate prompts tie it to.
+
+    A joined unit is named by the group that comes first; a name too long to write with every prediction, by its digest.
+    """
+    named: dict[str, str] = {}
+    for cluster in _clusters(examples):
+        name = cluster[0].group
+        short = name if len(name) <= LONGEST_NAME else hashlib.sha256(name.encode()).hexdigest()[:12]
+        named |= dict.fromkeys((example.id for example in cluster), short)
+    return [named[example.id] for example in examples]
 
 
 def _clusters(examples: Sequence[Example]) -> list[list[Example]]:
@@ -135,21 +154,26 @@ def _marked_split(cluster: list[Example], marked: Mapping[str, str]) -> str:
 
 
 def _cut(
-    pool: list[list[Example]], wanted: int, key: tuple[object, ...]
+    pool: list[list[Example]], wanted: int, key: tuple[object, ...], *, most: int | None = None
 ) -> tuple[list[list[Example]], list[list[Example]]]:
-    """(cut, rest): whole clusters in seeded order that fit into `wanted` examples; the smallest one if none fits."""
+    """(cut, rest): clusters in seeded order that fit into `wanted` examples; the smallest one if none fits.
+
+    Clusters are cut whole, or as `most` examples of each.
+    """
     by_name = {min(example.id for example in cluster): cluster for cluster in pool}
     order = shuffled(by_name, *key)
     cut: list[str] = []
     room = wanted
     for name in order:
-        if len(by_name[name]) <= room:
+        size = len(by_name[name][:most])
+        if size <= room:
             cut.append(name)
-            room -= len(by_name[name])
+            room -= size
     if not cut and len(pool) > 1:
         cut = [min(order, key=lambda name: len(by_name[name]))]
     taken = set(cut)
-    return [by_name[name] for name in cut], [by_name[name] for name in order if name not in taken]
+    kept = [by_name[name] if most is None else shuffled(by_name[name], *key, name="id")[:most] for name in cut]
+    return kept, [by_name[name] for name in order if name not in taken]
 
 
 def without_near_duplicates(

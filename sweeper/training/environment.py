@@ -3,12 +3,11 @@
 import functools
 import importlib.metadata
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from sweeper.commit import commit
 from sweeper.device import processor
 
 PACKAGES = (
@@ -26,7 +25,7 @@ def describe(device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": _versions(),
-        "git_commit": _commit(),
+        "git_commit": commit(),
     }
 
 
@@ -39,17 +38,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-@functools.cache
-def _commit() -> str | None:
-    """Commit of the source tree, with "+" where it has uncommitted changes; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            cwd=here, capture_output=True, text=True, timeout=5, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.stdout.strip() or None

@@ -93,10 +93,13 @@ def queue_examples(
 
 
 def _rows(examples: Sequence[Encoded], scores: Sequence[ExampleScore], *, exact_match: bool) -> list[dict[str, Any]]:
-    return [
-        {"id": e.id, "nll": s.nll, "tokens": s.tokens} | ({"exact_match": float(s.exact_match)} if exact_match else {})
-        for e, s in zip(examples, scores, strict=True)
-    ]
+    grouped = any(e.unit != e.id for e in examples)
+    rows: Rows = []
+    for e, s in zip(examples, scores, strict=True):
+        group = {"group": e.unit} if grouped else {}
+        match = {"exact_match": float(s.exact_match)} if exact_match else {}
+        rows.append({"id": e.id} | group | {"nll": s.nll, "tokens": s.tokens} | match)
+    return rows
 
 
 def _add_metrics(

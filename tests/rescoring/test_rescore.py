@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from sweeper import tasks
 from sweeper.errors import DataError, Problems, SpecError
-from sweeper.record import read_record
+from sweeper.record import PREDICTIONS, read_record
 from sweeper.reporting.console import make_console
 from sweeper.rescoring import command, rescore
 from sweeper.run import Run
@@ -105,6 +106,28 @@ def test_other_tasks_and_their_files(tiny: Settings, capsys: pytest.CaptureFixtu
     assert shown.count("base tiny") == 2
     assert all(f"{run.folder.name} {run.spec.placement.name} r{run.spec.rank}  " in shown for run in runs)
     assert shown.count("suite of chain_sum, longer") == 2
+
+
+def test_predictions_name_the_units_of_their_task(tiny: Settings) -> None:
+    """Of training and of scoring again alike; passages of the general text are units of their own."""
+    expected = {e.id: e.group for e in tasks.load(CHAIN)["test"]}
+    runs = rescore.find([tiny.folder])
+    list(rescore.rescore(runs, [CHAIN], TEST, tiny))
+    for run in runs:
+        trained = lines(run.folder / PREDICTIONS)
+        again = lines(run.folder / "evaluations" / "chain_sum-test.jsonl")
+        assert {row["id"]: row["group"] for row in trained if row["split"] == "test"} == expected
+        assert {row["id"]: row["group"] for row in again} == expected
+        general = [row for row in trained if row["split"] == "general_text"]
+        assert general
+        assert not any("group" in row for row in general)
+        data = read_record(run.folder).data
+        assert data["test"]["groups"] == len(set(expected.values()))
+        assert data["train"]["groups"] == len({e.group for e in tasks.load(CHAIN)["train"]})
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_label_has_what_tells_a_run_from_the_others(tiny: Settings) -> None:
