@@ -45,15 +45,26 @@ class Dimension:
         whole = self.kind == "float" or isinstance(value, int)
         return bool(number and whole and self.low <= value <= self.high)
 
+    @property
+    def ladder(self) -> tuple[float, ...]:
+        """The choices in ascending order where they are numbers, a grid that has two ends; empty otherwise."""
+        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in self.choices)
+        return tuple(sorted(self.choices)) if numbers and len(self.choices) > 1 else ()
+
     def edge(self, value: Any, share: float = 0.05) -> Literal["low", "high"] | None:
-        """The end of the range that a value lies within `share` of, on the range's scale; None if none."""
+        """The end that a value lies at: of a range within `share` of it, on its scale; of a grid the last number."""
         if self.kind == "choice":
-            return None
+            ends: dict[Any, Literal["low", "high"]] = {}
+            if self.ladder:
+                ends = {self.ladder[0]: "low", self.ladder[-1]: "high"}
+            return ends.get(value)
         place = (self._scaled(value) - self._scaled(self.low)) / (self._scaled(self.high) - self._scaled(self.low))
         return "low" if place <= share else "high" if place >= 1 - share else None
 
     def widened(self, end: Literal["low", "high"]) -> "Dimension":
-        """The range half as wide again beyond one end, on its own scale."""
+        """The range half as wide again beyond one end, on its own scale; a grid of numbers with one more of them."""
+        if self.kind == "choice":
+            return self._longer(end)
         low, high = self._scaled(self.low), self._scaled(self.high)
         more = (high - low) / 2
         moved = low - more if end == "low" else high + more
@@ -64,6 +75,29 @@ class Dimension:
         elif self.low > 0 and value <= 0:
             value = self.low / 10  # a positive field stays positive
         return replace(self, low=value) if end == "low" else replace(self, high=value)
+
+    def _longer(self, end: Literal["low", "high"]) -> "Dimension":
+        """A grid with one number beyond an end. It keeps the grid's rhythm: 1e-3, 3e-3, 1e-2 goes on with 3e-2."""
+        ladder = self.ladder if end == "high" else self.ladder[::-1]
+        if not ladder:
+            return self
+        before, last = ladder[-3:-1] if len(ladder) > 2 else ladder[-2:]
+        value = ladder[-1] * last / before if min(ladder) > 0 else ladder[-1] + last - before
+        value = float(f"{value:.3g}")
+        if all(isinstance(one, int) for one in ladder):
+            value = round(value)
+        if value in self.choices or (min(ladder) > 0 and value <= 0):
+            return self
+        return replace(self, choices=(*self.choices, value) if end == "high" else (value, *self.choices))
+
+    def distance(self, one: Any, other: Any) -> float:
+        """How far two values lie apart, as a share of the dimension: 0 to 1; choices that are no numbers 0 or 1."""
+        if self.kind != "choice":
+            span = self._scaled(self.high) - self._scaled(self.low)
+            return abs(self._scaled(one) - self._scaled(other)) / span
+        if not self.ladder:
+            return float(one != other)
+        return abs(self.ladder.index(one) - self.ladder.index(other)) / (len(self.ladder) - 1)
 
     def _scaled(self, value: float) -> float:
         return math.log(value) if self.log else value

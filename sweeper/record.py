@@ -29,6 +29,7 @@ SPECTRA = "spectra.json"
 CHECKPOINT = "checkpoint.safetensors"
 TRACEBACK = "traceback.txt"
 WANDB_ID = "wandb.json"
+SEARCHES = "searches.json"  # in a study whose arms are tuned: what the search of each did
 
 COMMANDS = "commands.jsonl"
 
@@ -128,8 +129,9 @@ class Record:
     `error` of a failed run: its `class`, its `message`, and as `traceback` the file beside the record that has it all.
 
     `search` is empty for a run of a plain grid; else `arm` and `trial` say which trial it was of, `tuned` names the
-    tuned fields, and `purpose` says whether it was one of those tried ("trial") or the best again on fresh seeds
-    ("confirm").
+    tuned fields, and `purpose` says whether it was one of those tried ("trial"), one that was pruned after `pruned_at`
+    steps and then trained whole, as it lay beside the best ("finish"), or the best again on fresh seeds ("confirm"):
+    after the space was `widened` so many times, with the `edges` where the best still lay.
     """
 
     run_id: str

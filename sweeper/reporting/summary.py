@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,21 @@ def show_search(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     cells = [
         [row["arm"], str(row["trials"]), str(row["pruned"]), str(row["failed"]), number(row["best"], 4),
          point(row["params"]) or "-",
-         "; ".join(f"{key} at the {end} end of its range" for key, end in row["edges"].items())]
+         "; ".join(_of_search(row))]
         for row in rows
     ]  # fmt: skip
     console.out(aligned(header, cells), highlight=False)
+
+
+def _of_search(row: Mapping[str, Any]) -> Iterator[str]:
+    for key, end in row["edges"].items():
+        yield f"{key} at the {end} end of its range"
+    if row.get("widened"):
+        yield "widened once" if row["widened"] == 1 else f"widened {row['widened']} times"
+    if row.get("finished"):
+        yield f"{row['finished']} of the pruned finished"
+    if row.get("beside"):
+        yield f"{row['beside']} beside the best still pruned"
 
 
 def write(study: Path, records: Sequence[Record]) -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweeper import record
+from sweeper.arms import Arm, number_of_points
 from sweeper.spec import RunSpec, Settings
 from sweeper.study.plan import Plan, module_ranks
 from sweeper.study.search_settings import SearchSettings
@@ -114,19 +115,21 @@ def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequ
         if search.trials is None:
             return ["how many runs there will be depends on the budget"]
         first = dict(zip((run.run_id for run in plan.runs), costs, strict=True))
-        each = [len(arm.seeds) * search.trials + len(search.confirm_seeds) for arm in plan.arms]
+        ranges = [runs_of(arm, search) for arm in plan.arms]
+        least, each = sum(fewest for fewest, _ in ranges), [most for _, most in ranges]
         runs = sum(each)
         flops = sum(count * first[arm.default.run_id].flops for count, arm in zip(each, plan.arms, strict=True))
     else:
         left = {run.run_id for run in plan.todo}
-        runs = len(left)
+        least = runs = len(left)
         flops = sum(cost.flops for run, cost in zip(plan.runs, costs, strict=True) if run.run_id in left)
     if not runs:
         return []
     largest = max(cost.memory - cost.base_memory for cost in costs)
     room = MARGIN * (device.free_bytes(where) - costs[0].base_memory)
     slots = max(1, min(settings.max_pack or MOST, runs, int(room / max(largest, 1))))
-    lines = [f"{runs} run{'s' if runs > 1 else ''}, at most {slots} at a time in a pack on {where}"]
+    count = str(runs) if least == runs else f"{least} to {runs}"
+    lines = [f"{count} run{'s' if runs > 1 else ''}, at most {slots} at a time in a pack on {where}"]
     bases = {run.spec.model.name for run in plan.runs}
     pace = _pace(settings, environment.describe(where, None)["device"], bases)
     if pace is None:
@@ -136,6 +139,24 @@ def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequ
             "estimate of time",
         ]
     return [*lines, f"training takes about {clock_time(flops / pace)} at most, at the pace of the latest runs recorded"]
+
+
+def runs_of(arm: Arm, search: SearchSettings) -> tuple[int, int]:
+    """The fewest and the most runs that the search of an arm comes to. A pruned trial that is finished counts twice.
+
+    An arm that is not tuned is its seeds. `search.trials` must be a number.
+    """
+    if not arm.space:
+        return len(arm.seeds), len(arm.seeds)
+    assert search.trials is not None
+    fewest = int(min(search.trials, number_of_points(arm.space)))
+    space, most = arm.space, fewest
+    for widened in range(1, search.widen + 1):
+        space = tuple(dimension.widened("high") for dimension in space)
+        most = int(min(search.trials + widened * max(1, search.trials // 2), number_of_points(space)))
+    finished = 0 if search.pruner == "none" else search.finish
+    confirm = len(search.confirm_seeds)
+    return len(arm.seeds) * fewest + confirm, len(arm.seeds) * (most + finished) + confirm
 
 
 def _pace(settings: Settings, where: str, bases: Collection[str]) -> float | None:

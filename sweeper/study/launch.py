@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from sweeper import record, register
-from sweeper.arms import Arm, look_up, single
+from sweeper.arms import Arm, look_up, number_of_points, single
 from sweeper.errors import Interrupted, RunsFailed, SpecError, SweeperError, gist
 from sweeper.record import Record
 from sweeper.reporting import summary, text, tracking
@@ -105,6 +105,8 @@ def _as_jobs(work: Scheduler, launcher: Any) -> Outcome:
             former = [_stamp(run) for run in pulled.runs]
             for run in pulled.runs:
                 work.claims.give_back(run.run_id)  # the job is a command of its own and claims it
+                if run.search.get("purpose") == "finish":  # and a record would be its end
+                    (run.folder / record.RECORD).unlink(missing_ok=True)
             broken: Exception | None = None
             try:
                 errors = _errors_of(launcher.launch(typed, initial_job_idx=begun), len(typed))
@@ -256,14 +258,21 @@ def _left_out(plan: Plan) -> list[str]:
 
 def _search_line(plan: Plan, search: SearchSettings) -> str:
     arms = [arm for arm in plan.arms if arm.space]
-    trials = f"{search.trials} trials" if search.trials else "trials until the budget is used up"
+    counts = {int(min(search.trials, number_of_points(arm.space))) for arm in arms if search.trials}
+    number = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(max(counts, default=0))
+    trials = f"{number} trials" if counts else "trials until the budget is used up"
     seeds = len(arms[0].seeds)
     repeated = f" x {seeds} seeds" if seeds > 1 else ""
     tuned = dict.fromkeys(str(dimension) for arm in arms for dimension in arm.space)
     fields = "; ".join(dimension + _where(dimension, arms) for dimension in tuned)
+    widen = f", widened at most {_times(search.widen)}" if search.widen else ""
     confirm = f", then the best on {len(search.confirm_seeds)} fresh seeds" if search.confirm_seeds else ""
     arm_word = "arm" if len(arms) == 1 else "arms"
-    return f"{len(arms)} {arm_word}, {trials}{repeated} each{confirm}, in {plan.study}. Tuned: {fields}"
+    return f"{len(arms)} {arm_word}, {trials}{repeated} each{widen}{confirm}, in {plan.study}. Tuned: {fields}"
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def _where(dimension: str, arms: Sequence[Arm]) -> str:
@@ -283,6 +292,7 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
     several = len(work.how.objectives) > 1
     if plan.tuned:
         summary.show_search(work.table(), console)
+        record.write_json(plan.study / record.SEARCHES, _searches(plan.study) | work.searches())
     if found:
         summary.show(list(found.values()), console)
         csv, markdown = summary.write(plan.study, _study_records(plan, found))
@@ -303,6 +313,15 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
         study=plan.study, runs=(*chosen, *(Run.recorded(one, plan.study) for one in others)), records=found,
         failures=RunsFailed(lines) if lines else None,
     )  # fmt: skip
+
+
+def _searches(study: Path) -> dict[str, Any]:
+    """What earlier commands left of the searches of a study's arms; nothing where the file cannot be read."""
+    try:
+        found = json.loads((study / record.SEARCHES).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _stopped(plan: Plan, found: Mapping[str, Record]) -> str:

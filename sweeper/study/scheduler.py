@@ -74,6 +74,7 @@ class _ArmState:
     tokens: int = 0
     confirmed: bool = False
     told: set[str] = field(default_factory=set)
+    finishing: set[str] = field(default_factory=set)
 
 
 def _locked(method: Callable[..., T]) -> Callable[..., T]:
@@ -317,13 +318,28 @@ class Scheduler:
                     "arm": self.label(state.arm), "trials": sum(counts.values()), "pruned": counts.get("pruned", 0),
                     "failed": counts.get("failed", 0), "best": None if best is None else best.value,
                     "params": {} if best is None else best.params, "edges": {} if best is None else best.edges,
+                    "widened": state.search.widened, "finished": state.search.finished,
+                    "beside": len(state.search.pruned_beside_best()),
                 })  # fmt: skip
         return rows
 
     def elsewhere(self) -> int:
         """Trials, or runs of a grid, that other drivers are working on."""
         trials = sum(state.search.elsewhere for state in self.states.values() if state.search is not None)
-        return trials + sum(self.find(run_id) is None for run_id in self.others)
+        return trials + sum(map(self._left, self.others))
+
+    def searches(self) -> dict[str, dict[str, Any]]:
+        """What the search of every tuned arm did, by the arm's key, with the settings that were the same for all."""
+        how = self.how
+        settings = {
+            "pruner": how.pruner, "wanted": how.trials, "may_widen": how.widen, "may_finish": how.finish,
+            "confirm_seeds": list(how.confirm_seeds), "objectives": list(how.objectives),
+        }  # fmt: skip
+        return {
+            key: {"arm": self.label(state.arm), **state.search.facts(), **settings}
+            for key, state in self.states.items()
+            if state.search is not None
+        }
 
     # -- inside
 
@@ -342,16 +358,24 @@ class Scheduler:
         """The next run of an arm that waits, and that no other command trains or has trained by now."""
         while state.ready:
             run = state.ready.popleft()
-            if state.search is not None or self._mine(run):  # a search signs its trials
+            if run.search.get("purpose") == "trial" or self._mine(run):  # a search signs its trials
                 return run
         return None
 
+    def _left(self, run_id: str) -> bool:
+        """Whether a run is still to be trained to its end, as far as the disk says."""
+        known = self.known.get(run_id)
+        if known is not None and known.status == "pruned":
+            del self.known[run_id]  # another command may have finished it
+        found = self.find(run_id)
+        return found is None or found.status == "pruned"
+
     def _mine(self, run: Run) -> bool:
-        """Claims a run of an arm that is not tuned."""
+        """Claims a run that is no trial of a search."""
         if not self.claims.take(run.run_id):
             self.others.add(run.run_id)
             return False
-        if self.find(run.run_id) is None:
+        if self.find(run.run_id) is None or (run.search.get("purpose") == "finish" and self._left(run.run_id)):
             return True
         self.claims.give_back(run.run_id)
         return False
@@ -387,12 +411,15 @@ class Scheduler:
         """Whether what is running of an arm may be followed by more of it."""
         if state.search is None or not any(run.arm == state.arm.key for run in self.running.values()):
             return False
-        return self._open(state) or bool(self.how.confirm_seeds) or bool(self.how.widen)
+        later = self.how.confirm_seeds or self.how.widen or (self.how.finish and self.how.pruner != "none")
+        return self._open(state) or bool(later)
 
     def _advance(self, state: _ArmState) -> None:
-        """Past the last trial: the best one lies at an end of a range, or is to be confirmed."""
+        """Past the last trial: some beside the best were pruned, it lies at an end of a range, or is to be confirmed."""
         search = state.search
         if search is None or state.ready or search.running or search.elsewhere or self._open(state):
+            return
+        if self._finishing(state) or self._finish(state):
             return
         best = search.best()
         if best is None:
@@ -411,7 +438,35 @@ class Scheduler:
             for seed in self.how.confirm_seeds:
                 spec = state.arm.make(best.params, seed)
                 if self.find(spec.run_id) is None:
-                    state.ready.append(self._run(state, spec, {"trial": best.number, "purpose": "confirm"}))
+                    about = {"widened": search.widened, "edges": best.edges}
+                    state.ready.append(self._run(state, spec, {"trial": best.number, "purpose": "confirm", **about}))
+
+    def _finishing(self, state: _ArmState) -> bool:
+        """Whether this command or another is at work on pruned trials of an arm."""
+        here = any(run_id in self.running for run_id in state.finishing)
+        return here or any(self._left(run_id) for run_id in state.finishing & self.others)
+
+    def _finish(self, state: _ArmState) -> bool:
+        """Queues pruned trials beside the best one to be trained to their end; whether there are any."""
+        assert state.search is not None
+        told = []
+        for number, params in state.search.to_finish():
+            waiting = len(state.ready)
+            for seed in state.arm.seeds:
+                spec = state.arm.make(params, seed)
+                former = self.find(spec.run_id)
+                if spec.run_id in state.finishing or (former is not None and former.status != "pruned"):
+                    continue
+                state.finishing.add(spec.run_id)
+                about = {"trial": number, "purpose": "finish", "pruned_at": None if former is None else former.steps}
+                state.ready.append(self._run(state, spec, about))
+            if len(state.ready) > waiting:
+                told.append(point(params))
+        if told:
+            what = "a pruned trial" if len(told) == 1 else "pruned trials"
+            message = f"{self.label(state.arm)}: finishing {what} beside the best one: {'; '.join(told)}"
+            self.notify(Stage(message=message))
+        return bool(state.ready)
 
     def label(self, arm: Arm) -> str:
         """A short name of an arm, with what tells it from the others."""

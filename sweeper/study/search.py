@@ -77,15 +77,19 @@ class ArmSearch:
     ) -> None:  # fmt: skip
         self.arm, self.settings, self.storage, self.find, self.usable = arm, settings, storage, find, usable
         self.space: Space = arm.space
-        self.widened = 0
+        self.sides: list[dict[str, str]] = []
         self.running: dict[int, Trial] = {}
         self.used_up = False
         self._seen: tuple[float, list[FrozenTrial]] | None = None
         self._open()
         known = optuna.get_all_study_names(storage) if settings.widen else []
-        while self.widened < settings.widen and (wider := self._wider()) is not None and self._name(wider) in known:
-            self.space, self.widened = wider, self.widened + 1
-            self._open()
+        while self.widened < settings.widen and (wider := self._widened_before(known)) is not None:
+            self._go_wider(wider)
+
+    @property
+    def widened(self) -> int:
+        """How often the space was widened."""
+        return len(self.sides)
 
     @property
     def name(self) -> str:
@@ -134,15 +138,15 @@ class ArmSearch:
         return found
 
     def best(self) -> Best | None:
-        """The completed trial whose runs have the best mean objective; None with several objectives, or before one."""
+        """Of trials trained to their end, the one with the best mean objective; None with several objectives."""
         if len(self.settings.objectives) > 1:
             return None
         sign = 1 if self.settings.directions[0] == "minimize" else -1
         found: tuple[float, FrozenTrial] | None = None
         for trial in self._trials():
-            if trial.state != TrialState.COMPLETE:
+            if not self._whole(trial):
                 continue
-            value = self._value(trial, {d.key: _plain(trial.params[d.key]) for d in self.space})
+            value = self._value(trial)
             if math.isfinite(value) and (found is None or sign * value < sign * found[0]):
                 found = (value, trial)
         if found is None:
@@ -159,6 +163,49 @@ class ArmSearch:
         counted = {trial.number for trial in self._trials()}
         front = [trial.params for trial in self.study.best_trials if trial.number in counted]
         return [{d.key: _plain(params[d.key]) for d in self.space} for params in front]
+
+    @property
+    def finished(self) -> int:
+        """Pruned trials that were trained to their end after all."""
+        return sum(trial.state == TrialState.PRUNED and self._whole(trial) for trial in self._trials())
+
+    def pruned_beside_best(self) -> list[tuple[int, dict[str, Any]]]:
+        """Pruned trials next to the best one, which may have beaten it at their end: number and point.
+
+        Next to it are the trials on both sides of it along the only tuned number, or with D tuned fields the 2 D
+        nearest.
+        """
+        best = self.best()
+        if best is None:
+            return []
+        ended = [t for t in self._trials() if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        others = [t for t in ended if t.number != best.number]
+        others.sort(key=lambda t: sum(d.distance(t.params[d.key], best.params[d.key]) ** 2 for d in self.space))
+        only = self.space[0]
+        if len(self.space) == 1 and (only.kind != "choice" or only.ladder):
+            at = best.params[only.key]
+            below = [t for t in others if t.params[only.key] < at]
+            beside = [*below[:1], *[t for t in others if t.params[only.key] > at][:1]]
+        else:
+            beside = others[: 2 * len(self.space)]
+        return [(t.number, self._point(t)) for t in beside if not self._whole(t)]
+
+    def to_finish(self) -> list[tuple[int, dict[str, Any]]]:
+        """Trials of `pruned_beside_best` that the budget still allows to finish."""
+        left = self.settings.finish - self.finished
+        return self.pruned_beside_best()[:left] if left > 0 else []
+
+    def facts(self) -> dict[str, Any]:
+        """What the search of the arm did, as plain data for `searches.json`."""
+        best, counts = self.best(), self.counts()
+        return {
+            "space": [str(dimension) for dimension in self.arm.space],
+            "searched": [str(dimension) for dimension in self.space],
+            "trials": sum(counts.values()), **{f"trials_{name}": count for name, count in counts.items()},
+            "finished": self.finished, "pruned_beside_best": len(self.pruned_beside_best()),
+            "widened": self.widened, "sides": self.sides, "edges": {} if best is None else best.edges,
+            "best": None if best is None else best.params,
+        }  # fmt: skip
 
     # -- work
 
@@ -278,8 +325,8 @@ class ArmSearch:
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         former = [t for t in self._trials() if t.state in ended]
         told = ", ".join(str(new) for new, old in zip(wider, self.space, strict=True) if new != old)
-        self.space, self.widened = wider, self.widened + 1
-        self._open()
+        self.study.set_user_attr("wider", [[d.low, d.high, list(d.choices)] for d in wider])
+        self._go_wider(wider)
         if not self.asked:
             for trial in former:
                 self.study.add_trial(
@@ -290,6 +337,28 @@ class ArmSearch:
                     )
                 )  # fmt: skip
         return told
+
+    def _go_wider(self, wider: Space) -> None:
+        moved: dict[str, str] = {}
+        for new, old in zip(wider, self.space, strict=True):
+            if new != old:
+                lower = new.low < old.low or new.ladder[:1] < old.ladder[:1]
+                moved[new.key] = "low" if lower else "high"
+        self.sides.append(moved)
+        self.space, self.used_up = wider, False
+        self._open()
+
+    def _widened_before(self, known: Sequence[str]) -> Space | None:
+        """What an earlier command widened the space to; of an earlier version, what its best trial leads to."""
+        noted = self.study.user_attrs.get("wider")
+        if noted is None:
+            wider = self._wider()
+        else:
+            wider = tuple(
+                replace(d, low=low, high=high, choices=tuple(choices))
+                for d, (low, high, choices) in zip(self.space, noted, strict=True)
+            )
+        return wider if wider is not None and self._name(wider) in known else None
 
     def _wider(self) -> Space | None:
         best = self.best()
@@ -304,7 +373,8 @@ class ArmSearch:
         if end is None:
             return dimension
         wider = dimension.widened(end)
-        value = wider.low if end == "low" else wider.high
+        low, *_, high = wider.ladder or (wider.low, wider.high)
+        value = low if end == "low" else high
         return wider if self.usable({**best.params, dimension.key: value}) else dimension
 
     # -- resuming
@@ -330,13 +400,11 @@ class ArmSearch:
 
     def unfinished(self) -> list[tuple[int, dict[str, Any]]]:
         """Completed trials of which a replicate has no record, as when seeds were added: number and point."""
-        found = []
-        for trial in self._trials():
-            if trial.state == TrialState.COMPLETE:
-                params = {d.key: _plain(trial.params[d.key]) for d in self.space}
-                if any(self.find(self.arm.make(params, seed).run_id) is None for seed in self.arm.seeds):
-                    found.append((trial.number, params))
-        return found
+        return [
+            (trial.number, self._point(trial))
+            for trial in self._trials()
+            if trial.state == TrialState.COMPLETE and None in self._records(trial)
+        ]
 
     # -- inside
 
@@ -355,6 +423,20 @@ class ArmSearch:
         ]  # fmt: skip
         self._seen = (time.monotonic(), counted)
         return counted
+
+    def _point(self, trial: FrozenTrial) -> dict[str, Any]:
+        return {d.key: _plain(trial.params[d.key]) for d in self.space}
+
+    def _records(self, trial: FrozenTrial) -> list[Record | None]:
+        """The record of each replicate, where there is one."""
+        point = self._point(trial)
+        return [self.find(self.arm.make(point, seed).run_id) for seed in self.arm.seeds]
+
+    def _whole(self, trial: FrozenTrial) -> bool:
+        """Whether it trained to its end, which one that was pruned may have done since."""
+        if trial.state != TrialState.PRUNED:
+            return trial.state == TrialState.COMPLETE
+        return all(record is not None and record.status in COMPLETED for record in self._records(trial))
 
     def _place(self, number: int) -> int:
         return sum(t.number < number for t in self._trials(fresh=True))
@@ -377,9 +459,9 @@ class ArmSearch:
             for name, sign in zip(self.settings.objectives, signs, strict=True)
         ]
 
-    def _value(self, trial: FrozenTrial, params: Mapping[str, Any]) -> float:
+    def _value(self, trial: FrozenTrial) -> float:
         """The mean over all replicates there are now, which may be more than when the trial ended."""
-        records = [self.find(self.arm.make(params, seed).run_id) for seed in self.arm.seeds]
+        records = self._records(trial)
         known = [record for record in records if record is not None and record.status in COMPLETED]
         return self._values(known)[0] if len(known) == len(records) else trial.values[0]
 

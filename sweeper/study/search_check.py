@@ -28,7 +28,11 @@ def _plain(search: SearchSettings) -> Iterator[str]:
              "confirm_seeds": search.confirm_seeds or None}  # fmt: skip
     for name, value in asked.items():
         if value is not None:
-            yield f"hydra.sweeper.{name}={value}: no field is tuned. Tune one: 'optim.lr=tag(log,interval(1e-5,1e-2))'"
+            shown = list(value) if isinstance(value, tuple) else value
+            yield (
+                f"hydra.sweeper.{name}={shown}: no field is tuned. Tune one: 'optim.lr=tag(log,interval(1e-5,1e-2))', "
+                f"or give hydra.sweeper.{name}=null"
+            )
 
 
 def _tuned(arms: Sequence[Arm], search: SearchSettings, calibrate: bool) -> Iterator[str]:

@@ -25,7 +25,9 @@ class SearchSettings:
         parallel: most trials of an arm at once; null is a quarter of its trials, so that each quarter knows the last.
         storage: an Optuna storage URL; null is a journal file in the study folder.
         confirm_seeds: seeds on which every arm's best trial trains again.
-        widen: how often a range whose end won may be widened, with another `n_trials` / 2 trials each time.
+        widen: how often a range whose end won may be widened, with another `n_trials` / 2 trials each time, and a grid
+            of numbers, with one more of them each time.
+        finish: most pruned trials of each arm that are trained to their end, while one lies beside the best; 0 is none.
     """
 
     n_trials: int | None = None
@@ -42,12 +44,14 @@ class SearchSettings:
     storage: str | None = None
     confirm_seeds: tuple[int, ...] = ()
     widen: int = 0
+    finish: int = 4
 
     def __post_init__(self) -> None:
         def refuse(name: str, value: object, why: str) -> None:
             raise SpecError(f"hydra.sweeper.{name}={value}: {why}")
 
-        for name, least in (("n_trials", 1), ("max_tokens", 1), ("max_seconds", 0), ("parallel", 1), ("widen", 0)):
+        for name, least in (("n_trials", 1), ("max_tokens", 1), ("max_seconds", 0), ("parallel", 1), ("widen", 0),
+                            ("finish", 0)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= least:  # nan is neither, and no clock passes it
                 refuse(name, value, f"must be at least {least}")

@@ -6,7 +6,7 @@ import math
 import shlex
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,90 +15,16 @@ import pytest
 
 from sweeper import config, record
 from sweeper.errors import Problems, RunsFailed, SpecError
-from sweeper.record import Record, Score
-from sweeper.run import Run
+from sweeper.record import Record
 from sweeper.spec import RunSpec, Settings
-from sweeper.study import launch, storage
 from sweeper.study import plan as planning
+from sweeper.study import storage
 from sweeper.study.scheduler import Scheduler
 from sweeper.study.search_settings import SearchSettings
-from sweeper.training.events import Evaluated, RunFinished, RunStarted
-from sweeper.training.source import Source
+from tests.study.bowl import BowlEngine, loss
 
 LR = "optim.lr=tag(log,interval(1e-5,1e-1))"
 GRID = ["experiment=smoke", "placement=attn,ff,full", "rank=4,8,16"]
-
-
-def loss(spec: RunSpec, share: float = 1.0) -> float:
-    """A bowl over the learning rate whose lowest point depends on the placement; seeds shift it a little."""
-    best = {"attn": -2.0, "ff": -3.0, "full": -2.5}[spec.placement.name]
-    return 1 + (math.log10(spec.optim.lr) - best) ** 2 + 0.01 * spec.seed + (1 - share)
-
-
-class BowlEngine:
-    """Trains nothing: `slots` runs at a time advance together, a step each, and score `loss`.
-
-    `stop_after` runs, it dies as a killed process does: without a word.
-    """
-
-    def __init__(self, make_record: Callable[..., Record], slots: int = 4) -> None:
-        self.make_record, self.slots = make_record, slots
-        self.trained: list[RunSpec] = []
-        self.pruned: list[RunSpec] = []
-        self.most = 0
-        self.stop_after: float = math.inf
-        self.fail: Callable[[RunSpec], bool] = lambda spec: False
-        self.diverge: Callable[[RunSpec], bool] = lambda spec: False
-
-    def __call__(self, source: Source, settings: Settings, *, should_stop: Callable[[], bool]) -> None:
-        running: dict[str, tuple[Run, int]] = {}
-        while True:
-            kinds = [kind.key for kind in source.pending()]
-            for request in source.pull(self.slots - len(running), kinds).runs:
-                running[request.run_id] = (request, 0)
-                source.report(RunStarted(run_id=request.run_id, steps=request.spec.trainer.max_steps))
-            self.most = max(self.most, len(running))
-            if not running:
-                return
-            for run_id, (request, step) in list(running.items()):
-                spec, step = request.spec, step + 1
-                running[run_id] = (request, step)
-                if spec.evaluation.every_steps and step < spec.trainer.max_steps:
-                    score = Score(nll=loss(spec, step / spec.trainer.max_steps), tokens=1, examples=1)
-                    source.report(Evaluated(run_id=run_id, split="validation", phase=str(step), score=score))
-                if run_id in source.to_prune():
-                    self.pruned.append(spec)
-                    source.report(self.end(running.pop(run_id)[0], status="pruned", scores={}, steps=step))
-                elif step == spec.trainer.max_steps:
-                    if len(self.trained) >= self.stop_after:
-                        raise SystemExit("killed")
-                    self.trained.append(spec)
-                    source.report(self.end(running.pop(run_id)[0], **self.fate(spec)))
-
-    def fate(self, spec: RunSpec) -> dict[str, Any]:
-        if self.fail(spec):
-            return {"status": "failed", "scores": {}, "error": {"class": "OutOfMemoryError", "message": "no room"}}
-        score = {"after": Score(nll=loss(spec), tokens=1, examples=1, metrics={"exact_match": 1 / loss(spec)})}
-        return {"status": "diverged" if self.diverge(spec) else "completed", "scores": {"validation": score}}
-
-    def end(self, request: Run, **changes: Any) -> RunFinished:
-        done = self.make_record(request.spec, search=request.search, **changes)
-        record.write_record(request.folder, done)
-        return RunFinished(record=done)
-
-
-@pytest.fixture
-def bowl(make_record: Callable[..., Record]) -> BowlEngine:
-    return BowlEngine(make_record)
-
-
-@pytest.fixture
-def go(composer: Any, study: Settings, bowl: BowlEngine) -> Callable[..., dict[str, Record]]:
-    def run(overrides: Sequence[str], settings: Settings = study, engine: Any = bowl, **search: Any) -> Any:
-        found = config.expand(overrides, composer)
-        return launch.train(found.arms, settings, SearchSettings(**search), engine=engine)
-
-    return run
 
 
 def studies(settings: Settings) -> list[optuna.Study]:
@@ -253,7 +179,8 @@ def test_trials_are_pruned_by_perplexity_as_by_the_nll_it_comes_from(go: Any, bo
 def test_hopeless_trials_are_pruned_and_their_slots_go_to_the_next(pruner: str, go: Any, bowl: BowlEngine) -> None:
     axes = ["experiment=smoke", "placement=attn,ff", "rank=4", LR, "trainer.max_steps=9", "evaluation.every_steps=1"]
     chosen = go(axes, n_trials=12, pruner=pruner)
-    assert len(bowl.trained) + len(bowl.pruned) == 24
+    finished = {spec.run_id for spec in bowl.trained} & {spec.run_id for spec in bowl.pruned}
+    assert len(bowl.trained) + len(bowl.pruned) == 24 + len(finished)
     assert bowl.pruned or pruner == "patient"  # losses that only fall are no reason for patience to end
     assert bowl.most == bowl.slots
     best = {name: min(loss(s) for s in bowl.trained if s.placement.name == name) for name in ("attn", "ff")}
@@ -325,7 +252,7 @@ def test_a_line_that_was_cut_off_costs_no_other(
 def test_a_range_is_not_widened_to_what_no_run_can_use(
     axis: str, go: Any, bowl: BowlEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(f"{__name__}.loss", lambda spec, share=1.0: 2 + spec.method.dropout - spec.rank / 100)
+    monkeypatch.setattr("tests.study.bowl.loss", lambda spec, share=1.0: 2 + spec.method.dropout - spec.rank / 100)
     go(["experiment=smoke", "placement=attn", axis], n_trials=20, widen=2)
     assert len(bowl.trained) == 20
     assert "at the edge of its range" in capsys.readouterr().out

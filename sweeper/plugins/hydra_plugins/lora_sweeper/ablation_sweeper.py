@@ -35,6 +35,7 @@ class AblationSweeperConf:
     storage: str | None = None
     confirm_seeds: Any = None
     widen: int = 0
+    finish: int = 4
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="ablation", node=AblationSweeperConf, provider="lora_sweeper")
