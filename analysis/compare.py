@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -289,23 +289,21 @@ def power_table(found: Arrangement, *, metric: str = "nll", target: float = 0.8)
         count = max(Counter(pair.family for pair, _ in tests).values())
         arms = len({label for pair, _ in mine for label in (pair.a.label, pair.b.label)})
         groups = min(len(set(shared.groups)) or shared.a_RE.shape[1] for _, shared in mine)
-        for times in TIMES:
-            for seeds in SEEDS:
-                rows.append(
-                    {
-                        "setting": setting.name, "metric": metric, "pairs": len(mine), "tests": count,
-                        "level": 0.05 / count, "sd_seeds": parts.seeds**0.5, "sd_groups": parts.groups**0.5,
-                        "sd_cell": parts.cell**0.5, "seeds": seeds, "groups": times * groups,
-                        "detectable": detectable(
-                            parts, seeds, times * groups, target=target, level=0.05 / count, arms=arms
-                        ),
-                    }
-                )  # fmt: skip
+        common = {
+            "setting": setting.name, "metric": metric, "pairs": len(mine), "tests": count, "level": 0.05 / count,
+            "sd_seeds": parts.seeds**0.5, "sd_groups": parts.groups**0.5, "sd_cell": parts.cell**0.5,
+        }  # fmt: skip
+        own = max(shared.a_RE.shape[0] for _, shared in mine)
+        for times, seeds in product(TIMES, sorted({*SEEDS, own})):
+            least = detectable(parts, seeds, times * groups, target=target, level=0.05 / count, arms=arms)
+            size = {"seeds": seeds, "groups": times * groups, "own_design": times == 1 and seeds == own}
+            rows.append({**common, **size, "detectable": least})
     return pd.DataFrame(rows, columns=POWER_COLUMNS)
 
 
 POWER_COLUMNS = [
-    "setting", "metric", "pairs", "tests", "level", "sd_seeds", "sd_groups", "sd_cell", "seeds", "groups", "detectable",
+    "setting", "metric", "pairs", "tests", "level", "sd_seeds", "sd_groups", "sd_cell", "seeds", "groups", "own_design",
+    "detectable",
 ]  # fmt: skip
 
 

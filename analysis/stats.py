@@ -180,7 +180,8 @@ def _influence(x_RE: Array, w_E: Array, groups: Sequence[str]) -> tuple[Array, A
 
 
 def _rest(u_RG: Array) -> Array:
-    return u_RG - u_RG.mean(axis=0) - u_RG.mean(axis=1, keepdims=True) + u_RG.mean()
+    rest: Array = u_RG - u_RG.mean(axis=0) - u_RG.mean(axis=1, keepdims=True) + u_RG.mean()
+    return rest
 
 
 def _steps(d_RE: Array, u_RG: Array) -> float:
@@ -192,10 +193,10 @@ def _steps(d_RE: Array, u_RG: Array) -> float:
     if not np.isin(d_RE, (-1.0, 0.0, 1.0)).all():
         return 0.0
     E = d_RE.shape[1]
-    changed = u_RG.mean(axis=0) + d_RE.mean() / u_RG.shape[1]
+    changed: Array = u_RG.mean(axis=0) + float(d_RE.mean()) / u_RG.shape[1]
     discordant = np.abs(changed) > 1e-12
     seen = float((changed[discordant] ** 2).mean()) if discordant.any() else 0.0
-    return max(seen, 1 / E**2)
+    return float(max(seen, 1.0 / E**2))
 
 
 def _with_bounds(
@@ -317,8 +318,9 @@ def p_value(found: Interval, null: float = 0.0) -> float:
 
 
 def sign_flip(d_E: Array, *, draws: Draws) -> float:
-    """Paired permutation test that the differences (of examples, or sums of their groups) are symmetric about 0: exact for up to 12, else B random sign flips
-    with p = (k+1)/(B+1) (Phipson & Smyth 2010). Seeds are averaged first, so it generalises over examples only.
+    """Paired permutation test that the differences, of examples or of sums over their groups, are symmetric about 0:
+    exact for up to 12, else B random sign flips with p = (k+1)/(B+1) (Phipson & Smyth 2010). Seeds are averaged first,
+    so it generalises over examples only.
     """
     n = len(d_E)
     if n < 2:

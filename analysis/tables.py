@@ -46,8 +46,8 @@ CAPTIONS = {
 }
 _BYTES = ("peak_memory_solo_bytes", "adapter_bytes")
 _COUNTS = (
-    "trainable_parameters", "parameters_a", "parameters_b", "seeds", "examples", "groups", "tests", "pairs", "trials", "runs",
-    "df", "arms",
+    "trainable_parameters", "parameters_a", "parameters_b", "seeds", "examples", "groups", "tests", "pairs", "trials",
+    "runs", "df", "arms",
 )  # fmt: skip
 _PS = ("p", "p_holm")
 

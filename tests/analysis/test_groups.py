@@ -72,6 +72,8 @@ def test_groups_of_an_earlier_version_are_read_off_the_ids(study: Path) -> None:
     edit(first, counted(None))
     rewrite(second, [f"HumanEval/{i}" for i in range(12)])
     edit(second, lambda plain: plain["spec"]["dataset"].update(name="human_eval", family="human_eval"))
+    edit(second, counted(None))
+    edit(third, counted(None))
     assert columns(study, first)["group"] == [f"template-{i // 4}" for i in range(12)]
     assert "group" not in columns(study, second)
     assert load(study).ungrouped() == [third.name]
