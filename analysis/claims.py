@@ -2,6 +2,7 @@
 seeds; where no test does, the sentence says that, and how small a difference could have been found."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +94,18 @@ def _family(
     more = len(established) - MOST
     text = f"{len(established)} of {total} comparisons of {what} found a difference"
     text += f" ({more} more in the table)" if more > 0 else ""
+    text += _winners(family, established, arms)
     text += f"; of the other {rest} none is claimed." if rest else "."
     yield Claim(setting=setting, family=family, text=text, supported=True)
+
+
+def _winners(family: str, established: pd.DataFrame, arms: dict[str, Arm]) -> str:
+    """Which placement or method was the better one how often."""
+    key = "method" if family == "method" else "placement"
+    if family == "rank":
+        return ""
+    won = Counter(str(arms[name.split(" … ")[0]].factors[key]) for name in established["better"])
+    return ": " + ", ".join(f"{who} better in {count}" for who, count in won.most_common())
 
 
 def _best(analysis: Analysis, setting: Setting) -> Iterator[Claim]:

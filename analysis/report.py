@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 
 from analysis.analyse import Analysis
-from analysis.arms import BASE, FULL, higher_is_better, kinds
+from analysis.arms import BASE, higher_is_better, kinds
+from analysis.claims import sentences
 from analysis.load import STATUSES
 from analysis.style import Look, looks
-from analysis.tables import TITLES, Sheet, latex, markdown, number, sheets, title
+from analysis.tables import TITLES, Sheet, latex, markdown, sheets, title
 
 _HERE = Path(__file__).parent
 _FILTERS = ("placement", "rank", "method", "allocation", "source")
@@ -72,7 +73,7 @@ def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str
         "higher": [metric for metric in metrics if higher_is_better(metric)] + ["tokens_per_second_solo"],
         "titles": titles,
         "filters": list(_FILTERS),
-        "answers": answers(analysis),
+        "answers": sentences(analysis),
         "notes": analysis.notes,
         "looks": [{"kind": kind, "colour": look.colour, "marker": look.marker} for kind, look in _looks(arms).items()],
         "arms": _columns(arms),
@@ -96,73 +97,6 @@ def _counts(analysis: Analysis) -> str:
     problems = [f"{kind}: {count:,}" for kind, count in every.items() if kind not in STATUSES]
     text = f"{runs:,} run{'' if runs == 1 else 's'} ({ended}); {arms:,} arm{'' if arms == 1 else 's'}"
     return "; ".join([text, *problems]) + "."
-
-
-def answers(analysis: Analysis) -> list[str]:
-    """The findings in sentences, each with its interval or test."""
-    found = []
-    metric, arms = analysis.metric, analysis.arms
-    up = higher_is_better(metric)
-    for name, group in arms.groupby("setting", sort=False):
-        base = group[group["arm"] == BASE]
-        trained = group[(group["arm"] != BASE) & group[metric].notna()] if metric in group else group.iloc[:0]
-        if trained.empty:
-            continue
-        best = trained.loc[trained[metric].idxmax() if up else trained[metric].idxmin()]
-        before = f"; the base model has {number(float(base[metric].iloc[0]))}" if len(base) and metric in base else ""
-        percent = best["trainable_percent"]
-        size = "" if pd.isna(percent) else f", with {percent:.3g}% of the parameters trained"
-        most = f"the {'highest' if up else 'lowest'} " if len(trained) > 1 else ""
-        found.append(
-            f"{name}: {best['arm']} has {most}{analysis.found.split} {title(metric)}, "
-            f"{_interval(best, metric)}{size}{before}."
-        )
-        found += _cheapest(analysis, str(name), best, trained)
-        found += _comparisons(analysis, str(name))
-    return found or ["No run completed, so there is nothing to compare yet."]
-
-
-def _cheapest(analysis: Analysis, name: str, best: Any, trained: pd.DataFrame) -> list[str]:
-    shares = analysis.tables["share_kept"]
-    shares = shares[(shares["setting"] == name) & (shares["metric"] == analysis.metric) & (shares["low"] >= 0.95)]
-    shares = shares[shares["percent"].notna()]
-    if shares.empty:
-        return []
-    small = shares.loc[shares["percent"].idxmin()]
-    reference = FULL if small["reference"] == FULL else f"the {small['reference']}"
-    return [
-        f"{name}: the smallest arm that keeps 95% of the gain of {reference} with its whole interval is {small['arm']} "
-        f"({100 * small['share']:.1f}% [{100 * small['low']:.1f}, {100 * small['high']:.1f}] with "
-        f"{small['percent']:.3g}% of the model, {small['percent_of_reference']:.3g}% of the reference's parameters)."
-    ]
-
-
-def _comparisons(analysis: Analysis, name: str) -> list[str]:
-    """How often which placement or method won against another."""
-    factors = {arm.label: arm.factors for arm in analysis.found.arms if arm.setting == name}
-    lines = []
-    for table, family, key, what in (
-        ("tests", "placement", "placement", "placements at equal rank"),
-        ("matched_budget", "matched budget", "placement", "placements at equal parameters"),
-        ("tests", "method", "method", "methods at equal placement and rank"),
-    ):
-        tests = analysis.tables[table]
-        tests = tests[(tests["setting"] == name) & (tests["metric"] == analysis.metric) & (tests["family"] == family)]
-        if tests.empty:
-            continue
-        wins: dict[str, int] = {}
-        for arm in tests["better"]:  # a matched arm may stand between two ranks, "ff r4 … ff r8"
-            winner = str(factors[arm.split(" … ")[0]][key]) if arm else "no significant difference"
-            wins[winner] = wins.get(winner, 0) + 1
-        text = ", ".join(f"{who} in {count}" for who, count in sorted(wins.items(), key=lambda item: -item[1]))
-        lines.append(f"{name}: of {len(tests)} comparisons of {what}, better after Holm: {text}.")
-    return lines
-
-
-def _interval(row: Any, metric: str) -> str:
-    low, high = float(row[f"{metric}_low"]), float(row[f"{metric}_high"])
-    value = number(float(row[metric]))
-    return value if math.isnan(low) else f"{value} [{number(low)}, {number(high)}]"
 
 
 def _with_runs(analysis: Analysis) -> pd.DataFrame:

@@ -22,7 +22,10 @@ def test_a_difference_that_is_there_is_claimed_with_all_that_supports_it(tmp_pat
     assert next(claim.text for claim in found if claim.family == "base model").startswith(
         "against base model, 3 of 3 arms better (3 seeds"
     )
-    assert texts[3] == "3 of 3 comparisons of placements at equal rank found a difference."
+    assert (
+        texts[3]
+        == "3 of 3 comparisons of placements at equal rank found a difference: full better in 2, ff better in 1."
+    )
 
 
 def test_arms_that_do_not_differ_are_not_said_to(tmp_path: Path) -> None:
