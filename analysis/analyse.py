@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from analysis import aggregate, checks, compare, effects, mixed, pareto, scaling, spectra, stats
+from analysis import aggregate, checks, compare, effects, mixed, pareto, scaling, spectra, stats, tuning
 from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
 from analysis.load import STATUSES, Study
 from analysis.stats import Draws
@@ -67,7 +67,7 @@ def analyse(
         "power": compare.power_table(found, metric=metric),
         "hypervolume": hypervolumes(found, draws=sampler, metric=metric),
         "spectra": spectra_table(found),
-        "tuned": tuned_table(found),
+        "tuned": tuning.table(found),
         "failures": failures(study),
         "checks": checks.check(study, found),
     }
@@ -249,22 +249,6 @@ def hypervolumes(found: Arrangement, *, draws: Draws, metric: str = "nll") -> pd
             rows.append(row | {"hypervolume": point, "low": low, "high": high})
     columns = ["setting", "metric", "placement", "arms", "from_parameters", "to_parameters", "hypervolume"]
     return pd.DataFrame(rows, columns=[*columns, "low", "high"])
-
-
-def tuned_table(found: Arrangement) -> pd.DataFrame:
-    """The hyperparameters selected on validation in each arm, the number of trials, and values at an edge."""
-    confirmed = any(arm.confirmed for arm in found.arms)
-    rows = [
-        {
-            "setting": arm.setting, "arm": arm.label, "trials": arm.tried, **arm.trial,
-            "edge": ", ".join(f"{key} {side}" for key, side in arm.edges.items()),
-            "confirmed": "on fresh seeds" if arm.confirmed else "",
-            found.select: float(arm.runs[found.select].mean()) if found.select in arm.runs else np.nan,
-        }
-        for arm in found.arms
-    ]  # fmt: skip
-    columns = ["setting", "arm", "trials", *found.tuned, found.select, "edge", *(["confirmed"] if confirmed else [])]
-    return pd.DataFrame(rows, columns=columns) if rows else pd.DataFrame(columns=columns)
 
 
 def spectra_table(found: Arrangement) -> pd.DataFrame:

@@ -90,6 +90,51 @@ def dots(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(5))
 
 
+def forest(ax: Axes, tests: pd.DataFrame) -> None:
+    """A row a comparison, the first on top: the difference with its interval about the line of none, filled where it is
+    significant. Columns: label, difference, low, high, significant."""
+    rows = np.arange(len(tests))[::-1]
+    ax.axvline(0, color=GREY, linewidth=0.7)
+    for sure, face in ((True, "#0072B2"), (False, "white")):
+        part, at = tests[tests["significant"] == sure], rows[(tests["significant"] == sure).to_numpy()]
+        ax.hlines(at, part["low"], part["high"], color="#0072B2", linewidth=0.9)
+        ax.plot(part["difference"], at, "o", color="#0072B2", markerfacecolor=face, markersize=3.8)
+    ax.set_yticks(rows, [str(label) for label in tests["label"]])
+    ax.set_ylim(-0.6, len(tests) - 0.4)
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def detectable(ax: Axes, power: pd.DataFrame) -> None:
+    """The smallest difference that is found, against seeds, a line a number of groups; the study's own design ringed.
+    Columns: seeds, groups, detectable, own_design."""
+    for (groups, part), line in zip(power.groupby("groups"), ("-", "--", ":", "-."), strict=False):
+        part = part.sort_values("seeds")
+        ax.plot(part["seeds"], part["detectable"], line, color="#0072B2", marker="o", markersize=3, label=f"{groups:,}")
+    own = power[power["own_design"]]
+    ax.plot(own["seeds"], own["detectable"], "o", color="#D55E00", markerfacecolor="none", markersize=8)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    seeds = sorted(power["seeds"].unique())
+    ax.xaxis.set_major_locator(FixedLocator(seeds))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.legend(title="groups", title_fontsize=7)
+
+
+def profiles(ax: Axes, table: pd.DataFrame, styles: Mapping[str, tuple[Look, str]]) -> None:
+    """The share of runs that reach a normalised score, a line an arm with its band. Columns: arm, level, share, low,
+    high."""
+    for arm, part in table.groupby("arm", sort=False):
+        look, label = styles[str(arm)]
+        ax.fill_between(part["level"], part["low"], part["high"], color=look.colour, alpha=0.08, linewidth=0)
+        ax.plot(part["level"], part["share"], color=look.colour, linestyle=look.line, label=label)
+    ax.set_ylim(-0.02, 1.02)
+
+
 def rank_lines(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look]) -> None:
     """Score against rank, a line a placement, the 95% interval as a band."""
     for placement, group in arms.groupby("placement", sort=False):

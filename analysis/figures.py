@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from analysis import draw, manifest
+from analysis import aggregate, captions, draw, manifest
 from analysis.analyse import Analysis
 from analysis.arms import BASE, FULL, higher_is_better, kinds
 from analysis.pareto import front
@@ -27,6 +28,7 @@ Maker = Callable[[Analysis], Figure | str]
 """Makes a figure, or says why the study has no data for it."""
 
 MOST_SETTINGS, MOST_ARMS = 6, 30
+LEAST_TASKS = 3  # of a profile, whose bands say little over two
 PANEL_HEIGHT = 1.95
 
 
@@ -245,6 +247,67 @@ def share_kept(analysis: Analysis) -> Figure | str:
     return figure
 
 
+def forest(analysis: Analysis) -> Figure | str:
+    """Differences between placements, and methods, with their intervals: what the examples share is not in them."""
+    tests = analysis.tables["tests"]
+    tests = tests[(tests["metric"] == analysis.metric) & tests["family"].isin(("placement", "method"))]
+    tests = tests[tests["low"].notna() & tests["setting"].isin(sorted(tests["setting"].unique())[:MOST_SETTINGS])]
+    if tests.empty:
+        return "no two placements or methods were compared at equal rank"
+    names = {name: _named(analysis, name) for name in tests["setting"].unique()}
+    labels = [
+        f"{names[row['setting']][row['b']][1]} − {names[row['setting']][row['a']][1]}"
+        for row in tests.to_dict("records")
+    ]
+    tests = tests.assign(label=labels).groupby("setting").head(MOST_ARMS)
+    rows = int(tests.groupby("setting").size().max())
+    figure, axes = _panels(_names(tests), height=0.55 + 0.15 * rows)
+    for name, ax in axes.items():
+        draw.forest(ax, tests[tests["setting"] == name])
+        _shorten(ax)
+        ax.set_xlabel("difference in " + _axis(analysis, analysis.metric))
+    _finish(figure, axes, {}, "")
+    return figure
+
+
+def detectable(analysis: Analysis) -> Figure | str:
+    """How small a difference a study of so many seeds and groups of examples finds in 80% of cases."""
+    table = analysis.tables["power"]
+    table = table[(table["metric"] == analysis.metric) & (table["detectable"] > 0) & (table["seeds"] > 2)]
+    if table.empty:
+        return "no two placements or methods have scores of single examples at equal rank"
+    figure, axes = _panels(_names(table)[:MOST_SETTINGS])
+    for name, ax in axes.items():
+        draw.detectable(ax, table[table["setting"] == name])
+        ax.set_xlabel("seeds")
+    _finish(figure, axes, {}, "difference found in 80%\n" + _axis(analysis, analysis.metric))
+    return figure
+
+
+def performance_profile(analysis: Analysis) -> Figure | str:
+    """The share of runs over tasks that reach each normalised score (Agarwal et al. 2021)."""
+    several = aggregate.normalised(analysis.found, analysis.metric, draws=analysis.draws)
+    found = [one for one in several if len(one.tasks) >= LEAST_TASKS][:MOST_SETTINGS]
+    if not found:
+        return f"fewer than {LEAST_TASKS} tasks have the same arms of one model"
+    every = _every(analysis)
+    look = _looks(analysis, every)
+    figure, axes = _panels([one.model for one in found])
+    for one in found:
+        kinds_of = _named(analysis, one.tasks[0])
+        last = _last(kinds_of, one.arms)
+        middle = float(one.x_ATR.mean())
+        spread = 4 * float(one.x_ATR.std()) or 0.1
+        table = aggregate.profile(one, np.linspace(middle - spread, middle + spread, 81))
+        draw.profiles(
+            axes[one.model], table[table["arm"].isin(last)], {arm: (look[kinds_of[arm][0]], arm) for arm in last}
+        )
+        axes[one.model].set_xlabel("normalised score (0 base, 1 mean arm)")
+        axes[one.model].legend()
+    _finish(figure, axes, {}, "share of runs that reach it")
+    return figure
+
+
 def makers(analysis: Analysis) -> dict[str, Maker]:
     """Name of each figure file -> its maker."""
     found: dict[str, Maker] = {}
@@ -255,6 +318,7 @@ def makers(analysis: Analysis) -> dict[str, Maker]:
     found["pareto_seconds"] = lambda one: pareto(one, one.metric, "train_seconds_solo")
     found[f"heatmap_{analysis.metric}"] = lambda one: heat_map(one, one.metric)
     return found | {
+        "forest": forest, "detectable": detectable, "performance_profile": performance_profile,
         "share_kept": share_kept, "learning_rate": learning_rate, "training_curves": training_curves,
         "learn_forget": learn_forget, "where_rank_went": where_rank_went,
         "where_energy_went": where_energy_went, "importance": importance,
@@ -279,8 +343,12 @@ def write(
                 found |= part
     else:
         found = _save(analysis, names, folder)
-    written = [folder / f"{name}.{suffix}" for name in names if found[name] is None for suffix in ("pdf", "png")]
-    manifest.update(folder, written, among=[f"{name}.{suffix}" for name in only for suffix in ("pdf", "png")] or None)
+    drawn = [name for name in names if found[name] is None]
+    for name in drawn:
+        captions.write(analysis, name, folder)
+    suffixes = ("pdf", "png", *captions.SUFFIXES)
+    written = [folder / f"{name}.{suffix}" for name in drawn for suffix in suffixes]
+    manifest.update(folder, written, among=[f"{name}.{suffix}" for name in only for suffix in suffixes] or None)
     return written, {name: reason for name in names if (reason := found[name]) is not None}
 
 

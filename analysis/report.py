@@ -10,28 +10,16 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import captions
 from analysis.analyse import Analysis
 from analysis.arms import BASE, higher_is_better, kinds
 from analysis.claims import sentences
 from analysis.load import STATUSES
 from analysis.style import Look, looks
-from analysis.tables import TITLES, Sheet, latex, markdown, sheets, title
+from analysis.tables import TITLES, Sheet, latex, markdown, sheets
 
 _HERE = Path(__file__).parent
 _FILTERS = ("placement", "rank", "method", "allocation", "source")
-FIGURE_TEXT = {
-    "pareto": "Cost against performance with 95% intervals; the front is filled and joined",
-    "arms": "Every arm with its 95% interval, best first",
-    "rank": "Performance against rank, a line a placement (or method), 95% bands",
-    "heatmap": "Placement (or method) by rank",
-    "share_kept": "Share of the reference's gain kept, against the share of the model that is trained",
-    "learning_rate": "Sensitivity to the learning rate; the chosen one is ringed",
-    "training_curves": "Training loss, mean of seeds with their range",
-    "learn_forget": "Learning against forgetting; larger points are larger ranks",
-    "where_rank_went": "Rank by layer and role",
-    "where_energy_went": "Share of the update's squared norm by layer and role",
-    "importance": "Importance of each varied field",
-}
 
 
 def write(
@@ -58,8 +46,10 @@ def write(
 def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str]) -> dict[str, Any]:
     """What the page shows, as plain data."""
     metrics, arms = analysis.found.metrics, _with_runs(analysis)
-    order, main = list(FIGURE_TEXT), f"_{analysis.metric}"
-    images = sorted(images, key=lambda path: (order.index(_kind(path.stem)), not path.stem.endswith(main), path.stem))
+    order, main = list(captions.WHAT), f"_{analysis.metric}"
+    images = sorted(
+        images, key=lambda path: (order.index(captions.kind(path.stem)), not path.stem.endswith(main), path.stem)
+    )
     titles = TITLES | {"trainable_parameters": "trainable parameters", "trainable_percent": "trained, % of model"}
     titles |= {"nll": "NLL (nats/token)", "train_flops": "training FLOPs"}
     titles |= {"train_seconds_solo": "training seconds alone", "peak_memory_solo_bytes": "peak memory alone (bytes)"}
@@ -79,7 +69,7 @@ def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str
         "arms": _columns(arms),
         "runs": _columns(_runs(analysis).merge(arms[["setting", "arm", "kind"]], on=["setting", "arm"], how="left")),
         "sheets": [_sheet(sheet) for sheet in sheets(analysis)],
-        "figures": [{"src": _image(path), "alt": f"{_alt(path.stem)}."} for path in images],
+        "figures": [{"src": _image(path), "alt": captions.caption(analysis, path.stem)} for path in images],
         "absent": [f"No figure {name}: {reason}." for name, reason in absent.items()],
         "checks": analysis.tables["checks"].to_dict("records")
         + [
@@ -148,14 +138,3 @@ def _sheet(sheet: Sheet) -> dict[str, Any]:
 
 def _image(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _kind(name: str) -> str:
-    return next((kind for kind in FIGURE_TEXT if name.startswith(kind)), "importance")
-
-
-def _alt(name: str) -> str:
-    kind = _kind(name)
-    rest: Sequence[str] = [word for word in name.removeprefix(kind).split("_") if word]
-    key = "_".join(rest)
-    return FIGURE_TEXT[kind] + (f" ({title(key)})" if key else "")

@@ -18,16 +18,16 @@ from tests.analysis.synthetic import Truth, edit, write_study
 
 ALL = {
     "pareto_nll", "rank_nll", "pareto_exact_match", "rank_exact_match", "pareto_seconds", "heatmap_nll", "share_kept",
-    "arms_nll",
+    "arms_nll", "forest", "detectable", "performance_profile",
     "learning_rate", "training_curves", "learn_forget", "where_rank_went", "where_energy_went", "importance",
 }  # fmt: skip
 
 
 def test_every_figure_as_pdf_and_png(analysis: Analysis, tmp_path: Path) -> None:
     written, absent = figures.write(analysis, tmp_path)
-    assert {path.stem for path in written} == ALL
-    assert absent == {}
-    for name in ALL:
+    assert {path.stem for path in written} == ALL - {"performance_profile"}
+    assert set(absent) == {"performance_profile"}
+    for name in ALL - set(absent):
         pdf = (tmp_path / f"{name}.pdf").read_bytes()
         assert b"/FontFile2" in pdf, f"{name}: no embedded TrueType font"
         assert b"/Type3" not in pdf
@@ -36,6 +36,38 @@ def test_every_figure_as_pdf_and_png(analysis: Analysis, tmp_path: Path) -> None
         image = imread(tmp_path / f"{name}.png")
         assert image.shape[1] == pytest.approx(width * 300, abs=2)
         assert np.std(image[..., :3]) > 0.01, f"{name} is blank"
+
+
+def test_a_profile_over_three_tasks(tmp_path: Path) -> None:
+    tasks = ("chain_sum", "gsm_symbolic", "icd10_chapter")
+    study = write_study(tmp_path / "s", ranks=(4, 8), datasets=tasks, examples=30, steps=2)
+    figure = figures.make(analyse(load(study), draws=100))["performance_profile"]
+    assert isinstance(figure, Figure)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["attn r8", "ff r8", "full r8"]
+
+
+def test_the_forest_marks_what_is_significant(tmp_path: Path) -> None:
+    truth = Truth(placements={"attn": 0.5, "ff": 0.3, "full": 0.3}, arm_example_sd=0.005)
+    study = write_study(tmp_path / "s", truth=truth, ranks=(4,), examples=60, steps=2)
+    figure = figures.make(analyse(load(study), draws=100))["forest"]
+    assert isinstance(figure, Figure)
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["ff − attn", "full − attn", "full − ff"]
+    filled, hollow = (line for line in ax.lines if line.get_marker() == "o")
+    assert sorted(filled.get_ydata()) == [1, 2]
+    assert list(hollow.get_ydata()) == [0]
+
+
+def test_captions_say_what_the_bars_are_and_of_how_much(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4, 8), lrs=(1e-3, 3e-3), examples=60, steps=2, groups=12)
+    written, _ = figures.write(analyse(load(study), draws=50), tmp_path / "f")
+    for path in (path for path in written if path.suffix == ".md"):
+        text = path.read_text()
+        assert "icd10_chapter: 3 seeds, 60 test examples, in 12 independent groups" in text
+        assert "† Of some arms the choice of hyperparameters is at the edge" in text
+        assert path.with_suffix(".tex").read_text().startswith("\\begin{figure}")
+    assert "95% intervals of the paired difference" in (tmp_path / "f" / "forest.md").read_text()
 
 
 def test_figures_without_their_data_say_why(tmp_path: Path) -> None:

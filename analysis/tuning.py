@@ -1,0 +1,98 @@
+"""How each arm was searched: what was tried, how far, what was chosen, and what the search may have missed."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, special
+
+from analysis.arms import Arm, Arrangement, higher_is_better
+
+RATE = "optim.lr"
+LEAST_RATES = 4
+NEAR = 1.0
+"""Log10 of the rate: trials this near to the chosen one say how good it is."""
+
+
+def table(found: Arrangement) -> pd.DataFrame:
+    """One row per arm: the selected values, its trials (`whole`: trained to their end; `followed`: the least steps that
+    one of the others was), how often its space was widened, and what weakens the choice (`doubts`).
+
+    `miss` is how much better the best learning rate of a parabola through the whole trials is than the chosen one, in
+    the metric's units, with a 95% interval; from `LEAST_RATES` rates within a factor of ten of the chosen one on.
+    """
+    rows = [_row(found, arm) for arm in found.arms]
+    columns = [
+        "setting", "arm", "trials", "whole", *found.tuned, found.select, "best_rate", "miss", "miss_low", "miss_high",
+        "followed", "widened", "edge", "confirmed", "doubts",
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=columns)
+    empty = [name for name in ("best_rate", "miss", "miss_low", "miss_high", "followed") if frame[name].isna().all()]
+    return frame.drop(columns=empty)
+
+
+def _row(found: Arrangement, arm: Arm) -> dict[str, Any]:
+    runs = found.runs[(found.runs["setting"] == arm.setting) & (found.runs["arm"] == arm.label)]
+    if "search.purpose" in runs:
+        runs = runs[runs["search.purpose"] != "confirm"]
+    whole = runs[runs["status"] == "completed"]
+    cut = runs[runs["status"] == "pruned"]
+    widened = runs["search.widened"].max() if "search.widened" in runs else np.nan
+    row: dict[str, Any] = {
+        "setting": arm.setting, "arm": arm.label, "trials": arm.tried, "whole": int(whole["trial"].nunique()),
+        **arm.trial,
+        found.select: float(arm.runs[found.select].mean()) if found.select in arm.runs else np.nan,
+        "followed": float(cut["steps"].min()) if len(cut) else np.nan,
+        "widened": 0 if pd.isna(widened) else int(widened),
+        "edge": ", ".join(f"{key} {side}" for key, side in arm.edges.items()),
+        "confirmed": "on fresh seeds" if arm.confirmed else "",
+    }  # fmt: skip
+    row |= miss(whole, arm.trial.get(RATE), found.select)
+    doubts = [*arm.doubts]
+    if len(cut) and _beside(runs, arm.trial.get(RATE)):
+        doubts.append("a pruned trial lies beside the chosen one")
+    return row | {"doubts": "; ".join(doubts)}
+
+
+def _beside(runs: pd.DataFrame, chosen: Any) -> bool:
+    """Whether a rate next to the chosen one has no whole trial."""
+    if not isinstance(chosen, float) or RATE not in runs:
+        return False
+    rates = np.sort(runs[RATE].dropna().unique())
+    whole = set(runs.loc[runs["status"] == "completed", RATE])
+    place = int(np.searchsorted(rates, chosen))
+    return any(rates[i] not in whole for i in (place - 1, place + 1) if 0 <= i < len(rates))
+
+
+def miss(whole: pd.DataFrame, chosen: Any, column: str) -> dict[str, float]:
+    """The best rate of a parabola in log rate, and what the chosen one lacks there, with its 95% delta-method interval.
+    Empty where there are too few rates, or where the parabola has no best."""
+    if not isinstance(chosen, float) or column not in whole or RATE not in whole:
+        return {}
+    known = whole[whole[RATE].notna() & whole[column].notna()]
+    x = np.log10(known[RATE].to_numpy(dtype=float) / chosen)
+    y = known[column].to_numpy(dtype=float) * (-1.0 if higher_is_better(column) else 1.0)
+    near = np.abs(x) <= NEAR + 1e-9
+    x, y = x[near], y[near]
+    if len(np.unique(x.round(9))) < LEAST_RATES:
+        return {}
+    fitted, covariance = optimize.curve_fit(_parabola, x, y, p0=np.polyfit(x, y, 2))
+    a, b, _ = fitted
+    if not a > 0:
+        return {}
+    best = float(np.clip(-b / (2 * a), x.min(), x.max()))
+    gain = float(b**2 / (4 * a)) if best == -b / (2 * a) else float(-(a * best**2 + b * best))
+    slope = np.array([-(best**2), -best, 0.0])  # of the gain by a, b and c, the best rate held
+    half = float(special.stdtrit(len(x) - 3, 0.975)) * float(slope @ covariance @ slope) ** 0.5
+    if not np.isfinite(half):
+        return {}
+    return {
+        "best_rate": float(chosen * 10**best),
+        "miss": gain,
+        "miss_low": max(gain - half, 0.0),
+        "miss_high": gain + half,
+    }
+
+
+def _parabola(x: np.ndarray[Any, Any], a: float, b: float, c: float) -> np.ndarray[Any, Any]:
+    return a * x**2 + b * x + c
