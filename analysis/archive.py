@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeper.record import METRICS, PREDICTIONS, RECORD
+from sweeper.record import COMMANDS, METRICS, PREDICTIONS, RECORD, SEARCHES
 
 CURVE_POINTS = 60
 
 
 def create(study: Path, archive: Path) -> Path:
-    """Writes a study's records, per-example test scores to 6 digits and thinned training curves. The same study gives
-    the same bytes.
+    """Writes a study's records, commands, per-example test scores to 6 digits and thinned training curves. The same
+    study gives the same bytes.
 
     Raises:
         FileNotFoundError: the study's folder has no record; an existing archive stays as it was.
@@ -37,12 +37,19 @@ def create(study: Path, archive: Path) -> Path:
             if metrics.is_file():
                 texts[METRICS] = "".join(json.dumps(_short(row)) + "\n" for row in _thin(_rows(metrics)))
             for name, text in texts.items():
-                entry = tarfile.TarInfo(f"{study.name}/{record.parent.name}/{name}")
-                entry.size = len(text.encode())
-                tar.addfile(entry, io.BytesIO(text.encode()))
+                _add(tar, f"{study.name}/{record.parent.name}/{name}", text)
+        for path in (study / name for name in (COMMANDS, SEARCHES)):
+            if path.is_file():
+                _add(tar, f"{study.name}/{path.name}", path.read_text(encoding="utf-8"))
     archive.parent.mkdir(parents=True, exist_ok=True)
     archive.write_bytes(lzma.compress(buffer.getvalue(), preset=9))
     return archive
+
+
+def _add(tar: tarfile.TarFile, name: str, text: str) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(text.encode())
+    tar.addfile(entry, io.BytesIO(text.encode()))
 
 
 def extract(archive: Path | str, folder: Path | str | None = None) -> Path:

@@ -94,7 +94,7 @@ def _tested(a: Scores | None, b: Scores | None, metric: str) -> dict[str, Any] |
 
 def matched(found: Arrangement, *, draws: Draws, tolerance: float = 0.05) -> pd.DataFrame:
     """Placements at equal trainable parameters: each arm against another placement's arm within `tolerance`, else
-    against that placement's scores interpolated in log parameters between the two neighbouring ranks."""
+    against that placement's scores interpolated in log parameters between the two neighbouring ranks (`_blend`)."""
     rows: list[dict[str, Any]] = []
     for setting in found.settings:
         ladders = _ladders(setting.arms)
@@ -132,7 +132,7 @@ def _matched_rows(
             b, label, size = other.scores.get(metric), other.label, other.parameters
         elif around:
             low, high = around[0]
-            b = _blend(low, high, arm.parameters, metric)
+            b = _blend(others, around[0], arm.parameters, metric)
             label, size = f"{low.label} … {high.label}", arm.parameters
         else:
             return
@@ -142,19 +142,30 @@ def _matched_rows(
             yield {**names, **tested, "parameters_a": arm.parameters, "parameters_b": size}
 
 
-def _blend(low: Arm, high: Arm, parameters: float, metric: str) -> Scores | None:
-    a, b = low.scores.get(metric), high.scores.get(metric)
-    shared = aligned(a, b) if a is not None and b is not None else None
-    if shared is None or a is None or b is None or a.ids != b.ids:
+def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, metric: str) -> Scores | None:
+    """Scores at a number of parameters between two ranks: the parabola in log parameters through these and the rank
+    nearest to them, since a line between two points of a convex curve lies above it, to the measured arm's favour; a
+    line where the ladder has two ranks."""
+    third = [arm for arm in ladder if arm not in around]
+    third.sort(key=lambda arm: abs(np.log(arm.parameters / parameters)))
+    arms = sorted([*around, *third[:1]], key=lambda arm: arm.parameters)
+    found = [arm.scores.get(metric) for arm in arms]
+    parts = [one for one in found if one is not None and one.ids == (found[0].ids if found[0] else ())]
+    if len(parts) < len(arms):
         return None
-    share = float(np.log(parameters / low.parameters) / np.log(high.parameters / low.parameters))
-    seeds = tuple(seed for seed in a.seeds if seed in b.seeds)
+    seeds = tuple(seed for seed in parts[0].seeds if all(seed in one.seeds for one in parts))
+    if not seeds:
+        return None
+    at_A = np.log([arm.parameters / parameters for arm in arms])
+    share_A = [float(np.prod([-other / (at - other) for other in at_A if other != at])) for at in at_A]
+    x_ARE = np.stack([one.x_RE[[one.seeds.index(seed) for seed in seeds]] for one in parts])
     blended = Scores(
-        x_RE=(1 - share) * shared.a_RE + share * shared.b_RE, w_E=shared.w_E, seeds=seeds, ids=a.ids,
-        groups=shared.groups,
+        x_RE=np.einsum("a,are->re", share_A, x_ARE), w_E=parts[0].w_E, seeds=seeds, ids=parts[0].ids,
+        groups=parts[0].groups,
     )  # fmt: skip
-    if a.seeds == b.seeds and a.contrast_variance is not None and b.contrast_variance is not None:
-        blended.contrast_variance = of_blend([(1 - share, a.contrast_variance), (share, b.contrast_variance)])
+    variances = [one.contrast_variance for one in parts if one.seeds == seeds and one.contrast_variance is not None]
+    if len(variances) == len(parts):
+        blended.contrast_variance = of_blend(list(zip(share_A, variances, strict=True)))
     return blended
 
 

@@ -11,6 +11,7 @@ from sweeper.record import read_commands
 
 SHOWN = ("torch", "transformers", "peft")
 VERSION = "made_with.versions."
+PLACE = "output_root="  # where a study lies changes nothing in it
 
 
 def lines(analysis: Analysis) -> list[str]:
@@ -28,7 +29,8 @@ def sentence(analysis: Analysis) -> str:
 def _commands(runs: pd.DataFrame) -> Iterator[str]:
     studies = sorted({str(Path(folder).parent) for folder in runs["folder"].dropna()})
     typed = [one["typed"] for folder in studies for one in read_commands(Path(folder)) if "typed" in one]
-    for command in dict.fromkeys(typed):
+    shown = (" ".join(word for word in one.split() if not word.startswith(PLACE)) for one in typed)
+    for command in dict.fromkeys(shown):
         yield f"Command: {command}"
 
 

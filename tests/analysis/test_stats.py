@@ -3,7 +3,8 @@ import pytest
 from scipy import stats as reference
 
 from analysis import stats
-from analysis.compare import detectable, power
+from analysis.arms import Arm, Scores
+from analysis.compare import _blend, detectable, power
 from analysis.effects import anova
 from analysis.pareto import front, hypervolume, membership
 from analysis.stats import Components, Draws
@@ -184,3 +185,21 @@ def test_power_rises_with_seeds_and_the_detectable_difference_falls() -> None:
     assert least == sorted(least, reverse=True)
     assert power(least[1], parts, 3, 200) == pytest.approx(0.8, abs=1e-3)
     assert detectable(Components(seeds=0.0, groups=0.0, cell=0.0), 3, 10) == 0.0
+
+
+def test_interpolation_between_ranks_follows_a_convex_curve() -> None:
+    """Three ranks of one placement; between the first two a line lies above the curve."""
+    arms = []
+    for parameters in (1e5, 2e5, 4e5):
+        nll = 0.5 + 0.4 * np.log(parameters / 8e5) ** 2 + np.zeros((3, 5))
+        one = Scores(x_RE=nll, w_E=np.ones(5), seeds=(0, 1, 2), ids=tuple("abcde"))
+        arm = Arm(setting="s", label=f"{parameters:g}", factors={}, trial={}, runs=None, scores={"nll": one})
+        arm.parameters = parameters  # type: ignore[misc]
+        arms.append(arm)
+    wanted = 0.5 + 0.4 * np.log(1.4e5 / 8e5) ** 2
+    found = _blend(arms, (arms[0], arms[1]), 1.4e5, "nll")
+    assert found is not None
+    assert found.x_RE.mean() == pytest.approx(wanted)
+    line = _blend(arms[:2], (arms[0], arms[1]), 1.4e5, "nll")
+    assert line is not None
+    assert line.x_RE.mean() > wanted + 0.03
