@@ -32,7 +32,8 @@ def table(found: Arrangement, metric: str, *, draws: Draws) -> pd.DataFrame:
     for setting in found.settings:
         for placement, arms in _ladders(setting, metric).items():
             scores = [(arm.scores[metric].x_RE, arm.scores[metric].w_E) for arm in arms]
-            drawn_BA = stats.joint_draws(scores, draws=draws)
+            groups = [arm.scores[metric].groups for arm in arms]
+            drawn_BA = stats.joint_draws(scores, draws=draws, groups=groups)
             mean_A = np.array([float((x_RE @ w_E / w_E.sum()).mean()) for x_RE, w_E in scores])
             known = all(x_RE.size > 1 for x_RE, _ in scores)
             for by, size_A in (
