@@ -415,7 +415,7 @@ class Scheduler:
         return self._open(state) or bool(later)
 
     def _advance(self, state: _ArmState) -> None:
-        """Past the last trial: some beside the best were pruned, it lies at an end of a range, or is to be confirmed."""
+        """Past the last trial: some beside the best were pruned, it lies at an end, or is to be confirmed."""
         search = state.search
         if search is None or state.ready or search.running or search.elsewhere or self._open(state):
             return
