@@ -19,7 +19,9 @@ def test_an_edge_is_measured_on_the_scale_of_the_range() -> None:
     assert [LR.edge(value) for value in (1e-5, 1.3e-5, 1e-4, 5e-3, 8e-3)] == ["low", "low", None, None, "high"]
     linear = Dimension(key="method.dropout", kind="float", low=0, high=1)
     assert [linear.edge(value) for value in (0.0, 0.04, 0.06, 0.96)] == ["low", "low", None, "high"]
-    assert Dimension(key="rank", kind="choice", choices=(4, 8)).edge(4) is None
+    grid = Dimension(key="rank", kind="choice", choices=(8, 4, 16))  # ends are those of the numbers, not of the list
+    assert [grid.edge(value) for value in grid.choices] == [None, "low", "high"]
+    assert Dimension(key="placement", kind="choice", choices=("attn", "ff")).edge("attn") is None
 
 
 def test_widening_moves_one_end_by_half_the_range() -> None:
