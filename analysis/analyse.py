@@ -52,6 +52,7 @@ def analyse(
         mixed.require()
     sampler = Draws(draws, seed)
     found = arrange(study, tuned=tuned, metric=metric)
+    tuning.judge(found)
     arms = summarise(found, draws=sampler, metric=metric)
     tables = {
         "arms": arms,

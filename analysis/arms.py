@@ -59,7 +59,7 @@ class Aligned(NamedTuple):
 class Arm:
     """A cell of the grid with its selected trial. `factors` distinguish it from other arms of its setting; `trial`
     holds the selected values; `runs` are the completed replicates of that trial, or its reruns on fresh seeds
-    (`confirmed`); `tried` counts the trials."""
+    (`confirmed`); `tried` counts the trials; `search_doubts` are what its trials say against the choice."""
 
     setting: str
     label: str
@@ -71,6 +71,7 @@ class Arm:
     edges: dict[str, str] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
     incomplete: int = 0
+    search_doubts: list[str] = field(default_factory=list)
 
     @property
     def is_base(self) -> bool:
@@ -79,8 +80,10 @@ class Arm:
     @property
     def doubts(self) -> tuple[str, ...]:
         """Why the choice of hyperparameters may not be the arm's best, or its score flatters it; none if not tuned."""
-        edges = tuple(f"{key.split('.')[-1]} {side}" for key, side in self.edges.items())
-        return edges if self.confirmed or self.tried < 2 else (*edges, "not confirmed on fresh seeds")
+        found = [f"{key.split('.')[-1]} {side}" for key, side in self.edges.items()]
+        if self.tried > 1 and not self.confirmed:
+            found.append("not confirmed on fresh seeds")
+        return (*found, *self.search_doubts)
 
     @cached_property
     def parameters(self) -> float:
@@ -178,7 +181,8 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
     for key in tuned:
         if key not in study.fields:
             raise ValueError(f"--tuned {key}: no such field. Of this study vary {', '.join(fields) or 'none'}.")
-    searched = {key for keys in runs.get("search.tuned", []) if isinstance(keys, list) for key in keys}
+    listed = runs["search.tuned"].dropna() if "search.tuned" in runs else ()
+    searched = {key for keys in listed for key in str(keys).split(",")}  # lists are text there
     chosen_inside = [key for key in fields if key.startswith(TUNED) or key in {*tuned, *searched}]
     setting_fields = [*SETTING, *(k for k in fields if k.split(".")[0] in SETTING and k not in SETTING)]
     arm_fields = [*ALWAYS, *(k for k in fields if k not in (*setting_fields, *chosen_inside, *ALWAYS))]

@@ -20,6 +20,8 @@ from scipy import special
 from analysis.seeds import SeedVariance
 
 Array = NDArray[np.float64]
+FEW_GROUPS = 3
+"""Groups that hold a rare score, below which their own variance says too little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +112,8 @@ def interval(
     as the groups' (coverage is right), or, for tests, as the seeds' (`strict`: wider, but sure to keep its level at
     small alpha too). Groups of unequal weight have a variance corrected as by CR2 (Bell & McCaffrey 2002) and G* − 1
     degrees of freedom, G* = (sum of weights)² / sum of squares (Carter et al. 2017). Scores that are all 0 or 1 have a
-    Wilson interval of the effective sample size. With one seed the interval covers examples only; with one example
-    column (scores without predictions) seeds only; with one of each it is NaN.
+    Clopper-Pearson interval of the effective sample size. With one seed the interval covers examples only; with one
+    example column (scores without predictions) seeds only; with one of each it is NaN.
 
     Args:
         groups: the group of each column; empty where every example is its own.
@@ -151,7 +153,8 @@ def interval(
     df_seeds = R - 1.0
     if seed_variance is not None and R > 1 and statistic == "mean":
         family = seed_variance.variance / R
-        var_seeds, df_seeds = max(var_seeds, family) if seed_variance.unequal else family, seed_variance.df
+        if not (seed_variance.unequal and var_seeds > family):  # else its own, with its own degrees of freedom
+            var_seeds, df_seeds = family, seed_variance.df
     if strict:
         var_groups = max(var_groups - var_cell, 0.0)
     else:
@@ -162,7 +165,11 @@ def interval(
     terms += [(var_groups, df_groups)] if G > 1 else []
     found = _with_bounds(estimate, tuple(terms), R, E, G, level)
     binary = not strict and statistic == "mean" and G > 1 and bool(np.isin(x_RE, (0.0, 1.0)).all())
-    return _wilson(found, level) if binary else found
+    if not binary:
+        return found
+    rare_E = (x_RE == (0.0 if estimate > 0.5 else 1.0)).any(axis=0)
+    mixed = len(np.unique(np.asarray(groups)[rare_E])) if len(groups) else int(rare_E.sum())
+    return _exact(found, mixed, level)
 
 
 def _influence(x_RE: Array, w_E: Array, groups: Sequence[str]) -> tuple[Array, Array]:
@@ -209,19 +216,26 @@ def _with_bounds(
     )  # fmt: skip
 
 
-def _wilson(found: Interval, level: float) -> Interval:
-    """Wilson's (1927) interval at the effective sample size p(1 − p)/variance, with the quantile of the t interval.
+def _exact(found: Interval, mixed: int, level: float) -> Interval:
+    """Clopper & Pearson's (1934) interval of 0/1 scores at the effective sample size p(1 − p)/variance, which is made
+    smaller by the square of the normal quantile over that of the t interval (Korn & Graubard 1998, "Confidence
+    intervals for proportions with small expected number of positive counts estimated from survey data").
 
-    Where every score is the same nothing is known of the design effect, and each group counts once."""
+    Where fewer than `FEW_GROUPS` groups (`mixed`) hold the rarer score, too little is known of the design effect: each
+    group counts at most once."""
     p, variance = found.estimate, found.se**2
     if variance > 0 and 0 < p < 1:
-        size = min(max(p * (1 - p) / variance, 1.0), found.seeds * found.examples)
-        z2 = (found.high - p) ** 2 / variance
+        size, wider = p * (1 - p) / variance, (found.high - p) ** 2 / variance
     else:
-        size, z2 = float(found.groups), half_width([(1.0, found.terms[-1][1])], 1 - level) ** 2
-    center = (p + z2 / (2 * size)) / (1 + z2 / size)
-    half = math.sqrt(z2 * p * (1 - p) / size + z2**2 / (4 * size**2)) / (1 + z2 / size)
-    return replace(found, low=min(max(center - half, 0.0), p), high=max(min(center + half, 1.0), p))
+        size, wider = float(found.groups), half_width([(1.0, found.terms[-1][1])], 1 - level) ** 2
+    if mixed < FEW_GROUPS:
+        size = min(size, found.groups)
+    size *= special.ndtri((1 - level) / 2) ** 2 / wider
+    size = min(max(size, 1.0), found.seeds * found.examples)
+    hits, tail = p * size, (1 - level) / 2
+    low = float(special.betaincinv(hits, size - hits + 1, tail)) if hits > 0 else 0.0
+    high = float(special.betaincinv(hits + 1, size - hits, 1 - tail)) if hits < size else 1.0
+    return replace(found, low=min(low, p), high=max(high, p))
 
 
 def half_width(terms: Sequence[tuple[float, float]], alpha: float) -> float:

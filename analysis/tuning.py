@@ -1,5 +1,8 @@
 """How each arm was searched: what was tried, how far, what was chosen, and what the search may have missed."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,11 +10,27 @@ import pandas as pd
 from scipy import optimize, special
 
 from analysis.arms import Arm, Arrangement, higher_is_better
+from sweeper.record import SEARCHES
 
 RATE = "optim.lr"
 LEAST_RATES = 4
 NEAR = 1.0
 """Log10 of the rate: trials this near to the chosen one say how good it is."""
+
+
+def judge(found: Arrangement) -> None:
+    """Adds to each arm's doubts what its trials say against the choice: a pruned trial beside it, and a rate that a fit
+    says is better by more than half a standard deviation between seeds, and by more than the fit's own error."""
+    for arm in found.arms:
+        runs = _runs(found, arm)
+        chosen = arm.trial.get(RATE)
+        if (runs["status"] == "pruned").any() and _beside(runs, chosen):
+            arm.search_doubts.append("a pruned trial lies beside the chosen one")
+        missed = miss(runs[runs["status"] == "completed"], chosen, found.select)
+        scores = arm.scores.get(found.select.removeprefix("validation."))
+        spread = scores.seed_variance.variance**0.5 if scores is not None and scores.seed_variance is not None else 0.0
+        if missed and missed["miss_low"] > 0 and missed["miss"] > spread / 2:
+            arm.search_doubts.append(f"a rate near {missed['best_rate']:.2g} may be better")
 
 
 def table(found: Arrangement) -> pd.DataFrame:
@@ -21,7 +40,8 @@ def table(found: Arrangement) -> pd.DataFrame:
     `miss` is how much better the best learning rate of a parabola through the whole trials is than the chosen one, in
     the metric's units, with a 95% interval; from `LEAST_RATES` rates within a factor of ten of the chosen one on.
     """
-    rows = [_row(found, arm) for arm in found.arms]
+    searches = _searches(found.runs)
+    rows = [_row(found, arm, searches) for arm in found.arms]
     columns = [
         "setting", "arm", "trials", "whole", *found.tuned, found.select, "best_rate", "miss", "miss_low", "miss_high",
         "followed", "widened", "edge", "confirmed", "doubts",
@@ -31,27 +51,41 @@ def table(found: Arrangement) -> pd.DataFrame:
     return frame.drop(columns=empty)
 
 
-def _row(found: Arrangement, arm: Arm) -> dict[str, Any]:
+def _runs(found: Arrangement, arm: Arm, *, confirm: bool = False) -> pd.DataFrame:
+    """Runs of an arm's trials, or all, those that confirm its choice too."""
     runs = found.runs[(found.runs["setting"] == arm.setting) & (found.runs["arm"] == arm.label)]
-    if "search.purpose" in runs:
-        runs = runs[runs["search.purpose"] != "confirm"]
+    return runs if confirm or "search.purpose" not in runs else runs[runs["search.purpose"] != "confirm"]
+
+
+def _searches(runs: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """What the studies' searches wrote of themselves, by the arm's key."""
+    folders = runs["folder"].dropna() if "folder" in runs else []
+    found: dict[str, dict[str, Any]] = {}
+    for study in sorted({Path(folder).parent for folder in folders if isinstance(folder, str)}):
+        if (study / SEARCHES).is_file():
+            found |= json.loads((study / SEARCHES).read_text(encoding="utf-8"))
+    return found
+
+
+def _row(found: Arrangement, arm: Arm, searches: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    everything, runs = _runs(found, arm, confirm=True), _runs(found, arm)
+    keys = everything["search.arm"].dropna().unique() if "search.arm" in everything else []
+    told = [searches[key]["widened"] for key in keys if "widened" in searches.get(key, {})]
+    if "search.widened" in everything:
+        told += list(everything["search.widened"].dropna())
     whole = runs[runs["status"] == "completed"]
     cut = runs[runs["status"] == "pruned"]
-    widened = runs["search.widened"].max() if "search.widened" in runs else np.nan
     row: dict[str, Any] = {
         "setting": arm.setting, "arm": arm.label, "trials": arm.tried, "whole": int(whole["trial"].nunique()),
         **arm.trial,
         found.select: float(arm.runs[found.select].mean()) if found.select in arm.runs else np.nan,
         "followed": float(cut["steps"].min()) if len(cut) else np.nan,
-        "widened": 0 if pd.isna(widened) else int(widened),
+        "widened": int(max(told, default=0)),
         "edge": ", ".join(f"{key} {side}" for key, side in arm.edges.items()),
         "confirmed": "on fresh seeds" if arm.confirmed else "",
     }  # fmt: skip
     row |= miss(whole, arm.trial.get(RATE), found.select)
-    doubts = [*arm.doubts]
-    if len(cut) and _beside(runs, arm.trial.get(RATE)):
-        doubts.append("a pruned trial lies beside the chosen one")
-    return row | {"doubts": "; ".join(doubts)}
+    return row | {"doubts": "; ".join(arm.doubts)}
 
 
 def _beside(runs: pd.DataFrame, chosen: Any) -> bool:

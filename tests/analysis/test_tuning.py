@@ -1,5 +1,6 @@
 """What a search may have missed, on trials with a known best."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from analysis import load, tuning
 from analysis.arms import arrange
+from sweeper.record import SEARCHES
 from tests.analysis.synthetic import Truth, edit, write_study
 
 RATES = np.array([1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
@@ -40,10 +42,44 @@ def test_the_table_says_how_an_arm_was_searched(tmp_path: Path) -> None:
 
     for path in study.glob("*/record.json"):
         edit(path.parent, prune)
-    rows = tuning.table(arrange(load(study))).to_dict("records")
+    found = arrange(load(study))
+    tuning.judge(found)
+    rows = tuning.table(found).to_dict("records")
     assert {row["trials"] for row in rows} == {5}
     assert {row["whole"] for row in rows} == {4}
     assert {row["followed"] for row in rows} == {7}
     assert all("not confirmed on fresh seeds" in row["doubts"] for row in rows)
     beside = [row for row in rows if row["optim.lr"] == 3e-3]
     assert all("a pruned trial lies beside the chosen one" in row["doubts"] for row in beside)
+
+
+def test_what_the_search_wrote_of_itself_is_in_the_table(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), lrs=tuple(RATES), seeds=(0,), steps=4)
+    searches = {}
+
+    def name(record: dict) -> None:  # type: ignore[type-arg]
+        arm = record["spec"]["placement"]["name"]
+        record["search"] = {"arm": arm, "purpose": "trial", "tuned": ["optim.lr", "trainer.batch_size"]}
+        searches[arm] = {"widened": 2}
+
+    for path in study.glob("*/record.json"):
+        edit(path.parent, name)
+    (study / SEARCHES).write_text(json.dumps(searches))
+    assert set(tuning.table(arrange(load(study)))["widened"]) == {2}
+
+
+def test_fields_that_a_search_tuned_are_told_apart_from_the_grid(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4, 8), lrs=(1e-3,), seeds=(0,), steps=4)
+
+    def name(record: dict) -> None:  # type: ignore[type-arg]
+        record["search"] = {
+            "arm": record["spec"]["placement"]["name"],
+            "purpose": "trial",
+            "tuned": ["rank", "optim.lr"],
+        }
+
+    for path in study.glob("*/record.json"):
+        edit(path.parent, name)
+    found = arrange(load(study))
+    assert "rank" in found.tuned
+    assert all(arm.tried == 2 for arm in found.arms)
