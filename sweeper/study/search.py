@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -47,7 +48,11 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """How a trial ended: "completed", "pruned", "diverged" or "failed", and its value (of the first objective)."""
+    """How a trial ended and its value (of the first objective).
+
+    The states are "completed", "pruned", "diverged", "failed", and "taken over" where another driver gave this one up
+    for dead (a machine that slept) and tries the point again: it finds the records of these runs.
+    """
 
     state: str
     value: float | None = None
@@ -218,7 +223,10 @@ class ArmSearch:
                 break
             asked = self.study.ask(distributions(self.space))
             self._seen = None
-            self._sign(asked)
+            try:
+                self._sign(asked)
+            except UpdateFinishedTrialError:
+                continue
             params = {d.key: _plain(asked.params[d.key]) for d in self.space}
             if self.wanted is not None and self._place(asked.number) >= self.wanted:
                 self._void(asked, "more than were wanted")  # another driver took the last one meanwhile
@@ -269,18 +277,27 @@ class ArmSearch:
         """Notes an intermediate value of one replicate; returns whether the trial is to be pruned."""
         values = trial.values.setdefault(step, {})
         values[seed] = value
-        if time.monotonic() - trial.signed > SIGN_SECONDS:
-            trial.signed = time.monotonic()
-            self._sign(trial.optuna_trial)
-        if self.settings.pruner == "none" or len(values) < len(trial.runs):
+        try:
+            if time.monotonic() - trial.signed > SIGN_SECONDS:
+                trial.signed = time.monotonic()
+                self._sign(trial.optuna_trial)
+            if self.settings.pruner == "none" or len(values) < len(trial.runs):
+                return False
+            trial.optuna_trial.report(_mean(values.values()), step)
+        except UpdateFinishedTrialError:
             return False
-        trial.optuna_trial.report(_mean(values.values()), step)
         return bool(trial.optuna_trial.should_prune())
 
     def tell(self, trial: Trial) -> Told:
         """Ends a trial, all of whose runs have ended."""
         self.running.pop(trial.number, None)
         self._seen = None
+        try:
+            return self._tell(trial)
+        except UpdateFinishedTrialError:
+            return Told(state="taken over")
+
+    def _tell(self, trial: Trial) -> Told:
         statuses = {record.status for record in trial.records.values()}
         trial.optuna_trial.set_user_attr("runs", list(trial.runs))
         if "failed" in statuses:
@@ -385,9 +402,10 @@ class ArmSearch:
         With `retry_failed`, so are trials that failed. The point is the same, so its runs go on from their checkpoints.
         """
         again = 0
-        while any(map(being_signed, self._trials(fresh=True))):
+        # one look serves both questions: a trial asked for between two looks would seem to have no driver
+        while any(map(being_signed, found := self._trials(fresh=True))):
             time.sleep(0.1)
-        for trial in self._trials(fresh=True):
+        for trial in found:
             outcome = trial.user_attrs.get("outcome")
             if trial.state == TrialState.RUNNING and trial.number not in self.running and not alive(trial):
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)

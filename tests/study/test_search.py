@@ -20,6 +20,7 @@ from sweeper.spec import RunSpec, Settings
 from sweeper.study import plan as planning
 from sweeper.study import storage
 from sweeper.study.scheduler import Scheduler
+from sweeper.study.search import ArmSearch, Told, Trial
 from sweeper.study.search_settings import SearchSettings
 from tests.study.bowl import BowlEngine, loss
 
@@ -456,3 +457,45 @@ def test_a_driver_that_starts_waits_for_another_that_is_about_to_sign_its_trial(
     assert waits
     assert one.get_trials()[asked.number].state == optuna.trial.TrialState.RUNNING
     assert len(bowl.trained) == 2
+
+
+def test_a_trial_asked_for_right_after_the_look_is_not_taken_for_a_dead_drivers(
+    go: Any, study: Settings, bowl: BowlEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR]
+    go(axes, n_trials=2)
+    (one,) = studies(study)
+    asked: list[optuna.Trial] = []
+    look = ArmSearch._trials
+
+    def look_then_ask(self: ArmSearch, *, fresh: bool = False) -> list[optuna.trial.FrozenTrial]:
+        found = look(self, fresh=fresh)
+        if fresh and not asked:
+            asked.append(one.ask(one.get_trials()[0].distributions))
+        return found
+
+    monkeypatch.setattr(ArmSearch, "_trials", look_then_ask)
+    go(axes, n_trials=2)
+    assert one.get_trials()[asked[0].number].state == optuna.trial.TrialState.RUNNING
+
+
+def test_a_driver_whose_trial_another_gave_up_for_dead_goes_on(
+    go: Any, study: Settings, bowl: BowlEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a machine has slept: the point is tried again, with the records that its runs left."""
+    tell, taken = ArmSearch.tell, []
+
+    def tell_too_late(self: ArmSearch, trial: Trial) -> Told:
+        if not taken:
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            self.study.enqueue_trial(trial.params, user_attrs={"repeats": trial.number})
+            taken.append(tell(self, trial))
+            return taken[0]
+        return tell(self, trial)
+
+    monkeypatch.setattr(ArmSearch, "tell", tell_too_late)
+    go(["experiment=smoke", "placement=attn", "rank=4", LR], n_trials=4)
+    (one,) = studies(study)
+    assert taken[0].state == "taken over"
+    ended = [t for t in one.get_trials() if t.state == optuna.trial.TrialState.COMPLETE]
+    assert len(ended) == len(bowl.trained) == 4
