@@ -1,18 +1,18 @@
 """Runs model-written programs in a kernel-enforced sandbox, one process tree each.
 
-A program sees no network, no processes but its own, and a read-only file system apart from an empty temporary folder.
-CPU time, memory, processes, file size and wall time are limited; on timeout the whole tree is killed. `jail.py`
-enforces this. `ready` tests it on this machine, and if any limit fails nothing is run, unless the user accepts the risk
-with the environment variable SWEEPER_UNSAFE_EXEC=1. The check runs in the program's own process, so a program can forge
-its verdict.
+A program sees no network, no processes but its own, and a read-only file system without a user's files, apart from an
+empty temporary folder. CPU time, memory, processes, file size and wall time are limited; on timeout the whole tree is
+killed. `jail.py` enforces this. `ready` tests it on this machine, and if any limit fails nothing is run, unless the
+user accepts the risk with the environment variable SWEEPER_UNSAFE_EXEC=1. The check runs in a process of its own,
+which alone knows the check and alone can tell how it ended (`checking.py`); the program's process answers its calls
+(`program.py`).
 """
 
+import builtins
 import contextlib
 import functools
-import json
 import os
 import platform
-import secrets
 import signal
 import subprocess
 import sys
@@ -23,10 +23,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sweeper.errors import SweeperError
+from sweeper.untrusted import syscalls, wire
 
-JAIL = Path(__file__).with_name("jail.py")
+JAIL = Path(__file__).parent
+# the folder as a package of its own: in the sandbox there are no installed packages, hence no `sweeper`
+START = """\
+import sys, types
+package = types.ModuleType("untrusted")
+package.__path__ = [sys.argv[1]]
+sys.modules["untrusted"] = package
+from untrusted import jail
+jail.main()
+"""
 ALLOW = "SWEEPER_UNSAFE_EXEC"
 PASSED, WALL = "passed", "wall time"
+# all that a check can say: no text of the program's choice leaves the sandbox
+ANSWERS = {PASSED, "broken answer", *(name for name, one in vars(builtins).items() if isinstance(one, type))}
 
 
 class SandboxError(SweeperError):
@@ -47,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program ended: `passed`, or why it failed (an exception's class, a limit, or an exit status)."""
+    """How a program ended: `passed`, or why it failed (a builtin exception's class, a limit, or an exit status)."""
 
     reason: str
 
@@ -59,8 +71,9 @@ class Outcome:
 def run_all(programs: Sequence[tuple[str, str]], limits: Limits | None = None) -> list[Outcome]:
     """Runs every (program, check) pair, one per CPU at a time.
 
-    A check is Python source that sees the program as the string `PROGRAM` and raises if it is wrong; it passes if it
-    runs to the end.
+    A check is Python source that sees the program as the string `PROGRAM`, runs it with `exec` or `eval`, and raises
+    if it is wrong; it passes if it runs to the end. It gives the program plain values and functions, and gets plain
+    values and `checking.Remote`s back.
 
     Raises:
         SandboxError: this machine cannot sandbox a program, see `ready`.
@@ -74,30 +87,26 @@ def run_all(programs: Sequence[tuple[str, str]], limits: Limits | None = None) -
 
 def run(program: str, check: str, limits: Limits, *, contained: bool = True) -> Outcome:
     """Runs one check on one program, without namespaces and the read-only file system if not `contained`."""
-    token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="sweeper-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)  # the jail drops root before it enters
-        work, python = Path(folder, "work"), Path(folder, "python")
-        work.mkdir()
-        python.mkdir()
-        task = asdict(limits) | {
-            "program": program, "check": check, "token": token, "contained": contained,
-            "folder": str(work), "python": str(python),
-        }  # fmt: skip
+        places = {name: str(Path(folder, name)) for name in ("folder", "python", "root")}
+        for place in places.values():
+            os.mkdir(place)
+        task = wire.frame(asdict(limits) | places | {"contained": contained})
+        work = wire.frame({"program": program, "check": check})
         process = subprocess.Popen(
-            [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-X", "utf8", str(JAIL)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True, cwd="/", env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(work)},
+            [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-X", "utf8", "-c", START, str(JAIL)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, cwd="/",
+            env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": places["folder"]},
         )  # fmt: skip
         try:
-            said, problem = process.communicate(json.dumps(task).encode(), timeout=limits.wall_seconds)
+            said, problem = process.communicate(task + work, timeout=limits.wall_seconds)
         except subprocess.TimeoutExpired:
             return Outcome(WALL)
         finally:
             _kill(process)
-    answer = said.decode(errors="replace")
-    if answer.startswith(token):
-        return Outcome(answer.removeprefix(token))
+    if (answer := said.decode(errors="replace")) in ANSWERS:
+        return Outcome(answer)
     if process.returncode == 3 and problem:
         raise SandboxError(f"programs cannot be sandboxed here: {problem.decode(errors='replace').strip()}")
     return Outcome(f"died ({process.returncode})")
@@ -128,6 +137,7 @@ def check() -> bool:
     return True
 
 
+RUN = "exec(PROGRAM, globals())"
 HARMLESS = """\
 import decimal, math, random, re, socket
 x = math.comb(3, 3)
@@ -147,6 +157,9 @@ PROBES = {
         "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         "assert libc.mount(b'tmpfs', b'.', b'tmpfs', 0, None) == 0"
     ),
+    "system calls": "import ctypes\nassert ctypes.CDLL(None).syscall(KEYCTL, 0, -3, 1, 0, 0) >= 0",
+    "sockets at paths": "import socket; socket.socket(socket.AF_UNIX)",
+    "files of a user": f"open({str(JAIL / 'jail.py')!r})",
 }
 
 
@@ -162,10 +175,11 @@ def ready() -> None:
     if sys.platform != "linux":
         raise SandboxError(f"pass_at_1 runs generated programs in a sandbox of Linux namespaces; {otherwise}")
     try:
-        if not (harmless := run(HARMLESS, "exec(PROGRAM, globals())\nassert x == 1", limits)).passed:
+        if not (harmless := run(HARMLESS, f"{RUN}\nassert x == 1", limits)).passed:
             raise SandboxError(f"a harmless program ended with {harmless.reason}")
+        keyctl = str(syscalls.number("keyctl"))
         for name, probe in PROBES.items():
-            if run("", probe.replace("PARENT", str(os.getpid())), limits).passed:
+            if run(probe.replace("PARENT", str(os.getpid())).replace("KEYCTL", keyctl), RUN, limits).passed:
                 raise SandboxError(f"the limit on {name} is not enforced")
     except (SandboxError, OSError) as error:
         raise SandboxError(f"pass_at_1 cannot run generated programs safely here ({error}); {otherwise}") from None

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,11 +102,17 @@ def test_hostile_programs_are_held_and_score_nothing(name: str, tmp_path: Path) 
         "import os\nassert not [p for p in os.listdir('/proc') if p.isdigit() and int(p) > 60]",
         "import os\nassert sum(1 for _ in os.scandir('.')) == 0",
         "import os\nassert not set(os.environ) - {'OMP_NUM_THREADS', 'PATH', 'HOME', 'LC_CTYPE', 'PWD'}",
-        "import socket\nassert [name for _, name in socket.if_nameindex()] in ([], ['lo'])",
-        "try: token\nexcept NameError: pass\nelse: raise AssertionError",
+        "import os\nassert not os.path.exists('/sys')",
+        "import os\n"
+        "assert sorted(os.listdir('/')) == sorted({'etc', 'dev', 'proc', *[SHOWN]} & set(os.listdir('/')) | TMP)",
+        "import os\nassert set(os.listdir('/etc')) <= {'ld.so.cache'}",
+        "import os\nassert set(os.listdir('/dev')) == {'full', 'null', 'random', 'shm', 'urandom', 'zero'}",
+        "import sys\nassert not {name for name in sys.modules if name.startswith('sweeper')}",
     ],
 )
 def test_a_program_sees_nothing_of_outside(program: str) -> None:
+    top = Path(tempfile.gettempdir()).parts[1]
+    program = program.replace("SHOWN", "'bin', 'lib', 'lib64', 'usr'").replace("TMP", f"{{{top!r}}}")
     assert sandbox.run(program + "\ndef answer(): return 42", CHECK, LIMITS).passed
 
 
