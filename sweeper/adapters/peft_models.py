@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
                     model = PeftModel.from_pretrained(base.model, str(folder), adapter_name=name, torch_device=device)
                 else:
                     model.load_adapter(str(folder), adapter_name=name, torch_device=device)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
             if model is not None:
                 remove(model)
             for file in sorted(folder.glob("*.safetensors")):

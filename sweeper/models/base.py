@@ -64,6 +64,7 @@ def load(spec: ModelSpec, *, dtype: "torch.dtype", device: "torch.device") -> Ba
             config = settle(_config(spec))
             arguments: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": spec.trust_remote_code}
             arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that all are named
+            arguments["weights_only"] = True  # a .bin is a pickle, read as tensors or not at all
             try:
                 model, account = read(where, **arguments)
             except Exception as error:

@@ -6,6 +6,7 @@ Adapters of one base model are scored together in a pack, with the base model as
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 FOLDER = "evaluations"
 PACK_SIZE = 16  # adapters in one pack
+TRUST = "SWEEPER_TRUST_REMOTE_CODE"  # a record may come from somebody else, and is not to decide that code is run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +75,7 @@ def find(paths: Sequence[Path]) -> list[Saved]:
     """The completed runs in run folders and study folders.
 
     Raises:
-        DataError: a path has no completed run with an adapter or weights.
+        DataError: a path has no completed run with an adapter or weights, or a record asks for foreign code to be run.
     """
     found: dict[Path, Saved] = {}
     for path in paths:
@@ -85,6 +87,12 @@ def find(paths: Sequence[Path]) -> list[Saved]:
                 f"{path}: no completed run with an adapter in it; give outputs/STUDY/RUN_ID or outputs/STUDY"
             )
         found |= {run.folder: run for run in runs}
+    for run in found.values():
+        if run.spec.model.trust_remote_code and os.environ.get(TRUST) != "1":
+            raise DataError(
+                f"{run.folder}: its record asks for the code that {run.spec.model.location} brings to be run; "
+                f"{TRUST}=1 says that you trust record and model"
+            )
     return list(found.values())
 
 

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.arms import Arm, Dimension, Space, short_hash
 from sweeper.errors import SpecError, first_line
+from sweeper.study.cmaes import PlainCmaEs
 from sweeper.study.search_settings import SearchSettings
 
 
@@ -67,7 +68,7 @@ def make_sampler(settings: SearchSettings, seed: int) -> BaseSampler:
     kinds: dict[str, tuple[Callable[..., BaseSampler], dict[str, Any]]] = {
         "tpe": (samplers.TPESampler, startup),
         "gp": (samplers.GPSampler, startup | {"warn_independent_sampling": False}),
-        "cmaes": (samplers.CmaEsSampler, {"warn_independent_sampling": False}),
+        "cmaes": (PlainCmaEs, {"warn_independent_sampling": False}),
         "random": (samplers.RandomSampler, {}),
         "qmc": (samplers.QMCSampler, {"scramble": True, "warn_independent_sampling": False}),
         "nsga2": (samplers.NSGAIISampler, {"population_size": max(2, min(50, trials // 2))}),

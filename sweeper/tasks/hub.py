@@ -148,7 +148,7 @@ def read(spec: DatasetSpec) -> Tables:
                 f"dataset={spec.name}: {spec.path} cannot be reached and is not in the local cache; "
                 "use a dataset that needs no network (icd10_chapter, gsm_symbolic, jsonl) or a folder as dataset.path"
             ) from None
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"dataset={spec.name}: {spec.path} cannot be loaded: {first_line(error)}") from None
     names = spec.options.get("splits") or {split: split for split in SPLITS if split in source}
     missing = [f"{ours}: {theirs}" for ours, theirs in names.items() if theirs not in source]

@@ -1,9 +1,9 @@
 """The processes inside the sandbox: isolates them, then runs one program and the check on it. Started, never imported.
 
 Reads two messages from standard input: the limits and folders, and then, once the program's process is there and knows
-nothing of it, the program and its check. Writes how the check ended to standard output. Of the three processes
-inside, the first holds the way out, the second runs the check and may tell the first, and the third runs the program
-and may answer the second. Uses the standard library only.
+nothing of it, the program and its check. Writes how the check ended to standard output. Inside there are two
+processes: the first runs the check and holds the way out, the second runs the program and may answer the first.
+Uses the standard library only.
 
 Linux only. In order: new user, mount, PID, network, IPC and host-name namespaces; a file system of its own,
 read-only, with Python, the system's libraries and a small tmpfs as working folder; a `/proc` that shows only this
@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import signal
 import sys
 
 from . import syscalls
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
-MNT_DETACH, SIGKILL = 2, 9
+MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = -100, 0x8000, 1, 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 NOBODY = 65534
@@ -40,7 +41,7 @@ SYSTEM = ("", "/usr", "/usr/local")
 SHOWN = ("bin", "lib", "lib64")  # of the system and of Python
 DEVICES = ("null", "zero", "full", "random", "urandom")
 LARGEST_TASK = 1 << 30  # what stands in the messages is ours, and as large as a dataset makes it
-UNSANDBOXED, DIED_BEFORE = 3, 70  # exit statuses: no limits here; the program's process had ended
+UNSANDBOXED = 3  # exit status
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -174,7 +175,7 @@ def limit(task: dict[str, Any]) -> None:
     for name, value in (
         ("RLIMIT_CPU", task["cpu_seconds"]),
         ("RLIMIT_AS", task["memory"]),
-        ("RLIMIT_NPROC", task["processes"] + 1),  # the check's own
+        ("RLIMIT_NPROC", task["processes"]),
         ("RLIMIT_FSIZE", task["disk"]),
         ("RLIMIT_NOFILE", 64),
         ("RLIMIT_CORE", 0),
@@ -184,75 +185,58 @@ def limit(task: dict[str, Any]) -> None:
         resource.setrlimit(getattr(resource, name), (value, value))
 
 
-def silence() -> None:
-    """Leaves this process none of the descriptors that lead out."""
+def silence() -> int:
+    """Leaves this process none of the descriptors that lead out; returns another number for the one of the report."""
+    report = os.dup(1)
     sys.stdin = open(os.devnull)  # noqa: SIM115
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
     os.close(nowhere)
+    return report
 
 
-def run_program(incoming: int, outgoing: int) -> NoReturn:
-    silence()
-    with contextlib.suppress(BaseException):
-        Program(incoming, outgoing).serve()
-    os._exit(0)
+def run_both() -> NoReturn:
+    """Starts the program's process, runs the check in this one, and tells how it ended.
 
-
-def run_check(task: dict[str, Any], incoming: int, outgoing: int, report: int) -> NoReturn:
-    silence()
-    try:
-        os.write(report, verdict(task["check"], task["program"], Line(incoming, outgoing)).encode())
-    except Gone:
-        os._exit(DIED_BEFORE)
-    os._exit(0)
-
-
-def supervise(task: dict[str, Any]) -> NoReturn:
-    """Starts program and check, and tells how the check ended. As the first process of its namespace it ends all
-    others.
+    Sandboxed, this is the first process of its namespace: the program cannot signal it, and all others end with it.
     """
     questions, asking = os.pipe()
     answering, answers = os.pipe()
-    receiver, sender = os.pipe()
     program = os.fork()
     if program == 0:
-        for descriptor in (asking, answering, receiver, sender):
+        for descriptor in (asking, answering, silence()):
             os.close(descriptor)
-        run_program(questions, answers)
+        with contextlib.suppress(BaseException):
+            Program(questions, answers).serve()
+        os._exit(0)
     os.close(questions)
     os.close(answers)
     work = receive(0, LARGEST_TASK)
-    check = os.fork()
-    if check == 0:
-        os.close(receiver)
-        run_check(work, answering, asking, sender)
-    for descriptor in (asking, answering, sender):
-        os.close(descriptor)
-    outcome = os.read(receiver, 200)
-    if outcome:
-        os.write(1, outcome)
-        os._exit(0)
-    _, status = os.waitpid(check, 0)
-    if os.waitstatus_to_exitcode(status) == DIED_BEFORE:
+    report = silence()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the only one that Python handles, and so the first process too
+    try:
+        outcome = verdict(work["check"], work["program"], Line(answering, asking))
+    except Gone:
         _, status = os.waitpid(program, 0)
-    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    os.write(report, outcome.encode())
+    os._exit(0)
 
 
 def isolate_and_run() -> NoReturn:
     task = receive(0)
     python = sys.base_prefix
     if task["contained"]:
-        call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         python = enter_namespaces(task["python"])
-        call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # cleared by the change of user
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # cleared by the change of user
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     if task["contained"]:
-        call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         restrict_file_system(task["root"], task["folder"], python, task["disk"])
         drop_privileges()
     else:
@@ -261,7 +245,7 @@ def isolate_and_run() -> NoReturn:
     syscalls.refuse()
     limit(task)
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
-    supervise(task)
+    run_both()
 
 
 def main() -> NoReturn:
