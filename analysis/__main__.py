@@ -46,8 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
+
+
+def printable(text: str) -> str:
+    """One line, without what a terminal would obey: a record may come from somebody else."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -58,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     counts = ", ".join(f"{count} {name}" for name, count in study.counts().items())
     print(f"{study.name or 'imported'}: {counts or 'no runs'}")
     for problem in study.problems[:10]:
-        print(f"  {problem.kind}: {problem.folder}: {problem.message}")
+        print(printable(f"  {problem.kind}: {problem.folder}: {problem.message}"))
     if len(study.problems) > 10:
         print(f"  and {len(study.problems) - 10} more, in tables/failures.csv")
     if study.runs.empty:
@@ -88,9 +93,9 @@ def _run(options: argparse.Namespace) -> int:
     for kind in options.export:
         written += exchange.write(found, options.out / kind, kind)
     for name, reason in absent.items():
-        print(f"no figure {name}: {reason}")
+        print(printable(f"no figure {name}: {reason}"))
     for row in found.tables["checks"].to_dict("records"):
-        print(f"check: {row['check']}: {row['subject']}: {row['message']}")
+        print(printable(f"check: {row['check']}: {row['subject']}: {row['message']}"))
     for folder in dict.fromkeys([options.out / "figures", *(path.parent for path in written)]):
         strange = manifest.unlisted(folder, written) if folder != options.out else []
         if strange:

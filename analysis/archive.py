@@ -8,12 +8,13 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sweeper.record import COMMANDS, METRICS, PREDICTIONS, RECORD, SEARCHES
 
 CURVE_POINTS = 60
+MOST_BYTES, MOST_FILES = 4 << 30, 200_000  # of an archive that is unpacked
 
 
 def create(study: Path, archive: Path) -> Path:
@@ -53,11 +54,35 @@ def _add(tar: tarfile.TarFile, name: str, text: str) -> None:
 
 
 def extract(archive: Path | str, folder: Path | str | None = None) -> Path:
-    """Extracts an archive into `folder` (a new temporary one by default). Returns the study's folder."""
-    target = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="study-"))
-    with tarfile.open(archive) as tar:
-        tar.extractall(target, filter="data")
-        return target / tar.getnames()[0].split("/")[0]
+    """Extracts an archive into `folder` (a new temporary one by default). Returns the study's folder.
+
+    Raises:
+        ValueError: it is no archive of a study: damaged, too large, of several folders, or not of plain files alone.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            study = _check(tar)
+            target = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="study-"))
+            tar.extractall(target, filter="data")
+            return target / study
+    except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError) as error:
+        raise ValueError(f"{archive}: no archive of a study: {error}") from None
+
+
+def _check(tar: tarfile.TarFile) -> str:
+    """The folder that all members are in. Looks at each member's size before it is unpacked to find the next."""
+    size, folders = 0, set()
+    for count, member in enumerate(iter(tar.next, None), start=1):
+        parts = PurePosixPath(member.name).parts
+        if not member.isfile() or len(parts) < 2 or not set(parts).isdisjoint({"..", "/"}):
+            raise ValueError(f"{member.name[:80]!r} is no plain file in a study's folder")
+        size += member.size
+        if size > MOST_BYTES or count > MOST_FILES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes or {MOST_FILES:,} files")
+        folders.add(parts[0])
+    if len(folders) != 1:
+        raise ValueError(f"{len(folders)} folders")
+    return str(folders.pop())
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from analysis.analyse import Analysis
 from analysis.tables import DAGGER, tex, title
+from sweeper.record import markdown_text
 
 SUFFIXES = ("md", "tex")
 WHAT = {
@@ -73,7 +74,7 @@ def caption(analysis: Analysis, name: str) -> str:
 def write(analysis: Analysis, name: str, folder: Path) -> None:
     """Writes NAME.md and NAME.tex beside a figure."""
     text = caption(analysis, name)
-    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown_text(text) + "\n", encoding="utf-8")
     lines = [r"\begin{figure}[t]", r"\centering", rf"\includegraphics{{{name}.pdf}}", rf"\caption{{{tex(text)}}}"]
     lines += [rf"\label{{fig:{name.replace('_', '-')}}}", r"\end{figure}"]
     (folder / f"{name}.tex").write_text("\n".join(lines) + "\n", encoding="utf-8")

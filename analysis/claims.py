@@ -14,6 +14,7 @@ from analysis import provenance
 from analysis.analyse import Analysis
 from analysis.arms import BASE, FULL, Arm, Setting, higher_is_better
 from analysis.tables import number, title
+from sweeper.record import markdown_text
 
 FAMILIES = {
     "placement": ("tests", "placements at equal rank"),
@@ -69,7 +70,7 @@ def write(analysis: Analysis, folder: Path) -> Path:
         parts += [f"- {row['check']}: {row['subject']}: {row['message']}" for row in checks.to_dict("records")]
     parts += ["", "## Where the numbers come from", "", *(f"- {line}" for line in provenance.lines(analysis))]
     path = folder / "claims.md"
-    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    path.write_text(markdown_text("\n".join(parts)) + "\n", encoding="utf-8")
     return path
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import tables
 from analysis.analyse import Analysis
-from analysis.load import flat, score_columns
+from analysis.load import NAME, flat, score_columns
 from analysis.peft import from_peft, read_json, to_peft
 
 Rows = list[dict[str, Any]]
@@ -56,6 +57,13 @@ def from_published(path: Path) -> Rows:
     rows = plain.get("rows") if isinstance(plain, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"--import {path}: a published table is an object with source, model, dataset and rows")
+    try:
+        return _published(plain, path)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"--import {path}: no published table ({type(error).__name__}: {error})") from None
+
+
+def _published(plain: Mapping[str, Any], path: Path) -> Rows:
     model = plain.get("model") or {}
     found = []
     for i, row in enumerate(plain["rows"]):
@@ -127,7 +135,7 @@ def from_wandb(project: str, api: Any = None) -> Rows:
             if "/" in key:
                 split, name = key.split("/", maxsplit=1)
                 for phase, place in (("_after", f"{split}."), ("_before", f"{split}.before.")):
-                    if name.endswith(phase):
+                    if name.endswith(phase) and NAME.fullmatch(split) and NAME.fullmatch(name):
                         row[f"{place}{name.removesuffix(phase)}"] = value
             elif not key.startswith("_") and isinstance(value, int | float):
                 row[key] = value
@@ -144,7 +152,7 @@ def to_csv(analysis: Analysis, folder: Path) -> list[Path]:
     """runs.csv and examples.csv (of the runs that the tables are made of)."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in _frames(analysis).items():
-        table.to_csv(folder / f"{name}.csv", index=False)
+        tables.to_csv(table, folder / f"{name}.csv")
     return [folder / "runs.csv", folder / "examples.csv"]
 
 

@@ -1,7 +1,7 @@
 """Reads run folders into one tidy table, one row per run. Unreadable folders are reported, never silently dropped."""
 
-import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from analysis import groups, spectra
 from sweeper.record import (
     ADAPTER,
     COMBINED,
+    LARGEST_LINES,
     LEFT_OUT,
     MERGED,
     METRICS,
@@ -23,6 +24,8 @@ from sweeper.record import (
     WANDB,
     WEIGHTS,
     perplexity,
+    read_json,
+    read_text,
 )
 
 CONTENTS = {"model.content": "model.location", "dataset.content": "dataset.path"}  # and the location of the files
@@ -33,6 +36,8 @@ TASK_SPLITS = ("train", "validation", "test")
 ORDER = "trainer.order"
 SIZES = ("examples", "groups", "truncated", "dropped")  # of a split, in a record's data
 MADE_WITH = ("precision", "device_type", "device", "attention", "sandbox_python")  # of a record's environment
+# of a split or metric, which tables and figures are named by: no path, no LaTeX
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+:-]{0,79}")
 _NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB)
 
 
@@ -174,12 +179,17 @@ class Study:
         path = folder / name
         # One parse of the lines that matter is four times faster than a parse of each line.
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
+            lines = read_text(path, largest=LARGEST_LINES).splitlines()
+        except OSError:
+            return []
+        except ValueError as error:
+            self.note(Problem(folder=str(path.parent), kind="unreadable lines", message=f"{path.name}: {error}"))
             return []
         kept = [line for line in lines if wanted in line] or [line for line in lines if line.strip()]
         try:
-            rows: list[dict[str, Any]] = json.loads("[" + ",".join(kept) + "]")
+            rows: list[dict[str, Any]] = read_json("[" + ",".join(kept) + "]")
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("not objects")
         except ValueError:
             self.note(Problem(folder=str(path.parent), kind="broken lines", message=f"{path.name}: not JSON lines"))
             return []
@@ -298,15 +308,15 @@ def _read(folder: Path, study: Study) -> dict[str, Any] | None:
         study.note(Problem(folder=str(folder), kind=kind, message=message))
 
     try:
-        text = (folder / RECORD).read_text(encoding="utf-8")
+        text = read_text(folder / RECORD)
     except FileNotFoundError:
         problem("no record", "the run has not finished or was cut off; repeating its command completes it")
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         problem("unreadable record", f"{type(error).__name__}: {error}")
         return None
     try:
-        plain = json.loads(text)
+        plain = read_json(text)
         if not isinstance(plain, dict):
             raise ValueError("not a mapping")
     except ValueError as error:
@@ -319,7 +329,7 @@ def _read(folder: Path, study: Study) -> dict[str, Any] | None:
         return None
     try:
         return _row(plain, folder, study)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         problem("broken record", f"{type(error).__name__}: {error}")
         return None
 
@@ -380,6 +390,9 @@ def score_columns(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict
     rises = []
     for split, phases in scores.items():
         for phase, score in phases.items():
+            for name in (split, phase, *(score.get("metrics") or {})):
+                if not NAME.fullmatch(name):
+                    raise ValueError(f"{name[:40]!r} is no name of a split or metric")
             prefix = f"{split}." if phase == "after" else f"{split}.{phase}."
             nll = math.nan if score.get("nll") is None else float(score["nll"])
             row |= {f"{prefix}nll": nll, f"{prefix}perplexity": math.nan if math.isnan(nll) else perplexity(nll)}

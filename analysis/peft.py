@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pandas as pd
 
 from analysis import manifest
 from analysis.analyse import Analysis
+from sweeper import record
 from sweeper.record import ADAPTER
 
 
@@ -30,7 +32,8 @@ def to_peft(analysis: Analysis, folder: Path) -> list[Path]:
     for row in runs.to_dict("records"):
         row = {str(key): _absent_is_none(value) for key, value in row.items()}
         plain = _peft_result(row, solo=solo, split=analysis.found.split, loss=losses.get(row["run_id"]))
-        stem = plain["run_info"]["experiment_name"].replace("/", "--")
+        # names are a record's; the end of one, which has the run's id, tells it from others
+        stem = re.sub(r"[^\w.+-]+|^\.", "_", plain["run_info"]["experiment_name"].replace("/", "--"))[-200:]
         written.append(folder / f"{stem}.json")
         written[-1].write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     manifest.update(folder, written)
@@ -161,7 +164,10 @@ def from_peft(folder: Path) -> list[dict[str, Any]]:
         plain = read_json(path)
         if not (isinstance(plain, dict) and {"run_info", "train_info"} <= set(plain)):
             continue
-        rows.append(_from_peft_result(plain, task, path))
+        try:
+            rows.append(_from_peft_result(plain, task, path))
+        except (AttributeError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"--import {path}: no result of PEFT's ({type(error).__name__}: {error})") from None
     if not rows:
         raise ValueError(
             f"--import {folder}: no file with run_info and train_info; give a folder such as MetaMathQA/results"
@@ -172,7 +178,7 @@ def from_peft(folder: Path) -> list[dict[str, Any]]:
 def read_json(path: Path) -> Any:
     """The content of a file given to --import. Raises ValueError if it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return record.read_json(record.read_text(path))
     except ValueError as error:  # neither JSON nor text
         raise ValueError(f"--import {path}: not a JSON file ({error})") from None
 

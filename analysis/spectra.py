@@ -1,12 +1,11 @@
 """What `adapters.py spectra` found of a run's update: columns of the runs table, rows by module."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeper.record import SPECTRA
+from sweeper.record import SPECTRA, read_json, read_text
 
 SCHEMA = 1
 NUMBERS = ("update_norm", "effective_rank", "stable_rank", "intruder_dimensions")
@@ -21,10 +20,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
         ValueError: it is not what this version reads.
     """
     try:
-        plain = json.loads((folder / SPECTRA).read_text(encoding="utf-8"))
+        plain = read_json(read_text(folder / SPECTRA))
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{SPECTRA}: {type(error).__name__}: {error}") from error
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
         raise ValueError(f"{SPECTRA}: not of schema {SCHEMA}; python adapters.py spectra {folder} writes it anew")

@@ -13,6 +13,7 @@ import pandas as pd
 from analysis import compare, manifest, provenance
 from analysis.analyse import Analysis
 from analysis.arms import BASE, FULL, higher_is_better
+from sweeper.record import csv_cell, markdown_text
 
 TITLES = {
     "setting": "task", "trainable_parameters": "trainable", "trainable_percent": "%", "train_flops": "FLOPs",
@@ -270,25 +271,32 @@ def write(analysis: Analysis, folder: Path) -> list[Path]:
         if sheet.name.startswith("placement_rank"):
             frame = pd.DataFrame([[cell.text for cell in row] for row in sheet.rows], columns=sheet.header)
             written.append(folder / f"{sheet.name}.csv")
-            frame.to_csv(written[-1], index=False)
+            to_csv(frame, written[-1])
     for name, table in analysis.tables.items():
         written.append(folder / f"{name}.csv")
-        table.to_csv(written[-1], index=False)
+        to_csv(table, written[-1])
     written.append(folder / "all.tex")
     written[-1].write_text(document(sheet.name for sheet in shown), encoding="utf-8")
     manifest.update(folder, written)
     return written
 
 
+def to_csv(table: pd.DataFrame, path: Path) -> None:
+    """Writes a table as CSV; no text in it is a formula to a spreadsheet (`sweeper.record.csv_cell`)."""
+    table.map(csv_cell).rename(columns=csv_cell).to_csv(path, index=False)
+
+
 def markdown(sheet: Sheet) -> str:
     """A Markdown table with its caption above and its note below."""
 
     def line(texts: Iterable[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
+        return "| " + " | ".join(markdown_text(text.replace("|", "\\|").replace("\n", " ")) for text in texts) + " |"
 
     body = [line(f"**{cell.text}**" if cell.bold else cell.text for cell in row) for row in sheet.rows]
     under = ["", sheet.note] if sheet.note else []
-    return "\n".join([sheet.caption, "", line(sheet.header), line("---" for _ in sheet.header), *body, *under])
+    return "\n".join(
+        [markdown_text(sheet.caption), "", line(sheet.header), line("---" for _ in sheet.header), *body, *under]
+    )
 
 
 def latex(sheet: Sheet) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 SCHEMA_VERSION = 1
 RECORD = "record.json"
@@ -36,6 +36,9 @@ COMMANDS = "commands.jsonl"
 # what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 COMBINED, MERGED = "combined.json", "merged.json"
+
+# what is read at most of a file that somebody else may have made, in bytes
+LARGEST_JSON, LARGEST_LINES, LARGEST_HEADER = 64 << 20, 2 << 30, 100 << 20
 
 Status = Literal["completed", "pruned", "failed", "diverged"]
 COMPLETED: tuple[Status, ...] = ("completed", "diverged")
@@ -181,6 +184,53 @@ def write_record(folder: Path, record: Record) -> Path:
     return write_json(folder / RECORD, plain)
 
 
+def read_text(path: Path, *, largest: int = LARGEST_JSON) -> str:
+    """The text of a file.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is no plain file, has more than `largest` bytes, or is not UTF-8.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path.name} is no plain file")
+        if found.st_size > largest:
+            raise ValueError(f"{path.name} has {found.st_size:,} bytes, more than the {largest:,} that are read")
+        return file.read(largest).decode()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a named pipe would wait for who writes to it
+
+
+def read_json(text: str | bytes) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is none, or so deeply nested that reading it would end the program.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+
+
+def csv_cell(value: Any) -> Any:
+    """A value for a CSV file. A spreadsheet takes a text that begins like a formula for one: it gets a ' before it."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def markdown_text(text: str) -> str:
+    """A text for a Markdown file, whose viewers take for HTML what looks like a tag."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+
+
 def note_command(study: Path, typed: str) -> None:
     """Adds a command that trains to `study/commands.jsonl`: `at`, UTC, and what was `typed`."""
     at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -192,8 +242,8 @@ def note_command(study: Path, typed: str) -> None:
 def read_commands(study: Path) -> list[dict[str, str]]:
     """The commands that trained a study, oldest first; none where a former version did."""
     try:
-        lines = (study / COMMANDS).read_text(encoding="utf-8").splitlines()
-        return [{key: str(value) for key, value in json.loads(line).items()} for line in lines if line.strip()]
+        lines = read_text(study / COMMANDS).splitlines()
+        return [{key: str(value) for key, value in read_json(line).items()} for line in lines if line.strip()]
     except (OSError, ValueError, AttributeError):
         return []
 
@@ -204,9 +254,21 @@ def read_record(folder: Path) -> Record:
     Raises:
         ValueError: the file is no record of a schema this version knows.
     """
-    plain = json.loads((folder / RECORD).read_text())
+    try:
+        plain = read_json(read_text(folder / RECORD))
+    except ValueError as error:
+        raise ValueError(f"{folder / RECORD}: no record ({error})") from None
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA_VERSION:
         raise ValueError(f"{folder / RECORD}: no record of schema {SCHEMA_VERSION}")
+    try:
+        return _record(plain)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{folder / RECORD}: no record that can be read ({type(error).__name__}: {error})") from None
+
+
+def _record(plain: dict[str, Any]) -> Record:
+    if plain["status"] not in get_args(Status):
+        raise ValueError(f"status {plain['status']!r}")
     plain["modules"] = tuple(Module(**module) for module in plain["modules"])
     plain["efficiency"] = Efficiency(
         **plain["efficiency"] | {"step_seconds_solo": tuple(plain["efficiency"].get("step_seconds_solo", ()))}
@@ -231,20 +293,21 @@ def records(study: Path) -> Iterator[Record]:
 def status(folder: Path) -> Status | None:
     """The status in a run folder's record; None where there is no record of a schema this version knows."""
     try:
-        plain = json.loads((folder / RECORD).read_text())
+        plain = read_json(read_text(folder / RECORD))
     except (OSError, ValueError):
         return None
     known = isinstance(plain, dict) and plain.get("schema") == SCHEMA_VERSION
-    return plain.get("status") if known else None
+    return plain["status"] if known and plain.get("status") in get_args(Status) else None
 
 
 def checkpoint_progress(folder: Path) -> dict[str, Any] | None:
     """What the checkpoint of a run that was cut off says of it, tensors left unread; None where there is none."""
     try:
         with (folder / CHECKPOINT).open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        progress = json.loads(header["__metadata__"]["progress"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+            size = int.from_bytes(file.read(8), "little")
+            header = read_json(file.read(size)) if size <= LARGEST_HEADER else {}
+        progress = read_json(header["__metadata__"]["progress"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return progress if isinstance(progress, dict) else None
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from sweeper import naming
-from sweeper.record import Record, Score, perplexity, shortened, write_atomically
+from sweeper.record import Record, Score, csv_cell, markdown_text, perplexity, shortened, write_atomically
 from sweeper.reporting.text import aligned, duration, number, point, size
 from sweeper.spec import MethodSpec
 
@@ -76,11 +76,14 @@ def write(study: Path, records: Sequence[Record]) -> tuple[Path, Path]:
     fields = dict.fromkeys(key for row in content for key in row if key != "metric_change")
     writer = csv.DictWriter(buffer, list(fields), lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(content)
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in content)
     lines = [
         "| " + " | ".join(column.title for column in columns) + " |",
         "| " + " | ".join("---" for _ in columns) + " |",
-        *("| " + " | ".join(_text(column, row).replace("|", "\\|") for column in columns) + " |" for row in content),
+        *(
+            "| " + " | ".join(markdown_text(_text(column, row)).replace("|", "\\|") for column in columns) + " |"
+            for row in content
+        ),
         "",
         *(f"{line}\n" for line in notes(records)),
     ]

@@ -117,7 +117,7 @@ def _read(folder: Path) -> Saved | None:
 
 def _read_combined(folder: Path) -> Saved | None:
     try:
-        note = json.loads((folder / COMBINED).read_text())
+        note = record.read_json(record.read_text(folder / COMBINED))
         spec, ranks, method = run_spec(note["spec"]), dict(note["ranks"]), str(note["method"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -381,7 +381,18 @@ def read_adapter(folder: Path) -> "Loaded":
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """PEFT's configuration of a run's saved adapter; empty where there is none."""
+    """PEFT's configuration of a run's saved adapter; empty where there is none.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
     file = folder / ADAPTER / "adapter_config.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        found = record.read_json(record.read_text(file))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from None
     return found

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sweeper.record import CHECKPOINT, replacing_file
+from sweeper.record import CHECKPOINT, read_json, replacing_file
 
 __all__ = ["CHECKPOINT", "load", "remove", "save"]
 
@@ -29,7 +29,7 @@ def load(folder: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]] |
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            progress = json.loads((file.metadata() or {})["progress"])
+            progress = read_json((file.metadata() or {})["progress"])
             state: dict[str, list[Tensor]] = {}
             for key in sorted(file.keys()):
                 state.setdefault(key.rpartition("/")[0], []).append(file.get_tensor(key))
