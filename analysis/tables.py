@@ -290,13 +290,12 @@ def markdown(sheet: Sheet) -> str:
     """A Markdown table with its caption above and its note below."""
 
     def line(texts: Iterable[str]) -> str:
-        return "| " + " | ".join(markdown_text(text.replace("|", "\\|").replace("\n", " ")) for text in texts) + " |"
+        return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
 
     body = [line(f"**{cell.text}**" if cell.bold else cell.text for cell in row) for row in sheet.rows]
     under = ["", sheet.note] if sheet.note else []
-    return "\n".join(
-        [markdown_text(sheet.caption), "", line(sheet.header), line("---" for _ in sheet.header), *body, *under]
-    )
+    lines = [sheet.caption, "", line(sheet.header), line("---" for _ in sheet.header), *body, *under]
+    return markdown_text("\n".join(lines))
 
 
 def latex(sheet: Sheet) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from sweeper import lost
 from sweeper.errors import Interrupted, Problems, SweeperError, unknown
 from sweeper.lost import ContextLost
+from sweeper.redaction import without_credentials
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -146,7 +147,7 @@ def _report(error: SweeperError) -> int:
     if isinstance(error, ContextLost):
         lost.go_on(error, without=(FULL,))
     for line in error.lines:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {without_credentials(line, typed=True)}", file=sys.stderr)
     return error.exit_code
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
+from sweeper.redaction import without_credentials, without_secrets
+
 SCHEMA_VERSION = 1
 RECORD = "record.json"
 METRICS = "metrics.jsonl"
@@ -232,11 +234,11 @@ def markdown_text(text: str) -> str:
 
 
 def note_command(study: Path, typed: str) -> None:
-    """Adds a command that trains to `study/commands.jsonl`: `at`, UTC, and what was `typed`."""
+    """Adds a command that trains to `study/commands.jsonl`: `at`, UTC, and what was `typed`, passwords hidden."""
     at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     study.mkdir(parents=True, exist_ok=True)
     with (study / COMMANDS).open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps({"at": at, "typed": typed}) + "\n")
+        lines.write(json.dumps({"at": at, "typed": without_credentials(typed, typed=True)}) + "\n")
 
 
 def read_commands(study: Path) -> list[dict[str, str]]:
@@ -340,9 +342,9 @@ def write_first(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Replaces `path` by `text` as a whole."""
+    """Replaces `path` by `text` as a whole, less what secrets of the environment are in it."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(without_secrets(text).encode())
     return path
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 from sweeper import naming
 from sweeper.errors import SpecError, SweeperError, first_line, gist, unknown
 from sweeper.record import TENSORBOARD, WANDB_ID, Record, write_json
+from sweeper.redaction import without_credentials
 from sweeper.spec import Settings, to_mapping
 from sweeper.training.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Step
 
@@ -211,7 +213,8 @@ def _wandb(study: Path, options: Mapping[str, Any]) -> OpenLog:
                 name=label,
                 config={"run_id": run_id, **config},
                 reinit="create_new",  # a pack has several runs in one process
-                settings=wandb.Settings(silent=True),
+                # what wandb notes of a process has its command in it
+                settings=wandb.Settings(silent=True, x_disable_meta=_has_secrets(sys.argv)),
             )
         except wandb.errors.Error as error:
             reason = first_line(error)
@@ -221,6 +224,11 @@ def _wandb(study: Path, options: Mapping[str, Any]) -> OpenLog:
         return Log(run)
 
     return open_log
+
+
+def _has_secrets(arguments: Sequence[str]) -> bool:
+    typed = " ".join(arguments)
+    return without_credentials(typed, typed=True) != typed
 
 
 def _wandb_id(folder: Path) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sweeper.errors import first_line
+from sweeper.redaction import without_credentials
 
 MEMORY = (torch.OutOfMemoryError, MemoryError)
 """What a smaller pack may not meet."""
@@ -21,8 +22,8 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
-        trace = "".join(traceback.format_exception(error))
-        return cls(type(error).__name__, _printable(first_line(error)[:500]), _printable(trace))
+        trace = without_credentials("".join(traceback.format_exception(error)))
+        return cls(type(error).__name__, _printable(without_credentials(first_line(error))[:500]), _printable(trace))
 
 
 def _printable(text: str) -> str:
