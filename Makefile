@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example models lm-eval qlora fetch commit-file test test-slow lint format clean
+.PHONY: help install sweep paper example models lm-eval qlora fetch commit-file test test-slow lint format audit licences clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -81,6 +81,20 @@ lint: $(STAMP)  ## check style, formatting and types
 format: $(STAMP)  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+PINS := constraints.txt constraints-data.txt constraints-lm-eval.txt
+AUDIT := $(VENV)/audit
+$(AUDIT)/bin/pip-audit: | $(STAMP)
+	$(BIN)/python -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet 'pip-audit>=2.9'
+
+# pip-audit's own exit code does not count: tools/audit.py fails on findings, and on what pip-audit left out
+audit: $(AUDIT)/bin/pip-audit  ## look up known vulnerabilities of every pinned package; a skipped package is a failure
+	{ $(AUDIT)/bin/pip-audit --no-deps --disable-pip --format json --progress-spinner off $(PINS:%=-r %) || true; } \
+		| $(BIN)/python tools/audit.py $(PINS)
+
+licences: $(STAMP)  ## list the licence of every pinned package that is installed; one without a licence is a failure
+	$(BIN)/python tools/licences.py $(PINS)
 
 clean:  ## remove the virtual environment and caches; outputs stay
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist

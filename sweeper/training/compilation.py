@@ -1,9 +1,12 @@
 """Compiling a model's layers in place, and when that pays."""
 
 import contextlib
+import os
 from typing import Any
 
 import torch
+
+from sweeper.cache import cache_folder
 
 # one H200 (docs/performance.md): what compiling costs, and what it spares each forward and backward pass
 SECONDS, SECONDS_WHERE_LENGTHS_VARY = 13.0, 28.0
@@ -29,6 +32,8 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def compile_layers(model: torch.nn.Module, *, dynamic: bool | None) -> None:
     """All layers share their compilations; `dynamic` True makes one for all lengths."""
+    # what torch keeps is pickled, and by default lies in a folder of /tmp that anybody may make first
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for layer in decoder_layers(model):
         layer.compile(dynamic=dynamic)
