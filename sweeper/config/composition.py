@@ -1,6 +1,7 @@
 """Every arm of a command: the grid times the cells, each combination once."""
 
 import itertools
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from sweeper.arms import Arm, Params, look_up
 from sweeper.config.build import SECTIONS, Builder, differing, one_option, settings_of
 from sweeper.config.cells import Cell, cells_of, plain_of, unused
 from sweeper.config.composer import Composer
-from sweeper.config.grid import Axis, Grid, read_grid
+from sweeper.config.grid import MOST_ARMS, Axis, Grid, read_grid
 from sweeper.errors import Problems, SweeperError
 from sweeper.identity import Identities
 from sweeper.spec import RunSpec, Settings, to_mapping
@@ -65,6 +66,8 @@ def expand(overrides: Sequence[str], composer: Composer) -> Composition:
     """
     problems: list[str] = []
     grid = read_grid(overrides, composer, problems)
+    if (arms_asked := math.prod(len(axis.values) for axis in grid.axes)) > MOST_ARMS:
+        raise Problems([*problems, f"a grid of {arms_asked:,} runs: more than {MOST_ARMS:,} are not made at once"])
     builder = Builder(problems, grid.unread)
     found: list[Settings] = []
     cells = dict(cells_of(grid, composer, problems))

@@ -1,5 +1,6 @@
 """A command's overrides read as a grid: what is fixed, what are axes, what is tuned inside every arm."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,8 @@ from sweeper.config.build import SECTIONS, one_option
 from sweeper.config.composer import Composer
 from sweeper.errors import SpecError, unknown
 from sweeper.spec import RunSpec
+
+MOST_VALUES, MOST_ARMS = 10_000, 100_000  # of one axis, of a grid: more are a slip, and would take all memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,7 +265,11 @@ def _dimension(override: Override, group: bool, problems: list[str]) -> Dimensio
         if override.is_interval_sweep():
             kind: Any = "int" if isinstance(value.start, int) and isinstance(value.end, int) else "float"
             return Dimension(key=key, kind=kind, low=value.start, high=value.end, log="log" in value.tags)
-        choices = tuple(Override._convert_value(one) for one in override.sweep_iterator(Transformer.identity))
+        every = itertools.islice(override.sweep_iterator(Transformer.identity), MOST_VALUES + 1)
+        choices = tuple(Override._convert_value(one) for one in every)
+        if len(choices) > MOST_VALUES:
+            problems.append(f"{line}: more than {MOST_VALUES:,} values. Give fewer, or tune over interval(...)")
+            return None
         return Dimension(key=key, kind="choice", choices=tuple(dict.fromkeys(choices)))
     except (SpecError, TypeError) as error:
         problems.append(f"{line}: {error}" if isinstance(error, SpecError) else f"{line}: choose among plain values")
@@ -272,9 +279,12 @@ def _dimension(override: Override, group: bool, problems: list[str]) -> Dimensio
 def _axis(override: Override, options: Sequence[str], problems: list[str]) -> Axis | None:
     key, line = override.get_key_element(), override.input_line
     try:
-        found = list(override.sweep_iterator(transformer=Transformer.identity))
+        found = list(itertools.islice(override.sweep_iterator(transformer=Transformer.identity), MOST_VALUES + 1))
     except ValueError as error:  # a step of 0
         problems.append(f"{line}: {error}")
+        return None
+    if len(found) > MOST_VALUES:
+        problems.append(f"{line}: more than {MOST_VALUES:,} values. Give fewer, or tune over interval(...)")
         return None
     if not found:
         advice = f"Choose from {', '.join(options)}." if options else f"Give a list: {key}=a,b,c"
