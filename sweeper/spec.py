@@ -440,9 +440,10 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
     """
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
         value = mapping.get(item.name)
-        if get_origin(item.type) is tuple and isinstance(value, str):  # dacite would take it letter by letter
-            name = f"{prefix}{item.name}"
-            line = f"{name} must be a list, got {value}: write '{name}=[{value}]'"
+        # dacite would take a text letter by letter, a mapping by its keys, and fails at the rest
+        if get_origin(item.type) is tuple and item.name in mapping and not isinstance(value, list | tuple):
+            name, shown = f"{prefix}{item.name}", _as_typed(value)
+            line = f"{name} must be a list, got {shown}: write '{name}=[{'' if value is None else shown}]'"
             raise SpecError(line, field=name, wanted="a list", got=value)
         if get_origin(item.type) is dict and not isinstance(value, Mapping) and item.name in mapping:
             mapping = {**mapping, item.name: _pairs(value, f"{prefix}{item.name}", get_args(item.type)[1])}
@@ -451,7 +452,7 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
         return dacite.from_dict(kind, dict(mapping), config)
     except dacite.UnexpectedDataError as error:
         known = [f"{prefix}{name}" for name in typed_fields(kind)]
-        names = ", ".join(f"{prefix}{key}" for key in sorted(error.keys))
+        names = ", ".join(f"{prefix}{key}" for key in sorted(error.keys, key=str))
         raise SpecError(no_such_field(names, known), field=names) from None
     except dacite.MissingValueError as error:
         name = f"{prefix}{error.field_path}"
@@ -467,6 +468,9 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
             )
         line = f"{name} must be {_in_words(wanted)}, got {_as_typed(given)}"
         raise SpecError(line, field=name, wanted=_in_words(wanted), got=given) from None
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+        # dacite on a section that a record has of another kind: it casts before it looks
+        raise SpecError(f"{prefix.rstrip('.') or 'a run'} cannot be read: {error}") from None
 
 
 def run_spec(mapping: Mapping[str, Any]) -> RunSpec:
