@@ -23,6 +23,7 @@ from sweeper.record import (
     TENSORBOARD,
     WANDB,
     WEIGHTS,
+    check_kinds,
     perplexity,
     read_json,
     read_text,
@@ -337,6 +338,7 @@ def _read(folder: Path, study: Study) -> dict[str, Any] | None:
 def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     if plain["status"] not in STATUSES:
         raise ValueError(f"status {plain['status']!r}; known are {', '.join(STATUSES)}")
+    check_kinds(plain)
     modules = plain.get("modules") or []
     layout = hash(tuple((module["name"], module["rank"]) for module in modules))
     study.layouts.setdefault(layout, modules)

@@ -268,7 +268,29 @@ def read_record(folder: Path) -> Record:
         raise ValueError(f"{folder / RECORD}: no record that can be read ({type(error).__name__}: {error})") from None
 
 
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("run_id", "study", "started", "finished"), str),
+    **dict.fromkeys(("spec", "scores", "efficiency", "data", "environment", "search", "saved", "error"), dict),
+    **dict.fromkeys(("trainable_parameters", "total_parameters", "steps"), int),
+    "modules": list,
+}
+
+
+def check_kinds(plain: Mapping[str, Any]) -> None:
+    """Raises ValueError where a field of a record, read as plain data, is of another kind than its name says."""
+    for name, kind in _KINDS.items():
+        if plain.get(name) is not None and not isinstance(plain[name], kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    for name in ("environment", "data"):
+        for key, value in (plain.get(name) or {}).items():
+            if (name == "data" or key in ("versions", "content", "resumed_from")) and not isinstance(
+                value, dict | None
+            ):
+                raise ValueError(f"{name}.{key} is no dict")
+
+
 def _record(plain: dict[str, Any]) -> Record:
+    check_kinds(plain)
     if plain["status"] not in get_args(Status):
         raise ValueError(f"status {plain['status']!r}")
     plain["modules"] = tuple(Module(**module) for module in plain["modules"])

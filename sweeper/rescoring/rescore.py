@@ -111,8 +111,11 @@ def _read(folder: Path) -> Saved | None:
     were: dict[object, Precision] = {"float32": "float32", "bfloat16": "bfloat16"}
     precision = spec.trainer.precision
     if precision == "auto":  # this device may resolve it differently
-        precision = were.get(known.environment.get("precision"), "auto")
-    return Saved(folder=folder, spec=spec, ranks=ranks, precision=precision, former=former_of(known))
+        precision = were.get(str(known.environment.get("precision")), "auto")
+    try:
+        return Saved(folder=folder, spec=spec, ranks=ranks, precision=precision, former=former_of(known))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(f"{folder}: its record cannot be read: {error}") from None
 
 
 def _read_combined(folder: Path) -> Saved | None:
