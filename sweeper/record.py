@@ -25,6 +25,7 @@ category, a document. A split in which every example is a unit of its own has no
 versions, whose records lack `data.SPLIT.groups`."""
 ADAPTER = "adapter"
 WEIGHTS = "weights"
+TASKS = "tasks"  # of a run whose tasks have blocks of their own: a folder with an adapter for each
 SPECTRA = "spectra.json"
 CHECKPOINT = "checkpoint.safetensors"
 TRACEBACK = "traceback.txt"
@@ -48,7 +49,7 @@ def perplexity(nll: float) -> float:
 
 
 # dotted field of a spec -> what a run has whose plain data leave it out: a field that came later, at its default
-LEFT_OUT: dict[str, Any] = {"objective": "nll", "trainer.deterministic": False}
+LEFT_OUT: dict[str, Any] = {"objective": "nll", "sharing": "single", "trainer.deterministic": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,9 @@ class Record:
     `saved` says which weights were scored "after" and saved: those of which `step`, whether a moving `average` of them,
     and whether the run was `stopped_early`.
 
+    A run of several tasks has the `scores` and `data` of each as SPLIT/TASK beside those over all. `sharing`, where its
+    adapter has rank blocks: each of the `blocks`, and the `active_parameters` that the rows of each task run through.
+
     `environment` is what it was made with; its `git_commit` ends in "+" where tracked files of the source differed from
     the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`).
 
@@ -149,6 +153,7 @@ class Record:
     error: Mapping[str, str] | None = None
     search: Mapping[str, Any] = field(default_factory=dict)
     saved: Mapping[str, Any] = field(default_factory=dict)
+    sharing: Mapping[str, Any] = field(default_factory=dict)
     started: str = ""
     finished: str = ""
     schema: int = SCHEMA_VERSION

@@ -35,8 +35,13 @@ class Composition:
         return tuple(spec for arm in self.arms for spec in arm.defaults)
 
 
-def from_config(cfg: DictConfig, chosen: Container[str] = SECTIONS) -> tuple[RunSpec, Settings]:
-    """The run a composed configuration describes; `chosen` are the groups of which one option was.
+def from_config(
+    cfg: DictConfig, loader: Any, chosen: Container[str] = SECTIONS
+) -> tuple[RunSpec, Settings]:  # fmt: skip
+    """The run a composed configuration describes.
+
+    Args:
+        loader: Hydra's configuration loader, for options that others name. chosen: the groups of which one option was.
 
     Raises:
         Problems: a line for each value that cannot be used.
@@ -47,7 +52,7 @@ def from_config(cfg: DictConfig, chosen: Container[str] = SECTIONS) -> tuple[Run
     problems.extend(unused(ours))
     problems.extend(one_option(name) for name in SECTIONS if name in plain and name not in chosen)
     settings = settings_of(plain, problems)
-    run = Builder(problems).run(plain, {})
+    run = Builder(problems, Composer(loader=loader)).run(plain, {})
     if problems or run is None or settings is None:
         raise Problems(problems)
     return run, settings
@@ -65,7 +70,7 @@ def expand(overrides: Sequence[str], composer: Composer) -> Composition:
     """
     problems: list[str] = []
     grid = read_grid(overrides, composer, problems)
-    builder = Builder(problems, grid.unread)
+    builder = Builder(problems, composer, grid.unread)
     found: list[Settings] = []
     cells = dict(cells_of(grid, composer, problems))
     for cell in cells.values():
@@ -113,7 +118,7 @@ def _arm(
         wrong: list[str] = []
         where = cell(params)
         plain = {key: value for key, value in params.items() if all(key != axis.key for axis in grid.tuned)}
-        run = None if where is None else where.run({**values, **plain, "seed": seed}, Builder(wrong))
+        run = None if where is None else where.run({**values, **plain, "seed": seed}, Builder(wrong, builder.composer))
         if run is None or wrong:
             raise Problems(wrong)
         return run

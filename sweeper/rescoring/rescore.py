@@ -180,13 +180,18 @@ def rescore(
     from sweeper.cache import cache_folder
 
     for base, same in _by_base(runs, settings):
-        wanted = unique(datasets or [run.spec.dataset for run in same])
+        wanted = unique(one for dataset in datasets or [run.spec.dataset for run in same] for one in _tasks(dataset))
         for part in _parts(same):
             with packed(base, part) as pack:
                 for dataset in wanted:
-                    chosen = [run for run in part if datasets or run.spec.dataset == dataset]
+                    chosen = [run for run in part if datasets or dataset in _tasks(run.spec.dataset)]
                     slots = [part.index(run) for run in chosen]
                     yield from _on_dataset(pack, chosen, slots, dataset, evaluation, cache_folder() / "tokens")
+
+
+def _tasks(dataset: DatasetSpec) -> Sequence[DatasetSpec]:
+    """A dataset's tasks, or itself."""
+    return dataset.parts or (dataset,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

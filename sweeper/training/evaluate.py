@@ -1,6 +1,8 @@
 """The scores of a split for several runs of a pack: NLL, and the metrics that its dataset asks for."""
 
-from collections.abc import Callable, Sequence
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sweeper import tasks
@@ -15,6 +17,7 @@ from sweeper.training.score import ExampleScore, choose, queue_scores
 from sweeper.untrusted import sandbox
 
 Rows = list[dict[str, Any]]  # of a split, one an example
+Scoring = Callable[[], list[EvaluatedSplit]]
 CPU_TOKENS, CUDA_TOKENS = 4096, 65536  # of one forward pass, padding included
 
 
@@ -25,7 +28,7 @@ def evaluate(pack: Pack, slots: Sequence[int], state: RunState, split: str) -> l
 
 def queue_evaluation(
     pack: Pack, slots: Sequence[int], state: RunState, split: str, *, generation: bool = True
-) -> Callable[[], list[EvaluatedSplit]]:
+) -> Scoring:
     """Begins to score a split of one dataset for several slots at once (-1: the base model).
 
     Args:
@@ -39,12 +42,62 @@ def queue_evaluation(
     """
     spec = state.spec
     if split == general_text.SPLIT:
-        return queue_examples(pack, slots, general_examples(pack), None)
-    dataset = spec.dataset if generation else None
-    return queue_examples(
-        pack, slots, state.splits[split].examples, dataset, generation=spec.evaluation.generate,
-        exact_match="exact_match" in spec.dataset.metrics,
+        return _queue_general(pack, slots, state)
+
+    def queue(dataset: DatasetSpec, examples: Sequence[Encoded]) -> Scoring:
+        return queue_examples(
+            pack, slots, examples, dataset if generation else None, generation=spec.evaluation.generate,
+            exact_match="exact_match" in dataset.metrics,
+        )  # fmt: skip
+
+    if not spec.dataset.parts:
+        return queue(spec.dataset, state.splits[split].examples)
+    parts = [(part, state.splits[split].parts[part.name].examples) for part in spec.dataset.parts]
+    return _queue_tasks(
+        pack, [part.name for part, _ in parts], [functools.partial(queue, part, examples) for part, examples in parts]
+    )
+
+
+def _queue_general(pack: Pack, slots: Sequence[int], state: RunState) -> Scoring:
+    """The general text; of runs whose tasks have blocks of their own through the blocks of each."""
+    queue = functools.partial(queue_examples, pack, slots, general_examples(pack), None)
+    if not (pack.store.lanes.gated and state.spec.dataset.parts):
+        return queue()
+    names = [part.name for part in state.spec.dataset.parts]
+    return _queue_tasks(pack, names, [queue] * len(names))
+
+
+def _queue_tasks(pack: Pack, names: Sequence[str], queues: Sequence[Callable[[], Scoring]]) -> Scoring:
+    """Begins to score one task after another, each through its own blocks."""
+    begun = []
+    for task, queue in enumerate(queues):
+        with pack.on_task(task):
+            begun.append(queue())
+
+    def found() -> list[EvaluatedSplit]:
+        each = []
+        for task, scores in enumerate(begun):
+            with pack.on_task(task):  # text is generated only now
+                each.append(scores())
+        return [over_tasks(dict(zip(names, lane, strict=True))) for lane in zip(*each, strict=True)]
+
+    return found
+
+
+def over_tasks(parts: Mapping[str, EvaluatedSplit]) -> EvaluatedSplit:
+    """Scores over several tasks: each counts alike, whatever its size.
+
+    `nll` is the mean of the tasks' NLLs, `worst_nll` the highest; metrics that all of them have are means.
+    """
+    scores = [part.score for part in parts.values()]
+    shared = [name for name in scores[0].metrics if all(name in score.metrics for score in scores)]
+    metrics = {name: statistics.fmean(score.metrics[name] for score in scores) for name in shared}
+    whole = Score(
+        nll=statistics.fmean(score.nll for score in scores), tokens=sum(score.tokens for score in scores),
+        examples=sum(score.examples for score in scores),
+        metrics={**metrics, "worst_nll": max(score.nll for score in scores)},
     )  # fmt: skip
+    return EvaluatedSplit(whole, [], parts)
 
 
 def general_examples(pack: Pack) -> tuple[Encoded, ...]:

@@ -54,7 +54,8 @@ def queue_scores(
             longest = len(examples[order[start]].input_ids)
             chosen = order[start : start + max(1, budget // (lanes * longest))]
             start += len(chosen)
-            batch = collate([[examples[i] for i in chosen]], [0], fixed=False)
+            rows = [examples[i] for i in chosen]
+            batch = collate([rows], [[1.0] * len(rows)], fixed=False, tasks=[[pack.task] * len(rows)])
             scored.append((chosen, fetch(pack.scores(batch.repeated(lanes)))))
 
     def found() -> list[list[ExampleScore]]:

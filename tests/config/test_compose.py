@@ -58,7 +58,7 @@ def test_group_options_compose_as_alone(composer: Any) -> None:
     found = config.expand(axes, composer)
     assert len(found.specs) == 24
     for spec, overrides in zip(found.specs, (arm.overrides for arm in found.arms), strict=True):
-        assert config.from_config(composer.compose(overrides))[0] == spec
+        assert config.from_config(composer.compose(overrides), composer.loader)[0] == spec
 
 
 def test_an_overlay_can_be_an_axis_with_groups(composer: Any) -> None:
@@ -116,13 +116,13 @@ def test_an_added_field_that_nothing_uses_is_refused(composer: Any) -> None:
         (line,) = problems(overrides, composer)
         assert "foo: no such field. Choose from allocation, alpha, dataset, " in line
     with pytest.raises(Problems, match="foo: no such field"):
-        config.from_config(composer.compose([*BASE, "+foo=1"]))
+        config.from_config(composer.compose([*BASE, "+foo=1"]), composer.loader)
 
 
 def test_an_added_field_can_be_what_others_are_interpolated_from(composer: Any) -> None:
     overrides = [*BASE, "+rate=2e-3", "optim.lr=${rate}", "rank=2,4"]
     assert [spec.optim.lr for spec in config.expand(overrides, composer).specs] == [2e-3, 2e-3]
-    assert config.from_config(composer.compose(overrides[:-1]))[0].optim.lr == 2e-3
+    assert config.from_config(composer.compose(overrides[:-1]), composer.loader)[0].optim.lr == 2e-3
 
 
 def test_the_last_word_counts(composer: Any) -> None:
@@ -234,7 +234,7 @@ def test_overlays_must_agree_on_settings(composer: Any) -> None:
 def test_a_job_configuration_gives_the_same_run(composer: Any) -> None:
     cfg = composer.compose([*BASE, "rank=4"])
     with_hydra = OmegaConf.merge({"hydra": {"job": {"id": "???"}}}, cfg)
-    spec, settings = config.from_config(with_hydra)  # type: ignore[arg-type]
+    spec, settings = config.from_config(with_hydra, composer.loader)  # type: ignore[arg-type]
     assert spec == config.expand([*BASE, "rank=4"], composer).specs[0]
     assert settings.study == "default"
 
@@ -284,7 +284,7 @@ def test_every_regular_expression_has_a_form_that_hydra_reads(expression: str, c
     assert spec.allocation.pattern == {expression: 4, "attn_q": 2}
     assert spec.model.roles == {"attn_q": expression}
     assert spec.placement.patterns == (expression,)
-    assert config.from_config(composer.compose([*BASE, *lines]))[0] == spec
+    assert config.from_config(composer.compose([*BASE, *lines]), composer.loader)[0] == spec
 
 
 def test_a_list_of_pairs_is_the_mapping(composer: Any) -> None:
