@@ -169,6 +169,8 @@ def shortened(data: Mapping[str, Mapping[str, Any]], *, above: float = 0.0) -> s
     for key, what in (("dropped", "left out (their response is too long)"), ("truncated", "cut at the prompt's start")):
         counts = []
         for split, facts in data.items():
+            if any(other.startswith(f"{split}/") for other in data):  # each of its tasks says so
+                continue
             count, every = facts.get(key) or 0, (facts.get("examples") or 0) + (facts.get("dropped") or 0)
             if count and count > above * every:
                 counts.append(f"{count:,} of {every:,} {split}")

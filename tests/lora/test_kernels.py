@@ -106,9 +106,7 @@ CASES = {
 def gated(chosen: Case) -> Case:
     """With gates for equal shares of the rows, some of them closed."""
     generator = torch.Generator().manual_seed(2)
-    gates = torch.rand(6, chosen.hidden, generator=generator) * (
-        torch.rand(6, chosen.hidden, generator=generator) > 0.3
-    )
+    factors, opened = (torch.rand(6, chosen.hidden, generator=generator) for _ in range(2))
     rows = len(chosen.lanes) * (5 if len(chosen.x) // len(chosen.lanes) % 5 == 0 else 1)
     return dataclasses.replace(chosen, gates=factors * (opened > 0.3), gate_rows=torch.arange(rows) % 6)
 
