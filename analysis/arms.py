@@ -11,6 +11,7 @@ import pandas as pd
 from analysis.load import GROUPS, Problem, Study
 from analysis.seeds import SeedVariance, of_difference, pooled
 from analysis.stats import Array
+from analysis.together import CHOSEN
 
 SETTING = ("model", "dataset")
 ALWAYS = ("method", "placement", "allocation", "rank")
@@ -19,6 +20,7 @@ BASE = "base model"
 FULL = "full fine-tuning"
 FULL_METHODS = ("full_ft", "full-finetuning", "full_finetuning")
 UNRANKED = ("bitfit", *FULL_METHODS)  # methods that have no rank and no alpha, whatever the run's fields say
+SELECT = "select"  # column of the score that trials are chosen by
 NOT_METRICS = ("perplexity", "perplexity_stated", "tokens", "examples")
 
 
@@ -181,6 +183,10 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
     for key in tuned:
         if key not in study.fields:
             raise ValueError(f"--tuned {key}: no such field. Of this study vary {', '.join(fields) or 'none'}.")
+    select = f"validation.{metric}"
+    if select in runs:  # a run of several tasks is chosen as a whole
+        whole = runs.get(f"{CHOSEN}{select}")
+        runs[SELECT] = runs[select] if whole is None else whole.fillna(runs[select])
     listed = runs["search.tuned"].dropna() if "search.tuned" in runs else ()
     searched = {key for keys in listed for key in str(keys).split(",")}  # lists are text there
     chosen_inside = [key for key in fields if key.startswith(TUNED) or key in {*tuned, *searched}]
@@ -191,7 +197,7 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
         runs[name] = _labels(runs, keys, fields if name != "trial" else keys)
     runs["chosen"] = False
     found = Arrangement(
-        settings=[], metrics=_metrics(runs, split), split=split, select=f"validation.{metric}", runs=runs,
+        settings=[], metrics=_metrics(runs, split), split=split, select=select, runs=runs,
         tuned=chosen_inside,
     )  # fmt: skip
     if found.metrics and metric not in found.metrics:
@@ -321,9 +327,9 @@ def _arm(
     if len(trials) > 1:
         most = max(group["seed"].nunique() for group in trials.values())
         means = {
-            trial: group[found.select].mean()
+            trial: group[SELECT].mean()
             for trial, group in trials.items()
-            if group["seed"].nunique() == most and found.select in group
+            if group["seed"].nunique() == most and SELECT in group
         }
         means = {trial: mean for trial, mean in means.items() if not pd.isna(mean)}
         if not means:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import groups, spectra
+from analysis import groups, spectra, together
 from sweeper.record import (
     ADAPTER,
     COMBINED,
@@ -26,7 +26,7 @@ from sweeper.record import (
 )
 
 CONTENTS = {"model.content": "model.location", "dataset.content": "dataset.path"}  # and the location of the files
-GROUPS = ("model", "dataset", "method", "placement", "allocation", "objective", "evaluation")
+GROUPS = ("model", "dataset", "method", "placement", "allocation", "sharing", "together", "objective", "evaluation")
 STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
 # earlier versions: with accumulation, a step's examples depended on how it was split into passes
@@ -48,6 +48,8 @@ class Problem:
 @dataclass(kw_only=True)
 class Study:
     """Runs, one row each, and problems found while reading. Examples, curves and modules are read on demand.
+
+    A run of several tasks is a row for each, its run_id "RUN/TASK" (`analysis.together`).
 
     Columns of `runs`: run_id, study, status, folder, source; every field of the spec by its dotted name (the name of a
     group under the group itself); `SPLIT.METRIC` after training and `SPLIT.before.METRIC` before it; every field of
@@ -79,9 +81,10 @@ class Study:
         "group" is the unit of independence of each example. It is missing where every example is a unit of its own, and
         where the units are not known (`ungrouped`).
         """
-        wanted = f'"split": "{split}", "moment": "{phase}"'
+        written = together.split_of(run_id, split)
+        wanted = f'"split": "{written}", "moment": "{phase}"'
         rows = self._lines(self.folder(run_id), PREDICTIONS, wanted)
-        rows = [row for row in rows if row.get("split") == split and phase in (row.get("phase"), row.get("moment"))]
+        rows = [row for row in rows if row.get("split") == written and phase in (row.get("phase"), row.get("moment"))]
         names = [key for key in rows[0] if key not in ("split", "phase", "moment")] if rows else []
         found: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in names}
         if any("group" in row for row in rows):
@@ -162,7 +165,8 @@ class Study:
 
     def counts(self) -> dict[str, int]:
         """How many runs ended in which status, and how many folders had which problem."""
-        statuses = self.runs["status"].value_counts() if len(self.runs) else {}
+        once = self.runs.loc[~self.runs["run_id"].str.partition("/")[0].duplicated()] if len(self.runs) else self.runs
+        statuses = once["status"].value_counts() if len(once) else {}
         found = {status: int(statuses[status]) for status in STATUSES if status in statuses}
         for problem in self.problems:
             found[problem.kind] = found.get(problem.kind, 0) + 1
@@ -217,7 +221,9 @@ def load(*folders: Path | str, rows: Sequence[Mapping[str, Any]] = ()) -> Study:
             if known is None or str(known["finished"]) < str(row["finished"]):
                 found[row["run_id"]] = row
     found = _latest(found, study)
-    ordered = sorted([*found.values(), *map(dict, rows)], key=lambda row: str(row["run_id"]))
+    every = together.by_task([*found.values(), *map(dict, rows)], flat)
+    study.fields += [key for key in together.fields(every) if key not in study.fields]
+    ordered = sorted(every, key=lambda row: str(row["run_id"]))
     study.runs = _tidy(pd.DataFrame(ordered))
     imported = (
         "experiment",
@@ -337,6 +343,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
         spec[ORDER] = "by pass"
     study.fields += [key for key in spec if key not in study.fields]
     row |= {"folder": str(folder), "source": "study", "layout": layout, **spec}
+    row[together.PARTS] = plain["spec"]["dataset"].get("parts")
     for key in ("trainable_parameters", "total_parameters", "steps", "started", "finished"):
         row[key] = plain.get(key)
     row |= plain.get("efficiency") or {}
@@ -351,7 +358,9 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     error = plain.get("error") or {}
     row |= {"error": error.get("class"), "error_message": error.get("message")}
     # Fields that a later schema-1 record adds keep their own names.
-    known = {"run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data"}
+    known = {
+        "run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data", "sharing",
+    }  # fmt: skip
     extra = {key: value for key, value in plain.items() if key not in known and key not in row and key != "schema"}
     return row | flat(extra) | spectra.columns(study.read_spectra(folder))
 
@@ -386,7 +395,7 @@ def score_columns(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict
             row[f"{prefix}perplexity_stated"] = score.get("perplexity")
             row |= {f"{prefix}{key}": score.get(key) for key in ("tokens", "examples")}
             row |= {f"{prefix}{name}": value for name, value in (score.get("metrics") or {}).items()}
-        if split not in TASK_SPLITS and {"before", "after"} <= set(phases):
+        if split.partition("/")[0] not in TASK_SPLITS and {"before", "after"} <= set(phases):
             row[f"forgetting.{split}"] = row[f"{split}.nll"] - row[f"{split}.before.nll"]
             rises.append(row[f"forgetting.{split}"])
     if rises:
