@@ -8,7 +8,20 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from analysis import aggregate, checks, compare, effects, mixed, pareto, scaling, spectra, stats, tuning
+from analysis import (
+    aggregate,
+    checks,
+    compare,
+    continual,
+    effects,
+    mixed,
+    pareto,
+    scaling,
+    spectra,
+    stats,
+    transfer,
+    tuning,
+)
 from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
 from analysis.load import STATUSES, Study
 from analysis.stats import Draws
@@ -64,6 +77,8 @@ def analyse(
         "anova": effects.placement_by_rank(found, metric),
         "slopes": effects.slopes(found, metric),
         "scaling": scaling.table(found, metric, draws=sampler),
+        "transfer": transfer.table(found, draws=sampler),
+        "continual": continual.table(found, draws=sampler),
         "importance": effects.importance(found, metric=metric, seed=seed),
         "power": compare.power_table(found, metric=metric),
         "hypervolume": hypervolumes(found, draws=sampler, metric=metric),

@@ -12,7 +12,7 @@ import pandas as pd
 import scipy
 from scipy import special
 
-from analysis import stats
+from analysis import stats, together
 from analysis.arms import FULL, Aligned, Arm, Arrangement, Scores, Setting, aligned, higher_is_better
 from analysis.seeds import of_blend
 from analysis.stats import Array, Components, Draws
@@ -36,11 +36,12 @@ class Pair:
 
 def pairs(found: Arrangement) -> Iterator[Pair]:
     """Arms of one setting that differ in exactly one factor (neighbouring ranks only), and each arm against the base
-    model and against full fine-tuning.
+    model and against full fine-tuning; a task trained with others against the same placement and rank trained alone.
     """
     for setting in found.settings:
         factors = list(setting.arms[0].factors) if setting.arms else []
-        for factor in factors:
+        yield from _apart(setting)
+        for factor in (factor for factor in factors if factor != together.FIELD):
             groups: dict[tuple[str, ...], list[Arm]] = {}
             for arm in setting.arms:
                 groups.setdefault(tuple(repr(arm.factors[key]) for key in factors if key != factor), []).append(arm)
@@ -52,6 +53,22 @@ def pairs(found: Arrangement) -> Iterator[Pair]:
         for full in [arm for arm in setting.arms if arm.factors["placement"] == FULL]:
             others = [arm for arm in setting.arms if arm is not full]
             yield from (Pair(setting=setting, family=FULL, a=full, b=arm) for arm in others)
+
+
+def _apart(setting: Setting) -> Iterator[Pair]:
+    """Arms of a task trained with others, each against the one of it alone that is otherwise the same.
+
+    How it was mixed, and the batch, of which others have a share, are part of that.
+    """
+    with_others = ("sharing", together.FIELD, "trainer.batch_size")
+
+    def rest(arm: Arm) -> str:
+        return repr({key: value for key, value in arm.factors.items() if not key.startswith(with_others)})
+
+    alone = {rest(arm): arm for arm in setting.arms if arm.factors.get(together.FIELD) == together.ALONE}
+    for arm in setting.arms:
+        if together.FIELD in arm.factors and arm.factors[together.FIELD] != together.ALONE and rest(arm) in alone:
+            yield Pair(setting=setting, family=together.FIELD, a=alone[rest(arm)], b=arm)
 
 
 def tests(found: Arrangement, *, draws: Draws) -> pd.DataFrame:

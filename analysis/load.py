@@ -348,6 +348,8 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
         row[key] = plain.get(key)
     row |= plain.get("efficiency") or {}
     row |= score_columns(plain.get("scores") or {})
+    through = (plain.get("sharing") or {}).get("through") or {}
+    row |= {f"through.{task}.{path}": nll for task, own in through.items() for path, nll in own.items()}
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
         row |= {f"data.{split}.{key}": facts[key] for key in SIZES if key in facts}
@@ -359,7 +361,8 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     row |= {"error": error.get("class"), "error_message": error.get("message")}
     # Fields that a later schema-1 record adds keep their own names.
     known = {
-        "run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data", "sharing",
+        "run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data",
+        "sharing",
     }  # fmt: skip
     extra = {key: value for key, value in plain.items() if key not in known and key not in row and key != "schema"}
     return row | flat(extra) | spectra.columns(study.read_spectra(folder))

@@ -40,6 +40,9 @@ CAPTIONS = {
     "aggregate": "Over tasks: normalised scores (0 base model, 1 mean gain of all arms), and the chance to beat the "
     "reference arm (Agarwal et al. 2021).",
     "mixed": "Linear mixed model: placement × rank fixed, seeds and groups random, restricted maximum likelihood.",
+    "transfer": "Test NLL of each task through the blocks of another's path, and how far it lies above its own.",
+    "continual": "Tasks one after another: average, backward and forward transfer, forgetting; of NLL in nats, better "
+    "positive but for the average and forgetting.",
     "importance": "Share of the variance of the validation score that each field explains.",
     "all_tasks": "Mean over tasks of equal weight.",
     "spectra": "What training changed: norm, ranks and new directions of the updates, and where their energy is.",

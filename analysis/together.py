@@ -10,6 +10,7 @@ from typing import Any
 PARTS = "_parts"  # the tasks of a row not yet split up, as the spec has them
 FIELD = "together"  # what a task was trained with
 ALONE = "alone"
+THEN, AND = " > ", " + "  # between the tasks of a sequence and of a mixture
 OPTIONS = ("sampling", "temperature", "weights", "replay")  # of the dataset that is made of several
 CONTENT = "made_with.dataset.content"
 CHOSEN = f"{FIELD}."  # begins the columns of scores over all tasks, which trials are chosen by
@@ -66,7 +67,7 @@ def _split(row: Row, flat: Flat) -> list[Row]:
     return [
         common | over_all | options | flat({"dataset": {**part, "content": None}}) | _own(row, part["name"])
         | {
-            "run_id": f"{row['run_id']}/{part['name']}", FIELD: (" > " if sequence else " + ").join(names),
+            "run_id": f"{row['run_id']}/{part['name']}", FIELD: (THEN if sequence else AND).join(names),
             CONTENT: part.get("content") or content,
         }
         for part, content in zip(parts, contents, strict=True)

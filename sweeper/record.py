@@ -124,8 +124,9 @@ class Record:
     `saved` says which weights were scored "after" and saved: those of which `step`, whether a moving `average` of them,
     and whether the run was `stopped_early`.
 
-    A run of several tasks has the `scores` and `data` of each as SPLIT/TASK beside those over all. `sharing`, where its
-    adapter has rank blocks: each of the `blocks`, and the `active_parameters` that the rows of each task run through.
+    A run of several tasks has the `scores` and `data` of each as SPLIT/TASK beside those over all. Where its adapter
+    has rank blocks, `sharing` has the `blocks`, the `active_parameters` that the rows of each task run through, and the
+    test NLLs of each task `through` the blocks of every other one.
 
     `environment` is what it was made with; its `git_commit` ends in "+" where tracked files of the source differed from
     the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`).

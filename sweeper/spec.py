@@ -130,7 +130,7 @@ class AllocationSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharingSpec:
-    """How several tasks share the ranks of an adapter (`sweeper.placement.sharing`).
+    """How several tasks share the ranks of an adapter (`sweeper.methods.sharing`).
 
     Attributes:
         levels: ranks of the blocks of each level of the tree, from the root; empty: shared out evenly.

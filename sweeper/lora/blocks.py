@@ -8,6 +8,8 @@ row it trains on.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from sweeper.models.architecture import Target
 
 
@@ -46,3 +48,13 @@ def unaligned(blocks: Sequence[Block], targets: Sequence[Target], unit: int) -> 
             if rows.start < rows.stop and not begins:
                 return target
     return None
+
+
+def gate(h: Tensor, gates: Tensor | None, gate_rows: Tensor | None) -> None:
+    """Multiplies hidden values [N, H] in place by the gates [G, H] of their shares of rows, if there are any.
+
+    Args:
+        gates: [any, H] float32. gate_rows: [G] rows of `gates`.
+    """
+    if gates is not None and gate_rows is not None:
+        h.view(len(gate_rows), -1, h.shape[1]).mul_(gates.index_select(0, gate_rows)[:, None])

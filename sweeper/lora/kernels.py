@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sweeper.lora.lowrank import gate
+from sweeper.lora.blocks import gate
 
 
 @triton.jit

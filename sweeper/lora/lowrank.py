@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sweeper.lora.blocks import gate
+
 # columns of a group's table, one row for each (slot, member)
 RANK, A_OFFSET, B_OFFSET, H_COLUMN = range(4)
 MIX_1, MIX_2 = 0x85EBCA6B, 0xC2B2AE35
@@ -89,16 +91,6 @@ def lanes_of(
                     )
                 )
     return walked
-
-
-def gate(h: Tensor, gates: Tensor | None, gate_rows: Tensor | None) -> None:
-    """Multiplies hidden values [N, H] in place by the gates [G, H] of their shares of rows, if there are any.
-
-    Args:
-        gates: [any, H] float32. gate_rows: [G] rows of `gates`.
-    """
-    if gates is not None and gate_rows is not None:
-        h.view(len(gate_rows), -1, h.shape[1]).mul_(gates.index_select(0, gate_rows)[:, None])
 
 
 @torch.library.custom_op("sweeper::adapted_linear", mutates_args=())

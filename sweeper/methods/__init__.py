@@ -8,11 +8,11 @@ from sweeper.errors import SpecError, unknown
 from sweeper.lora.blocks import Block
 from sweeper.lora.forms import AdapterSpec
 from sweeper.lora.trainee import UnpackedSpec
-from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, tuners, vera, weights
+from sweeper.methods import dora, lora, lora_plus, principal, relora, sharing, sparse, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import budget
 from sweeper.models.architecture import HEAD, Target, number_of_layers
-from sweeper.placement import allocation, placement, sharing
+from sweeper.placement import allocation, placement
 from sweeper.spec import MethodSpec, PlacementSpec, RunSpec
 
 if TYPE_CHECKING:

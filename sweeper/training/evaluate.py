@@ -84,6 +84,41 @@ def _queue_tasks(pack: Pack, names: Sequence[str], queues: Sequence[Callable[[],
     return found
 
 
+def queue_through(pack: Pack, group: Sequence[tuple[int, RunState]]) -> Scoring:
+    """Begins to score the test examples of every task through the blocks of each other one: NLL alone.
+
+    Args:
+        group: slots and runs that share a dataset of several tasks.
+
+    Returns:
+        What gives, for each run, by task and by whose blocks.
+    """
+    slots, state = [slot for slot, _ in group], group[0][1]
+    parts = state.splits["test"].parts
+    begun: dict[tuple[str, str], Scoring] = {}
+    for path, name in enumerate(parts):
+        with pack.on_task(path):
+            begun |= {
+                (task, name): queue_examples(pack, slots, part.examples, None)
+                for task, part in parts.items()
+                if task != name
+            }
+
+    def found() -> list[EvaluatedSplit]:
+        scored = {key: scores() for key, scores in begun.items()}
+        return [
+            over_tasks(
+                {
+                    task: over_tasks({path: own[lane] for (one, path), own in scored.items() if one == task})
+                    for task in parts
+                }
+            )
+            for lane in range(len(slots))
+        ]
+
+    return found
+
+
 def over_tasks(parts: Mapping[str, EvaluatedSplit]) -> EvaluatedSplit:
     """Scores over several tasks: each counts alike, whatever its size.
 

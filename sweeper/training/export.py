@@ -16,11 +16,11 @@ from sweeper.lora.blocks import Block, rows_of
 from sweeper.lora.forms import FORMS, AdapterSpec
 from sweeper.lora.forms.peft import state_dict
 from sweeper.lora.trainee import twin
+from sweeper.methods.sharing import active
 from sweeper.methods.weights import load_weights
 from sweeper.models import BaseModel
 from sweeper.models.files import base_reference, quiet
 from sweeper.placement.placement import Target
-from sweeper.placement.sharing import active
 from sweeper.record import ADAPTER, COMBINED, TASKS, WEIGHTS, replacing_folder, write_atomically, write_json
 from sweeper.run import Run
 from sweeper.spec import RunSpec, alone, to_mapping

@@ -12,7 +12,7 @@ from sweeper.errors import gist
 from sweeper.lora.slot_store import Saved
 from sweeper.training import checkpoint
 from sweeper.training.calibrate import Solo
-from sweeper.training.evaluate import evaluate, queue_evaluation
+from sweeper.training.evaluate import evaluate, queue_evaluation, queue_through
 from sweeper.training.events import Event, RunFinished, RunStarted, Stage, Step
 from sweeper.training.failure import MEMORY, Failure
 from sweeper.training.loaded import Loaded
@@ -322,6 +322,7 @@ class PackTrainer:
             if state.best is not None:
                 self.pack.store.take_best(slot)
         self._score_splits(whole, "after")
+        self._score_through([(slot, state) for slot, state in whole if state.run_id in self.running])
         share = (time.perf_counter() - began) / max(len(whole), 1)
         if whole:
             self.clock.restart()
@@ -358,6 +359,18 @@ class PackTrainer:
                     self._note(state, split, phase or state.phase, result)
                 if not group:
                     break
+
+    def _score_through(self, whole: Group) -> None:
+        """Scores the test examples of each task through the blocks of every other one, where tasks have their own."""
+        for group in _by_dataset([entry for entry in whole if entry[1].clocks]):
+            with self.context.timeline.span("evaluate"):
+                found, failed = self._score(group, functools.partial(queue_through, self.pack))
+            self._fail(failed)
+            for _, state, one in found:
+                state.through = {
+                    task: {path: own.score.nll for path, own in other.parts.items()}
+                    for task, other in one.parts.items()
+                }
 
     def _queue_final(self, split: str, group: Group) -> Scoring:
         return lambda: evaluate(self.pack, [slot for slot, _ in group], group[0][1], split)

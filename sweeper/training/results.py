@@ -11,8 +11,8 @@ from sweeper import methods
 from sweeper.lora.blocks import Block
 from sweeper.lora.forms import AdapterSpec
 from sweeper.lora.slot_store import Learnt
+from sweeper.methods import sharing
 from sweeper.models import total_parameters
-from sweeper.placement import sharing
 from sweeper.record import (
     METRICS,
     PREDICTIONS,
@@ -165,6 +165,7 @@ def _sharing(state: RunState) -> dict[str, Any]:
             name: sum(parameters(block.ranks) for block in blocks if task in block.acts)
             for task, name in enumerate(names)
         },
+        **({"through": state.through} if state.through else {}),
     }  # fmt: skip
 
 

@@ -117,6 +117,7 @@ class RunState:
         self.scores: dict[str, dict[str, Score]] = {}
         self.predictions: list[dict[str, Any]] = []
         self.before: dict[str, dict[str, float]] = {}  # split -> task -> NLL of the base
+        self.through: dict[str, dict[str, float]] = {}  # task -> whose blocks -> test NLL
         self.train_seconds: float = kept.get("train_seconds", 0.0)
         self.compile_seconds: float = kept.get("compile_seconds", 0.0)
         self.eval_seconds = 0.0
