@@ -350,6 +350,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     row |= score_columns(plain.get("scores") or {})
     through = (plain.get("sharing") or {}).get("through") or {}
     row |= {f"through.{task}.{path}": nll for task, own in through.items() for path, nll in own.items()}
+    row |= together.routed_columns((plain.get("sharing") or {}).get("routing") or {})
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
         row |= {f"data.{split}.{key}": facts[key] for key in SIZES if key in facts}

@@ -15,6 +15,8 @@ OPTIONS = ("sampling", "temperature", "weights", "replay")  # of the dataset tha
 CONTENT = "made_with.dataset.content"
 CHOSEN = f"{FIELD}."  # begins the columns of scores over all tasks, which trials are chosen by
 
+ROUTED, RIGHT = "routed.", "right"  # columns ROUTED + TASK.METRIC, and the share that is taken for its own task
+
 Row = dict[str, Any]
 Flat = Callable[[Mapping[str, Any]], Row]
 
@@ -82,3 +84,13 @@ def _own(row: Row, task: str) -> Row:
         if slash and "/" not in split:
             found[f"{split}.{rest}"] = value
     return found
+
+
+def routed_columns(routing: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of what a record says of routing."""
+    row: dict[str, Any] = {"router": routing["router"]} if routing else {}
+    for task, counts in (routing.get("confusion") or {}).items():
+        row[f"{ROUTED}{task}.{RIGHT}"] = counts.get(task, 0) / sum(counts.values())
+    for task, scores in (routing.get("scores") or {}).items():
+        row |= {f"{ROUTED}{task}.{metric}": value for metric, value in scores.items()}
+    return row

@@ -125,8 +125,9 @@ class Record:
     and whether the run was `stopped_early`.
 
     A run of several tasks has the `scores` and `data` of each as SPLIT/TASK beside those over all. Where its adapter
-    has rank blocks, `sharing` has the `blocks`, the `active_parameters` that the rows of each task run through, and the
-    test NLLs of each task `through` the blocks of every other one.
+    has rank blocks, `sharing` has the `blocks`, the `active_parameters` that the rows of each task run through, the
+    test NLLs of each task `through` the blocks of every other one, and as `routing` what is so where no example's task
+    is named: which tasks they are taken for (`confusion`), and the scores through the blocks of those.
 
     `environment` is what it was made with; its `git_commit` ends in "+" where tracked files of the source differed from
     the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`).

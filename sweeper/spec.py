@@ -137,6 +137,7 @@ class SharingSpec:
         budget: whose ranks add up to the run's: those of the blocks that a row runs through, or of all.
         tree: nested lists of names of tasks.
         common, private: where the root's block and the tasks' own lie, within the run's placement.
+        orthogonality: weight of |A_new A_old^T|^2 in the loss, of blocks on top of earlier ones.
     """
 
     name: str = "single"
@@ -145,8 +146,11 @@ class SharingSpec:
     tree: tuple[Any, ...] = ()
     common: PlacementSpec | None = None
     private: PlacementSpec | None = None
+    orthogonality: float = 0.0
 
     def __post_init__(self) -> None:
+        if not (self.orthogonality >= 0 and math.isfinite(self.orthogonality)):
+            raise SpecError(field="sharing.orthogonality", wanted="at least 0", got=self.orthogonality)
         if any(level < 0 for level in self.levels):
             raise SpecError(field="sharing.levels", wanted="ranks of at least 0", got=self.levels)
 

@@ -224,7 +224,8 @@ class AdapterStore(Flat[AdapterSpec]):
         lanes.noisy = any(one.noise > 0 for one in held)
         lanes.gated = any(one.blocks for one in held)
         lanes.forms = tuple(form for form in self.attached if any(one.form == form for one in held))
-        lanes.penalised = tuple(slot for slot, one in enumerate(self.held) if one is not None and any(one.penalties))
+        weighed = [() if one is None else (*one.penalties, one.orthogonality) for one in self.held]
+        lanes.penalised = tuple(slot for slot, weights in enumerate(weighed) if any(weights))
         for form, attached in self.attached.items():
             attached.switch(form in lanes.forms)
 
@@ -250,6 +251,10 @@ class AdapterStore(Flat[AdapterSpec]):
     def _penalise(self, share: float) -> None:
         """Adds the gradients of the penalties, times `share`, of the runs that have any."""
         for slot in self.lanes.penalised:
+            held = self.held[slot]
+            if held is not None and held.orthogonality:
+                self._keep_apart(slot, held, share)
+                continue
             for segment in self.layout.by_slot[slot]:
                 live = pair = segment.pair(self.params)
                 if self.rates is not None:
@@ -259,6 +264,15 @@ class AdapterStore(Flat[AdapterSpec]):
                 found = penalty.gradients(*pair, *live, scale, self.penalties[slot] * share)
                 for gradient, more in zip(segment.pair(self.grads), found, strict=True):
                     gradient += more
+
+    def _keep_apart(self, slot: int, adapter: AdapterSpec, share: float) -> None:
+        """Adds the gradient of each block's orthogonality to those before it, times `share`."""
+        for segment in self.placed[slot].segments:
+            name = segment.target.name
+            a, grad = (segment.pair(store, adapter.ranks[name])[0] for store in (self.params, self.grads))
+            for rows in rows_of(adapter.blocks, name)[1:]:
+                before = a[: rows.start]
+                grad[rows] += 2 * adapter.orthogonality * share * (a[rows] @ before.t()) @ before
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -234,7 +234,10 @@ def _with_blocks(spec: RunSpec, ranks: Ranks, made: AdapterSpec) -> AdapterSpec:
     found = sharing.blocks(spec, ranks, next(iter(made.scales.values())))
     every = {target.name: rank for target, rank in sharing.totals(ranks, found).items()}
     scales = {name: made.scales[name] for name in every}
-    return replace(made, ranks=every, scales=scales, blocks=found, tasks=len(spec.dataset.parts))
+    return replace(
+        made, ranks=every, scales=scales, blocks=found, tasks=len(spec.dataset.parts),
+        orthogonality=spec.sharing.orthogonality,
+    )  # fmt: skip
 
 
 def _with_options(spec: RunSpec, made: AdapterSpec) -> AdapterSpec:

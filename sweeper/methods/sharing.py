@@ -5,6 +5,7 @@ per_task      a block for each task, which is as if the task were trained alone
 shared        a block for all and one for each
 hierarchical  root, groups and tasks, as a tree of names says
 stack         of a sequence: a new block for each task, on top of those before, which act on and no longer train
+orthogonal    as stack, with a penalty on what a new block reads of what those before read (O-LoRA, Wang et al. 2023)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +82,9 @@ SHARINGS: dict[str, Callable[[RunSpec], list[Node]]] = {
     "shared": _shared,
     "hierarchical": _hierarchical,
     "stack": _stack,
+    "orthogonal": _stack,
 }
+STACKS = ("stack", "orthogonal")
 
 
 def names(spec: RunSpec) -> tuple[str, ...]:
@@ -99,11 +102,15 @@ def check(spec: RunSpec) -> None:
     start = f"sharing={sharing.name}"
     if not spec.dataset.parts:
         raise SpecError(f"{start} needs several tasks: dataset=mixture 'dataset.parts=[icd10_chapter,gsm_symbolic]'")
-    if sharing.name == "stack" and spec.dataset.family != "sequence":
+    if sharing.name in STACKS and spec.dataset.family != "sequence":
         raise SpecError(f"{start} is for tasks one after another: dataset=sequence")
+    if sharing.name in STACKS and spec.dataset.options.get("replay"):
+        raise SpecError(f"{start}: its blocks train once, so dataset.options.replay would train those before again")
+    if sharing.orthogonality and sharing.name != "orthogonal":
+        raise SpecError(f"sharing.orthogonality is for sharing=orthogonal, not {sharing.name}")
     if sharing.tree and sharing.name != "hierarchical":
         raise SpecError(f"sharing.tree is for sharing=hierarchical, not {sharing.name}")
-    depth = 1 + max(node.level for node in SHARINGS[sharing.name](spec)) if sharing.name != "stack" else 1
+    depth = 1 + max(node.level for node in SHARINGS[sharing.name](spec)) if sharing.name not in STACKS else 1
     if sharing.levels and len(sharing.levels) != depth:
         raise SpecError(field="sharing.levels", wanted=f"a rank for each of {depth} levels", got=sharing.levels)
     for name, own in (("common", sharing.common), ("private", sharing.private)):
@@ -190,9 +197,9 @@ def _spread(spec: RunSpec, nodes: Sequence[Node], placed: Sequence[bool], rank: 
     levels, sharing = spec.sharing.levels, spec.sharing
     there = [number for number, own in enumerate(placed) if own]
     if levels:
-        level = [0 if sharing.name == "stack" else node.level for node in nodes]
+        level = [0 if sharing.name in STACKS else node.level for node in nodes]
         return [levels[level[number]] if number in there else 0 for number in range(len(nodes))]
-    if sharing.name == "stack" or sharing.name == "per_task":
+    if sharing.name in (*STACKS, "per_task"):
         if sharing.budget == "active":
             return [rank if own else 0 for own in placed]
         return _shared_out(rank, [float(own) for own in placed])

@@ -12,6 +12,7 @@ from sweeper.tasks import general_text, metrics
 from sweeper.tasks.example import Encoded
 from sweeper.training.generate import Generated, cut, generate, rows_together
 from sweeper.training.pack import Pack
+from sweeper.training.routing import routes
 from sweeper.training.run_state import EvaluatedSplit, RunState
 from sweeper.training.score import ExampleScore, choose, queue_scores
 from sweeper.untrusted import sandbox
@@ -117,6 +118,37 @@ def queue_through(pack: Pack, group: Sequence[tuple[int, RunState]]) -> Scoring:
         ]
 
     return found
+
+
+def queue_routed(pack: Pack, routes: Mapping[str, Sequence[int]], group: Sequence[tuple[int, RunState]]) -> Scoring:
+    """Begins to score test examples whose task is not named, each through the blocks of the task it is taken for.
+
+    Args:
+        routes: task -> the number of the task that each of its test examples is taken for (`routing.routes`).
+        group: slots and runs that share a dataset of several tasks.
+    """
+    slots, state = [slot for slot, _ in group], group[0][1]
+    budget = CUDA_TOKENS if pack.device.type == "cuda" else CPU_TOKENS
+    parts = state.splits["test"].parts
+    begun = {
+        name: queue_scores(pack, slots, part.examples, budget=budget, tasks=routes[name])
+        for name, part in parts.items()
+    }
+
+    def found() -> list[EvaluatedSplit]:
+        each = {
+            name: [_summarise(_rows(parts[name].examples, lane, exact_match=True), {}) for lane in scores()]
+            for name, scores in begun.items()
+        }
+        return [over_tasks({name: lanes[lane] for name, lanes in each.items()}) for lane in range(len(slots))]
+
+    return found
+
+
+def find_routes(pack: Pack, state: RunState) -> dict[str, list[int]]:
+    """The tasks that the test examples of a run of several are taken for; the same for all runs on its dataset."""
+    budget = CUDA_TOKENS if pack.device.type == "cuda" else CPU_TOKENS
+    return routes(pack, state.splits["train"].parts, state.splits["test"].parts, budget=budget)
 
 
 def over_tasks(parts: Mapping[str, EvaluatedSplit]) -> EvaluatedSplit:

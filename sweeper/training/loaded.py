@@ -28,11 +28,13 @@ class Loaded:
     Attributes:
         content: what its files held when it was loaded (`sweeper.content`).
         scores: dataset and evaluation -> split -> what the base model itself scores.
+        routes: dataset of several tasks -> task -> which task each of its test examples is taken for.
     """
 
     def __init__(self, base: BaseModel, key: str, context: Context, content: str | None) -> None:
         self.base, self.key, self.context, self.content = base, key, context, content
         self.scores: dict[str, dict[str, EvaluatedSplit]] = {}
+        self.routes: dict[str, dict[str, list[int]]] = {}
         self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self._lengths_of: dict[str, list[int]] = {}
         self._contents: dict[str, str | None] = {}

@@ -5,19 +5,21 @@ import itertools
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sweeper.errors import gist
 from sweeper.lora.slot_store import Saved
 from sweeper.training import checkpoint
 from sweeper.training.calibrate import Solo
-from sweeper.training.evaluate import evaluate, queue_evaluation, queue_through
+from sweeper.training.evaluate import evaluate, find_routes, queue_evaluation, queue_routed, queue_through
 from sweeper.training.events import Event, RunFinished, RunStarted, Stage, Step
 from sweeper.training.failure import MEMORY, Failure
 from sweeper.training.loaded import Loaded
 from sweeper.training.pack import Pack
 from sweeper.training.results import write_run
+from sweeper.training.routing import ROUTER
 from sweeper.training.run_queue import RunQueue
 from sweeper.training.run_state import EvaluatedSplit, RunState, StepResult
 
@@ -323,6 +325,7 @@ class PackTrainer:
                 self.pack.store.take_best(slot)
         self._score_splits(whole, "after")
         self._score_through([(slot, state) for slot, state in whole if state.run_id in self.running])
+        self._score_routed([(slot, state) for slot, state in whole if state.run_id in self.running])
         share = (time.perf_counter() - began) / max(len(whole), 1)
         if whole:
             self.clock.restart()
@@ -371,6 +374,24 @@ class PackTrainer:
                     task: {path: own.score.nll for path, own in other.parts.items()}
                     for task, other in one.parts.items()
                 }
+
+    def _score_routed(self, whole: Group) -> None:
+        """Scores the test examples of runs whose tasks have blocks of their own as if their task were not known."""
+        for group in _by_dataset([entry for entry in whole if entry[1].clocks]):
+            with self.context.timeline.span("evaluate"):
+                found, failed = self._score(group, self._queue_routed)
+            self._fail(failed)
+            for _, state, one in found:
+                state.routing = _routing(self._routes(state), one)
+
+    def _queue_routed(self, group: Group) -> Scoring:
+        return queue_routed(self.pack, self._routes(group[0][1]), group)
+
+    def _routes(self, state: RunState) -> dict[str, list[int]]:
+        key = repr(state.spec.dataset)
+        if key not in self.loaded.routes:
+            self.loaded.routes[key] = find_routes(self.pack, state)
+        return self.loaded.routes[key]
 
     def _queue_final(self, split: str, group: Group) -> Scoring:
         return lambda: evaluate(self.pack, [slot for slot, _ in group], group[0][1], split)
@@ -446,6 +467,17 @@ def halved(items: Sequence[T]) -> list[Sequence[T]]:
     """Both halves of what there is, or the one thing."""
     middle = len(items) // 2
     return [part for part in (items[:middle], items[middle:]) if part]
+
+
+def _routing(routes: Mapping[str, Sequence[int]], found: EvaluatedSplit) -> dict[str, Any]:
+    """What a record says of routing: which tasks examples are taken for, and the scores that follow."""
+    names = list(routes)
+    confusion = {task: dict(Counter(names[i] for i in own)) for task, own in routes.items()}
+    right = sum(own.get(task, 0) for task, own in confusion.items())
+    return {
+        "router": ROUTER, "accuracy": right / sum(map(len, routes.values())), "confusion": confusion,
+        "scores": {task: {"nll": one.score.nll, **one.score.metrics} for task, one in found.parts.items()},
+    }  # fmt: skip
 
 
 def _by_dataset(entries: Group) -> list[list[tuple[int, RunState]]]:

@@ -166,6 +166,7 @@ def _sharing(state: RunState) -> dict[str, Any]:
             for task, name in enumerate(names)
         },
         **({"through": state.through} if state.through else {}),
+        **({"routing": state.routing} if state.routing else {}),
     }  # fmt: skip
 
 

@@ -118,6 +118,7 @@ class RunState:
         self.predictions: list[dict[str, Any]] = []
         self.before: dict[str, dict[str, float]] = {}  # split -> task -> NLL of the base
         self.through: dict[str, dict[str, float]] = {}  # task -> whose blocks -> test NLL
+        self.routing: dict[str, Any] = {}  # scores where the task is not named
         self.train_seconds: float = kept.get("train_seconds", 0.0)
         self.compile_seconds: float = kept.get("compile_seconds", 0.0)
         self.eval_seconds = 0.0

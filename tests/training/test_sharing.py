@@ -116,7 +116,11 @@ class Reference:
             loss = torch.stack(sums).sum() / sum(sizes)
         else:
             loss = torch.stack([total / size for total, size in zip(sums, sizes, strict=True) if size]).sum()
-        loss.backward()
+        apart = [
+            (own[name][0] @ before[name][0].detach().t()).square().sum()
+            for name in self.parts[0] for number, own in enumerate(self.parts) for before in self.parts[:number]
+        ]  # fmt: skip
+        (loss + self.job.spec.sharing.orthogonality * sum(apart)).backward()
         optim, present = self.job.spec.optim, set(tasks)
         for block, optimizer in zip(self.blocks, self.optimizers, strict=True):
             values = [value for group in optimizer.param_groups for value in group["params"]]
@@ -161,7 +165,7 @@ def test_a_pack_of_shared_adapters_equals_plain_pytorch(
         shared(base, "per_task", "attn", rank=4, seed=1, options={"sampling": "proportional"}),
         shared(base, "hierarchical", "ff", rank=16, seed=2, tree=TREE, levels=(4, 4, 8)),
         shared(base, "shared", "full", seed=3, budget="total", rank=24, options={"weights": "tokens"}),
-        shared(base, "stack", "attn", seed=4, family="sequence", options={"replay": 0.34}),
+        shared(base, "orthogonal", "attn", seed=4, family="sequence", orthogonality=0.5),
         shared(base, "shared", "full", seed=5, options={"sampling": "temperature", "temperature": 3.0}),
     ][: 6 if kind == "llama" else 2]
     plain = make_job("plain", make_adapter(base, "full", 4), make_examples(0), steps=STEPS, batch_size=6)

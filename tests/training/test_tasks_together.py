@@ -100,6 +100,28 @@ def test_what_blocks_cost_is_recorded(together: MakeTogether, run_all: Any, tmp_
     assert [block["steps"] for block in shared.sharing["blocks"]] == [6, 6, 6]
 
 
+def test_each_task_is_scored_through_the_others_blocks_and_where_it_is_not_named(
+    together: MakeTogether, run_all: Any, tmp_path: Path
+) -> None:
+    spec = together("per_task", optim={"lr": 3e-2})
+    run_all([spec])
+    found = recorded(tmp_path, spec)
+    through = found.sharing["through"]
+    assert {task: set(own) for task, own in through.items()} == {"parity": {"digit"}, "digit": {"parity"}}
+    pairs = (("parity", "digit"), ("digit", "parity"))
+    own = {task: found.scores[f"test/{task}"]["after"].nll for task in through}
+    assert all(abs(through[task][other] - own[task]) > 1e-4 for task, other in pairs)
+    routing = found.sharing["routing"]
+    assert routing["router"] == "nearest centroid"
+    counts = {task: sum(row.values()) for task, row in routing["confusion"].items()}
+    assert counts == {task: found.scores[f"test/{task}"]["after"].examples for task in own}
+    right = sum(row.get(task, 0) for task, row in routing["confusion"].items())
+    assert routing["accuracy"] == right / sum(counts.values()) > 0.8  # the prompts have words of their own
+    for task, _ in pairs:
+        if routing["confusion"][task] == {task: counts[task]}:
+            assert routing["scores"][task]["nll"] == pytest.approx(own[task], rel=1e-6)
+
+
 @pytest.mark.parametrize("sharing", ["shared", "per_task", "hierarchical", "stack"])
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_each_tasks_adapter_gives_its_scores_in_stock_peft(
@@ -142,7 +164,7 @@ def test_every_task_is_scored_when_one_is_over(together: MakeTogether, run_all: 
 
 
 def test_a_sequence_goes_on_in_the_middle_of_a_task(together: MakeTogether, run_all: Any, tmp_path: Path) -> None:
-    spec = together("stack", family="sequence", options={"replay": 0.25}, trainer={"max_steps": 8, "batch_size": 4})
+    spec = together("stack", family="sequence", trainer={"max_steps": 8, "batch_size": 4})
     run_all([spec], "whole")
     run_all([spec], "cut", stop_after=5)
     assert not (tmp_path / "cut" / spec.run_id / "record.json").exists()
@@ -179,6 +201,8 @@ def test_the_order_of_a_sequence_and_the_sharing_are_in_the_id(together: MakeTog
         ),
         (["sharing=hierarchical", "sharing.tree=[icd10_chapter,licence]"], "Did you mean licence_category?"),
         (["sharing=stack"], "sharing=stack is for tasks one after another: dataset=sequence"),
+        (["dataset=sequence", "sharing=stack", "dataset.options.replay=0.5"], "train those before again"),
+        (["sharing=per_task", "+sharing.orthogonality=1"], "is for sharing=orthogonal, not per_task"),
         (["sharing=shared", "rank=1"], "leaves nothing for the block of"),
         (["sharing=shared", "sharing.levels=[4]"], "a rank for each of 2 levels"),
         (["sharing=per_task", "method=dora"], "method=dora has no rank blocks; lora, rslora"),
@@ -190,7 +214,9 @@ def test_the_order_of_a_sequence_and_the_sharing_are_in_the_id(together: MakeTog
 def test_what_cannot_be_is_one_line_before_work_starts(
     overrides: list[str], line: str, composer: Any, tmp_path: Path
 ) -> None:
-    given = ["model=tiny_llama", "dataset=mixture", f"output_root={tmp_path}"]
+    given = ["model=tiny_llama", f"output_root={tmp_path}"]
+    if "dataset=sequence" not in overrides:
+        given.append("dataset=mixture")
     if not any(one.startswith("dataset.parts") for one in overrides):
         given.append("dataset.parts=[icd10_chapter,licence_category]")
 

@@ -108,6 +108,7 @@ class AdapterSpec:
         noise: alpha of NEFTune.
         blocks: rank blocks that act on the rows of some of its `tasks`, in the order of their ranks; their scales stand
             in for `scales`. None: all ranks act on every row.
+        orthogonality: weight of |A A'^T|^2 over all modules, for A of a block and A' of every one before it.
     """
 
     ranks: Mapping[str, int]
@@ -129,6 +130,7 @@ class AdapterSpec:
     noise: float = 0.0
     blocks: tuple[Block, ...] = ()
     tasks: int = 1
+    orthogonality: float = 0.0
 
     @property
     def rated(self) -> bool:
@@ -166,7 +168,7 @@ class AdapterSpec:
 
     def settled(self) -> "AdapterSpec":
         """The adapter without what only its training needs."""
-        return replace(self, average=None, keep_best=False, penalties=(0.0, 0.0, 0.0), noise=0.0)
+        return replace(self, average=None, keep_best=False, penalties=(0.0, 0.0, 0.0), noise=0.0, orthogonality=0.0)
 
     def shape(self) -> dict[str, Any]:
         """All that time and memory of a step depend on."""
@@ -174,6 +176,7 @@ class AdapterSpec:
             "ranks": sorted(self.ranks.items()), "form": self.form, "dropout": self.dropout > 0, "rated": self.rated,
             "copies": self.copies, "noise": self.noise > 0, "penalties": [weight > 0 for weight in self.penalties],
             **({"blocks": len(self.blocks), "tasks": self.tasks} if self.blocks else {}),
+            **({"orthogonality": True} if self.orthogonality else {}),
         }  # fmt: skip
 
 
