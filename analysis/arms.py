@@ -219,10 +219,15 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
 
 def share_variances(arms: Sequence[Arm]) -> None:
     """Pools the variance between seeds over the arms of one setting, by metric and set of seeds."""
-    families: dict[tuple[str, tuple[Any, ...]], list[Scores]] = {}
-    for arm in arms:
-        for metric, scores in arm.scores.items():
-            families.setdefault((metric, scores.seeds), []).append(scores)
+    for metric in dict.fromkeys(metric for arm in arms for metric in arm.scores):
+        pool([arm.scores[metric] for arm in arms if metric in arm.scores])
+
+
+def pool(scores: Sequence[Scores]) -> None:
+    """Sets the pooled variances between seeds of scores of one metric, over those of the same seeds."""
+    families: dict[tuple[Any, ...], list[Scores]] = {}
+    for one in scores:
+        families.setdefault(one.seeds, []).append(one)
     for family in families.values():
         rows_AR = np.stack([one.x_RE @ one.w_E / one.w_E.sum() for one in family])
         own, contrast = pooled(rows_AR, blocks=False), pooled(rows_AR, blocks=True)

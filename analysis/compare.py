@@ -59,10 +59,10 @@ def tests(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
     rows = []
     for pair in pairs(found):
         for metric in found.metrics:
-            tested = _tested(pair.a.scores.get(metric), pair.b.scores.get(metric), metric)
-            if tested is not None:
+            result = tested(pair.a.scores.get(metric), pair.b.scores.get(metric), metric)
+            if result is not None:
                 names = {"setting": pair.setting.name, "metric": metric, "family": pair.family}
-                rows.append({**names, "a": pair.a.label, "b": pair.b.label, **tested})
+                rows.append({**names, "a": pair.a.label, "b": pair.b.label, **result})
     return corrected(pd.DataFrame(rows, columns=TEST_COLUMNS))
 
 
@@ -78,7 +78,8 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _tested(a: Scores | None, b: Scores | None, metric: str) -> dict[str, Any] | None:
+def tested(a: Scores | None, b: Scores | None, metric: str) -> dict[str, Any] | None:
+    """The paired test of b − a as columns of a table; None where the two share no seed or no example."""
     shared = aligned(a, b) if a is not None and b is not None else None
     if shared is None or a is None:
         return None
@@ -136,10 +137,10 @@ def _matched_rows(
             label, size = f"{low.label} … {high.label}", arm.parameters
         else:
             return
-        tested = _tested(a, b, metric)
-        if tested is not None:
+        result = tested(a, b, metric)
+        if result is not None:
             names = {"setting": setting.name, "metric": metric, "family": "matched budget", "a": arm.label, "b": label}
-            yield {**names, **tested, "parameters_a": arm.parameters, "parameters_b": size}
+            yield {**names, **result, "parameters_a": arm.parameters, "parameters_b": size}
 
 
 def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, metric: str) -> Scores | None:

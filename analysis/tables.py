@@ -27,6 +27,8 @@ TITLES = {
 CAPTIONS = {
     "efficiency": "Cost and performance of every arm.",
     "tests": "Paired tests between arms, B minus A, Holm-corrected within each family and metric.",
+    "contrasts": "Every arm (B) minus the reference arm (A) of its task, Holm-corrected over all arms of a metric: the bars "
+    "of the figures.",
     "matched_budget": "Placements at equal trainable parameters; an ellipsis stands between two interpolated ranks.",
     "share_kept": "Share of the reference's gain over the base model that each arm keeps.",
     "tuned": "Hyperparameters chosen on validation in each arm.",
@@ -192,7 +194,7 @@ def daggers(analysis: Analysis) -> dict[tuple[str, str], str]:
 def plain(name: str, table: pd.DataFrame) -> Sheet:
     """Any table as it is; an estimate and its interval become one column."""
     columns = [key for key in table if key not in ("low", "high", "significant")]
-    said = ("placement", "rank") if "arm" in columns else ("family",) if name == "matched_budget" else ()
+    said = ("placement", "rank") if "arm" in columns else ("family",) if name in ("matched_budget", "contrasts") else ()
     columns = [key for key in columns if key not in said]
     if "setting" in table and table["setting"].nunique() == 1:
         columns.remove("setting")
