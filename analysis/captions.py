@@ -13,14 +13,14 @@ from analysis.venues import DEFAULT, Venue
 
 SUFFIXES = ("md", "tex")
 WHAT = {
-    "pareto": "Cost against performance; members of the front are filled and joined",
+    "pareto": "Cost against performance; members of the front are filled and joined, numbers are ranks",
     "arms": "Every arm, best measured first",
     "forest": "Differences between arms at equal rank, first minus second; filled where significant after correction "
     "for all comparisons of the family",
     "rank": "Performance against rank, a line a placement (or method)",
     "heatmap": "Placement (or method) by rank; lighter is better",
     "detectable": "Smallest true difference that a study of so many seeds and groups of examples finds in 80% of "
-    "cases; this study's own size is ringed",
+    "cases; this study's own size is ringed, numbers are groups",
     "performance_profile": "Share of runs, over tasks and seeds, that reach a normalised score, of the highest rank "
     "of each placement (or method)",
     "share_kept": "Share of the reference's gain over the base model kept, against the share of the model trained",
@@ -99,7 +99,10 @@ DAGGERED = (
 
 def _paired(analysis: Analysis, what: str) -> list[str]:
     """What a bar is where it is of the difference to the reference arm, and which arm that is."""
-    by_setting = contrasts.references(analysis.found, analysis.metric)
+    by_setting = {
+        name: shown.named(analysis, name)[label][1].removesuffix(DAGGER)
+        for name, label in contrasts.references(analysis.found, analysis.metric).items()
+    }
     labels = list(dict.fromkeys(by_setting.values()))
     if not labels or analysis.tables["contrasts"].empty:
         return ["No arm could be paired with another, so there are no bars"]
@@ -131,7 +134,7 @@ def _has_full(analysis: Analysis) -> bool:
 
 def _full(what: str) -> str:
     text = "Full fine-tuning is a line, the same interval a band about it"
-    return text + ("; where it costs far more than any adapter, the number at the line is its cost" * (what == "pareto"))
+    return text + ("; where its cost lies far from the adapters', the number at the line is its cost" * (what == "pareto"))
 
 
 def _left_out(analysis: Analysis, what: str, venue: Venue) -> list[str]:
@@ -150,7 +153,7 @@ def _left_out(analysis: Analysis, what: str, venue: Venue) -> list[str]:
     if what in BY_KIND and len(kinds) > shown.MOST_KINDS:
         return [
             f"Of {len(kinds)} placements (or methods) the {shown.BEST_KINDS} whose best arms score best have a colour, the "
-            "others are grey"
+            "others are grey and without bars"
         ]
     return []
 

@@ -49,7 +49,7 @@ def scatter(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping
         look = looks[str(placement)]
         for inside, part in group.groupby(group["on_front"].fillna(False).astype(bool)):
             ax.errorbar(
-                part[cost], part[metric], yerr=_errors(part, metric), fmt=look.marker, capsize=0,
+                part[cost], part[metric], yerr=None if look == FADED else _errors(part, metric), fmt=look.marker, capsize=0,
                 markerfacecolor=look.colour if inside else "white", **_weights(look),
             )  # fmt: skip
     members = arms[arms["on_front"].fillna(False).astype(bool)].sort_values(cost)
@@ -82,6 +82,11 @@ def point_labels(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, *, higher
     point = ax.figure.dpi / 72
     places = ax.transData.transform(arms[[cost, metric]].to_numpy(dtype=float))
     taken = [Bbox([place - 3 * point, place + 3 * point]) for place in places]
+    taken += [
+        Bbox([[x - point, down], [x + point, up]])
+        for (x, _), down, up in zip(places, *(_pixels(ax, arms[f"{metric}_{side}"]) for side in ("low", "high")), strict=True)
+        if np.isfinite(down)
+    ]
     rows = arms.assign(numbered=numbered)[numbered | arms["marked"]]
     # from above, so that the upper one of two takes the upper side
     for row in rows.sort_values(metric, ascending=False).to_dict("records"):
@@ -108,6 +113,11 @@ def point_labels(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, *, higher
 MOST_NUMBERED = 12
 
 
+def _pixels(ax: Axes, values: pd.Series) -> Any:
+    """Heights on the canvas."""
+    return ax.transData.transform(np.column_stack([np.full(len(values), ax.get_xlim()[0]), values.astype(float)]))[:, 1]
+
+
 def _beside(x: float, y: float, label: tuple[str, bool, bool], point: float) -> Bbox:
     """The box of a label that lies left or right of a point, and below or above it."""
     text, left, down = label
@@ -124,6 +134,12 @@ def dagger(ax: Axes, x: float, y: float, colour: str = GREY, offset: tuple[float
         va="bottom", annotation_clip=False,
     )  # fmt: skip
     mark.set(zorder=6, path_effects=[withStroke(linewidth=1.5, foreground="white")])
+
+
+def _over_bar(ax: Axes, x: float, y: float, end: float, look: Look) -> None:
+    """A dagger over the bar of a point, or over a point that has none."""
+    bare = look == FADED or not np.isfinite(end)
+    dagger(ax, x, y if bare else end, look.colour, (-2.0, 3.0 if bare else 0.5))
 
 
 def dots(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
@@ -161,22 +177,23 @@ def forest(ax: Axes, tests: pd.DataFrame) -> None:
 
 
 def detectable(ax: Axes, power: pd.DataFrame) -> None:
-    """The smallest difference that is found, against seeds, a line a number of groups; the study's own design ringed.
+    """The smallest difference that is found, against seeds, a line a number of groups, which stands at its end; the study's own design
+    ringed.
     Columns: seeds, groups, detectable, own_design."""
     for (groups, part), line in zip(power.groupby("groups"), ("-", "--", ":", "-."), strict=False):
         part = part.sort_values("seeds")
-        ax.plot(part["seeds"], part["detectable"], line, color="#0072B2", marker="o", markersize=3, label=f"{groups:,}")
+        ax.plot(part["seeds"], part["detectable"], line, color="#0072B2", marker="o", markersize=3)
+        end = (part["seeds"].iloc[-1], part["detectable"].iloc[-1])
+        ax.annotate(f"{groups:,}", end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=LEAST_FONT)
     own = power[power["own_design"]]
     ax.plot(own["seeds"], own["detectable"], "o", color="#D55E00", markerfacecolor="none", markersize=8)
     ax.set_xscale("log")
-    ax.set_yscale("log")
     seeds = sorted(power["seeds"].unique())
+    ax.set_xlim(seeds[0] / 1.2, seeds[-1] * (seeds[-1] / seeds[0]) ** 0.25)
     ax.xaxis.set_major_locator(FixedLocator(seeds))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.legend(title="groups", title_fontsize=7)
+    _log_height(ax, power["detectable"], 1)
 
 
 def profiles(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> None:
@@ -218,7 +235,7 @@ def rank_lines(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Lo
         )  # fmt: skip
         for x, row in zip(at, group.to_dict("records"), strict=True):
             if row["marked"]:
-                dagger(ax, x, row[metric], look.colour)
+                _over_bar(ax, x, row[metric], row[f"{metric}_high"], look)
     ax.set_xscale("log", base=2)
     shown = ranks if len(ranks) <= 7 else ranks[:: int(np.ceil(len(ranks) / 6))]
     ax.xaxis.set_major_locator(FixedLocator(shown))
@@ -232,7 +249,7 @@ def heat(
     ax: Axes, arms: pd.DataFrame, metric: str, order: Sequence[str], *, higher: bool, least: float, written: bool
 ) -> Any:
     """Placement × rank with the score in each cell, ± half of its bar; lighter is better. Cells that do not differ from
-    the reference, which is framed, are hatched. Returns the image for colour bars.
+    the reference, which is framed, are hatched. A row all of whose arms bear a dagger bears it for them. Returns the image for colour bars.
 
     Args:
         arms: with columns placement, rank, differs, is_reference, dagger, the metric and its bounds.
@@ -253,6 +270,7 @@ def heat(
     image = ax.imshow(values, cmap=SEQUENTIAL if higher else f"{SEQUENTIAL}_r", norm=norm, aspect="auto")
     halves = arms[f"{metric}_high"] - arms[metric]
     digits = 4 if 0 < halves.min() < 0.0005 else 3
+    doubted = arms.groupby("placement")["dagger"].all()
     for (i, j), row in cells.items():
         shade = image.cmap(norm(row[metric]))
         ink = "black" if np.dot(shade[:3], (0.3, 0.59, 0.11)) > 0.45 else "white"
@@ -260,7 +278,7 @@ def heat(
             ax.add_patch(Rectangle((j - 0.47, i - 0.45), 0.94, 0.9, fill=False, edgecolor=ink, linewidth=1.2))
         elif not row["differs"]:
             ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", linewidth=0, edgecolor=(*to_rgb(ink), 0.45)))
-        mark = DAGGER if row["dagger"] else ""
+        mark = DAGGER if row["dagger"] and not doubted[row["placement"]] else ""
         half = row[f"{metric}_high"] - row[metric]
         text = f"{row[metric]:.{digits}f}{mark}" + (f"\n±{half:.{digits}f}" if np.isfinite(half) else "")
         if written or mark:
@@ -271,7 +289,7 @@ def heat(
             label.set_path_effects([withStroke(linewidth=2, foreground=shade)])
     step = max(1, int(np.ceil(len(columns) / 8)))
     ax.set_xticks(range(0, len(columns), step), [f"{rank:g}" for rank in columns[::step]])
-    ax.set_yticks(range(len(rows)), rows)
+    ax.set_yticks(range(len(rows)), [name + DAGGER * bool(doubted[name]) for name in rows])
     ax.grid(False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -353,10 +371,11 @@ def learn_forget(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, 
     inside = arms["on_front"].fillna(False).astype(bool)
     for placement, group in arms.groupby("placement", sort=False):
         look, faded = looks[str(placement)], looks[str(placement)] == FADED
-        ax.errorbar(
-            group["forgetting"], group[metric], xerr=_errors(group, "forgetting"), yerr=_errors(group, metric),
-            fmt="none", ecolor=look.colour, elinewidth=0.4 if faded else 0.7, capsize=0, zorder=1.8 if faded else 2.5,
-        )  # fmt: skip
+        if not faded:
+            ax.errorbar(
+                group["forgetting"], group[metric], xerr=_errors(group, "forgetting"), yerr=_errors(group, metric),
+                fmt="none", ecolor=look.colour, elinewidth=0.7, capsize=0, zorder=2.5,
+            )  # fmt: skip
         ax.scatter(
             group["forgetting"], group[metric], s=6 if faded else sizes[group.index], marker=look.marker,
             c=[look.colour if one else "white" for one in inside[group.index]], edgecolors=look.colour,
@@ -428,7 +447,7 @@ def share_kept(ax: Axes, shares: pd.DataFrame, looks: Mapping[str, Look]) -> Non
             marker="none" if faded else look.marker, linewidth=0.6 if faded else 1.2, **_weights(look),
         )  # fmt: skip
         for row in group[group["marked"]].to_dict("records"):
-            dagger(ax, row["percent"], 100 * row["share"], look.colour)
+            _over_bar(ax, row["percent"], 100 * row["share"], 100 * row["high"], look)
     ax.axhline(100, color=GREY, linewidth=0.6)
     ax.axhline(95, color=GREY, linewidth=0.6, linestyle="--")
     _log_ticks(ax, shares["percent"])
@@ -478,7 +497,7 @@ def _log_ticks(ax: Axes, values: pd.Series, *, scientific: bool = False) -> None
 def _room(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
     low, high = limits(arms, metric)
     if np.isfinite(low) and high > low:
-        ax.set_ylim(low - 0.08 * (high - low), high + 0.12 * (high - low))
+        ax.set_ylim(low - 0.12 * (high - low), high + 0.14 * (high - low))
 
 
 def limits(arms: pd.DataFrame, metric: str) -> tuple[float, float]:

@@ -34,8 +34,8 @@ COSTS = {
 }
 SAME_COST = 1.02
 """Largest over smallest cost of a setting, below which its arms cost the same."""
-BEYOND = 3.0
-"""How many times the largest adapter's cost full fine-tuning may cost to stand on the same axis as a point."""
+MOST_RANKED = 40
+"""Arms of a figure whose ranks are written beside their points."""
 
 
 def pareto(
@@ -54,28 +54,35 @@ def pareto(
             return f"every arm has the same {label.removesuffix(' (bytes)')}"
     look = shown.looks_of(analysis, arms)
     doubted, arms = shown.in_doubt(arms, look)
-    figure, axes = layout.panels(venue, shown.settings(arms))
+    figure, axes = layout.panels(venue, shown.settings(arms), wide=len(look) > layout.MANY)
     points = {}
     for name, ax in axes.items():
         mine = arms[arms["setting"] == name]
-        whole = mine["placement"] == FULL
-        near = ~whole | (mine[cost] <= BEYOND * mine.loc[~whole, cost].max()) | whole.all()
+        near = _near(mine, cost)
         points[name] = mine[near]
         draw.scatter(ax, points[name], metric, cost, look)
         draw.reference_level(ax, mine, metric)
-        _whole(ax, mine, metric, look, "" if near.all() else draw.amount(float(mine.loc[whole, cost].iloc[0])))
+        _whole(ax, mine, metric, look, "" if near.all() else draw.amount(float(mine.loc[~near, cost].iloc[0])))
         ax.set_xlabel(label)
         _base_note(ax, analysis, name, metric)
     layout.finish(figure, axes, look, _axis(analysis, metric), lines=False, doubted=doubted)
     figure.draw_without_rendering()  # the layout decides how far apart points are
-    ranks, higher = shown.over_ranks(arms), higher_is_better(metric)
+    ranks, higher = shown.over_ranks(arms) and len(arms) <= MOST_RANKED * len(axes), higher_is_better(metric)
     for name, ax in axes.items():
         draw.point_labels(ax, points[name], metric, cost, higher=higher, ranks=ranks)
     return figure
 
 
+def _near(arms: pd.DataFrame, cost: str) -> pd.Series:
+    """Arms that are points: all but a full fine-tuning whose cost would take more than half of the axis."""
+    whole = arms["placement"] == FULL
+    low, high = arms.loc[~whole, cost].min(), arms.loc[~whole, cost].max()
+    return ~whole | whole.all() | arms[cost].between(low**2 / high, high**2 / low)
+
+
 def _whole(ax: Axes, arms: pd.DataFrame, metric: str, look: shown.Looks, cost: str = "", *, upright: bool = False) -> None:
-    """Full fine-tuning as a level, with its cost where that lies outside the axis."""
+    """Full fine-tuning as a level, with its cost where that lies outside the axis: on the cheap side, where the arms that
+    score as well are not."""
     for _, row in arms[arms["placement"] == FULL].head(1).iterrows():
         low, high = ax.get_xlim() if upright else ax.get_ylim()
         ends = (row[metric], row[f"{metric}_low"], row[f"{metric}_high"])
@@ -83,8 +90,8 @@ def _whole(ax: Axes, arms: pd.DataFrame, metric: str, look: shown.Looks, cost: s
         (ax.set_xlim if upright else ax.set_ylim)(np.nanmin([low, *ends]), np.nanmax([high, *ends]))
         if cost:
             note = ax.annotate(
-                f"{cost} →{DAGGER * bool(row['marked'])}", (1, row[metric]), xycoords=("axes fraction", "data"),
-                xytext=(-2, 2), textcoords="offset points", ha="right", va="bottom", fontsize=LEAST_FONT,
+                f"{cost}{DAGGER * bool(row['marked'])}", (0, row[metric]), xycoords=("axes fraction", "data"),
+                xytext=(3, 2), textcoords="offset points", ha="left", va="bottom", fontsize=LEAST_FONT,
             )  # fmt: skip
             note.set(color=look[FULL].colour, zorder=5, path_effects=[withStroke(linewidth=1.5, foreground="white")])
 
@@ -96,7 +103,10 @@ def every_arm(analysis: Analysis, metric: str, venue: Venue = DEFAULT) -> Figure
         return "fewer than two arms"
     names = shown.settings(arms)
     few = shown.first(arms, min(shown.MOST_ARMS, layout.rows_that_fit(venue, len(names), *layout.ARM)))
-    figure, axes = layout.panels(venue, names, height=layout.ARM[1] + layout.ARM[0] * shown.most_of(few))
+    figure, axes = layout.panels(
+        venue, names, height=layout.ARM[1] + layout.ARM[0] * shown.most_of(few),
+        wide=few["label"].str.len().max() > layout.LONG,
+    )  # fmt: skip
     look = shown.all_looks(analysis)
     for name, ax in axes.items():
         mine = arms[arms["setting"] == name].assign(marked=False)
@@ -106,6 +116,7 @@ def every_arm(analysis: Analysis, metric: str, venue: Venue = DEFAULT) -> Figure
         layout.shorten(ax)
         ax.set_xlabel(_axis(analysis, metric))
     layout.finish(figure, axes, {}, "")
+    layout.thin(figure, axes.values())
     return figure
 
 
@@ -117,7 +128,7 @@ def rank_curves(analysis: Analysis, metric: str, venue: Venue = DEFAULT) -> Figu
     look = shown.looks_of(analysis, arms)
     parts = [shown.simplest(analysis, group) for _, group in arms.groupby("setting")]
     doubted, arms = shown.in_doubt(pd.concat(parts), look)
-    figure, axes = layout.panels(venue, shown.settings(arms))
+    figure, axes = layout.panels(venue, shown.settings(arms), wide=len(look) > layout.MANY)
     for name, ax in axes.items():
         mine = arms[arms["setting"] == name]
         draw.rank_lines(ax, mine, metric, look)
@@ -140,15 +151,17 @@ def heat_map(analysis: Analysis, metric: str, venue: Venue = DEFAULT) -> Figure 
     present = set(arms["placement"])
     order = [kind for kind in shown.all_looks(analysis) if kind in present]
     order = order[: layout.rows_that_fit(venue, len(names), *layout.HEAT)]  # of many they are the best, best first
-    figure, axes = layout.panels(venue, names, height=layout.HEAT[1] + layout.HEAT[0] * len(order))
+    parts = {
+        name: shown.simplest(analysis, arms[(arms["setting"] == name) & arms["placement"].isin(order)]) for name in names
+    }
+    ranks, letters = max(part["rank"].nunique() for part in parts.values()), max(map(len, order)) + 1
+    wide = not _holds_numbers(venue.width(len(names)) / min(len(names), venue.across), ranks, letters)
+    figure, axes = layout.panels(venue, names, height=layout.HEAT[1] + layout.HEAT[0] * len(order), wide=wide)
+    written = _holds_numbers(figure.get_figwidth() / min(len(names), venue.across), ranks, letters)
     for name, ax in axes.items():
-        mine = shown.simplest(analysis, arms[(arms["setting"] == name) & arms["placement"].isin(order)])
-        beside = LEAST_FONT * layout.LETTER / 72 * min(max(map(len, order)), int(0.4 * layout.letters(ax) / LEAST_FONT))
-        width = figure.get_figwidth() / min(len(axes), venue.across) - beside - 0.1
-        written = width / mine["rank"].nunique() >= HEAT_CELL
         image = draw.heat(
-            ax, mine, metric, order, higher=higher_is_better(metric), least=shown.least_range(analysis, mine, metric),
-            written=written,
+            ax, parts[name], metric, order, higher=higher_is_better(metric),
+            least=shown.least_range(analysis, parts[name], metric), written=written,
         )  # fmt: skip
         if not written:
             figure.colorbar(image, ax=ax, pad=0.02, aspect=30)
@@ -156,6 +169,11 @@ def heat_map(analysis: Analysis, metric: str, venue: Venue = DEFAULT) -> Figure 
     layout.finish(figure, axes, {}, "")
     figure.suptitle(_axis(analysis, metric), fontsize=8)
     return figure
+
+
+def _holds_numbers(panel: float, columns: int, letters: int) -> bool:
+    """Whether cells beside names of so many letters, in a panel so many inches wide, can hold their numbers."""
+    return (panel - min(letters * LEAST_FONT * layout.LETTER / 72, 0.4 * panel) - 0.1) / columns >= HEAT_CELL
 
 
 def learning_rate(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
@@ -248,13 +266,14 @@ def learn_forget(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     arms = shown.front_by(arms, metric, "forgetting")
     look = shown.looks_of(analysis, arms)
     doubted, arms = shown.in_doubt(arms, look)
-    figure, axes = layout.panels(venue, shown.settings(arms))
+    figure, axes = layout.panels(venue, shown.settings(arms), wide=len(look) > layout.MANY)
     for name, ax in axes.items():
         draw.learn_forget(ax, arms[arms["setting"] == name], metric, look)
     if len(axes) > 1:  # the label is as wide as three panels
         for ax in axes.values():
             ax.set_xlabel("forgetting (nats/token)")
     layout.finish(figure, axes, look, _axis(analysis, metric), lines=False, doubted=doubted)
+    layout.thin(figure, axes.values())
     return figure
 
 
@@ -315,7 +334,7 @@ def share_kept(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     table = table.sort_values("share", ascending=False).drop_duplicates(["setting", "placement", "rank"]).sort_index()
     look = shown.looks_of(analysis, table)
     doubted, table = shown.in_doubt(table, look)
-    figure, axes = layout.panels(venue, shown.settings(table))
+    figure, axes = layout.panels(venue, shown.settings(table), wide=len(look) > layout.MANY)
     for name, ax in axes.items():
         draw.share_kept(ax, table[table["setting"] == name], look)
     what = f"{FULL}'s" if reference == FULL else "the full placement's"
@@ -332,12 +351,16 @@ def forest(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
         return "no two placements or methods were compared at equal rank"
     names = shown.settings(tests)
     tests = shown.first(tests, min(shown.MOST_ARMS, layout.rows_that_fit(venue, len(names), *layout.TEST)))
-    figure, axes = layout.panels(venue, names, height=layout.TEST[1] + layout.TEST[0] * shown.most_of(tests))
+    figure, axes = layout.panels(
+        venue, names, height=layout.TEST[1] + layout.TEST[0] * shown.most_of(tests),
+        wide=tests["label"].str.len().max() > layout.LONG,
+    )  # fmt: skip
     for name, ax in axes.items():
         draw.forest(ax, tests[tests["setting"] == name])
         layout.shorten(ax, share=0.6)
         ax.set_xlabel("difference in\n" + _axis(analysis, analysis.metric))
     layout.finish(figure, axes, {}, "")
+    layout.thin(figure, axes.values())
     return figure
 
 
@@ -362,7 +385,7 @@ def performance_profile(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | 
     if not found:
         return f"fewer than {LEAST_TASKS} tasks have the same arms of one model"
     look = shown.all_looks(analysis)
-    figure, axes = layout.panels(venue, [one.model for one in found])
+    figure, axes = layout.panels(venue, [one.model for one in found], wide=len(look) > layout.MANY)
     drawn: dict[str, str] = {}
     doubts = tuple(arm.label for arm in analysis.found.arms if arm.doubts)
     for one in found:

@@ -1,6 +1,7 @@
 """How panels, titles and legends lie on a venue's page. No text is smaller than `venues.LEAST_FONT`."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -8,6 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from analysis import draw
 from analysis.arms import FULL
@@ -19,16 +21,21 @@ PANEL_HEIGHT = 1.95
 TITLE_FONT = 8.0
 LETTER = 0.62
 """Width of a letter over its height, on average."""
+MINUS = " − "
+MANY, LONG = 6, 24
+"""Entries of a legend, and letters of the names beside a panel, from which on one panel takes the whole text."""
 ARM, TEST, HEAT = (0.135, 0.45), (0.15, 0.55), (0.3, 0.75)
 """Inches of a row of these panels, and of what is above and below their rows."""
 
 
-def panels(venue: Venue, names: Sequence[str], height: float = PANEL_HEIGHT) -> tuple[Figure, dict[str, Axes]]:
-    """A panel a setting: one fits a column, several stand side by side over the text. No figure is higher than the
+def panels(
+    venue: Venue, names: Sequence[str], height: float = PANEL_HEIGHT, *, wide: bool = False
+) -> tuple[Figure, dict[str, Axes]]:
+    """A panel a setting: one fits a column, several, or one that is `wide`, take the text. No figure is higher than the
     page."""
     columns = min(len(names), venue.across)
     rows = -(-len(names) // columns)
-    size = (venue.width(len(names)), min(0.25 + height * rows, venue.height))
+    size = (venue.width(len(names), wide=wide), min(0.25 + height * rows, venue.height))
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     axes = {name: grid[i // columns][i % columns] for i, name in enumerate(names)}
     for unused in list(grid.flat)[len(names) :]:
@@ -111,7 +118,29 @@ def shorten(ax: Axes, share: float = 0.5) -> None:
     """Takes the middle out of names beside a panel that would take more than a share of its width."""
     most = int(share * letters(ax) / LEAST_FONT)
     names = [label.get_text() for label in ax.get_yticklabels()]
-    ax.set_yticks(ax.get_yticks(), [shortened(name, most) for name in names])
+    ax.set_yticks(ax.get_yticks(), [_of_two(name, most) for name in names])
+
+
+def _of_two(text: str, most: int) -> str:
+    """The name of an arm, or of a difference between two, each of which is shortened."""
+    parts = text.split(MINUS)
+    return text if len(text) <= most else MINUS.join(shortened(one, most // len(parts) - 2) for one in parts)
+
+
+def thin(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Fewer labels on horizontal axes where they would touch each other, once the layout is known."""
+    figure.draw_without_rendering()
+    for ax in axes:
+        for count in (4, 3, 2, 1):
+            low, high = ax.get_xlim()
+            boxes = [
+                tick.label1.get_window_extent()
+                for tick in ax.xaxis.get_major_ticks()
+                if low <= tick.get_loc() <= high and tick.label1.get_text()
+            ]
+            if all(a.x1 + 0.3 * LEAST_FONT / 72 * figure.dpi < b.x0 for a, b in pairwise(boxes)):
+                break
+            ax.xaxis.set_major_locator(MaxNLocator(count))
 
 
 def title(ax: Axes, text: str) -> None:

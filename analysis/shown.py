@@ -1,6 +1,7 @@
 """Which arms a figure shows, what they are called there, how they look, and which bear a dagger."""
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import pandas as pd
@@ -165,13 +166,20 @@ def comparisons(analysis: Analysis) -> pd.DataFrame:
     tests = tests[tests["setting"].isin(sorted(tests["setting"].unique())[:MOST_SETTINGS])]
     names = {name: named(analysis, str(name)) for name in tests["setting"].unique()}
     texts = [
-        f"{names[row['setting']][row['b']][1]} − {names[row['setting']][row['a']][1]}"
-        for row in tests.to_dict("records")
+        _difference(*(names[row["setting"]][row[side]][1] for side in ("b", "a"))) for row in tests.to_dict("records")
     ]
     tests = tests.assign(label=pd.Series(texts, index=tests.index, dtype=object))
     if len(tests) and tests.groupby("setting").size().max() > MOST_ARMS:
         tests = tests.assign(size=-tests["difference"].abs()).sort_values(["p_holm", "p", "size"], kind="stable")
     return tests
+
+
+def _difference(minuend: str, subtrahend: str) -> str:
+    """The name of a difference; a rank that both have stands once."""
+    parts = [re.fullmatch(rf"(.*) (r[\d.]+)({DAGGER}?)", name) for name in (minuend, subtrahend)]
+    if parts[0] is None or parts[1] is None or parts[0][2] != parts[1][2]:
+        return f"{minuend} − {subtrahend}"
+    return f"{parts[0][1]}{parts[0][3]} − {parts[1][1]}{parts[1][3]} {parts[0][2]}"
 
 
 def first(table: pd.DataFrame, most: int = MOST_ARMS) -> pd.DataFrame:
@@ -209,8 +217,3 @@ def least_range(analysis: Analysis, arms: pd.DataFrame, metric: str) -> float:
     bars = (arms[f"{metric}_high"] - arms[f"{metric}_low"]).median()
     known = [float(value) for value in (own["detectable"].max(), bars) if np.isfinite(value) and value > 0]
     return known[0] if known else 0.0
-
-
-def joined(names: Sequence[str]) -> str:
-    """a, b and c."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

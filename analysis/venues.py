@@ -22,9 +22,9 @@ class Venue:
         """How many panels stand side by side over the whole text."""
         return max(1, min(3, int(self.text / LEAST_PANEL)))
 
-    def width(self, panels: int) -> float:
-        """Inches of a figure of so many panels side by side: one takes a column, several the text."""
-        return self.column if panels == 1 else self.text
+    def width(self, panels: int, *, wide: bool = False) -> float:
+        """Inches of a figure of so many panels side by side: one takes a column, several, or a `wide` one, the text."""
+        return self.column if panels == 1 and not wide else self.text
 
 
 # icml2025.sty, neurips_2025.sty; acl.sty is in centimetres: A4, margins of 2.5, 0.6 between columns
