@@ -13,7 +13,7 @@ from analysis.venues import DEFAULT, Venue
 
 SUFFIXES = ("md", "tex")
 WHAT = {
-    "pareto": "Cost against performance; members of the front are filled and joined, numbers are ranks",
+    "pareto": "Cost against performance; members of the front are filled and joined",
     "arms": "Every arm, best measured first",
     "forest": "Differences between arms at equal rank, first minus second; filled where significant after correction "
     "for all comparisons of the family",
@@ -33,6 +33,7 @@ WHAT = {
     "where_energy_went": "Share of the update's squared norm by layer and role",
     "importance": "Importance of each varied field for the validation score",
 }
+COSTS = {"seconds": "seconds", "flops": "training FLOPs", "tokens": "training tokens", "memory": "peak memory of a run alone"}
 PAIRED = ("pareto", "arms", "rank", "heatmap", "learn_forget")
 """Figures whose bars are of the paired difference to a reference arm."""
 BARS = {
@@ -62,7 +63,7 @@ def kind(name: str) -> str:
 def alt(name: str) -> str:
     """What a figure shows, in a line."""
     rest = name.removeprefix(kind(name)).strip("_")
-    return WHAT[kind(name)] + (f" ({title(rest)})" if rest else "")
+    return WHAT[kind(name)] + (f" ({COSTS.get(rest) or title(rest)})" if rest else "")
 
 
 def caption(analysis: Analysis, name: str, venue: Venue = DEFAULT) -> str:
@@ -71,6 +72,8 @@ def caption(analysis: Analysis, name: str, venue: Venue = DEFAULT) -> str:
     sentences = [alt(name)]
     sentences += _paired(analysis, what) if what in PAIRED else [BARS[what]] if what in BARS else []
     sentences += _left_out(analysis, what, venue)
+    if what == "pareto" and shown.ranks_written(shown.trained(analysis, analysis.metric)):
+        sentences.append("Numbers beside points are ranks")
     if what in ("pareto", "rank", "arms") and _has_full(analysis):
         sentences.append(_full(what))
     sentences += _sample(analysis)
@@ -151,10 +154,9 @@ def _left_out(analysis: Analysis, what: str, venue: Venue) -> list[str]:
         room = layout.rows_that_fit(venue, panels, *layout.HEAT)
         return [f"Of {total} placements (or methods) the {room} best are shown"] if total > room else []
     if what in BY_KIND and len(kinds) > shown.MOST_KINDS:
-        return [
-            f"Of {len(kinds)} placements (or methods) the {shown.BEST_KINDS} whose best arms score best have a colour, the "
-            "others are grey and without bars"
-        ]
+        bare = ", without bars" if what in (*PAIRED, "share_kept") else ", without bands"
+        text = f"Of {len(kinds)} placements (or methods) the {shown.BEST_KINDS} whose best arms score best have a colour"
+        return [f"{text}, the others are grey{'' if what == 'learning_rate' else bare}"]
     return []
 
 

@@ -34,8 +34,6 @@ COSTS = {
 }
 SAME_COST = 1.02
 """Largest over smallest cost of a setting, below which its arms cost the same."""
-MOST_RANKED = 40
-"""Arms of a figure whose ranks are written beside their points."""
 
 
 def pareto(
@@ -67,7 +65,7 @@ def pareto(
         _base_note(ax, analysis, name, metric)
     layout.finish(figure, axes, look, _axis(analysis, metric), lines=False, doubted=doubted)
     figure.draw_without_rendering()  # the layout decides how far apart points are
-    ranks, higher = shown.over_ranks(arms) and len(arms) <= MOST_RANKED * len(axes), higher_is_better(metric)
+    ranks, higher = shown.ranks_written(arms), higher_is_better(metric)
     for name, ax in axes.items():
         draw.point_labels(ax, points[name], metric, cost, higher=higher, ranks=ranks)
     return figure

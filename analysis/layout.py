@@ -18,6 +18,8 @@ from analysis.tables import DAGGER
 from analysis.venues import LEAST_FONT, Venue
 
 PANEL_HEIGHT = 1.95
+WIDE = 1.3
+"""How much higher a panel is that takes the whole text."""
 TITLE_FONT = 8.0
 LETTER = 0.62
 """Width of a letter over its height, on average."""
@@ -35,6 +37,7 @@ def panels(
     page."""
     columns = min(len(names), venue.across)
     rows = -(-len(names) // columns)
+    height *= WIDE if height == PANEL_HEIGHT and wide and columns == 1 else 1.0
     size = (venue.width(len(names), wide=wide), min(0.25 + height * rows, venue.height))
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     axes = {name: grid[i // columns][i % columns] for i, name in enumerate(names)}

@@ -16,7 +16,7 @@ from analysis.tables import DAGGER, daggers
 Looks = Mapping[str, Look]
 """How each kind of arm is drawn."""
 
-MOST_SETTINGS, MOST_ARMS = 6, 30
+MOST_SETTINGS, MOST_ARMS, MOST_RANKED = 6, 30, 40
 MOST_KINDS, BEST_KINDS = 10, 8
 """Kinds that have a look each; of more than these the best ones do, and the others are grey."""
 
@@ -72,6 +72,11 @@ def of_simplest(analysis: Analysis, runs: pd.DataFrame) -> pd.DataFrame:
 def over_ranks(table: pd.DataFrame) -> bool:
     """Whether arms differ in rank alone: of methods at one rank each, only the methods do."""
     return bool((table.groupby(["setting", "placement"])["rank"].nunique() > 1).any())
+
+
+def ranks_written(arms: pd.DataFrame) -> bool:
+    """Whether ranks stand beside points: they differ, and there are not too many."""
+    return over_ranks(arms) and most_of(arms) <= MOST_RANKED
 
 
 def at_ranks(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[float]]:
