@@ -113,7 +113,7 @@ def every_arm(analysis: Analysis, metric: str, venue: Venue = DEFAULT) -> Figure
         _whole(ax, mine, metric, look, upright=True)
         layout.shorten(ax)
         ax.set_xlabel(_axis(analysis, metric))
-    layout.finish(figure, axes, {}, "")
+    layout.finish(figure, axes, {}, "", beside=True)
     layout.thin(figure, axes.values())
     return figure
 
@@ -164,7 +164,7 @@ def heat_map(analysis: Analysis, metric: str, venue: Venue = DEFAULT) -> Figure 
         if not written:
             figure.colorbar(image, ax=ax, pad=0.02, aspect=30)
         layout.shorten(ax, share=0.4)
-    layout.finish(figure, axes, {}, "")
+    layout.finish(figure, axes, {}, "", beside=True)
     figure.suptitle(_axis(analysis, metric), fontsize=8)
     return figure
 
@@ -277,7 +277,7 @@ def learn_forget(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
 
 def where_rank_went(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     """Rank by layer and role, for up to four arms whose modules differ in rank."""
-    tables = dict(list(shown.uneven(analysis).items())[:4])
+    tables = shown.uneven(analysis)
     if not tables:
         listed = any(analysis.study.layouts.values())
         return "every arm has one rank in all its modules" if listed else "no record lists its adapted modules"
@@ -314,7 +314,7 @@ def importance(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     figure, axes = layout.panels(venue, names, height=0.7 + 0.22 * table["field"].nunique())
     for name, ax in axes.items():
         draw.bars(ax, table[table["setting"] == name])
-    layout.finish(figure, axes, {}, "")
+    layout.finish(figure, axes, {}, "", beside=True)
     return figure
 
 
@@ -357,7 +357,7 @@ def forest(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
         draw.forest(ax, tests[tests["setting"] == name])
         layout.shorten(ax, share=0.6)
         ax.set_xlabel("difference in\n" + _axis(analysis, analysis.metric))
-    layout.finish(figure, axes, {}, "")
+    layout.finish(figure, axes, {}, "", beside=True)
     layout.thin(figure, axes.values())
     return figure
 

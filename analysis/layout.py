@@ -20,7 +20,8 @@ from analysis.venues import LEAST_FONT, Venue
 PANEL_HEIGHT = 1.95
 WIDE = 1.3
 """How much higher a panel is that takes the whole text."""
-TITLE_FONT = 8.0
+TITLE_FONT, TITLE_ROOM = 8.0, 0.7
+"""Points, and the share of a panel's width, axis labels included, that a title may take."""
 LETTER = 0.62
 """Width of a letter over its height, on average."""
 MINUS = " − "
@@ -64,8 +65,10 @@ def by_rank(
     )  # fmt: skip
     rows = grid.T if beside else grid
     axes = {(name, rank): rows[i][j] for i, name in enumerate(settings) for j, rank in enumerate(ranks)}
-    for (name, rank), ax in axes.items():
-        title(ax, ", ".join([name] * (len(settings) > 1) + [f"rank {rank:g}"] * (not beside)))
+    texts = [", ".join([name] * (len(settings) > 1) + [f"rank {rank:g}"] * (not beside)) for name, rank in axes]
+    broken = any(TITLE_FONT * len(text) > TITLE_ROOM * letters(ax) for text, ax in zip(texts, axes.values(), strict=True))
+    for text, ax in zip(texts, axes.values(), strict=True):
+        title(ax, text.replace(", ", "\n") if broken else text)
     return figure, axes
 
 
@@ -74,7 +77,7 @@ def module_maps(
     ticks: Sequence[float] | None = None,
 ) -> Figure:  # fmt: skip
     """A panel an arm with a value by role and layer, and one colour bar from 0 to `top`."""
-    columns = min(len(tables), venue.across)
+    columns = 2 if len(tables) == 4 else min(len(tables), venue.across)
     rows = -(-len(tables) // columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(venue.width(len(tables)), 0.15 + 1.6 * rows), squeeze=False, layout="constrained"
@@ -91,12 +94,12 @@ def module_maps(
 def finish(
     figure: Figure, axes: Mapping[str, Axes], look: Mapping[str, Look], label: str, *, lines: bool = True,
     doubted: Collection[str] = (),
-    names: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None, beside: bool = False,
 ) -> None:  # fmt: skip
     """Titles where there are several panels, the label of the left ones, and the legend."""
     for name, ax in axes.items():
         if len(axes) > 1:
-            title(ax, name)
+            title(ax, name, beside=beside)
         spec = ax.get_subplotspec()
         if label and spec is not None and spec.is_first_col():
             ax.set_ylabel(label)
@@ -146,13 +149,19 @@ def thin(figure: Figure, axes: Iterable[Axes]) -> None:
             ax.xaxis.set_major_locator(MaxNLocator(count))
 
 
-def title(ax: Axes, text: str) -> None:
-    """A title that stays over its panel: a long one has two lines, is smaller, or loses its middle."""
-    room = 0.7 * letters(ax)
+def title(ax: Axes, text: str, *, beside: bool = False) -> None:
+    """A title that stays over its panel: a long one has two lines, is smaller, or loses its middle.
+
+    Args:
+        beside: whether names beside the panel leave it little width, so that a long title starts over these.
+    """
+    room = TITLE_ROOM * letters(ax)
     text = text if TITLE_FONT * len(text) <= room else text.replace(", ", "\n")
     lines = [shortened(line, int(room / LEAST_FONT)) for line in text.split("\n")]
     size = min(TITLE_FONT, room / max(1, *map(len, lines)))
     ax.set_title("\n".join(lines), fontsize=max(LEAST_FONT, size))
+    if beside and size * max(map(len, lines)) > 0.4 * letters(ax):
+        ax.title.set(x=1.0, ha="right")
 
 
 def legend(

@@ -24,8 +24,10 @@ MOST_KINDS, BEST_KINDS = 10, 8
 def every(analysis: Analysis) -> pd.DataFrame:
     """The arms that were trained, with their kind as placement; `dagger` says whose hyperparameters are in doubt."""
     arms = analysis.arms[analysis.arms["arm"] != BASE]
+    if arms.empty:
+        return arms.assign(dagger=False)
     marks = daggers(analysis)
-    doubted = [key in marks for key in zip(arms["setting"], arms["arm"], strict=True)] if len(arms) else []
+    doubted = [key in marks for key in zip(arms["setting"], arms["arm"], strict=True)]
     return arms.assign(placement=kinds(arms), dagger=pd.Series(doubted, index=arms.index, dtype=bool))
 
 
@@ -197,21 +199,23 @@ def most_of(table: pd.DataFrame) -> int:
     return int(table.groupby("setting").size().max()) if len(table) else 0
 
 
-def uneven(analysis: Analysis) -> dict[str, pd.DataFrame]:
-    """Short name of an arm -> its modules, for arms of one setting whose modules differ in rank (of equal ranks one)."""
+def uneven(analysis: Analysis, most: int = 4) -> dict[str, pd.DataFrame]:
+    """Short name of an arm -> its modules, for arms of one setting whose modules differ in rank (of equal ranks one):
+    of more than `most` the highest rank of each kind."""
     found = [arm for arm in analysis.found.arms if not pd.isna(arm.factors["rank"])]
     arms = [arm for arm in found if analysis.study.layouts.get(arm.runs["layout"].iloc[0])]
     arms = [arm for arm in arms if arm.setting == arms[0].setting]
     layouts = {arm.runs["layout"].iloc[0]: arm for arm in reversed(arms)}
     tables: dict[str, pd.DataFrame] = {}
-    names: dict[str, tuple[str, str]] = named(analysis, arms[0].setting) if arms else {}
     for layout, arm in layouts.items():
         table = pd.DataFrame(analysis.study.layouts[layout])
         table = table[table["layer"].notna()]
         if table["rank"].nunique() > 1:
-            tables[names[arm.label][1]] = table
-    order = [name for _, name in names.values() if name in tables]
-    return {name: tables[name] for name in order}
+            tables[arm.label] = table
+    names = named(analysis, arms[0].setting) if arms else {}
+    order = [label for label in names if label in tables]
+    chosen = last(names, order) if len(order) > most else order
+    return {names[label][1]: tables[label] for label in chosen[:most]}
 
 
 def least_range(analysis: Analysis, arms: pd.DataFrame, metric: str) -> float:
