@@ -81,7 +81,8 @@ def _run(options: argparse.Namespace) -> int:
         study, metric=options.metric, tuned=options.tuned, draws=options.draws, seed=options.seed,
         mixed_model=options.mixed,
     )  # fmt: skip
-    written = [*tables.write(found, options.out / "tables"), claims.write(found, options.out)]
+    made = tables.sheets(found)
+    written = [*tables.write(found, options.out / "tables", made), claims.write(found, options.out)]
     absent: dict[str, str] = {}
     drawn: list[Path] = []
     if not options.no_figures:
@@ -89,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
 
         drawn, absent = figures.write(found, options.out / "figures", venue=page)
         written += drawn
-    written.append(report.write(found, options.out, absent=absent, drawn=drawn, venue=page))
+    written.append(report.write(found, options.out, absent=absent, drawn=drawn, venue=page, made=made))
     for kind in options.export:
         written += exchange.write(found, options.out / kind, kind)
     for name, reason in absent.items():

@@ -321,7 +321,9 @@ def _arm(
         study.note(Problem(folder=setting, kind="arm without a completed run", message=message))
         return None
     again = done[done["search.purpose"] == "confirm"] if "search.purpose" in done else done.iloc[:0]
-    trials: dict[str, pd.DataFrame] = dict(iter((done if again.empty else again).groupby("trial", sort=True)))
+    counted = done if again.empty else again
+    columns = [key for key in ("seed", found.select) if key in counted]
+    trials: dict[str, pd.DataFrame] = dict(iter(counted.groupby("trial", sort=True)[columns]))
     name = next(iter(trials))
     if len(trials) > 1:
         most = max(group["seed"].nunique() for group in trials.values())
@@ -337,7 +339,7 @@ def _arm(
             return None
         pick = max if higher_is_better(found.select) else min
         name = pick(means, key=lambda trial: means[trial])
-    best = trials[name].drop_duplicates("seed", keep="last").sort_values("seed")
+    best = counted.loc[trials[name].drop_duplicates("seed", keep="last").sort_values("seed").index]
     found.runs.loc[best.index, "chosen"] = True
     first = best.iloc[0]
     return Arm(

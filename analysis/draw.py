@@ -286,7 +286,8 @@ def heat(
                 j, i, text if written else mark, ha="center", va="center", fontsize=LEAST_FONT, color=ink,
                 linespacing=1.05,
             )  # fmt: skip
-            label.set_path_effects([withStroke(linewidth=2, foreground=shade)])
+            if not row["differs"]:
+                label.set_path_effects([withStroke(linewidth=2, foreground=shade)])
     step = max(1, int(np.ceil(len(columns) / 8)))
     ax.set_xticks(range(0, len(columns), step), [f"{rank:g}" for rank in columns[::step]])
     ax.set_yticks(range(len(rows)), [name + DAGGER * bool(doubted[name]) for name in rows])

@@ -15,7 +15,7 @@ from analysis.analyse import Analysis
 from analysis.arms import BASE, higher_is_better, kinds
 from analysis.claims import sentences
 from analysis.load import STATUSES
-from analysis.tables import TITLES, Sheet, latex, markdown, sheets
+from analysis.tables import TITLES, Sheet, sheets
 from analysis.venues import DEFAULT, Venue
 
 _HERE = Path(__file__).parent
@@ -24,12 +24,16 @@ _FILTERS = ("placement", "rank", "method", "allocation", "source")
 
 def write(
     analysis: Analysis, folder: Path, *, absent: Mapping[str, str] | None = None, drawn: Sequence[Path] | None = None,
-    venue: Venue = DEFAULT,
+    venue: Venue = DEFAULT, made: Sequence[Sheet] | None = None,
 ) -> Path:  # fmt: skip
-    """Writes report.html with the figures `drawn` of this analysis; by default those that lie in `folder`/figures."""
+    """Writes report.html with the figures `drawn` of this analysis; by default those that lie in `folder`/figures.
+
+    Args:
+        made: the tables, where they are made already.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     images = [*(folder / "figures").glob("*.png")] if drawn is None else [p for p in drawn if p.suffix == ".png"]
-    plain = json.dumps(content(analysis, images, absent or {}, venue), separators=(",", ":"), allow_nan=False)
+    plain = json.dumps(content(analysis, images, absent or {}, venue, made), separators=(",", ":"), allow_nan=False)
     parts = {
         "TITLE": html.escape(f"{analysis.study.name or 'imported runs'}: LoRA placement study"),
         "STYLE": (_HERE / "report.css").read_text(encoding="utf-8"),
@@ -45,7 +49,8 @@ def write(
 
 
 def content(
-    analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str], venue: Venue = DEFAULT
+    analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str], venue: Venue = DEFAULT,
+    made: Sequence[Sheet] | None = None,
 ) -> dict[str, Any]:
     """What the page shows, as plain data."""
     metrics, arms = analysis.found.metrics, _with_runs(analysis)
@@ -72,7 +77,7 @@ def content(
         "looks": [{"kind": kind, "colour": look.colour, "marker": look.marker} for kind, look in shown.all_looks(analysis).items()],
         "arms": _columns(arms),
         "runs": _columns(_runs(analysis).merge(arms[["setting", "arm", "kind"]], on=["setting", "arm"], how="left")),
-        "sheets": [_sheet(sheet) for sheet in sheets(analysis)],
+        "sheets": [_sheet(sheet) for sheet in (sheets(analysis) if made is None else made)],
         "figures": [{"src": _image(path), "alt": captions.caption(analysis, path.stem, venue)} for path in images],
         "absent": [f"No figure {name}: {reason}." for name, reason in absent.items()],
         "checks": analysis.tables["checks"].to_dict("records")
@@ -132,7 +137,7 @@ def _plain(value: Any) -> Any:
 def _sheet(sheet: Sheet) -> dict[str, Any]:
     rows = [[{"v": _plain(cell.value), "t": cell.text, "b": cell.bold} for cell in row] for row in sheet.rows]
     plain = {"name": sheet.name, "caption": sheet.caption, "header": sheet.header, "rows": rows}
-    return plain | {"latex": latex(sheet), "markdown": markdown(sheet)}
+    return plain | {"latex": sheet.latex, "markdown": sheet.markdown}
 
 
 def _image(path: Path) -> str:

@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,22 @@ class Cell:
 
 @dataclass(kw_only=True)
 class Sheet:
-    """A formatted table: header and cells. The note under it says where its numbers come from."""
+    """A formatted table: header and cells. The note under it says where its numbers come from. Its texts are made once,
+    for a file and for the report."""
 
     name: str
     caption: str
     header: list[str]
     rows: list[list[Cell]] = field(default_factory=list)
     note: str = ""
+
+    @cached_property
+    def markdown(self) -> str:
+        return markdown(self)
+
+    @cached_property
+    def latex(self) -> str:
+        return latex(self)
 
 
 COMMONEST = "commonest answer"
@@ -258,17 +268,20 @@ def overall_best(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
     return found
 
 
-def write(analysis: Analysis, folder: Path) -> list[Path]:
+def write(analysis: Analysis, folder: Path, made: Sequence[Sheet] | None = None) -> list[Path]:
     """Writes each table as .md, .tex and .csv, the raw tables as .csv, and all.tex, which compiles them all.
 
     Tables that a former analysis wrote there and this one does not have are removed.
+
+    Args:
+        made: the tables, where they are made already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written, shown = [], sheets(analysis)
+    written, shown = [], sheets(analysis) if made is None else made
     for sheet in shown:
         written += [folder / f"{sheet.name}.md", folder / f"{sheet.name}.tex"]
-        written[-2].write_text(markdown(sheet) + "\n", encoding="utf-8")
-        written[-1].write_text(latex(sheet), encoding="utf-8")
+        written[-2].write_text(sheet.markdown + "\n", encoding="utf-8")
+        written[-1].write_text(sheet.latex, encoding="utf-8")
         if sheet.name.startswith("placement_rank"):
             frame = pd.DataFrame([[cell.text for cell in row] for row in sheet.rows], columns=sheet.header)
             written.append(folder / f"{sheet.name}.csv")
