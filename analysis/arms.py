@@ -243,6 +243,8 @@ def aligned(a: Scores, b: Scores) -> Aligned | None:
     """
     if bool(a.ids) != bool(b.ids):
         return None
+    if a.ids == b.ids and a.seeds and a.seeds == b.seeds:  # as nearly all arms of a grid
+        return Aligned(a.x_RE, b.x_RE, a.w_E, a.groups or b.groups, _of_contrast(a, b))
     if a.ids == b.ids:
         columns_a = columns_b = np.arange(len(a.w_E))
     else:
@@ -263,11 +265,16 @@ def aligned(a: Scores, b: Scores) -> Aligned | None:
     variance = None
     if not a.seeds or not b.seeds:
         variance = (a if a.seeds else b).seed_variance
-    elif a.seeds == b.seeds and a.contrast_variance is not None and b.contrast_variance is not None:
-        variance = of_difference(a.contrast_variance, b.contrast_variance)
+    elif a.seeds == b.seeds:
+        variance = _of_contrast(a, b)
     groups, columns = (a.groups, columns_a) if a.groups else (b.groups, columns_b)
     named = tuple(groups[i] for i in columns) if groups else ()
     return Aligned(rows(a)[:, columns_a], rows(b)[:, columns_b], a.w_E[columns_a], named, variance)
+
+
+def _of_contrast(a: Scores, b: Scores) -> SeedVariance | None:
+    known = a.contrast_variance is not None and b.contrast_variance is not None
+    return of_difference(a.contrast_variance, b.contrast_variance) if known else None  # type: ignore[arg-type]
 
 
 def _labels(runs: pd.DataFrame, keys: Sequence[str], shown: Sequence[str]) -> pd.Series:

@@ -1,5 +1,6 @@
 """Comparisons between arms as tables: tests with Holm correction, matched budgets, share of a gain kept, power."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,12 +125,12 @@ def _ladders(arms: Sequence[Arm]) -> dict[tuple[str, str], list[Arm]]:
 def _matched_rows(
     setting: Setting, metrics: Sequence[str], arm: Arm, others: Sequence[Arm], tolerance: float
 ) -> Iterator[dict[str, Any]]:
-    close = [other for other in others if abs(np.log(other.parameters / arm.parameters)) <= np.log1p(tolerance)]
+    close = [other for other in others if abs(_distance(other, arm.parameters)) <= math.log1p(tolerance)]
     around = [(low, high) for low, high in pairwise(others) if low.parameters < arm.parameters < high.parameters]
     for metric in metrics:
         a = arm.scores.get(metric)
         if close:
-            other = min(close, key=lambda one: abs(np.log(one.parameters / arm.parameters)))
+            other = min(close, key=lambda one: abs(_distance(one, arm.parameters)))
             b, label, size = other.scores.get(metric), other.label, other.parameters
         elif around:
             low, high = around[0]
@@ -143,12 +144,18 @@ def _matched_rows(
             yield {**names, **result, "parameters_a": arm.parameters, "parameters_b": size}
 
 
+def _distance(arm: Arm, parameters: float) -> float:
+    """How many times the parameters an arm has, as a logarithm; NaN where they are not known."""
+    ratio = arm.parameters / parameters
+    return math.log(ratio) if ratio > 0 else math.nan
+
+
 def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, metric: str) -> Scores | None:
     """Scores at a number of parameters between two ranks: the parabola in log parameters through these and the rank
     nearest to them, since a line between two points of a convex curve lies above it, to the measured arm's favour; a
     line where the ladder has two ranks."""
     third = [arm for arm in ladder if arm not in around]
-    third.sort(key=lambda arm: abs(np.log(arm.parameters / parameters)))
+    third.sort(key=lambda arm: abs(_distance(arm, parameters)))
     arms = sorted([*around, *third[:1]], key=lambda arm: arm.parameters)
     found = [arm.scores.get(metric) for arm in arms]
     parts = [one for one in found if one is not None and one.ids == (found[0].ids if found[0] else ())]
@@ -157,11 +164,12 @@ def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, me
     seeds = tuple(seed for seed in parts[0].seeds if all(seed in one.seeds for one in parts))
     if not seeds:
         return None
-    at_A = np.log([arm.parameters / parameters for arm in arms])
-    share_A = [float(np.prod([-other / (at - other) for other in at_A if other != at])) for at in at_A]
-    x_ARE = np.stack([one.x_RE[[one.seeds.index(seed) for seed in seeds]] for one in parts])
+    same = all(one.seeds == seeds for one in parts)
+    at_A = [_distance(arm, parameters) for arm in arms]
+    share_A = [math.prod(-other / (at - other) for other in at_A if other != at) for at in at_A]
+    x_ARE = [one.x_RE if same else one.x_RE[[one.seeds.index(seed) for seed in seeds]] for one in parts]
     blended = Scores(
-        x_RE=np.einsum("a,are->re", share_A, x_ARE), w_E=parts[0].w_E, seeds=seeds, ids=parts[0].ids,
+        x_RE=sum(share * x_RE for share, x_RE in zip(share_A, x_ARE, strict=True)), w_E=parts[0].w_E, seeds=seeds, ids=parts[0].ids,
         groups=parts[0].groups,
     )  # fmt: skip
     variances = [one.contrast_variance for one in parts if one.seeds == seeds and one.contrast_variance is not None]

@@ -428,13 +428,13 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in makers(analysis) if not only or name in only]
     with styled():  # makes the font that the processes share
-        shares = [names[i::workers] for i in range(workers)] if workers > 1 and _can_fork() else [names]
+        apart = workers > 1 and len(names) > 1 and _can_fork()
     found: dict[str, str | None] = {}
-    if len(shares) > 1 and len(names) > 1:
+    if apart:
         with ProcessPoolExecutor(
             workers, mp_context=get_context("fork"), initializer=_inherit, initargs=(analysis, venue)
         ) as pool:
-            for part in pool.map(_save_inherited, shares, [folder] * len(shares)):
+            for part in pool.map(_save_inherited, ([name] for name in names), [folder] * len(names)):
                 found |= part
     else:
         found = _save(analysis, names, folder, venue)

@@ -231,10 +231,10 @@ def bold_arms(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
     rivals = _rivals(analysis, without=("rank", BASE, FULL))
     found = set()
     for setting, group in tests.groupby("setting"):
-        for arm in set(group["a"]) | set(group["b"]):
-            mine = group[(group["a"] == arm) | (group["b"] == arm)]
-            if len(mine) == rivals[str(setting), arm] and (mine["better"] == arm).all():
-                found.add((str(setting), arm))
+        made, won = Counter([*group["a"], *group["b"]]), Counter(group["better"])
+        found |= {
+            (str(setting), arm) for arm, count in made.items() if count == rivals[str(setting), arm] == won[arm]
+        }
     return found
 
 
