@@ -449,11 +449,12 @@ def write(
 
 def make(analysis: Analysis, venue: Venue = DEFAULT) -> dict[str, Figure | str]:
     """Every figure by name, to look at in a notebook; for those left out, the reason."""
+    found: dict[str, Figure | str] = {}
     with styled():
-        found = {name: maker(analysis, venue) for name, maker in makers(analysis).items()}
-    for figure in found.values():
-        if not isinstance(figure, str):
-            plt.close(figure)  # so that a notebook shows it where it is asked for, and once
+        for name, maker in makers(analysis).items():
+            found[name] = made = maker(analysis, venue)
+            if not isinstance(made, str):
+                plt.close(made)  # so that a notebook shows it where it is asked for, and once
     return found
 
 

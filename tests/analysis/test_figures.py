@@ -1,4 +1,5 @@
 import re
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,23 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from analysis import Analysis, analyse, draw, figures, layout, load, shown
+from analysis import Analysis, analyse, captions, draw, figures, layout, load, shown
 from analysis.arms import kinds
-from analysis.style import looks, styled
+from analysis.style import FADED, looks, styled
 from analysis.venues import DEFAULT
-from tests.analysis.synthetic import Truth, edit, write_study
+from tests.analysis.synthetic import ROLES, Truth, edit, write_study
 
 ALL = {
     "pareto_nll", "rank_nll", "pareto_exact_match", "rank_exact_match", "pareto_seconds", "pareto_flops",
     "pareto_tokens", "pareto_memory", "heatmap_nll", "share_kept", "arms_nll", "forest", "detectable",
     "performance_profile", "learning_rate", "training_curves", "validation_curves", "learn_forget", "where_rank_went", "where_energy_went", "importance",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    plt.close("all")
 
 
 def test_every_figure_as_pdf_and_png(analysis: Analysis, tmp_path: Path) -> None:
@@ -306,3 +313,127 @@ def test_forgetting_has_few_labels_so_that_none_lie_on_one_another() -> None:
     low, high = ax.get_xlim()
     assert 3 <= sum(low <= tick <= high for tick in ax.get_xticks()) <= 6
     plt.close(figure)
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
+    """Twelve placements at two ranks and full fine-tuning; the rate of one arm is at no edge."""
+    levels = {f"p{i:02}": 0.2 - 0.01 * i for i in range(12)}
+    study = tmp_path_factory.mktemp("outputs") / "crowd"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in levels:
+            patch.setitem(ROLES, name, ROLES["attn"])
+        write_study(study, truth=Truth(placements=levels), ranks=(4, 8), examples=20, steps=2, modules=False)
+    write_study(
+        study, truth=Truth(placements={"full": 0.1}), ranks=(4,), methods=("full_ft",), examples=20, steps=2
+    )  # fmt: skip
+    return analyse(load(study), draws=50)
+
+
+def test_of_many_kinds_the_best_have_a_colour(crowd: Analysis) -> None:
+    look = shown.all_looks(crowd)
+    assert {name for name, one in look.items() if one == FADED} == {"p00", "p01", "p02", "p03"}
+    assert len({(one.colour, one.marker) for one in look.values()}) == 8 + 1 + 1
+    assert series(figures.pareto(crowd, "nll")) == {f"p{i:02}" for i in range(4, 12)} | {"full fine-tuning", "4 others"}
+    assert "Of 12 placements (or methods) the 8 whose best arms score best have a colour" in captions.caption(
+        crowd, "pareto_nll"
+    )
+
+
+def test_a_forest_of_many_shows_the_surest_differences_first(crowd: Analysis) -> None:
+    figure = figures.forest(crowd)
+    assert not isinstance(figure, str)
+    tests = crowd.tables["tests"].query("metric == 'nll' and family == 'placement'")
+    assert len(tests) == 132
+    ax = figure.axes[0]
+    assert len(ax.get_yticks()) == shown.MOST_ARMS
+    assert float(shown.first(shown.comparisons(crowd))["p"].max()) <= tests["p"].nsmallest(31).max()
+    text = captions.caption(crowd, "forest")
+    assert "Of up to 132 comparisons a task the first 30 are shown: smallest p, then largest difference" in text
+
+
+def test_full_fine_tuning_is_a_line_with_a_band(crowd: Analysis) -> None:
+    row = shown.trained(crowd, "nll").query("placement == 'full fine-tuning'").iloc[0]
+    for made in (figures.pareto(crowd, "nll"), figures.rank_curves(crowd, "nll")):
+        assert not isinstance(made, str)
+        ax = made.axes[0]
+        lines = [line for line in ax.lines if list(line.get_xdata()) == [0, 1] and line.get_ydata()[0] == row["nll"]]
+        assert len(lines) == 1
+        bands = [patch.get_extents().transformed(ax.transData.inverted()) for patch in ax.patches]
+        assert [(band.y0, band.y1) for band in bands] == [pytest.approx((row["nll_low"], row["nll_high"]))]
+    upright = figures.every_arm(crowd, "nll")
+    assert not isinstance(upright, str)
+    assert any(list(line.get_ydata()) == [0, 1] and line.get_xdata()[0] == row["nll"] for line in upright.axes[0].lines)
+
+
+def heat(analysis: Analysis) -> Any:
+    figure = figures.heat_map(analysis, "nll")
+    assert not isinstance(figure, str)
+    return figure.axes[0]
+
+
+def test_colours_span_at_least_what_the_study_could_find(tmp_path: Path) -> None:
+    alike = Truth(placements={"attn": 0.3, "ff": 0.3, "full": 0.3}, per_doubling=0.0)
+    found = analyse(load(write_study(tmp_path / "s", truth=alike, ranks=(4, 8), examples=60, steps=2)), draws=50)
+    ax = heat(found)
+    norm = ax.images[0].norm
+    values = ax.images[0].get_array()
+    least = float(found.tables["power"].query("own_design")["detectable"].iloc[0])
+    assert norm.vmax - norm.vmin == pytest.approx(least)
+    assert float(values.max() - values.min()) < 0.8 * least
+    hatched = [patch for patch in ax.patches if patch.get_hatch()]
+    framed = [patch for patch in ax.patches if not patch.get_hatch()]
+    assert len(framed) == 1  # the reference
+    assert len(hatched) == 5 - int(found.tables["contrasts"].query("metric == 'nll'")["significant"].sum())
+    assert sum("±" in text.get_text() for text in ax.texts) == 5
+
+
+def test_colours_of_large_differences_span_the_scores(tmp_path: Path) -> None:
+    apart = Truth(placements={"attn": 1.3, "ff": 0.6, "full": 0.3})
+    ax = heat(analyse(load(write_study(tmp_path / "s", truth=apart, ranks=(4, 8), examples=60, steps=2)), draws=50))
+    norm, values = ax.images[0].norm, ax.images[0].get_array()
+    assert (norm.vmin, norm.vmax) == (values.min(), values.max())
+    assert sum(bool(patch.get_hatch()) for patch in ax.patches) <= 1
+
+
+def test_daggers_stand_by_arms_or_for_all_in_the_legend(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4, 8), lrs=(1e-3, 3e-3), examples=20, steps=2)
+
+    def confirm(plain: dict[str, Any]) -> None:
+        spec = plain["spec"]
+        sure = spec["placement"]["name"] == "attn" or (spec["placement"]["name"] == "ff" and spec["rank"] == 4)
+        if spec["optim"]["lr"] == 3e-3 and sure:
+            plain["search"] = {"tuned": ["optim.lr"], "purpose": "confirm"}
+        spec["optim"]["lr"] *= 10 if sure and spec["optim"]["lr"] == 1e-3 else 1
+
+    for folder in study.iterdir():
+        edit(folder, confirm)
+    found = analyse(load(study), draws=50)
+    for arm in found.found.arms:
+        arm.edges.clear()
+    assert {arm.label for arm in found.found.arms if arm.doubts} == {"ff r8", "full r4", "full r8"}
+    drawn = figures.make(found)
+    for name in ("pareto_nll", "rank_nll", "learning_rate", "training_curves"):
+        figure = drawn[name]
+        assert not isinstance(figure, str)
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["attn", "ff", "full†"], name
+        marked = [text.get_text() for ax in figure.axes for text in ax.texts if "†" in text.get_text()]
+        assert len(marked) == 1, (name, marked)  # that of ff at rank 8
+    ax = drawn["heatmap_nll"].axes[0]  # type: ignore[union-attr]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["attn", "ff", "full†"]
+    assert sum("†" in text.get_text() for text in ax.texts) == 1
+    rows = {label.get_text() for label in drawn["forest"].axes[0].get_yticklabels()}  # type: ignore[union-attr]
+    assert {"ff† − attn r8", "full† − ff† r8", "full† − ff r4"} <= rows
+    names = {label.get_text() for label in drawn["arms_nll"].axes[0].get_yticklabels()}  # type: ignore[union-attr]
+    assert names == {"attn r4", "attn r8", "ff r4", "ff r8†", "full r4†", "full r8†"}
+
+
+def test_costs_that_all_arms_share_have_no_figure(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s", ranks=(4,), examples=20, steps=2, modules=False)
+    drawn = figures.make(analyse(load(study), draws=50))
+    assert drawn["pareto_tokens"] == "every arm has the same training tokens"
+    for folder in study.iterdir():
+        edit(folder, lambda plain: plain["efficiency"].update(train_tokens=plain["trainable_parameters"] // 10))
+    figure = figures.make(analyse(load(study), draws=50))["pareto_tokens"]
+    assert not isinstance(figure, str)
+    assert figure.axes[0].get_xlabel() == "training tokens"
