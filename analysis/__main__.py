@@ -30,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument("--no-figures", action="store_true", help="tables and report only")
     parser.add_argument(
-        "--venue", default=DEFAULT.name, metavar="|".join(VENUES), help="whose page figures are made for (default: icml)"
+        "--venue",
+        default=DEFAULT.name,
+        metavar="|".join(VENUES),
+        help="whose page figures are made for (default: icml)",
     )
     parser.add_argument("--mixed", action="store_true", help="fit a linear mixed model as well (needs statsmodels)")
     parser.add_argument(

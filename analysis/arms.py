@@ -146,7 +146,8 @@ def varying(runs: pd.DataFrame, fields: Sequence[str]) -> list[str]:
 
 def kinds(arms: pd.DataFrame) -> pd.Series:
     """What distinguishes trained arms besides rank: placement, method, or both, whichever vary, and the allocation
-    where arms would otherwise be ambiguous; full fine-tuning is a kind of its own. A kind has the same look in all figures and the report.
+    where arms would otherwise be ambiguous; full fine-tuning is a kind of its own. A kind has the same look in all
+    figures and the report.
     """
     whole = arms["placement"] == FULL  # of which the placement is that of no adapter
     found = arms["placement"]

@@ -27,21 +27,26 @@ WHAT = {
     "learning_rate": "Validation score against the learning rate; the chosen one is ringed",
     "training_curves": "Training loss, mean of seeds with their range",
     "validation_curves": "Validation NLL while training, mean over seeds",
-    "learn_forget": "Learning against forgetting; members of the front of both are filled and joined, larger points are "
-    "larger ranks",
+    "learn_forget": "Learning against forgetting; members of the front of both are filled and joined, larger points are"
+    " larger ranks",
     "where_rank_went": "Rank by layer and role, of arms whose modules differ in rank",
     "where_energy_went": "Share of the update's squared norm by layer and role",
     "importance": "Importance of each varied field for the validation score",
 }
-COSTS = {"seconds": "seconds", "flops": "training FLOPs", "tokens": "training tokens", "memory": "peak memory of a run alone"}
+COSTS = {
+    "seconds": "seconds",
+    "flops": "training FLOPs",
+    "tokens": "training tokens",
+    "memory": "peak memory of a run alone",
+}
 PAIRED = ("pareto", "arms", "rank", "heatmap", "learn_forget")
 """Figures whose bars are of the paired difference to a reference arm."""
 BARS = {
     "forest": "Bars are 95% intervals of the paired difference, over seeds and groups of examples",
     "performance_profile": "Bands are 95% pointwise intervals of a stratified bootstrap of seeds and groups",
     "share_kept": "Bars are 95% intervals of the share, over seeds and groups of examples",
-    "validation_curves": "Bands are 95% intervals over seeds, whose variance is pooled over the arms; all are scored on the "
-    "same examples, whose variance is not in them",
+    "validation_curves": "Bands are 95% intervals over seeds, whose variance is pooled over the arms; all are scored on "
+    "the same examples, whose variance is not in them",
     "importance": "Bars are 1.96 bootstrap standard errors",
 }
 WITH_ARMS = (
@@ -95,8 +100,8 @@ def write(analysis: Analysis, name: str, folder: Path, venue: Venue = DEFAULT) -
 
 
 DAGGERED = (
-    f"{DAGGER}: the choice of the arm's hyperparameters is at the edge of what was tried, was not confirmed on fresh seeds "
-    "or is in doubt for another reason (table tuned)"
+    f"{DAGGER}: the choice of the arm's hyperparameters is at the edge of what was tried, was not confirmed on fresh "
+    "seeds or is in doubt for another reason (table tuned)"
 )
 
 
@@ -111,7 +116,9 @@ def _paired(analysis: Analysis, what: str) -> list[str]:
         return ["No arm could be paired with another, so there are no bars"]
     which = labels[0] if len(labels) == 1 else "; ".join(f"{label} on {name}" for name, label in by_setting.items())
     bar = "The number after ± is half of" if what == "heatmap" else "A bar is"
-    text = f"{bar} the 95% interval of the paired difference between an arm and the reference arm ({which}), on the same "
+    text = (
+        f"{bar} the 95% interval of the paired difference between an arm and the reference arm ({which}), on the same "
+    )
     text += "seeds and examples, over seeds and groups of examples"
     text += ", of forgetting over seeds" if what == "learn_forget" else ""
     if what == "heatmap":
@@ -121,13 +128,15 @@ def _paired(analysis: Analysis, what: str) -> list[str]:
             text,
             f"The reference is framed; cells that do not differ from it at 5% after Holm's correction for {count} "
             f"comparison{'s' * (count != 1)} are hatched",
-            "The colours span at least the difference that the study finds in 80% of cases, or, where that is not known, "
-            "the median length of the intervals",
+            "The colours span at least the difference that the study finds in 80% of cases, or, where that is not "
+            "known, the median length of the intervals",
         ]
     text += ", drawn about the arm's own mean; the variance of examples that all arms share is not in it"
     level = "" if what == "learn_forget" else ", whose score is the thin dashed line,"
     own = f"The reference{level} has none"
-    reach = "" if what == "learn_forget" else "; where a bar does not reach that line the difference is significant at 5%, "
+    reach = (
+        "" if what == "learn_forget" else "; where a bar does not reach that line the difference is significant at 5%, "
+    )
     return [text, own + reach + ("" if what == "learn_forget" else "before correction for the number of arms")]
 
 
@@ -137,14 +146,18 @@ def _has_full(analysis: Analysis) -> bool:
 
 def _full(what: str) -> str:
     text = "Full fine-tuning is a line, the same interval a band about it"
-    return text + ("; where its cost lies far from the adapters', the number at the line is its cost" * (what == "pareto"))
+    return text + (
+        "; where its cost lies far from the adapters', the number at the line is its cost" * (what == "pareto")
+    )
 
 
 def _left_out(analysis: Analysis, what: str, venue: Venue) -> list[str]:
     """Which arms or kinds are not shown, or not told apart."""
     kinds = shown.best_kinds(analysis)
     if what == "forest":
-        return _cut(shown.comparisons(analysis), venue, layout.TEST, "comparisons", "smallest p, then largest difference")
+        return _cut(
+            shown.comparisons(analysis), venue, layout.TEST, "comparisons", "smallest p, then largest difference"
+        )
     if what == "arms":
         return _cut(shown.ranked_arms(analysis, analysis.metric), venue, layout.ARM, "arms", "best measured")
     if what == "heatmap":
@@ -155,7 +168,9 @@ def _left_out(analysis: Analysis, what: str, venue: Venue) -> list[str]:
         return [f"Of {total} placements (or methods) the {room} best are shown"] if total > room else []
     if what in BY_KIND and len(kinds) > shown.MOST_KINDS:
         bare = ", without bars" if what in (*PAIRED, "share_kept") else ", without bands"
-        text = f"Of {len(kinds)} placements (or methods) the {shown.BEST_KINDS} whose best arms score best have a colour"
+        text = (
+            f"Of {len(kinds)} placements (or methods) the {shown.BEST_KINDS} whose best arms score best have a colour"
+        )
         return [f"{text}, the others are grey{'' if what == 'learning_rate' else bare}"]
     return []
 

@@ -168,10 +168,8 @@ def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, me
     at_A = [_distance(arm, parameters) for arm in arms]
     share_A = [math.prod(-other / (at - other) for other in at_A if other != at) for at in at_A]
     x_ARE = [one.x_RE if same else one.x_RE[[one.seeds.index(seed) for seed in seeds]] for one in parts]
-    blended = Scores(
-        x_RE=sum(share * x_RE for share, x_RE in zip(share_A, x_ARE, strict=True)), w_E=parts[0].w_E, seeds=seeds, ids=parts[0].ids,
-        groups=parts[0].groups,
-    )  # fmt: skip
+    x_RE = np.add.reduce([share * one_RE for share, one_RE in zip(share_A, x_ARE, strict=True)])
+    blended = Scores(x_RE=x_RE, w_E=parts[0].w_E, seeds=seeds, ids=parts[0].ids, groups=parts[0].groups)
     variances = [one.contrast_variance for one in parts if one.seeds == seeds and one.contrast_variance is not None]
     if len(variances) == len(parts):
         blended.contrast_variance = of_blend(list(zip(share_A, variances, strict=True)))

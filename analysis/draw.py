@@ -49,8 +49,8 @@ def scatter(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping
         look = looks[str(placement)]
         for inside, part in group.groupby(group["on_front"].fillna(False).astype(bool)):
             ax.errorbar(
-                part[cost], part[metric], yerr=None if look == FADED else _errors(part, metric), fmt=look.marker, capsize=0,
-                markerfacecolor=look.colour if inside else "white", **_weights(look),
+                part[cost], part[metric], yerr=None if look == FADED else _errors(part, metric), fmt=look.marker,
+                capsize=0, markerfacecolor=look.colour if inside else "white", **_weights(look),
             )  # fmt: skip
     members = arms[arms["on_front"].fillna(False).astype(bool)].sort_values(cost)
     ax.step(members[cost], members[metric], where="post", color=GREY, linewidth=0.8, zorder=1)
@@ -84,7 +84,9 @@ def point_labels(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, *, higher
     taken = [Bbox([place - 3 * point, place + 3 * point]) for place in places]
     taken += [
         Bbox([[x - point, down], [x + point, up]])
-        for (x, _), down, up in zip(places, *(_pixels(ax, arms[f"{metric}_{side}"]) for side in ("low", "high")), strict=True)
+        for (x, _), down, up in zip(
+            places, *(_pixels(ax, arms[f"{metric}_{side}"]) for side in ("low", "high")), strict=True
+        )
         if np.isfinite(down)
     ]
     rows = arms.assign(numbered=numbered)[numbered | arms["marked"]]
@@ -98,7 +100,9 @@ def point_labels(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, *, higher
         texts = [f"{row['rank']:g}{mark}", mark] if row["numbered"] else [mark]
         free = [(text, left, down) for text in texts if text for left, down in sides]
         boxes = {one: _beside(x, y, one, point) for one in free}
-        chosen = next((one for one in free if not boxes[one].count_overlaps(taken)), (mark, *sides[0]) if mark else None)
+        chosen = next(
+            (one for one in free if not boxes[one].count_overlaps(taken)), (mark, *sides[0]) if mark else None
+        )
         if chosen is None:
             continue
         text, left, down = chosen
@@ -177,8 +181,8 @@ def forest(ax: Axes, tests: pd.DataFrame) -> None:
 
 
 def detectable(ax: Axes, power: pd.DataFrame) -> None:
-    """The smallest difference that is found, against seeds, a line a number of groups, which stands at its end; the study's own design
-    ringed.
+    """The smallest difference that is found, against seeds, a line a number of groups, which stands at its end; the
+    study's own design ringed.
     Columns: seeds, groups, detectable, own_design."""
     for (groups, part), line in zip(power.groupby("groups"), ("-", "--", ":", "-."), strict=False):
         part = part.sort_values("seeds")
@@ -249,7 +253,8 @@ def heat(
     ax: Axes, arms: pd.DataFrame, metric: str, order: Sequence[str], *, higher: bool, least: float, written: bool
 ) -> Any:
     """Placement × rank with the score in each cell, ± half of its bar; lighter is better. Cells that do not differ from
-    the reference, which is framed, are hatched. A row all of whose arms bear a dagger bears it for them. Returns the image for colour bars.
+    the reference, which is framed, are hatched. A row all of whose arms bear a dagger bears it for them. Returns
+    the image for colour bars.
 
     Args:
         arms: with columns placement, rank, differs, is_reference, dagger, the metric and its bounds.
@@ -277,7 +282,11 @@ def heat(
         if row["is_reference"]:
             ax.add_patch(Rectangle((j - 0.47, i - 0.45), 0.94, 0.9, fill=False, edgecolor=ink, linewidth=1.2))
         elif not row["differs"]:
-            ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", linewidth=0, edgecolor=(*to_rgb(ink), 0.45)))
+            ax.add_patch(
+                Rectangle(
+                    (j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", linewidth=0, edgecolor=(*to_rgb(ink), 0.45)
+                )
+            )
         mark = DAGGER if row["dagger"] and not doubted[row["placement"]] else ""
         half = row[f"{metric}_high"] - row[metric]
         text = f"{row[metric]:.{digits}f}{mark}" + (f"\n±{half:.{digits}f}" if np.isfinite(half) else "")
@@ -351,7 +360,7 @@ def validation(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> None
 def _curve(ax: Axes, means: pd.DataFrame, look: Look, *, marked: bool, points: bool = False) -> None:
     if look != FADED:
         ax.fill_between(means.index, means["low"], means["high"], color=look.colour, alpha=0.15, linewidth=0)
-    marker = {"marker": look.marker, "markersize": 2.5} if points and look != FADED else {}
+    marker: dict[str, Any] = {"marker": look.marker, "markersize": 2.5} if points and look != FADED else {}
     ax.plot(means.index, means["mean"], **_line(look), **marker)
     if marked:
         dagger(ax, means.index[-1], means["mean"].iloc[-1], look.colour, (1.5, -3.0))
@@ -460,7 +469,9 @@ def _log_height(ax: Axes, values: pd.Series, most: float) -> None:
     ratio = values.max() / values.min() if values.min() > 0 else 1.0
     if ratio > most:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0) if ratio < 4 else (1.0, 2.0, 5.0) if ratio < 500 else (1.0,)))
+        ax.yaxis.set_major_locator(
+            LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0) if ratio < 4 else (1.0, 2.0, 5.0) if ratio < 500 else (1.0,))
+        )
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
 

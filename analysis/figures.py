@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 from analysis import aggregate, captions, contrasts, curves, draw, layout, manifest, shown
 from analysis.analyse import Analysis
 from analysis.arms import BASE, FULL, higher_is_better
-from analysis.style import FADED, GREY, styled
+from analysis.style import GREY, styled
 from analysis.tables import DAGGER, number, title
 from analysis.venues import DEFAULT, LEAST_FONT, Venue
 
@@ -36,9 +36,7 @@ SAME_COST = 1.02
 """Largest over smallest cost of a setting, below which its arms cost the same."""
 
 
-def pareto(
-    analysis: Analysis, metric: str, venue: Venue = DEFAULT, cost: str = "trainable_parameters"
-) -> Figure | str:
+def pareto(analysis: Analysis, metric: str, venue: Venue = DEFAULT, cost: str = "trainable_parameters") -> Figure | str:
     """Cost against the metric, with the front; full fine-tuning is a level."""
     arms = shown.trained(analysis, metric)
     label = dict(COSTS.values()).get(cost, "trainable parameters")
@@ -78,9 +76,11 @@ def _near(arms: pd.DataFrame, cost: str) -> pd.Series:
     return ~whole | whole.all() | arms[cost].between(low**2 / high, high**2 / low)
 
 
-def _whole(ax: Axes, arms: pd.DataFrame, metric: str, look: shown.Looks, cost: str = "", *, upright: bool = False) -> None:
-    """Full fine-tuning as a level, with its cost where that lies outside the axis: on the cheap side, where the arms that
-    score as well are not."""
+def _whole(
+    ax: Axes, arms: pd.DataFrame, metric: str, look: shown.Looks, cost: str = "", *, upright: bool = False
+) -> None:
+    """Full fine-tuning as a level, with its cost where that lies outside the axis: on the cheap side, where no arm scores
+    as well."""
     for _, row in arms[arms["placement"] == FULL].head(1).iterrows():
         low, high = ax.get_xlim() if upright else ax.get_ylim()
         ends = (row[metric], row[f"{metric}_low"], row[f"{metric}_high"])
@@ -150,7 +150,8 @@ def heat_map(analysis: Analysis, metric: str, venue: Venue = DEFAULT) -> Figure 
     order = [kind for kind in shown.all_looks(analysis) if kind in present]
     order = order[: layout.rows_that_fit(venue, len(names), *layout.HEAT)]  # of many they are the best, best first
     parts = {
-        name: shown.simplest(analysis, arms[(arms["setting"] == name) & arms["placement"].isin(order)]) for name in names
+        name: shown.simplest(analysis, arms[(arms["setting"] == name) & arms["placement"].isin(order)])
+        for name in names
     }
     ranks, letters = max(part["rank"].nunique() for part in parts.values()), max(map(len, order)) + 1
     wide = not _holds_numbers(venue.width(len(names)) / min(len(names), venue.across), ranks, letters)
@@ -336,9 +337,7 @@ def share_kept(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     for name, ax in axes.items():
         draw.share_kept(ax, table[table["setting"] == name], look)
     what = f"{FULL}'s" if reference == FULL else "the full placement's"
-    layout.finish(
-        figure, axes, look, f"gain in {title(analysis.metric)} kept\n(% of {what})", doubted=doubted
-    )
+    layout.finish(figure, axes, look, f"gain in {title(analysis.metric)} kept\n(% of {what})", doubted=doubted)
     return figure
 
 
@@ -423,8 +422,8 @@ def makers(analysis: Analysis) -> dict[str, Maker]:
 def write(
     analysis: Analysis, folder: Path, *, only: Sequence[str] = (), workers: int = 2, venue: Venue = DEFAULT
 ) -> tuple[list[Path], dict[str, str]]:
-    """Saves every figure as PDF and PNG, as wide as a venue prints it, on two processes where the system can fork. Returns the files, and for figures
-    left out the reason. Those that a former analysis wrote there and this one does not have are removed."""
+    """Saves every figure as PDF and PNG, as wide as a venue prints it, on two processes where the system can fork.
+    Returns the files, and for figures left out the reason. Those that a former analysis wrote there and this one does not have are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in makers(analysis) if not only or name in only]
     with styled():  # makes the font that the processes share

@@ -66,7 +66,9 @@ def by_rank(
     rows = grid.T if beside else grid
     axes = {(name, rank): rows[i][j] for i, name in enumerate(settings) for j, rank in enumerate(ranks)}
     texts = [", ".join([name] * (len(settings) > 1) + [f"rank {rank:g}"] * (not beside)) for name, rank in axes]
-    broken = any(TITLE_FONT * len(text) > TITLE_ROOM * letters(ax) for text, ax in zip(texts, axes.values(), strict=True))
+    broken = any(
+        TITLE_FONT * len(text) > TITLE_ROOM * letters(ax) for text, ax in zip(texts, axes.values(), strict=True)
+    )
     for text, ax in zip(texts, axes.values(), strict=True):
         title(ax, text.replace(", ", "\n") if broken else text)
     return figure, axes

@@ -49,7 +49,10 @@ def write(
 
 
 def content(
-    analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str], venue: Venue = DEFAULT,
+    analysis: Analysis,
+    images: Sequence[Path],
+    absent: Mapping[str, str],
+    venue: Venue = DEFAULT,
     made: Sequence[Sheet] | None = None,
 ) -> dict[str, Any]:
     """What the page shows, as plain data."""
@@ -74,7 +77,10 @@ def content(
         "filters": list(_FILTERS),
         "answers": sentences(analysis),
         "notes": analysis.notes,
-        "looks": [{"kind": kind, "colour": look.colour, "marker": look.marker} for kind, look in shown.all_looks(analysis).items()],
+        "looks": [
+            {"kind": kind, "colour": look.colour, "marker": look.marker}
+            for kind, look in shown.all_looks(analysis).items()
+        ],
         "arms": _columns(arms),
         "runs": _columns(_runs(analysis).merge(arms[["setting", "arm", "kind"]], on=["setting", "arm"], how="left")),
         "sheets": [_sheet(sheet) for sheet in (sheets(analysis) if made is None else made)],

@@ -1,6 +1,7 @@
 """How the score falls with rank and parameters: a straight line in log parameters, and, with four sizes or more, a
 power law with a floor, each with its uncertainty from the joint bootstrap of seeds and groups."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ def fit(size_A: Sequence[float] | Array, loss_A: Sequence[float] | Array) -> tup
 def fits(size_A: Array, loss_BA: Array) -> tuple[Array, Array]:
     """`fit` of many losses at once: floors and exponents, NaN where there is none."""
     x_A = size_A / size_A.min()
-    edges_K = np.linspace(*np.log(EXPONENTS), GRID)
+    edges_K = np.linspace(math.log(EXPONENTS[0]), math.log(EXPONENTS[1]), GRID)
     rests_KB = np.array([_solved(x_A, loss_BA, np.full(len(loss_BA), log))[0] for log in edges_K])
     best_B = np.clip(rests_KB.argmin(axis=0), 1, GRID - 2)
     low_B, high_B = edges_K[best_B - 1], edges_K[best_B + 1]

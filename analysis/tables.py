@@ -28,8 +28,8 @@ TITLES = {
 CAPTIONS = {
     "efficiency": "Cost and performance of every arm.",
     "tests": "Paired tests between arms, B minus A, Holm-corrected within each family and metric.",
-    "contrasts": "Every arm (B) minus the reference arm (A) of its task, Holm-corrected over all arms of a metric: the bars "
-    "of the figures.",
+    "contrasts": "Every arm (B) minus the reference arm (A) of its task, Holm-corrected over all arms of a metric: the "
+    "bars of the figures.",
     "matched_budget": "Placements at equal trainable parameters; an ellipsis stands between two interpolated ranks.",
     "share_kept": "Share of the reference's gain over the base model that each arm keeps.",
     "tuned": "Hyperparameters chosen on validation in each arm.",
@@ -232,9 +232,7 @@ def bold_arms(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
     found = set()
     for setting, group in tests.groupby("setting"):
         made, won = Counter([*group["a"], *group["b"]]), Counter(group["better"])
-        found |= {
-            (str(setting), arm) for arm, count in made.items() if count == rivals[str(setting), arm] == won[arm]
-        }
+        found |= {(str(setting), arm) for arm, count in made.items() if count == rivals[str(setting), arm] == won[arm]}
     return found
 
 

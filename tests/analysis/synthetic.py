@@ -60,7 +60,8 @@ def write_study(
     evaluations: int = 0,
 ) -> Path:
     """Writes one run folder for each combination; its examples are of so many `groups`, which share an effect on the
-    difference between arms, or each of its own. Each run is scored on validation so often while it trains. Full fine-tuning (method full_ft) has one arm a dataset."""
+    difference between arms, or each of its own. Each run is scored on validation so often while it trains. Full
+    fine-tuning (method full_ft) has one arm a dataset."""
     truth = truth or Truth()
     rng = np.random.default_rng(seed)
     for dataset in datasets:
@@ -180,8 +181,8 @@ def _write_run(
     start, end = (scores["validation"][moment]["nll"] for moment in ("before", "after"))
     scored = [steps * i // evaluations for i in range(evaluations)] if evaluations else []
     on_the_way = [
-        f'{{"step": {step}, "split": "validation", "moment": "{step}", "nll": {end + (start - end) * 0.01 ** (step / steps)}}}'
-        for step in scored
+        f'{{"step": {step}, "split": "validation", "moment": "{step}", "nll": {end + (start - end) * 0.01**share}}}'
+        for step, share in ((step, step / steps) for step in scored)
     ]
     (path / METRICS).write_text("\n".join([*on_the_way, *curve]) + "\n")
 

@@ -21,7 +21,8 @@ from tests.analysis.synthetic import ROLES, Truth, edit, write_study
 ALL = {
     "pareto_nll", "rank_nll", "pareto_exact_match", "rank_exact_match", "pareto_seconds", "pareto_flops",
     "pareto_tokens", "pareto_memory", "heatmap_nll", "share_kept", "arms_nll", "forest", "detectable",
-    "performance_profile", "learning_rate", "training_curves", "validation_curves", "learn_forget", "where_rank_went", "where_energy_went", "importance",
+    "performance_profile", "learning_rate", "training_curves", "validation_curves", "learn_forget",
+    "where_rank_went", "where_energy_went", "importance",
 }  # fmt: skip
 
 
@@ -72,7 +73,9 @@ def test_captions_say_what_the_bars_are_and_of_how_much(tmp_path: Path) -> None:
     for path in (path for path in written if path.suffix == ".md"):
         text = path.read_text()
         assert "icd10_chapter: 3 seeds, 60 test examples, in 12 independent groups" in text
-        assert ("†: the choice of the arm's hyperparameters is at the edge" in text) == (path.stem in WITH_DAGGERS), path
+        assert ("†: the choice of the arm's hyperparameters is at the edge" in text) == (path.stem in WITH_DAGGERS), (
+            path
+        )
         assert path.with_suffix(".tex").read_text().startswith("\\begin{figure}")
     assert "95% intervals of the paired difference" in (tmp_path / "f" / "forest.md").read_text()
 
@@ -195,7 +198,9 @@ def test_methods_are_told_apart_in_a_study_of_them(tmp_path: Path) -> None:
     figure = figures.pareto(found, "nll")
     assert not isinstance(figure, str)
     placements = ("attn", "ff", "full")
-    assert series(figure) == {f"{place} {method}" for place in placements for method in methods[:2]} | {"full fine-tuning"}
+    assert series(figure) == {f"{place} {method}" for place in placements for method in methods[:2]} | {
+        "full fine-tuning"
+    }
     assert not [text for ax in figure.axes for text in ax.texts if text.get_text() == "4"]  # the rank of all
     one = found.arms.query("placement in ('full', 'full fine-tuning')")
     assert set(kinds(one)) == {"lora", "bitfit", "full fine-tuning"}

@@ -39,9 +39,13 @@ def drawn(figure: Figure) -> list[Text]:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
-    """Twelve placements with long names, two ranks, uneven ranks in one; full fine-tuning; scored on the way; forgetting
-    and spectra."""
-    names = {f"{first}_of_the_{second}": 0.1 + 0.002 * i + 0.03 * j for i, first in enumerate(("keys", "values", "queries")) for j, second in enumerate(("lower_half", "upper_half", "middle", "ends"))}
+    """Twelve placements with long names, two ranks, uneven ranks in one; full fine-tuning; scored on the way;
+    forgetting and spectra."""
+    names = {
+        f"{first}_of_the_{second}": 0.1 + 0.002 * i + 0.03 * j
+        for i, first in enumerate(("keys", "values", "queries"))
+        for j, second in enumerate(("lower_half", "upper_half", "middle", "ends"))
+    }
     study = tmp_path_factory.mktemp("outputs") / "many"
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
@@ -51,11 +55,14 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
             forgetting=True, spectra=True,
         )  # fmt: skip
         write_study(
-            study, truth=Truth(placements={"full": 0.1}), ranks=(4,), lrs=(1e-3, 3e-3), methods=("full_ft",), examples=30,
-            steps=12, evaluations=4, forgetting=True,
+            study, truth=Truth(placements={"full": 0.1}), ranks=(4,), lrs=(1e-3, 3e-3), methods=("full_ft",),
+            examples=30, steps=12, evaluations=4, forgetting=True,
         )  # fmt: skip
     for folder in study.iterdir():
-        edit(folder, lambda plain: [one.update(rank=1 + one["layer"]) for one in plain["modules"] if plain["spec"]["rank"] == 8])
+        edit(
+            folder,
+            lambda plain: [one.update(rank=1 + one["layer"]) for one in plain["modules"] if plain["spec"]["rank"] == 8],
+        )
     return analyse(load(study), draws=50)
 
 
@@ -64,8 +71,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     """Three tasks with long names."""
     names = ("classification_of_icd10_chapters", "gsm_symbolic", "questions_about_biomedical_abstracts")
     study = write_study(
-        tmp_path_factory.mktemp("outputs") / "tasks", ranks=(4, 8), datasets=names, lrs=(1e-3, 3e-3), examples=30, steps=12,
-        methods=("lora", "full_ft"), forgetting=True, evaluations=4,
+        tmp_path_factory.mktemp("outputs") / "tasks", ranks=(4, 8), datasets=names, lrs=(1e-3, 3e-3), examples=30,
+        steps=12, methods=("lora", "full_ft"), forgetting=True, evaluations=4,
     )  # fmt: skip
     return analyse(load(study), draws=50)
 
@@ -115,5 +122,5 @@ def test_files_are_as_wide_as_the_venue_prints_them(page: Venue, analysis: Analy
 
 
 def test_an_unknown_venue_is_named_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="venue iclr: no such venue. Choose from icml, neurips, acl"):
+    with pytest.raises(ValueError, match=r"venue iclr: no such venue\. Choose from icml, neurips, acl"):
         venue("iclr")
