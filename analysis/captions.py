@@ -45,8 +45,8 @@ BARS = {
     "forest": "Bars are 95% intervals of the paired difference, over seeds and groups of examples",
     "performance_profile": "Bands are 95% pointwise intervals of a stratified bootstrap of seeds and groups",
     "share_kept": "Bars are 95% intervals of the share, over seeds and groups of examples",
-    "validation_curves": "Bands are 95% intervals over seeds, whose variance is pooled over the arms; all are scored on "
-    "the same examples, whose variance is not in them",
+    "validation_curves": "Bands are 95% intervals over seeds, whose variance is pooled over the arms; all are scored "
+    "on the same examples, whose variance is not in them",
     "importance": "Bars are 1.96 bootstrap standard errors",
 }
 WITH_ARMS = (

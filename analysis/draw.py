@@ -23,9 +23,9 @@ def amount(value: float, _: Any = None) -> str:
     """1.2M for 1,200,000."""
     for unit in ("", "k", "M", "G"):
         if abs(value) < 1000:
-            return f"{value:.3g}{unit}"
+            return f"{value:.4g}{unit}"
         value /= 1000
-    return f"{value:.3g}T"
+    return f"{value:.4g}T"
 
 
 def level(ax: Axes, row: pd.Series, metric: str, look: Look, *, upright: bool = False) -> None:

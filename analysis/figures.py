@@ -79,8 +79,8 @@ def _near(arms: pd.DataFrame, cost: str) -> pd.Series:
 def _whole(
     ax: Axes, arms: pd.DataFrame, metric: str, look: shown.Looks, cost: str = "", *, upright: bool = False
 ) -> None:
-    """Full fine-tuning as a level, with its cost where that lies outside the axis: on the cheap side, where no arm scores
-    as well."""
+    """Full fine-tuning as a level, with its cost where that lies outside the axis: on the cheap side, where no arm
+    scores as well."""
     for _, row in arms[arms["placement"] == FULL].head(1).iterrows():
         low, high = ax.get_xlim() if upright else ax.get_ylim()
         ends = (row[metric], row[f"{metric}_low"], row[f"{metric}_high"])
@@ -423,7 +423,8 @@ def write(
     analysis: Analysis, folder: Path, *, only: Sequence[str] = (), workers: int = 2, venue: Venue = DEFAULT
 ) -> tuple[list[Path], dict[str, str]]:
     """Saves every figure as PDF and PNG, as wide as a venue prints it, on two processes where the system can fork.
-    Returns the files, and for figures left out the reason. Those that a former analysis wrote there and this one does not have are removed."""
+    Returns the files, and for figures left out the reason. Those that a former analysis wrote there and this one does
+    not have are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in makers(analysis) if not only or name in only]
     with styled():  # makes the font that the processes share
