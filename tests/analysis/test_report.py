@@ -138,7 +138,7 @@ def test_it_works_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
     assert seen["points"] == 7
     assert seen["filtered"] == 5
     assert seen["legend"] == ["attn", "ff", "full", "full fine-tuning"]
-    assert seen["left"] == ["ff lora", "full fine-tuning", "full lora"]
+    assert seen["left"] == ["ff", "full", "full fine-tuning"]
     assert "trainable parameters" in seen["tip"]
     assert "training seconds alone" in seen["axis"]
     assert seen["runs"] == 2 * 3 * (6 + 1)  # both learning rates
