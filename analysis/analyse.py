@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from analysis import aggregate, checks, compare, effects, mixed, pareto, scaling, spectra, stats, tuning
+from analysis import aggregate, checks, compare, contrasts, effects, mixed, pareto, scaling, spectra, stats, tuning
 from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
 from analysis.load import STATUSES, Study
 from analysis.stats import Draws
@@ -16,7 +16,7 @@ from sweeper.record import perplexity
 
 COSTS = (
     "train_flops", "train_seconds_solo", "peak_memory_solo_bytes", "tokens_per_second_solo", "adapter_bytes",
-    "train_seconds_amortised",
+    "train_seconds_amortised", "train_tokens",
 )  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def analyse(
         "all_tasks": across_settings(found, draws=sampler),
         "aggregate": aggregate.table(found, draws=sampler),
         "tests": compare.tests(found, draws=sampler),
+        "contrasts": contrasts.table(found, metric),
         "matched_budget": compare.matched(found, draws=sampler),
         "share_kept": compare.shares(found, draws=sampler),
         "anova": effects.placement_by_rank(found, metric),
