@@ -13,6 +13,7 @@ from analysis import (
     checks,
     compare,
     continual,
+    contrasts,
     effects,
     mixed,
     pareto,
@@ -30,7 +31,7 @@ from sweeper.record import perplexity
 
 COSTS = (
     "train_flops", "train_seconds_solo", "peak_memory_solo_bytes", "tokens_per_second_solo", "adapter_bytes",
-    "train_seconds_amortised",
+    "train_seconds_amortised", "train_tokens",
 )  # fmt: skip
 
 
@@ -73,6 +74,7 @@ def analyse(
         "all_tasks": across_settings(found, draws=sampler),
         "aggregate": aggregate.table(found, draws=sampler),
         "tests": compare.tests(found, draws=sampler),
+        "contrasts": contrasts.table(found, metric),
         "matched_budget": compare.matched(found, draws=sampler),
         "share_kept": compare.shares(found, draws=sampler),
         "anova": effects.placement_by_rank(found, metric),

@@ -1,5 +1,6 @@
 """Comparisons between arms as tables: tests with Holm correction, matched budgets, share of a gain kept, power."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,10 +77,10 @@ def tests(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
     rows = []
     for pair in pairs(found):
         for metric in found.metrics:
-            tested = _tested(pair.a.scores.get(metric), pair.b.scores.get(metric), metric)
-            if tested is not None:
+            result = tested(pair.a.scores.get(metric), pair.b.scores.get(metric), metric)
+            if result is not None:
                 names = {"setting": pair.setting.name, "metric": metric, "family": pair.family}
-                rows.append({**names, "a": pair.a.label, "b": pair.b.label, **tested})
+                rows.append({**names, "a": pair.a.label, "b": pair.b.label, **result})
     return corrected(pd.DataFrame(rows, columns=TEST_COLUMNS))
 
 
@@ -95,7 +96,8 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _tested(a: Scores | None, b: Scores | None, metric: str) -> dict[str, Any] | None:
+def tested(a: Scores | None, b: Scores | None, metric: str) -> dict[str, Any] | None:
+    """The paired test of b − a as columns of a table; None where the two share no seed or no example."""
     shared = aligned(a, b) if a is not None and b is not None else None
     if shared is None or a is None:
         return None
@@ -140,12 +142,12 @@ def _ladders(arms: Sequence[Arm]) -> dict[tuple[str, str], list[Arm]]:
 def _matched_rows(
     setting: Setting, metrics: Sequence[str], arm: Arm, others: Sequence[Arm], tolerance: float
 ) -> Iterator[dict[str, Any]]:
-    close = [other for other in others if abs(np.log(other.parameters / arm.parameters)) <= np.log1p(tolerance)]
+    close = [other for other in others if abs(_distance(other, arm.parameters)) <= math.log1p(tolerance)]
     around = [(low, high) for low, high in pairwise(others) if low.parameters < arm.parameters < high.parameters]
     for metric in metrics:
         a = arm.scores.get(metric)
         if close:
-            other = min(close, key=lambda one: abs(np.log(one.parameters / arm.parameters)))
+            other = min(close, key=lambda one: abs(_distance(one, arm.parameters)))
             b, label, size = other.scores.get(metric), other.label, other.parameters
         elif around:
             low, high = around[0]
@@ -153,10 +155,16 @@ def _matched_rows(
             label, size = f"{low.label} … {high.label}", arm.parameters
         else:
             return
-        tested = _tested(a, b, metric)
-        if tested is not None:
+        result = tested(a, b, metric)
+        if result is not None:
             names = {"setting": setting.name, "metric": metric, "family": "matched budget", "a": arm.label, "b": label}
-            yield {**names, **tested, "parameters_a": arm.parameters, "parameters_b": size}
+            yield {**names, **result, "parameters_a": arm.parameters, "parameters_b": size}
+
+
+def _distance(arm: Arm, parameters: float) -> float:
+    """How many times the parameters an arm has, as a logarithm; NaN where they are not known."""
+    ratio = arm.parameters / parameters
+    return math.log(ratio) if ratio > 0 else math.nan
 
 
 def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, metric: str) -> Scores | None:
@@ -164,7 +172,7 @@ def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, me
     nearest to them, since a line between two points of a convex curve lies above it, to the measured arm's favour; a
     line where the ladder has two ranks."""
     third = [arm for arm in ladder if arm not in around]
-    third.sort(key=lambda arm: abs(np.log(arm.parameters / parameters)))
+    third.sort(key=lambda arm: abs(_distance(arm, parameters)))
     arms = sorted([*around, *third[:1]], key=lambda arm: arm.parameters)
     found = [arm.scores.get(metric) for arm in arms]
     parts = [one for one in found if one is not None and one.ids == (found[0].ids if found[0] else ())]
@@ -173,13 +181,12 @@ def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, me
     seeds = tuple(seed for seed in parts[0].seeds if all(seed in one.seeds for one in parts))
     if not seeds:
         return None
-    at_A = np.log([arm.parameters / parameters for arm in arms])
-    share_A = [float(np.prod([-other / (at - other) for other in at_A if other != at])) for at in at_A]
-    x_ARE = np.stack([one.x_RE[[one.seeds.index(seed) for seed in seeds]] for one in parts])
-    blended = Scores(
-        x_RE=np.einsum("a,are->re", share_A, x_ARE), w_E=parts[0].w_E, seeds=seeds, ids=parts[0].ids,
-        groups=parts[0].groups,
-    )  # fmt: skip
+    same = all(one.seeds == seeds for one in parts)
+    at_A = [_distance(arm, parameters) for arm in arms]
+    share_A = [math.prod(-other / (at - other) for other in at_A if other != at) for at in at_A]
+    x_ARE = [one.x_RE if same else one.x_RE[[one.seeds.index(seed) for seed in seeds]] for one in parts]
+    x_RE = np.add.reduce([share * one_RE for share, one_RE in zip(share_A, x_ARE, strict=True)])
+    blended = Scores(x_RE=x_RE, w_E=parts[0].w_E, seeds=seeds, ids=parts[0].ids, groups=parts[0].groups)
     variances = [one.contrast_variance for one in parts if one.seeds == seeds and one.contrast_variance is not None]
     if len(variances) == len(parts):
         blended.contrast_variance = of_blend(list(zip(share_A, variances, strict=True)))

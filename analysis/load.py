@@ -137,6 +137,16 @@ class Study:
                 parts.append(pd.DataFrame(rows).assign(run_id=run_id))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "step", "loss", "lr"])
 
+    def evaluations(self, run_ids: Iterable[str], *, split: str = "validation") -> pd.DataFrame:
+        """Scores of a split before, while and after runs train: run_id, step, nll, and one column a metric."""
+        parts = []
+        for run_id in run_ids:
+            lines = self._lines(self.folder(run_id), METRICS, f'"split": "{split}"')
+            rows = [row for row in lines if row.get("split") == split and "step" in row]
+            if rows:
+                parts.append(pd.DataFrame(rows).assign(run_id=run_id))
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "step", "nll"])
+
     def modules(self, run_ids: Iterable[str]) -> pd.DataFrame:
         """Adapted modules: run_id, name, role, layer, rank, parameters."""
         layouts = self.runs.set_index("run_id")["layout"]
