@@ -336,7 +336,7 @@ def _arm(
         return None
     again = done[done["search.purpose"] == "confirm"] if "search.purpose" in done else done.iloc[:0]
     counted = done if again.empty else again
-    columns = [key for key in ("seed", found.select) if key in counted]
+    columns = [key for key in ("seed", SELECT) if key in counted]
     trials: dict[str, pd.DataFrame] = dict(iter(counted.groupby("trial", sort=True)[columns]))
     name = next(iter(trials))
     if len(trials) > 1:
