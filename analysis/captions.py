@@ -32,6 +32,12 @@ WHAT = {
     "where_rank_went": "Rank by layer and role, of arms whose modules differ in rank",
     "where_energy_went": "Share of the update's squared norm by layer and role",
     "importance": "Importance of each varied field for the validation score",
+    "together": "What training with other tasks did to each task: together minus alone, otherwise the same arm; filled "
+    "where significant after correction",
+    "transfer": "Rise of each task's test NLL where its examples go through the blocks of another task, in nats a "
+    "token, mean over seeds",
+    "forgetting_curves": "Test scores of each task while the tasks are learnt one after another, mean over seeds of "
+    "the first order; dotted lines are where one ends and the next begins",
 }
 COSTS = {
     "seconds": "seconds",
@@ -48,6 +54,7 @@ BARS = {
     "validation_curves": "Bands are 95% intervals over seeds, whose variance is pooled over the arms; all are scored "
     "on the same examples, whose variance is not in them",
     "importance": "Bars are 1.96 bootstrap standard errors",
+    "together": "Bars are 95% intervals of the paired difference, over seeds and groups of examples",
 }
 WITH_ARMS = (
     *PAIRED, "forest", "performance_profile", "share_kept", "learning_rate", "training_curves", "validation_curves",

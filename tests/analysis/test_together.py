@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from analysis import analyse, continual, load
+from analysis import analyse, captions, continual, load, task_figures
 from sweeper.record import METRICS, PREDICTIONS, RECORD, perplexity
 
 TASKS = ("icd10_chapter", "hpo_term")
@@ -194,3 +195,23 @@ def test_studies_of_single_tasks_have_no_new_columns(tmp_path: Path) -> None:
     found = load(tmp_path / "study")
     assert not {"together", "_parts"} & set(found.runs)
     assert found.fields.count("sharing") == 1
+
+
+def test_figures_of_several_tasks_are_made_and_captioned(study: Path, tmp_path: Path) -> None:
+    found = analyse(load(study), draws=100)
+    apart, across = task_figures.together(found), task_figures.transfer(found)
+    assert isinstance(apart, Figure)
+    assert isinstance(across, Figure)
+    names = [label.get_text() for ax in apart.axes for label in ax.get_yticklabels()]
+    assert names == ["attn r8 shared"] * 2
+    assert "+2.00" in {text.get_text() for ax in across.axes for text in ax.texts}
+    assert "together minus alone" in captions.caption(found, "together")
+    assert task_figures.forgetting_curves(found) == "no run has tasks one after another"
+    stages = [dict.fromkeys(TASKS, 6.0), {TASKS[0]: 1.0, TASKS[1]: 5.0}, {TASKS[0]: 1.5, TASKS[1]: 2.0}]
+    write_run(tmp_path / "sequence", stages[-1], family="sequence", stages=stages)
+    sequence = analyse(load(tmp_path / "sequence"), draws=100)
+    curves = task_figures.forgetting_curves(sequence)
+    assert isinstance(curves, Figure)
+    lines = {tuple(np.asarray(line.get_ydata()).tolist()) for line in curves.axes[0].get_lines()}
+    assert {(6.0, 1.0, 1.5), (6.0, 5.0, 2.0)} <= lines
+    assert task_figures.together(sequence) == "no task was trained alone as it was with others"
