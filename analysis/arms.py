@@ -316,7 +316,9 @@ def _arm(
         study.note(Problem(folder=setting, kind="arm without a completed run", message=message))
         return None
     again = done[done["search.purpose"] == "confirm"] if "search.purpose" in done else done.iloc[:0]
-    trials: dict[str, pd.DataFrame] = dict(iter((done if again.empty else again).groupby("trial", sort=True)))
+    counted = done if again.empty else again
+    narrow = counted[[key for key in ("trial", "seed", found.select) if key in counted]]
+    trials: dict[str, pd.DataFrame] = dict(iter(narrow.groupby("trial", sort=True)))
     name = next(iter(trials))
     if len(trials) > 1:
         most = max(group["seed"].nunique() for group in trials.values())
@@ -332,7 +334,7 @@ def _arm(
             return None
         pick = max if higher_is_better(found.select) else min
         name = pick(means, key=lambda trial: means[trial])
-    best = trials[name].drop_duplicates("seed", keep="last").sort_values("seed")
+    best = counted.loc[trials[name].index].drop_duplicates("seed", keep="last").sort_values("seed")
     found.runs.loc[best.index, "chosen"] = True
     first = best.iloc[0]
     return Arm(

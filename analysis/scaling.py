@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize
 
 from analysis import stats
 from analysis.arms import FULL, Arm, Arrangement, Setting, higher_is_better
@@ -19,6 +18,7 @@ COLUMNS = [
 LEAST_SIZES = 4
 DRAWS = 200
 EXPONENTS = (0.01, 4.0)
+COARSE = 25
 
 
 def table(found: Arrangement, metric: str, *, draws: Draws) -> pd.DataFrame:
@@ -76,10 +76,11 @@ def _law(size_A: Array, mean_A: Array, drawn_BA: Array, sign: float) -> dict[str
     fitted = fit(size_A, mean_A)
     if fitted is None:
         return {}
-    drawn = [one for one in (fit(size_A, values) for values in drawn_BA) if one is not None]
+    floor_B, exponent_B = _fits(size_A, drawn_BA)
+    known_B = ~np.isnan(exponent_B)
     row = {"exponent": fitted[1], "floor": sign * fitted[0]}
-    if 2 * len(drawn) >= len(drawn_BA):
-        for name, values in (("exponent", [one[1] for one in drawn]), ("floor", [sign * one[0] for one in drawn])):
+    if 2 * known_B.sum() >= len(drawn_BA):
+        for name, values in (("exponent", exponent_B[known_B]), ("floor", sign * floor_B[known_B])):
             row[f"{name}_low"], row[f"{name}_high"] = np.quantile(values, [0.025, 0.975])
     return row
 
@@ -87,16 +88,36 @@ def _law(size_A: Array, mean_A: Array, drawn_BA: Array, sign: float) -> dict[str
 def fit(size_A: Sequence[float] | Array, loss_A: Sequence[float] | Array) -> tuple[float, float] | None:
     """Floor and exponent of loss = floor + scale · (size / smallest)^-exponent, least squares; None where the best
     exponent is at the edge of `EXPONENTS`, so that the data do not tell a floor from a straight line or from none."""
-    x_A, y_A = np.asarray(size_A, dtype=float) / float(np.min(size_A)), np.asarray(loss_A, dtype=float)
+    floor_B, exponent_B = _fits(np.asarray(size_A, dtype=float), np.asarray(loss_A, dtype=float)[None])
+    return None if np.isnan(exponent_B[0]) else (float(floor_B[0]), float(exponent_B[0]))
 
-    def solved(exponent: float) -> tuple[float, Array]:
-        design = np.column_stack([np.ones(len(x_A)), x_A**-exponent])
-        solution = np.linalg.lstsq(design, y_A)[0]
-        rest = y_A - design @ solution
-        return float(rest @ rest), solution
 
-    found = optimize.minimize_scalar(lambda log: solved(np.exp(log))[0], bounds=np.log(EXPONENTS), method="bounded")
-    exponent = float(np.exp(found.x))
-    solution = solved(exponent)[1]
-    inside = EXPONENTS[0] * 1.1 < exponent < EXPONENTS[1] / 1.1
-    return (float(solution[0]), exponent) if inside and solution[1] > 0 else None
+def _fits(size_A: Array, loss_BA: Array) -> tuple[Array, Array]:
+    """Floors and exponents of many curves at once, NaN where `fit` is None: golden sections between the neighbours of
+    the best of `COARSE` exponents."""
+    x_A = np.log(size_A / size_A.min())
+    y_BA = loss_BA - loss_BA.mean(axis=1, keepdims=True)
+
+    def solved(log_B: Array) -> tuple[Array, Array, Array]:
+        """Residual sum of squares, scale and mean of size^-exponent at each curve's exponent."""
+        z_BA = np.exp(-np.exp(log_B)[:, None] * x_A)
+        mean_B = z_BA.mean(axis=1)
+        z_BA = z_BA - mean_B[:, None]
+        square_B = (z_BA**2).sum(axis=1)
+        scale_B = np.where(square_B > 0, (z_BA * y_BA).sum(axis=1) / np.where(square_B > 0, square_B, 1), 0)
+        return ((y_BA - scale_B[:, None] * z_BA) ** 2).sum(axis=1), scale_B, mean_B
+
+    grid = np.linspace(*np.log(EXPONENTS), COARSE)
+    best_B = np.argmin([solved(np.full(len(y_BA), log))[0] for log in grid], axis=0)
+    low_B, high_B = grid[np.maximum(best_B - 1, 0)], grid[np.minimum(best_B + 1, COARSE - 1)]
+    ratio = (5**0.5 - 1) / 2
+    for _ in range(40):
+        left_B, right_B = high_B - ratio * (high_B - low_B), low_B + ratio * (high_B - low_B)
+        lower_B = solved(left_B)[0] < solved(right_B)[0]
+        low_B, high_B = np.where(lower_B, low_B, left_B), np.where(lower_B, right_B, high_B)
+    log_B = (low_B + high_B) / 2
+    _, scale_B, mean_B = solved(log_B)
+    exponent_B = np.exp(log_B)
+    inside_B = (EXPONENTS[0] * 1.1 < exponent_B) & (exponent_B < EXPONENTS[1] / 1.1) & (scale_B > 0)
+    floor_B = loss_BA.mean(axis=1) - scale_B * mean_B
+    return np.where(inside_B, floor_B, np.nan), np.where(inside_B, exponent_B, np.nan)
