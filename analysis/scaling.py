@@ -107,7 +107,7 @@ def _fits(size_A: Array, loss_BA: Array) -> tuple[Array, Array]:
         scale_B = np.where(square_B > 0, (z_BA * y_BA).sum(axis=1) / np.where(square_B > 0, square_B, 1), 0)
         return ((y_BA - scale_B[:, None] * z_BA) ** 2).sum(axis=1), scale_B, mean_B
 
-    grid = np.linspace(*np.log(EXPONENTS), COARSE)
+    grid = np.linspace(np.log(EXPONENTS[0]), np.log(EXPONENTS[1]), COARSE)
     best_B = np.argmin([solved(np.full(len(y_BA), log))[0] for log in grid], axis=0)
     low_B, high_B = grid[np.maximum(best_B - 1, 0)], grid[np.minimum(best_B + 1, COARSE - 1)]
     ratio = (5**0.5 - 1) / 2
