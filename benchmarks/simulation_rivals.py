@@ -150,7 +150,8 @@ def cells_of(table: str) -> list[Cell]:
         return [replace(known["normal"], each=1), known["20 groups of 10, 5 seeds"]]
     names = {
         "tests": ("seeds alone", "10 groups of 20, 3 seeds", "10 groups of 20, 5 seeds",
-                  "13 groups of 16, 5 seeds", "20 groups of 10, 3 seeds", "skewed seeds, 3 seeds", "twelve arms"),
+                  "13 groups of 16, 5 seeds", "20 groups of 10, 3 seeds", "skewed seeds, 3 seeds",
+"one arm's seeds eight times as wide", "twelve arms"),
         "intervals": ("skewed seeds, 3 seeds", "skewed seeds, 5 seeds", "skewed seeds, 10 seeds",
                       "10 groups of 20, 3 seeds", "10 groups of 20, 5 seeds", "13 groups of 16, 5 seeds"),
         "guards": ("seeds alone", "seeds alone, 5 seeds", "one arm's seeds twice as wide",

@@ -140,7 +140,7 @@ def test_variance_of_equal_groups_is_the_cluster_robust_one(weighted: bool) -> N
 
 
 def test_variance_of_unequal_groups_is_unbiased() -> None:
-    """It is a quadratic form of the groups' means, whose expectation under variance 1 is its trace: that of the mean."""
+    """A quadratic form of the groups' means, whose expectation under variance 1 is its trace: that of the mean."""
     counts = [1, 2, 3, 5, 13]
     share = np.array(counts) / sum(counts)
     trace = 0.0
