@@ -28,13 +28,13 @@ from benchmarks.rival_rules import GUARDS, arm_half_widths, ruled
 from benchmarks.rivals import MIXED, MOST_WILD, RIVALS, Drawn
 from benchmarks.simulation import Cell, arrangement, cells, draw, others, ours, weights
 
-Task = tuple[str, Cell, float, int, int]
-"""Table, cell, the difference that power is of, studies, and number of the part, which seeds it."""
+Task = tuple[str, Cell, float, int, int, tuple[str, ...]]
+"""Table, cell, the difference that power is of, studies, number of the part, which seeds it, and tests (empty: all)."""
 
 
 def test_part(task: Task) -> dict[str, float]:
     """Sums of false positives and of true ones found over `count` studies."""
-    table, cell, shift, count, number = task
+    table, cell, shift, count, number, only = task
     rng = np.random.default_rng(5000 + number)
     out: dict[str, float] = {}
     for _ in range(count):
@@ -42,7 +42,7 @@ def test_part(task: Task) -> dict[str, float]:
         moved = x_ARE.copy()
         moved[0] -= shift
         for name, test in (RIVALS if table == "tests" else MIXED).items():
-            if name.startswith("wild") and cell.arms > MOST_WILD:
+            if (name.startswith("wild") and cell.arms > MOST_WILD) or (only and name not in only):
                 continue
             null = test(Drawn.of(cell, x_ARE, w_E, rng))
             out[f"false {name}"] = out.get(f"false {name}", 0) + (min(null.values()) < 0.05)
@@ -53,7 +53,7 @@ def test_part(task: Task) -> dict[str, float]:
 
 def interval_part(task: Task) -> dict[str, float]:
     """Sums over `count` studies of arms whose interval holds 0, by arm, and of half widths."""
-    _, cell, _, count, number = task
+    _, cell, _, count, number, _ = task
     rng = np.random.default_rng(7000 + number)
     out: dict[str, float] = {}
     for _ in range(count):
@@ -70,7 +70,7 @@ def interval_part(task: Task) -> dict[str, float]:
 
 def guard_part(task: Task) -> dict[str, float]:
     """As `test_part`, of our tests with each rule; coverage and width of intervals too."""
-    _, cell, shift, count, number = task
+    _, cell, shift, count, number, _ = task
     rng = np.random.default_rng(9000 + number)
     out: dict[str, float] = {}
 
@@ -99,7 +99,7 @@ def command_part(task: Task) -> dict[str, float]:
     from analysis.__main__ import main as command
     from tests.analysis.synthetic import Truth, write_study
 
-    _, cell, _, count, number = task
+    _, cell, _, count, number, _ = task
     truth = Truth(
         placements=dict.fromkeys(("attn", "ff", "full", "attn_qv"), 0.6), seed_sd=cell.seed_sd[0],
         example_sd=cell.shared_sd, arm_example_sd=cell.example_sd, cell_sd=cell.cell_sd,
@@ -172,7 +172,9 @@ def main() -> None:
     parser.add_argument("--replicates", type=int, help=f"by default {REPLICATES}")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--cells", nargs="+", help="of the table's own, by name")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEST", help="of `tests` and `mixed`: these columns")
     args = parser.parse_args()
+    only = tuple(args.only)
     replicates = args.replicates or REPLICATES[args.table]
     chosen = [cell for cell in cells_of(args.table) if args.cells is None or cell.name in args.cells]
     if not chosen:
@@ -193,7 +195,7 @@ def main() -> None:
             critical = -special.stdtrit(pooled_df, 0.025 / (cell.arms * (cell.arms - 1) / 2))
             _, _, sd = simulation.truth_of(cell, np.random.default_rng(99))
             parts = max(1, replicates // 50)
-            tasks = [(args.table, cell, float(critical * sd), replicates // parts, i) for i in range(parts)]
+            tasks = [(args.table, cell, float(critical * sd), replicates // parts, i, only) for i in range(parts)]
             found = summed(pool.imap_unordered(PARTS[args.table], tasks), replicates // parts * parts)
             for row in rows_of(args.table, cell, names, found, replicates // parts * parts):
                 print(f"| {cell.name} | {' | '.join(row)} |", flush=True)
