@@ -290,7 +290,6 @@ def test_the_papers_grid_searches_each_methods_own_rates(composer: Any) -> None:
     assert rates["full_ft"] == (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
 
-
 def test_a_learning_rate_on_the_command_line_wins_over_the_methods(composer: Any) -> None:
     (spec,) = config.expand(["method=full_ft", "optim.lr=1e-4"], composer).specs
     assert spec.optim.lr == 1e-4
