@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import combinations, pairwise, product
@@ -15,7 +15,7 @@ from scipy import special
 
 from analysis import stats, together
 from analysis.arms import FULL, Aligned, Arm, Arrangement, Scores, Setting, aligned, higher_is_better
-from analysis.seeds import of_blend
+from analysis.seeds import SeedVariance, of_blend, of_remainder
 from analysis.stats import Array, Components, Draws
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
@@ -197,8 +197,9 @@ def shares(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
     """Share of a reference's gain over the base model that an arm keeps, with its interval.
 
     Share = (base − arm)/(base − reference). The references are full fine-tuning, where the study has it, and the full
-    placement at the same rank. The interval is the delta method's on the paired differences; if the reference's own
-    gain is not significantly different from 0, the share is NaN.
+    placement at the same rank. The interval is the delta method's on the paired differences, over groups and seeds as
+    that of a test (`seeds.of_remainder`); if the reference's own gain is not significantly different from 0, the share
+    is NaN.
     """
     rows = []
     for setting in found.settings:
@@ -238,13 +239,30 @@ def _kept(setting: Setting, arm: Arm, reference: Arm, metric: str) -> dict[str, 
     if shared is None:
         return None
     gain_arm, gain_reference = base.x_RE - shared.a_RE, base.x_RE - shared.b_RE
-    reference_gain = stats.interval(gain_reference, shared.w_E, strict=True, groups=shared.groups)
+    own, rest_of = _seed_variances(a, b)
+    reference_gain = stats.interval(
+        gain_reference, shared.w_E, strict=True, groups=shared.groups, seed_variance=own
+    )  # fmt: skip
     if not stats.p_value(reference_gain) < 0.05:
         return {"share": np.nan, "low": np.nan, "high": np.nan}
     share = float((gain_arm @ shared.w_E / shared.w_E.sum()).mean()) / reference_gain.estimate
-    rest = stats.interval(gain_arm - share * gain_reference, shared.w_E, strict=True, groups=shared.groups)
+    rest = stats.interval(
+        gain_arm - share * gain_reference, shared.w_E, strict=True, groups=shared.groups, seed_variance=rest_of(share)
+    )
     half = (rest.high - rest.low) / 2 / abs(reference_gain.estimate)
     return {"share": share, "low": share - half, "high": share + half}
+
+
+def _seed_variances(
+    arm: Scores, reference: Scores
+) -> tuple[SeedVariance | None, Callable[[float], SeedVariance | None]]:
+    """The pooled variance of the reference's gain, and that of arm − share · reference by share; None where the arms do
+    not have the same seeds, or too few."""
+    found = (arm.contrast_variance, arm.seed_variance, reference.contrast_variance, reference.seed_variance)
+    if arm.seeds != reference.seeds or any(one is None for one in found):
+        return None, lambda share: None
+    a, whole_a, b, whole_b = (one for one in found if one is not None)
+    return whole_b, lambda share: of_remainder(share, (a, whole_a), (b, whole_b))
 
 
 def power(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -260,6 +261,33 @@ def test_a_range_gives_way_to_the_methods_own_where_it_is_tagged(composer: Any) 
     assert {(arm.space[0].low, arm.space[0].high) for arm in given.arms} == {(1e-4, 1e-2)}
     overridden = config.expand([*lines, "optim.lr=3e-4"], composer)
     assert {arm.default.optim.lr for arm in overridden.arms} == {3e-4}
+
+
+def test_a_grid_moves_to_the_methods_own_range_where_it_is_tagged(composer: Any) -> None:
+    """Full fine-tuning in the paper's grid searches rates a tenth of LoRA's, as many and as far apart."""
+    grid = "choice(1e-4,3e-4,1e-3,3e-3,1e-2)"
+    methods = "method=lora,full_ft,lora_plus,bitfit"
+    found = config.expand([f"optim.lr=tag(tune,method,{grid})", methods, "rank=4"], composer)
+    assert {arm.default.method.name: arm.space[0].choices for arm in found.arms} == {
+        "lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "full_ft": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+        "lora_plus": (2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
+        "bitfit": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    }
+    given = config.expand([f"optim.lr=tag(tune,{grid})", methods, "rank=4"], composer)
+    assert {arm.space[0].choices for arm in given.arms} == {(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+    words = config.expand(["trainer.batch_size=tag(tune,method,choice(4,8))", methods, "rank=4"], composer)
+    assert {arm.space[0].choices for arm in words.arms} == {(4, 8)}
+
+
+def test_the_papers_grid_searches_each_methods_own_rates(composer: Any) -> None:
+    """With LoRA's rates full fine-tuning would have looked worse than it is."""
+    plain = yaml.safe_load((Path(__file__).parents[2] / "conf/experiment/paper.yaml").read_text())
+    params = [f"{key}={value}" for key, value in plain["hydra"]["sweeper"]["params"].items()]
+    found = config.expand([*params, "rank=4", "placement=attn", "method=lora,full_ft"], composer)
+    rates = {arm.default.method.name: arm.space[0].choices for arm in found.arms}
+    assert rates["lora"] == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    assert rates["full_ft"] == (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
 
 def test_a_learning_rate_on_the_command_line_wins_over_the_methods(composer: Any) -> None:
