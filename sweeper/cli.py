@@ -115,7 +115,8 @@ def train(cfg: "DictConfig") -> float | None:
 
     hydra = HydraConfig.get()
     try:
-        loader = GlobalHydra.instance().config_loader()
+        running = GlobalHydra.instance()
+        loader = running.config_loader() if running.is_initialized() else None
         return launch.train_one(*config.from_config(cfg, loader, chosen=hydra.runtime.choices))
     except SweeperError as error:
         if hydra.mode == RunMode.RUN or isinstance(error, ContextLost):  # no job of this process can go on

@@ -11,7 +11,7 @@ from sweeper import register
 from sweeper.arms import Arm, Params, look_up
 from sweeper.config.build import SECTIONS, Builder, differing, one_option, settings_of
 from sweeper.config.cells import Cell, cells_of, plain_of, unused
-from sweeper.config.composer import Composer
+from sweeper.config.composer import Composer, composer_of
 from sweeper.config.grid import Axis, Grid, read_grid
 from sweeper.errors import Problems, SweeperError
 from sweeper.identity import Identities
@@ -36,12 +36,13 @@ class Composition:
 
 
 def from_config(
-    cfg: DictConfig, loader: Any, chosen: Container[str] = SECTIONS
+    cfg: DictConfig, loader: Any = None, chosen: Container[str] = SECTIONS
 ) -> tuple[RunSpec, Settings]:  # fmt: skip
     """The run a composed configuration describes.
 
     Args:
-        loader: Hydra's configuration loader, for options that others name. chosen: the groups of which one option was.
+        loader: Hydra's configuration loader, for options that others name; without it, one of the project's `conf/`.
+        chosen: the groups of which one option was.
 
     Raises:
         Problems: a line for each value that cannot be used.
@@ -52,7 +53,8 @@ def from_config(
     problems.extend(unused(ours))
     problems.extend(one_option(name) for name in SECTIONS if name in plain and name not in chosen)
     settings = settings_of(plain, problems)
-    run = Builder(problems, Composer(loader=loader)).run(plain, {})
+    composer = composer_of() if loader is None else Composer(loader=loader)
+    run = Builder(problems, composer).run(plain, {})
     if problems or run is None or settings is None:
         raise Problems(problems)
     return run, settings

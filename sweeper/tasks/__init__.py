@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "METRICS",
+    "OF_TASKS",
     "PROGRAM",
     "SPLITS",
     "Choice",
@@ -106,6 +107,10 @@ FAMILIES: dict[str, Family] = {
     "pubmed": pubmed,
     "sequence": sequence,
 }
+
+
+OF_TASKS = ("mixture", "sequence")
+"""Families made of other tasks."""
 
 
 def check(spec: DatasetSpec, *, training: bool = True) -> None:
@@ -160,7 +165,7 @@ def content(spec: DatasetSpec) -> Content:
         DataError: the file cannot be read.
     """
     if spec.parts:
-        return mixture.content(spec, content)
+        return mixture.of_parts(spec, content)
     family = FAMILIES.get(spec.family)
     place = None if spec.path is None else Path(spec.path).expanduser()
     try:

@@ -7,7 +7,7 @@ many of each, or in proportion to size^(1 / temperature).
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,9 +84,9 @@ def version(spec: DatasetSpec) -> str:
     return ""
 
 
-def content(spec: DatasetSpec, of_part: Callable[[DatasetSpec], Content]) -> Content:
+def of_parts(spec: DatasetSpec, content: Callable[[DatasetSpec], Content]) -> Content:
     """A digest of what lies behind all its tasks."""
-    found = [of_part(part) for part in spec.parts]
+    found = [content(part) for part in spec.parts]
     if all(one.text is None for one in found):
         return Content(first="; ".join(one.told or "" for one in found) or None)
     text = json.dumps([one.told for one in found])
@@ -133,11 +133,6 @@ def _by_part(splits: Mapping[str, EncodedSplit]) -> Iterator[tuple[str, EncodedS
     for name, split in splits.items():
         yield name, split
         yield from ((f"{name}/{part}", one) for part, one in split.parts.items())
-
-
-def part_names(specs: Sequence[DatasetSpec]) -> tuple[str, ...]:
-    """The names of a dataset's tasks."""
-    return tuple(spec.name for spec in specs)
 
 
 def _number(value: Any) -> bool:

@@ -177,7 +177,11 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["trainer.device=gpu"], "Choose from auto, cpu, cuda, cuda:N"),
         (["dataset=jsonl"], "dataset.path is required for dataset=jsonl: give dataset.path=..."),
         (["model=path"], "model.location is required for model=path"),
-        (["experiment=null"], "experiment=null: no such experiment. Choose from methods, paper, placement_grid, smoke"),
+        (
+            ["experiment=null"],
+            "experiment=null: no such experiment. Choose from continual, methods, multi_task, paper, placement_grid, "
+            "smoke",
+        ),
         (["rank=true"], "rank must be a whole number, got true"),
         (["rank=range(3,3)"], "there is no value in this axis. Give a list: rank=a,b,c"),
         (["rank=range(1,5,0)"], "rank=range(1,5,0): range() arg 3 must not be zero"),
