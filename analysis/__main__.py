@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from analysis.load import load
+from analysis.venues import DEFAULT, VENUES, venue
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap draws (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument("--no-figures", action="store_true", help="tables and report only")
+    parser.add_argument(
+        "--venue",
+        default=DEFAULT.name,
+        metavar="|".join(VENUES),
+        help="whose page figures are made for (default: icml)",
+    )
     parser.add_argument("--mixed", action="store_true", help="fit a linear mixed model as well (needs statsmodels)")
     parser.add_argument(
         "--export", action="append", default=[], choices=["peft", "csv", "parquet"], help="write the runs so"
@@ -58,6 +65,7 @@ def printable(text: str) -> str:
 def _run(options: argparse.Namespace) -> int:
     from analysis import exchange
 
+    page = venue(options.venue)
     imported = [row for source in options.imports for row in exchange.read(source)]
     study = load(*options.study, rows=imported)
     counts = ", ".join(f"{count} {name}" for name, count in study.counts().items())
@@ -81,15 +89,16 @@ def _run(options: argparse.Namespace) -> int:
         study, metric=options.metric, tuned=options.tuned, draws=options.draws, seed=options.seed,
         mixed_model=options.mixed,
     )  # fmt: skip
-    written = [*tables.write(found, options.out / "tables"), claims.write(found, options.out)]
+    made = tables.sheets(found)
+    written = [*tables.write(found, options.out / "tables", made), claims.write(found, options.out)]
     absent: dict[str, str] = {}
     drawn: list[Path] = []
     if not options.no_figures:
         from analysis import figures
 
-        drawn, absent = figures.write(found, options.out / "figures")
+        drawn, absent = figures.write(found, options.out / "figures", venue=page)
         written += drawn
-    written.append(report.write(found, options.out, absent=absent, drawn=drawn))
+    written.append(report.write(found, options.out, absent=absent, drawn=drawn, venue=page, made=made))
     for kind in options.export:
         written += exchange.write(found, options.out / kind, kind)
     for name, reason in absent.items():

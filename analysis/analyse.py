@@ -8,7 +8,22 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from analysis import aggregate, checks, compare, effects, mixed, pareto, scaling, spectra, stats, tuning
+from analysis import (
+    aggregate,
+    checks,
+    compare,
+    continual,
+    contrasts,
+    effects,
+    mixed,
+    pareto,
+    routing,
+    scaling,
+    spectra,
+    stats,
+    transfer,
+    tuning,
+)
 from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
 from analysis.load import STATUSES, Study
 from analysis.stats import Draws
@@ -16,7 +31,7 @@ from sweeper.record import perplexity
 
 COSTS = (
     "train_flops", "train_seconds_solo", "peak_memory_solo_bytes", "tokens_per_second_solo", "adapter_bytes",
-    "train_seconds_amortised",
+    "train_seconds_amortised", "train_tokens",
 )  # fmt: skip
 
 
@@ -59,11 +74,15 @@ def analyse(
         "all_tasks": across_settings(found, draws=sampler),
         "aggregate": aggregate.table(found, draws=sampler),
         "tests": compare.tests(found, draws=sampler),
+        "contrasts": contrasts.table(found, metric),
         "matched_budget": compare.matched(found, draws=sampler),
         "share_kept": compare.shares(found, draws=sampler),
         "anova": effects.placement_by_rank(found, metric),
         "slopes": effects.slopes(found, metric),
         "scaling": scaling.table(found, metric, draws=sampler),
+        "transfer": transfer.table(found, draws=sampler),
+        "routing": routing.table(found, draws=sampler),
+        "continual": continual.table(found, draws=sampler),
         "importance": effects.importance(found, metric=metric, seed=seed),
         "power": compare.power_table(found, metric=metric),
         "hypervolume": hypervolumes(found, draws=sampler, metric=metric),

@@ -11,6 +11,7 @@ import pandas as pd
 from analysis.load import GROUPS, Problem, Study
 from analysis.seeds import SeedVariance, of_difference, pooled
 from analysis.stats import Array
+from analysis.together import CHOSEN
 
 SETTING = ("model", "dataset")
 ALWAYS = ("method", "placement", "allocation", "rank")
@@ -19,6 +20,7 @@ BASE = "base model"
 FULL = "full fine-tuning"
 FULL_METHODS = ("full_ft", "full-finetuning", "full_finetuning")
 UNRANKED = ("bitfit", *FULL_METHODS)  # methods that have no rank and no alpha, whatever the run's fields say
+SELECT = "select"  # column of the score that trials are chosen by
 NOT_METRICS = ("perplexity", "perplexity_stated", "tokens", "examples")
 
 
@@ -146,11 +148,12 @@ def varying(runs: pd.DataFrame, fields: Sequence[str]) -> list[str]:
 
 def kinds(arms: pd.DataFrame) -> pd.Series:
     """What distinguishes trained arms besides rank: placement, method, or both, whichever vary, and the allocation
-    where arms would otherwise be ambiguous. A kind has the same look in all figures and the report.
+    where arms would otherwise be ambiguous; full fine-tuning is a kind of its own. A kind has the same look in all
+    figures and the report.
     """
     whole = arms["placement"] == FULL  # of which the placement is that of no adapter
     found = arms["placement"]
-    if arms["method"].nunique() > 1:
+    if arms.loc[~whole, "method"].nunique() > 1:
         both = arms["placement"].nunique() - whole.any() > 1
         found = found + " " + arms["method"] if both else arms["method"]
     alike = pd.DataFrame({"setting": arms["setting"], "kind": found, "rank": arms["rank"]}).duplicated()
@@ -181,6 +184,10 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
     for key in tuned:
         if key not in study.fields:
             raise ValueError(f"--tuned {key}: no such field. Of this study vary {', '.join(fields) or 'none'}.")
+    select = f"validation.{metric}"
+    if select in runs:  # a run of several tasks is chosen as a whole
+        whole = runs.get(f"{CHOSEN}{select}")
+        runs[SELECT] = runs[select] if whole is None else whole.fillna(runs[select])
     listed = runs["search.tuned"].dropna() if "search.tuned" in runs else ()
     searched = {key for keys in listed for key in str(keys).split(",")}  # lists are text there
     chosen_inside = [key for key in fields if key.startswith(TUNED) or key in {*tuned, *searched}]
@@ -191,7 +198,7 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
         runs[name] = _labels(runs, keys, fields if name != "trial" else keys)
     runs["chosen"] = False
     found = Arrangement(
-        settings=[], metrics=_metrics(runs, split), split=split, select=f"validation.{metric}", runs=runs,
+        settings=[], metrics=_metrics(runs, split), split=split, select=select, runs=runs,
         tuned=chosen_inside,
     )  # fmt: skip
     if found.metrics and metric not in found.metrics:
@@ -219,10 +226,15 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
 
 def share_variances(arms: Sequence[Arm]) -> None:
     """Pools the variance between seeds over the arms of one setting, by metric and set of seeds."""
-    families: dict[tuple[str, tuple[Any, ...]], list[Scores]] = {}
-    for arm in arms:
-        for metric, scores in arm.scores.items():
-            families.setdefault((metric, scores.seeds), []).append(scores)
+    for metric in dict.fromkeys(metric for arm in arms for metric in arm.scores):
+        pool([arm.scores[metric] for arm in arms if metric in arm.scores])
+
+
+def pool(scores: Sequence[Scores]) -> None:
+    """Sets the pooled variances between seeds of scores of one metric, over those of the same seeds."""
+    families: dict[tuple[Any, ...], list[Scores]] = {}
+    for one in scores:
+        families.setdefault(one.seeds, []).append(one)
     for family in families.values():
         rows_AR = np.stack([one.x_RE @ one.w_E / one.w_E.sum() for one in family])
         own, contrast = pooled(rows_AR, blocks=False), pooled(rows_AR, blocks=True)
@@ -238,6 +250,8 @@ def aligned(a: Scores, b: Scores) -> Aligned | None:
     """
     if bool(a.ids) != bool(b.ids):
         return None
+    if a.ids == b.ids and a.seeds and a.seeds == b.seeds:  # as nearly all arms of a grid
+        return Aligned(a.x_RE, b.x_RE, a.w_E, a.groups or b.groups, _of_contrast(a, b))
     if a.ids == b.ids:
         columns_a = columns_b = np.arange(len(a.w_E))
     else:
@@ -258,11 +272,16 @@ def aligned(a: Scores, b: Scores) -> Aligned | None:
     variance = None
     if not a.seeds or not b.seeds:
         variance = (a if a.seeds else b).seed_variance
-    elif a.seeds == b.seeds and a.contrast_variance is not None and b.contrast_variance is not None:
-        variance = of_difference(a.contrast_variance, b.contrast_variance)
+    elif a.seeds == b.seeds:
+        variance = _of_contrast(a, b)
     groups, columns = (a.groups, columns_a) if a.groups else (b.groups, columns_b)
     named = tuple(groups[i] for i in columns) if groups else ()
     return Aligned(rows(a)[:, columns_a], rows(b)[:, columns_b], a.w_E[columns_a], named, variance)
+
+
+def _of_contrast(a: Scores, b: Scores) -> SeedVariance | None:
+    known = a.contrast_variance is not None and b.contrast_variance is not None
+    return of_difference(a.contrast_variance, b.contrast_variance) if known else None  # type: ignore[arg-type]
 
 
 def _labels(runs: pd.DataFrame, keys: Sequence[str], shown: Sequence[str]) -> pd.Series:
@@ -316,14 +335,16 @@ def _arm(
         study.note(Problem(folder=setting, kind="arm without a completed run", message=message))
         return None
     again = done[done["search.purpose"] == "confirm"] if "search.purpose" in done else done.iloc[:0]
-    trials: dict[str, pd.DataFrame] = dict(iter((done if again.empty else again).groupby("trial", sort=True)))
+    counted = done if again.empty else again
+    columns = [key for key in ("seed", SELECT) if key in counted]
+    trials: dict[str, pd.DataFrame] = dict(iter(counted.groupby("trial", sort=True)[columns]))
     name = next(iter(trials))
     if len(trials) > 1:
         most = max(group["seed"].nunique() for group in trials.values())
         means = {
-            trial: group[found.select].mean()
+            trial: group[SELECT].mean()
             for trial, group in trials.items()
-            if group["seed"].nunique() == most and found.select in group
+            if group["seed"].nunique() == most and SELECT in group
         }
         means = {trial: mean for trial, mean in means.items() if not pd.isna(mean)}
         if not means:
@@ -332,7 +353,7 @@ def _arm(
             return None
         pick = max if higher_is_better(found.select) else min
         name = pick(means, key=lambda trial: means[trial])
-    best = trials[name].drop_duplicates("seed", keep="last").sort_values("seed")
+    best = counted.loc[trials[name].drop_duplicates("seed", keep="last").sort_values("seed").index]
     found.runs.loc[best.index, "chosen"] = True
     first = best.iloc[0]
     return Arm(

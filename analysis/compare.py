@@ -1,7 +1,8 @@
 """Comparisons between arms as tables: tests with Holm correction, matched budgets, share of a gain kept, power."""
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import combinations, pairwise, product
@@ -12,9 +13,9 @@ import pandas as pd
 import scipy
 from scipy import special
 
-from analysis import stats
+from analysis import stats, together
 from analysis.arms import FULL, Aligned, Arm, Arrangement, Scores, Setting, aligned, higher_is_better
-from analysis.seeds import of_blend
+from analysis.seeds import SeedVariance, of_blend, of_remainder
 from analysis.stats import Array, Components, Draws
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
@@ -36,11 +37,12 @@ class Pair:
 
 def pairs(found: Arrangement) -> Iterator[Pair]:
     """Arms of one setting that differ in exactly one factor (neighbouring ranks only), and each arm against the base
-    model and against full fine-tuning.
+    model and against full fine-tuning; a task trained with others against the same placement and rank trained alone.
     """
     for setting in found.settings:
         factors = list(setting.arms[0].factors) if setting.arms else []
-        for factor in factors:
+        yield from _apart(setting)
+        for factor in (factor for factor in factors if factor != together.FIELD):
             groups: dict[tuple[str, ...], list[Arm]] = {}
             for arm in setting.arms:
                 groups.setdefault(tuple(repr(arm.factors[key]) for key in factors if key != factor), []).append(arm)
@@ -54,15 +56,31 @@ def pairs(found: Arrangement) -> Iterator[Pair]:
             yield from (Pair(setting=setting, family=FULL, a=full, b=arm) for arm in others)
 
 
+def _apart(setting: Setting) -> Iterator[Pair]:
+    """Arms of a task trained with others, each against the one of it alone that is otherwise the same.
+
+    How it was mixed, and the batch, of which others have a share, are part of that.
+    """
+    with_others = ("sharing", together.FIELD, "trainer.batch_size")
+
+    def rest(arm: Arm) -> str:
+        return repr({key: value for key, value in arm.factors.items() if not key.startswith(with_others)})
+
+    alone = {rest(arm): arm for arm in setting.arms if arm.factors.get(together.FIELD) == together.ALONE}
+    for arm in setting.arms:
+        if together.FIELD in arm.factors and arm.factors[together.FIELD] != together.ALONE and rest(arm) in alone:
+            yield Pair(setting=setting, family=together.FIELD, a=alone[rest(arm)], b=arm)
+
+
 def tests(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
     """Paired tests of b − a, Holm-corrected over each family and metric (all settings together)."""
     rows = []
     for pair in pairs(found):
         for metric in found.metrics:
-            tested = _tested(pair.a.scores.get(metric), pair.b.scores.get(metric), metric)
-            if tested is not None:
+            result = tested(pair.a.scores.get(metric), pair.b.scores.get(metric), metric)
+            if result is not None:
                 names = {"setting": pair.setting.name, "metric": metric, "family": pair.family}
-                rows.append({**names, "a": pair.a.label, "b": pair.b.label, **tested})
+                rows.append({**names, "a": pair.a.label, "b": pair.b.label, **result})
     return corrected(pd.DataFrame(rows, columns=TEST_COLUMNS))
 
 
@@ -78,7 +96,8 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _tested(a: Scores | None, b: Scores | None, metric: str) -> dict[str, Any] | None:
+def tested(a: Scores | None, b: Scores | None, metric: str) -> dict[str, Any] | None:
+    """The paired test of b − a as columns of a table; None where the two share no seed or no example."""
     shared = aligned(a, b) if a is not None and b is not None else None
     if shared is None or a is None:
         return None
@@ -123,12 +142,12 @@ def _ladders(arms: Sequence[Arm]) -> dict[tuple[str, str], list[Arm]]:
 def _matched_rows(
     setting: Setting, metrics: Sequence[str], arm: Arm, others: Sequence[Arm], tolerance: float
 ) -> Iterator[dict[str, Any]]:
-    close = [other for other in others if abs(np.log(other.parameters / arm.parameters)) <= np.log1p(tolerance)]
+    close = [other for other in others if abs(_distance(other, arm.parameters)) <= math.log1p(tolerance)]
     around = [(low, high) for low, high in pairwise(others) if low.parameters < arm.parameters < high.parameters]
     for metric in metrics:
         a = arm.scores.get(metric)
         if close:
-            other = min(close, key=lambda one: abs(np.log(one.parameters / arm.parameters)))
+            other = min(close, key=lambda one: abs(_distance(one, arm.parameters)))
             b, label, size = other.scores.get(metric), other.label, other.parameters
         elif around:
             low, high = around[0]
@@ -136,10 +155,16 @@ def _matched_rows(
             label, size = f"{low.label} … {high.label}", arm.parameters
         else:
             return
-        tested = _tested(a, b, metric)
-        if tested is not None:
+        result = tested(a, b, metric)
+        if result is not None:
             names = {"setting": setting.name, "metric": metric, "family": "matched budget", "a": arm.label, "b": label}
-            yield {**names, **tested, "parameters_a": arm.parameters, "parameters_b": size}
+            yield {**names, **result, "parameters_a": arm.parameters, "parameters_b": size}
+
+
+def _distance(arm: Arm, parameters: float) -> float:
+    """How many times the parameters an arm has, as a logarithm; NaN where they are not known."""
+    ratio = arm.parameters / parameters
+    return math.log(ratio) if ratio > 0 else math.nan
 
 
 def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, metric: str) -> Scores | None:
@@ -147,7 +172,7 @@ def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, me
     nearest to them, since a line between two points of a convex curve lies above it, to the measured arm's favour; a
     line where the ladder has two ranks."""
     third = [arm for arm in ladder if arm not in around]
-    third.sort(key=lambda arm: abs(np.log(arm.parameters / parameters)))
+    third.sort(key=lambda arm: abs(_distance(arm, parameters)))
     arms = sorted([*around, *third[:1]], key=lambda arm: arm.parameters)
     found = [arm.scores.get(metric) for arm in arms]
     parts = [one for one in found if one is not None and one.ids == (found[0].ids if found[0] else ())]
@@ -156,13 +181,12 @@ def _blend(ladder: Sequence[Arm], around: tuple[Arm, Arm], parameters: float, me
     seeds = tuple(seed for seed in parts[0].seeds if all(seed in one.seeds for one in parts))
     if not seeds:
         return None
-    at_A = np.log([arm.parameters / parameters for arm in arms])
-    share_A = [float(np.prod([-other / (at - other) for other in at_A if other != at])) for at in at_A]
-    x_ARE = np.stack([one.x_RE[[one.seeds.index(seed) for seed in seeds]] for one in parts])
-    blended = Scores(
-        x_RE=np.einsum("a,are->re", share_A, x_ARE), w_E=parts[0].w_E, seeds=seeds, ids=parts[0].ids,
-        groups=parts[0].groups,
-    )  # fmt: skip
+    same = all(one.seeds == seeds for one in parts)
+    at_A = [_distance(arm, parameters) for arm in arms]
+    share_A = [math.prod(-other / (at - other) for other in at_A if other != at) for at in at_A]
+    x_ARE = [one.x_RE if same else one.x_RE[[one.seeds.index(seed) for seed in seeds]] for one in parts]
+    x_RE = np.add.reduce([share * one_RE for share, one_RE in zip(share_A, x_ARE, strict=True)])
+    blended = Scores(x_RE=x_RE, w_E=parts[0].w_E, seeds=seeds, ids=parts[0].ids, groups=parts[0].groups)
     variances = [one.contrast_variance for one in parts if one.seeds == seeds and one.contrast_variance is not None]
     if len(variances) == len(parts):
         blended.contrast_variance = of_blend(list(zip(share_A, variances, strict=True)))
@@ -173,8 +197,9 @@ def shares(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
     """Share of a reference's gain over the base model that an arm keeps, with its interval.
 
     Share = (base − arm)/(base − reference). The references are full fine-tuning, where the study has it, and the full
-    placement at the same rank. The interval is the delta method's on the paired differences; if the reference's own
-    gain is not significantly different from 0, the share is NaN.
+    placement at the same rank. The interval is the delta method's on the paired differences, over groups and seeds as
+    that of a test (`seeds.of_remainder`); if the reference's own gain is not significantly different from 0, the share
+    is NaN.
     """
     rows = []
     for setting in found.settings:
@@ -214,13 +239,30 @@ def _kept(setting: Setting, arm: Arm, reference: Arm, metric: str) -> dict[str, 
     if shared is None:
         return None
     gain_arm, gain_reference = base.x_RE - shared.a_RE, base.x_RE - shared.b_RE
-    reference_gain = stats.interval(gain_reference, shared.w_E, strict=True, groups=shared.groups)
+    own, rest_of = _seed_variances(a, b)
+    reference_gain = stats.interval(
+        gain_reference, shared.w_E, strict=True, groups=shared.groups, seed_variance=own
+    )  # fmt: skip
     if not stats.p_value(reference_gain) < 0.05:
         return {"share": np.nan, "low": np.nan, "high": np.nan}
     share = float((gain_arm @ shared.w_E / shared.w_E.sum()).mean()) / reference_gain.estimate
-    rest = stats.interval(gain_arm - share * gain_reference, shared.w_E, strict=True, groups=shared.groups)
+    rest = stats.interval(
+        gain_arm - share * gain_reference, shared.w_E, strict=True, groups=shared.groups, seed_variance=rest_of(share)
+    )
     half = (rest.high - rest.low) / 2 / abs(reference_gain.estimate)
     return {"share": share, "low": share - half, "high": share + half}
+
+
+def _seed_variances(
+    arm: Scores, reference: Scores
+) -> tuple[SeedVariance | None, Callable[[float], SeedVariance | None]]:
+    """The pooled variance of the reference's gain, and that of arm − share · reference by share; None where the arms do
+    not have the same seeds, or too few."""
+    found = (arm.contrast_variance, arm.seed_variance, reference.contrast_variance, reference.seed_variance)
+    if arm.seeds != reference.seeds or any(one is None for one in found):
+        return None, lambda share: None
+    a, whole_a, b, whole_b = (one for one in found if one is not None)
+    return whole_b, lambda share: of_remainder(share, (a, whole_a), (b, whole_b))
 
 
 def power(

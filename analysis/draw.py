@@ -1,38 +1,56 @@
 """Drawing: each function puts one table on one Axes. Nothing here reads files or chooses colours."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgb
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from analysis.style import GREY, SEQUENTIAL, Look
+from analysis.style import FADED, GREY, SEQUENTIAL, Look
+from analysis.tables import DAGGER
+from analysis.venues import LEAST_FONT
 
 
 def amount(value: float, _: Any = None) -> str:
     """1.2M for 1,200,000."""
     for unit in ("", "k", "M", "G"):
         if abs(value) < 1000:
-            return f"{value:.3g}{unit}"
+            return f"{value:.4g}{unit}"
         value /= 1000
-    return f"{value:.3g}T"
+    return f"{value:.4g}T"
+
+
+def level(ax: Axes, row: pd.Series, metric: str, look: Look, *, upright: bool = False) -> None:
+    """One arm as a line over the whole panel, with its bar as a band: a level to compare with."""
+    line, span = (ax.axvline, ax.axvspan) if upright else (ax.axhline, ax.axhspan)
+    line(row[metric], color=look.colour, linestyle=look.line, linewidth=0.9, zorder=1.5)
+    low, high = row[f"{metric}_low"], row[f"{metric}_high"]
+    if np.isfinite([low, high]).all():
+        span(low, high, color=look.colour, alpha=0.12, linewidth=0, zorder=0.5)
+
+
+def reference_level(ax: Axes, arms: pd.DataFrame, metric: str, *, upright: bool = False) -> None:
+    """A thin line at the score of the reference arm, which a bar reaches where its arm does not differ."""
+    for value in arms.loc[arms["is_reference"], metric].head(1):
+        (ax.axvline if upright else ax.axhline)(value, color=GREY, linewidth=0.5, linestyle=(0, (6, 3)), zorder=1)
 
 
 def scatter(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping[str, Look]) -> None:
-    """Cost against quality: an arm a point with its interval; members of the front filled and joined."""
+    """Cost against quality: an arm a point with its bar; members of the front filled and joined."""
     for placement, group in arms.groupby("placement", sort=False):
         look = looks[str(placement)]
         for inside, part in group.groupby(group["on_front"].fillna(False).astype(bool)):
-            errors = np.abs(part[[f"{metric}_low", f"{metric}_high"]].to_numpy().T - part[metric].to_numpy())
             ax.errorbar(
-                part[cost], part[metric], yerr=errors, fmt=look.marker, color=look.colour, elinewidth=0.8, capsize=0,
-                markerfacecolor=look.colour if inside else "white", markeredgewidth=1.0, zorder=3,
+                part[cost], part[metric], yerr=None if look == FADED else _errors(part, metric), fmt=look.marker,
+                capsize=0, markerfacecolor=look.colour if inside else "white", **_weights(look),
             )  # fmt: skip
     members = arms[arms["on_front"].fillna(False).astype(bool)].sort_values(cost)
     ax.step(members[cost], members[metric], where="post", color=GREY, linewidth=0.8, zorder=1)
@@ -40,41 +58,97 @@ def scatter(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, looks: Mapping
     _room(ax, arms, metric)
 
 
-def rank_labels(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, *, higher: bool) -> None:
-    """The rank beside each point (of many arms: those of the front) of a `scatter` that has its final layout.
+def _weights(look: Look) -> dict[str, Any]:
+    """How heavily points and bars of a look are drawn: grey ones lie behind."""
+    if look == FADED:
+        return {"color": look.colour, "elinewidth": 0.4, "markersize": 2.5, "markeredgewidth": 0.6, "zorder": 2}
+    return {"color": look.colour, "elinewidth": 0.8, "markeredgewidth": 1.0, "zorder": 3}
 
-    A label that would cover another one or another point in all four places is left out.
+
+def _errors(arms: pd.DataFrame, metric: str) -> Any:
+    """(2, A) lengths of the bars below and above; NaN where an arm has none."""
+    values = arms[[f"{metric}_low", f"{metric}_high"]].to_numpy(dtype=float).T - arms[metric].to_numpy(dtype=float)
+    return np.abs(values)
+
+
+def point_labels(ax: Axes, arms: pd.DataFrame, metric: str, cost: str, *, higher: bool, ranks: bool) -> None:
+    """The rank beside each point (of many arms: those of the front) of a `scatter` that has its final layout, and a
+    dagger beside those that are `marked`.
+
+    A rank that would cover another label or another point in all four places is left out; a dagger never is.
     """
-    labelled = arms if len(arms) <= 12 else arms[arms["on_front"].fillna(False).astype(bool)]
+    inside = arms["on_front"].fillna(False).astype(bool)
+    numbered = (inside | (len(arms) <= MOST_NUMBERED)) & arms["rank"].notna() & ranks
     point = ax.figure.dpi / 72
     places = ax.transData.transform(arms[[cost, metric]].to_numpy(dtype=float))
     taken = [Bbox([place - 3 * point, place + 3 * point]) for place in places]
+    taken += [
+        Bbox([[x - point, down], [x + point, up]])
+        for (x, _), down, up in zip(
+            places, *(_pixels(ax, arms[f"{metric}_{side}"]) for side in ("low", "high")), strict=True
+        )
+        if np.isfinite(down)
+    ]
+    rows = arms.assign(numbered=numbered)[numbered | arms["marked"]]
     # from above, so that the upper one of two takes the upper side
-    for row in labelled.sort_values(metric, ascending=False).to_dict("records"):
-        if pd.isna(row["rank"]):
-            continue
-        text = f"{row['rank']:g}"
+    for row in rows.sort_values(metric, ascending=False).to_dict("records"):
         x, y = ax.transData.transform((row[cost], row[metric]))
-        wide, tall = 4 * len(text) * point, 6 * point
         # No arm lies on the cheap and good side of the front, so its labels stand there; the others' opposite.
         first, below = bool(row["on_front"]), higher != bool(row["on_front"])
-        for left, down in ((first, below), (first, not below), (not first, below), (not first, not below)):
-            x0 = x - 4 * point - wide if left else x + 4 * point
-            y0 = y - 3 * point - tall if down else y + 3 * point
-            box = Bbox.from_bounds(x0, y0, wide, tall)
-            if not box.count_overlaps(taken):
-                taken.append(box)
-                label = ax.annotate(
-                    text, (row[cost], row[metric]), xytext=(-4 if left else 4, -3 if down else 3), fontsize=6,
-                    textcoords="offset points", ha="right" if left else "left", va="top" if down else "bottom",
-                )  # fmt: skip
-                label.set(color=GREY, zorder=5, path_effects=[withStroke(linewidth=1.5, foreground="white")])
-                break
+        sides = [(first, below), (first, not below), (not first, below), (not first, not below)]
+        mark = DAGGER if row["marked"] else ""
+        texts = [f"{row['rank']:g}{mark}", mark] if row["numbered"] else [mark]
+        free = [(text, left, down) for text in texts if text for left, down in sides]
+        boxes = {one: _beside(x, y, one, point) for one in free}
+        chosen = next(
+            (one for one in free if not boxes[one].count_overlaps(taken)), (mark, *sides[0]) if mark else None
+        )
+        if chosen is None:
+            continue
+        text, left, down = chosen
+        taken.append(_beside(x, y, chosen, point))
+        label = ax.annotate(
+            text, (row[cost], row[metric]), xytext=(-4 if left else 4, -3 if down else 3), fontsize=LEAST_FONT,
+            textcoords="offset points", ha="right" if left else "left", va="top" if down else "bottom",
+        )  # fmt: skip
+        label.set(color=GREY, zorder=5, path_effects=[withStroke(linewidth=1.5, foreground="white")])
+
+
+MOST_NUMBERED = 12
+
+
+def _pixels(ax: Axes, values: pd.Series) -> Any:
+    """Heights on the canvas."""
+    return ax.transData.transform(np.column_stack([np.full(len(values), ax.get_xlim()[0]), values.astype(float)]))[:, 1]
+
+
+def _beside(x: float, y: float, label: tuple[str, bool, bool], point: float) -> Bbox:
+    """The box of a label that lies left or right of a point, and below or above it."""
+    text, left, down = label
+    wide, tall = 4.6 * len(text) * point, 7 * point
+    return Bbox.from_bounds(
+        x - 4 * point - wide if left else x + 4 * point, y - 3 * point - tall if down else y + 3 * point, wide, tall
+    )
+
+
+def dagger(ax: Axes, x: float, y: float, colour: str = GREY, offset: tuple[float, float] = (3.5, 2.0)) -> None:
+    """A dagger beside a point."""
+    mark = ax.annotate(
+        DAGGER, (x, y), xytext=offset, textcoords="offset points", fontsize=LEAST_FONT, color=colour, ha="left",
+        va="bottom", annotation_clip=False,
+    )  # fmt: skip
+    mark.set(zorder=6, path_effects=[withStroke(linewidth=1.5, foreground="white")])
+
+
+def _over_bar(ax: Axes, x: float, y: float, end: float, look: Look) -> None:
+    """A dagger over the bar of a point, or over a point that has none."""
+    bare = look == FADED or not np.isfinite(end)
+    dagger(ax, x, y if bare else end, look.colour, (-2.0, 3.0 if bare else 0.5))
 
 
 def dots(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
-    """A row an arm, the first on top, with its interval; an arrow where that goes on outside the axis. Columns: label,
-    the metric and its bounds."""
+    """A row an arm, the first on top, with its bar; an arrow where that goes on outside the axis. Columns: label, the
+    metric and its bounds."""
     low, high = limits(arms, metric)
     rows = np.arange(len(arms))[::-1]
     begins, ends = (arms[f"{metric}_{end}"].clip(low, high) for end in ("low", "high"))
@@ -87,7 +161,7 @@ def dots(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
     ax.set_ylim(-0.6, len(arms) - 0.4)
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def forest(ax: Axes, tests: pd.DataFrame) -> None:
@@ -107,86 +181,143 @@ def forest(ax: Axes, tests: pd.DataFrame) -> None:
 
 
 def detectable(ax: Axes, power: pd.DataFrame) -> None:
-    """The smallest difference that is found, against seeds, a line a number of groups; the study's own design ringed.
+    """The smallest difference that is found, against seeds, a line a number of groups, which stands at its end; the
+    study's own design ringed.
     Columns: seeds, groups, detectable, own_design."""
     for (groups, part), line in zip(power.groupby("groups"), ("-", "--", ":", "-."), strict=False):
         part = part.sort_values("seeds")
-        ax.plot(part["seeds"], part["detectable"], line, color="#0072B2", marker="o", markersize=3, label=f"{groups:,}")
+        ax.plot(part["seeds"], part["detectable"], line, color="#0072B2", marker="o", markersize=3)
+        end = (part["seeds"].iloc[-1], part["detectable"].iloc[-1])
+        ax.annotate(f"{groups:,}", end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=LEAST_FONT)
     own = power[power["own_design"]]
     ax.plot(own["seeds"], own["detectable"], "o", color="#D55E00", markerfacecolor="none", markersize=8)
     ax.set_xscale("log")
-    ax.set_yscale("log")
     seeds = sorted(power["seeds"].unique())
+    ax.set_xlim(seeds[0] / 1.2, seeds[-1] * (seeds[-1] / seeds[0]) ** 0.25)
     ax.xaxis.set_major_locator(FixedLocator(seeds))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.legend(title="groups", title_fontsize=7)
+    _log_height(ax, power["detectable"], 1)
 
 
-def profiles(ax: Axes, table: pd.DataFrame, styles: Mapping[str, tuple[Look, str]]) -> None:
+def profiles(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> None:
     """The share of runs that reach a normalised score, a line an arm with its band. Columns: arm, level, share, low,
     high."""
     for arm, part in table.groupby("arm", sort=False):
-        look, label = styles[str(arm)]
-        ax.fill_between(part["level"], part["low"], part["high"], color=look.colour, alpha=0.08, linewidth=0)
-        ax.plot(part["level"], part["share"], color=look.colour, linestyle=look.line, label=label)
+        look = looks[str(arm)]
+        if look != FADED:
+            ax.fill_between(part["level"], part["low"], part["high"], color=look.colour, alpha=0.08, linewidth=0)
+        ax.plot(part["level"], part["share"], **_line(look))
     ax.set_ylim(-0.02, 1.02)
 
 
+def _line(look: Look) -> dict[str, Any]:
+    """A line of a look: grey ones are thin and lie behind."""
+    faded: dict[str, Any] = {"linewidth": 0.6, "zorder": 1.5} if look == FADED else {}
+    return {"color": look.colour, "linestyle": look.line, **faded}
+
+
 def rank_lines(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look]) -> None:
-    """Score against rank, a line a placement, the 95% interval as a band."""
-    for placement, group in arms.groupby("placement", sort=False):
-        group, look = group.sort_values("rank"), looks[str(placement)]
-        if group["rank"].isna().all():  # full fine-tuning: a level to compare with
-            ax.axhline(group[metric].iloc[0], color=look.colour, linestyle=look.line, linewidth=0.9)
-            continue
-        low, high = group[f"{metric}_low"], group[f"{metric}_high"]
-        if len(group) > 1:
-            ax.fill_between(group["rank"], low, high, color=look.colour, alpha=0.15, linewidth=0)
-        else:  # a band needs two ranks
-            ax.vlines(group["rank"], low, high, color=look.colour, linewidth=0.8)
-        ax.plot(group["rank"], group[metric], color=look.colour, marker=look.marker, linestyle=look.line)
-    ax.set_xscale("log", base=2)
+    """Score against rank, a line a placement with the bars of its arms, side by side; those without a rank are levels.
+    Columns: placement, rank, marked, the metric and its bounds."""
     ranks = sorted(arms["rank"].dropna().unique())
+    gap = min((np.log2(high / low) for low, high in pairwise(ranks)), default=1.0)
+    groups = list(arms.groupby("placement", sort=False))
+    own = [name for name, _ in groups if looks[str(name)] != FADED]
+    step = min(0.07, 0.36 / max(len(own), 1)) * gap
+    for placement, group in groups:
+        group, look = group.sort_values("rank"), looks[str(placement)]
+        if group["rank"].isna().all():
+            level(ax, group.iloc[0], metric, look)
+            continue
+        shift = 0.0 if look == FADED else step * (own.index(placement) - (len(own) - 1) / 2)
+        at = group["rank"].to_numpy(dtype=float) * 2.0**shift
+        faded = look == FADED
+        ax.errorbar(
+            at, group[metric], yerr=None if faded else _errors(group, metric), capsize=0, linestyle=look.line,
+            marker="none" if faded else look.marker, linewidth=0.6 if faded else 1.2, **_weights(look),
+        )  # fmt: skip
+        for x, row in zip(at, group.to_dict("records"), strict=True):
+            if row["marked"]:
+                _over_bar(ax, x, row[metric], row[f"{metric}_high"], look)
+    ax.set_xscale("log", base=2)
     shown = ranks if len(ranks) <= 7 else ranks[:: int(np.ceil(len(ranks) / 6))]
     ax.xaxis.set_major_locator(FixedLocator(shown))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("rank")
+    _room(ax, arms, metric)
 
 
 def heat(
-    ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look], *, higher: bool, size: float = 7
-) -> None:
-    """Placement × rank with the score in each cell, written in a font of `size`; lighter is better."""
-    table = arms.pivot_table(index="placement", columns="rank", values=metric, sort=False)
-    table = table.loc[[name for name in looks if name in table.index], sorted(table.columns)]
-    values = table.to_numpy(dtype=float)
-    norm = Normalize(np.nanmin(values), np.nanmax(values))
-    ax.imshow(values, cmap=SEQUENTIAL if higher else f"{SEQUENTIAL}_r", norm=norm, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        if not np.isnan(value) and values.size <= 80:
-            bright = (norm(value) if higher else 1 - norm(value)) > 0.5
-            colour = "black" if bright else "white"
-            ax.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=size, color=colour)
-    step = max(1, int(np.ceil(len(table.columns) / 8)))
-    ax.set_xticks(range(0, len(table.columns), step), [f"{rank:g}" for rank in table.columns[::step]])
-    ax.set_yticks(range(len(table)), [str(name) for name in table.index])
+    ax: Axes, arms: pd.DataFrame, metric: str, order: Sequence[str], *, higher: bool, least: float, written: bool
+) -> Any:
+    """Placement × rank with the score in each cell, ± half of its bar; lighter is better. Cells that do not differ from
+    the reference, which is framed, are hatched. A row all of whose arms bear a dagger bears it for them. Returns
+    the image for colour bars.
+
+    Args:
+        arms: with columns placement, rank, differs, is_reference, dagger, the metric and its bounds.
+        order: the placements, from above.
+        least: the least width of the colours' range, so that noise does not look like an effect.
+        written: whether cells are wide enough for numbers.
+    """
+    arms = arms.drop_duplicates(["placement", "rank"])
+    rows = [name for name in order if name in set(arms["placement"])]
+    columns = sorted(arms["rank"].unique())
+    values = np.full((len(rows), len(columns)), np.nan)
+    cells = {(rows.index(row["placement"]), columns.index(row["rank"])): row for row in arms.to_dict("records")}
+    for place, row in cells.items():
+        values[place] = row[metric]
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    spare = max(least - (high - low), 0.0) / 2
+    norm = Normalize(low - spare, high + spare)
+    image = ax.imshow(values, cmap=SEQUENTIAL if higher else f"{SEQUENTIAL}_r", norm=norm, aspect="auto")
+    halves = arms[f"{metric}_high"] - arms[metric]
+    digits = 4 if 0 < halves.min() < 0.0005 else 3
+    doubted = arms.groupby("placement")["dagger"].all()
+    for (i, j), row in cells.items():
+        shade = image.cmap(norm(row[metric]))
+        ink = "black" if np.dot(shade[:3], (0.3, 0.59, 0.11)) > 0.45 else "white"
+        if row["is_reference"]:
+            ax.add_patch(Rectangle((j - 0.47, i - 0.45), 0.94, 0.9, fill=False, edgecolor=ink, linewidth=1.2))
+        elif not row["differs"]:
+            ax.add_patch(
+                Rectangle(
+                    (j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", linewidth=0, edgecolor=(*to_rgb(ink), 0.45)
+                )
+            )
+        mark = DAGGER if row["dagger"] and not doubted[row["placement"]] else ""
+        half = row[f"{metric}_high"] - row[metric]
+        text = f"{row[metric]:.{digits}f}{mark}" + (f"\n±{half:.{digits}f}" if np.isfinite(half) else "")
+        if written or mark:
+            label = ax.text(
+                j, i, text if written else mark, ha="center", va="center", fontsize=LEAST_FONT, color=ink,
+                linespacing=1.05,
+            )  # fmt: skip
+            if not row["differs"]:
+                label.set_path_effects([withStroke(linewidth=2, foreground=shade)])
+    step = max(1, int(np.ceil(len(columns) / 8)))
+    ax.set_xticks(range(0, len(columns), step), [f"{rank:g}" for rank in columns[::step]])
+    ax.set_yticks(range(len(rows)), [name + DAGGER * bool(doubted[name]) for name in rows])
     ax.grid(False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_xlabel("rank")
+    return image
 
 
 def learning_rates(
     ax: Axes, trials: pd.DataFrame, looks: Mapping[str, Look], *, rates: pd.Series | None = None
 ) -> None:
     """Validation score against learning rate, a line a placement; each seed a faint point, the chosen rate ringed.
-    Columns: placement, lr, value, chosen. `rates` are those of all panels that share the axis."""
+    Columns: placement, lr, value, chosen, marked. `rates` are those of all panels that share the axis."""
     for placement, group in trials.groupby("placement", sort=False):
         look = looks[str(placement)]
+        if look == FADED:
+            means = group.groupby("lr")["value"].mean()
+            ax.plot(means.index, means, **_line(look))
+            continue
         ax.plot(
             group["lr"], group["value"], look.marker, color=look.colour, alpha=0.3, markersize=2.5, markeredgewidth=0
         )
@@ -201,40 +332,76 @@ def learning_rates(
                 "markeredgewidth": 0.8,
             }
             ax.plot([best.iloc[0]], [means[best.iloc[0]]], "o", **ring)
+            if group["marked"].any():
+                dagger(ax, best.iloc[0], means[best.iloc[0]], look.colour, (4.5, 3.0))
     _log_ticks(ax, trials["lr"] if rates is None else rates, scientific=True)
     _log_height(ax, trials["value"], 8)
 
 
 def curves(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> None:
     """Training loss over steps, smoothed; a line a placement (mean of seeds) with the range of seeds as a band.
-    Columns: placement, run_id, step, loss."""
+    Columns: placement, run_id, step, loss, marked."""
     for placement, group in table.groupby("placement", sort=False):
-        look = looks[str(placement)]
         wide = group.pivot_table(index="step", columns="run_id", values="loss")
         smooth = wide.ewm(span=max(2, len(wide) / 15)).mean()
-        ax.fill_between(
-            smooth.index, smooth.min(axis=1), smooth.max(axis=1), color=look.colour, alpha=0.15, linewidth=0
-        )
-        ax.plot(smooth.index, smooth.mean(axis=1), color=look.colour, linestyle=look.line)
-    _log_height(ax, table["loss"], 20)
+        means = pd.DataFrame({"mean": smooth.mean(axis=1), "low": smooth.min(axis=1), "high": smooth.max(axis=1)})
+        _curve(ax, means, looks[str(placement)], marked=bool(group["marked"].any()))
+    _over_steps(ax, table["loss"], 20)
+
+
+def validation(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> None:
+    """Validation score over steps, a line a placement with its interval as a band. Columns: placement, step, mean, low,
+    high, marked."""
+    for placement, group in table.groupby("placement", sort=False):
+        _curve(ax, group.set_index("step"), looks[str(placement)], marked=bool(group["marked"].any()), points=True)
+    _over_steps(ax, table["mean"], 8)
+
+
+def _curve(ax: Axes, means: pd.DataFrame, look: Look, *, marked: bool, points: bool = False) -> None:
+    if look != FADED:
+        ax.fill_between(means.index, means["low"], means["high"], color=look.colour, alpha=0.15, linewidth=0)
+    marker: dict[str, Any] = {"marker": look.marker, "markersize": 2.5} if points and look != FADED else {}
+    ax.plot(means.index, means["mean"], **_line(look), **marker)
+    if marked:
+        dagger(ax, means.index[-1], means["mean"].iloc[-1], look.colour, (1.5, -3.0))
+
+
+def _over_steps(ax: Axes, values: pd.Series, most: float) -> None:
+    _log_height(ax, values, most)
     ax.set_xlabel("step")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def learn_forget(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, Look]) -> None:
-    """Forgetting (rise of NLL on other text) against the score on the task; larger points are larger ranks."""
-    ranks = np.log2(arms["rank"].fillna(arms["rank"].max()).astype(float))
+    """Forgetting (rise of NLL on other text) against the score on the task, each with its bars; members of the front
+    filled and joined, larger points are larger ranks. Columns: placement, rank, forgetting, the metric, the bounds of
+    both, on_front, marked."""
+    ranks = np.log2(arms["rank"].fillna(arms["rank"].max()).fillna(1.0).astype(float))
     sizes = 14 + 40 * (ranks - ranks.min()) / max(ranks.max() - ranks.min(), 1)
+    inside = arms["on_front"].fillna(False).astype(bool)
     for placement, group in arms.groupby("placement", sort=False):
-        look = looks[str(placement)]
+        look, faded = looks[str(placement)], looks[str(placement)] == FADED
+        if not faded:
+            ax.errorbar(
+                group["forgetting"], group[metric], xerr=_errors(group, "forgetting"), yerr=_errors(group, metric),
+                fmt="none", ecolor=look.colour, elinewidth=0.7, capsize=0, zorder=2.5,
+            )  # fmt: skip
         ax.scatter(
-            group["forgetting"], group[metric], s=sizes[group.index], marker=look.marker, color=look.colour,
-            edgecolors="white", linewidths=0.5, zorder=3,
+            group["forgetting"], group[metric], s=6 if faded else sizes[group.index], marker=look.marker,
+            c=[look.colour if one else "white" for one in inside[group.index]], edgecolors=look.colour,
+            linewidths=0.6 if faded else 0.9, zorder=2 if faded else 3,
         )  # fmt: skip
-    ax.axvline(0, color=GREY, linewidth=0.6)
+        for row in group[group["marked"]].to_dict("records"):
+            dagger(ax, row["forgetting"], row[metric], look.colour, (4.0, 3.0))
+    members = arms[inside].sort_values("forgetting")
+    ax.step(members["forgetting"], members[metric], where="post", color=GREY, linewidth=0.8, zorder=1)
     ax.margins(0.08)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    low, high = ax.get_xlim()
+    if low <= 0 <= high:  # else the axis would go on to it
+        ax.axvline(0, color=GREY, linewidth=0.6)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set_xlabel("forgetting: rise of NLL elsewhere (nats/token)")
+    _room(ax, arms, metric)
 
 
 def by_role_and_layer(ax: Axes, modules: pd.DataFrame, value: str, top: float) -> Any:
@@ -279,14 +446,18 @@ def bars(ax: Axes, table: pd.DataFrame) -> None:
 
 
 def share_kept(ax: Axes, shares: pd.DataFrame, looks: Mapping[str, Look]) -> None:
-    """Share of the reference's gain against the share of the model that is trained; the dashed line is 95%."""
+    """Share of the reference's gain against the share of the model that is trained; the dashed line is 95%. Columns:
+    placement, percent, share, low, high, marked."""
     for placement, group in shares.groupby("placement", sort=False):
         group, look = group.sort_values("percent"), looks[str(placement)]
         errors = 100 * np.abs(group[["low", "high"]].to_numpy().T - group["share"].to_numpy())
+        faded = look == FADED
         ax.errorbar(
-            group["percent"], 100 * group["share"], yerr=errors, color=look.colour, marker=look.marker,
-            linestyle=look.line, elinewidth=0.8, capsize=0,
+            group["percent"], 100 * group["share"], yerr=None if faded else errors, linestyle=look.line, capsize=0,
+            marker="none" if faded else look.marker, linewidth=0.6 if faded else 1.2, **_weights(look),
         )  # fmt: skip
+        for row in group[group["marked"]].to_dict("records"):
+            _over_bar(ax, row["percent"], 100 * row["share"], 100 * row["high"], look)
     ax.axhline(100, color=GREY, linewidth=0.6)
     ax.axhline(95, color=GREY, linewidth=0.6, linestyle="--")
     _log_ticks(ax, shares["percent"])
@@ -298,7 +469,9 @@ def _log_height(ax: Axes, values: pd.Series, most: float) -> None:
     ratio = values.max() / values.min() if values.min() > 0 else 1.0
     if ratio > most:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 500 else (1.0,)))
+        ax.yaxis.set_major_locator(
+            LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0) if ratio < 4 else (1.0, 2.0, 5.0) if ratio < 500 else (1.0,))
+        )
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
 
@@ -336,13 +509,15 @@ def _log_ticks(ax: Axes, values: pd.Series, *, scientific: bool = False) -> None
 def _room(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
     low, high = limits(arms, metric)
     if np.isfinite(low) and high > low:
-        ax.set_ylim(low - 0.08 * (high - low), high + 0.12 * (high - low))
+        ax.set_ylim(low - 0.12 * (high - low), high + 0.14 * (high - low))
 
 
 def limits(arms: pd.DataFrame, metric: str) -> tuple[float, float]:
-    """From where to where an axis goes: all values, and intervals unless one is so wide that it would hide the rest."""
+    """From where to where an axis goes: all values, and bars unless one is so wide that it would hide the rest."""
     values, low, high = (arms[f"{metric}{end}"].astype(float) for end in ("", "_low", "_high"))
-    reach = max(values.max() - values.min(), 1.5 * float((high - low).median()))
+    low, high = low.fillna(values), high.fillna(values)
+    widths = (high - low)[high > low]
+    reach = max(values.max() - values.min(), 1.5 * float(widths.median()) if len(widths) else 0.0)
     if not reach > 0:  # one arm, or none with an interval
         return float(low.min()), float(high.max())
     return max(float(low.min()), values.min() - reach), min(float(high.max()), values.max() + reach)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from scipy import special
+from scipy.linalg import solve_triangular
 
 from analysis.arms import Arrangement, varying
 from analysis.stats import Array
@@ -99,9 +100,10 @@ def importance(found: Arrangement, *, metric: str = "nll", draws: int = 200, see
         if len(runs) < 4 or len(names) < 2:
             continue
         y, codes = runs[found.select].to_numpy(dtype=float), [_codes(runs[key]) for key in names]
-        point = _explained(y, codes)
+        x, of_field = _design(codes)
+        point = _shares(y, x, of_field)
         picks = rng.integers(0, len(y), (draws, min(len(y), 2000)))
-        drawn = np.array([_explained(y[pick], [code[pick] for code in codes]) for pick in picks])
+        drawn = np.array([_shares(y[pick], x[pick], of_field) for pick in picks])
         half = special.ndtri(0.975) * drawn.std(axis=0, ddof=1) * (picks.shape[1] / len(y)) ** 0.5
         low, high = np.clip([point - half, point + half], 0, 1)
         for i, name in enumerate([*names, "interactions and noise"]):
@@ -111,15 +113,44 @@ def importance(found: Arrangement, *, metric: str = "nll", draws: int = 200, see
     return pd.DataFrame(rows, columns=["setting", "field", "importance", "low", "high"])
 
 
-def _explained(y: Array, codes: Sequence[NDArrayInt]) -> Array:
-    """Type II main-effect shares and the remainder."""
-    total = float(((y - y.mean()) ** 2).sum())
-    if total == 0:
-        return np.zeros(len(codes) + 1)
+def _design(codes: Sequence[NDArrayInt]) -> tuple[Array, NDArrayInt]:
+    """Indicators of the levels of all fields but the first of each, after an intercept, and the field of each column
+    (-1 of the intercept)."""
     designs = [np.eye(int(code.max()) + 1)[code][:, 1:] for code in codes]
-    rss, _ = _fit(y, designs)
-    without = [_fit(y, designs[:i] + designs[i + 1 :])[0] for i in range(len(designs))]
+    of_field = np.concatenate([[-1], *(np.full(one.shape[1], i) for i, one in enumerate(designs))]).astype(int)
+    return np.column_stack([np.ones(len(codes[0])), *designs]), of_field
+
+
+def _shares(y: Array, x: Array, of_field: NDArrayInt) -> Array:
+    """Type II main-effect shares of the fields and the remainder, of rows of a `_design`."""
+    count = int(of_field.max()) + 1
+    y = y - y.mean()
+    total = float(y @ y)
+    if total == 0:
+        return np.zeros(count + 1)
+    gram, moment = x.T @ x, x.T @ y
+    rss = _rest(gram, moment, total)
+    without = [_rest(gram[np.ix_(kept, kept)], moment[kept], total) for kept in (of_field != i for i in range(count))]
     return np.array([*(max(one - rss, 0.0) / total for one in without), rss / total])
+
+
+def _rest(gram: Array, moment: Array, total: float) -> float:
+    """Residual sum of squares from the normal equations: hundreds of fits to thousands of rows need each row once."""
+    present = np.diag(gram) > 0  # a draw need not have every level
+    gram, moment = gram[np.ix_(present, present)], moment[present]
+    try:
+        factor = np.linalg.cholesky(gram)
+        pivots = np.diag(factor) ** 2 / np.diag(gram)
+    except np.linalg.LinAlgError:
+        pivots = np.zeros(1)
+    if pivots.min() < SINGULAR:
+        return max(total - float(moment @ np.linalg.lstsq(gram, moment, rcond=SINGULAR)[0]), 0.0)
+    half = solve_triangular(factor, moment, lower=True)
+    return max(total - float(half @ half), 0.0)
+
+
+SINGULAR = 1e-9
+"""Share of a column that the columns before it do not explain, below which it says nothing of its own."""
 
 
 def _codes(values: pd.Series) -> NDArrayInt:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import groups, spectra
+from analysis import groups, spectra, together
 from sweeper.record import (
     ADAPTER,
     COMBINED,
@@ -30,7 +30,7 @@ from sweeper.record import (
 )
 
 CONTENTS = {"model.content": "model.location", "dataset.content": "dataset.path"}  # and the location of the files
-GROUPS = ("model", "dataset", "method", "placement", "allocation", "objective", "evaluation")
+GROUPS = ("model", "dataset", "method", "placement", "allocation", "sharing", "together", "objective", "evaluation")
 STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
 # earlier versions: with accumulation, a step's examples depended on how it was split into passes
@@ -54,6 +54,8 @@ class Problem:
 @dataclass(kw_only=True)
 class Study:
     """Runs, one row each, and problems found while reading. Examples, curves and modules are read on demand.
+
+    A run of several tasks is a row for each, its run_id "RUN/TASK" (`analysis.together`).
 
     Columns of `runs`: run_id, study, status, folder, source; every field of the spec by its dotted name (the name of a
     group under the group itself); `SPLIT.METRIC` after training and `SPLIT.before.METRIC` before it; every field of
@@ -85,9 +87,10 @@ class Study:
         "group" is the unit of independence of each example. It is missing where every example is a unit of its own, and
         where the units are not known (`ungrouped`).
         """
-        wanted = f'"split": "{split}", "moment": "{phase}"'
+        written = together.split_of(run_id, split)
+        wanted = f'"split": "{written}", "moment": "{phase}"'
         rows = self._lines(self.folder(run_id), PREDICTIONS, wanted)
-        rows = [row for row in rows if row.get("split") == split and phase in (row.get("phase"), row.get("moment"))]
+        rows = [row for row in rows if row.get("split") == written and phase in (row.get("phase"), row.get("moment"))]
         names = [key for key in rows[0] if key not in ("split", "phase", "moment")] if rows else []
         found: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in names}
         if any("group" in row for row in rows):
@@ -140,6 +143,16 @@ class Study:
                 parts.append(pd.DataFrame(rows).assign(run_id=run_id))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "step", "loss", "lr"])
 
+    def evaluations(self, run_ids: Iterable[str], *, split: str = "validation") -> pd.DataFrame:
+        """Scores of a split before, while and after runs train: run_id, step, nll, and one column a metric."""
+        parts = []
+        for run_id in run_ids:
+            lines = self._lines(self.folder(run_id), METRICS, f'"split": "{split}"')
+            rows = [row for row in lines if row.get("split") == split and "step" in row]
+            if rows:
+                parts.append(pd.DataFrame(rows).assign(run_id=run_id))
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "step", "nll"])
+
     def modules(self, run_ids: Iterable[str]) -> pd.DataFrame:
         """Adapted modules: run_id, name, role, layer, rank, parameters."""
         layouts = self.runs.set_index("run_id")["layout"]
@@ -168,7 +181,8 @@ class Study:
 
     def counts(self) -> dict[str, int]:
         """How many runs ended in which status, and how many folders had which problem."""
-        statuses = self.runs["status"].value_counts() if len(self.runs) else {}
+        once = self.runs.loc[~self.runs["run_id"].str.partition("/")[0].duplicated()] if len(self.runs) else self.runs
+        statuses = once["status"].value_counts() if len(once) else {}
         found = {status: int(statuses[status]) for status in STATUSES if status in statuses}
         for problem in self.problems:
             found[problem.kind] = found.get(problem.kind, 0) + 1
@@ -228,7 +242,9 @@ def load(*folders: Path | str, rows: Sequence[Mapping[str, Any]] = ()) -> Study:
             if known is None or str(known["finished"]) < str(row["finished"]):
                 found[row["run_id"]] = row
     found = _latest(found, study)
-    ordered = sorted([*found.values(), *map(dict, rows)], key=lambda row: str(row["run_id"]))
+    every = together.by_task([*found.values(), *map(dict, rows)], flat)
+    study.fields += [key for key in together.fields(every) if key not in study.fields]
+    ordered = sorted(every, key=lambda row: str(row["run_id"]))
     study.runs = _tidy(pd.DataFrame(ordered))
     imported = (
         "experiment",
@@ -349,10 +365,14 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
         spec[ORDER] = "by pass"
     study.fields += [key for key in spec if key not in study.fields]
     row |= {"folder": str(folder), "source": "study", "layout": layout, **spec}
+    row[together.PARTS] = plain["spec"]["dataset"].get("parts")
     for key in ("trainable_parameters", "total_parameters", "steps", "started", "finished"):
         row[key] = plain.get(key)
     row |= plain.get("efficiency") or {}
     row |= score_columns(plain.get("scores") or {})
+    through = (plain.get("sharing") or {}).get("through") or {}
+    row |= {f"through.{task}.{path}": nll for task, own in through.items() for path, nll in own.items()}
+    row |= together.routed_columns((plain.get("sharing") or {}).get("routing") or {})
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
         row |= {f"data.{split}.{key}": facts[key] for key in SIZES if key in facts}
@@ -363,7 +383,10 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     error = plain.get("error") or {}
     row |= {"error": error.get("class"), "error_message": error.get("message")}
     # Fields that a later schema-1 record adds keep their own names.
-    known = {"run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data"}
+    known = {
+        "run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data",
+        "sharing",
+    }  # fmt: skip
     extra = {key: value for key, value in plain.items() if key not in known and key not in row and key != "schema"}
     return row | flat(extra) | spectra.columns(study.read_spectra(folder))
 
@@ -401,7 +424,7 @@ def score_columns(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict
             row[f"{prefix}perplexity_stated"] = score.get("perplexity")
             row |= {f"{prefix}{key}": score.get(key) for key in ("tokens", "examples")}
             row |= {f"{prefix}{name}": value for name, value in (score.get("metrics") or {}).items()}
-        if split not in TASK_SPLITS and {"before", "after"} <= set(phases):
+        if split.partition("/")[0] not in TASK_SPLITS and {"before", "after"} <= set(phases):
             row[f"forgetting.{split}"] = row[f"{split}.nll"] - row[f"{split}.before.nll"]
             rises.append(row[f"forgetting.{split}"])
     if rises:

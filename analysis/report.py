@@ -10,25 +10,30 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import captions
+from analysis import captions, shown
 from analysis.analyse import Analysis
 from analysis.arms import BASE, higher_is_better, kinds
 from analysis.claims import sentences
 from analysis.load import STATUSES
-from analysis.style import Look, looks
-from analysis.tables import TITLES, Sheet, latex, markdown, sheets
+from analysis.tables import TITLES, Sheet, sheets
+from analysis.venues import DEFAULT, Venue
 
 _HERE = Path(__file__).parent
 _FILTERS = ("placement", "rank", "method", "allocation", "source")
 
 
 def write(
-    analysis: Analysis, folder: Path, *, absent: Mapping[str, str] | None = None, drawn: Sequence[Path] | None = None
-) -> Path:
-    """Writes report.html with the figures `drawn` of this analysis; by default those that lie in `folder`/figures."""
+    analysis: Analysis, folder: Path, *, absent: Mapping[str, str] | None = None, drawn: Sequence[Path] | None = None,
+    venue: Venue = DEFAULT, made: Sequence[Sheet] | None = None,
+) -> Path:  # fmt: skip
+    """Writes report.html with the figures `drawn` of this analysis; by default those that lie in `folder`/figures.
+
+    Args:
+        made: the tables, where they are made already.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     images = [*(folder / "figures").glob("*.png")] if drawn is None else [p for p in drawn if p.suffix == ".png"]
-    plain = json.dumps(content(analysis, images, absent or {}), separators=(",", ":"), allow_nan=False)
+    plain = json.dumps(content(analysis, images, absent or {}, venue, made), separators=(",", ":"), allow_nan=False)
     parts = {
         "TITLE": html.escape(f"{analysis.study.name or 'imported runs'}: LoRA placement study"),
         "STYLE": (_HERE / "report.css").read_text(encoding="utf-8"),
@@ -43,7 +48,13 @@ def write(
     return path
 
 
-def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str]) -> dict[str, Any]:
+def content(
+    analysis: Analysis,
+    images: Sequence[Path],
+    absent: Mapping[str, str],
+    venue: Venue = DEFAULT,
+    made: Sequence[Sheet] | None = None,
+) -> dict[str, Any]:
     """What the page shows, as plain data."""
     metrics, arms = analysis.found.metrics, _with_runs(analysis)
     order, main = list(captions.WHAT), f"_{analysis.metric}"
@@ -54,6 +65,7 @@ def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str
     titles |= {"nll": "NLL (nats/token)", "train_flops": "training FLOPs"}
     titles |= {"train_seconds_solo": "training seconds alone", "peak_memory_solo_bytes": "peak memory alone (bytes)"}
     titles |= {"tokens_per_second_solo": "tokens/s alone", "adapter_bytes": "adapter (bytes)"}
+    titles["train_tokens"] = "training tokens"
     titles |= {"train_seconds_amortised": "seconds, share of a pack"}
     return {
         "title": f"LoRA placement study: {analysis.study.name or 'imported runs'}",
@@ -65,11 +77,14 @@ def content(analysis: Analysis, images: Sequence[Path], absent: Mapping[str, str
         "filters": list(_FILTERS),
         "answers": sentences(analysis),
         "notes": analysis.notes,
-        "looks": [{"kind": kind, "colour": look.colour, "marker": look.marker} for kind, look in _looks(arms).items()],
+        "looks": [
+            {"kind": kind, "colour": look.colour, "marker": look.marker}
+            for kind, look in shown.all_looks(analysis).items()
+        ],
         "arms": _columns(arms),
         "runs": _columns(_runs(analysis).merge(arms[["setting", "arm", "kind"]], on=["setting", "arm"], how="left")),
-        "sheets": [_sheet(sheet) for sheet in sheets(analysis)],
-        "figures": [{"src": _image(path), "alt": captions.caption(analysis, path.stem)} for path in images],
+        "sheets": [_sheet(sheet) for sheet in (sheets(analysis) if made is None else made)],
+        "figures": [{"src": _image(path), "alt": captions.caption(analysis, path.stem, venue)} for path in images],
         "absent": [f"No figure {name}: {reason}." for name, reason in absent.items()],
         "checks": analysis.tables["checks"].to_dict("records")
         + [
@@ -96,11 +111,6 @@ def _with_runs(analysis: Analysis) -> pd.DataFrame:
     keys = zip(arms["setting"], arms["arm"], strict=True) if len(arms) else []
     arms["run_ids"] = [ids.get(key) for key in keys] if len(arms) else []
     return arms.assign(kind=kinds(arms[arms["arm"] != BASE]) if analysis.found.arms else None)
-
-
-def _looks(arms: pd.DataFrame) -> dict[str, Look]:
-    """The look of each kind, as in the figures."""
-    return looks([str(kind) for kind in arms["kind"].dropna().drop_duplicates()])
 
 
 def _runs(analysis: Analysis) -> pd.DataFrame:
@@ -133,7 +143,7 @@ def _plain(value: Any) -> Any:
 def _sheet(sheet: Sheet) -> dict[str, Any]:
     rows = [[{"v": _plain(cell.value), "t": cell.text, "b": cell.bold} for cell in row] for row in sheet.rows]
     plain = {"name": sheet.name, "caption": sheet.caption, "header": sheet.header, "rows": rows}
-    return plain | {"latex": latex(sheet), "markdown": markdown(sheet)}
+    return plain | {"latex": sheet.latex, "markdown": sheet.markdown}
 
 
 def _image(path: Path) -> str:

@@ -1,12 +1,12 @@
 """How the score falls with rank and parameters: a straight line in log parameters, and, with four sizes or more, a
 power law with a floor, each with its uncertainty from the joint bootstrap of seeds and groups."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize
 
 from analysis import stats
 from analysis.arms import FULL, Arm, Arrangement, Setting, higher_is_better
@@ -19,6 +19,7 @@ COLUMNS = [
 LEAST_SIZES = 4
 DRAWS = 200
 EXPONENTS = (0.01, 4.0)
+GRID, STEPS, GOLDEN = 31, 30, (5**0.5 - 1) / 2
 
 
 def table(found: Arrangement, metric: str, *, draws: Draws) -> pd.DataFrame:
@@ -73,13 +74,13 @@ def _line(x_A: Array, mean_A: Array, drawn_BA: Array, known: bool) -> dict[str, 
 
 
 def _law(size_A: Array, mean_A: Array, drawn_BA: Array, sign: float) -> dict[str, float]:
-    fitted = fit(size_A, mean_A)
-    if fitted is None:
+    floor_B, exponent_B = fits(size_A, np.vstack([mean_A, drawn_BA]))
+    if np.isnan(exponent_B[0]):
         return {}
-    drawn = [one for one in (fit(size_A, values) for values in drawn_BA) if one is not None]
-    row = {"exponent": fitted[1], "floor": sign * fitted[0]}
-    if 2 * len(drawn) >= len(drawn_BA):
-        for name, values in (("exponent", [one[1] for one in drawn]), ("floor", [sign * one[0] for one in drawn])):
+    row = {"exponent": float(exponent_B[0]), "floor": sign * float(floor_B[0])}
+    drawn = ~np.isnan(exponent_B[1:])
+    if 2 * drawn.sum() >= len(drawn):
+        for name, values in (("exponent", exponent_B[1:][drawn]), ("floor", sign * floor_B[1:][drawn])):
             row[f"{name}_low"], row[f"{name}_high"] = np.quantile(values, [0.025, 0.975])
     return row
 
@@ -87,16 +88,32 @@ def _law(size_A: Array, mean_A: Array, drawn_BA: Array, sign: float) -> dict[str
 def fit(size_A: Sequence[float] | Array, loss_A: Sequence[float] | Array) -> tuple[float, float] | None:
     """Floor and exponent of loss = floor + scale · (size / smallest)^-exponent, least squares; None where the best
     exponent is at the edge of `EXPONENTS`, so that the data do not tell a floor from a straight line or from none."""
-    x_A, y_A = np.asarray(size_A, dtype=float) / float(np.min(size_A)), np.asarray(loss_A, dtype=float)
+    floor_B, exponent_B = fits(np.asarray(size_A, dtype=float), np.asarray(loss_A, dtype=float)[None])
+    return None if np.isnan(exponent_B[0]) else (float(floor_B[0]), float(exponent_B[0]))
 
-    def solved(exponent: float) -> tuple[float, Array]:
-        design = np.column_stack([np.ones(len(x_A)), x_A**-exponent])
-        solution = np.linalg.lstsq(design, y_A)[0]
-        rest = y_A - design @ solution
-        return float(rest @ rest), solution
 
-    found = optimize.minimize_scalar(lambda log: solved(np.exp(log))[0], bounds=np.log(EXPONENTS), method="bounded")
-    exponent = float(np.exp(found.x))
-    solution = solved(exponent)[1]
-    inside = EXPONENTS[0] * 1.1 < exponent < EXPONENTS[1] / 1.1
-    return (float(solution[0]), exponent) if inside and solution[1] > 0 else None
+def fits(size_A: Array, loss_BA: Array) -> tuple[Array, Array]:
+    """`fit` of many losses at once: floors and exponents, NaN where there is none."""
+    x_A = size_A / size_A.min()
+    edges_K = np.linspace(math.log(EXPONENTS[0]), math.log(EXPONENTS[1]), GRID)
+    rests_KB = np.array([_solved(x_A, loss_BA, np.full(len(loss_BA), log))[0] for log in edges_K])
+    best_B = np.clip(rests_KB.argmin(axis=0), 1, GRID - 2)
+    low_B, high_B = edges_K[best_B - 1], edges_K[best_B + 1]
+    for _ in range(STEPS):  # golden sections of all intervals at once
+        left_B, right_B = high_B - GOLDEN * (high_B - low_B), low_B + GOLDEN * (high_B - low_B)
+        is_left_B = _solved(x_A, loss_BA, left_B)[0] < _solved(x_A, loss_BA, right_B)[0]
+        low_B, high_B = np.where(is_left_B, low_B, left_B), np.where(is_left_B, right_B, high_B)
+    _, scale_B, floor_B = _solved(x_A, loss_BA, (low_B + high_B) / 2)
+    exponent_B = np.exp((low_B + high_B) / 2)
+    known_B = (EXPONENTS[0] * 1.1 < exponent_B) & (exponent_B < EXPONENTS[1] / 1.1) & (scale_B > 0)
+    return np.where(known_B, floor_B, np.nan), np.where(known_B, exponent_B, np.nan)
+
+
+def _solved(x_A: Array, loss_BA: Array, log_B: Array) -> tuple[Array, Array, Array]:
+    """Residual sum of squares, scale and floor of the best line in size^-exponent, for a log exponent each."""
+    power_BA = x_A ** -np.exp(log_B)[:, None]
+    u_BA = power_BA - power_BA.mean(axis=1, keepdims=True)
+    v_BA = loss_BA - loss_BA.mean(axis=1, keepdims=True)
+    scale_B = (u_BA * v_BA).sum(axis=1) / (u_BA**2).sum(axis=1)
+    rest_BA = v_BA - scale_B[:, None] * u_BA
+    return (rest_BA**2).sum(axis=1), scale_B, loss_BA.mean(axis=1) - scale_B * power_BA.mean(axis=1)

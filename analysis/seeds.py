@@ -14,6 +14,7 @@ from scipy import special
 
 Array = NDArray[np.float64]
 UNEQUAL = 0.05  # level of the two tests of equal variances together
+WIDE = 0.3  # chance that any of equal arms is taken for a wide one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +35,9 @@ def pooled(rows_AR: Array, *, blocks: bool) -> list[SeedVariance] | None:
     `blocks` takes out what all arms of one seed share, which a difference of two arms does not contain. Degrees of
     freedom are of the mean eigenvalue of the arms' covariance matrix (Box 1954; tr Σ² after Bai & Saranadasa 1996), so
     that arms which move together, or one arm that varies most, do not count as many. Equality of variances is tested
-    with Bartlett's test and with the largest variance against the rest (Cochran's C), Bonferroni-corrected.
+    with Bartlett's test and with the largest variance against the rest (Cochran's C), Bonferroni-corrected. Three seeds
+    rarely tell an arm that spreads wider from one that does not, so an arm whose variance is above k times the mean,
+    the largest of equal arms' with chance `WIDE`, has at least 1/k of its own, with its own n degrees of freedom.
     """
     A, R = rows_AR.shape
     if R < 3 or A < 2:
@@ -57,7 +60,17 @@ def pooled(rows_AR: Array, *, blocks: bool) -> list[SeedVariance] | None:
     unequal = _unequal(own_A, n)
     shrunk_A = np.full(A, mean) if np.isinf(weight) else (weight * mean + n * own_A) / (weight + n)
     df = min(df, (min(weight, n) if unequal else weight) + n) if unequal else df
-    return [SeedVariance(variance=float(variance), df=df, unequal=unequal) for variance in shrunk_A]
+    floor_A = own_A / _most(A, n)
+    return [
+        SeedVariance(variance=float(max(shrunk, floor)), df=df if shrunk >= floor else float(n), unequal=unequal)
+        for shrunk, floor in zip(shrunk_A, floor_A, strict=True)
+    ]
+
+
+def _most(A: int, n: int) -> float:
+    """What the largest of equal arms' variances exceeds with chance `WIDE`, over their mean (Cochran's C times A)."""
+    ratio = float(special.fdtri(n, n * (A - 1), 1 - WIDE / A))
+    return A * ratio / (ratio + A - 1)
 
 
 def _weight(own_A: Array, n: int) -> float:
@@ -92,3 +105,17 @@ def of_blend(parts: Sequence[tuple[float, SeedVariance]]) -> SeedVariance:
         variance=sum(weight**2 * one.variance for weight, one in parts),
         df=min(one.df for _, one in parts), unequal=any(one.unequal for _, one in parts),
     )  # fmt: skip
+
+
+def of_remainder(
+    share: float, arm: tuple[SeedVariance, SeedVariance], reference: tuple[SeedVariance, SeedVariance]
+) -> SeedVariance:
+    """Of arm − share · reference: of each the variance in differences and that of the score. What all arms of a seed
+    share is the rest of the latter, and stays with the weight 1 − share. Degrees of freedom are Satterthwaite's."""
+    (a, whole_a), (b, whole_b) = arm, reference
+    common = max((whole_a.variance - a.variance + whole_b.variance - b.variance) / 2, 0.0)
+    # one pooled estimate, so the arms' parts add before they are squared
+    own, shared = a.variance + share**2 * b.variance, (1 - share) ** 2 * common
+    below = own**2 / min(a.df, b.df) + shared**2 / min(whole_a.df, whole_b.df)
+    df = (own + shared) ** 2 / below
+    return SeedVariance(variance=own + shared, df=df, unequal=a.unequal or b.unequal)

@@ -164,7 +164,8 @@ def interval(
     terms = [(var_seeds, df_seeds)] if R > 1 else []
     terms += [(var_groups, df_groups)] if G > 1 else []
     found = _with_bounds(estimate, tuple(terms), R, E, G, level)
-    binary = not strict and statistic == "mean" and G > 1 and bool(np.isin(x_RE, (0.0, 1.0)).all())
+    binary = not strict and statistic == "mean" and G > 1 and x_RE[0, 0] in (0.0, 1.0)
+    binary = binary and bool(np.isin(x_RE, (0.0, 1.0)).all())
     if not binary:
         return found
     rare_E = (x_RE == (0.0 if estimate > 0.5 else 1.0)).any(axis=0)
@@ -178,12 +179,19 @@ def _influence(x_RE: Array, w_E: Array, groups: Sequence[str]) -> tuple[Array, A
     u_RE = q_E * (x_RE - (x_RE @ q_E)[:, None])
     if not len(groups):
         return u_RE, q_E
+    member_EG = _members(tuple(groups))
+    return (u_RE, q_E) if member_EG is None else (u_RE @ member_EG, q_E @ member_EG)
+
+
+@lru_cache(maxsize=64)
+def _members(groups: tuple[str, ...]) -> Array | None:
+    """1 where an example (row) is of a group (column); None where each is its own. Arms share their groups."""
     names, code_E = np.unique(np.asarray(groups), return_inverse=True)
-    if len(names) == len(q_E):
-        return u_RE, q_E
-    member_EG = np.zeros((len(q_E), len(names)))
-    member_EG[np.arange(len(q_E)), code_E] = 1.0
-    return u_RE @ member_EG, q_E @ member_EG
+    if len(names) == len(groups):
+        return None
+    member_EG = np.zeros((len(groups), len(names)))
+    member_EG[np.arange(len(groups)), code_E] = 1.0
+    return member_EG
 
 
 def _rest(u_RG: Array) -> Array:
@@ -197,7 +205,7 @@ def _steps(d_RE: Array, u_RG: Array) -> float:
     Counting one more in each direction keeps the variance of few discordant examples from being 0 and gives nearly the
     p of McNemar's exact test (Agresti & Min 2005, "Simple improved confidence intervals for comparing matched
     proportions")."""
-    if not np.isin(d_RE, (-1.0, 0.0, 1.0)).all():
+    if d_RE[0, 0] not in (-1.0, 0.0, 1.0) or not np.isin(d_RE, (-1.0, 0.0, 1.0)).all():
         return 0.0
     E = d_RE.shape[1]
     changed: Array = u_RG.mean(axis=0) + float(d_RE.mean()) / u_RG.shape[1]

@@ -1,4 +1,4 @@
-"""One look for every figure: column widths, colours for colour-blind readers, markers and lines for grey."""
+"""One look for every figure: fonts, colours for colour-blind readers, markers and lines for grey."""
 
 import atexit
 import logging
@@ -20,9 +20,6 @@ from matplotlib import pyplot as plt
 if "inline" not in os.environ.get("MPLBACKEND", ""):  # which shows figures in a notebook; elsewhere they become files
     matplotlib.use("Agg")
 
-COLUMN, TEXT = 3.25, 6.75
-"""Widths in inches of one column and of both in a two-column conference paper."""
-
 # Okabe & Ito (2008); yellow is left out, it vanishes on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -37,7 +34,7 @@ RC: dict[Any, Any] = {
     "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 4.5, "axes.grid": True, "grid.color": "#e3e6ea",
     "grid.linewidth": 0.5, "axes.axisbelow": True, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
     "xtick.minor.width": 0.4, "ytick.minor.width": 0.4, "pdf.fonttype": 42, "ps.fonttype": 42, "savefig.dpi": 300,
-    "figure.dpi": 150, "axes.titlepad": 4, "axes.labelpad": 2,
+    "figure.dpi": 150, "hatch.linewidth": 0.5, "axes.titlepad": 4, "axes.labelpad": 2,
 }  # fmt: skip
 
 
@@ -48,6 +45,14 @@ class Look:
     colour: str
     marker: str
     line: Any
+
+
+WHOLE = Look(colour="#3b3b3b", marker="*", line=(0, (6, 1.5, 1, 1.5, 1, 1.5)))
+"""Of full fine-tuning, which is a level to compare with."""
+FADED = Look(colour="#aab2ba", marker="o", line="-")
+"""Of kinds that are too many to be told apart."""
+OTHERS = "others"
+"""The entry that these share in a legend."""
 
 
 def looks(names: list[str]) -> dict[str, Look]:

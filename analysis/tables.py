@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ TITLES = {
 CAPTIONS = {
     "efficiency": "Cost and performance of every arm.",
     "tests": "Paired tests between arms, B minus A, Holm-corrected within each family and metric.",
+    "contrasts": "Every arm (B) minus the reference arm (A) of its task, Holm-corrected over all arms of a metric: the "
+    "bars of the figures.",
     "matched_budget": "Placements at equal trainable parameters; an ellipsis stands between two interpolated ranks.",
     "share_kept": "Share of the reference's gain over the base model that each arm keeps.",
     "tuned": "Hyperparameters chosen on validation in each arm.",
@@ -41,6 +44,10 @@ CAPTIONS = {
     "aggregate": "Over tasks: normalised scores (0 base model, 1 mean gain of all arms), and the chance to beat the "
     "reference arm (Agarwal et al. 2021).",
     "mixed": "Linear mixed model: placement × rank fixed, seeds and groups random, restricted maximum likelihood.",
+    "transfer": "Test NLL of each task through the blocks of another's path, and how far it lies above its own.",
+    "routing": "Test scores of tasks with blocks of their own, where an example's task is known and where it is not.",
+    "continual": "Tasks one after another: average, backward and forward transfer, forgetting; of NLL in nats, better "
+    "positive but for the average and forgetting.",
     "importance": "Share of the variance of the validation score that each field explains.",
     "all_tasks": "Mean over tasks of equal weight.",
     "spectra": "What training changed: norm, ranks and new directions of the updates, and where their energy is.",
@@ -64,13 +71,22 @@ class Cell:
 
 @dataclass(kw_only=True)
 class Sheet:
-    """A formatted table: header and cells. The note under it says where its numbers come from."""
+    """A formatted table: header and cells. The note under it says where its numbers come from. Its texts are made once,
+    for a file and for the report."""
 
     name: str
     caption: str
     header: list[str]
     rows: list[list[Cell]] = field(default_factory=list)
     note: str = ""
+
+    @cached_property
+    def markdown(self) -> str:
+        return markdown(self)
+
+    @cached_property
+    def latex(self) -> str:
+        return latex(self)
 
 
 COMMONEST = "commonest answer"
@@ -193,7 +209,7 @@ def daggers(analysis: Analysis) -> dict[tuple[str, str], str]:
 def plain(name: str, table: pd.DataFrame) -> Sheet:
     """Any table as it is; an estimate and its interval become one column."""
     columns = [key for key in table if key not in ("low", "high", "significant")]
-    said = ("placement", "rank") if "arm" in columns else ("family",) if name == "matched_budget" else ()
+    said = ("placement", "rank") if "arm" in columns else ("family",) if name in ("matched_budget", "contrasts") else ()
     columns = [key for key in columns if key not in said]
     if "setting" in table and table["setting"].nunique() == 1:
         columns.remove("setting")
@@ -220,10 +236,8 @@ def bold_arms(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
     rivals = _rivals(analysis, without=("rank", BASE, FULL))
     found = set()
     for setting, group in tests.groupby("setting"):
-        for arm in set(group["a"]) | set(group["b"]):
-            mine = group[(group["a"] == arm) | (group["b"] == arm)]
-            if len(mine) == rivals[str(setting), arm] and (mine["better"] == arm).all():
-                found.add((str(setting), arm))
+        made, won = Counter([*group["a"], *group["b"]]), Counter(group["better"])
+        found |= {(str(setting), arm) for arm, count in made.items() if count == rivals[str(setting), arm] == won[arm]}
     return found
 
 
@@ -257,17 +271,20 @@ def overall_best(analysis: Analysis, metric: str) -> set[tuple[str, str]]:
     return found
 
 
-def write(analysis: Analysis, folder: Path) -> list[Path]:
+def write(analysis: Analysis, folder: Path, made: Sequence[Sheet] | None = None) -> list[Path]:
     """Writes each table as .md, .tex and .csv, the raw tables as .csv, and all.tex, which compiles them all.
 
     Tables that a former analysis wrote there and this one does not have are removed.
+
+    Args:
+        made: the tables, where they are made already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written, shown = [], sheets(analysis)
+    written, shown = [], sheets(analysis) if made is None else made
     for sheet in shown:
         written += [folder / f"{sheet.name}.md", folder / f"{sheet.name}.tex"]
-        written[-2].write_text(markdown(sheet) + "\n", encoding="utf-8")
-        written[-1].write_text(latex(sheet), encoding="utf-8")
+        written[-2].write_text(sheet.markdown + "\n", encoding="utf-8")
+        written[-1].write_text(sheet.latex, encoding="utf-8")
         if sheet.name.startswith("placement_rank"):
             frame = pd.DataFrame([[cell.text for cell in row] for row in sheet.rows], columns=sheet.header)
             written.append(folder / f"{sheet.name}.csv")

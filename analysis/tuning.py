@@ -21,8 +21,9 @@ NEAR = 1.0
 def judge(found: Arrangement) -> None:
     """Adds to each arm's doubts what its trials say against the choice: a pruned trial beside it, and a rate that a fit
     says is better by more than half a standard deviation between seeds, and by more than the fit's own error."""
+    by_arm = _by_arm(found)
     for arm in found.arms:
-        runs = _runs(found, arm)
+        runs = _tried(by_arm[arm.setting, arm.label])
         chosen = arm.trial.get(RATE)
         if (runs["status"] == "pruned").any() and _beside(runs, chosen):
             arm.search_doubts.append("a pruned trial lies beside the chosen one")
@@ -41,7 +42,8 @@ def table(found: Arrangement) -> pd.DataFrame:
     the metric's units, with a 95% interval; from `LEAST_RATES` rates within a factor of ten of the chosen one on.
     """
     searches = _searches(found.runs)
-    rows = [_row(found, arm, searches) for arm in found.arms]
+    by_arm = _by_arm(found)
+    rows = [_row(found, arm, by_arm[arm.setting, arm.label], searches) for arm in found.arms]
     columns = [
         "setting", "arm", "trials", "whole", *found.tuned, found.select, "best_rate", "miss", "miss_low", "miss_high",
         "followed", "widened", "edge", "confirmed", "doubts",
@@ -51,10 +53,16 @@ def table(found: Arrangement) -> pd.DataFrame:
     return frame.drop(columns=empty)
 
 
-def _runs(found: Arrangement, arm: Arm, *, confirm: bool = False) -> pd.DataFrame:
-    """Runs of an arm's trials, or all, those that confirm its choice too."""
-    runs = found.runs[(found.runs["setting"] == arm.setting) & (found.runs["arm"] == arm.label)]
-    return runs if confirm or "search.purpose" not in runs else runs[runs["search.purpose"] != "confirm"]
+def _by_arm(found: Arrangement) -> dict[tuple[str, str], pd.DataFrame]:
+    """Runs of each (setting, arm), with the columns that tell how it was searched."""
+    wanted = ("status", "steps", "trial", "search.arm", "search.purpose", "search.widened", RATE, found.select)
+    columns = [key for key in dict.fromkeys(wanted) if key in found.runs]
+    return {(str(keys[0]), str(keys[1])): rows for keys, rows in found.runs.groupby(["setting", "arm"])[columns]}
+
+
+def _tried(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs of an arm's trials, without those that confirm its choice."""
+    return runs if "search.purpose" not in runs else runs[runs["search.purpose"] != "confirm"]
 
 
 def _searches(runs: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -67,8 +75,10 @@ def _searches(runs: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _row(found: Arrangement, arm: Arm, searches: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    everything, runs = _runs(found, arm, confirm=True), _runs(found, arm)
+def _row(
+    found: Arrangement, arm: Arm, everything: pd.DataFrame, searches: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    runs = _tried(everything)
     keys = everything["search.arm"].dropna().unique() if "search.arm" in everything else []
     told = [searches[key]["widened"] for key in keys if "widened" in searches.get(key, {})]
     if "search.widened" in everything:

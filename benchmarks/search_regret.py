@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What pruning costs each arm, and what it saves: the same trials whole, pruned, and pruned with neighbours finished.
 
-    python -m benchmarks.search_regret                          # three tasks, a tiny model: half an hour on two cores
+    python -m benchmarks.search_regret                          # three tasks, a tiny model: slow without a GPU
     python -m benchmarks.search_regret --model smollm2_135m     # on a GPU
 
 Trials are random and seeded, so that all three searches of an arm try the same points; the whole search knows each
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--also", nargs="+", default=[], metavar="OVERRIDE", help="such as dataset.max_length=96")
     args = parser.parse_args()
     print("| task | search | mean regret, seed SD | worst arm | arms that lost | steps | seconds |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
@@ -97,8 +98,8 @@ def main() -> None:
         folder = Path(root)
         for task in args.tasks:
             size = (args.model, args.trials, args.steps)
-            seconds = {kind: search(task, kind, folder, *size) for kind in SEARCHED}
-            search(task, "whole", folder, *size, CONFIRMED)
+            seconds = {kind: search(task, kind, folder, *size, *args.also) for kind in SEARCHED}
+            search(task, "whole", folder, *size, *args.also, CONFIRMED)
             steps = {kind: trained(folder / f"{task}_{kind}") for kind in SEARCHED}
             regret, sd = compare(task, folder)
             for kind, values in regret.items():

@@ -90,6 +90,17 @@ class Dimension:
             return self
         return replace(self, choices=(*self.choices, value) if end == "high" else (value, *self.choices))
 
+    def moved(self, low: float, high: float) -> "Dimension":
+        """Another range in place of this one. A grid of positive numbers keeps its length and rhythm, and its middle
+        goes to the range's, on a log scale; other choices stay."""
+        if self.kind != "choice":
+            return replace(self, low=low, high=high)
+        ladder = self.ladder
+        if not ladder or not min(ladder) > 0 or not any(isinstance(one, float) for one in ladder):
+            return self
+        factor = math.sqrt(low * high / (ladder[0] * ladder[-1]))
+        return replace(self, choices=tuple(float(f"{one * factor:.3g}") for one in self.choices))
+
     def distance(self, one: Any, other: Any) -> float:
         """How far two values lie apart, as a share of the dimension: 0 to 1; choices that are no numbers 0 or 1."""
         if self.kind != "choice":

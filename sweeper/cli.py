@@ -107,6 +107,7 @@ def run(main: Callable[[], object]) -> int:
 
 def train(cfg: "DictConfig") -> float | None:
     """The job of one configuration; returns its objective, the validation NLL after training."""
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -115,7 +116,9 @@ def train(cfg: "DictConfig") -> float | None:
 
     hydra = HydraConfig.get()
     try:
-        return launch.train_one(*config.from_config(cfg, chosen=hydra.runtime.choices))
+        running = GlobalHydra.instance()
+        loader = running.config_loader() if running.is_initialized() else None
+        return launch.train_one(*config.from_config(cfg, loader, chosen=hydra.runtime.choices))
     except SweeperError as error:
         if hydra.mode == RunMode.RUN or isinstance(error, ContextLost):  # no job of this process can go on
             raise Quit(error) from None

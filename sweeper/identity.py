@@ -38,6 +38,8 @@ def confirmed(section: Section) -> str | None:
     Raises:
         SweeperError: it has changed since the command began, or is another one on this machine.
     """
+    for part in getattr(section, "parts", ()):
+        confirmed(part)
     if (section.content or "").startswith(COMMIT):  # which is what is asked for by name
         return section.content
     found = now(section).told
@@ -91,7 +93,7 @@ class Identities:
         coded = register.coded(typed)
         if not known:
             return coded
-        parts: dict[str, Any] = {name: replace(getattr(coded, name), content=one.text) for name, one in known.items()}
+        parts: dict[str, Any] = {name: self._filled(getattr(coded, name), one) for name, one in known.items()}
         whole = replace(coded, **parts)
         if coded is not typed:  # earlier versions knew nothing of code
             return whole
@@ -145,6 +147,13 @@ class Identities:
         if arm.space and made.key != arm.key and self._goes_on(arm):
             return replace(made, known_as=arm.key)
         return made
+
+    def _filled(self, section: Section, content: Content) -> Section:
+        """A section with its content; one made of several tasks with the content of each."""
+        if isinstance(section, DatasetSpec) and section.parts:
+            parts = tuple(replace(part, content=self._content(part).text) for part in section.parts)
+            return replace(section, parts=parts)
+        return replace(section, content=content.text)
 
     def _content(self, section: Section) -> Content:
         typed = replace(section, content=None)

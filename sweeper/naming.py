@@ -6,7 +6,7 @@ from typing import Any
 from sweeper.record import LEFT_OUT
 
 # a group's name stands for the group; what its options also say is shown only where it varies by itself
-GROUPS = ("model", "dataset", "method", "placement", "allocation", "objective", "evaluation")
+GROUPS = ("model", "dataset", "method", "placement", "allocation", "sharing", "objective", "evaluation")
 
 
 CONTENTS = ("model.content", "dataset.content")
@@ -23,6 +23,10 @@ def flat(spec: Mapping[str, Any]) -> dict[str, Any]:
                 found[prefix.rstrip(".")] = value
             elif isinstance(value, Mapping) and value:
                 walk(value, f"{prefix}{key}.")
+            elif key == "parts":  # a dataset's tasks
+                found[f"{prefix}{key}"] = "+".join(part["name"] for part in value)
+                for part in value:
+                    walk({name: one for name, one in part.items() if name != "name"}, f"{prefix}{part['name']}.")
             elif key == "content" and value is not None:
                 found[f"{prefix}{key}"] = str(value)[:SHOWN]
             else:

@@ -27,6 +27,7 @@ category, a document. A split in which every example is a unit of its own has no
 versions, whose records lack `data.SPLIT.groups`."""
 ADAPTER = "adapter"
 WEIGHTS = "weights"
+TASKS = "tasks"  # of a run whose tasks have blocks of their own: a folder with an adapter for each
 SPECTRA = "spectra.json"
 CHECKPOINT = "checkpoint.safetensors"
 TRACEBACK = "traceback.txt"
@@ -53,7 +54,7 @@ def perplexity(nll: float) -> float:
 
 
 # dotted field of a spec -> what a run has whose plain data leave it out: a field that came later, at its default
-LEFT_OUT: dict[str, Any] = {"objective": "nll", "trainer.deterministic": False}
+LEFT_OUT: dict[str, Any] = {"objective": "nll", "sharing": "single", "trainer.deterministic": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,11 @@ class Record:
     `saved` says which weights were scored "after" and saved: those of which `step`, whether a moving `average` of them,
     and whether the run was `stopped_early`.
 
+    A run of several tasks has the `scores` and `data` of each as SPLIT/TASK beside those over all. Where its adapter
+    has rank blocks, `sharing` has the `blocks`, the `active_parameters` that the rows of each task run through, the
+    test NLLs of each task `through` the blocks of every other one, and as `routing` what is so where no example's task
+    is named: which tasks they are taken for (`confusion`), and the scores through the blocks of those.
+
     `environment` is what it was made with; its `git_commit` ends in "+" where tracked files of the source differed from
     the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`).
 
@@ -154,6 +160,7 @@ class Record:
     error: Mapping[str, str] | None = None
     search: Mapping[str, Any] = field(default_factory=dict)
     saved: Mapping[str, Any] = field(default_factory=dict)
+    sharing: Mapping[str, Any] = field(default_factory=dict)
     started: str = ""
     finished: str = ""
     schema: int = SCHEMA_VERSION
@@ -169,6 +176,8 @@ def shortened(data: Mapping[str, Mapping[str, Any]], *, above: float = 0.0) -> s
     for key, what in (("dropped", "left out (their response is too long)"), ("truncated", "cut at the prompt's start")):
         counts = []
         for split, facts in data.items():
+            if any(other.startswith(f"{split}/") for other in data):  # each of its tasks says so
+                continue
             count, every = facts.get(key) or 0, (facts.get("examples") or 0) + (facts.get("dropped") or 0)
             if count and count > above * every:
                 counts.append(f"{count:,} of {every:,} {split}")

@@ -129,6 +129,33 @@ class AllocationSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SharingSpec:
+    """How several tasks share the ranks of an adapter (`sweeper.methods.sharing`).
+
+    Attributes:
+        levels: ranks of the blocks of each level of the tree, from the root; empty: shared out evenly.
+        budget: whose ranks add up to the run's: those of the blocks that a row runs through, or of all.
+        tree: nested lists of names of tasks.
+        common, private: where the root's block and the tasks' own lie, within the run's placement.
+        orthogonality: weight of |A_new A_old^T|^2 in the loss, of blocks on top of earlier ones.
+    """
+
+    name: str = "single"
+    levels: tuple[int, ...] = ()
+    budget: Literal["active", "total"] = "active"
+    tree: tuple[Any, ...] = ()
+    common: PlacementSpec | None = None
+    private: PlacementSpec | None = None
+    orthogonality: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.orthogonality >= 0 and math.isfinite(self.orthogonality)):
+            raise SpecError(field="sharing.orthogonality", wanted="at least 0", got=self.orthogonality)
+        if any(level < 0 for level in self.levels):
+            raise SpecError(field="sharing.levels", wanted="ranks of at least 0", got=self.levels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MethodSpec:
     """What is trained on the frozen base."""
 
@@ -147,7 +174,8 @@ class MethodSpec:
 class DatasetSpec(Stored):
     """A task: its family (a module of `sweeper.tasks`), sizes, template and family-specific options.
 
-    `max_length` is in tokens, prompt and response together.
+    `max_length` is in tokens, prompt and response together. `parts` are its tasks, where it is made of several: sizes,
+    templates and lengths are theirs, and `metrics` those that all of them have.
     """
 
     PLACE: ClassVar[str] = "path"
@@ -165,9 +193,14 @@ class DatasetSpec(Stored):
     metrics: tuple[str, ...] = ("exact_match",)
     max_new_tokens: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    parts: tuple["DatasetSpec", ...] = field(default=(), metadata=ADDED)
     code: CodeSpec | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
+        if self.parts:
+            common = [name for name in self.parts[0].metrics if all(name in part.metrics for part in self.parts)]
+            object.__setattr__(self, "max_length", max(part.max_length for part in self.parts))
+            object.__setattr__(self, "metrics", tuple(common))
         for name, least in (("validation_examples", 1), ("test_examples", 1), ("max_length", 8)):
             if getattr(self, name) < least:
                 raise SpecError(field=f"dataset.{name}", wanted=f"at least {least}", got=getattr(self, name))
@@ -297,6 +330,7 @@ class RunSpec:
     trainer: TrainerSpec
     evaluation: EvaluationSpec
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec, metadata=ADDED)
+    sharing: SharingSpec = field(default_factory=SharingSpec, metadata=ADDED)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -369,6 +403,12 @@ class Settings:
         return Path(self.output_root) / self.study
 
 
+def alone(spec: RunSpec, task: int | None = None) -> RunSpec:
+    """A run whose adapter has no blocks; of one task of the run, where that is given."""
+    dataset = spec.dataset if task is None else spec.dataset.parts[task]
+    return dataclasses.replace(spec, sharing=SharingSpec(), dataset=dataset)
+
+
 def unique(specs: Iterable[Spec]) -> list[Spec]:
     """Equal specs once, in order; by their text, since specs with mappings inside have no hash."""
     sections = {id(spec): spec for spec in specs}  # the runs of a grid share most of their sections
@@ -413,14 +453,22 @@ def typed_fields(kind: Any) -> list[str]:
 
 def bare(spec: RunSpec) -> RunSpec:
     """The spec as it was typed, without what is known of its files and its code."""
-    parts: dict[str, Any] = {}
+    parts = {}
     for name in _field_names(RunSpec):
         section: Any = getattr(spec, name)
-        kind: Any = type(section)
-        made = [key for key in _marked(kind, "made") if getattr(section, key)] if is_dataclass(section) else []
-        if made:
-            parts[name] = dataclasses.replace(section, **dict.fromkeys(made))
+        if is_dataclass(section) and (typed := _typed(section)) is not section:
+            parts[name] = typed
     return dataclasses.replace(spec, **parts) if parts else spec
+
+
+def _typed(section: Any) -> Any:
+    """A section without what is filled in; itself where nothing is."""
+    kind: Any = type(section)
+    found: dict[str, Any] = {key: None for key in _marked(kind, "made") if getattr(section, key)}
+    parts = tuple(map(_typed, getattr(section, "parts", ())))
+    if any(typed is not part for typed, part in zip(parts, getattr(section, "parts", ()), strict=True)):
+        found["parts"] = parts
+    return dataclasses.replace(section, **found) if found else section
 
 
 def placed_by_content(spec: Any) -> str | None:

@@ -66,7 +66,7 @@ def test_a_trial_is_the_run_that_its_overrides_compose(composer: Any) -> None:
     )
     arm = found.arms[2]
     params = {"optim.lr": 0.00123456789, "trainer.max_steps": 3}
-    spec, _ = config.from_config(composer.compose(arm.typed(params, 1)))
+    spec, _ = config.from_config(composer.compose(arm.typed(params, 1)), composer.loader)
     assert spec == arm.make(params, 1)
     assert (spec.optim.lr, spec.trainer.max_steps, spec.seed, spec.placement.name) == (0.00123456789, 3, 1, "ff")
 

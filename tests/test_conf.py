@@ -18,6 +18,7 @@ GROUPS = (
     "objective",
     "optim",
     "placement",
+    "sharing",
     "tracking",
     "trainer",
 )
@@ -25,9 +26,12 @@ OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / gro
 NEEDS = {
     ("allocation", "pattern"): "allocation.pattern={attn_q: 4}",
     ("dataset", "jsonl"): "dataset.path=data.jsonl",
+    ("dataset", "mixture"): "dataset.parts=[icd10_chapter,hpo_term]",
+    ("dataset", "sequence"): "dataset.parts=[icd10_chapter,hpo_term]",
     ("method", "peft"): "method.options.tuner=ia3",
     ("model", "path"): "model.location=folder",
     ("placement", "custom"): "placement.patterns=[q_proj]",
+    ("sharing", "hierarchical"): "sharing.tree=[[icd10_chapter,hpo_term]]",
 }
 
 

@@ -6,8 +6,9 @@ from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 
+from sweeper.config.composer import Composer
 from sweeper.errors import SpecError, SweeperError, no_such_field
-from sweeper.spec import RunSpec, Settings, from_mapping, typed_fields
+from sweeper.spec import DatasetSpec, RunSpec, Settings, from_mapping, typed_fields
 from sweeper.study.search_settings import SearchSettings
 
 Plain = dict[str, Any]
@@ -24,8 +25,8 @@ class Builder:
     `unread` are the keys of overrides that cannot be read, which have a line: what they would have given is not missed.
     """
 
-    def __init__(self, problems: list[str], unread: Collection[str] = ()) -> None:
-        self.problems, self.unread = problems, unread
+    def __init__(self, problems: list[str], composer: Composer, unread: Collection[str] = ()) -> None:
+        self.problems, self.composer, self.unread = problems, composer, unread
 
     def run(
         self, plain: Plain, cache: dict[tuple[str, str], Any], values: Mapping[str, Any] | None = None
@@ -71,7 +72,37 @@ class Builder:
             return None
         if name == "trainer":
             mapping = {key: value for key, value in mapping.items() if key != "device"}
-        return self._check(lambda: from_mapping(kind, mapping, prefix=f"{name}."))
+        return self._check(lambda: from_mapping(kind, self._whole(name, mapping), prefix=f"{name}."))
+
+    def _whole(self, name: str, section: Plain) -> Plain:
+        """A section with the options of other groups that it names."""
+        if name == "dataset" and section.get("parts"):
+            return self._with_parts(section)
+        return self._with_places(section) if name == "sharing" else section
+
+    def _with_parts(self, dataset: Plain) -> Plain:
+        """A dataset made of others, which are given by name, or as a mapping of the name to fields of their own."""
+        if not isinstance(dataset["parts"], list):
+            raise SpecError(f"dataset.parts must be a list, got {dataset['parts']}: write 'dataset.parts=[...]'")
+        return {**dataset, "parts": [self._part(part) for part in dataset["parts"]]}
+
+    def _part(self, given: Any) -> DatasetSpec:
+        named = isinstance(given, dict) and len(given) == 1
+        name, fields = next(iter(given.items())) if named else (given, {})
+        if not isinstance(name, str) or not isinstance(fields, dict | None):
+            raise SpecError(f"dataset.parts: {given} is neither a dataset's name nor {{NAME: {{field: value}}}}")
+        try:
+            plain = self.composer.option("dataset", name)
+            for made in {"content", "code"} & (fields or {}).keys():  # which are filled in
+                raise SpecError(no_such_field(made, typed_fields(DatasetSpec)))
+            return from_mapping(DatasetSpec, {**plain, **(fields or {})})
+        except SpecError as error:
+            raise SpecError(f"dataset.parts, {name}: {error}") from None
+
+    def _with_places(self, sharing: Plain) -> Plain:
+        """Where blocks lie, which is given by the name of a placement."""
+        named = {key: sharing[key] for key in ("common", "private") if isinstance(sharing.get(key), str)}
+        return {**sharing, **{key: self.composer.option("placement", name) for key, name in named.items()}}
 
     def _check(self, build: Callable[[], Any]) -> Any:
         try:

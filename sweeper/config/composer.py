@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sweeper import register
-from sweeper.errors import SpecError
+from sweeper.errors import SpecError, unknown
 
 _HERE = Path(__file__).parents[1]
 CONF = next(path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir())
@@ -45,6 +46,16 @@ class Composer:
         OmegaConf.set_struct(cfg, True)
         return cast(DictConfig, cfg)
 
+    def option(self, group: str, name: str) -> dict[str, Any]:
+        """An option of a group as plain data.
+
+        Raises:
+            SpecError: there is no such option.
+        """
+        if not self.has_option(group, name):
+            raise SpecError(unknown(group, name, self.options(group)))
+        return dict(_option(self, group, name))
+
     def is_group(self, key: str) -> bool:
         return bool(self.loader.repository.group_exists(key))
 
@@ -56,6 +67,12 @@ class Composer:
 
     def parse(self, override: str) -> Override:
         return OverridesParser.create(config_loader=self.loader).parse_overrides([override])[0]
+
+
+@lru_cache(maxsize=256)
+def _option(composer: Composer, group: str, name: str) -> dict[str, Any]:
+    found = OmegaConf.to_container(composer.compose([f"{group}={name}"])[group], resolve=True)
+    return cast(dict[str, Any], found)
 
 
 def composer_of(config_dir: str | Path | None = None) -> Composer:

@@ -12,7 +12,7 @@ from sweeper import register
 from sweeper.arms import Arm, Params, look_up
 from sweeper.config.build import SECTIONS, Builder, differing, one_option, settings_of
 from sweeper.config.cells import Cell, cells_of, plain_of, unused
-from sweeper.config.composer import Composer
+from sweeper.config.composer import Composer, composer_of
 from sweeper.config.grid import MOST_ARMS, Axis, Grid, read_grid
 from sweeper.errors import Problems, SweeperError
 from sweeper.identity import Identities
@@ -36,8 +36,14 @@ class Composition:
         return tuple(spec for arm in self.arms for spec in arm.defaults)
 
 
-def from_config(cfg: DictConfig, chosen: Container[str] = SECTIONS) -> tuple[RunSpec, Settings]:
-    """The run a composed configuration describes; `chosen` are the groups of which one option was.
+def from_config(
+    cfg: DictConfig, loader: Any = None, chosen: Container[str] = SECTIONS
+) -> tuple[RunSpec, Settings]:  # fmt: skip
+    """The run a composed configuration describes.
+
+    Args:
+        loader: Hydra's configuration loader, for options that others name; without it, one of the project's `conf/`.
+        chosen: the groups of which one option was.
 
     Raises:
         Problems: a line for each value that cannot be used.
@@ -48,7 +54,8 @@ def from_config(cfg: DictConfig, chosen: Container[str] = SECTIONS) -> tuple[Run
     problems.extend(unused(ours))
     problems.extend(one_option(name) for name in SECTIONS if name in plain and name not in chosen)
     settings = settings_of(plain, problems)
-    run = Builder(problems).run(plain, {})
+    composer = composer_of() if loader is None else Composer(loader=loader)
+    run = Builder(problems, composer).run(plain, {})
     if problems or run is None or settings is None:
         raise Problems(problems)
     return run, settings
@@ -68,7 +75,7 @@ def expand(overrides: Sequence[str], composer: Composer) -> Composition:
     grid = read_grid(overrides, composer, problems)
     if (arms_asked := math.prod(len(axis.values) for axis in grid.axes)) > MOST_ARMS:
         raise Problems([*problems, f"a grid of {arms_asked:,} runs: more than {MOST_ARMS:,} are not made at once"])
-    builder = Builder(problems, grid.unread)
+    builder = Builder(problems, composer, grid.unread)
     found: list[Settings] = []
     cells = dict(cells_of(grid, composer, problems))
     for cell in cells.values():
@@ -116,7 +123,7 @@ def _arm(
         wrong: list[str] = []
         where = cell(params)
         plain = {key: value for key, value in params.items() if all(key != axis.key for axis in grid.tuned)}
-        run = None if where is None else where.run({**values, **plain, "seed": seed}, Builder(wrong))
+        run = None if where is None else where.run({**values, **plain, "seed": seed}, Builder(wrong, builder.composer))
         if run is None or wrong:
             raise Problems(wrong)
         return run

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.override_parser.types import Override, Transformer
@@ -31,8 +31,9 @@ class Axis:
 class Grid:
     """`tuned` are the groups whose option is tuned, as axes; `space` is all that is tuned.
 
-    `by_method` are the tuned fields whose range, where a method has one of its own, is the method's. `unread` are the
-    keys of overrides that cannot be read, `unknown` groups and options that there are not.
+    `by_method` are the tuned fields whose range, where a method has one of its own, is the method's; a grid of numbers
+    is moved there. `unread` are the keys of overrides that cannot be read, `unknown` groups and options that there are
+    not.
     """
 
     fixed: tuple[str, ...]
@@ -55,10 +56,7 @@ class Grid:
         from sweeper import methods
 
         own = methods.find(spec.method.name).ranges
-        return tuple(
-            replace(d, low=own[d.key][0], high=own[d.key][1]) if d.key in self.by_method and d.key in own else d
-            for d in self.space
-        )
+        return tuple(d.moved(*own[d.key]) if d.key in self.by_method and d.key in own else d for d in self.space)
 
 
 def read_grid(overrides: Sequence[str], composer: Composer, problems: list[str]) -> Grid:

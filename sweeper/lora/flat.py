@@ -24,6 +24,8 @@ class Flat(Generic[Held]):
 
     Attributes:
         spans: of each slot, the parts of the store that are its own. block_slot: slot of each block of 64 values.
+        clocks_each: how many parts of a slot the optimiser may clip and schedule by themselves; clock c is of slot
+            c // clocks_each. clock_spans, block_clock: as `spans` and `block_slot`, by clock.
         work: what the products read: the values, or their copy in the base's precision, kept by the optimiser.
         rates: each value's learning rate over its run's (0: frozen), None where all have their run's.
         rated: of each slot, whether its values have rates of their own.
@@ -36,12 +38,14 @@ class Flat(Generic[Held]):
         device: torch.device,
     ) -> None:  # fmt: skip
         self.spans, self.block_slot = spans, block_slot.to(device)
+        self.clocks_each, self.clock_spans, self.block_clock = 1, list(spans), self.block_slot
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
         self.work = self.params
         self.rates: Tensor | None = None
         self.copies = {name: torch.zeros(size, device=device) for name in copies}
         self.held: list[Held | None] = [None] * len(spans)
         self.rated = [False] * len(spans)
+        self.tasks = 0
 
     @property
     def weak(self) -> Any:
@@ -52,6 +56,11 @@ class Flat(Generic[Held]):
     def slots(self) -> int:
         """How many there are."""
         return len(self.spans)
+
+    @property
+    def clocks(self) -> int:
+        """Clocks of all slots."""
+        return len(self.clock_spans)
 
     def publish(self, slot: int) -> None:
         """Brings up to date what follows from a slot's parameters, where anything but the optimiser wrote them."""

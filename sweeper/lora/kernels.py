@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sweeper.lora.blocks import gate
+
 
 @triton.jit
 def _mix(value):
@@ -481,7 +483,7 @@ def _geometry(x: Tensor, lanes: Tensor, hidden: int, members: int) -> tuple[int,
     return x.shape[0] // lanes.shape[0], lanes.shape[0], ranks, triton.cdiv(widest, ranks)
 
 
-def forward(x, ys, work, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop):
+def forward(x, ys, work, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, hidden, tokens, drop):
     """Adds every lane's low-rank product to the frozen products `ys` in place; returns the scaled hidden [N, H]."""
     x = x.contiguous()
     h = x.new_empty(x.shape[0], hidden)
@@ -500,6 +502,7 @@ def forward(x, ys, work, table, scale, lanes, dropout, seeds, salts, hidden, tok
             *_three([x]), *_three([x.shape[1]]), work, table, scale, lanes, *chance, h, share, tokens, hidden,
             M=members, B_SIDE=False, DROP=drop, RANKS=ranks,
         )  # fmt: skip
+    gate(h, gates, gate_rows)
     span = SPAN if chunks == 1 else 1
     grid = (count * triton.cdiv(share, EXPAND.rows * span), triton.cdiv(max(widths), EXPAND.cols), members)
     _launch(
@@ -510,7 +513,9 @@ def forward(x, ys, work, table, scale, lanes, dropout, seeds, salts, hidden, tok
     return h
 
 
-def backward(dys, x, dx, work, dparams, h, table, scale, lanes, dropout, seeds, salts, tokens, drop) -> None:
+def backward(
+    dys, x, dx, work, dparams, h, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, tokens, drop
+) -> None:
     """Adds the adapters' share to `dx` in place and fills `dparams`, which must be zero."""
     x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
     dh = torch.empty_like(h)
@@ -522,6 +527,7 @@ def backward(dys, x, dx, work, dparams, h, table, scale, lanes, dropout, seeds, 
         *_three(dys), *_three(widths), work, table, scale, lanes, *chance, dh, share, tokens, hidden,
         M=members, B_SIDE=True, DROP=False, RANKS=ranks,
     )  # fmt: skip
+    gate(dh, gates, gate_rows)
     _launch(
         _outer, OUTER, (triton.cdiv(max(fan_in, *widths), OUTER.cols), 2 * count * members, chunks),
         h, dh, x, *_three(dys), fan_in, *_three(widths), dparams, table, lanes, *chance, share, tokens, hidden,

@@ -7,17 +7,22 @@ output is
 
     y = x W^T + bias + s (mask * x) A^T B        (Hu et al. 2021, eq. 3; B is stored transposed)
 
+An adapter of rank blocks has a gate g for each task: s (g * (mask * x) A^T) B, with g constant over an equal share of
+the rows.
+
 Everything that distinguishes the runs (rank, scale, offsets, dropout) is data in tensors, never a shape, so a slot can
 change hands under a compiled layer or a CUDA graph.
 
 Shapes: N rows in all lanes, I in, O out (of a member), F adapter values of the group, J slots, M members, H hidden
-columns (M times the widest rank, in multiples of 16).
+columns (M times the widest rank, in multiples of 16), G shares of rows that have a gate each.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sweeper.lora.blocks import gate
 
 # columns of a group's table, one row for each (slot, member)
 RANK, A_OFFSET, B_OFFSET, H_COLUMN = range(4)
@@ -101,6 +106,8 @@ def adapted_linear(
     dropout: Tensor,
     seeds: Tensor,
     salts: Tensor,
+    gates: Tensor | None,
+    gate_rows: Tensor | None,
     hidden: int,
     tokens: int,
     drop: bool,
@@ -114,6 +121,8 @@ def adapted_linear(
             the precision that the products are computed in, which are what is read.
         table: [J, M, 4] int32 (rank, offset of A, offset of B, hidden column). scale: [J, M] float32.
         lanes: [L] int32, slot of each lane. dropout: [J] float32. seeds: [J] int64. salts: [M] int64.
+        gates: [any, H] float32, what hidden values are multiplied by. gate_rows: [G] int64, its row for each of G
+            equal shares of x; None where there are no gates.
         hidden: H. tokens: padded length of a sequence. drop: whether dropout is on.
 
     Returns:
@@ -123,22 +132,28 @@ def adapted_linear(
     if x.is_cuda:
         from sweeper.lora import kernels
 
-        h = kernels.forward(x, ys, work, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop)
+        h = kernels.forward(
+            x, ys, work, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, hidden, tokens, drop
+        )
         return [*ys, h]
     h = x.new_zeros(x.shape[0], hidden)
     scales = scale.tolist()
-    for lane in lanes_of(work, table, lanes, [w.shape[1] for w in weights], x.shape[0], x.shape[1]):
+    walked = lanes_of(work, table, lanes, [w.shape[1] for w in weights], x.shape[0], x.shape[1])
+    for lane in walked:
         rows = x[lane.rows]
         if drop:
             rows = rows * _lane_mask(lane, dropout, seeds, salts, rows.shape[0], x.shape[1], tokens, rows)
-        part = torch.mm(rows, lane.a.to(x.dtype).t()) * scales[lane.slot][lane.member]
-        h[lane.rows, lane.hidden] = part
-        ys[lane.member][lane.rows].addmm_(part, lane.b.to(x.dtype))
+        h[lane.rows, lane.hidden] = torch.mm(rows, lane.a.to(x.dtype).t()) * scales[lane.slot][lane.member]
+    gate(h, gates, gate_rows)
+    for lane in walked:
+        ys[lane.member][lane.rows].addmm_(h[lane.rows, lane.hidden], lane.b.to(x.dtype))
     return [*ys, h]
 
 
 @adapted_linear.register_fake
-def _(x, weights, biases, params, work, table, scale, lanes, dropout, seeds, salts, hidden, tokens, drop):
+def _(
+    x, weights, biases, params, work, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, hidden, tokens, drop
+):
     return [x.new_empty(x.shape[0], weight.shape[1]) for weight in weights] + [x.new_empty(x.shape[0], hidden)]
 
 
@@ -155,6 +170,8 @@ def adapted_linear_backward(
     dropout: Tensor,
     seeds: Tensor,
     salts: Tensor,
+    gates: Tensor | None,
+    gate_rows: Tensor | None,
     tokens: int,
     drop: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -164,26 +181,32 @@ def adapted_linear_backward(
     if x.is_cuda:
         from sweeper.lora import kernels
 
-        kernels.backward(dys, x, dx, work, dparams, h, table, scale, lanes, dropout, seeds, salts, tokens, drop)
+        kernels.backward(
+            dys, x, dx, work, dparams, h, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, tokens, drop
+        )
         return dx, dparams
     widths = [w.shape[1] for w in weights]
+    walked = lanes_of(work, table, lanes, widths, x.shape[0], x.shape[1])
     grads = lanes_of(dparams, table, lanes, widths, x.shape[0], x.shape[1])
-    scales = scale.tolist()
-    for lane, grad in zip(lanes_of(work, table, lanes, widths, x.shape[0], x.shape[1]), grads, strict=True):
-        rows, upstream = x[lane.rows], dys[lane.member][lane.rows]
-        dh = torch.mm(upstream, lane.b.to(x.dtype).t()) * scales[lane.slot][lane.member]
-        back = torch.mm(dh, lane.a.to(x.dtype))
+    scales, dh = scale.tolist(), torch.zeros_like(h)
+    for lane in walked:
+        upstream = torch.mm(dys[lane.member][lane.rows], lane.b.to(x.dtype).t())
+        dh[lane.rows, lane.hidden] = upstream * scales[lane.slot][lane.member]
+    gate(dh, gates, gate_rows)
+    for lane, grad in zip(walked, grads, strict=True):
+        rows, own = x[lane.rows], dh[lane.rows, lane.hidden]
+        back = torch.mm(own, lane.a.to(x.dtype))
         if drop:
             mask = _lane_mask(lane, dropout, seeds, salts, rows.shape[0], x.shape[1], tokens, rows)
             rows, back = rows * mask, back * mask
-        grad.b.copy_(torch.mm(h[lane.rows, lane.hidden].t(), upstream))
-        grad.a.copy_(torch.mm(dh.t(), rows))
+        grad.b.copy_(torch.mm(h[lane.rows, lane.hidden].t(), dys[lane.member][lane.rows]))
+        grad.a.copy_(torch.mm(own.t(), rows))
         dx[lane.rows] += back
     return dx, dparams
 
 
 @adapted_linear_backward.register_fake
-def _(dys, x, weights, work, h, table, scale, lanes, dropout, seeds, salts, tokens, drop):
+def _(dys, x, weights, work, h, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, tokens, drop):
     return torch.empty_like(x), torch.empty_like(work, dtype=torch.float32)
 
 
@@ -203,17 +226,17 @@ def _lane_mask(lane: Lane, dropout, seeds, salts, count: int, features: int, tok
 
 
 def _setup(ctx, inputs, output):
-    x, weights, biases, _params, work, *tensors, _hidden, tokens, drop = inputs
-    ctx.save_for_backward(x, work, output[-1], *tensors, *weights)
+    x, weights, biases, _params, work, *tensors, gates, gate_rows, _hidden, tokens, drop = inputs
+    ctx.save_for_backward(x, work, output[-1], *tensors, gates, gate_rows, *weights)
     ctx.biases, ctx.tokens, ctx.drop = len(biases), tokens, drop
 
 
 def _backward(ctx, grads):
     x, work, h, *rest = ctx.saved_tensors
-    tensors, weights = rest[:6], rest[6:]
+    tensors, weights = rest[:8], rest[8:]
     dys = [g.contiguous() for g in grads[:-1]]
     dx, dparams = adapted_linear_backward(dys, x, weights, work, h, *tensors, ctx.tokens, ctx.drop)
-    return dx, [None] * len(weights), [None] * ctx.biases, dparams, *([None] * 10)
+    return dx, [None] * len(weights), [None] * ctx.biases, dparams, *([None] * 12)
 
 
 adapted_linear.register_autograd(_backward, setup_context=_setup)

@@ -72,11 +72,13 @@ class SlotStore(Protocol):
 
     Attributes:
         lanes: which slot each lane of the present batch belongs to; -1 is the bare base model.
+        tasks: the most tasks that a slot tells apart; 0 where none does.
         grads: the gradients [F].
     """
 
     lanes: Lanes
     grads: Tensor
+    tasks: int
 
     @property
     def slots(self) -> int:
@@ -119,11 +121,12 @@ class SlotStore(Protocol):
         """Around a forward and backward pass; `share` is the pass's of its step."""
         ...
 
-    def update(self, rows: dict[int, list[float]], steps: Mapping[int, int]) -> Tensor:
+    def update(self, rows: Mapping[int, Sequence[list[float]]], steps: Mapping[int, int]) -> Tensor:
         """An optimiser step of some slots and all that follows it; clears the gradients.
 
         Args:
-            rows: slot -> its hyperparameters (`optimizer.hyperparameters`). steps: slot -> its step, from 1.
+            rows: slot -> the hyperparameters (`optimizer.hyperparameters`) of each of its rank blocks, or of all of it.
+            steps: slot -> its step, from 1.
 
         Returns:
             Gradient norms [J] before clipping.

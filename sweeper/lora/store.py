@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from sweeper.lora import penalty
+from sweeper.lora.blocks import Block, rows_of
 from sweeper.lora.embedding import AdaptedEmbedding
 from sweeper.lora.flat import Flat
 from sweeper.lora.forms import FORMS, AdapterSpec, Attached, Capacity, sparse
 from sweeper.lora.forms.begin import uniform
 from sweeper.lora.forms.restarts import restart
-from sweeper.lora.layout import Layout, Placed
+from sweeper.lora.layout import BLOCK, Layout, Placed, padded
 from sweeper.lora.optimizer import PackedAdamW
 from sweeper.lora.slot_store import Able, Saved, Serving, State
 from sweeper.lora.transfer import fetch_all, send
@@ -60,8 +61,14 @@ class AdapterStore(Flat[AdapterSpec]):
             self.rates = torch.ones(layout.size, device=device)
         self.placed: list[Placed] = [Placed((), ())] * layout.slots
         self.lanes = Lanes.of(layout.slots, device)
+        self.tasks = max((own.tasks for own in self.capacities), default=0)
+        self.clocks_each = max([1, *(own.blocks for own in self.capacities)])
+        if self.clocks_each > 1:
+            self._clocks = layout.block_slots() * self.clocks_each
+            self.block_clock = self._clocks.to(device)
+            self.clock_spans = [own for spans in layout.spans for own in (spans, *[[]] * (self.clocks_each - 1))]
         self.penalties = torch.zeros(layout.slots, 3, device=device)
-        self.wrapping = Wrapping(model, self.weak, layout, self.lanes)
+        self.wrapping = Wrapping(model, self.weak, layout, self.lanes, self.tasks)
         self.groups = self.wrapping.groups
         able = {form: [s for s, own in enumerate(self.capacities) if form in own.forms] for form in FORMS}
         self.attached: dict[str, Attached] = {
@@ -108,7 +115,10 @@ class AdapterStore(Flat[AdapterSpec]):
         self.held[slot], self.rated[slot] = adapter, adapter.rated
         self.placed[slot] = placed = Placed.of(self.layout.by_slot[slot], form.parts, adapter.ranks)
         for segment in placed.segments:
-            self.wrapping.enter(segment, adapter.ranks[segment.target.name], adapter.scales[segment.target.name])
+            scale = 1.0 if adapter.blocks else adapter.scales[segment.target.name]
+            self.wrapping.enter(segment, adapter.ranks[segment.target.name], scale)
+        self.wrapping.gate(slot, adapter.blocks)
+        self._set_clocks(slot, adapter.blocks)
         if state is not None:
             self._restore(placed, adapter, state)
         elif placed.segments:
@@ -121,6 +131,27 @@ class AdapterStore(Flat[AdapterSpec]):
         self.wrapping.upload()
         self._note(slot, adapter)
         self._derive([slot])
+
+    def _set_clocks(self, slot: int, blocks: Sequence[Block]) -> None:
+        """Gives the values of a slot to its first clock, or those of each rank block to one of its own."""
+        each = self.clocks_each
+        if each == 1:
+            return
+        spans: list[list[tuple[int, int]]] = [[] for _ in range(each)]
+        for start, stop in self.spans[slot]:
+            self._clocks[start // BLOCK : stop // BLOCK] = slot * each
+        for segment in self.placed[slot].segments if blocks else ():
+            target = segment.target
+            for number, rows in enumerate(rows_of(blocks, target.name)):
+                for first, width in ((segment.a, target.in_features), (segment.b, target.out_features)):
+                    if rows.start == rows.stop:
+                        continue
+                    start, stop = first + rows.start * width, first + padded(rows.stop * width)
+                    spans[number].append((start, stop))
+                    self._clocks[start // BLOCK : stop // BLOCK] = slot * each + number
+        self.clock_spans[slot * each : (slot + 1) * each] = spans if blocks else [self.spans[slot], *spans[1:]]
+        self.block_clock = send(self._clocks.clone(), self.params.device)
+        self.optimizer.squares = None  # which were added up by the former clocks
 
     def _begin(self, placed: Placed, adapter: AdapterSpec) -> None:
         # drawn on the host: a GPU is given one long copy, not a handful for each module
@@ -182,6 +213,7 @@ class AdapterStore(Flat[AdapterSpec]):
         if former is not None and former.form in self.attached:
             self.attached[former.form].release(slot, self.placed[slot].segments)
         self.held[slot], self.rated[slot], self.placed[slot] = None, False, Placed((), ())
+        self.wrapping.gate(slot, ())
 
     def _note(self, slot: int, adapter: AdapterSpec | None) -> None:
         lanes = self.lanes
@@ -190,8 +222,10 @@ class AdapterStore(Flat[AdapterSpec]):
         held = [one for one in self.held if one is not None]
         lanes.drop = any(one.dropout > 0 for one in held)
         lanes.noisy = any(one.noise > 0 for one in held)
+        lanes.gated = any(one.blocks for one in held)
         lanes.forms = tuple(form for form in self.attached if any(one.form == form for one in held))
-        lanes.penalised = tuple(slot for slot, one in enumerate(self.held) if one is not None and any(one.penalties))
+        weighed = [() if one is None else (*one.penalties, one.orthogonality) for one in self.held]
+        lanes.penalised = tuple(slot for slot, weights in enumerate(weighed) if any(weights))
         for form, attached in self.attached.items():
             attached.switch(form in lanes.forms)
 
@@ -217,6 +251,10 @@ class AdapterStore(Flat[AdapterSpec]):
     def _penalise(self, share: float) -> None:
         """Adds the gradients of the penalties, times `share`, of the runs that have any."""
         for slot in self.lanes.penalised:
+            held = self.held[slot]
+            if held is not None and held.orthogonality:
+                self._keep_apart(slot, held, share)
+                continue
             for segment in self.layout.by_slot[slot]:
                 live = pair = segment.pair(self.params)
                 if self.rates is not None:
@@ -227,13 +265,22 @@ class AdapterStore(Flat[AdapterSpec]):
                 for gradient, more in zip(segment.pair(self.grads), found, strict=True):
                     gradient += more
 
+    def _keep_apart(self, slot: int, adapter: AdapterSpec, share: float) -> None:
+        """Adds the gradient of each block's orthogonality to those before it, times `share`."""
+        for segment in self.placed[slot].segments:
+            name = segment.target.name
+            a, grad = (segment.pair(store, adapter.ranks[name])[0] for store in (self.params, self.grads))
+            for rows in rows_of(adapter.blocks, name)[1:]:
+                before = a[: rows.start]
+                grad[rows] += 2 * adapter.orthogonality * share * (a[rows] @ before.t()) @ before
+
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         with super().averaged():
             self._derive(range(self.slots))
             yield
 
-    def update(self, rows: dict[int, list[float]], steps: Mapping[int, int]) -> Tensor:
+    def update(self, rows: Mapping[int, Sequence[list[float]]], steps: Mapping[int, int]) -> Tensor:
         """An optimiser step, and what follows it; `steps` is the number (from 1) of each slot's."""
         held = {slot: adapter.sparsity for slot in steps if (adapter := self.held[slot]) is not None}
         memory = {slot: own.memory for slot, own in held.items() if own and not own.settled(steps[slot] - 1)}

@@ -189,11 +189,11 @@ class UnpackedStore(Flat[UnpackedSpec]):
             (penalty * share).backward()
 
     @torch.no_grad()
-    def update(self, rows: dict[int, list[float]], steps: Mapping[int, int]) -> Tensor:
+    def update(self, rows: Mapping[int, Sequence[list[float]]], steps: Mapping[int, int]) -> Tensor:
         """A step of AdamW, whose weight decay falls on what `decayed` gives, and then what the method does."""
-        row, trainee = list(rows[0]), self.trainee
+        row, trainee = list(rows[0][0]), self.trainee
         shrink, row[WEIGHT_DECAY] = row[LR] * row[WEIGHT_DECAY], 0.0
-        self.optimizer.set({0: row})
+        self.optimizer.set({0: [row]})
         kept = None
         if shrink or trainee.importance:
             norm = torch.linalg.vector_norm(self.grads)

@@ -19,6 +19,8 @@ class Lanes:
 
     `slots` [L] int32 is the slot of each lane (-1: the bare base), `tokens` the padded length of a sequence.
     `forms` are those of the slots that do more than the low-rank product.
+    `gated`: whether some adapter has rank blocks; then `gate_rows` [G] int64 are the rows of `Group.gates` that equal
+    shares of the batch's rows go by.
     """
 
     slots: Tensor
@@ -30,12 +32,14 @@ class Lanes:
     noisy: bool = False
     forms: tuple[str, ...] = ()
     penalised: tuple[int, ...] = ()
+    gated: bool = False
+    gate_rows: Tensor | None = None
     host_slots: tuple[int, ...] = field(default=())
 
     @property
     def flags(self) -> tuple[Any, ...]:
         """What a step looks at on the host: one that was captured under other flags does other things."""
-        return self.drop, self.noisy, self.forms, self.penalised
+        return self.drop, self.noisy, self.forms, self.penalised, self.gated
 
     @property
     def draws(self) -> bool:
@@ -73,6 +77,7 @@ class Group(nn.Module):
         bases: the modules whose matrices they are. weights: [I, O] of each.
         params, work: values of the group's adapters and what the products read of them. table, scale: `lowrank` has
             their columns. changes: what forms do to the outputs.
+        gates: [slots * tasks, H] factors on the hidden values; None where no slot may tell tasks apart.
     """
 
     params: Tensor
@@ -93,9 +98,13 @@ class Group(nn.Module):
         self.parts: tuple[Tensor, ...] = ()
         self.waiting = 0
         self.changes: tuple[Change, ...] = ()
+        self.gates: Tensor | None = None
 
-    def attach(self, params: Tensor, work: Tensor, table: Tensor, scale: Tensor, hidden: int) -> None:
+    def attach(
+        self, params: Tensor, work: Tensor, table: Tensor, scale: Tensor, hidden: int, gates: Tensor | None = None
+    ) -> None:
         self.params, self.work, self.table, self.scale, self.hidden = params, work, table, scale, hidden
+        self.gates = gates
         salts = [seed_of(target.name) for target in self.targets]
         self.salts = torch.tensor(salts, dtype=torch.int64, device=params.device)
 
@@ -116,8 +125,8 @@ class Group(nn.Module):
         tokens = x.shape[1] if x.dim() == 3 else lanes.tokens
         *ys, _ = adapted_linear(
             x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.work, self.table,
-            self.scale, lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.hidden, tokens,
-            lanes.drop and self.training,
+            self.scale, lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.gates if lanes.gated else None,
+            lanes.gate_rows if lanes.gated else None, self.hidden, tokens, lanes.drop and self.training,
         )  # fmt: skip
         for change in self.changes:
             if change.active:

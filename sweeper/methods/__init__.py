@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sweeper.errors import SpecError, unknown
+from sweeper.lora.blocks import Block
 from sweeper.lora.forms import AdapterSpec
 from sweeper.lora.trainee import UnpackedSpec
-from sweeper.methods import dora, lora, lora_plus, principal, relora, sparse, tuners, vera, weights
+from sweeper.methods import dora, lora, lora_plus, principal, relora, sharing, sparse, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import budget
 from sweeper.models.architecture import HEAD, Target, number_of_layers
@@ -110,6 +111,10 @@ def check(spec: RunSpec) -> None:
         name = next(f"{name}_penalty" if name else "lr_ratio" for name, value in asked if value)
         raise SpecError(f"optim.{name} is for the A and B of methods that pack; method={spec.method.name} trains alone")
     method.check(spec)
+    sharing.check(spec)
+    if spec.sharing.name != "single" and not (packs(spec) and method.blocks):
+        able = ", ".join(name for name, one in METHODS.items() if one.blocks)
+        raise SpecError(f"sharing={spec.sharing.name}: method={spec.method.name} has no rank blocks; {able} have")
 
 
 def check_places(spec: RunSpec, targets: Sequence[Target]) -> None:
@@ -200,7 +205,7 @@ def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec | UnpackedSpec:
     check(spec)
     method = find(spec.method.name)
     if method.adapter is not None and method.packs(spec):
-        return _with_options(spec, method.adapter(spec, ranks))
+        return _with_options(spec, _with_blocks(spec, ranks, method.adapter(spec, ranks)))
     assert method.unpacked is not None, f"method={spec.method.name} neither packs nor trains alone"
     return replace(
         method.unpacked(spec, ranks),
@@ -209,6 +214,30 @@ def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec | UnpackedSpec:
         keep_best=spec.trainer.patience is not None,
         noise=spec.trainer.neftune_alpha,
     )
+
+
+def blocks(spec: RunSpec, ranks: Ranks) -> tuple[Block, ...]:
+    """The rank blocks of a run whose allocation gives its modules these ranks; none where all its tasks share all."""
+    made = adapter(spec, ranks)
+    return made.blocks if isinstance(made, AdapterSpec) else ()
+
+
+def trained_ranks(spec: RunSpec, ranks: Ranks) -> Ranks:
+    """The ranks that a run trains, of all its blocks, where its allocation gives its modules these."""
+    return sharing.totals(ranks, blocks(spec, ranks)) if spec.sharing.name != "single" else ranks
+
+
+def _with_blocks(spec: RunSpec, ranks: Ranks, made: AdapterSpec) -> AdapterSpec:
+    """The adapter in the rank blocks that its tasks share it by."""
+    if spec.sharing.name == "single":
+        return made
+    found = sharing.blocks(spec, ranks, next(iter(made.scales.values())))
+    every = {target.name: rank for target, rank in sharing.totals(ranks, found).items()}
+    scales = {name: made.scales[name] for name in every}
+    return replace(
+        made, ranks=every, scales=scales, blocks=found, tasks=len(spec.dataset.parts),
+        orthogonality=spec.sharing.orthogonality,
+    )  # fmt: skip
 
 
 def _with_options(spec: RunSpec, made: AdapterSpec) -> AdapterSpec:

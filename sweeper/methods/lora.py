@@ -32,5 +32,5 @@ def _check_rslora(spec: RunSpec) -> None:
         raise SpecError("method=rslora is method=lora with method.rank_stabilised=true; it cannot be false")
 
 
-LORA = Method(adapter=adapter, embeddings=True)
-RSLORA = Method(adapter=adapter, embeddings=True, check=_check_rslora)
+LORA = Method(adapter=adapter, embeddings=True, blocks=True)
+RSLORA = Method(adapter=adapter, embeddings=True, blocks=True, check=_check_rslora)

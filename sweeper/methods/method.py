@@ -40,7 +40,7 @@ class Method:
         even: whether every module must have the same rank.
         scaled: whether the update has the factor alpha / rank.
         highest: the highest rank that makes sense in a module.
-        embeddings: whether it can adapt the token embedding.
+        embeddings: whether it can adapt the token embedding. blocks: whether its ranks can be shared out to tasks.
         whole: whether it trains every weight of the model, wherever the placement is.
         work: what a placed module adds to the operations of a step: those of a low-rank product, of the gradient of its
             own matrix, or nothing that is counted.
@@ -61,6 +61,7 @@ class Method:
     scaled: bool = True
     highest: Callable[[Target], int] = smaller_side
     embeddings: bool = False
+    blocks: bool = False
     whole: Callable[[MethodSpec], bool] = lambda method: False
     work: Literal["product", "weight", "none"] = "product"
     inner_rank: Callable[[MethodSpec, int], int] = lambda method, rank: rank

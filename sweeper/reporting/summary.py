@@ -149,7 +149,7 @@ def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[
         "run_id": record.run_id,
         "status": record.status,
         "placement": "all" if "placement" in lacking else flat["placement"],
-        "rank": None if "rank" in lacking else _ranks(record, flat["rank"]),
+        "rank": None if "rank" in lacking else flat["rank"] if record.sharing else _ranks(record, flat["rank"]),
         **{key: flat.get(key) for key in fields},
         "trainable_parameters": record.trainable_parameters or None,
         "trainable_percent": None if share is None else 100 * share,

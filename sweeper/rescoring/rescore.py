@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sweeper import naming, record, register, tasks
 from sweeper.errors import DataError, Problems, SweeperError
 from sweeper.identity import Former, changes, former_of
-from sweeper.record import ADAPTER, COMBINED, RECORD, WEIGHTS, Score
+from sweeper.record import ADAPTER, COMBINED, RECORD, TASKS, WEIGHTS, Score
 from sweeper.rescoring import lm_harness
 from sweeper.spec import DatasetSpec, EvaluationSpec, Precision, RunSpec, Settings, run_spec, to_mapping, unique
 from sweeper.tasks import general_text
@@ -81,7 +81,7 @@ def find(paths: Sequence[Path]) -> list[Saved]:
     for path in paths:
         single = (path / RECORD).is_file() or (path / COMBINED).is_file()
         folders = [path] if single else sorted(p.parent for p in path.glob(f"*/{RECORD}"))
-        runs = [run for folder in folders if (run := _read(folder)) is not None]
+        runs = [run for folder in folders for run in _saved(folder)]
         if not runs:
             raise DataError(
                 f"{path}: no completed run with an adapter in it; give outputs/STUDY/RUN_ID or outputs/STUDY"
@@ -94,6 +94,13 @@ def find(paths: Sequence[Path]) -> list[Saved]:
                 f"{TRUST}=1 says that you trust record and model"
             )
     return list(found.values())
+
+
+def _saved(folder: Path) -> list[Saved]:
+    """The adapter of a folder, or of a run whose tasks have blocks of their own, that of each."""
+    tasks = sorted(path.parent for path in folder.glob(f"{TASKS}/*/{COMBINED}"))
+    found = map(_read_combined, tasks) if tasks else [_read(folder)]
+    return [run for run in found if run is not None]
 
 
 def _read(folder: Path) -> Saved | None:
@@ -124,7 +131,9 @@ def _read_combined(folder: Path) -> Saved | None:
         spec, ranks, method = run_spec(note["spec"]), dict(note["ranks"]), str(note["method"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Saved(folder=folder, spec=spec, ranks=ranks, combined=f"{method} of {len(note['from'])}")
+    task = folder.parent.name == TASKS
+    said = f"{method} {note['from'][0]}" if task else f"{method} of {len(note['from'])}"
+    return Saved(folder=folder, spec=spec, ranks=ranks, combined=said)
 
 
 def labels(runs: Sequence[Saved]) -> dict[Path, str]:
@@ -191,13 +200,18 @@ def rescore(
     from sweeper.cache import cache_folder
 
     for base, same in _by_base(runs, settings):
-        wanted = unique(datasets or [run.spec.dataset for run in same])
+        wanted = unique(one for dataset in datasets or [run.spec.dataset for run in same] for one in _tasks(dataset))
         for part in _parts(same):
             with packed(base, part) as pack:
                 for dataset in wanted:
-                    chosen = [run for run in part if datasets or run.spec.dataset == dataset]
+                    chosen = [run for run in part if datasets or dataset in _tasks(run.spec.dataset)]
                     slots = [part.index(run) for run in chosen]
                     yield from _on_dataset(pack, chosen, slots, dataset, evaluation, cache_folder() / "tokens")
+
+
+def _tasks(dataset: DatasetSpec) -> Sequence[DatasetSpec]:
+    """A dataset's tasks, or itself."""
+    return dataset.parts or (dataset,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,8 +32,11 @@ def costs(specs: Iterable[RunSpec], settings: Settings) -> list[Cost]:
     found = []
     for spec in specs:
         key = repr(
-            (spec.model, spec.method, spec.placement, spec.allocation, spec.rank, spec.dataset.max_length, spec.trainer)
-        )
+            (
+                spec.model, spec.method, spec.placement, spec.allocation, spec.sharing, spec.rank,
+                len(spec.dataset.parts), spec.dataset.max_length, spec.trainer,
+            )
+        )  # fmt: skip
         if key not in known:
             known[key] = cost(spec, settings)
         found.append(known[key])
@@ -46,7 +49,8 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
     from sweeper.models import budget
 
     every = models.skeleton(spec.model)
-    ranks = module_ranks(spec)
+    allocated = module_ranks(spec)
+    ranks = methods.trained_ranks(spec, allocated)
     total = models.total_parameters(spec.model)
     trainable = methods.trainable(spec.method, ranks, total=total)
     dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision, study=settings.folder)
@@ -60,7 +64,7 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
         batch_size=batch,
         length=length,
         checkpointing=spec.trainer.activation_checkpointing,
-        values=methods.held(spec, ranks, total=total),
+        values=methods.held(spec, allocated, total=total),
         base_bytes=methods.base_bytes(spec, every, ranks, total=total, bytes_per_value=dtype.itemsize),
     )
     return Cost(

@@ -166,7 +166,8 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     for model, dataset in unique((spec.model, spec.dataset) for spec in specs):
         if repr(model) in loadable:
             attempt(partial(models.check_length, model, dataset.max_length))
-            attempt(partial(_check_template, model, dataset))
+            for part in dataset.parts or (dataset,):
+                attempt(partial(_check_template, model, part))
     for spec in _distinct_targets(specs):
         if repr(spec.model) in loadable and _method_text(spec) in sound:
             attempt(partial(module_ranks, spec))
@@ -186,6 +187,7 @@ def module_ranks(spec: RunSpec) -> "Ranks":
         raise SpecError(f"allocation.options: allocation={spec.allocation.name} has none, importance has")
     ranks = methods.module_ranks(spec, models.skeleton(spec.model), tied=models.is_tied(spec.model))
     methods.check_places(spec, tuple(ranks))
+    methods.blocks(spec, ranks)
     return ranks
 
 
@@ -211,7 +213,9 @@ def _check_writable(folder: Path) -> None:
 
 def _method_text(spec: RunSpec) -> str:
     """All that a method's check looks at."""
-    return repr((spec.method, spec.placement, spec.allocation, spec.optim, spec.trainer, spec.evaluation.every_steps))
+    shared = (spec.sharing, spec.dataset.family, [part.name for part in spec.dataset.parts])
+    trained = (spec.method, spec.placement, spec.allocation, spec.optim, spec.trainer, spec.evaluation.every_steps)
+    return repr((*trained, *shared))
 
 
 def _by_method(specs: Iterable[RunSpec]) -> list[tuple[str, RunSpec]]:
@@ -219,7 +223,7 @@ def _by_method(specs: Iterable[RunSpec]) -> list[tuple[str, RunSpec]]:
 
 
 def _distinct_targets(specs: Iterable[RunSpec]) -> list[RunSpec]:
-    """One run for each model, method, placement, allocation and rank: what decides whether modules can be found."""
+    """One run for each model, method, placement, allocation, sharing and rank: what its modules depend on."""
     texts: dict[int, str] = {}
 
     def text(section: object) -> str:
@@ -227,7 +231,15 @@ def _distinct_targets(specs: Iterable[RunSpec]) -> list[RunSpec]:
 
     return list(
         {
-            (text(spec.model), text(spec.method), text(spec.placement), text(spec.allocation), spec.rank): spec
+            (
+                text(spec.model),
+                text(spec.method),
+                text(spec.placement),
+                text(spec.allocation),
+                spec.rank,
+                text(spec.sharing),
+                len(spec.dataset.parts),
+            ): spec
             for spec in specs
         }.values()
     )

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sweeper import content as contents
 from sweeper.cache import cache_folder
@@ -35,8 +35,10 @@ from sweeper.tasks import (
     licence_category,
     medmcqa,
     metrics,
+    mixture,
     privacy_policy_qa,
     pubmed,
+    sequence,
     template,
 )
 from sweeper.tasks import cache as _cache
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "METRICS",
+    "OF_TASKS",
     "PROGRAM",
     "SPLITS",
     "Choice",
@@ -76,15 +79,13 @@ CODE_VERSION = 7
 
 
 class Family(Protocol):
-    """What a module under `sweeper.tasks` provides."""
+    """What a module under `sweeper.tasks` provides; those made of other tasks have no `load`."""
 
     OPTIONS: dict[str, str]
 
     def check(self, spec: DatasetSpec) -> None: ...
 
     def version(self, spec: DatasetSpec) -> str: ...
-
-    def load(self, spec: DatasetSpec) -> dict[str, tuple[Example, ...]]: ...
 
 
 # Options that every family takes.
@@ -101,9 +102,15 @@ FAMILIES: dict[str, Family] = {
     "jsonl": jsonl,
     "licence_category": licence_category,
     "medmcqa": medmcqa,
+    "mixture": mixture,
     "privacy_policy_qa": privacy_policy_qa,
     "pubmed": pubmed,
+    "sequence": sequence,
 }
+
+
+OF_TASKS = ("mixture", "sequence")
+"""Families made of other tasks."""
 
 
 def check(spec: DatasetSpec, *, training: bool = True) -> None:
@@ -123,6 +130,8 @@ def check(spec: DatasetSpec, *, training: bool = True) -> None:
             f"python evaluate.py RUN_FOLDER dataset={spec.name}"
         )
     FAMILIES[spec.family].check(spec)
+    for part in spec.parts:
+        check(part, training=training)
 
 
 def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec, *, training: bool = True) -> None:
@@ -155,6 +164,8 @@ def content(spec: DatasetSpec) -> Content:
     Raises:
         DataError: the file cannot be read.
     """
+    if spec.parts:
+        return mixture.of_parts(spec, content)
     family = FAMILIES.get(spec.family)
     place = None if spec.path is None else Path(spec.path).expanduser()
     try:
@@ -193,7 +204,10 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
         DataError: as `check`, or an example lacks what a metric of the dataset needs.
     """
     _check_names(spec)
-    splits = FAMILIES[spec.family].load(spec)
+    if spec.parts:
+        return mixture.joined({part.name: load(part) for part in spec.parts})
+    family: Any = FAMILIES[spec.family]
+    splits = family.load(spec)
     for split in SPLITS:
         metrics.check(spec.metrics, splits[split])
     return {split: splits[split] for split in SPLITS}
@@ -213,6 +227,9 @@ def encode(
         DataError: as `load`; or `max_length` leaves a split empty.
     """
     _check_names(spec)
+    if spec.parts:
+        parts = {part.name: encode(part, tokenizer, model_key=model_key, cache=cache) for part in spec.parts}
+        return mixture.combined(parts)
     path = cache / f"{spec.family}-{_key(spec, tokenizer, model_key)}.npz" if cache is not None else None
     found = _cache.read(path) if path is not None else None
     if found is not None:
@@ -232,6 +249,12 @@ def encode(
 
 def remarks(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", splits: Mapping[str, EncodedSplit]) -> list[str]:
     """What a reader of the scores must know of how examples became tokens, a line each; mostly there is nothing."""
+    if spec.parts:
+        return [
+            f"{part.name}: {line}"
+            for part in spec.parts
+            for line in remarks(part, tokenizer, {name: split.parts[part.name] for name, split in splits.items()})
+        ]
     lines = [shortened(data_of(splits)), template.remark(spec.template, tokenizer)]
     apart = {name: split.apart for name, split in splits.items() if split.apart}
     if apart:
@@ -244,16 +267,16 @@ def remarks(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", splits: Map
 
 
 def data_of(splits: Mapping[str, EncodedSplit]) -> dict[str, dict[str, int]]:
-    """Sizes of the splits, as a record has them; `groups` counts units of independence."""
+    """Sizes of the splits, and of those of their tasks, as a record has them; `groups` counts units of independence."""
     return {
         name: {
             "examples": len(split.examples),
-            "groups": len({e.unit for e in split.examples}),
+            "groups": sum(len({e.unit for e in one.examples}) for one in split.parts.values() or [split]),
             "truncated": split.truncated,
             "dropped": len(split.dropped),
             "tokens": sum(len(e.input_ids) for e in split.examples),
         }
-        for name, split in splits.items()
+        for name, split in mixture.by_part(splits).items()
     }
 
 

@@ -70,6 +70,7 @@ class EncodedSplit:
 
     `apart` examples have other tokens than the tokenizer makes of prompt and response as one text (`template.encode`).
     `majority` are the scores of the commonest training response (`sweeper.tasks.baseline`).
+    `parts` are those of its tasks, where it has several; their examples are side by side in `examples`.
     """
 
     examples: tuple[Encoded, ...]
@@ -77,3 +78,4 @@ class EncodedSplit:
     dropped: tuple[str, ...] = field(default=())
     majority: Mapping[str, float] = field(default_factory=dict)
     apart: int = 0
+    parts: Mapping[str, "EncodedSplit"] = field(default_factory=dict)

@@ -24,36 +24,49 @@ class DataOrder:
     Args:
         lengths: tokens of each example. batch_size: examples of one forward pass. seed: the run's seed.
         accumulation: forward passes of a step. bucketed: False keeps the plain permutation.
+        counts: examples of each step, where not every step has batch_size * accumulation; begins again at its end.
     """
 
     def __init__(
         self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, *, accumulation: int = 1,
-        bucketed: bool = True,
+        bucketed: bool = True, counts: Sequence[int] | np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.lengths = np.asarray(lengths)
         self.batch_size, self.accumulation, self.seed, self.bucketed = batch_size, accumulation, seed, bucketed
+        self.counts = np.asarray([batch_size * accumulation] if counts is None else counts, dtype=np.int64)
+        self._before = np.concatenate([[0], np.cumsum(self.counts)])
         self._window = lru_cache(maxsize=2)(self._make_window)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def batch(self, index: int) -> list[int]:
         """Positions of the examples of the `index`-th forward pass of the run, counted over steps and epochs."""
         step, micro = divmod(index, self.accumulation)
+        return self.step(step)[micro * self.batch_size : (micro + 1) * self.batch_size]
+
+    def step(self, step: int) -> list[int]:
+        """Positions of the examples of a step, from 0."""
         window, place = divmod(step, WINDOW)
-        return self._window(window)[place][micro * self.batch_size : (micro + 1) * self.batch_size]
+        return self._window(window)[place]
+
+    def _drawn(self, step: int) -> int:
+        """Examples of all steps before one."""
+        cycles, place = divmod(step, len(self.counts))
+        return int(cycles * self._before[-1] + self._before[place])
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
 
     def _make_window(self, window: int) -> list[list[int]]:
-        of_step = self.batch_size * self.accumulation
-        size, total = WINDOW * of_step, len(self.lengths)
-        stream = np.arange(window * size, (window + 1) * size)
-        chosen = np.array([self._epoch(int(n // total))[n % total] for n in stream])
+        first, total = window * WINDOW, len(self.lengths)
+        stream = range(self._drawn(first), self._drawn(first + WINDOW))
+        chosen = np.array([self._epoch(n // total)[n % total] for n in stream], dtype=np.int64)
         if self.bucketed:
             chosen = chosen[np.argsort(self.lengths[chosen], kind="stable")]
-        steps = chosen.reshape(WINDOW, of_step)
-        order = np.random.default_rng([0, window]).permutation(WINDOW) if self.bucketed else range(WINDOW)
-        return [steps[place].tolist() for place in order]
+        order = np.random.default_rng([0, window]).permutation(WINDOW) if self.bucketed else np.arange(WINDOW)
+        # step `place` has the examples that are `order[place]`-th by length
+        counts = self.counts[(first + np.argsort(order)) % len(self.counts)]
+        parts = np.split(chosen, np.cumsum(counts)[:-1])
+        return [parts[place].tolist() for place in order]
 
 
 @dataclass
@@ -62,7 +75,7 @@ class Batch:
 
     ids [L*R, T] token ids, each lane R sequences; index [L, K] flat positions (into L*R*T) whose next token is a
     target; targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step);
-    lengths [L*R] tokens of each sequence.
+    lengths [L*R] tokens of each sequence; tasks [L*R] which task of its run each is of, 0 where there is one.
     """
 
     ids: Tensor
@@ -70,6 +83,7 @@ class Batch:
     targets: Tensor
     weights: Tensor
     lengths: Tensor
+    tasks: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -89,7 +103,7 @@ class Batch:
         rows = torch.arange(lanes)[:, None] * self.ids.numel()
         return Batch(
             self.ids.repeat(lanes, 1), self.index + rows, self.targets.repeat(lanes, 1), self.weights.repeat(lanes, 1),
-            self.lengths.repeat(lanes),
+            self.lengths.repeat(lanes), self.tasks.repeat(lanes),
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
@@ -104,7 +118,7 @@ class Batch:
             mine.copy_(new, non_blocking=True)
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.ids, self.index, self.targets, self.weights, self.lengths
+        return self.ids, self.index, self.targets, self.weights, self.lengths, self.tasks
 
 
 def supervised(examples: Sequence[Tokens]) -> int:
@@ -112,16 +126,23 @@ def supervised(examples: Sequence[Tokens]) -> int:
     return sum(len(example.input_ids) - example.prompt_length for example in examples)
 
 
+def mean_weights(examples: Sequence[Tokens]) -> list[float]:
+    """Weights with which a loss is the mean over all target tokens of some examples."""
+    return [1 / supervised(examples)] * len(examples)
+
+
 def collate(
-    lanes: Sequence[Sequence[Tokens]], totals: Sequence[int], *, fixed: bool, count: int | None = None
-) -> Batch:
+    lanes: Sequence[Sequence[Tokens]], weights: Sequence[Sequence[float]], *, fixed: bool, count: int | None = None,
+    tasks: Sequence[Sequence[int]] | None = None,
+) -> Batch:  # fmt: skip
     """Right-padded batch of every lane's examples; causal attention never looks at what follows, so no mask is needed.
 
     Args:
         lanes: for each lane the same number of examples.
-        totals: for each lane the target tokens that its loss is the mean over; 0 gives sums (weights of 1).
+        weights: for each lane, of each of its examples, the weight of a target token.
         fixed: round lengths up to few distinct values, for compiled and captured steps.
         count: lanes of the batch; those beyond the given ones are empty and their loss is 0.
+        tasks: for each lane, which task of its run each of its examples is of.
     """
     rows, lanes_in_all = len(lanes[0]), count or len(lanes)
     length = _round(max(len(e.input_ids) for lane in lanes for e in lane), fixed)
@@ -131,20 +152,22 @@ def collate(
     ids = np.zeros((lanes_in_all * rows, length), dtype=np.int64)
     index = np.zeros((lanes_in_all, width), dtype=np.int64)
     targets = np.zeros((lanes_in_all, width), dtype=np.int64)
-    weights = np.zeros((lanes_in_all, width), dtype=np.float32)
+    weighed = np.zeros((lanes_in_all, width), dtype=np.float32)
     lengths = np.ones(lanes_in_all * rows, dtype=np.int64)
     lengths[: len(lanes) * rows] = [len(example.input_ids) for examples in lanes for example in examples]
-    for lane, (examples, total) in enumerate(zip(lanes, totals, strict=True)):
+    tasked = np.zeros(lanes_in_all * rows, dtype=np.int64)
+    if tasks is not None:
+        tasked[: len(lanes) * rows] = [task for own in tasks for task in own]
+    for lane, (examples, heavy) in enumerate(zip(lanes, weights, strict=True)):
         filled = 0
-        for row, example in enumerate(examples, start=lane * rows):
+        for row, (example, weight) in enumerate(zip(examples, heavy, strict=True), start=lane * rows):
             tokens, prompt = example.input_ids, example.prompt_length
             ids[row, : len(tokens)] = tokens
             part = slice(filled, filled + len(tokens) - prompt)
             index[lane, part] = row * length + np.arange(prompt - 1, len(tokens) - 1)
-            targets[lane, part] = tokens[prompt:]
+            targets[lane, part], weighed[lane, part] = tokens[prompt:], weight
             filled = part.stop
-        weights[lane, :filled] = 1 / total if total else 1
-    return Batch(*map(torch.from_numpy, (ids, index, targets, weights, lengths)))
+    return Batch(*map(torch.from_numpy, (ids, index, targets, weighed, lengths, tasked)))
 
 
 def distinct_lengths(lengths: Sequence[int]) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor
 from sweeper.models import BaseModel, held_bytes
 from sweeper.record import write_atomically
 from sweeper.spec import ObjectiveSpec
-from sweeper.training.batches import DataOrder, collate, supervised
+from sweeper.training.batches import DataOrder, collate, mean_weights
 from sweeper.training.pack import Pack, open_pack
 from sweeper.training.pack_config import PackConfig
 from sweeper.training.run_state import RunState
@@ -138,7 +138,7 @@ def _activations(pack: Pack, job: RunState) -> int:
     longest = np.argsort(job.order.lengths, kind="stable")[-size:].tolist()
     rows = [row for i in (longest * size)[:size] for row in job.objective.rows(job.examples[i])]
     pack.use_lanes([0])
-    batch = collate([rows], [supervised(rows)], fixed=pack.captured is not None).to(pack.device)
+    batch = collate([rows], [mean_weights(rows)], fixed=pack.captured is not None).to(pack.device)
     if pack.device.type == "cuda":
         peak = warm_peak(lambda: pack.forward_backward(batch), Requested(pack.device))
     else:

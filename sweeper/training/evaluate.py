@@ -1,6 +1,8 @@
 """The scores of a split for several runs of a pack: NLL, and the metrics that its dataset asks for."""
 
-from collections.abc import Callable, Sequence
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sweeper import tasks
@@ -10,11 +12,13 @@ from sweeper.tasks import general_text, metrics
 from sweeper.tasks.example import Encoded
 from sweeper.training.generate import Generated, cut, generate, rows_together
 from sweeper.training.pack import Pack
+from sweeper.training.routing import routes
 from sweeper.training.run_state import EvaluatedSplit, RunState
 from sweeper.training.score import ExampleScore, choose, queue_scores
 from sweeper.untrusted import sandbox
 
 Rows = list[dict[str, Any]]  # of a split, one an example
+Scoring = Callable[[], list[EvaluatedSplit]]
 CPU_TOKENS, CUDA_TOKENS = 4096, 65536  # of one forward pass, padding included
 
 
@@ -25,7 +29,7 @@ def evaluate(pack: Pack, slots: Sequence[int], state: RunState, split: str) -> l
 
 def queue_evaluation(
     pack: Pack, slots: Sequence[int], state: RunState, split: str, *, generation: bool = True
-) -> Callable[[], list[EvaluatedSplit]]:
+) -> Scoring:
     """Begins to score a split of one dataset for several slots at once (-1: the base model).
 
     Args:
@@ -39,12 +43,128 @@ def queue_evaluation(
     """
     spec = state.spec
     if split == general_text.SPLIT:
-        return queue_examples(pack, slots, general_examples(pack), None)
-    dataset = spec.dataset if generation else None
-    return queue_examples(
-        pack, slots, state.splits[split].examples, dataset, generation=spec.evaluation.generate,
-        exact_match="exact_match" in spec.dataset.metrics,
+        return _queue_general(pack, slots, state)
+
+    def queue(dataset: DatasetSpec, examples: Sequence[Encoded]) -> Scoring:
+        return queue_examples(
+            pack, slots, examples, dataset if generation else None, generation=spec.evaluation.generate,
+            exact_match="exact_match" in dataset.metrics,
+        )  # fmt: skip
+
+    if not spec.dataset.parts:
+        return queue(spec.dataset, state.splits[split].examples)
+    parts = [(part, state.splits[split].parts[part.name].examples) for part in spec.dataset.parts]
+    return _queue_tasks(
+        pack, [part.name for part, _ in parts], [functools.partial(queue, part, examples) for part, examples in parts]
+    )
+
+
+def _queue_general(pack: Pack, slots: Sequence[int], state: RunState) -> Scoring:
+    """The general text; of runs whose tasks have blocks of their own through the blocks of each."""
+    queue = functools.partial(queue_examples, pack, slots, general_examples(pack), None)
+    if not (pack.store.lanes.gated and state.spec.dataset.parts):
+        return queue()
+    names = [part.name for part in state.spec.dataset.parts]
+    return _queue_tasks(pack, names, [queue] * len(names))
+
+
+def _queue_tasks(pack: Pack, names: Sequence[str], queues: Sequence[Callable[[], Scoring]]) -> Scoring:
+    """Begins to score one task after another, each through its own blocks."""
+    begun = []
+    for task, queue in enumerate(queues):
+        with pack.on_task(task):
+            begun.append(queue())
+
+    def found() -> list[EvaluatedSplit]:
+        each = []
+        for task, scores in enumerate(begun):
+            with pack.on_task(task):  # text is generated only now
+                each.append(scores())
+        return [over_tasks(dict(zip(names, lane, strict=True))) for lane in zip(*each, strict=True)]
+
+    return found
+
+
+def queue_through(pack: Pack, group: Sequence[tuple[int, RunState]]) -> Scoring:
+    """Begins to score the test examples of every task through the blocks of each other one: NLL alone.
+
+    Args:
+        group: slots and runs that share a dataset of several tasks.
+
+    Returns:
+        What gives, for each run, by task and by whose blocks.
+    """
+    slots, state = [slot for slot, _ in group], group[0][1]
+    parts = state.splits["test"].parts
+    begun: dict[tuple[str, str], Scoring] = {}
+    for path, name in enumerate(parts):
+        with pack.on_task(path):
+            begun |= {
+                (task, name): queue_examples(pack, slots, part.examples, None)
+                for task, part in parts.items()
+                if task != name
+            }
+
+    def found() -> list[EvaluatedSplit]:
+        scored = {key: scores() for key, scores in begun.items()}
+        return [
+            over_tasks(
+                {
+                    task: over_tasks({path: own[lane] for (one, path), own in scored.items() if one == task})
+                    for task in parts
+                }
+            )
+            for lane in range(len(slots))
+        ]
+
+    return found
+
+
+def queue_routed(pack: Pack, routes: Mapping[str, Sequence[int]], group: Sequence[tuple[int, RunState]]) -> Scoring:
+    """Begins to score test examples whose task is not named, each through the blocks of the task it is taken for.
+
+    Args:
+        routes: task -> the number of the task that each of its test examples is taken for (`routing.routes`).
+        group: slots and runs that share a dataset of several tasks.
+    """
+    slots, state = [slot for slot, _ in group], group[0][1]
+    budget = CUDA_TOKENS if pack.device.type == "cuda" else CPU_TOKENS
+    parts = state.splits["test"].parts
+    begun = {
+        name: queue_scores(pack, slots, part.examples, budget=budget, tasks=routes[name])
+        for name, part in parts.items()
+    }
+
+    def found() -> list[EvaluatedSplit]:
+        each = {
+            name: [_summarise(_rows(parts[name].examples, lane, exact_match=True), {}) for lane in scores()]
+            for name, scores in begun.items()
+        }
+        return [over_tasks({name: lanes[lane] for name, lanes in each.items()}) for lane in range(len(slots))]
+
+    return found
+
+
+def find_routes(pack: Pack, state: RunState) -> dict[str, list[int]]:
+    """The tasks that the test examples of a run of several are taken for; the same for all runs on its dataset."""
+    budget = CUDA_TOKENS if pack.device.type == "cuda" else CPU_TOKENS
+    return routes(pack, state.splits["train"].parts, state.splits["test"].parts, budget=budget)
+
+
+def over_tasks(parts: Mapping[str, EvaluatedSplit]) -> EvaluatedSplit:
+    """Scores over several tasks: each counts alike, whatever its size.
+
+    `nll` is the mean of the tasks' NLLs, `worst_nll` the highest; metrics that all of them have are means.
+    """
+    scores = [part.score for part in parts.values()]
+    shared = [name for name in scores[0].metrics if all(name in score.metrics for score in scores)]
+    metrics = {name: statistics.fmean(score.metrics[name] for score in scores) for name in shared}
+    whole = Score(
+        nll=statistics.fmean(score.nll for score in scores), tokens=sum(score.tokens for score in scores),
+        examples=sum(score.examples for score in scores),
+        metrics={**metrics, "worst_nll": max(score.nll for score in scores)},
     )  # fmt: skip
+    return EvaluatedSplit(whole, [], parts)
 
 
 def general_examples(pack: Pack) -> tuple[Encoded, ...]:

@@ -7,19 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sweeper import methods
+from sweeper.lora.blocks import Block, rows_of
 from sweeper.lora.forms import FORMS, AdapterSpec
 from sweeper.lora.forms.peft import state_dict
 from sweeper.lora.trainee import twin
+from sweeper.methods.sharing import active
 from sweeper.methods.weights import load_weights
 from sweeper.models import BaseModel
 from sweeper.models.files import base_reference, quiet
 from sweeper.placement.placement import Target
-from sweeper.record import ADAPTER, WEIGHTS, replacing_folder, write_atomically
-from sweeper.spec import RunSpec
+from sweeper.record import ADAPTER, COMBINED, TASKS, WEIGHTS, replacing_folder, write_atomically, write_json
+from sweeper.run import Run
+from sweeper.spec import RunSpec, alone, to_mapping
+from sweeper.training.run_state import ExportProof
 
 
 def get_ready() -> None:
@@ -50,6 +55,38 @@ def write_adapter(
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(plain, indent=1) + "\n")
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def write_tasks(
+    run: Run, spec: RunSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]],
+    blocks: Sequence[Block], proved: ExportProof,
+) -> int:  # fmt: skip
+    """Writes `tasks/TASK/adapter/` for each task: an ordinary adapter of the blocks that act on it, side by side.
+
+    Returns the bytes of the weights. `adapters.py` and `evaluate.py` take `tasks/TASK` as they take a run's folder.
+    """
+    size = 0
+    with replacing_folder(run.folder / TASKS) as folder:
+        for task, part in enumerate(spec.dataset.parts):
+            ranks = active({target: len(weights[target.name][0]) for target in targets}, blocks, task)
+            own = {target.name: _of_task(weights[target.name], blocks, target.name, task) for target in ranks}
+            plain, place = alone(spec, task), folder / part.name
+            size += write_adapter(place, plain, list(ranks), own, as_parameters=proved.as_parameters)
+            write_readme(place, plain, proved.refused)
+            note = {
+                "spec": to_mapping(plain), "ranks": {target.name: rank for target, rank in ranks.items()},
+                "method": spec.sharing.name, "from": [run.run_id],
+            }  # fmt: skip
+            write_json(place / COMBINED, note)
+    return size
+
+
+def _of_task(
+    weights: tuple[Tensor, ...], blocks: Sequence[Block], module: str, task: int
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """A and B of the blocks that act on a task."""
+    rows = [own for block, own in zip(blocks, rows_of(blocks, module), strict=True) if task in block.acts]
+    return tuple(torch.cat([value[own] for own in rows]) for value in weights)
 
 
 def as_stock(base: BaseModel, run: Path) -> Any:

@@ -30,7 +30,7 @@ from sweeper.models import BaseModel, proof
 from sweeper.record import write_atomically
 from sweeper.spec import RunSpec
 from sweeper.tasks.example import Encoded
-from sweeper.training.batches import collate, supervised
+from sweeper.training.batches import collate, mean_weights
 from sweeper.training.export import as_stock, write_adapter
 from sweeper.training.pack import Pack, open_pack
 from sweeper.training.pack_config import PackConfig
@@ -161,7 +161,7 @@ def _unreached(pack: Pack, rows: Sequence[Tensor]) -> tuple[str, ...]:
     examples = [Encoded(str(place), tuple(row.tolist()), 1) for place, row in enumerate(rows)]
     pack.model.train()
     pack.use_lanes([0])
-    batch = collate([examples], [supervised(examples)], fixed=False).to(pack.device)
+    batch = collate([examples], [mean_weights(examples)], fixed=False).to(pack.device)
     pack.forward_backward(batch)
     found = {
         name: max(float(part.abs().max()) for part in parts)

@@ -10,12 +10,14 @@ from sweeper.models import BaseModel, is_tied
 from sweeper.models.architecture import Target, number_of_layers
 from sweeper.placement import importance, placement
 from sweeper.run import Run
-from sweeper.spec import RunSpec
+from sweeper.spec import RunSpec, alone
 from sweeper.tasks import general_text
+from sweeper.tasks.mixture import Mixing
 from sweeper.training import export_proof, generate, inputs, probe
 from sweeper.training.batches import DataOrder
 from sweeper.training.context import Context
 from sweeper.training.events import Remark
+from sweeper.training.mixing import MixedOrder, Mixture
 from sweeper.training.run_state import EvaluatedSplit, ExportProof, RunState
 from sweeper.training.sharing import probe_key
 
@@ -26,14 +28,17 @@ class Loaded:
     Attributes:
         content: what its files held when it was loaded (`sweeper.content`).
         scores: dataset and evaluation -> split -> what the base model itself scores.
+        routes: dataset of several tasks -> task -> which task each of its test examples is taken for.
     """
 
     def __init__(self, base: BaseModel, key: str, context: Context, content: str | None) -> None:
         self.base, self.key, self.context, self.content = base, key, context, content
         self.scores: dict[str, dict[str, EvaluatedSplit]] = {}
+        self.routes: dict[str, dict[str, list[int]]] = {}
         self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self._lengths_of: dict[str, list[int]] = {}
         self._contents: dict[str, str | None] = {}
+        self._mixtures: dict[str, Mixture] = {}
         self._probes: dict[str, probe.Probe] = {}
         self._exports: dict[str, ExportProof] = {}
         self._packed = self._general = False
@@ -51,19 +56,18 @@ class Loaded:
         scores = None if probed is None else probed.scores
         ranks = methods.module_ranks(spec, base.targets, tied=is_tied(base.model), scores=scores)
         examples = splits["train"].examples
-        lengths = self._lengths(spec, examples)
-        trainer = spec.trainer
+        mixture = self._mixture(spec, splits["train"])
         return RunState(
             run=run, adapter=methods.adapter(spec, ranks), examples=examples,
-            order=DataOrder(lengths, trainer.batch_size, spec.seed, accumulation=trainer.accumulation),
-            ranks=ranks, splits=splits, probe=probed, exported=self._export(spec, ranks),
+            order=self._order(spec, examples, mixture), mixture=mixture,
+            ranks=methods.trained_ranks(spec, ranks), splits=splits, probe=probed, exported=self._export(spec, ranks),
             precision=precision_name(base.model.dtype),
             content={"model": self.content, "dataset": self._contents[repr(spec.dataset)]},
         )  # fmt: skip
 
     def must_wait(self, spec: RunSpec) -> bool:
         """Whether a run needs the bare base model, for a probe or a proof, while a pack is on it."""
-        return self._packed and (self.unprobed(spec) or export_proof.key_of(spec) not in self._exports)
+        return self._packed and (self.unprobed(spec) or export_proof.key_of(alone(spec)) not in self._exports)
 
     def unprobed(self, spec: RunSpec) -> bool:
         """Whether a run needs a probe that there has not been yet."""
@@ -103,6 +107,7 @@ class Loaded:
         Raises:
             ModelError: the model does not call a module that the run adapts.
         """
+        spec = alone(spec)  # each task's blocks are saved as an ordinary adapter
         key = export_proof.key_of(spec)
         if key not in self._exports:
             assert not self._packed  # the base must be bare
@@ -116,6 +121,25 @@ class Loaded:
                 "adapter there would change nothing. Leave them out with placement=custom or placement.layers."
             )
         return found
+
+    def _mixture(self, spec: RunSpec, train: tasks.EncodedSplit) -> Mixture | None:
+        """Which of its tasks a run of several sees when; runs of as many steps on a dataset share it."""
+        if not train.parts:
+            return None
+        steps, per_step = spec.trainer.max_steps, spec.trainer.batch_size * spec.trainer.accumulation
+        key = repr((spec.dataset, steps, per_step))
+        if key not in self._mixtures:
+            sizes = {name: len(part.examples) for name, part in train.parts.items()}
+            self._mixtures[key] = Mixture.of(Mixing.of(spec.dataset), sizes, steps=steps, per_step=per_step)
+        return self._mixtures[key]
+
+    def _order(
+        self, spec: RunSpec, examples: Sequence[tasks.Encoded], mixture: Mixture | None
+    ) -> DataOrder | MixedOrder:
+        lengths, trainer = self._lengths(spec, examples), spec.trainer
+        if mixture is None:
+            return DataOrder(lengths, trainer.batch_size, spec.seed, accumulation=trainer.accumulation)
+        return MixedOrder(lengths, mixture, spec.seed, batch_size=trainer.batch_size, accumulation=trainer.accumulation)
 
     def _lengths(self, spec: RunSpec, examples: Sequence[tasks.Encoded]) -> list[int]:
         """Tokens of the longest row that each training example becomes."""
@@ -133,12 +157,14 @@ class Loaded:
             found = tasks.encode(
                 spec.dataset, self.base.tokenizer, model_key=model_key, cache=self.context.cache / "tokens"
             )
-            inputs.check(self.base, spec.dataset, found)
+            for part in spec.dataset.parts or (spec.dataset,):
+                of_part = {name: split.parts.get(part.name, split) for name, split in found.items()}
+                inputs.check(self.base, part, of_part)
             self._encoded[key] = found
             about = f"dataset={spec.dataset.name} on model={spec.model.name}"
             lines = tasks.remarks(spec.dataset, self.base.tokenizer, found)
-            if (slow := generate.remark(self.base, spec.dataset, spec.evaluation)) is not None:
-                lines = [*lines, slow]
+            slow = (generate.remark(self.base, part, spec.evaluation) for part in spec.dataset.parts or (spec.dataset,))
+            lines = list(dict.fromkeys([*lines, *(line for line in slow if line is not None)]))
             for line in lines:
                 self.context.emit(Remark(message=f"{about}: {line}"))
         if general_text.SPLIT in spec.evaluation.splits and not self._general:

@@ -19,7 +19,6 @@ from torch import Tensor
 from sweeper import lost
 from sweeper.lora import noise
 from sweeper.lora.forms import AdapterSpec, Capacity
-from sweeper.lora.optimizer import LR, hyperparameters, learning_rate
 from sweeper.lora.seeds import for_rows
 from sweeper.lora.slot_store import SlotStore
 from sweeper.lora.store import AdapterStore
@@ -82,6 +81,7 @@ class Pack:
     def _set_up(self) -> None:
         config = self.config
         self.objective: Objective = NLL()
+        self.task = 0  # of the runs in slots that tell tasks apart, where a batch does not say
         self.sound = True  # whether every run is where its steps say, so that what it is can be kept
         self.states: list[RunState | None] = [None] * self.store.slots
         self.pending: deque[_Pending] = deque()
@@ -171,24 +171,29 @@ class Pack:
         if not moving:
             return
         began = time.perf_counter()
-        chosen = [[self._examples(state, micro) for _, state in moving] for micro in range(self.config.accumulation)]
+        drawn = [[self._draw(state, micro) for _, state in moving] for micro in range(self.config.accumulation)]
+        chosen = [[rows for rows, _ in lanes] for lanes in drawn]
         totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
+        weights = [_token_weights(state, [own[lane] for own in drawn]) for lane, (_, state) in enumerate(moving)]
         count = self._count_lanes(chosen)
         self.use_lanes([slot for slot, _ in moving], count)
         losses = None
         for micro, lanes in enumerate(chosen):
             self._seed_dropout(moving, micro * len(lanes[0]))
-            batch = collate(lanes, totals, fixed=self.captured is not None, count=count)
+            tasks = [own for _, own in drawn[micro]]
+            heavy = [[weight[task] for task in own] for weight, own in zip(weights, tasks, strict=True)]
+            batch = collate(lanes, heavy, fixed=self.captured is not None, count=count, tasks=tasks)
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
-        rows = {slot: _row(state) for slot, state in moving}
+        rows = {slot: state.hyperparameters() for slot, state in moving}
+        rates = {slot: state.learning_rate for slot, state in moving}
         self.sound = False
         norms = self.store.update(rows, {slot: state.done + 1 for slot, state in moving})
         entries = []
         for (slot, state), total in zip(moving, totals, strict=True):
             state.done += 1
             state.tokens += total
-            entries.append((slot, state, state.done, rows[slot][0], total))
+            entries.append((slot, state, state.done, rates[slot], total))
         assert losses is not None
         one_off = time.perf_counter() - began if self.warming else 0.0
         self.pending.append(_Pending(entries, len(losses), fetch(torch.cat([losses, norms])), one_off))
@@ -230,6 +235,22 @@ class Pack:
                 len(slots), torch.empty(len(slots), dtype=torch.int32, device=self.device)
             )
             lanes.slots = held.copy_(torch.tensor(list(slots), dtype=torch.int32), non_blocking=True)
+        if lanes.gated:
+            lanes.gate_rows = self._gate_rows(torch.full((len(slots),), self.task, device=self.device))
+
+    def _gate_rows(self, tasks: Tensor) -> Tensor:
+        """Rows of the gates [G] of equal shares of the lanes' rows that are of these tasks [G]."""
+        slots = self.store.lanes.slots.clamp(min=0).to(torch.int64)
+        return slots.repeat_interleave(len(tasks) // len(slots)) * self.store.tasks + tasks
+
+    @contextlib.contextmanager
+    def on_task(self, task: int) -> Iterator[None]:
+        """Within it what is scored or generated is of the runs' task of this number."""
+        former, self.task = self.task, task
+        try:
+            yield
+        finally:
+            self.task = former
 
     def hidden(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Last hidden states [rows, T, D] of token ids [rows, T], padded on the right from `lengths` [rows]."""
@@ -244,6 +265,7 @@ class Pack:
         return self._scores(batch.to(self.device))
 
     def _scores(self, batch: Batch) -> Tensor:
+        self._gate(batch)
         hidden = self.hidden(batch.ids, batch.lengths)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
         _, found = self.head.scores(rows, batch.targets, batch.weights)
@@ -279,7 +301,12 @@ class Pack:
             self._lengths = None
         return losses
 
+    def _gate(self, batch: Batch) -> None:
+        if self.store.lanes.gated:
+            self.store.lanes.gate_rows = self._gate_rows(batch.tasks)
+
     def _forward_backward(self, batch: Batch) -> Tensor:
+        self._gate(batch)
         hidden = self.hidden(batch.ids, batch.lengths)
         states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
         if self.objective.linear:
@@ -301,9 +328,16 @@ class Pack:
             return self.captured(batch.pinned(), key=self.store.lanes.flags)
         return self.forward_backward(batch.to(self.device))
 
-    def _examples(self, state: RunState, micro: int) -> list[Tokens]:
+    def _draw(self, state: RunState, micro: int) -> tuple[list[Tokens], list[int]]:
+        """The token rows of a forward pass, and which task of its run each is of."""
         chosen = state.order.batch(state.done * self.config.accumulation + micro)
-        return [row for i in chosen for row in self.objective.rows(state.examples[i])]
+        rows: list[Tokens] = []
+        tasks: list[int] = []
+        for i in chosen:
+            own = self.objective.rows(state.examples[i])
+            rows += own
+            tasks += [0 if state.mixture is None else int(state.mixture.task_of[i])] * len(own)
+        return rows, tasks
 
     def _seed_dropout(self, moving: Sequence[tuple[int, RunState]], before: int) -> None:
         """Seeds a forward pass of a step that has had `before` rows of each run already."""
@@ -337,11 +371,10 @@ def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | UnpackedSpec], c
     return Pack(base, [adapter.capacity for adapter in adapters if isinstance(adapter, AdapterSpec)], config)
 
 
-def _row(state: RunState) -> list[float]:
-    """The optimiser's settings for a run's next step."""
-    row = hyperparameters(state.optim, state.done, state.steps)
-    restarts = state.adapter.restarts if isinstance(state.adapter, AdapterSpec) else None
-    if restarts is not None:
-        step, factor = restarts.pace(state.done)
-        row[LR] = factor * learning_rate(state.optim, step, state.steps)
-    return row
+def _token_weights(state: RunState, passes: Sequence[tuple[list[Tokens], list[int]]]) -> list[float]:
+    """Weight of a target token of each task of a run in a step of these passes."""
+    targets = [0] * (1 if state.mixture is None else len(state.mixture.names))
+    for rows, tasks in passes:
+        for row, task in zip(rows, tasks, strict=True):
+            targets[task] += len(row.input_ids) - row.prompt_length
+    return [1 / targets[0]] if state.mixture is None else state.mixture.token_weights(targets)

@@ -5,20 +5,21 @@ import itertools
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sweeper.errors import gist
 from sweeper.lora.slot_store import Saved
-from sweeper.spec import RunSpec
 from sweeper.training import checkpoint
 from sweeper.training.calibrate import Solo
-from sweeper.training.evaluate import evaluate, queue_evaluation
+from sweeper.training.evaluate import evaluate, find_routes, queue_evaluation, queue_routed, queue_through
 from sweeper.training.events import Event, RunFinished, RunStarted, Stage, Step
 from sweeper.training.failure import MEMORY, Failure
 from sweeper.training.loaded import Loaded
 from sweeper.training.pack import Pack
 from sweeper.training.results import write_run
+from sweeper.training.routing import ROUTER
 from sweeper.training.run_queue import RunQueue
 from sweeper.training.run_state import EvaluatedSplit, RunState, StepResult
 
@@ -155,11 +156,13 @@ class PackTrainer:
                 found, bad = self._score(group, self._queue_midway, scores)
             failed += bad
             for slot, state, result in found:
-                self.context.emit(state.note_scores(VALIDATION, state.phase, result))
+                self._note(state, VALIDATION, state.phase, result)
                 if state.adapter.keep_best and state.adapter.saveable(state.done) and state.judge(result.score.nll):
                     self.pack.store.keep_best(slot)
         self._fail(failed)
         self.left = self.left or bool(failed)
+        gone = [state for state, _ in failed]
+        self._score_stages([(slot, state) for slot, state in due if state.stage_over and state not in gone])
         self.clock.restart()
 
     def halt(self) -> None:
@@ -263,7 +266,7 @@ class PackTrainer:
             self.loaded.scores[key] = scores  # of all splits, or of none where memory ran out
             self.clock.restart()
         for split, found in self.loaded.scores[key].items():
-            self.context.emit(state.note_scores(split, "before", found))
+            self._note(state, split, "before", found)
 
     def _reached(self, until: Mapping[str, int]) -> bool:
         return all(state.done >= until.get(state.run_id, 0) for _, state in self.pack.active)
@@ -320,7 +323,9 @@ class PackTrainer:
         for slot, state in whole:
             if state.best is not None:
                 self.pack.store.take_best(slot)
-        self._score_ends(whole)
+        self._score_splits(whole, "after")
+        self._score_through([(slot, state) for slot, state in whole if state.run_id in self.running])
+        self._score_routed([(slot, state) for slot, state in whole if state.run_id in self.running])
         share = (time.perf_counter() - began) / max(len(whole), 1)
         if whole:
             self.clock.restart()
@@ -334,19 +339,59 @@ class PackTrainer:
             self.pack.remove(slot)
             del self.running[state.run_id]
 
-    def _score_ends(self, whole: Group) -> None:
-        """The last scores of runs, a dataset and a split after another."""
+    def _note(self, state: RunState, split: str, phase: str, found: EvaluatedSplit) -> None:
+        for event in state.note_scores(split, phase, found):
+            self.context.emit(event)
+
+    def _score_stages(self, ended: Group) -> None:
+        """Scores runs whose present task of a sequence is over on all there is besides validation."""
+        if ended:
+            self._score_splits(ended, but=VALIDATION)
+            self.clock.restart()
+
+    def _score_splits(self, whole: Group, phase: str = "", but: str = "") -> None:
+        """Scores runs, a dataset and a split after another; without a `phase` they are on their way."""
         for group in _by_dataset(whole):
-            for split in group[0][1].spec.evaluation.splits:
+            for split in (one for one in group[0][1].spec.evaluation.splits if one != but):
                 with self.context.timeline.span("evaluate"):
                     found, failed = self._score(group, functools.partial(self._queue_final, split))
                 self._fail(failed)
                 bad = [state for state, _ in failed]
                 group = [entry for entry in group if entry[1] not in bad]
                 for _, state, result in found:
-                    self.context.emit(state.note_scores(split, "after", result))
+                    self._note(state, split, phase or state.phase, result)
                 if not group:
                     break
+
+    def _score_through(self, whole: Group) -> None:
+        """Scores the test examples of each task through the blocks of every other one, where tasks have their own."""
+        for group in _by_dataset([entry for entry in whole if entry[1].clocks]):
+            with self.context.timeline.span("evaluate"):
+                found, failed = self._score(group, functools.partial(queue_through, self.pack))
+            self._fail(failed)
+            for _, state, one in found:
+                state.through = {
+                    task: {path: own.score.nll for path, own in other.parts.items()}
+                    for task, other in one.parts.items()
+                }
+
+    def _score_routed(self, whole: Group) -> None:
+        """Scores the test examples of runs whose tasks have blocks of their own as if their task were not known."""
+        for group in _by_dataset([entry for entry in whole if entry[1].clocks]):
+            with self.context.timeline.span("evaluate"):
+                found, failed = self._score(group, self._queue_routed)
+            self._fail(failed)
+            for _, state, one in found:
+                state.routing = _routing(self._routes(state), one)
+
+    def _queue_routed(self, group: Group) -> Scoring:
+        return queue_routed(self.pack, self._routes(group[0][1]), group)
+
+    def _routes(self, state: RunState) -> dict[str, list[int]]:
+        key = repr(state.spec.dataset)
+        if key not in self.loaded.routes:
+            self.loaded.routes[key] = find_routes(self.pack, state)
+        return self.loaded.routes[key]
 
     def _queue_final(self, split: str, group: Group) -> Scoring:
         return lambda: evaluate(self.pack, [slot for slot, _ in group], group[0][1], split)
@@ -403,24 +448,36 @@ def _due(state: RunState) -> bool:
     """Whether a run is evaluated now; one that may end early also at its last step, which may be its best."""
     if state.finished:
         return state.spec.trainer.patience is not None
-    return _midway(state.spec, state.done)
+    return _midway(state, state.done)
 
 
-def _midway(spec: RunSpec, done: int) -> bool:
-    """Whether a run is evaluated after some steps."""
-    return spec.evaluation.every_steps > 0 and done > 0 and done % spec.evaluation.every_steps == 0
+def _midway(state: RunState, done: int) -> bool:
+    """Whether a run is evaluated after some steps: every so many, and when a task of a sequence is over."""
+    every = state.spec.evaluation.every_steps
+    return done > 0 and ((every > 0 and done % every == 0) or done in state.stage_ends)
 
 
 def _leads_on(state: RunState) -> bool:
     """Whether more than a step is to be done when a run has made its next one."""
     after = state.done + 1
-    return state.halted or after >= state.steps or _midway(state.spec, after)
+    return state.halted or after >= state.steps or _midway(state, after)
 
 
 def halved(items: Sequence[T]) -> list[Sequence[T]]:
     """Both halves of what there is, or the one thing."""
     middle = len(items) // 2
     return [part for part in (items[:middle], items[middle:]) if part]
+
+
+def _routing(routes: Mapping[str, Sequence[int]], found: EvaluatedSplit) -> dict[str, Any]:
+    """What a record says of routing: which tasks examples are taken for, and the scores that follow."""
+    names = list(routes)
+    confusion = {task: dict(Counter(names[i] for i in own)) for task, own in routes.items()}
+    right = sum(own.get(task, 0) for task, own in confusion.items())
+    return {
+        "router": ROUTER, "accuracy": right / sum(map(len, routes.values())), "confusion": confusion,
+        "scores": {task: {"nll": one.score.nll, **one.score.metrics} for task, one in found.parts.items()},
+    }  # fmt: skip
 
 
 def _by_dataset(entries: Group) -> list[list[tuple[int, RunState]]]:

@@ -171,7 +171,8 @@ def _look(
     """One pass through the model and, where gradients are asked for, back. `total`: target tokens of its step."""
     score, device = question.asked.score, base.model.device
     # an example's own log-likelihood is a sum; a training step takes the mean
-    batch = collate([examples], [0 if score == "fisher" else total], fixed=False).to(device)
+    weight = 1.0 if score == "fisher" else 1 / total
+    batch = collate([examples], [[weight] * len(examples)], fixed=False).to(device)
     lengths = torch.tensor([len(example.input_ids) for example in examples], device=device)
     mask = torch.arange(batch.ids.shape[1], device=device) < lengths[:, None]
     for observer in observers.values():

@@ -2,13 +2,16 @@
 
 import errno
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from sweeper import methods
+from sweeper.lora.blocks import Block
+from sweeper.lora.forms import AdapterSpec
 from sweeper.lora.slot_store import Learnt
+from sweeper.methods import sharing
 from sweeper.models import total_parameters
 from sweeper.record import (
     METRICS,
@@ -24,9 +27,10 @@ from sweeper.record import (
 from sweeper.run import Run
 from sweeper.spec import Settings, to_mapping
 from sweeper.tasks import data_of
+from sweeper.tasks.mixture import by_part
 from sweeper.training import checkpoint, suspects
 from sweeper.training.calibrate import Solo
-from sweeper.training.export import write_adapter, write_readme
+from sweeper.training.export import write_adapter, write_readme, write_tasks
 from sweeper.training.failure import Failure
 from sweeper.training.pack import Pack
 from sweeper.training.run_state import RunState, now
@@ -45,7 +49,7 @@ def write_run(
     """
     folder, spec = state.run.folder, state.spec
     folder.mkdir(parents=True, exist_ok=True)
-    adapter_bytes = _write_weights(state, weights)
+    adapter_bytes, splits = _write_weights(state, weights), by_part(state.splits)
     learnt = weights if isinstance(weights, Learnt) else None
     write_lines(folder / METRICS, state.metrics)
     write_lines(folder / PREDICTIONS, state.predictions)
@@ -62,12 +66,13 @@ def write_run(
         data={
             name: ({"order": "by step"} if name == "train" else {})
             | facts
-            | {"majority": dict(state.splits[name].majority)}
+            | {"majority": dict(splits[name].majority)}
             for name, facts in data_of(state.splits).items()
         },
         efficiency=_efficiency(state, adapter_bytes, solo, pack),
         environment={**environment, **state.environment, **({"resumed_from": state.resumed} if state.resumed else {})},
         search=state.run.search,
+        sharing=_sharing(state),
         saved={
             "step": state.done if state.best is None else state.best[1], "stopped_early": state.stopped,
             "average": spec.trainer.ema_decay is not None,
@@ -122,12 +127,47 @@ def _write_weights(state: RunState, weights: Weights) -> int:
     folder, proved = state.run.folder, state.exported
     if isinstance(weights, Learnt):
         size = weights.write(folder)
+    elif _blocks(state):
+        return write_tasks(state.run, state.spec, list(state.ranks), weights, _blocks(state), proved)
     else:
         size = write_adapter(
             folder, state.spec, list(state.ranks), weights, as_parameters=proved.as_parameters
         )  # fmt: skip
     write_readme(folder, state.spec, proved.refused)
     return size
+
+
+def _blocks(state: RunState) -> tuple[Block, ...]:
+    return state.adapter.blocks if isinstance(state.adapter, AdapterSpec) else ()
+
+
+def _sharing(state: RunState) -> dict[str, Any]:
+    """The rank blocks of a run and the parameters that each task's rows run through; see `Record.sharing`."""
+    blocks = _blocks(state)
+    if not blocks or state.mixture is None:
+        return {}
+    names, method = state.mixture.names, state.spec.method
+    targets = {target.name: target for target in state.ranks}
+
+    def parameters(ranks: Mapping[str, int]) -> int:
+        return methods.trainable(method, {targets[name]: rank for name, rank in ranks.items()})
+
+    return {
+        "blocks": [
+            {
+                "name": block.name, "level": block.level, "acts": [names[task] for task in sorted(block.acts)],
+                "trains": [names[task] for task in sorted(block.trains)], "parameters": parameters(block.ranks),
+                "ranks": dict(block.ranks), "steps": state.mixture.clock(block.trains).steps,
+            }
+            for block in blocks
+        ],
+        "active_parameters": {
+            name: sum(parameters(block.ranks) for block in blocks if task in block.acts)
+            for task, name in enumerate(names)
+        },
+        **({"through": state.through} if state.through else {}),
+        **({"routing": state.routing} if state.routing else {}),
+    }  # fmt: skip
 
 
 def _modules(state: RunState, learnt: Learnt | None) -> tuple[Module, ...]:
@@ -146,12 +186,34 @@ def _modules(state: RunState, learnt: Learnt | None) -> tuple[Module, ...]:
     return tuple(module for module in modules if module.parameters or learnt is None)
 
 
+def _tokens(state: RunState, examples: Sequence[int]) -> tuple[int, int]:
+    """Tokens and rows of some training examples."""
+    rows = state.objective.rows
+    seen = [len(row.input_ids) for i in examples for row in rows(state.examples[i])]
+    return sum(seen), len(seen)
+
+
+def _flops(state: RunState, seen: Sequence[int], pack: Pack) -> float:
+    """Operations of the examples that a run has seen; of blocks, those that act on an example's task."""
+    blocks, by_task = _blocks(state), {-1: list(seen)}
+    if blocks and state.mixture is not None:
+        by_task = {task: [] for task in range(len(state.mixture.names))}
+        for i in seen:
+            by_task[int(state.mixture.task_of[i])].append(i)
+    total = 0.0
+    for task, examples in by_task.items():
+        tokens, rows = _tokens(state, examples)
+        ranks = sharing.active(state.ranks, blocks, task)
+        total += methods.train_flops(
+            state.spec.method, pack.base.targets, ranks, length=round(tokens / max(rows, 1)), tokens=tokens
+        )
+    return total
+
+
 def _efficiency(state: RunState, adapter_bytes: int, solo: Solo | None, pack: Pack) -> Efficiency:
     passes = range(state.done * pack.config.accumulation)
-    rows = state.objective.rows
-    seen = [row for n in passes for i in state.order.batch(n) for row in rows(state.examples[i])]
-    tokens = sum(len(row.input_ids) for row in seen)
-    mean_length = round(tokens / max(len(seen), 1))
+    seen = [i for n in passes for i in state.order.batch(n)]
+    tokens = _tokens(state, seen)[0]
     return Efficiency(
         train_seconds_amortised=state.train_seconds,
         eval_seconds_amortised=state.eval_seconds,
@@ -161,9 +223,7 @@ def _efficiency(state: RunState, adapter_bytes: int, solo: Solo | None, pack: Pa
         memory_measured=None if solo is None else solo.memory_measured,
         tokens_per_second_solo=None if solo is None else tokens / max(state.done, 1) / solo.step_seconds,
         train_tokens=tokens,
-        train_flops=methods.train_flops(
-            state.spec.method, pack.base.targets, state.ranks, length=mean_length, tokens=tokens
-        ),
+        train_flops=_flops(state, seen, pack),
         adapter_bytes=adapter_bytes,
         pack_runs=state.pack_runs,
         pack_seconds=time.monotonic() - state.began,

@@ -1,10 +1,12 @@
 """A run while it trains: what a step of it needs, how far it is, what was measured on the way."""
 
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from sweeper import objectives
 from sweeper.identity import short
 from sweeper.lora.forms import AdapterSpec, Capacity
+from sweeper.lora.optimizer import IDLE, LR, hyperparameters, learning_rate
 from sweeper.lora.trainee import UnpackedSpec
 from sweeper.models.architecture import Target
 from sweeper.objectives.objective import Objective
@@ -23,6 +26,7 @@ from sweeper.tasks.example import Tokens
 from sweeper.training import checkpoint, suspects
 from sweeper.training.batches import DataOrder
 from sweeper.training.events import Evaluated, Step
+from sweeper.training.mixing import Clock, MixedOrder, Mixture
 from sweeper.training.probe import Probe
 from sweeper.training.suspects import Suspect
 from sweeper.untrusted import sandbox
@@ -56,10 +60,15 @@ UNPROVED = ExportProof()
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedSplit:
-    """Score of one split and its rows for `predictions.jsonl`."""
+    """Score of one split and its rows for `predictions.jsonl`; of several tasks, of each."""
 
     score: Score
     rows: list[dict[str, Any]]
+    parts: Mapping[str, "EvaluatedSplit"] = field(default_factory=dict)
+
+    def by_name(self, split: str) -> "dict[str, EvaluatedSplit]":
+        """Itself under the split's name, and each task as SPLIT/TASK."""
+        return {split: self, **{f"{split}/{name}": part for name, part in self.parts.items()}}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -68,6 +77,7 @@ class RunState:
 
     Attributes:
         adapter: what it trains. order: which of its `examples` a forward pass sees.
+        mixture: its tasks, where it has several.
         ranks: its modules. splits: its tokenised data. content: digests of its model's and its dataset's files.
         precision: what it computes in.
         done: optimiser steps. tokens: response tokens seen.
@@ -82,7 +92,8 @@ class RunState:
     run: Run
     adapter: AdapterSpec | UnpackedSpec
     examples: Sequence[Tokens]
-    order: DataOrder
+    order: DataOrder | MixedOrder
+    mixture: Mixture | None = None
     ranks: Mapping[Target, int] = field(default_factory=dict)
     splits: Mapping[str, EncodedSplit] = field(default_factory=dict)
     probe: Probe | None = None
@@ -105,6 +116,9 @@ class RunState:
         self.metrics: list[dict[str, Any]] = list(kept.get("metrics", []))
         self.scores: dict[str, dict[str, Score]] = {}
         self.predictions: list[dict[str, Any]] = []
+        self.before: dict[str, dict[str, float]] = {}  # split -> task -> NLL of the base
+        self.through: dict[str, dict[str, float]] = {}  # task -> whose blocks -> test NLL
+        self.routing: dict[str, Any] = {}  # scores where the task is not named
         self.train_seconds: float = kept.get("train_seconds", 0.0)
         self.compile_seconds: float = kept.get("compile_seconds", 0.0)
         self.eval_seconds = 0.0
@@ -151,6 +165,43 @@ class RunState:
     def steps(self) -> int:
         """Optimiser steps to do in all."""
         return self.run.spec.trainer.max_steps
+
+    @cached_property
+    def clocks(self) -> list[Clock]:
+        """Those of its rank blocks; none where all its ranks train together."""
+        blocks = self.adapter.blocks if isinstance(self.adapter, AdapterSpec) else ()
+        if not blocks:
+            return []
+        assert self.mixture is not None
+        return [self.mixture.clock(block.trains) for block in blocks]
+
+    def hyperparameters(self) -> list[list[float]]:
+        """The optimiser's settings for the next step: of the run, or of each of its rank blocks."""
+        if self.clocks:
+            at = [clock.at(self.done) for clock in self.clocks]
+            rows = zip(self.clocks, at, strict=True)
+            return [IDLE if n is None else hyperparameters(self.optim, n, clock.steps) for clock, n in rows]
+        row = hyperparameters(self.optim, self.done, self.steps)
+        restarts = self.adapter.restarts if isinstance(self.adapter, AdapterSpec) else None
+        if restarts is not None:
+            step, factor = restarts.pace(self.done)
+            row[LR] = factor * learning_rate(self.optim, step, self.steps)
+        return [row]
+
+    @property
+    def stage_ends(self) -> frozenset[int]:
+        """Steps after which a task of a sequence is over, but the last one's."""
+        return frozenset() if self.mixture is None else self.mixture.stage_ends
+
+    @property
+    def stage_over(self) -> bool:
+        """Whether a task of a sequence has just ended, and another follows."""
+        return self.done in self.stage_ends
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next step; of several rank blocks the highest."""
+        return max(row[LR] for row in self.hyperparameters() if row is not IDLE)
 
     @property
     def seed(self) -> int:
@@ -235,7 +286,8 @@ class RunState:
 
     def made_with(self, environment: Mapping[str, Any]) -> str | None:
         """Notes what the run is made with from now on; returns a line where its first steps were made with else."""
-        programs = self.spec.evaluation.generate and PROGRAM & set(self.spec.dataset.metrics)
+        metrics = {name for part in (self.spec.dataset, *self.spec.dataset.parts) for name in part.metrics}
+        programs = self.spec.evaluation.generate and PROGRAM & metrics
         self.environment = {
             **environment, "content": dict(self.content),
             **({"sandbox_python": sandbox.python()} if programs else {}),
@@ -266,15 +318,28 @@ class RunState:
             tokens=result.tokens, seconds=seconds,
         )  # fmt: skip
 
-    def note_scores(self, split: str, phase: str, found: EvaluatedSplit) -> Evaluated:
-        """Adds the scores of a split before, after or on the way (`phase`)."""
-        self.metrics.append(
-            {"step": self.done, "split": split, "moment": phase, "nll": found.score.nll, **found.score.metrics}
-        )
-        if phase in ENDS:
-            self.scores.setdefault(split, {})[phase] = found.score
-            self.predictions += [{"split": split, "moment": phase, **row} for row in found.rows]
-        return Evaluated(run_id=self.run_id, split=split, phase=phase, score=found.score)
+    def note_scores(self, split: str, phase: str, found: EvaluatedSplit) -> list[Evaluated]:
+        """Adds the scores of a split, and of each task's, before, after or on the way (`phase`)."""
+        events = []
+        for name, one in found.by_name(split).items():
+            score = self._with_gains(found, split) if one is found and found.parts else one.score
+            self.metrics.append({"step": self.done, "split": name, "moment": phase, "nll": score.nll, **score.metrics})
+            if phase in ENDS:
+                self.scores.setdefault(name, {})[phase] = score
+                self.predictions += [{"split": name, "moment": phase, **row} for row in one.rows]
+            events.append(Evaluated(run_id=self.run_id, split=name, phase=phase, score=score))
+        if phase == "before":
+            self.before[split] = {name: part.score.nll for name, part in found.parts.items()}
+        return events
+
+    def _with_gains(self, found: EvaluatedSplit, split: str) -> Score:
+        """A score over tasks with how far their NLLs are below the base's, in nats a token, where that is known."""
+        before = self.before.get(split)
+        if not before:
+            return found.score
+        gains = [before[name] - part.score.nll for name, part in found.parts.items()]
+        more = {"mean_gain": statistics.fmean(gains), "worst_gain": min(gains)}
+        return replace(found.score, metrics={**found.score.metrics, **more})
 
     def has_scores(self, phase: str) -> bool:
         """Whether it was scored in a phase."""

@@ -34,12 +34,13 @@ def score(pack: Pack, slots: Sequence[int], examples: Sequence[Tokens], *, budge
 
 @torch.no_grad()
 def queue_scores(
-    pack: Pack, slots: Sequence[int], examples: Sequence[Tokens], *, budget: int
+    pack: Pack, slots: Sequence[int], examples: Sequence[Tokens], *, budget: int, tasks: Sequence[int] | None = None
 ) -> Callable[[], list[list[ExampleScore]]]:
     """Gives the device the passes that score every example for each of `slots` (-1: the base model).
 
     Args:
         budget: tokens of one forward pass, padding included.
+        tasks: through which task's blocks each example is to go; without it, through those of `Pack.on_task`.
 
     Returns:
         What waits for them and gives the scores for each slot, in the order of the examples.
@@ -54,7 +55,9 @@ def queue_scores(
             longest = len(examples[order[start]].input_ids)
             chosen = order[start : start + max(1, budget // (lanes * longest))]
             start += len(chosen)
-            batch = collate([[examples[i] for i in chosen]], [0], fixed=False)
+            rows = [examples[i] for i in chosen]
+            own = [pack.task] * len(rows) if tasks is None else [tasks[i] for i in chosen]
+            batch = collate([rows], [[1.0] * len(rows)], fixed=False, tasks=[own])
             scored.append((chosen, fetch(pack.scores(batch.repeated(lanes)))))
 
     def found() -> list[list[ExampleScore]]:

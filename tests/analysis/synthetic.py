@@ -57,9 +57,11 @@ def write_study(
     seed: int = 0,
     groups: int | None = None,
     group_sd: float = 0.0,
+    evaluations: int = 0,
 ) -> Path:
     """Writes one run folder for each combination; its examples are of so many `groups`, which share an effect on the
-    difference between arms, or each of its own. Full fine-tuning (method full_ft) has one arm a dataset."""
+    difference between arms, or each of its own. Each run is scored on validation so often while it trains. Full
+    fine-tuning (method full_ft) has one arm a dataset."""
     truth = truth or Truth()
     rng = np.random.default_rng(seed)
     for dataset in datasets:
@@ -85,7 +87,7 @@ def write_study(
                             spec = _spec(dataset, method, placement, rank, lr, number, steps)
                             _write_run(
                                 folder, spec, ids, tokens, base, after, forgetting=forgetting, modules=modules, rng=rng,
-                                groups=groups,
+                                groups=groups, evaluations=evaluations,
                             )  # fmt: skip
                             if spectra:
                                 write_spectra(folder, spec)
@@ -108,7 +110,7 @@ def _spec(dataset: str, method: str, placement: str, rank: int, lr: float, seed:
 
 def _write_run(
     folder: Path, spec: dict[str, Any], ids: list[str], tokens: Any, base: Any, after: Any, *, forgetting: bool,
-    modules: bool, rng: np.random.Generator, groups: int | None,
+    modules: bool, rng: np.random.Generator, groups: int | None, evaluations: int,
 ) -> None:  # fmt: skip
     run_id = _run_id(spec)
     path = folder / run_id
@@ -176,7 +178,13 @@ def _write_run(
         f'{{"step": {i + 1}, "loss": {value:.5f}, "lr": 0.001, "grad_norm": 1.0, "tokens": 600, "seconds": 0.01}}'
         for i, value in enumerate(loss.tolist())
     )
-    (path / METRICS).write_text("\n".join(curve) + "\n")
+    start, end = (scores["validation"][moment]["nll"] for moment in ("before", "after"))
+    scored = [steps * i // evaluations for i in range(evaluations)] if evaluations else []
+    on_the_way = [
+        f'{{"step": {step}, "split": "validation", "moment": "{step}", "nll": {end + (start - end) * 0.01**share}}}'
+        for step, share in ((step, step / steps) for step in scored)
+    ]
+    (path / METRICS).write_text("\n".join([*on_the_way, *curve]) + "\n")
 
 
 def _run_id(spec: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from analysis.__main__ import main
 from tests.analysis.synthetic import edit
@@ -97,3 +98,14 @@ def test_a_study_where_all_failed_still_gets_a_report(study_folder: Path, tmp_pa
         )
     assert main([str(study), "--out", str(tmp_path / "paper")]) == 0
     assert "E: m" in (tmp_path / "paper" / "report.html").read_text()
+
+
+def test_a_venue_sets_the_width_and_an_unknown_one_is_refused(
+    study_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(study_folder), "--out", str(tmp_path), "--venue", "iclr"]) == 2
+    assert "venue iclr: no such venue. Choose from icml, neurips, acl." in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+    assert main([str(study_folder), "--out", str(tmp_path), "--venue", "acl", "--draws", "50"]) == 0
+    image = imread(tmp_path / "figures" / "forest.png")
+    assert image.shape[1] == pytest.approx(300 * 16 / 2.54, abs=2)

@@ -10,7 +10,7 @@ import pytest
 
 from analysis import Analysis, analyse, figures, load, report
 from analysis.claims import sentences
-from analysis.style import looks
+from analysis.style import WHOLE, looks
 from sweeper.record import PREDICTIONS, RECORD
 from tests.analysis.synthetic import Truth, edit, write_study
 
@@ -137,8 +137,8 @@ def test_it_works_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
     assert seen["wide"] <= width  # nothing sticks out: it can be read on a phone
     assert seen["points"] == 7
     assert seen["filtered"] == 5
-    assert seen["legend"] == ["attn lora", "ff lora", "full fine-tuning", "full lora"]
-    assert seen["left"] == ["ff lora", "full fine-tuning", "full lora"]
+    assert seen["legend"] == ["attn", "ff", "full", "full fine-tuning"]
+    assert seen["left"] == ["ff", "full", "full fine-tuning"]
     assert "trainable parameters" in seen["tip"]
     assert "training seconds alone" in seen["axis"]
     assert seen["runs"] == 2 * 3 * (6 + 1)  # both learning rates
@@ -183,11 +183,11 @@ def test_methods_are_told_apart_as_in_the_figures(tmp_path: Path) -> None:
     found = analyse(load(study), draws=50)
     seen = browse(report.write(found, tmp_path / "paper"), tmp_path, 390)
     assert seen["errors"] == []
-    kinds = sorted(["full fine-tuning", *methods[:-1]])
+    kinds = [*sorted(methods[:-1]), "full fine-tuning"]
     assert seen["legend"] == kinds
     assert seen["left"] == ["full fine-tuning"]  # without those of the first placement
     assert len(set(seen["looks"])) == len(kinds)
-    colours = {look.colour.replace("#000000", "currentColor") for look in looks(kinds).values()}
+    colours = {look.colour.replace("#000000", "currentColor") for look in (*looks(kinds[:-1]).values(), WHOLE)}
     assert {look.split("M")[0] for look in seen["looks"]} == colours
     assert seen["wide"] <= 390
 

@@ -57,8 +57,8 @@ def test_accuracies_and_token_weights_are_covered_too() -> None:
 
 CELLS = (
     "normal", "seeds alone", "20 groups of 10, 3 seeds", "13 groups of 16, 5 seeds", "skewed seeds, 5 seeds",
-    "one arm's seeds twice as wide", "accuracy 0.02, 200 groups of 1", "accuracy 0.5, 20 groups of 10", "token weights",
-    "nearly constant",
+    "one arm's seeds twice as wide", "one arm's seeds eight times as wide", "accuracy 0.02, 200 groups of 1",
+    "accuracy 0.5, 20 groups of 10", "token weights", "nearly constant",
 )  # fmt: skip
 
 

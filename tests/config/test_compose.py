@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -58,7 +59,7 @@ def test_group_options_compose_as_alone(composer: Any) -> None:
     found = config.expand(axes, composer)
     assert len(found.specs) == 24
     for spec, overrides in zip(found.specs, (arm.overrides for arm in found.arms), strict=True):
-        assert config.from_config(composer.compose(overrides))[0] == spec
+        assert config.from_config(composer.compose(overrides), composer.loader)[0] == spec
 
 
 def test_an_overlay_can_be_an_axis_with_groups(composer: Any) -> None:
@@ -116,13 +117,13 @@ def test_an_added_field_that_nothing_uses_is_refused(composer: Any) -> None:
         (line,) = problems(overrides, composer)
         assert "foo: no such field. Choose from allocation, alpha, dataset, " in line
     with pytest.raises(Problems, match="foo: no such field"):
-        config.from_config(composer.compose([*BASE, "+foo=1"]))
+        config.from_config(composer.compose([*BASE, "+foo=1"]), composer.loader)
 
 
 def test_an_added_field_can_be_what_others_are_interpolated_from(composer: Any) -> None:
     overrides = [*BASE, "+rate=2e-3", "optim.lr=${rate}", "rank=2,4"]
     assert [spec.optim.lr for spec in config.expand(overrides, composer).specs] == [2e-3, 2e-3]
-    assert config.from_config(composer.compose(overrides[:-1]))[0].optim.lr == 2e-3
+    assert config.from_config(composer.compose(overrides[:-1]), composer.loader)[0].optim.lr == 2e-3
 
 
 def test_the_last_word_counts(composer: Any) -> None:
@@ -176,7 +177,11 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["trainer.device=gpu"], "Choose from auto, cpu, cuda, cuda:N"),
         (["dataset=jsonl"], "dataset.path is required for dataset=jsonl: give dataset.path=..."),
         (["model=path"], "model.location is required for model=path"),
-        (["experiment=null"], "experiment=null: no such experiment. Choose from methods, paper, placement_grid, smoke"),
+        (
+            ["experiment=null"],
+            "experiment=null: no such experiment. Choose from continual, methods, multi_task, paper, placement_grid, "
+            "smoke",
+        ),
         (["rank=true"], "rank must be a whole number, got true"),
         (["rank=range(3,3)"], "there is no value in this axis. Give a list: rank=a,b,c"),
         (["rank=range(1,5,0)"], "rank=range(1,5,0): range() arg 3 must not be zero"),
@@ -234,7 +239,7 @@ def test_overlays_must_agree_on_settings(composer: Any) -> None:
 def test_a_job_configuration_gives_the_same_run(composer: Any) -> None:
     cfg = composer.compose([*BASE, "rank=4"])
     with_hydra = OmegaConf.merge({"hydra": {"job": {"id": "???"}}}, cfg)
-    spec, settings = config.from_config(with_hydra)  # type: ignore[arg-type]
+    spec, settings = config.from_config(with_hydra, composer.loader)  # type: ignore[arg-type]
     assert spec == config.expand([*BASE, "rank=4"], composer).specs[0]
     assert settings.study == "default"
 
@@ -262,6 +267,33 @@ def test_a_range_gives_way_to_the_methods_own_where_it_is_tagged(composer: Any) 
     assert {arm.default.optim.lr for arm in overridden.arms} == {3e-4}
 
 
+def test_a_grid_moves_to_the_methods_own_range_where_it_is_tagged(composer: Any) -> None:
+    """Full fine-tuning in the paper's grid searches rates a tenth of LoRA's, as many and as far apart."""
+    grid = "choice(1e-4,3e-4,1e-3,3e-3,1e-2)"
+    methods = "method=lora,full_ft,lora_plus,bitfit"
+    found = config.expand([f"optim.lr=tag(tune,method,{grid})", methods, "rank=4"], composer)
+    assert {arm.default.method.name: arm.space[0].choices for arm in found.arms} == {
+        "lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "full_ft": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+        "lora_plus": (2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
+        "bitfit": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    }
+    given = config.expand([f"optim.lr=tag(tune,{grid})", methods, "rank=4"], composer)
+    assert {arm.space[0].choices for arm in given.arms} == {(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+    words = config.expand(["trainer.batch_size=tag(tune,method,choice(4,8))", methods, "rank=4"], composer)
+    assert {arm.space[0].choices for arm in words.arms} == {(4, 8)}
+
+
+def test_the_papers_grid_searches_each_methods_own_rates(composer: Any) -> None:
+    """With LoRA's rates full fine-tuning would have looked worse than it is."""
+    plain = yaml.safe_load((Path(__file__).parents[2] / "conf/experiment/paper.yaml").read_text())
+    params = [f"{key}={value}" for key, value in plain["hydra"]["sweeper"]["params"].items()]
+    found = config.expand([*params, "rank=4", "placement=attn", "method=lora,full_ft"], composer)
+    rates = {arm.default.method.name: arm.space[0].choices for arm in found.arms}
+    assert rates["lora"] == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    assert rates["full_ft"] == (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+
+
 def test_a_learning_rate_on_the_command_line_wins_over_the_methods(composer: Any) -> None:
     (spec,) = config.expand(["method=full_ft", "optim.lr=1e-4"], composer).specs
     assert spec.optim.lr == 1e-4
@@ -284,7 +316,7 @@ def test_every_regular_expression_has_a_form_that_hydra_reads(expression: str, c
     assert spec.allocation.pattern == {expression: 4, "attn_q": 2}
     assert spec.model.roles == {"attn_q": expression}
     assert spec.placement.patterns == (expression,)
-    assert config.from_config(composer.compose([*BASE, *lines]))[0] == spec
+    assert config.from_config(composer.compose([*BASE, *lines]), composer.loader)[0] == spec
 
 
 def test_a_list_of_pairs_is_the_mapping(composer: Any) -> None:

@@ -44,6 +44,8 @@ class Case:
     dropout: Tensor
     seeds: Tensor
     salts: Tensor
+    gates: Tensor | None
+    gate_rows: Tensor | None
     hidden: int
     tokens: int
 
@@ -85,6 +87,8 @@ def case(widths: tuple[int, ...], ranks: list[list[int]], *, bias: bool, fan_in:
         dropout=torch.tensor([0.0, 0.3, 0.5]),
         seeds=torch.tensor([11, 22, 4_000_000_000]),
         salts=torch.tensor([7, 8, 3_999_999_999][: len(widths)]),
+        gates=None,
+        gate_rows=None,
         hidden=widest * len(widths),
         tokens=5,
     )  # fmt: skip
@@ -97,6 +101,14 @@ CASES = {
     "two": lambda: case((24, 70), [[4, 8], [0, 0], [7, 2]], bias=True),
     "wide": lambda: case((150, 70), [[4, 1], [0, 0], [70, 33]], bias=True, fan_in=130, rows=70),
 }
+
+
+def gated(chosen: Case) -> Case:
+    """With gates for equal shares of the rows, some of them closed."""
+    generator = torch.Generator().manual_seed(2)
+    factors, opened = (torch.rand(6, chosen.hidden, generator=generator) for _ in range(2))
+    rows = len(chosen.lanes) * (5 if len(chosen.x) // len(chosen.lanes) % 5 == 0 else 1)
+    return dataclasses.replace(chosen, gates=factors * (opened > 0.3), gate_rows=torch.arange(rows) % 6)
 
 
 def assert_close(ours: Tensor, wanted: Tensor) -> None:
@@ -114,12 +126,13 @@ def adapted_rows(chosen: Case) -> Tensor:
     return written
 
 
+@pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_low_rank_products_and_their_gradients(name: str, drop: bool) -> None:
+def test_low_rank_products_and_their_gradients(name: str, drop: bool, gate: bool) -> None:
     from sweeper.lora import kernels
 
-    chosen = CASES[name]()
+    chosen = gated(CASES[name]()) if gate else CASES[name]()
     here, there = chosen.on(torch.device("cpu")), chosen.on(DEVICE)
     *ys, h = lowrank.adapted_linear(*here, drop)
     x, weights, biases, _, *rest = there
@@ -212,7 +225,7 @@ def test_adamw(rated: bool, load: Any, make_adapter: Any) -> None:
         store.grads.copy_(0.1 * torch.randn(store.grads.shape, generator=generator))
         store.grads[store.layout.by_slot[3][0].a] = torch.inf
         stores[1].copy_(store.grads)
-        packed.set({slot: hyperparameters(optim, step, 5) for slot, optim in optims.items()})
+        packed.set({slot: [hyperparameters(optim, step, 5)] for slot, optim in optims.items()})
         kernels.adamw(params, work, *others, rates, slot_of, packed.table.to(DEVICE), norms, squares)
         wanted = packed.step()
         assert_close(norms, wanted)

@@ -74,7 +74,7 @@ def test_adamw_is_torchs_and_an_idle_slot_stays_as_it_is(limit: float | None, lo
             torch_optim.step()
         for grad in parts(store, 2, store.grads):
             grad.fill_(1.0)
-        packed.set({slot: hyperparameters(optim, step, 6) for slot, optim in enumerate(optims)})
+        packed.set({slot: [hyperparameters(optim, step, 6)] for slot, optim in enumerate(optims)})
         found = packed.step()
         assert found[:2].tolist() == pytest.approx(norms, rel=1e-5)
         assert not store.grads.any()
@@ -96,7 +96,7 @@ def test_the_norm_of_one_slot_clips_no_other(load: Any, make_adapter: Any) -> No
         for grad in parts(store, 1, store.grads):
             grad.fill_(loud)
         optim = OptimSpec(lr=1e-2, warmup_fraction=0.0, eps=1.0, max_grad_norm=1.0)
-        packed.set(dict.fromkeys((0, 1), hyperparameters(optim, 0, 10)))
+        packed.set({slot: [hyperparameters(optim, 0, 10)] for slot in (0, 1)})
         packed.step()
         steps.append([p.clone() for p in parts(store, 0)])
     assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
@@ -129,7 +129,7 @@ def test_rates_are_torchs_groups_and_what_is_frozen_is_no_part_of_the_norm(load:
             moving = [p for group in reference[slot].param_groups for p in group["params"]]
             norms.append(float(torch.nn.utils.clip_grad_norm_(moving, 0.5)))
             reference[slot].step()
-        packed.set(dict.fromkeys(range(3), hyperparameters(optim, step, 10)))
+        packed.set({slot: [hyperparameters(optim, step, 10)] for slot in range(3)})
         assert packed.step().tolist() == pytest.approx(norms, rel=1e-5)
     for slot, own in enumerate(copies):
         for ours, theirs in zip(parts(store, slot), own, strict=True):

@@ -25,7 +25,7 @@ def offline() -> list[Any]:
     found = []
     for path in sorted(CONF.glob("*.yaml")):
         plain: Any = OmegaConf.to_container(OmegaConf.load(path))
-        if plain["family"] not in NETWORK:
+        if plain["family"] not in (*NETWORK, *tasks.OF_TASKS):
             found.append(pytest.param(from_mapping(DatasetSpec, plain), id=path.stem))
     return found
 

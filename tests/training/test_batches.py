@@ -88,7 +88,7 @@ FOUR = Encoded("four", (40, 41), 1)
 
 
 def test_collate_on_a_hand_made_batch() -> None:
-    batch = collate([[ONE, TWO], [THREE, FOUR]], [8, 2], fixed=False)
+    batch = collate([[ONE, TWO], [THREE, FOUR]], [[1 / 8] * 2, [1 / 2] * 2], fixed=False)
     assert batch.shape == (2, 2, 16, 4)  # 9 tokens are rounded up to a multiple of 8, targets are not
     rows = torch.zeros(4, 16, dtype=torch.int64)
     for row, example in enumerate((ONE, TWO, THREE, FOUR)):
@@ -101,7 +101,7 @@ def test_collate_on_a_hand_made_batch() -> None:
 
 
 def test_a_target_is_the_token_after_its_position() -> None:
-    batch = collate([[ONE, TWO], [THREE, FOUR]], [4, 2], fixed=True)
+    batch = collate([[ONE, TWO], [THREE, FOUR]], [[1 / 4] * 2, [1 / 2] * 2], fixed=True)
     flat = batch.ids.flatten()
     live = batch.weights > 0
     assert int(live.sum()) == supervised([ONE, TWO, THREE, FOUR]) == 6
@@ -109,14 +109,14 @@ def test_a_target_is_the_token_after_its_position() -> None:
 
 
 def test_a_total_of_zero_gives_sums() -> None:
-    batch = collate([[ONE], [THREE]], [0, 0], fixed=False)
+    batch = collate([[ONE], [THREE]], [[1.0], [1.0]], fixed=False)
     assert batch.weights.tolist() == [[1, 1], [1, 0]]
 
 
 def test_fixed_shapes_are_few_and_at_most_a_third_of_them_is_padding() -> None:
     lengths = set()
     for length in range(33, 1025):
-        padded = collate([[Encoded("x", (1,) * length, 1)]], [1], fixed=True).ids.shape[1]
+        padded = collate([[Encoded("x", (1,) * length, 1)]], [[1.0]], fixed=True).ids.shape[1]
         assert length <= padded < 1.5 * length
         lengths.add(padded)
     assert len(lengths) <= 10

@@ -30,8 +30,8 @@ def test_compiled_layers_are_eager_ones_and_share_their_compilation(
     lengths = set()
     stock = packs.collate
 
-    def fixed(lanes: Any, totals: Any, *, fixed: bool, count: int) -> Any:
-        batch = stock(lanes, totals, fixed=True, count=count)
+    def fixed(lanes: Any, weights: Any, *, fixed: bool, count: int, tasks: Any) -> Any:
+        batch = stock(lanes, weights, fixed=True, count=count, tasks=tasks)
         lengths.add(batch.shape[2])
         return batch
 

@@ -95,7 +95,7 @@ def test_what_is_dropped_is_neither_read_nor_given_a_gradient_and_the_rest_is_sc
     scale, seed, salt, tokens = 1.5, 99, 7, 6
     y, _ = adapted_linear(
         x, [weight], [], params, params.detach(), table, torch.tensor([[scale]]), torch.tensor([0], dtype=torch.int32),
-        torch.tensor([p]), torch.tensor([seed]), torch.tensor([salt]), 16, tokens, True,
+        torch.tensor([p]), torch.tensor([seed]), torch.tensor([salt]), None, None, 16, tokens, True,
     )  # fmt: skip
     mask = keep_mask(seed, salt, row_index(rows, tokens, CPU), fan_in, p)
     assert 0 < int(mask.sum()) < mask.numel()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from sweeper.lora.blocks import Block
 from sweeper.lora.embedding import AdaptedEmbedding
 from sweeper.lora.flat import Flat
 from sweeper.lora.forms.restarts import Restarts
@@ -105,6 +106,9 @@ class AdapterSpec:
         keep_best: whether the best weights seen are kept, for early stopping.
         penalties: weights of the L2 norm of the update, of orthogonality and of the norms of A and B.
         noise: alpha of NEFTune.
+        blocks: rank blocks that act on the rows of some of its `tasks`, in the order of their ranks; their scales stand
+            in for `scales`. None: all ranks act on every row.
+        orthogonality: weight of |A A'^T|^2 over all modules, for A of a block and A' of every one before it.
     """
 
     ranks: Mapping[str, int]
@@ -124,6 +128,9 @@ class AdapterSpec:
     keep_best: bool = False
     penalties: tuple[float, float, float] = (0.0, 0.0, 0.0)
     noise: float = 0.0
+    blocks: tuple[Block, ...] = ()
+    tasks: int = 1
+    orthogonality: float = 0.0
 
     @property
     def rated(self) -> bool:
@@ -146,7 +153,8 @@ class AdapterSpec:
             ranks=dict(self.ranks),
             forms=frozenset() if FORMS[self.form].plain else frozenset({self.form}),
             stores=frozenset(name for name, needed in wanted.items() if needed),
-        )
+            blocks=len(self.blocks), tasks=self.tasks if self.blocks else 0,
+        )  # fmt: skip
 
     def live_rows(self, name: str, step: int) -> slice:
         """The ranks of a module that train at a step (from 0)."""
@@ -160,23 +168,30 @@ class AdapterSpec:
 
     def settled(self) -> "AdapterSpec":
         """The adapter without what only its training needs."""
-        return replace(self, average=None, keep_best=False, penalties=(0.0, 0.0, 0.0), noise=0.0)
+        return replace(self, average=None, keep_best=False, penalties=(0.0, 0.0, 0.0), noise=0.0, orthogonality=0.0)
 
     def shape(self) -> dict[str, Any]:
         """All that time and memory of a step depend on."""
         return {
             "ranks": sorted(self.ranks.items()), "form": self.form, "dropout": self.dropout > 0, "rated": self.rated,
             "copies": self.copies, "noise": self.noise > 0, "penalties": [weight > 0 for weight in self.penalties],
+            **({"blocks": len(self.blocks), "tasks": self.tasks} if self.blocks else {}),
+            **({"orthogonality": True} if self.orthogonality else {}),
         }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capacity:
-    """What a slot can hold: module name -> highest rank, forms but plain ones, stores besides values and moments."""
+    """What a slot can hold: module name -> highest rank, forms but plain ones, stores besides values and moments.
+
+    `blocks` and `tasks` are the most that there may be of rank blocks and of tasks that they tell apart.
+    """
 
     ranks: Mapping[str, int]
     forms: frozenset[str] = frozenset()
     stores: frozenset[str] = frozenset()
+    blocks: int = 0
+    tasks: int = 0
 
     @classmethod
     def of(cls, given: "Capacity | Mapping[str, int]") -> "Capacity":
@@ -188,16 +203,19 @@ class Capacity:
         """What can hold whatever any of these can."""
         ranks: dict[str, int] = {}
         forms, stores = frozenset[str](), frozenset[str]()
+        blocks = tasks = 0
         for one in capacities:
+            blocks, tasks = max(blocks, one.blocks), max(tasks, one.tasks)
             for name, rank in one.ranks.items():
                 ranks[name] = max(rank, ranks.get(name, 0))
             forms, stores = forms | one.forms, stores | one.stores
-        return cls(ranks=ranks, forms=forms, stores=stores)
+        return cls(ranks=ranks, forms=forms, stores=stores, blocks=blocks, tasks=tasks)
 
     def holds(self, other: "Capacity") -> bool:
         """Whether what fits into `other` fits here."""
         fits = all(rank <= self.ranks.get(name, 0) for name, rank in other.ranks.items())
-        return fits and other.forms <= self.forms and other.stores <= self.stores
+        told = other.blocks <= self.blocks and other.tasks <= self.tasks
+        return fits and told and other.forms <= self.forms and other.stores <= self.stores
 
     def extra(self, target: Target) -> int:
         """Values of a module that some form has besides A and B."""

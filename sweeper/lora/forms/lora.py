@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sweeper.lora.blocks import rows_of
 from sweeper.lora.forms import peft
 from sweeper.lora.forms.begin import principal, uniform
 from sweeper.lora.forms.form import AdapterSpec, Form, SharedTensors, Wrapped
@@ -26,6 +27,10 @@ def parts(target: Target, rank: int) -> tuple[Part, ...]:
 def begin(segment: Segment, adapter: AdapterSpec, group: Wrapped, values: Sequence[Tensor]) -> None:
     """Fills A and B, and where they do not begin at zero the frozen half that takes that off."""
     target, (a, b) = segment.target, values[:2]
+    if adapter.blocks:
+        for block, rows in zip(adapter.blocks, rows_of(adapter.blocks, target.name), strict=True):
+            uniform(target, a[rows], b[rows], adapter.seed, again=block.level)
+        return
     trained = adapter.trained.get(target.name, len(a))
     if adapter.begin == "uniform":
         uniform(target, a[:trained], b[:trained], adapter.seed)

@@ -43,8 +43,9 @@ class PackedLauncher(Launcher):
 
         assert self.config is not None
         assert self.hydra_context is not None
+        loader = self.hydra_context.config_loader
         jobs = [
-            config.from_config(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides)))
+            config.from_config(loader.load_sweep_config(self.config, list(overrides)), loader)
             for overrides in job_overrides
         ]
         if any(settings != jobs[0][1] for _, settings in jobs):

@@ -1,0 +1,121 @@
+"""Figures of runs of several tasks: together against alone, one task through another's blocks, one after another."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import continual, draw, layout, shown
+from analysis.analyse import Analysis
+from analysis.style import GREY, Look, looks
+from analysis.tables import title
+from analysis.together import ALONE, FIELD, THEN
+from analysis.venues import DEFAULT, LEAST_FONT, Venue
+
+MOST_ARMS = 6
+CELL, AROUND = 0.28, 1.05
+"""Inches of a row of a transfer matrix, and of what is around its rows."""
+
+
+def together(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
+    """What training with others did to each task: the difference to the same arm of it alone."""
+    tests = analysis.tables["tests"]
+    tests = tests[(tests["family"] == FIELD) & (tests["metric"] == analysis.metric) & tests["low"].notna()]
+    if tests.empty:
+        return "no task was trained alone as it was with others"
+    names = {name: shown.named(analysis, str(name)) for name in tests["setting"].unique()}
+    labels = [_brief(analysis, names[row["setting"]][row["b"]][1]) for row in tests.to_dict("records")]
+    tests = shown.first(tests.assign(label=labels).sort_values(["setting", "label"], kind="stable"))
+    figure, axes = layout.panels(
+        venue, shown.settings(tests), height=layout.TEST[1] + layout.TEST[0] * shown.most_of(tests),
+        wide=max(map(len, labels)) > layout.LONG,
+    )  # fmt: skip
+    for name, ax in axes.items():
+        draw.forest(ax, tests[tests["setting"] == name])
+        layout.shorten(ax, share=0.6)
+        ax.set_xlabel(f"{title(analysis.metric)},\ntogether − alone")
+    layout.finish(figure, axes, {}, "", beside=True)
+    layout.thin(figure, axes.values())
+    return figure
+
+
+def _brief(analysis: Analysis, label: str) -> str:
+    """The name of an arm, shorter: without what it was trained with, where that is the same tasks everywhere."""
+    runs = analysis.found.runs
+    known = [str(one) for one in runs[FIELD].unique() if one != ALONE] if FIELD in runs else []
+    if len(known) > 1:
+        return label
+    label = label.replace(f"{FIELD}={known[0]}", "")
+    options = [key.split(".")[-1] for key in runs if key.startswith(f"{FIELD}.option.")]
+    words = [word for word in label.split() if word.split("=")[0] not in options]
+    return " ".join(word.removeprefix("sharing=") for word in words)
+
+
+def transfer(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
+    """How far the NLL of each task through another's blocks lies above that through its own, an arm a panel."""
+    table = analysis.tables["transfer"]
+    if table.empty:
+        return "no run has tasks with blocks of their own"
+    table = table.assign(arm=[_brief(analysis, label) for label in table["arm"]])
+    arms = list(dict.fromkeys(table["arm"]))[:MOST_ARMS]
+    tasks = sorted(set(table["task"]) | set(table["adapter"]))
+    figure, axes = layout.panels(venue, arms, height=AROUND + CELL * len(tasks), wide=len(tasks) > 3)
+    top = float(table["rise"].max())
+    for name, ax in axes.items():
+        matrix_TT = np.zeros((len(tasks), len(tasks)))
+        for row in table[table["arm"] == name].to_dict("records"):
+            matrix_TT[tasks.index(row["task"]), tasks.index(row["adapter"])] = row["rise"]
+        _matrix(ax, matrix_TT, tasks, top)
+        ax.set_xlabel("through the blocks of")
+    layout.finish(figure, axes, {}, "task scored", beside=True)
+    return figure
+
+
+def _matrix(ax: Axes, matrix_TT: np.ndarray, tasks: Sequence[str], top: float) -> None:
+    ax.imshow(matrix_TT, cmap="cividis_r", vmin=min(0.0, float(matrix_TT.min())), vmax=max(top, 1e-9), aspect="auto")
+    for i in range(len(tasks)):
+        for j in range(len(tasks)):
+            text = "own" if i == j else f"{matrix_TT[i, j]:+.2f}"
+            dark = matrix_TT[i, j] > 0.55 * top
+            ax.text(j, i, text, ha="center", va="center", fontsize=LEAST_FONT, color="white" if dark else "black")
+    short = [layout.shortened(task, 14) for task in tasks]
+    ax.set_xticks(range(len(tasks)), short, rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(tasks)), short)
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+
+
+def forgetting_curves(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
+    """Scores of each task while the tasks are learnt one after another, an arm a panel; of the first order there is."""
+    panels: dict[str, pd.DataFrame] = {}
+    tasks: list[str] = []
+    for (_, arm), runs in continual.sequences(analysis.found).items():
+        order = runs[0][0]
+        tasks = tasks or order.split(THEN)
+        found = [_curve(folder, one.split(THEN), analysis) for one, folder in runs if one == order]
+        found = [curve for curve in found if len(curve)]
+        if found and len(panels) < MOST_ARMS:
+            panels[arm] = pd.concat(found).groupby(["task", "step"], as_index=False)["value"].mean()
+    if not panels:
+        return "no run has tasks one after another"
+    look: dict[str, Look] = looks(tasks)
+    figure, axes = layout.panels(venue, list(panels), wide=True)
+    for name, ax in axes.items():
+        for task, part in panels[name].groupby("task", sort=False):
+            one = look[str(task)]
+            ax.plot(
+                part["step"], part["value"], color=one.colour, marker=one.marker, linestyle=one.line, markersize=3.5
+            )
+        ends = np.linspace(0, panels[name]["step"].max(), len(tasks) + 1)[1:-1]
+        for end in ends:
+            ax.axvline(end, color=GREY, linewidth=0.5, linestyle=":")
+        ax.set_xlabel("step")
+    layout.finish(figure, axes, look, f"{analysis.found.split} {title(analysis.metric)}")
+    return figure
+
+
+def _curve(folder: Path, tasks: Sequence[str], analysis: Analysis) -> pd.DataFrame:
+    return continual.curve(folder, tasks, analysis.metric, split=analysis.found.split)

@@ -1,0 +1,15 @@
+"""Several tasks one after another, as equal parts of a run's steps: continual learning (docs/tasks_together.md).
+
+`dataset.options.replay` is the share of a step's examples that comes from the tasks before, alike.
+"""
+
+from sweeper.tasks import mixture
+
+OPTIONS = {
+    "replay": "share of each step's examples that are of the tasks before (0)",
+    "weights": mixture.OPTIONS["weights"],
+}
+UNIT = mixture.UNIT
+
+check = mixture.check
+version = mixture.version

@@ -1,0 +1,217 @@
+"""Runs of several tasks in the analysis: each task beside the runs of it alone, transfer, tasks one after another."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from analysis import analyse, captions, continual, load, task_figures
+from sweeper.record import METRICS, PREDICTIONS, RECORD, perplexity
+
+TASKS = ("icd10_chapter", "hpo_term")
+EXAMPLES, TOKENS = 120, 8
+
+
+def score(nll: float) -> dict[str, Any]:
+    return {
+        "nll": nll, "tokens": EXAMPLES * TOKENS, "examples": EXAMPLES, "perplexity": perplexity(nll),
+        "metrics": {"exact_match": math.exp(-nll)},
+    }  # fmt: skip
+
+
+def part(name: str) -> dict[str, Any]:
+    return {"name": name, "family": name, "metrics": ["exact_match"], "options": {}}
+
+
+def write_run(
+    study: Path, nlls: Mapping[str, float], *, sharing: str = "single", family: str = "", seed: int = 0,
+    lr: float = 1e-3, stages: Sequence[Mapping[str, float]] = (), through: Mapping[str, Any] | None = None,
+    validation: float | None = None,
+) -> None:  # fmt: skip
+    """A run of one task, or of several in the order of `nlls`, with these test NLLs after training (6 before)."""
+    several = bool(family)
+    names = list(nlls)
+    dataset = part(names[0])
+    if several:
+        dataset = {
+            "name": family,
+            "family": family,
+            "options": {"weights": "uniform"},
+            "parts": [part(n) for n in names],
+        }
+    spec = {
+        "model": {"name": "smollm2_135m", "source": "gguf", "location": "x", "config": {}}, "dataset": dataset,
+        "method": {"name": "lora", "options": {}}, "placement": {"name": "attn", "roles": ["attn_q"], "layers": "all"},
+        "allocation": {"name": "uniform"}, "rank": 8, "alpha": 16.0, "seed": seed, "optim": {"lr": lr},
+        "trainer": {"max_steps": 10, "batch_size": 8}, "evaluation": {"name": "default"},
+        **({} if sharing == "single" else {"sharing": {"name": sharing}}),
+    }  # fmt: skip
+    run_id = f"{abs(hash(json.dumps([spec, lr]))):012x}"[:12]
+    folder = study / run_id
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    hard = {name: np.random.default_rng(len(name)).normal(0, 0.5, EXAMPLES) for name in names}
+    scores, rows, data = {}, [], {}
+    for split in ("validation", "test"):
+        for name in names:
+            after = nlls[name] if split == "test" or validation is None else validation
+            key = f"{split}/{name}" if several else split
+            each = np.maximum(after + hard[name] - hard[name].mean() + rng.normal(0, 0.05, EXAMPLES), 1e-3)
+            each += after - each.mean()
+            scores[key] = {"before": score(6.0), "after": score(after)}
+            data[key] = {"examples": EXAMPLES, "groups": EXAMPLES}
+            rows += [
+                {
+                    "split": key, "moment": moment, "id": f"{name}-{i}", "nll": float(value) * TOKENS, "tokens": TOKENS,
+                    "exact_match": 0.0,
+                }
+                for moment, values in (("before", np.full(EXAMPLES, 6.0)), ("after", each))
+                for i, value in enumerate(values)
+            ]  # fmt: skip
+        if several:
+            over = [scores[f"{split}/{name}"]["after"]["nll"] for name in names]
+            scores[split] = {"before": score(6.0), "after": score(float(np.mean(over)))}
+    curve = [
+        {"step": step, "split": f"test/{name}", "moment": str(step), "nll": nll, "exact_match": math.exp(-nll)}
+        for step, stage in zip((0, *range(5, 5 * len(stages), 5), 10), stages, strict=False)
+        for name, nll in stage.items()
+    ]
+    (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in curve))
+    (folder / PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = {
+        "run_id": run_id, "study": "s", "status": "completed", "spec": spec, "modules": [], "schema": 1, "steps": 10,
+        "trainable_parameters": 1000, "total_parameters": 100_000, "scores": scores, "data": data,
+        "environment": {"content": {"dataset": "; ".join(f"{name}==1" for name in names)}},
+        "sharing": {"through": through} if through else {},
+    }  # fmt: skip
+    (folder / RECORD).write_text(json.dumps(record))
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Two tasks alone and together: together the first is better by .2 nats, the second worse by .3."""
+    folder = tmp_path / "study"
+    for seed in range(3):
+        jitter = 0.004 * (seed - 1)
+        for name, nll in zip(TASKS, (1.0, 2.0), strict=True):
+            write_run(folder, {name: nll + jitter}, seed=seed)
+        both = dict(zip(TASKS, (0.8 - jitter, 2.3 + jitter), strict=True))
+        across = {TASKS[0]: {TASKS[1]: 3.0}, TASKS[1]: {TASKS[0]: 4.3}}
+        write_run(folder, both, sharing="shared", family="mixture", seed=seed, through=across)
+    return folder
+
+
+def test_a_run_of_several_tasks_is_a_row_of_each(study: Path) -> None:
+    found = load(study)
+    assert found.counts() == {"completed": 9}
+    assert len(found.runs) == 12
+    together = found.runs[found.runs["together"] != "alone"]
+    assert set(together["dataset"]) == set(TASKS)
+    assert set(together["together"]) == {"icd10_chapter + hpo_term"}
+    own = together[together["dataset"] == "hpo_term"]
+    assert sorted(own["test.nll"]) == pytest.approx([2.296, 2.3, 2.304])
+    assert set(own["made_with.dataset.content"]) == {"hpo_term==1"}
+    assert not [column for column in found.runs if "/" in column or column.startswith("forgetting")]
+    columns = found.example_columns(own["run_id"].iloc[0], split="test", phase="after")
+    assert len(columns["id"]) == EXAMPLES
+    assert columns["id"][0] == "hpo_term-0"
+
+
+def test_training_together_is_compared_with_training_alone(study: Path) -> None:
+    tests = analyse(load(study), draws=200).tables["tests"]
+    rows = tests[(tests["metric"] == "nll") & (tests["family"] == "together")].set_index("setting")
+    assert len(rows) == 2
+    for task, wanted in zip(TASKS, (-0.2, 0.3), strict=True):
+        row = rows.loc[task]
+        assert "together=alone" in row["a"]
+        assert row["difference"] == pytest.approx(wanted, abs=0.02)
+        assert row["p_holm"] < 0.05
+        assert row["low"] < wanted < row["high"]
+
+
+def test_the_nll_through_anothers_blocks_is_set_beside_its_own(study: Path) -> None:
+    table = analyse(load(study), draws=200).tables["transfer"].set_index("task")
+    assert table.loc["hpo_term", "adapter"] == "icd10_chapter"
+    assert table.loc["hpo_term", "nll"] == pytest.approx(4.3)
+    assert table.loc["hpo_term", "rise"] == pytest.approx(2.0)
+    assert table.loc["hpo_term", "rise_low"] < 2.0 < table.loc["hpo_term", "rise_high"]
+    assert table.loc["icd10_chapter", "rise"] == pytest.approx(2.2)
+
+
+def test_a_rate_is_chosen_by_the_score_over_all_tasks(tmp_path: Path) -> None:
+    """At the lower rate the first task is better, at the higher one the mean is."""
+    folder = tmp_path / "study"
+    for lr, nlls in ((1e-4, (0.5, 4.0)), (1e-3, (1.0, 2.0))):
+        write_run(folder, dict(zip(TASKS, nlls, strict=True)), family="mixture", lr=lr)
+    found = analyse(load(folder), draws=100).found
+    assert [arm.trial["optim.lr"] for setting in found.settings for arm in setting.arms] == [1e-3, 1e-3]
+
+
+def test_the_measures_of_a_sequence_are_those_of_their_papers() -> None:
+    accuracy = np.array([[0.1, 0.2, 0.3], [0.9, 0.3, 0.3], [0.7, 0.8, 0.5], [0.6, 0.75, 0.95]])
+    found = continual.measures(accuracy, "exact_match")
+    assert found["average"] == pytest.approx((0.6 + 0.75 + 0.95) / 3)
+    assert found["backward"] == pytest.approx(((0.6 - 0.9) + (0.75 - 0.8)) / 2)
+    assert found["forward"] == pytest.approx(((0.3 - 0.2) + (0.5 - 0.3)) / 2)
+    assert found["forgetting"] == pytest.approx(((0.9 - 0.6) + (0.8 - 0.75)) / 2)
+    nats = continual.measures(1 - accuracy, "nll")
+    assert nats["average"] == pytest.approx(1 - found["average"])
+    assert [nats[name] for name in continual.MEASURES[1:]] == pytest.approx(
+        [found[name] for name in continual.MEASURES[1:]]
+    )
+
+
+def test_orders_of_the_same_tasks_are_one_arm(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    first, second = TASKS
+    for seed in range(2):
+        for order, kept in (((first, second), 1.5), ((second, first), 1.9)):
+            stages = [
+                {order[0]: 6.0, order[1]: 6.0}, {order[0]: 1.0, order[1]: 5.0}, {order[0]: kept, order[1]: 2.0}
+            ]  # fmt: skip
+            write_run(folder, {order[0]: kept, order[1]: 2.0}, family="sequence", seed=seed, stages=stages)
+    table = analyse(load(folder), draws=200).tables["continual"]
+    (row,) = table[table["metric"] == "nll"].to_dict("records")
+    assert (row["tasks"], row["orders"], row["seeds"]) == (2, 2, 2)
+    assert row["forgetting"] == pytest.approx((0.5 + 0.9) / 2)
+    assert row["backward"] == pytest.approx(-(0.5 + 0.9) / 2)
+    assert row["forward"] == pytest.approx(1.0)
+    assert row["average"] == pytest.approx((1.5 + 2.0 + 1.9 + 2.0) / 4)
+    assert row["forgetting_low"] < row["forgetting"] < row["forgetting_high"]
+
+
+def test_a_sequence_that_was_not_scored_between_is_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "study", dict.fromkeys(TASKS, 1.0), family="sequence")
+    assert analyse(load(tmp_path / "study"), draws=50).tables["continual"].empty
+
+
+def test_studies_of_single_tasks_have_no_new_columns(tmp_path: Path) -> None:
+    write_run(tmp_path / "study", {TASKS[0]: 1.0})
+    found = load(tmp_path / "study")
+    assert not {"together", "_parts"} & set(found.runs)
+    assert found.fields.count("sharing") == 1
+
+
+def test_figures_of_several_tasks_are_made_and_captioned(study: Path, tmp_path: Path) -> None:
+    found = analyse(load(study), draws=100)
+    apart, across = task_figures.together(found), task_figures.transfer(found)
+    assert isinstance(apart, Figure)
+    assert isinstance(across, Figure)
+    names = [label.get_text() for ax in apart.axes for label in ax.get_yticklabels()]
+    assert names == ["attn r8 shared"] * 2
+    assert "+2.00" in {text.get_text() for ax in across.axes for text in ax.texts}
+    assert "together minus alone" in captions.caption(found, "together")
+    assert task_figures.forgetting_curves(found) == "no run has tasks one after another"
+    stages = [dict.fromkeys(TASKS, 6.0), {TASKS[0]: 1.0, TASKS[1]: 5.0}, {TASKS[0]: 1.5, TASKS[1]: 2.0}]
+    write_run(tmp_path / "sequence", stages[-1], family="sequence", stages=stages)
+    sequence = analyse(load(tmp_path / "sequence"), draws=100)
+    curves = task_figures.forgetting_curves(sequence)
+    assert isinstance(curves, Figure)
+    lines = {tuple(np.asarray(line.get_ydata()).tolist()) for line in curves.axes[0].get_lines()}
+    assert {(6.0, 1.0, 1.5), (6.0, 5.0, 2.0)} <= lines
+    assert task_figures.together(sequence) == "no task was trained alone as it was with others"

@@ -1,0 +1,237 @@
+"""Runs of several tasks from spec to record: scores and adapters by task, stages of a sequence, resuming, bad input."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional
+
+from sweeper import config
+from sweeper.errors import Problems, SweeperError
+from sweeper.record import Record, read_record
+from sweeper.spec import DatasetSpec, RunSpec, Settings, SharingSpec
+from sweeper.study import plan
+from sweeper.tasks import encode
+
+MakeTogether = Callable[..., RunSpec]
+
+
+@pytest.fixture
+def together(make_run: Callable[..., RunSpec], parity: dict[str, Any], tmp_path: Path) -> MakeTogether:
+    """A run of two tasks: whether numbers are odd, and their last digit."""
+    path = tmp_path / "digit.jsonl"
+    rows = [
+        {
+            "id": str(n), "prompt": f"{(3 * n) % 80 + 10} ends in", "response": str((3 * n) % 10),
+            "split": "train" if n < 30 else "validation" if n < 40 else "test", "group": str(n // 2),
+        }
+        for n in range(50)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = tuple(
+        DatasetSpec(name=name, family="jsonl", path=str(where), template="plain", max_length=64)
+        for name, where in (("parity", parity["path"]), ("digit", path))
+    )
+
+    def make(
+        sharing: str = "single", placement: str = "attn", *, family: str = "mixture",
+        options: dict[str, Any] | None = None, share: dict[str, Any] | None = None, **changes: Any,
+    ) -> RunSpec:  # fmt: skip
+        spec = make_run(placement, **({"rank": 8, "trainer": {"batch_size": 4, "max_steps": 6}} | changes))
+        dataset = DatasetSpec(name=family, family=family, parts=parts, options=options or {})
+        return dataclasses.replace(spec, dataset=dataset, sharing=SharingSpec(name=sharing, **(share or {})))
+
+    return make
+
+
+def recorded(tmp_path: Path, spec: RunSpec, study: str = "study") -> Record:
+    return read_record(tmp_path / study / spec.run_id)
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_scores_predictions_and_sizes_are_by_task(together: MakeTogether, run_all: Any, tmp_path: Path) -> None:
+    spec = together("shared", options={"sampling": "equal"}, evaluation={"every_steps": 3})
+    run_all([spec])
+    found = recorded(tmp_path, spec)
+    assert set(found.scores) == {f"{s}{t}" for s in ("validation", "test") for t in ("", "/parity", "/digit")}
+    after = {name: phases["after"] for name, phases in found.scores.items()}
+    before = {name: phases["before"] for name, phases in found.scores.items()}
+    own = [after["test/parity"].nll, after["test/digit"].nll]
+    assert after["test"].nll == pytest.approx(sum(own) / 2)
+    assert after["test"].metrics["worst_nll"] == max(own)
+    gains = [before[f"test/{task}"].nll - after[f"test/{task}"].nll for task in ("parity", "digit")]
+    assert after["test"].metrics["mean_gain"] == pytest.approx(sum(gains) / 2)
+    assert after["test"].metrics["worst_gain"] == pytest.approx(min(gains))
+    assert after["test"].examples == after["test/parity"].examples + after["test/digit"].examples
+    folder = tmp_path / "study" / spec.run_id
+    rows = lines(folder, "predictions.jsonl")
+    assert {row["split"] for row in rows} == {f"{s}/{t}" for s in ("validation", "test") for t in ("parity", "digit")}
+    assert all(("group" in row) == row["split"].endswith("digit") for row in rows)
+    assert {row["split"] for row in lines(folder) if row.get("moment") == "3"} == {
+        "validation", "validation/parity", "validation/digit"
+    }  # fmt: skip
+    sizes = {name: facts["examples"] for name, facts in found.data.items()}
+    assert sizes["train"] == sizes["train/parity"] + sizes["train/digit"] == 80
+    assert found.data["test"]["groups"] == found.data["test/parity"]["groups"] + found.data["test/digit"]["groups"]
+    assert found.data["test/parity"]["majority"]
+
+
+def test_what_blocks_cost_is_recorded(together: MakeTogether, run_all: Any, tmp_path: Path) -> None:
+    specs = [together(name, options={"sampling": "equal"}) for name in ("single", "shared", "per_task")]
+    run_all(specs)
+    single, shared, apart = (recorded(tmp_path, spec) for spec in specs)
+    one = single.trainable_parameters
+    assert single.sharing == {}
+    assert shared.trainable_parameters == 3 * one / 2
+    assert apart.trainable_parameters == 2 * one
+    for found in (shared, apart):
+        assert found.sharing["active_parameters"] == {"parity": one, "digit": one}
+        assert found.efficiency.train_flops == pytest.approx(single.efficiency.train_flops, rel=1e-2)
+    assert [block["name"] for block in shared.sharing["blocks"]] == ["common", "parity", "digit"]
+    assert [block["steps"] for block in shared.sharing["blocks"]] == [6, 6, 6]
+
+
+def test_each_task_is_scored_through_the_others_blocks_and_where_it_is_not_named(
+    together: MakeTogether, run_all: Any, tmp_path: Path
+) -> None:
+    spec = together("per_task", optim={"lr": 3e-2})
+    run_all([spec])
+    found = recorded(tmp_path, spec)
+    through = found.sharing["through"]
+    assert {task: set(own) for task, own in through.items()} == {"parity": {"digit"}, "digit": {"parity"}}
+    pairs = (("parity", "digit"), ("digit", "parity"))
+    own = {task: found.scores[f"test/{task}"]["after"].nll for task in through}
+    assert all(abs(through[task][other] - own[task]) > 1e-4 for task, other in pairs)
+    routing = found.sharing["routing"]
+    assert routing["router"] == "nearest centroid"
+    counts = {task: sum(row.values()) for task, row in routing["confusion"].items()}
+    assert counts == {task: found.scores[f"test/{task}"]["after"].examples for task in own}
+    right = sum(row.get(task, 0) for task, row in routing["confusion"].items())
+    assert routing["accuracy"] == right / sum(counts.values()) > 0.8  # the prompts have words of their own
+    for task, _ in pairs:
+        if routing["confusion"][task] == {task: counts[task]}:
+            assert routing["scores"][task]["nll"] == pytest.approx(own[task], rel=1e-6)
+
+
+@pytest.mark.parametrize("sharing", ["shared", "per_task", "hierarchical", "stack"])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_each_tasks_adapter_gives_its_scores_in_stock_peft(
+    sharing: str, together: MakeTogether, run_all: Any, load: Any, tmp_path: Path
+) -> None:
+    share = {"tree": ("parity", ("digit",))} if sharing == "hierarchical" else {}
+    family = "sequence" if sharing == "stack" else "mixture"
+    spec = together(sharing, "full", share=share, family=family, optim={"lr": 3e-2}, rank=12 if share else 8)
+    run_all([spec])
+    found, base = recorded(tmp_path, spec), load("llama")
+    names = [part.name for part in spec.dataset.parts]
+    place = tmp_path / "study" / spec.run_id / "tasks"
+    model = PeftModel.from_pretrained(copy.deepcopy(base.model), place / names[0] / "adapter", adapter_name=names[0])
+    model.load_adapter(place / names[1] / "adapter", names[1])
+    for part in spec.dataset.parts:
+        model.set_adapter(part.name)
+        examples = encode(part, base.tokenizer, model_key="", cache=None)["test"].examples
+        total = count = 0.0
+        for example in examples:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([example.input_ids])).logits[0]
+            targets = torch.tensor(example.input_ids[example.prompt_length :])
+            total += float(functional.cross_entropy(logits[example.prompt_length - 1 : -1], targets, reduction="sum"))
+            count += len(targets)
+        assert total / count == pytest.approx(found.scores[f"test/{part.name}"]["after"].nll, rel=1e-5)
+        assert total / count < found.scores[f"test/{part.name}"]["before"].nll
+
+
+def test_every_task_is_scored_when_one_is_over(together: MakeTogether, run_all: Any, tmp_path: Path) -> None:
+    specs = [together("single", family="sequence"), together("per_task", family="sequence")]
+    run_all(specs)
+    for spec in specs:
+        curve = lines(tmp_path / "study" / spec.run_id)
+        between = [row["split"] for row in curve if row.get("moment") == "3"]
+        assert sorted(between) == sorted(f"{s}{t}" for s in ("validation", "test") for t in ("", "/parity", "/digit"))
+    # a task with ranks of its own forgets nothing, to the bit, while the next one is learnt
+    scored = {row["moment"]: row["nll"] for row in curve if row.get("split") == "test/parity"}
+    assert scored["3"] == scored["after"] < scored["before"]
+    assert recorded(tmp_path, specs[1]).sharing["blocks"][1]["steps"] == 3
+
+
+def test_a_sequence_goes_on_in_the_middle_of_a_task(together: MakeTogether, run_all: Any, tmp_path: Path) -> None:
+    spec = together("stack", family="sequence", trainer={"max_steps": 8, "batch_size": 4})
+    run_all([spec], "whole")
+    run_all([spec], "cut", stop_after=5)
+    assert not (tmp_path / "cut" / spec.run_id / "record.json").exists()
+    run_all([spec], "cut")
+    whole, cut = recorded(tmp_path, spec, "whole"), recorded(tmp_path, spec, "cut")
+    for name, phases in whole.scores.items():
+        assert cut.scores[name]["after"].nll == pytest.approx(phases["after"].nll, rel=1e-6)
+    curves = [
+        [(row["split"], row["moment"]) for row in lines(tmp_path / study / spec.run_id) if row.get("moment") == "4"]
+        for study in ("whole", "cut")
+    ]
+    assert curves[0] == curves[1] != []
+
+
+def test_the_order_of_a_sequence_and_the_sharing_are_in_the_id(together: MakeTogether) -> None:
+    spec = together("single", family="sequence")
+    turned = dataclasses.replace(spec, dataset=dataclasses.replace(spec.dataset, parts=spec.dataset.parts[::-1]))
+    assert len({spec.run_id, turned.run_id, together("per_task", family="sequence").run_id}) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["dataset.parts=[icd10_chapter]"], "made of two tasks or more"),
+        (["dataset.parts=[icd10_chapter,icd10_chapter]"], "icd10_chapter is there twice"),
+        (["dataset.parts=[icd10_chapter,human_eval]"], "dataset=human_eval is for evaluation only"),
+        (["dataset.options.sampling=even"], "dataset.options.sampling=even: no such dataset.options.sampling. Choose"),
+        (["dataset.options.temperature=2"], "is for dataset.options.sampling=temperature"),
+        (["dataset.options.sampling=temperature", "dataset.options.temperature=0"], "must be above 0"),
+        (["sharing=hierarchical", "sharing.tree=[icd10_chapter]"], "licence_category is not in the tree"),
+        (
+            ["sharing=hierarchical", "sharing.tree=[icd10_chapter,[licence_category,icd10_chapter]]"],
+            "in the tree twice",
+        ),
+        (["sharing=hierarchical", "sharing.tree=[icd10_chapter,licence]"], "Did you mean licence_category?"),
+        (["sharing=stack"], "sharing=stack is for tasks one after another: dataset=sequence"),
+        (["dataset=sequence", "sharing=stack", "dataset.options.replay=0.5"], "train those before again"),
+        (["sharing=per_task", "+sharing.orthogonality=1"], "is for sharing=orthogonal, not per_task"),
+        (["sharing=shared", "rank=1"], "leaves nothing for the block of"),
+        (["sharing=shared", "sharing.levels=[4]"], "a rank for each of 2 levels"),
+        (["sharing=per_task", "method=dora"], "method=dora has no rank blocks; lora, rslora"),
+        (["sharing=per_task", "placement.head=true"], "placement.embeddings and placement.head cannot be"),
+        (["sharing=per_task", "optim.norm_penalty=0.1"], "the penalties of optim are of a whole adapter"),
+        (["sharing=shared", "sharing.private=ff", "placement=attn"], "placement=ff"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line_before_work_starts(
+    overrides: list[str], line: str, composer: Any, tmp_path: Path
+) -> None:
+    given = ["model=tiny_llama", f"output_root={tmp_path}"]
+    if "dataset=sequence" not in overrides:
+        given.append("dataset=mixture")
+    if not any(one.startswith("dataset.parts") for one in overrides):
+        given.append("dataset.parts=[icd10_chapter,licence_category]")
+
+    def planned() -> plan.Plan:
+        found = config.expand([*given, *overrides], composer)
+        return plan.make(found.arms, found.settings)
+
+    with pytest.raises(SweeperError) as caught:
+        planned()
+    (said,) = caught.value.lines
+    assert line in said
+    assert "\n" not in said
+
+
+def test_sharing_without_tasks_is_one_line(make_run: Any, tmp_path: Path) -> None:
+    spec = make_run(sharing={"name": "per_task"})
+    with pytest.raises(Problems, match="sharing=per_task needs several tasks: dataset=mixture"):
+        plan.check([spec], Settings(study="x", output_root=str(tmp_path)))
