@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example models lm-eval qlora fetch commit-file test test-slow lint format audit licences clean
+.PHONY: help install sweep paper example models lm-eval qlora fetch commit-file test test-slow fuzz lint format audit licences clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -71,7 +71,10 @@ test: $(VENV)/.installed-test  ## run the test suite
 	$(PYTEST) -m "not slow" $(TEST)
 
 test-slow: $(VENV)/.installed-test  ## run the tests that take long: simulated studies, clusters, compilers, lost GPUs
-	$(PYTEST) -m slow $(TEST)
+	$(PYTEST) -m "slow and not long" $(TEST)
+
+fuzz: $(VENV)/.installed-test  ## run thousands of random commands, overrides and records (tens of minutes)
+	$(PYTEST) -m long $(TEST)
 
 lint: $(STAMP)  ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -101,6 +101,7 @@ def test_some_commands_end_without_a_traceback(root: Path, place: Path, capsys: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_thousands_of_commands_end_without_a_traceback(
     root: Path, place: Path, capsys: pytest.CaptureFixture[str]

@@ -86,6 +86,7 @@ def test_a_wrong_override_is_a_line(found: list[str], composer: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 @LONG
 @given(found=st.lists(lines, min_size=1, max_size=6))
@@ -202,6 +203,7 @@ def test_a_changed_record_is_a_line(data: Any, original: dict[str, Any], tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 @LONG
 @given(data=st.data())
@@ -210,6 +212,7 @@ def test_many_changed_records_are_lines(data: Any, original: dict[str, Any], tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 @settings(parent=QUICK, max_examples=80)
 @given(data=st.data())
