@@ -15,7 +15,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from analysis import aggregate, captions, contrasts, curves, draw, layout, manifest, shown, task_figures
+from analysis import (
+    aggregate,
+    captions,
+    contrasts,
+    curves,
+    draw,
+    layout,
+    manifest,
+    shown,
+    task_figures,
+    together,
+)
 from analysis.analyse import Analysis
 from analysis.arms import BASE, FULL, higher_is_better
 from analysis.style import GREY, styled
@@ -415,8 +426,8 @@ def makers(analysis: Analysis) -> dict[str, Maker]:
         "forest": forest, "detectable": detectable, "performance_profile": performance_profile,
         "share_kept": share_kept, "learning_rate": learning_rate, "training_curves": training_curves,
         "validation_curves": validation_curves, "learn_forget": learn_forget, "where_rank_went": where_rank_went,
-        "where_energy_went": where_energy_went, "importance": importance, "together": task_figures.together,
-        "transfer": task_figures.transfer, "forgetting_curves": task_figures.forgetting_curves,
+        "where_energy_went": where_energy_went, "importance": importance,
+        **(task_figures.MAKERS if together.FIELD in analysis.found.runs else {}),
     }  # fmt: skip
 
 

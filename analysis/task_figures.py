@@ -119,3 +119,7 @@ def forgetting_curves(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | st
 
 def _curve(folder: Path, tasks: Sequence[str], analysis: Analysis) -> pd.DataFrame:
     return continual.curve(folder, tasks, analysis.metric, split=analysis.found.split)
+
+
+MAKERS = {"together": together, "transfer": transfer, "forgetting_curves": forgetting_curves}
+"""Of a study that has runs of several tasks."""

@@ -283,7 +283,8 @@ class TestConversion:
         (final.parent / f".{final.name}.killed" / "model.safetensors").write_bytes(b"half")
         with pytest.raises(ModelError, match=r"a\.gguf cannot be dequantised"):
             files.converted(str(tmp_path / "a.gguf"))
-        assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+        # the digest of a file that is not brand-new is kept, which on a slow machine this one may not be
+        assert {path.name for path in cache.iterdir() if not path.name.endswith(".lock")} <= {"digests"}
 
     def test_a_cache_that_cannot_be_written_is_said_so(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
