@@ -415,7 +415,8 @@ def score_columns(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict
     rises = []
     for split, phases in scores.items():
         for phase, score in phases.items():
-            for name in (split, phase, *(score.get("metrics") or {})):
+            # of a run of several tasks a split may be one task's: SPLIT/TASK
+            for name in (*split.split("/", 1), phase, *(score.get("metrics") or {})):
                 if not NAME.fullmatch(name):
                     raise ValueError(f"{name[:40]!r} is no name of a split or metric")
             prefix = f"{split}." if phase == "after" else f"{split}.{phase}."

@@ -279,7 +279,8 @@ def read_record(folder: Path) -> Record:
 
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("run_id", "study", "started", "finished"), str),
-    **dict.fromkeys(("spec", "scores", "efficiency", "data", "environment", "search", "saved", "error"), dict),
+    **dict.fromkeys(("spec", "scores", "efficiency", "data", "environment", "search"), dict),
+    **dict.fromkeys(("saved", "sharing", "error"), dict),
     **dict.fromkeys(("trainable_parameters", "total_parameters", "steps"), int),
     "modules": list,
 }

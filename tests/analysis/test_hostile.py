@@ -126,7 +126,7 @@ def test_what_a_terminal_would_obey_is_not_printed() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../evil", "/etc/evil", "a/b", "..", ".hidden", "a}b", "a\\b", "a\nb", "a b", "x" * 99, ""]
+    "name", ["../../evil", "/etc/evil", "a/b/c", "a/..", "..", ".hidden", "a}b", "a\\b", "a\nb", "a b", "x" * 99, ""]
 )
 def test_a_metric_or_split_is_no_path(name: str, study: Path, tmp_path: Path) -> None:
     first, second = runs(study)[:2]
