@@ -60,12 +60,15 @@ def queue_evaluation(
 
 
 def _queue_general(pack: Pack, slots: Sequence[int], state: RunState) -> Scoring:
-    """The general text; of runs whose tasks have blocks of their own through the blocks of each."""
+    """The general text; of runs of several tasks by task, each through the blocks that act on it."""
     queue = functools.partial(queue_examples, pack, slots, general_examples(pack), None)
-    if not (pack.store.lanes.gated and state.spec.dataset.parts):
-        return queue()
     names = [part.name for part in state.spec.dataset.parts]
-    return _queue_tasks(pack, names, [queue] * len(names))
+    if not names:
+        return queue()
+    if pack.store.lanes.gated:
+        return _queue_tasks(pack, names, [queue] * len(names))
+    once = queue()  # the same for all; what a record has does not depend on who else is in the pack
+    return _queue_tasks(pack, names, [lambda: once] * len(names))
 
 
 def _queue_tasks(pack: Pack, names: Sequence[str], queues: Sequence[Callable[[], Scoring]]) -> Scoring:

@@ -85,6 +85,24 @@ def test_scores_predictions_and_sizes_are_by_task(together: MakeTogether, run_al
     assert found.data["test/parity"]["majority"]
 
 
+def test_general_text_is_scored_through_each_tasks_blocks_whoever_shares_the_pack(
+    together: MakeTogether, run_all: Any, tmp_path: Path
+) -> None:
+    splits = {"splits": ["validation", "test", "general_text"]}
+    single, apart = (together(name, optim={"lr": 3e-2}, evaluation=splits) for name in ("single", "per_task"))
+    run_all([single], "alone")
+    run_all([single, apart], "packed")
+    names = {"general_text", "general_text/parity", "general_text/digit"}
+    for study, spec in (("alone", single), ("packed", single), ("packed", apart)):
+        assert names <= set(recorded(tmp_path, spec, study).scores)
+    alone, packed = (recorded(tmp_path, single, study).scores for study in ("alone", "packed"))
+    own = recorded(tmp_path, apart, "packed").scores
+    for name in names:
+        assert packed[name]["after"].nll == pytest.approx(alone[name]["after"].nll, rel=1e-5)
+    assert alone["general_text/parity"]["after"].nll == alone["general_text/digit"]["after"].nll
+    assert own["general_text/parity"]["after"].nll != own["general_text/digit"]["after"].nll
+
+
 def test_what_blocks_cost_is_recorded(together: MakeTogether, run_all: Any, tmp_path: Path) -> None:
     specs = [together(name, options={"sampling": "equal"}) for name in ("single", "shared", "per_task")]
     run_all(specs)
