@@ -18,6 +18,9 @@ from sweeper import record
 from sweeper.record import ADAPTER, Record
 from tests import fuzzing
 
+# commands run in this process, and one that is cut off may leave its streams closed
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
 SECONDS = 60
 SHARES = {"train.py": 0.64, "evaluate.py": 0.12, "adapters.py": 0.12, "analysis": 0.12}
 
@@ -100,8 +103,6 @@ def test_some_commands_end_without_a_traceback(root: Path, place: Path, capsys: 
     assert not found, told(found)
 
 
-@pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_thousands_of_commands_end_without_a_traceback(
     root: Path, place: Path, capsys: pytest.CaptureFixture[str]
