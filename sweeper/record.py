@@ -301,9 +301,13 @@ def check_kinds(plain: Mapping[str, Any]) -> None:
 
 def _record(plain: dict[str, Any]) -> Record:
     check_kinds(plain)
+    if not isinstance(plain["spec"], dict):
+        raise ValueError("spec is no dict")
     if plain["status"] not in get_args(Status):
         raise ValueError(f"status {plain['status']!r}")
     plain["modules"] = tuple(Module(**module) for module in plain["modules"])
+    if not all(isinstance(module.name, str) and isinstance(module.rank, int) for module in plain["modules"]):
+        raise ValueError("a module without a name or rank")
     plain["efficiency"] = Efficiency(
         **plain["efficiency"] | {"step_seconds_solo": tuple(plain["efficiency"].get("step_seconds_solo", ()))}
     )

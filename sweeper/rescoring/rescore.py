@@ -113,16 +113,20 @@ def _read(folder: Path) -> Saved | None:
     saved = (folder / ADAPTER / "adapter_model.safetensors", folder / WEIGHTS / "model.safetensors")
     if known.status != "completed" or not any(file.is_file() for file in saved):
         return None
+    try:
+        return _of_record(folder, known)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(f"{folder}: its record cannot be read: {error}") from None
+
+
+def _of_record(folder: Path, known: record.Record) -> Saved:
     ranks = {module.name: module.rank for module in known.modules}
     spec = run_spec(known.spec)
     were: dict[object, Precision] = {"float32": "float32", "bfloat16": "bfloat16"}
     precision = spec.trainer.precision
     if precision == "auto":  # this device may resolve it differently
         precision = were.get(str(known.environment.get("precision")), "auto")
-    try:
-        return Saved(folder=folder, spec=spec, ranks=ranks, precision=precision, former=former_of(known))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise DataError(f"{folder}: its record cannot be read: {error}") from None
+    return Saved(folder=folder, spec=spec, ranks=ranks, precision=precision, former=former_of(known))
 
 
 def _read_combined(folder: Path) -> Saved | None:
