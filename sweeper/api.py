@@ -29,14 +29,17 @@ class Run(run.Run):
     def model(self, *, device: str = "auto") -> Any:
         """The trained model: a `PeftModel`, or the base model itself where the run trained its weights.
 
+        Where tasks have blocks of their own it has an adapter for each, by the task's name (`model.set_adapter`).
+
         Raises:
             SweeperError: the run did not complete, or its adapter or base model cannot be loaded as it was.
         """
         from sweeper.adapters import peft_models
         from sweeper.rescoring import rescore
 
-        (saved,) = rescore.find([self.folder])
-        rescore.check_models([saved])
+        every = rescore.find([self.folder])
+        saved = every[0]
+        rescore.check_models(every)
         if note := self.record.saved.get("peft"):
             raise DataError(
                 f"{self.folder}: PEFT does not give this run's logits ({note}); adapters.py merge writes them"
@@ -46,7 +49,9 @@ class Run(run.Run):
         if tuned is not None:
             return peft_models.with_weights(base, tuned)
         peft_models.untie(base, set(saved.ranks))
-        return peft_models.adapted(base, {"default": saved.adapter})
+        if len(every) == 1:
+            return peft_models.adapted(base, {"default": saved.adapter})
+        return peft_models.adapted(base, {one.folder.name: one.adapter for one in every})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -152,8 +152,8 @@ def _each(paths: Sequence[Path]) -> "list[Saved]":
     for path in paths:
         runs = rescore.find([path])
         if runs[0].folder != path:
-            names = ", ".join(run.folder.name for run in runs[:4])
-            raise DataError(f"{path}: give a run's folder, such as {path / runs[0].folder.name} (runs here: {names})")
+            names = ", ".join(str(run.folder.relative_to(path)) for run in runs[:4])
+            raise DataError(f"{path}: give the folder of one adapter, such as {runs[0].folder} (here: {names})")
         found.append(runs[0])
     _check_models(found)
     return found

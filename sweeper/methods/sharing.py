@@ -94,7 +94,11 @@ def names(spec: RunSpec) -> tuple[str, ...]:
 
 def check(spec: RunSpec) -> None:
     """Raises SpecError for a sharing that there is not, or that the run's tasks and options do not fit."""
-    sharing = spec.sharing
+    sharing, steps, tasks = spec.sharing, spec.trainer.max_steps, len(spec.dataset.parts)
+    if spec.dataset.family == "sequence" and 0 < steps < tasks:
+        raise SpecError(
+            f"trainer.max_steps={steps}: dataset=sequence has {tasks} tasks, which take a step each at least"
+        )
     if sharing.name not in SHARINGS:
         raise SpecError(unknown("sharing", sharing.name, SHARINGS))
     if sharing.name == "single":

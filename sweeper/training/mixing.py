@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from sweeper.errors import SpecError
 from sweeper.tasks.mixture import Mixing
 from sweeper.training.batches import DataOrder
 
@@ -33,12 +34,23 @@ class Mixture:
 
     @classmethod
     def of(cls, mixing: Mixing, sizes: Mapping[str, int], *, steps: int, per_step: int) -> "Mixture":
-        """The mixture of tasks with so many training examples, in steps of so many."""
+        """The mixture of tasks with so many training examples, in steps of so many.
+
+        Raises:
+            SpecError: a task would have no example at all.
+        """
         every = list(sizes.values())
         ends = [stage.stop for stage in stages(len(every), steps)] if mixing.sequence else []
+        drawn = counts(shares(mixing, every, steps), per_step)
+        for name, seen in zip(sizes, drawn.sum(0), strict=True):
+            if steps and not seen:
+                raise SpecError(
+                    f"trainer.max_steps={steps}: {name} would have no example in {steps} steps of {per_step}; give "
+                    "more steps, or dataset.options.sampling=equal"
+                )
         return cls(
-            names=tuple(sizes), task_of=np.repeat(np.arange(len(every)), every),
-            counts=counts(shares(mixing, every, steps), per_step), weighting=mixing.weights,
+            names=tuple(sizes), task_of=np.repeat(np.arange(len(every)), every), counts=drawn,
+            weighting=mixing.weights,
             stage_ends=frozenset(ends[:-1]),
         )  # fmt: skip
 

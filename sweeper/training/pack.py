@@ -19,6 +19,7 @@ from torch import Tensor
 from sweeper import lost
 from sweeper.lora import noise
 from sweeper.lora.forms import AdapterSpec, Capacity
+from sweeper.lora.optimizer import IDLE, LR
 from sweeper.lora.seeds import for_rows
 from sweeper.lora.slot_store import SlotStore
 from sweeper.lora.store import AdapterStore
@@ -186,14 +187,14 @@ class Pack:
             part = self._micro_step(batch)
             losses = part if losses is None else losses + part
         rows = {slot: state.hyperparameters() for slot, state in moving}
-        rates = {slot: state.learning_rate for slot, state in moving}
         self.sound = False
         norms = self.store.update(rows, {slot: state.done + 1 for slot, state in moving})
         entries = []
         for (slot, state), total in zip(moving, totals, strict=True):
             state.done += 1
             state.tokens += total
-            entries.append((slot, state, state.done, rates[slot], total))
+            rate = max(row[LR] for row in rows[slot] if row is not IDLE)  # of several rank blocks the highest
+            entries.append((slot, state, state.done, rate, total))
         assert losses is not None
         one_off = time.perf_counter() - began if self.warming else 0.0
         self.pending.append(_Pending(entries, len(losses), fetch(torch.cat([losses, norms])), one_off))

@@ -13,7 +13,7 @@ from sweeper.errors import gist
 from sweeper.lora.slot_store import Saved
 from sweeper.training import checkpoint
 from sweeper.training.calibrate import Solo
-from sweeper.training.evaluate import evaluate, find_routes, queue_evaluation, queue_routed, queue_through
+from sweeper.training.evaluate import Scoring, evaluate, find_routes, queue_evaluation, queue_routed, queue_through
 from sweeper.training.events import Event, RunFinished, RunStarted, Stage, Step
 from sweeper.training.failure import MEMORY, Failure
 from sweeper.training.loaded import Loaded
@@ -25,7 +25,6 @@ from sweeper.training.run_state import EvaluatedSplit, RunState, StepResult
 
 T = TypeVar("T")
 Group = Sequence[tuple[int, RunState]]  # slots and their runs, of one dataset and evaluation
-Scoring = Callable[[], list[EvaluatedSplit]]
 
 VALIDATION = "validation"
 # steps that a CUDA device is given before it has done the first, so that it need not wait for the host: as many as
@@ -324,8 +323,8 @@ class PackTrainer:
             if state.best is not None:
                 self.pack.store.take_best(slot)
         self._score_splits(whole, "after")
-        self._score_through([(slot, state) for slot, state in whole if state.run_id in self.running])
-        self._score_routed([(slot, state) for slot, state in whole if state.run_id in self.running])
+        for score_otherwise in (self._score_through, self._score_routed):
+            score_otherwise([entry for entry in whole if entry[1].run_id in self.running and _is_shared(entry[1])])
         share = (time.perf_counter() - began) / max(len(whole), 1)
         if whole:
             self.clock.restart()
@@ -365,7 +364,7 @@ class PackTrainer:
 
     def _score_through(self, whole: Group) -> None:
         """Scores the test examples of each task through the blocks of every other one, where tasks have their own."""
-        for group in _by_dataset([entry for entry in whole if entry[1].clocks]):
+        for group in _by_dataset(whole):
             with self.context.timeline.span("evaluate"):
                 found, failed = self._score(group, functools.partial(queue_through, self.pack))
             self._fail(failed)
@@ -377,7 +376,7 @@ class PackTrainer:
 
     def _score_routed(self, whole: Group) -> None:
         """Scores the test examples of runs whose tasks have blocks of their own as if their task were not known."""
-        for group in _by_dataset([entry for entry in whole if entry[1].clocks]):
+        for group in _by_dataset(whole):
             with self.context.timeline.span("evaluate"):
                 found, failed = self._score(group, self._queue_routed)
             self._fail(failed)
@@ -455,6 +454,11 @@ def _midway(state: RunState, done: int) -> bool:
     """Whether a run is evaluated after some steps: every so many, and when a task of a sequence is over."""
     every = state.spec.evaluation.every_steps
     return done > 0 and ((every > 0 and done % every == 0) or done in state.stage_ends)
+
+
+def _is_shared(state: RunState) -> bool:
+    """Whether a run's tasks have blocks of their own, and it is scored on test."""
+    return bool(state.clocks) and "test" in state.spec.evaluation.splits
 
 
 def _leads_on(state: RunState) -> bool:

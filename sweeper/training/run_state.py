@@ -199,11 +199,6 @@ class RunState:
         return self.done in self.stage_ends
 
     @property
-    def learning_rate(self) -> float:
-        """That of the next step; of several rank blocks the highest."""
-        return max(row[LR] for row in self.hyperparameters() if row is not IDLE)
-
-    @property
     def seed(self) -> int:
         return self.run.spec.seed
 

@@ -50,7 +50,7 @@ def test_a_trained_study_is_looked_at_combined_and_merged(
 
 def test_a_study_is_not_one_run(saved: Callable[..., Saved], tmp_path: Path) -> None:
     run = saved("a")
-    with pytest.raises(DataError, match=r"study: give a run's folder, such as .*a \(runs here: a\)"):
+    with pytest.raises(DataError, match=r"study: give the folder of one adapter, such as .*a \(here: a\)"):
         command.main(["merge", str(run.folder.parent), "--out", str(tmp_path / "x")])
     with pytest.raises(SpecError, match=r"--method=sum: no such --method"):
         command.main(["combine", str(run.folder), "--out", str(tmp_path / "x"), "--method", "sum"])

@@ -12,12 +12,16 @@ import torch
 from peft import PeftModel
 from torch.nn import functional
 
+import sweeper
 from sweeper import config
-from sweeper.errors import Problems, SweeperError
+from sweeper.adapters import command
+from sweeper.errors import DataError, Problems, SpecError, SweeperError
 from sweeper.record import Record, read_record
 from sweeper.spec import DatasetSpec, RunSpec, Settings, SharingSpec
 from sweeper.study import plan
 from sweeper.tasks import encode
+from sweeper.tasks.mixture import Mixing
+from sweeper.training.mixing import Mixture
 
 MakeTogether = Callable[..., RunSpec]
 
@@ -101,6 +105,33 @@ def test_general_text_is_scored_through_each_tasks_blocks_whoever_shares_the_pac
         assert packed[name]["after"].nll == pytest.approx(alone[name]["after"].nll, rel=1e-5)
     assert alone["general_text/parity"]["after"].nll == alone["general_text/digit"]["after"].nll
     assert own["general_text/parity"]["after"].nll != own["general_text/digit"]["after"].nll
+
+
+def test_a_run_that_is_not_scored_on_test_is_not_scored_there_otherwise(
+    together: MakeTogether, run_all: Any, tmp_path: Path
+) -> None:
+    spec = together("per_task", evaluation={"splits": ["validation"]})
+    run_all([spec])
+    found = recorded(tmp_path, spec)
+    assert set(found.scores) == {"validation", "validation/parity", "validation/digit"}
+    assert not {"through", "routing"} & set(found.sharing)
+
+
+def test_a_task_that_no_step_would_have_is_refused() -> None:
+    sizes, mixing = {"large": 10_000, "small": 3}, Mixing()
+    with pytest.raises(SpecError, match="small would have no example in 6 steps of 4; give more steps"):
+        Mixture.of(mixing, sizes, steps=6, per_step=4)
+    alike = dataclasses.replace(mixing, sampling="equal")
+    assert Mixture.of(alike, sizes, steps=6, per_step=4).counts.sum(0).min() == 12
+
+
+def test_a_trained_model_has_an_adapter_for_each_task(together: MakeTogether, run_all: Any, tmp_path: Path) -> None:
+    spec = together("per_task")
+    run_all([spec])
+    (run,) = sweeper.load_study(tmp_path / "study").runs
+    assert set(run.model(device="cpu").peft_config) == {"parity", "digit"}
+    with pytest.raises(DataError, match=r"give the folder of one adapter, such as .*tasks/digit"):
+        command.main(["merge", str(run.folder), "--out", str(tmp_path / "out")])
 
 
 def test_what_blocks_cost_is_recorded(together: MakeTogether, run_all: Any, tmp_path: Path) -> None:
@@ -221,6 +252,7 @@ def test_the_order_of_a_sequence_and_the_sharing_are_in_the_id(together: MakeTog
         (["sharing=stack"], "sharing=stack is for tasks one after another: dataset=sequence"),
         (["dataset=sequence", "sharing=stack", "dataset.options.replay=0.5"], "train those before again"),
         (["sharing=per_task", "+sharing.orthogonality=1"], "is for sharing=orthogonal, not per_task"),
+        (["dataset=sequence", "trainer.max_steps=1"], "has 2 tasks, which take a step each at least"),
         (["sharing=shared", "rank=1"], "leaves nothing for the block of"),
         (["sharing=shared", "sharing.levels=[4]"], "a rank for each of 2 levels"),
         (["sharing=per_task", "method=dora"], "method=dora has no rank blocks; lora, rslora"),
