@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.arms import Arrangement
+from analysis import compare
+from analysis.arms import Arm, Arrangement
 from analysis.load import Study
 from sweeper.record import perplexity, shortened
 
@@ -32,6 +33,8 @@ CONDITIONS = {
     "sandbox_python": "Python of the sandbox", "model.content": "model files", "dataset.content": "data version",
 }  # fmt: skip
 NUMBERLESS = ("hydra-core", "omegaconf")
+UNEQUAL = 0.05
+"""Share by which the examples that two arms trained on may differ without a finding."""
 SHORTENED = 0.01
 """Share of a split's examples that may be left out or truncated without a finding."""
 
@@ -40,7 +43,8 @@ def check(study: Study, found: Arrangement) -> pd.DataFrame:
     """All findings, wrong numbers first. Columns: check, subject, message."""
     rows = [
         *_perplexities(study), *_unfinite(found), *_parameters(study), *_replicates(found), *_examples(study, found),
-        *_conditions(found), *_shortened(study), *_fairness(found), *_choice(found), *_source(found), *_costs(found),
+        *_conditions(found), *_shortened(study), *_fairness(found), *_together(found), *_choice(found), *_source(found),
+        *_costs(found),
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=CHECK_COLUMNS)
 
@@ -257,6 +261,25 @@ def expected_parameters(row: Mapping[str, Any]) -> int | None:
     groups = size("num_key_value_heads") or heads
     per_layer = (2 * (width + heads * head) + 2 * (width + groups * head)) * ("attn_q" in roles)
     return int(rank * layers * (per_layer + 3 * (width + inner) * ("ff_down" in roles)))
+
+
+def _together(found: Arrangement) -> Iterator[tuple[str, str, str]]:
+    """Tasks that were trained with others on another number of their own examples than alone."""
+    for setting in found.settings:
+        for pair in compare.from_alone(setting):
+            alone, others = _seen(pair.a), _seen(pair.b)
+            if abs(np.log(others / alone)) > np.log1p(UNEQUAL):
+                text = f"{others:,.0f} examples of it were trained on, {alone:,.0f} in the arm of the task alone: "
+                yield "unequal training", f"{setting.name}: {pair.b.label}", f"{text}company is not all that differs"
+
+
+def _seen(arm: Arm) -> float:
+    """Examples of its task that an arm's runs trained on, repeats counted."""
+    runs = arm.runs
+    if "data.train.seen" in runs and runs["data.train.seen"].notna().all():
+        return float(runs["data.train.seen"].median())
+    passes = runs["trainer.accumulation"].fillna(1) if "trainer.accumulation" in runs else 1
+    return float((runs["steps"] * runs["trainer.batch_size"] * passes).median())
 
 
 def _fairness(found: Arrangement) -> Iterator[tuple[str, str, str]]:

@@ -41,7 +41,7 @@ def pairs(found: Arrangement) -> Iterator[Pair]:
     """
     for setting in found.settings:
         factors = list(setting.arms[0].factors) if setting.arms else []
-        yield from _apart(setting)
+        yield from from_alone(setting)
         for factor in (factor for factor in factors if factor != together.FIELD):
             groups: dict[tuple[str, ...], list[Arm]] = {}
             for arm in setting.arms:
@@ -56,7 +56,7 @@ def pairs(found: Arrangement) -> Iterator[Pair]:
             yield from (Pair(setting=setting, family=FULL, a=full, b=arm) for arm in others)
 
 
-def _apart(setting: Setting) -> Iterator[Pair]:
+def from_alone(setting: Setting) -> Iterator[Pair]:
     """Arms of a task trained with others, each against the one of it alone that is otherwise the same.
 
     How it was mixed, and the batch, of which others have a share, are part of that.

@@ -35,7 +35,7 @@ STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
 # earlier versions: with accumulation, a step's examples depended on how it was split into passes
 ORDER = "trainer.order"
-SIZES = ("examples", "groups", "truncated", "dropped")  # of a split, in a record's data
+SIZES = ("examples", "groups", "truncated", "dropped", "seen")  # of a split, in a record's data
 MADE_WITH = ("precision", "device_type", "device", "attention", "sandbox_python")  # of a record's environment
 # of a split or metric, which tables and figures are named by: no path, no LaTeX
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+:-]{0,79}")

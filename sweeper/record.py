@@ -124,6 +124,7 @@ class Record:
     """Everything the analysis may know about a run. `scores` maps split -> "before"/"after" -> Score; `data`
     has the sizes of each split and, as `majority`, what always giving the commonest training answer scores on it; of
     "train" also the `order` of its examples (none: that of former versions, in which each pass of a step had its own).
+    `seen` of a task's "train" is how many of its examples the run trained on, repeats counted.
     `groups` of a split is the number of its independent units (none: a former version, which did not say).
 
     `saved` says which weights were scored "after" and saved: those of which `step`, whether a moving `average` of them,

@@ -67,6 +67,7 @@ def write_run(
             name: ({"order": "by step"} if name == "train" else {})
             | facts
             | {"majority": dict(splits[name].majority)}
+            | _seen(state, name)
             for name, facts in data_of(state.splits).items()
         },
         efficiency=_efficiency(state, adapter_bytes, solo, pack),
@@ -135,6 +136,14 @@ def _write_weights(state: RunState, weights: Weights) -> int:
         )  # fmt: skip
     write_readme(folder, state.spec, proved.refused)
     return size
+
+
+def _seen(state: RunState, split: str) -> dict[str, int]:
+    """How many examples of one of its tasks a run has trained on, repeats counted; nothing of other splits."""
+    split, _, task = split.partition("/")
+    if split != "train" or not task or state.mixture is None:
+        return {}
+    return {"seen": int(state.mixture.counts[: state.done, state.mixture.names.index(task)].sum())}
 
 
 def _blocks(state: RunState) -> tuple[Block, ...]:

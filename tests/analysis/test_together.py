@@ -31,7 +31,7 @@ def part(name: str) -> dict[str, Any]:
 def write_run(
     study: Path, nlls: Mapping[str, float], *, sharing: str = "single", family: str = "", seed: int = 0,
     lr: float = 1e-3, stages: Sequence[Mapping[str, float]] = (), through: Mapping[str, Any] | None = None,
-    validation: float | None = None,
+    validation: float | None = None, seen: int = 80,
 ) -> None:  # fmt: skip
     """A run of one task, or of several in the order of `nlls`, with these test NLLs after training (6 before)."""
     several = bool(family)
@@ -65,6 +65,8 @@ def write_run(
             each += after - each.mean()
             scores[key] = {"before": score(6.0), "after": score(after)}
             data[key] = {"examples": EXAMPLES, "groups": EXAMPLES}
+            if several:
+                data[f"train/{name}"] = {"examples": 100, "seen": seen}
             rows += [
                 {
                     "split": key, "moment": moment, "id": f"{name}-{i}", "nll": float(value) * TOKENS, "tokens": TOKENS,
@@ -132,6 +134,19 @@ def test_training_together_is_compared_with_training_alone(study: Path) -> None:
         assert row["difference"] == pytest.approx(wanted, abs=0.02)
         assert row["p_holm"] < 0.05
         assert row["low"] < wanted < row["high"]
+
+
+def test_a_task_that_saw_fewer_of_its_examples_with_others_is_named(study: Path) -> None:
+    def unequal() -> list[str]:
+        checks = analyse(load(study), draws=50).tables["checks"]
+        return list(checks[checks["check"] == "unequal training"]["message"])
+
+    assert not unequal()
+    both = dict.fromkeys(TASKS, 1.0)
+    for seed in range(3):
+        write_run(study, both, sharing="per_task", family="sequence", seed=seed, seen=40)
+    said = "40 examples of it were trained on, 80 in the arm of the task alone: company is not all that differs"
+    assert unequal() == [said] * 2
 
 
 def test_the_nll_through_anothers_blocks_is_set_beside_its_own(study: Path) -> None:

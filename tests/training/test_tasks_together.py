@@ -87,6 +87,7 @@ def test_scores_predictions_and_sizes_are_by_task(together: MakeTogether, run_al
     assert sizes["train"] == sizes["train/parity"] + sizes["train/digit"] == 80
     assert found.data["test"]["groups"] == found.data["test/parity"]["groups"] + found.data["test/digit"]["groups"]
     assert found.data["test/parity"]["majority"]
+    assert [found.data[f"train/{task}"]["seen"] for task in ("parity", "digit")] == [12, 12]
 
 
 def test_general_text_is_scored_through_each_tasks_blocks_whoever_shares_the_pack(
