@@ -1,6 +1,6 @@
-"""Rank blocks of an adapter: consecutive ranks that act on the rows of some tasks only, y += B (g * A x).
+"""Rank blocks of an adapter: consecutive ranks that act on the rows of some tasks only, y += s B (g * A x).
 
-The gate g of a row is s = alpha / rank of every block that acts on the row's task, and 0 for the others. A block has a
+The gate g of a row is 1 for every block that acts on the row's task, and 0 for the others. A block has a
 clock of its own: the optimiser clips, corrects and schedules it by itself, and leaves it as it is in a step that has no
 row it trains on.
 """
@@ -20,7 +20,7 @@ class Block:
     Attributes:
         level: its depth in the tree of tasks, from 0; blocks of one level begin alike, others do not.
         acts: the tasks whose rows run through it. trains: those whose rows it learns from.
-        ranks: module name -> its rank there, which may be 0. scales: -> its factor on B A.
+        ranks: module name -> its rank there; absent where it has none.
     """
 
     name: str
@@ -28,7 +28,6 @@ class Block:
     acts: frozenset[int]
     trains: frozenset[int]
     ranks: Mapping[str, int]
-    scales: Mapping[str, float]
 
 
 def rows_of(blocks: Sequence[Block], module: str) -> list[slice]:

@@ -115,8 +115,7 @@ class AdapterStore(Flat[AdapterSpec]):
         self.held[slot], self.rated[slot] = adapter, adapter.rated
         self.placed[slot] = placed = Placed.of(self.layout.by_slot[slot], form.parts, adapter.ranks)
         for segment in placed.segments:
-            scale = 1.0 if adapter.blocks else adapter.scales[segment.target.name]
-            self.wrapping.enter(segment, adapter.ranks[segment.target.name], scale)
+            self.wrapping.enter(segment, adapter.ranks[segment.target.name], adapter.scales[segment.target.name])
         self.wrapping.gate(slot, adapter.blocks)
         self._set_clocks(slot, adapter.blocks)
         if state is not None:

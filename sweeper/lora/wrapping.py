@@ -91,10 +91,8 @@ class Wrapping:
             table = self.gates.host[segment.group].reshape(self.layout.slots, self.tasks, members, -1)
             own = table[slot, :, segment.member]
             own[:] = 0.0 if blocks else 1.0
-            name = segment.target.name
-            for block, rows in zip(blocks, rows_of(blocks, name), strict=True):
-                if name in block.scales:
-                    own[sorted(block.acts), rows] = block.scales[name]
+            for block, rows in zip(blocks, rows_of(blocks, segment.target.name), strict=True):
+                own[sorted(block.acts), rows] = 1.0
 
     def upload(self) -> None:
         self.tables.upload()

@@ -231,7 +231,7 @@ def _with_blocks(spec: RunSpec, ranks: Ranks, made: AdapterSpec) -> AdapterSpec:
     """The adapter in the rank blocks that its tasks share it by."""
     if spec.sharing.name == "single":
         return made
-    found = sharing.blocks(spec, ranks, next(iter(made.scales.values())))
+    found = sharing.blocks(spec, ranks)
     every = {target.name: rank for target, rank in sharing.totals(ranks, found).items()}
     scales = {name: made.scales[name] for name in every}
     return replace(

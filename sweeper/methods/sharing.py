@@ -128,12 +128,12 @@ def check(spec: RunSpec) -> None:
         raise SpecError(f"{start}: trainer.patience would end all tasks at once; its blocks have none")
 
 
-def blocks(spec: RunSpec, ranks: Ranks, scale: float) -> tuple[Block, ...]:
+def blocks(spec: RunSpec, ranks: Ranks) -> tuple[Block, ...]:
     """The rank blocks of a run; none where all tasks share all ranks.
 
     Args:
         ranks: what the run's allocation gives each module: the ranks that a row runs through in all, or those of all
-            blocks (`sharing.budget`). scale: the run's factor on B A, which each block keeps.
+            blocks (`sharing.budget`).
 
     Raises:
         SpecError: the ranks do not go round.
@@ -149,7 +149,6 @@ def blocks(spec: RunSpec, ranks: Ranks, scale: float) -> tuple[Block, ...]:
         Block(
             name=node.name, level=node.level, acts=node.acts, trains=node.trains,
             ranks={target.name: own[number] for target, own in spread.items() if own[number]},
-            scales={target.name: scale for target, own in spread.items() if own[number]},
         )
         for number, node in enumerate(nodes)
     )  # fmt: skip

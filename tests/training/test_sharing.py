@@ -73,6 +73,7 @@ class Reference:
         assert isinstance(job.adapter, AdapterSpec)
         assert job.mixture is not None
         self.job, self.blocks, self.mixture = job, job.adapter.blocks, job.mixture
+        self.scales = job.adapter.scales
         self.model = copy.deepcopy(base.model).requires_grad_(False)
         self.parts: list[dict[str, tuple[nn.Parameter, nn.Parameter]]] = [{} for _ in self.blocks]
         self.optimizers = []
@@ -95,7 +96,7 @@ class Reference:
                 a, b = own[name]
                 if len(a):
                     acts = torch.tensor([int(task) in block.acts for task in self.tasks], dtype=output.dtype)
-                    output = output + acts[:, None, None] * block.scales[name] * (inputs[0] @ a.t()) @ b
+                    output = output + acts[:, None, None] * self.scales[name] * (inputs[0] @ a.t()) @ b
             return output
 
         return add
@@ -209,7 +210,8 @@ def test_a_constant_gate_is_plain_lora_bit_for_bit(
     base = load("llama")
     gated = shared(base, "per_task", rank=4)
     block = dataclasses.replace(gated.adapter.blocks[0], acts=frozenset(range(3)), trains=frozenset(range(3)))
-    plain = dataclasses.replace(gated.adapter, blocks=(), tasks=1, ranks=dict(block.ranks), scales=dict(block.scales))
+    scales = {name: gated.adapter.scales[name] for name in block.ranks}
+    plain = dataclasses.replace(gated.adapter, blocks=(), tasks=1, ranks=dict(block.ranks), scales=scales)
     one = dataclasses.replace(plain, blocks=(block,), tasks=3)
     jobs = [dataclasses.replace(gated, adapter=adapter) for adapter in (one, plain)]
     traces = [train(base, [job], capacities=[job.capacity])[job.run_id] for job in jobs]

@@ -106,8 +106,8 @@ class AdapterSpec:
         keep_best: whether the best weights seen are kept, for early stopping.
         penalties: weights of the L2 norm of the update, of orthogonality and of the norms of A and B.
         noise: alpha of NEFTune.
-        blocks: rank blocks that act on the rows of some of its `tasks`, in the order of their ranks; their scales stand
-            in for `scales`. None: all ranks act on every row.
+        blocks: rank blocks that act on the rows of some of its `tasks`, in the order of their ranks. None: all ranks
+            act on every row.
         orthogonality: weight of |A A'^T|^2 over all modules, for A of a block and A' of every one before it.
     """
 
