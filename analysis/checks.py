@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import compare
+from analysis import compare, together
 from analysis.arms import Arm, Arrangement
 from analysis.load import Study
 from sweeper.record import perplexity, shortened
@@ -274,12 +274,12 @@ def _together(found: Arrangement) -> Iterator[tuple[str, str, str]]:
 
 
 def _seen(arm: Arm) -> float:
-    """Examples of its task that an arm's runs trained on, repeats counted."""
+    """Examples of its task that an arm's runs trained on, repeats counted; NaN where their records do not say."""
     runs = arm.runs
-    if "data.train.seen" in runs and runs["data.train.seen"].notna().all():
-        return float(runs["data.train.seen"].median())
-    passes = runs["trainer.accumulation"].fillna(1) if "trainer.accumulation" in runs else 1
-    return float((runs["steps"] * runs["trainer.batch_size"] * passes).median())
+    if (runs[together.FIELD] == together.ALONE).all():
+        passes = runs["trainer.accumulation"].fillna(1) if "trainer.accumulation" in runs else 1
+        return float((runs["steps"] * runs["trainer.batch_size"] * passes).median())
+    return float(runs["data.train.seen"].median()) if "data.train.seen" in runs else np.nan
 
 
 def _fairness(found: Arrangement) -> Iterator[tuple[str, str, str]]:
