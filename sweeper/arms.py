@@ -157,6 +157,8 @@ class Arm:
         plain.pop("seed")
         for name in ("model", "dataset"):
             plain[name].pop(placed_by_content(getattr(self.default, name)), None)
+        for part, own in zip(self.default.dataset.parts, plain["dataset"].get("parts", ()), strict=True):
+            own.pop(placed_by_content(part), None)
         for section in plain.values():
             if isinstance(section, dict) and "code" in section:
                 section["code"].pop("plugin")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sweeper import config, content, identity, naming, record, tasks
-from sweeper.arms import grouped, single
+from sweeper.arms import Arm, grouped, single
 from sweeper.errors import DataError, Problems
 from sweeper.identity import Identities
 from sweeper.record import Record
@@ -153,6 +153,26 @@ def test_data_of_a_package_adds_nothing_until_it_is_another_version(
     found = tasks.content(dataset).text
     assert found is not None
     assert found.endswith("==99.0")
+
+
+def test_files_of_a_datasets_parts_are_in_its_id_and_their_places_are_not(composer: Any, tmp_path: Path) -> None:
+    def arm() -> Arm:
+        parts = ",".join(f"{{jsonl: {{name: {name}, path: {place / f'{name}.jsonl'}}}}}" for name in "ab")
+        given = config.expand(["model=tiny_llama", "dataset=mixture", f"dataset.parts=[{parts}]"], composer)
+        (found,) = Identities(tmp_path / "study").arms(given.arms)
+        return found
+
+    place = tmp_path / "one"
+    place.mkdir()
+    for name in "ab":
+        (place / f"{name}.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    first = arm()
+    place = place.rename(tmp_path / "two")
+    moved = arm()
+    assert (moved.default.run_id, moved.key) == (first.default.run_id, first.key)
+    with (place / "b.jsonl").open("a") as file:
+        file.write('{"prompt": "c", "response": "d"}\n')
+    assert arm().default.run_id != first.default.run_id
 
 
 def test_every_package_with_data_has_a_first_version(root: Path) -> None:
