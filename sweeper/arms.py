@@ -159,6 +159,8 @@ class Arm:
             plain[name].pop(placed_by_content(getattr(self.default, name)), None)
         for part, own in zip(self.default.dataset.parts, plain["dataset"].get("parts", ()), strict=True):
             own.pop(placed_by_content(part), None)
+        if self.default.dataset.ordered_by_seed:
+            plain["dataset"]["parts"].sort(key=lambda part: part["name"])
         for section in plain.values():
             if isinstance(section, dict) and "code" in section:
                 section["code"].pop("plugin")

@@ -24,6 +24,8 @@ Spec = TypeVar("Spec")
 SCHEDULES = ("cosine", "linear", "constant")
 
 ORDERED = {"ordered": True}  # metadata of a mapping in which a later key may overrule an earlier one
+# options of several tasks that came later; left out at their defaults, so that runs of before keep their identity
+LATER_OPTIONS = {"order": "given"}
 ADDED = {"added": True}  # metadata of a field that came later; left out of plain data at its default, as of arms' keys
 MADE = {"made": True}  # metadata of a field that is filled in and never typed; left out of plain data at its default
 OF_FILES = "sha256:"  # how `content` begins where it is a digest of files
@@ -198,6 +200,8 @@ class DatasetSpec(Stored):
 
     def __post_init__(self) -> None:
         if self.parts:
+            kept = {name: value for name, value in self.options.items() if LATER_OPTIONS.get(name) != value}
+            object.__setattr__(self, "options", kept)
             common = [name for name in self.parts[0].metrics if all(name in part.metrics for part in self.parts)]
             object.__setattr__(self, "max_length", max(part.max_length for part in self.parts))
             object.__setattr__(self, "metrics", tuple(common))
@@ -209,6 +213,19 @@ class DatasetSpec(Stored):
             raise SpecError(field="dataset.train_examples", wanted=wanted, got=self.train_examples)
         if self.max_new_tokens < 0:
             raise SpecError(field="dataset.max_new_tokens", wanted="at least 0", got=self.max_new_tokens)
+
+    @property
+    def ordered_by_seed(self) -> bool:
+        """Whether the run's seed says in which order its tasks come, so that seeds replicate over orders."""
+        return bool(self.parts) and self.options.get("order") == "seed"
+
+    def ordered(self, seed: int) -> "DatasetSpec":
+        """The tasks in the order that a seed draws, whatever order they are in."""
+
+        def drawn(part: "DatasetSpec") -> str:
+            return hashlib.sha256(f"{seed}/{part.name}".encode()).hexdigest()
+
+        return dataclasses.replace(self, parts=tuple(sorted(self.parts, key=drawn)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -334,6 +351,8 @@ class RunSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.dataset.ordered_by_seed:
+            object.__setattr__(self, "dataset", self.dataset.ordered(self.seed))
         if self.rank < 1:
             raise SpecError(field="rank", wanted="at least 1", got=self.rank)
         if not (self.alpha > 0 and math.isfinite(self.alpha)):

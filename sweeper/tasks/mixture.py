@@ -24,6 +24,7 @@ OPTIONS = {
 UNIT = "that of each of its tasks"
 SAMPLINGS = ("proportional", "equal", "temperature")
 WEIGHTS = ("uniform", "size", "tokens")
+ORDERS = ("given", "seed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,7 @@ class Mixing:
     weights: str = "uniform"
     sequence: bool = False
     replay: float = 0.0
+    order: str = "given"
 
     @classmethod
     def of(cls, spec: DatasetSpec) -> "Mixing":
@@ -45,7 +47,7 @@ class Mixing:
         """
         given = {name: value for name, value in spec.options.items() if name in cls.__slots__}
         found = cls(**given, sequence=spec.family == "sequence")
-        for name, known in (("sampling", SAMPLINGS), ("weights", WEIGHTS)):
+        for name, known in (("sampling", SAMPLINGS), ("weights", WEIGHTS), ("order", ORDERS)):
             if getattr(found, name) not in known:
                 raise SpecError(unknown(f"dataset.options.{name}", str(getattr(found, name)), known))
         if not (_number(found.temperature) and found.temperature > 0):

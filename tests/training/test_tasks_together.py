@@ -286,3 +286,26 @@ def test_sharing_without_tasks_is_one_line(make_run: Any, tmp_path: Path) -> Non
     spec = make_run(sharing={"name": "per_task"})
     with pytest.raises(Problems, match="sharing=per_task needs several tasks: dataset=mixture"):
         plan.check([spec], Settings(study="x", output_root=str(tmp_path)))
+
+
+def test_the_seed_may_draw_the_order_of_the_tasks(composer: Any) -> None:
+    words = ["dataset=sequence", "dataset.parts=[icd10_chapter,hpo_term,chain_sum]", "seed=0,1,2"]
+    found = config.expand([*words, "dataset.options.order=seed"], composer)
+    (arm,) = found.arms
+    orders = [tuple(part.name for part in spec.dataset.parts) for spec in arm.defaults]
+    assert len(set(orders)) == 3
+    assert {tuple(sorted(order)) for order in orders} == {("chain_sum", "hpo_term", "icd10_chapter")}
+    other = ["dataset=sequence", "dataset.parts=[chain_sum,icd10_chapter,hpo_term]", *words[2:]]
+    assert [spec.run_id for spec in config.expand([*other, "dataset.options.order=seed"], composer).specs] == [
+        spec.run_id for spec in arm.defaults
+    ]
+    again = dataclasses.replace(arm.default, seed=2)
+    assert again.run_id == arm.defaults[2].run_id
+    assert arm.make({}, 2).run_id == again.run_id
+
+
+def test_an_order_that_is_given_is_no_part_of_what_runs_were_before(composer: Any) -> None:
+    words = ["dataset=sequence", "dataset.parts=[icd10_chapter,hpo_term]"]
+    plain, said = (config.expand([*words, *more], composer).specs[0] for more in ([], ["dataset.options.order=given"]))
+    assert plain.run_id == said.run_id
+    assert "order" not in plain.dataset.options
