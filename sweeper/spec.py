@@ -26,6 +26,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 ORDERED = {"ordered": True}  # metadata of a mapping in which a later key may overrule an earlier one
 ADDED = {"added": True}  # metadata of a field that came later; left out of plain data at its default, as of arms' keys
 MADE = {"made": True}  # metadata of a field that is filled in and never typed; left out of plain data at its default
+ADDED_OPTIONS = {"surgery": "none"}  # options of datasets that came later, with the values at which they are left out
 OF_FILES = "sha256:"  # how `content` begins where it is a digest of files
 
 
@@ -197,6 +198,9 @@ class DatasetSpec(Stored):
     code: CodeSpec | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
+        if any(self.options.get(name) == default for name, default in ADDED_OPTIONS.items()):
+            kept = {name: value for name, value in self.options.items() if value != ADDED_OPTIONS.get(name, ...)}
+            object.__setattr__(self, "options", kept)
         if self.parts:
             common = [name for name in self.parts[0].metrics if all(name in part.metrics for part in self.parts)]
             object.__setattr__(self, "max_length", max(part.max_length for part in self.parts))
@@ -292,7 +296,10 @@ class TrainerSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSpec:
-    """What is measured, when. `every_steps` 0 means only before and after training."""
+    """What is measured, when. `every_steps` 0 means only before and after training.
+
+    `conflict` is how often a run of several tasks compares their gradients (`sweeper.training.conflict`).
+    """
 
     name: str
     splits: tuple[str, ...] = ("validation", "test")
@@ -300,10 +307,12 @@ class EvaluationSpec:
     every_steps: int = 0
     generate: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    conflict: int = field(default=0, metadata=ADDED)
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise SpecError(field="evaluation.every_steps", wanted="at least 0", got=self.every_steps)
+        for name in ("every_steps", "conflict"):
+            if getattr(self, name) < 0:
+                raise SpecError(field=f"evaluation.{name}", wanted="at least 0", got=getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

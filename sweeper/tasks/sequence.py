@@ -8,6 +8,7 @@ from sweeper.tasks import mixture
 OPTIONS = {
     "replay": "share of each step's examples that are of the tasks before (0)",
     "weights": mixture.OPTIONS["weights"],
+    "surgery": mixture.OPTIONS["surgery"],
 }
 UNIT = mixture.UNIT
 
