@@ -120,6 +120,7 @@ class RunState:
         self.before: dict[str, dict[str, float]] = {}  # split -> task -> NLL of the base
         self.through: dict[str, dict[str, float]] = {}  # task -> whose blocks -> test NLL
         self.routing: dict[str, Any] = {}  # scores where the task is not named
+        self.conflict: list[dict[str, Any]] = list(kept.get("conflict", []))  # a row a comparison of gradients
         self.train_seconds: float = kept.get("train_seconds", 0.0)
         self.compile_seconds: float = kept.get("compile_seconds", 0.0)
         self.eval_seconds = 0.0
@@ -283,6 +284,7 @@ class RunState:
             "content": dict(self.content), "precision": self.precision,
             "auto": self.spec.trainer.precision == "auto",
             "environment": self.environment, "resumed_from": self.resumed,
+            **({"conflict": list(self.conflict)} if self.conflict else {}),
             "metrics": [row for row in self.metrics if row.get("moment") not in ENDS],
         }  # fmt: skip
 

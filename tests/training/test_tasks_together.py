@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,14 @@ def test_the_order_of_a_sequence_and_the_sharing_are_in_the_id(together: MakeTog
         (["sharing=per_task", "placement.head=true"], "placement.embeddings and placement.head cannot be"),
         (["sharing=per_task", "optim.norm_penalty=0.1"], "the penalties of optim are of a whole adapter"),
         (["sharing=shared", "sharing.private=ff", "placement=attn"], "placement=ff"),
+        (["dataset.options.weights=learnt"], "Choose from size, tokens, uncertainty, uniform"),
+        (["dataset.options.surgery=pc"], "Choose from none, pcgrad"),
+        (["dataset.options.surgery=pcgrad", "method=full_ft"], "is for adapters; method=full_ft trains alone"),
+        (["dataset.options.surgery=pcgrad", "sharing=per_task"], "sharing=per_task has no block that several tasks"),
+        (["dataset.options.surgery=pcgrad", "optim.norm_penalty=0.1"], "the penalties of optim are of no task"),
+        (["dataset=sequence", "dataset.options.surgery=pcgrad"], "has one task; give dataset.options.replay"),
+        (["evaluation.conflict=-1"], "evaluation.conflict must be at least 0"),
+        (["evaluation.conflict=4", "method=bitfit"], "looks at adapters; method=bitfit trains alone"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line_before_work_starts(
@@ -286,3 +295,63 @@ def test_sharing_without_tasks_is_one_line(make_run: Any, tmp_path: Path) -> Non
     spec = make_run(sharing={"name": "per_task"})
     with pytest.raises(Problems, match="sharing=per_task needs several tasks: dataset=mixture"):
         plan.check([spec], Settings(study="x", output_root=str(tmp_path)))
+
+
+def test_what_is_of_several_tasks_is_refused_of_one(make_run: Any, tmp_path: Path) -> None:
+    settings = Settings(study="x", output_root=str(tmp_path))
+    with pytest.raises(Problems, match="conflict=3 is between tasks: dataset=mixture"):
+        plan.check([make_run(evaluation={"conflict": 3})], settings)
+    with pytest.raises(Problems, match=r"no such dataset\.options\. Choose from"):
+        plan.check([make_run(dataset={"options": {"surgery": "pcgrad"}})], settings)
+
+
+def test_options_that_came_later_change_no_id(together: MakeTogether) -> None:
+    spec = together(options={"weights": "uniform"})
+    assert together(options={"weights": "uniform", "surgery": "none"}).run_id == spec.run_id
+    assert together(options={"weights": "uniform"}, evaluation={"conflict": 0}).run_id == spec.run_id
+    assert together(options={"weights": "uniform", "surgery": "pcgrad"}).run_id != spec.run_id
+    assert together(options={"weights": "uniform"}, evaluation={"conflict": 1}).run_id != spec.run_id
+
+
+def test_learnt_weights_surgery_and_conflict_from_spec_to_record_and_through_a_stop(
+    together: MakeTogether, run_all: Any, tmp_path: Path
+) -> None:
+    learnt = together(
+        options={"sampling": "equal", "weights": "uncertainty"}, evaluation={"conflict": 3}, optim={"lr": 3e-2},
+        trainer={"max_steps": 8, "batch_size": 4},
+    )  # fmt: skip
+    cut = together(
+        "shared", options={"sampling": "equal", "surgery": "pcgrad", "weights": "uncertainty"},
+        trainer={"max_steps": 8, "batch_size": 4},
+    )  # fmt: skip
+    specs = [learnt, cut]
+    run_all(specs, "whole")
+    run_all(specs, "stopped", stop_after=9)
+    run_all(specs, "stopped")
+    for spec in specs:
+        whole, stopped = (recorded(tmp_path, spec, study) for study in ("whole", "stopped"))
+        curves = [
+            [(row["loss"], row["log_variances"]) for row in lines(tmp_path / study / spec.run_id) if "loss" in row]
+            for study in ("whole", "stopped")
+        ]
+        assert curves[0] == curves[1]
+        assert len(curves[0]) == 8
+        last = curves[0][-1][1]
+        assert whole.weighing == stopped.weighing
+        for task in ("parity", "digit"):
+            assert whole.weighing[task]["log_variance"] == last[task] != 0
+            assert whole.weighing[task]["weight"] == pytest.approx(math.exp(-last[task]))
+        for name, phases in whole.scores.items():
+            assert stopped.scores[name]["after"].nll == pytest.approx(phases["after"].nll, rel=1e-6)
+    found, again = (recorded(tmp_path, learnt, study).conflict for study in ("whole", "stopped"))
+    assert found.pop("seconds") > 0
+    again.pop("seconds")
+    assert found == again
+    assert found["steps"] == [1, 4, 7]
+    assert found["pairs"] == [["parity", "digit"]]
+    assert len(found["adapter"]) == 3
+    assert set(found["modules"]) == {module.name for module in recorded(tmp_path, learnt, "whole").modules}
+    for own in found["modules"].values():
+        assert [len(row) for row in own["cosine"]] == [1] * 3
+        assert [len(row) for row in own["norms"]] == [2] * 3
+    assert recorded(tmp_path, cut, "whole").conflict == {}
