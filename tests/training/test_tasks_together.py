@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.nn import functional
 
 import sweeper
@@ -355,3 +356,38 @@ def test_learnt_weights_surgery_and_conflict_from_spec_to_record_and_through_a_s
         assert [len(row) for row in own["cosine"]] == [1] * 3
         assert [len(row) for row in own["norms"]] == [2] * 3
     assert recorded(tmp_path, cut, "whole").conflict == {}
+
+
+@pytest.mark.parametrize("sharing", ["shared", "stack"])
+def test_spectra_are_by_block(
+    sharing: str, together: MakeTogether, run_all: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = "sequence" if sharing == "stack" else "mixture"
+    spec = together(sharing, family=family, optim={"lr": 3e-2})
+    run_all([spec])
+    run = tmp_path / "study" / spec.run_id
+    command.main(["spectra", str(run), "--device", "cpu", "--update-only"])
+    shown = capsys.readouterr().out
+    names = ("common", "parity", "digit") if sharing == "shared" else ("parity", "digit")
+    assert all(name in shown for name in names)
+    plain = json.loads((run / "spectra.json").read_text())
+    found = {(one["block"], one["name"]): one for one in plain["blocks"]}
+    modules = recorded(tmp_path, spec).modules
+    assert set(found) == {(name, module.name) for name in names for module in modules}
+    # where each block lies: whose adapter, and its ranks there
+    where = {"common": ("digit", 0, 4), "parity": ("parity", 4, 8), "digit": ("digit", 4, 8)}
+    if sharing == "stack":
+        where = {"parity": ("digit", 0, 8), "digit": ("digit", 8, 16)}
+    for (block, name), one in found.items():
+        task, first, last = where[block]
+        tensors = load_file(run / "tasks" / task / "adapter" / "adapter_model.safetensors")
+        a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+        update = spec.alpha / spec.rank * b[:, first:last] @ a[first:last]
+        values = torch.linalg.svdvals(update)
+        assert one["rank"] == last - first
+        assert one["update_norm"] == pytest.approx(float(update.norm()), rel=1e-4)
+        assert one["singular_values"] == pytest.approx(values[: len(one["singular_values"])].tolist(), rel=1e-3)
+        share = values / values.sum()
+        assert one["effective_rank"] == pytest.approx(float(torch.special.entr(share).sum().exp()), rel=1e-3)
+        assert one["tasks"] == (["parity", "digit"] if block == names[0] else [block])
+    assert sum(one["energy_share"] for one in plain["blocks"]) == pytest.approx(1.0)
