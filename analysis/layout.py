@@ -76,16 +76,16 @@ def by_rank(
 
 def module_maps(
     venue: Venue, tables: Mapping[str, pd.DataFrame], value: str, label: str, top: float, *,
-    ticks: Sequence[float] | None = None,
+    ticks: Sequence[float] | None = None, around: bool = False,
 ) -> Figure:  # fmt: skip
-    """A panel an arm with a value by role and layer, and one colour bar from 0 to `top`."""
+    """A panel an arm with a value by role and layer, and one colour bar from 0 to `top`, or from -top `around` 0."""
     columns = 2 if len(tables) == 4 else min(len(tables), venue.across)
     rows = -(-len(tables) // columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(venue.width(len(tables)), 0.15 + 1.6 * rows), squeeze=False, layout="constrained"
     )
     for ax, (name, table) in zip(grid.flat, tables.items(), strict=False):
-        image = draw.by_role_and_layer(ax, table, value, top)
+        image = draw.by_role_and_layer(ax, table, value, top, around=around)
         title(ax, name)
     for unused in list(grid.flat)[len(tables) :]:
         unused.set_visible(False)

@@ -414,8 +414,10 @@ class Settings:
 
 def alone(spec: RunSpec, task: int | None = None) -> RunSpec:
     """A run whose adapter has no blocks; of one task of the run, where that is given."""
-    dataset = spec.dataset if task is None else spec.dataset.parts[task]
-    return dataclasses.replace(spec, sharing=SharingSpec(), dataset=dataset)
+    if task is None:
+        return dataclasses.replace(spec, sharing=SharingSpec())
+    evaluation = dataclasses.replace(spec.evaluation, conflict=0)
+    return dataclasses.replace(spec, sharing=SharingSpec(), dataset=spec.dataset.parts[task], evaluation=evaluation)
 
 
 def unique(specs: Iterable[Spec]) -> list[Spec]:

@@ -323,6 +323,7 @@ def test_learnt_weights_surgery_and_conflict_from_spec_to_record_and_through_a_s
     )  # fmt: skip
     cut = together(
         "shared", options={"sampling": "equal", "surgery": "pcgrad", "weights": "uncertainty"},
+        evaluation={"conflict": 1},
         trainer={"max_steps": 8, "batch_size": 4},
     )  # fmt: skip
     specs = [learnt, cut]
@@ -355,7 +356,9 @@ def test_learnt_weights_surgery_and_conflict_from_spec_to_record_and_through_a_s
     for own in found["modules"].values():
         assert [len(row) for row in own["cosine"]] == [1] * 3
         assert [len(row) for row in own["norms"]] == [2] * 3
-    assert recorded(tmp_path, cut, "whole").conflict == {}
+    assert recorded(tmp_path, cut, "whole").conflict["steps"] == [1]
+    apart = json.loads((tmp_path / "whole" / cut.run_id / "tasks" / "digit" / "combined.json").read_text())
+    assert "conflict" not in apart["spec"]["evaluation"]
 
 
 @pytest.mark.parametrize("sharing", ["shared", "stack"])
