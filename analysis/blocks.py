@@ -12,8 +12,10 @@ from analysis.stats import Draws
 from sweeper.record import SPECTRA, read_json, read_text
 
 BY_BLOCK = ("block", "level", "name", "role", "layer", "rank", "update_norm", "effective_rank", "energy_share")
+NUMBERS = ("rank", "update_norm", "effective_rank", "energy_share")
 COLUMNS = [
-    "model", "arm", "block", "role", "seeds", "ranks", "effective_rank", "low", "high", "used", "update_norm", "energy"
+    "model", "arm", "block", "role", "seeds", "ranks", "effective_rank", "low", "high", "used", "update_norm",
+    "energy_share",
 ]  # fmt: skip
 EVERY = "all"
 
@@ -39,8 +41,9 @@ def read(folder: str) -> pd.DataFrame:
     try:
         plain = read_json(read_text(Path(folder) / SPECTRA))
         rows: list[dict[str, Any]] = plain.get("blocks") or []
-        return pd.DataFrame(rows, columns=list(BY_BLOCK))
-    except (OSError, ValueError, AttributeError):  # a broken file is named where the modules are read
+        found = pd.DataFrame(rows, columns=list(BY_BLOCK))
+        return found.astype(dict.fromkeys(NUMBERS, float) | dict.fromkeys(("block", "role"), str))
+    except (OSError, ValueError, TypeError, AttributeError):  # a broken file is named where the modules are read
         return pd.DataFrame(columns=list(BY_BLOCK))
 
 
@@ -49,7 +52,7 @@ def table(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
 
     `ranks` is what the block was given in a module on average, `effective_rank` the mean over modules of what its
     update spends of it, with its interval over seeds, `used` the share; `update_norm` the Frobenius norm over the
-    modules and `energy` the share in the squared norms of all blocks, both means over seeds.
+    modules and `energy_share` the share in the squared norms of all blocks, both means over seeds.
     """
     made = []
     for model, arm, every in arms(found):
@@ -69,5 +72,5 @@ def _summary(part: pd.DataFrame, draws: Draws) -> dict[str, Any]:
     return {
         "seeds": len(spent), "ranks": ranks, "effective_rank": one.estimate, "low": one.low, "high": one.high,
         "used": one.estimate / ranks, "update_norm": float(norms.mean()),
-        "energy": float(runs["energy_share"].sum().mean()),
+        "energy_share": float(runs["energy_share"].sum().mean()),
     }  # fmt: skip

@@ -14,9 +14,9 @@ import pandas as pd
 from analysis import stats
 from analysis.arms import Arm, Arrangement
 from analysis.stats import Draws
+from analysis.together import COMPARED
 from sweeper.record import RECORD, read_json, read_text
 
-COMPARED = "conflict.steps"  # column of a run: at how many steps its tasks' gradients were compared
 ADAPTER, EVERY = "whole adapter", "all pairs"
 COLUMNS = ["model", "arm", "pair", "role", "seeds", "cosine", "low", "high", "negative", "start", "end"]
 BY_LAYER = ["model", "arm", "role", "layer", "seeds", "cosine", "low", "high", "negative"]
@@ -38,10 +38,8 @@ def arms(found: Arrangement) -> Iterator[tuple[str, Arm]]:
 
 def rows(arm: Arm) -> pd.DataFrame:
     """Every cosine of an arm's runs: run, step, pair, role (`ADAPTER`: over all modules at once), layer, cosine."""
-    parts = [
-        _of_run(str(run), _read(folder)) for run, folder in zip(arm.runs["run_id"], arm.runs["folder"], strict=True)
-    ]
-    parts = [part for part in parts if len(part)]
+    runs = zip(arm.runs["run_id"], arm.runs["folder"], strict=True)
+    parts = [part for run, folder in runs if len(part := _of_run(str(run), _read(folder)))]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=LONG)
 
 
@@ -58,10 +56,8 @@ def table(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
         for pair, of_pair in [*([(EVERY, every)] if several else []), *every.groupby("pair", sort=False)]:
             for role, part in of_pair.groupby("role", sort=False):
                 row = {"model": model, "arm": arm.label, "pair": pair, "role": role, **_summary(part, draws)}
-                first, last = (
-                    part[part["step"] == step]["cosine"] for step in (part["step"].min(), part["step"].max())
-                )
-                made.append(row | {"start": float(first.mean()), "end": float(last.mean())})
+                by_step = part.groupby("step")["cosine"].mean()
+                made.append(row | {"start": float(by_step.iloc[0]), "end": float(by_step.iloc[-1])})
     return pd.DataFrame(made, columns=COLUMNS)
 
 
@@ -89,15 +85,23 @@ def over_training(arm: Arm) -> pd.DataFrame:
     made = []
     for (pair, step), part in whole.groupby(["pair", "step"], sort=False):
         one = stats.interval(part["cosine"].to_numpy(dtype=float)[:, None])
-        made.append({"pair": pair, "step": step, "cosine": one.estimate, "low": one.low, "high": one.high})
+        low, high = _within(one)
+        made.append({"pair": pair, "step": step, "cosine": one.estimate, "low": low, "high": high})
     return pd.DataFrame(made, columns=["pair", "step", "cosine", "low", "high"])
 
 
 def _summary(part: pd.DataFrame, draws: Draws) -> dict[str, Any]:
     by_run = part.groupby("run", sort=False)["cosine"].mean()
     one = stats.interval(by_run.to_numpy(dtype=float)[:, None], draws=draws)
-    found: dict[str, Any] = {"seeds": len(by_run), "cosine": one.estimate, "low": one.low, "high": one.high}
+    low, high = _within(one)
+    found: dict[str, Any] = {"seeds": len(by_run), "cosine": one.estimate, "low": low, "high": high}
     return found | {"negative": float((part["cosine"] < 0).mean())}
+
+
+def _within(one: stats.Interval) -> tuple[float, float]:
+    """The ends of an interval of a cosine."""
+    low, high = np.clip([one.low, one.high], -1.0, 1.0)
+    return float(low), float(high)
 
 
 def _of_run(run: str, record: Mapping[str, Any]) -> pd.DataFrame:
@@ -124,7 +128,7 @@ def _long(
         (step, pair, role, np.nan if layer is None else layer, float(value))
         for step, own in zip(steps, cosines_SP, strict=True)
         for pair, value in zip(pairs, own, strict=True)
-        if value is not None
+        if value is not None and np.isfinite(value)
     ]
 
 

@@ -43,7 +43,10 @@ def curves(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     pairs = [str(pair) for pair in lowest.index[:MOST_PAIRS]]
     look: dict[str, Look] = looks(pairs)
     figure, axes = layout.panels(venue, list(panels), wide=True)
+    shown = every[every["pair"].isin(pairs)]
+    low, high = np.nanmin(shown[["cosine", "low"]]), np.nanmax(shown[["cosine", "high"]])
     for name, ax in axes.items():
+        ax.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01)
         ax.axhline(0, color=GREY, linewidth=0.6)
         for pair in pairs:
             part = panels[name][panels[name]["pair"] == pair].sort_values("step")
@@ -88,14 +91,18 @@ def _blocks(ax: Axes, part: pd.DataFrame) -> object:
         for j in range(used.shape[1]):
             if np.isfinite(used.iat[i, j]):
                 text = f"{spent.iat[i, j]:.1f}/{ranks.iat[i, j]:g}"
-                colour = "white" if used.iat[i, j] > 0.55 else "black"
+                colour = "white" if used.iat[i, j] > 0.5 else "black"
                 ax.text(j, i, text, ha="center", va="center", fontsize=LEAST_FONT, color=colour)
     ax.set_xticks(
         range(used.shape[1]), [str(role) for role in used.columns], rotation=35, ha="right", rotation_mode="anchor"
     )
     ax.set_yticks(range(used.shape[0]), [layout.shortened(str(block), 14) for block in used.index])
-    ax.tick_params(length=0)
     ax.grid(visible=False)
+    ax.set_xticks(np.arange(used.shape[1] + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(used.shape[0] + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", linewidth=0.6)
+    ax.tick_params(which="both", length=0)
+    ax.spines[:].set_visible(False)
     return image
 
 

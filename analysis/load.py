@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import conflict, groups, spectra, together
+from analysis import groups, spectra, together
 from sweeper.record import (
     ADAPTER,
     COMBINED,
@@ -376,8 +376,8 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     through = (plain.get("sharing") or {}).get("through") or {}
     row |= {f"through.{task}.{path}": nll for task, own in through.items() for path, nll in own.items()}
     row |= {f"loss_weight.{task}": one["weight"] for task, one in (plain.get("weighing") or {}).items()}
-    if steps := (plain.get("conflict") or {}).get("steps"):
-        row[conflict.COMPARED] = len(steps)
+    if isinstance(steps := (plain.get("conflict") or {}).get("steps"), list):
+        row[together.COMPARED] = len(steps)
     row |= together.routed_columns((plain.get("sharing") or {}).get("routing") or {})
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}

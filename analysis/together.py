@@ -16,6 +16,7 @@ CONTENT = "made_with.dataset.content"
 CHOSEN = f"{FIELD}."  # begins the columns of scores over all tasks, which trials are chosen by
 
 ROUTED, RIGHT = "routed.", "right"  # columns ROUTED + TASK.METRIC, and the share that is taken for its own task
+COMPARED = "conflict.steps"  # column of a run: at how many steps its tasks' gradients were compared
 
 Row = dict[str, Any]
 Flat = Callable[[Mapping[str, Any]], Row]
