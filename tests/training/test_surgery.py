@@ -88,8 +88,10 @@ def test_a_run_equals_the_papers_algorithm(
 def test_a_run_is_the_same_whoever_shares_the_pack(load: Any) -> None:
     """In batches of equal shapes bit for bit, also where the other run diverges."""
     base = load("gpt2")
-    job = run_of(base, EQUAL, name="one")
-    others = [run_of(base, EQUAL, name="other", optim={"lr": lr, "max_grad_norm": None}) for lr in (1e-2, 1e30)]
+    job = run_of(base, EQUAL, name="one", steps=8)
+    others = [
+        run_of(base, EQUAL, name="other", steps=8, optim={"lr": lr, "max_grad_norm": None}) for lr in (1e-2, 1e30)
+    ]
     results, kept = zip(*(trained(base, [job, other], by_task=BY_TASK) for other in others), strict=True)
     assert [one.loss for one in results[0]["one"]] == [one.loss for one in results[1]["one"]]
     assert not np.isfinite([one.loss for one in results[1]["other"]]).all()
@@ -117,8 +119,8 @@ def test_tasks_that_agree_train_as_they_do_without(load: Any) -> None:
 
 def test_more_passes_of_a_task_give_what_one_gives(load: Any) -> None:
     base = load("gpt2")
-    whole = run_of(base, EQUAL, name="whole", batch_size=12)
-    cut = run_of(base, EQUAL, name="cut", batch_size=6, accumulation=2)
+    whole = run_of(base, EQUAL, name="whole", steps=8, batch_size=12)
+    cut = run_of(base, EQUAL, name="cut", steps=8, batch_size=6, accumulation=2)
     assert whole.mixture is not None
     assert cut.mixture is not None
     assert (whole.mixture.by_task(1), cut.mixture.by_task(2)) == ((3, 4), (3, 2))
@@ -188,3 +190,14 @@ def test_runs_whose_passes_are_alike_pack_together_and_others_do_not(load: Any) 
     assert keys[0].by_task == (3, 2)
     assert keys[2].by_task == (0, 0)
     assert len(set(keys)) == 3  # in proportion to size a pass has more rows
+
+
+def test_the_gradients_that_are_kept_count_as_memory(load: Any) -> None:
+    base = load("gpt2")
+    jobs = [run_of(base, options) for options in ({"sampling": "equal"}, EQUAL)]
+    held = []
+    for job, by_task in zip(jobs, (None, BY_TASK), strict=True):
+        with Pack(base, [job.capacity], PackConfig(batch_size=6, by_task=by_task)) as pack:
+            held.append((pack.state_bytes, pack.store.grads.numel()))
+    (plain, values), (cut, _) = held
+    assert cut - plain == 3 * 4 * values

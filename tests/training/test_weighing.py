@@ -75,8 +75,8 @@ def test_a_task_without_rows_in_a_step_keeps_its_weight(load: Any) -> None:
 
 def test_passes_of_a_step_give_what_one_gives(load: Any) -> None:
     base = load("gpt2")
-    whole = run_of(base, {"sampling": "equal"} | LEARNT, name="whole")
-    cut = run_of(base, {"sampling": "equal"} | LEARNT, name="cut", batch_size=2, accumulation=3)
+    whole = run_of(base, {"sampling": "equal"} | LEARNT, name="whole", steps=10)
+    cut = run_of(base, {"sampling": "equal"} | LEARNT, name="cut", steps=10, batch_size=2, accumulation=3)
     one, kept = trained(base, [whole])
     three, also = trained(base, [cut], batch_size=2, accumulation=3)
     assert [r.loss for r in three["cut"]] == pytest.approx([r.loss for r in one["whole"]], rel=1e-5)
