@@ -1,5 +1,7 @@
 """Figures of what tasks do to one another inside an adapter: gradients that conflict, and ranks that blocks spend."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -80,7 +82,7 @@ def block_ranks(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     return figure
 
 
-def _blocks(ax: Axes, part: pd.DataFrame) -> object:
+def _blocks(ax: Axes, part: pd.DataFrame) -> Any:
     """Effective rank over rank by block (rows) and role (columns), with both written; white where there is none."""
     used, spent, ranks = (
         part.pivot_table(index="block", columns="role", values=value, sort=False)

@@ -26,7 +26,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 ORDERED = {"ordered": True}  # metadata of a mapping in which a later key may overrule an earlier one
 ADDED = {"added": True}  # metadata of a field that came later; left out of plain data at its default, as of arms' keys
 MADE = {"made": True}  # metadata of a field that is filled in and never typed; left out of plain data at its default
-ADDED_OPTIONS = {"surgery": "none"}  # options of datasets that came later, with the values at which they are left out
+ADDED_OPTIONS = {"surgery": "none"}  # of datasets of several tasks; as ADDED, by the value at which each is left out
 OF_FILES = "sha256:"  # how `content` begins where it is a digest of files
 
 
@@ -198,10 +198,9 @@ class DatasetSpec(Stored):
     code: CodeSpec | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
-        if any(self.options.get(name) == default for name, default in ADDED_OPTIONS.items()):
+        if self.parts:
             kept = {name: value for name, value in self.options.items() if value != ADDED_OPTIONS.get(name, ...)}
             object.__setattr__(self, "options", kept)
-        if self.parts:
             common = [name for name in self.parts[0].metrics if all(name in part.metrics for part in self.parts)]
             object.__setattr__(self, "max_length", max(part.max_length for part in self.parts))
             object.__setattr__(self, "metrics", tuple(common))

@@ -394,3 +394,19 @@ def test_spectra_are_by_block(
         assert one["effective_rank"] == pytest.approx(float(torch.special.entr(share).sum().exp()), rel=1e-3)
         assert one["tasks"] == (["parity", "digit"] if block == names[0] else [block])
     assert sum(one["energy_share"] for one in plain["blocks"]) == pytest.approx(1.0)
+
+
+def test_a_run_that_trains_alone_learns_weights_and_goes_on_with_them(
+    together: MakeTogether, run_all: Any, tmp_path: Path
+) -> None:
+    spec = together(options={"sampling": "equal", "weights": "uncertainty"}, method={"name": "bitfit"})
+    run_all([spec], "whole")
+    run_all([spec], "cut", stop_after=3)
+    run_all([spec], "cut")
+    whole, cut = (
+        [row["log_variances"] for row in lines(tmp_path / study / spec.run_id) if "loss" in row]
+        for study in ("whole", "cut")
+    )
+    assert whole == cut
+    assert len(whole) == 6
+    assert all(value != 0 for value in whole[-1].values())
