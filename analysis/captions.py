@@ -40,8 +40,8 @@ WHAT = {
     "conflict": "Cosine between the gradients of two tasks by role and layer, mean over pairs of tasks, steps and "
     "seeds; below 0 they pull apart",
     "conflict_curves": "Cosine between the gradients of two tasks over the whole adapter while it trains",
-    "block_ranks": "Effective rank of each block's update over the rank that the block was given in a module, by role, "
-    "mean over layers and seeds; darker blocks spend more of their rank",
+    "block_ranks": "Effective rank of each block's update by role, mean over layers and seeds; darker blocks spend "
+    "more of the rank that they were given in a module",
     "forgetting_curves": "Test scores of each task while the tasks are learnt one after another, mean over seeds of "
     "the first order; dotted lines are where one ends and the next begins",
 }

@@ -14,7 +14,7 @@ from analysis.style import GREY, SEQUENTIAL, Look, looks
 from analysis.task_figures import MOST_ARMS, brief
 from analysis.venues import DEFAULT, LEAST_FONT, Venue
 
-MOST_MAPS, MOST_PAIRS = 4, 7
+MOST_MAPS, MOST_PAIRS, MOST_BLOCKS = 4, 7, 4
 CELL, AROUND = 0.24, 1.0
 """Inches of a row of a map of blocks, and of what is around its rows."""
 
@@ -70,20 +70,25 @@ def block_ranks(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     table = table[table["role"] != EVERY]
     if table.empty:
         return "no run with rank blocks has spectra (python adapters.py spectra outputs/STUDY makes them)"
-    arms = list(dict.fromkeys(table["arm"]))[:MOST_ARMS]
+    arms = list(dict.fromkeys(table["arm"]))[:MOST_BLOCKS]
     rows = max(table[table["arm"] == arm]["block"].nunique() for arm in arms)
     columns = max(table[table["arm"] == arm]["role"].nunique() for arm in arms)
     names = {brief(analysis, arm): table[table["arm"] == arm] for arm in arms}
-    figure, axes = layout.panels(venue, list(names), height=AROUND + CELL * rows, wide=columns > 3)
+    figure, axes = layout.panels(
+        venue, list(names), height=AROUND + CELL * rows, wide=columns > 3, across=2 if columns > 4 else None
+    )
     for name, ax in axes.items():
         image = _blocks(ax, names[name])
-    layout.finish(figure, axes, {}, "block", beside=True)
-    figure.colorbar(image, ax=list(axes.values()), label="share of the rank", shrink=0.9, pad=0.01, ticks=[0, 0.5, 1])
+    layout.finish(figure, axes, {}, "block, its rank", beside=True)
+    figure.colorbar(
+        image, ax=list(axes.values()), label="effective rank over rank", shrink=0.9, pad=0.01, ticks=[0, 0.5, 1]
+    )
     return figure
 
 
 def _blocks(ax: Axes, part: pd.DataFrame) -> Any:
-    """Effective rank over rank by block (rows) and role (columns), with both written; white where there is none."""
+    """Effective rank over rank by block (rows) and role (columns); white where there is none. The effective rank is
+    written in the cell, and the rank beside the block where it is the same everywhere."""
     used, spent, ranks = (
         part.pivot_table(index="block", columns="role", values=value, sort=False)
         for value in ("used", "effective_rank", "ranks")
@@ -92,13 +97,18 @@ def _blocks(ax: Axes, part: pd.DataFrame) -> Any:
     for i in range(used.shape[0]):
         for j in range(used.shape[1]):
             if np.isfinite(used.iat[i, j]):
-                text = f"{spent.iat[i, j]:.1f}/{ranks.iat[i, j]:g}"
+                text = f"{spent.iat[i, j]:.1f}" if spent.iat[i, j] < 9.95 else f"{spent.iat[i, j]:.0f}"
                 colour = "white" if used.iat[i, j] > 0.5 else "black"
                 ax.text(j, i, text, ha="center", va="center", fontsize=LEAST_FONT, color=colour)
     ax.set_xticks(
         range(used.shape[1]), [str(role) for role in used.columns], rotation=35, ha="right", rotation_mode="anchor"
     )
-    ax.set_yticks(range(used.shape[0]), [layout.shortened(str(block), 14) for block in used.index])
+    given = [own.dropna().unique() for _, own in ranks.iterrows()]
+    blocks = [
+        layout.shortened(str(block), 14) + (f", {own[0]:g}" if len(own) == 1 else "")
+        for block, own in zip(used.index, given, strict=True)
+    ]
+    ax.set_yticks(range(len(blocks)), blocks)
     ax.grid(visible=False)
     ax.set_xticks(np.arange(used.shape[1] + 1) - 0.5, minor=True)
     ax.set_yticks(np.arange(used.shape[0] + 1) - 0.5, minor=True)

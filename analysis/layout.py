@@ -32,11 +32,11 @@ ARM, TEST, HEAT = (0.135, 0.45), (0.15, 0.55), (0.3, 0.75)
 
 
 def panels(
-    venue: Venue, names: Sequence[str], height: float = PANEL_HEIGHT, *, wide: bool = False
+    venue: Venue, names: Sequence[str], height: float = PANEL_HEIGHT, *, wide: bool = False, across: int | None = None
 ) -> tuple[Figure, dict[str, Axes]]:
     """A panel a setting: one fits a column, several, or one that is `wide`, take the text. No figure is higher than the
-    page."""
-    columns = min(len(names), venue.across)
+    page. At most `across` stand side by side, where that is less than the venue's."""
+    columns = min(len(names), venue.across, across or venue.across)
     rows = -(-len(names) // columns)
     height *= WIDE if height == PANEL_HEIGHT and wide and columns == 1 else 1.0
     size = (venue.width(len(names), wide=wide), min(0.25 + height * rows, venue.height))

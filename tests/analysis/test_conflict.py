@@ -157,7 +157,8 @@ def test_figures_show_what_the_tables_have(study: Path) -> None:
     lines = [np.asarray(line.get_ydata(), dtype=float) for line in curves.axes[0].get_lines()]
     assert any(len(line) == len(STEPS) and np.allclose(line, [0.1, -0.1, -0.3]) for line in lines)
     assert isinstance(ranks, Figure)
-    assert {text.get_text() for text in ranks.axes[0].texts} == {"2.0/4", "3.0/4"}
+    assert {text.get_text() for text in ranks.axes[0].texts} == {"2.0", "3.0"}
+    assert [label.get_text() for label in ranks.axes[0].get_yticklabels()] == [f"{task}, 4" for task in TASKS]
     for name in conflict_figures.MAKERS:
         assert len(captions.caption(found, name)) > 40
     assert {"conflict", "conflict_by_layer", "block_spectra"} <= {sheet.name for sheet in tables.sheets(found)}
