@@ -37,6 +37,11 @@ WHAT = {
     "where significant after correction",
     "transfer": "Rise of each task's test NLL where its examples go through the blocks of another task, in nats a "
     "token, mean over seeds",
+    "conflict": "Cosine between the gradients of two tasks by role and layer, mean over pairs of tasks, steps and "
+    "seeds; below 0 they pull apart",
+    "conflict_curves": "Cosine between the gradients of two tasks over the whole adapter while it trains",
+    "block_ranks": "Effective rank of each block's update by role, mean over layers and seeds; darker blocks spend "
+    "more of the rank that they were given in a module",
     "forgetting_curves": "Test scores of each task while the tasks are learnt one after another, mean over seeds of "
     "the first order; dotted lines are where one ends and the next begins",
 }
@@ -55,6 +60,7 @@ BARS = {
     "validation_curves": "Bands are 95% intervals over seeds, whose variance is pooled over the arms; all are scored "
     "on the same examples, whose variance is not in them",
     "importance": "Bars are 1.96 bootstrap standard errors",
+    "conflict_curves": "Bands are 95% intervals over seeds",
     "together": "Bars are 95% intervals of the paired difference, over seeds and groups of examples",
 }
 WITH_ARMS = (

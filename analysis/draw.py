@@ -14,7 +14,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from analysis.style import FADED, GREY, SEQUENTIAL, Look
+from analysis.style import DIVERGING, FADED, GREY, SEQUENTIAL, Look
 from analysis.tables import DAGGER
 from analysis.venues import LEAST_FONT
 
@@ -404,10 +404,15 @@ def learn_forget(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, 
     _room(ax, arms, metric)
 
 
-def by_role_and_layer(ax: Axes, modules: pd.DataFrame, value: str, top: float) -> Any:
-    """A value by role (rows) and layer (columns), white where nothing is adapted. Returns the image for colour bars."""
+def by_role_and_layer(ax: Axes, modules: pd.DataFrame, value: str, top: float, *, around: bool = False) -> Any:
+    """A value by role (rows) and layer (columns), white where nothing is adapted. Returns the image for colour bars.
+
+    Args:
+        top: the colours go from 0 to it, or from -top, where they are `around` 0.
+    """
     table = modules.pivot_table(index="role", columns="layer", values=value, sort=False)
-    image = ax.imshow(table.to_numpy(dtype=float), cmap=f"{SEQUENTIAL}_r", vmin=0, vmax=top, aspect="auto")
+    cmap, bottom = (DIVERGING, -top) if around else (f"{SEQUENTIAL}_r", 0.0)
+    image = ax.imshow(table.to_numpy(dtype=float), cmap=cmap, vmin=bottom, vmax=top, aspect="auto")
     ax.set_yticks(range(len(table)), [str(role) for role in table.index])
     step = max(1, len(table.columns) // 6)
     ax.set_xticks(range(0, len(table.columns), step), [f"{layer:g}" for layer in table.columns[::step]])

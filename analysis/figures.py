@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from analysis import (
     aggregate,
     captions,
+    conflict_figures,
     contrasts,
     curves,
     draw,
@@ -427,7 +428,7 @@ def makers(analysis: Analysis) -> dict[str, Maker]:
         "share_kept": share_kept, "learning_rate": learning_rate, "training_curves": training_curves,
         "validation_curves": validation_curves, "learn_forget": learn_forget, "where_rank_went": where_rank_went,
         "where_energy_went": where_energy_went, "importance": importance,
-        **(task_figures.MAKERS if together.FIELD in analysis.found.runs else {}),
+        **(task_figures.MAKERS | conflict_figures.MAKERS if together.FIELD in analysis.found.runs else {}),
     }  # fmt: skip
 
 

@@ -32,11 +32,11 @@ ARM, TEST, HEAT = (0.135, 0.45), (0.15, 0.55), (0.3, 0.75)
 
 
 def panels(
-    venue: Venue, names: Sequence[str], height: float = PANEL_HEIGHT, *, wide: bool = False
+    venue: Venue, names: Sequence[str], height: float = PANEL_HEIGHT, *, wide: bool = False, across: int | None = None
 ) -> tuple[Figure, dict[str, Axes]]:
     """A panel a setting: one fits a column, several, or one that is `wide`, take the text. No figure is higher than the
-    page."""
-    columns = min(len(names), venue.across)
+    page. At most `across` stand side by side, where that is less than the venue's."""
+    columns = min(len(names), venue.across, across or venue.across)
     rows = -(-len(names) // columns)
     height *= WIDE if height == PANEL_HEIGHT and wide and columns == 1 else 1.0
     size = (venue.width(len(names), wide=wide), min(0.25 + height * rows, venue.height))
@@ -76,16 +76,16 @@ def by_rank(
 
 def module_maps(
     venue: Venue, tables: Mapping[str, pd.DataFrame], value: str, label: str, top: float, *,
-    ticks: Sequence[float] | None = None,
+    ticks: Sequence[float] | None = None, around: bool = False,
 ) -> Figure:  # fmt: skip
-    """A panel an arm with a value by role and layer, and one colour bar from 0 to `top`."""
+    """A panel an arm with a value by role and layer, and one colour bar from 0 to `top`, or from -top `around` 0."""
     columns = 2 if len(tables) == 4 else min(len(tables), venue.across)
     rows = -(-len(tables) // columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(venue.width(len(tables)), 0.15 + 1.6 * rows), squeeze=False, layout="constrained"
     )
     for ax, (name, table) in zip(grid.flat, tables.items(), strict=False):
-        image = draw.by_role_and_layer(ax, table, value, top)
+        image = draw.by_role_and_layer(ax, table, value, top, around=around)
         title(ax, name)
     for unused in list(grid.flat)[len(tables) :]:
         unused.set_visible(False)

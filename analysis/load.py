@@ -15,6 +15,7 @@ from sweeper.record import (
     COMBINED,
     LARGEST_LINES,
     LEFT_OUT,
+    LEFT_OUT_OF_TASKS,
     MERGED,
     METRICS,
     PREDICTIONS,
@@ -359,19 +360,24 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     layout = hash(tuple((module["name"], module["rank"]) for module in modules))
     study.layouts.setdefault(layout, modules)
     row: dict[str, Any] = {key: plain[key] for key in ("run_id", "study", "status")}
-    spec = LEFT_OUT | {name: value for name, value in flat(plain["spec"]).items() if name not in CONTENTS}
+    parts = plain["spec"]["dataset"].get("parts")
+    spec = LEFT_OUT | (LEFT_OUT_OF_TASKS if parts else {})
+    spec |= {name: value for name, value in flat(plain["spec"]).items() if name not in CONTENTS}
     trained_on = (plain.get("data") or {}).get("train")
     if trained_on and (spec.get("trainer.accumulation") or 1) > 1 and "order" not in trained_on:
         spec[ORDER] = "by pass"
     study.fields += [key for key in spec if key not in study.fields]
     row |= {"folder": str(folder), "source": "study", "layout": layout, **spec}
-    row[together.PARTS] = plain["spec"]["dataset"].get("parts")
+    row[together.PARTS] = parts
     for key in ("trainable_parameters", "total_parameters", "steps", "started", "finished"):
         row[key] = plain.get(key)
     row |= plain.get("efficiency") or {}
     row |= score_columns(plain.get("scores") or {})
     through = (plain.get("sharing") or {}).get("through") or {}
     row |= {f"through.{task}.{path}": nll for task, own in through.items() for path, nll in own.items()}
+    row |= {f"loss_weight.{task}": one["weight"] for task, one in (plain.get("weighing") or {}).items()}
+    if isinstance(steps := (plain.get("conflict") or {}).get("steps"), list):
+        row[together.COMPARED] = len(steps)
     row |= together.routed_columns((plain.get("sharing") or {}).get("routing") or {})
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
@@ -385,7 +391,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     # Fields that a later schema-1 record adds keep their own names.
     known = {
         "run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data",
-        "sharing",
+        "sharing", "weighing", "conflict",
     }  # fmt: skip
     extra = {key: value for key, value in plain.items() if key not in known and key not in row and key != "schema"}
     return row | flat(extra) | spectra.columns(study.read_spectra(folder))

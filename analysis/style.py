@@ -26,6 +26,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _FIXED = {"attn": 0, "ff": 1, "full": 2}
 SEQUENTIAL = "cividis"
+DIVERGING = "PuOr"
+"""About 0; the warm end is below it."""
 GREY = "#5f6b76"
 
 RC: dict[Any, Any] = {

@@ -46,11 +46,16 @@ CAPTIONS = {
     "mixed": "Linear mixed model: placement × rank fixed, seeds and groups random, restricted maximum likelihood.",
     "transfer": "Test NLL of each task through the blocks of another's path, and how far it lies above its own.",
     "routing": "Test scores of tasks with blocks of their own, where an example's task is known and where it is not.",
+    "conflict": "Cosines between the gradients of tasks while they train together, with intervals over seeds; the "
+    "share below 0; means at the first and the last step that was looked at.",
+    "conflict_by_layer": "Cosines between the gradients of tasks by role and layer, over pairs and steps.",
     "continual": "Tasks one after another: average, backward and forward transfer, forgetting; of NLL in nats, better "
     "positive but for the average and forgetting.",
     "importance": "Share of the variance of the validation score that each field explains.",
     "all_tasks": "Mean over tasks of equal weight.",
     "spectra": "What training changed: norm, ranks and new directions of the updates, and where their energy is.",
+    "block_spectra": "Rank blocks: the ranks that each was given in a module, the effective rank of its update there, "
+    "and its share of the energy.",
 }
 _BYTES = ("peak_memory_solo_bytes", "adapter_bytes")
 _COUNTS = (
@@ -58,6 +63,10 @@ _COUNTS = (
     "runs", "df", "arms",
 )  # fmt: skip
 _PS = ("p", "p_holm")
+_CENTERS = (
+    "difference", "share", "slope", "hypervolume", "estimate", "importance", "cosine", "effective_rank",
+)  # fmt: skip
+"""What `low` and `high` of a table are of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +223,7 @@ def plain(name: str, table: pd.DataFrame) -> Sheet:
     if "setting" in table and table["setting"].nunique() == 1:
         columns.remove("setting")
     spread = "low" in table
-    center = next(
-        (key for key in ("difference", "share", "slope", "hypervolume", "estimate", "importance") if key in table), ""
-    )
+    center = next((key for key in _CENTERS if key in table), "")
 
     def cell(row: dict[str, Any], key: str) -> Cell:
         between = spread and key == center

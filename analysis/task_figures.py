@@ -27,7 +27,7 @@ def together(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     if tests.empty:
         return "no task was trained alone as it was with others"
     names = {name: shown.named(analysis, str(name)) for name in tests["setting"].unique()}
-    labels = [_brief(analysis, names[row["setting"]][row["b"]][1]) for row in tests.to_dict("records")]
+    labels = [brief(analysis, names[row["setting"]][row["b"]][1]) for row in tests.to_dict("records")]
     tests = shown.first(tests.assign(label=labels).sort_values(["setting", "label"], kind="stable"))
     figure, axes = layout.panels(
         venue, shown.settings(tests), height=layout.TEST[1] + layout.TEST[0] * shown.most_of(tests),
@@ -42,7 +42,7 @@ def together(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     return figure
 
 
-def _brief(analysis: Analysis, label: str) -> str:
+def brief(analysis: Analysis, label: str) -> str:
     """The name of an arm, shorter: without what it was trained with, where that is the same tasks everywhere."""
     runs = analysis.found.runs
     known = [str(one) for one in runs[FIELD].unique() if one != ALONE] if FIELD in runs else []
@@ -59,7 +59,7 @@ def transfer(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     table = analysis.tables["transfer"]
     if table.empty:
         return "no run has tasks with blocks of their own"
-    table = table.assign(arm=[_brief(analysis, label) for label in table["arm"]])
+    table = table.assign(arm=[brief(analysis, label) for label in table["arm"]])
     arms = list(dict.fromkeys(table["arm"]))[:MOST_ARMS]
     tasks = sorted(set(table["task"]) | set(table["adapter"]))
     figure, axes = layout.panels(venue, arms, height=AROUND + CELL * len(tasks), wide=len(tasks) > 3)

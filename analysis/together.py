@@ -11,11 +11,12 @@ PARTS = "_parts"  # the tasks of a row not yet split up, as the spec has them
 FIELD = "together"  # what a task was trained with
 ALONE = "alone"
 THEN, AND = " > ", " + "  # between the tasks of a sequence and of a mixture
-OPTIONS = ("sampling", "temperature", "weights", "replay")  # of the dataset that is made of several
+OPTIONS = ("sampling", "temperature", "weights", "surgery", "replay")  # of the dataset that is made of several
 CONTENT = "made_with.dataset.content"
 CHOSEN = f"{FIELD}."  # begins the columns of scores over all tasks, which trials are chosen by
 
 ROUTED, RIGHT = "routed.", "right"  # columns ROUTED + TASK.METRIC, and the share that is taken for its own task
+COMPARED = "conflict.steps"  # column of a run: at how many steps its tasks' gradients were compared
 
 Row = dict[str, Any]
 Flat = Callable[[Mapping[str, Any]], Row]

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sweeper.record import LEFT_OUT
+from sweeper.record import LEFT_OUT, LEFT_OUT_OF_TASKS
 
 # a group's name stands for the group; what its options also say is shown only where it varies by itself
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "sharing", "objective", "evaluation")
@@ -33,7 +33,7 @@ def flat(spec: Mapping[str, Any]) -> dict[str, Any]:
                 found[f"{prefix}{key}"] = value
 
     walk(spec, "")
-    return LEFT_OUT | found
+    return LEFT_OUT | (LEFT_OUT_OF_TASKS if "dataset.parts" in found else {}) | found
 
 
 def varying(specs: Sequence[Mapping[str, Any]]) -> list[str]:

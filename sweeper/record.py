@@ -54,7 +54,11 @@ def perplexity(nll: float) -> float:
 
 
 # dotted field of a spec -> what a run has whose plain data leave it out: a field that came later, at its default
-LEFT_OUT: dict[str, Any] = {"objective": "nll", "sharing": "single", "trainer.deterministic": False}
+LEFT_OUT: dict[str, Any] = {
+    "objective": "nll", "sharing": "single", "trainer.deterministic": False, "evaluation.conflict": 0
+}  # fmt: skip
+LEFT_OUT_OF_TASKS: dict[str, Any] = {"dataset.options.order": "given", "dataset.options.surgery": "none"}
+"""As `LEFT_OUT`, of runs of several tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +139,12 @@ class Record:
     test NLLs of each task `through` the blocks of every other one, and as `routing` what is so where no example's task
     is named: which tasks they are taken for (`confusion`), and the scores through the blocks of those.
 
+    Where the weights of the tasks' losses are learnt, `weighing` has the `log_variance` s and the `weight` exp(-s) of
+    each task after the last step. Where gradients were compared, `conflict` has the `steps` done by then, the `tasks`
+    and `pairs` of them, of how many `examples` a task they are, the cosine of each pair over the whole `adapter` by
+    step, of the `modules` by name `cosine` by step and pair (None: nothing in common) and `norms` by step and task, and
+    the `seconds` that all of it took.
+
     `environment` is what it was made with; its `git_commit` ends in "+" where tracked files of the source differed from
     the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`).
 
@@ -162,6 +172,8 @@ class Record:
     search: Mapping[str, Any] = field(default_factory=dict)
     saved: Mapping[str, Any] = field(default_factory=dict)
     sharing: Mapping[str, Any] = field(default_factory=dict)
+    weighing: Mapping[str, Any] = field(default_factory=dict)
+    conflict: Mapping[str, Any] = field(default_factory=dict)
     started: str = ""
     finished: str = ""
     schema: int = SCHEMA_VERSION
@@ -281,7 +293,7 @@ def read_record(folder: Path) -> Record:
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("run_id", "study", "started", "finished"), str),
     **dict.fromkeys(("spec", "scores", "efficiency", "data", "environment", "search"), dict),
-    **dict.fromkeys(("saved", "sharing", "error"), dict),
+    **dict.fromkeys(("saved", "sharing", "weighing", "conflict", "error"), dict),
     **dict.fromkeys(("trainable_parameters", "total_parameters", "steps"), int),
     "modules": list,
 }

@@ -24,10 +24,12 @@ Spec = TypeVar("Spec")
 SCHEDULES = ("cosine", "linear", "constant")
 
 ORDERED = {"ordered": True}  # metadata of a mapping in which a later key may overrule an earlier one
-# options of several tasks that came later; left out at their defaults, so that runs of before keep their identity
-LATER_OPTIONS = {"order": "given"}
 ADDED = {"added": True}  # metadata of a field that came later; left out of plain data at its default, as of arms' keys
 MADE = {"made": True}  # metadata of a field that is filled in and never typed; left out of plain data at its default
+ADDED_OPTIONS = {
+    "order": "given",
+    "surgery": "none",
+}  # of datasets of several tasks; as ADDED, by the value at which each is left out
 OF_FILES = "sha256:"  # how `content` begins where it is a digest of files
 
 
@@ -200,7 +202,7 @@ class DatasetSpec(Stored):
 
     def __post_init__(self) -> None:
         if self.parts:
-            kept = {name: value for name, value in self.options.items() if LATER_OPTIONS.get(name) != value}
+            kept = {name: value for name, value in self.options.items() if value != ADDED_OPTIONS.get(name, ...)}
             object.__setattr__(self, "options", kept)
             common = [name for name in self.parts[0].metrics if all(name in part.metrics for part in self.parts)]
             object.__setattr__(self, "max_length", max(part.max_length for part in self.parts))
@@ -309,7 +311,10 @@ class TrainerSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSpec:
-    """What is measured, when. `every_steps` 0 means only before and after training."""
+    """What is measured, when. `every_steps` 0 means only before and after training.
+
+    `conflict` is how often a run of several tasks compares their gradients (`sweeper.training.conflict`).
+    """
 
     name: str
     splits: tuple[str, ...] = ("validation", "test")
@@ -317,10 +322,12 @@ class EvaluationSpec:
     every_steps: int = 0
     generate: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    conflict: int = field(default=0, metadata=ADDED)
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise SpecError(field="evaluation.every_steps", wanted="at least 0", got=self.every_steps)
+        for name in ("every_steps", "conflict"):
+            if getattr(self, name) < 0:
+                raise SpecError(field=f"evaluation.{name}", wanted="at least 0", got=getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -424,8 +431,10 @@ class Settings:
 
 def alone(spec: RunSpec, task: int | None = None) -> RunSpec:
     """A run whose adapter has no blocks; of one task of the run, where that is given."""
-    dataset = spec.dataset if task is None else spec.dataset.parts[task]
-    return dataclasses.replace(spec, sharing=SharingSpec(), dataset=dataset)
+    if task is None:
+        return dataclasses.replace(spec, sharing=SharingSpec())
+    evaluation = dataclasses.replace(spec.evaluation, conflict=0)
+    return dataclasses.replace(spec, sharing=SharingSpec(), dataset=spec.dataset.parts[task], evaluation=evaluation)
 
 
 def unique(specs: Iterable[Spec]) -> list[Spec]:

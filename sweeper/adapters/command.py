@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sweeper.adapters import combine, merge, spectra
+from sweeper.adapters import block_spectra, combine, merge, spectra
 from sweeper.errors import DataError, SpecError
 from sweeper.reporting import text
 from sweeper.reporting.console import make_console
 from sweeper.rescoring import rescore
 
 if TYPE_CHECKING:
+    from sweeper.adapters.block_spectra import BlockSpectrum
     from sweeper.adapters.spectra import ModuleSpectrum
     from sweeper.rescoring.rescore import Saved
 
@@ -111,6 +112,14 @@ def _spectra(options: argparse.Namespace) -> None:
         raise DataError("spectra: no run changed a matrix of its model, so there is no spectrum to look at")
     header = ["run", "|dW|", "effective rank", "stable rank", "intruders", "energy by role"]
     console.out(text.aligned(header, cells), highlight=False)
+    cells = []
+    for folder, blocks in block_spectra.spectra(runs, look):
+        console.print(f"{folder / spectra.FILE}", markup=False, highlight=False, soft_wrap=True)
+        names = dict.fromkeys(one.block for one in blocks)
+        cells += [_block_row(folder.name, [one for one in blocks if one.block == name]) for name in names]
+    if cells:
+        header = ["run", "block", "rank", "|s B A|", "effective rank", "energy", "energy by role"]
+        console.out(text.aligned(header, cells), highlight=False)
 
 
 def _row(modules: "Sequence[ModuleSpectrum]") -> list[str]:
@@ -126,6 +135,19 @@ def _row(modules: "Sequence[ModuleSpectrum]") -> list[str]:
         f"{sum(intruders)} of {examined}" if intruders else "-",
         _shares(roles),
     ]
+
+
+def _block_row(run: str, modules: "Sequence[BlockSpectrum]") -> list[str]:
+    roles: dict[str, float] = {}
+    for one in modules:
+        roles[one.role] = roles.get(one.role, 0.0) + one.energy_share
+    total = sum(roles.values())
+    return [
+        run, modules[0].block, f"{sum(one.rank for one in modules) / len(modules):.3g}",
+        f"{sum(one.update_norm**2 for one in modules) ** 0.5:.3g}",
+        f"{sum(one.effective_rank for one in modules) / len(modules):.2f}", f"{total:.0%}",
+        _shares({role: share / total for role, share in roles.items()} if total else {}),
+    ]  # fmt: skip
 
 
 def _shares(roles: Mapping[str, float]) -> str:

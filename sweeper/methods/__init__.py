@@ -8,7 +8,7 @@ from sweeper.errors import SpecError, unknown
 from sweeper.lora.blocks import Block
 from sweeper.lora.forms import AdapterSpec
 from sweeper.lora.trainee import UnpackedSpec
-from sweeper.methods import dora, lora, lora_plus, principal, relora, sharing, sparse, tuners, vera, weights
+from sweeper.methods import dora, lora, lora_plus, principal, relora, several, sharing, sparse, tuners, vera, weights
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import budget
 from sweeper.models.architecture import HEAD, Target, number_of_layers
@@ -115,6 +115,7 @@ def check(spec: RunSpec) -> None:
     if spec.sharing.name != "single" and not (packs(spec) and method.blocks):
         able = ", ".join(name for name, one in METHODS.items() if one.blocks)
         raise SpecError(f"sharing={spec.sharing.name}: method={spec.method.name} has no rank blocks; {able} have")
+    several.check(spec, packs=packs(spec))
 
 
 def check_places(spec: RunSpec, targets: Sequence[Target]) -> None:

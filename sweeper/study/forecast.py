@@ -56,6 +56,7 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
     dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision, study=settings.folder)
     length, batch = spec.dataset.max_length, spec.trainer.batch_size
     tokens = spec.trainer.max_steps * batch * spec.trainer.accumulation * length
+    values = methods.held(spec, allocated, total=total)
     memory = budget.memory(
         every,
         ranks,
@@ -64,15 +65,16 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
         batch_size=batch,
         length=length,
         checkpointing=spec.trainer.activation_checkpointing,
-        values=methods.held(spec, allocated, total=total),
+        values=values,
         base_bytes=methods.base_bytes(spec, every, ranks, total=total, bytes_per_value=dtype.itemsize),
     )
+    tasks = len(spec.dataset.parts) if spec.dataset.options.get("surgery") else 0  # whose gradients are kept apart
     return Cost(
         modules=len(ranks),
         parameters=trainable,
         total_parameters=total,
         flops=methods.train_flops(spec.method, every, ranks, length=length, tokens=tokens),
-        memory=memory.total,
+        memory=memory.total + budget.GRADIENT_BYTES * tasks * values,
         base_memory=memory.base,
     )
 

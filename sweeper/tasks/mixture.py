@@ -19,12 +19,16 @@ from sweeper.tasks.example import EncodedSplit, Example
 OPTIONS = {
     "sampling": "proportional, equal or temperature: whose examples a step has",
     "temperature": "1 is proportional, and the higher, the more alike (temperature, above 0)",
-    "weights": "uniform: the sum of the tasks' mean losses; size: each by its examples; tokens: the mean of all tokens",
+    "weights": "uniform: the sum of the tasks' mean losses; size: each by its examples; tokens: the mean of all "
+    "tokens; uncertainty: learnt",
+    "surgery": "none, or pcgrad: a task's gradient loses what goes against another's",
 }
 UNIT = "that of each of its tasks"
 SAMPLINGS = ("proportional", "equal", "temperature")
-WEIGHTS = ("uniform", "size", "tokens")
+LEARNT = "uncertainty"
+WEIGHTS = ("uniform", "size", "tokens", LEARNT)
 ORDERS = ("given", "seed")
+SURGERIES = ("none", "pcgrad")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +38,7 @@ class Mixing:
     sampling: str = "proportional"
     temperature: float = 1.0
     weights: str = "uniform"
+    surgery: str = "none"
     sequence: bool = False
     replay: float = 0.0
     order: str = "given"
@@ -47,7 +52,8 @@ class Mixing:
         """
         given = {name: value for name, value in spec.options.items() if name in cls.__slots__}
         found = cls(**given, sequence=spec.family == "sequence")
-        for name, known in (("sampling", SAMPLINGS), ("weights", WEIGHTS), ("order", ORDERS)):
+        named = {"sampling": SAMPLINGS, "weights": WEIGHTS, "surgery": SURGERIES, "order": ORDERS}
+        for name, known in named.items():
             if getattr(found, name) not in known:
                 raise SpecError(unknown(f"dataset.options.{name}", str(getattr(found, name)), known))
         if not (_number(found.temperature) and found.temperature > 0):

@@ -10,6 +10,7 @@ OPTIONS = {
     "order": "given, or seed: the run's seed draws the order of the tasks",
     "replay": "share of each step's examples that are of the tasks before (0)",
     "weights": mixture.OPTIONS["weights"],
+    "surgery": mixture.OPTIONS["surgery"],
 }
 UNIT = mixture.UNIT
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sweeper.tasks.example import Tokens
+from sweeper.tasks.example import Encoded, Tokens
 
+EMPTY = Encoded(id="", input_ids=(0,), prompt_length=1)  # a row without targets, where a batch has to be filled up
 WINDOW = 32  # steps whose examples are sorted by length together
 
 

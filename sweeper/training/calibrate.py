@@ -64,9 +64,10 @@ def key_of(base: BaseModel, job: RunState, config: PackConfig) -> str:
     device = torch.cuda.get_device_name(model.device) if model.is_cuda else f"cpu x {torch.get_num_threads()}"
     lengths = sorted(job.order.lengths.tolist())
     objective = [] if job.spec.objective == ObjectiveSpec() else [repr(job.spec.objective)]
+    computed = {name: value for name, value in dataclasses.asdict(config).items() if name != "by_task" or value}
     described = [
         dataclasses.asdict(base.spec), str(model.dtype), device, torch.__version__, job.adapter.shape(),
-        dataclasses.asdict(config), lengths[len(lengths) // 2], lengths[-1],
+        computed, lengths[len(lengths) // 2], lengths[-1],
         WARM_PASS if model.is_cuda else SAVED_TENSORS, REPEATS["cuda" if model.is_cuda else "cpu"], *objective,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
@@ -94,7 +95,7 @@ def _measure(base: BaseModel, job: RunState, config: PackConfig) -> Solo:
     with open_pack(base, [job.adapter], config) as pack:
         pack.add(job)
         weights = held_bytes(pack.model)
-        state = pack.store.state_bytes
+        state = pack.state_bytes
         activations = _activations(pack, job)
         fixed = dataclasses.replace(job, order=_Typical(job))
         pack.states[0] = fixed
@@ -134,7 +135,7 @@ class _Typical(DataOrder):
 
 def _activations(pack: Pack, job: RunState) -> int:
     """Bytes that one forward and backward pass of the run's longest batch needs beyond weights and adapter state."""
-    size = pack.config.batch_size
+    size = pack.config.examples
     longest = np.argsort(job.order.lengths, kind="stable")[-size:].tolist()
     rows = [row for i in (longest * size)[:size] for row in job.objective.rows(job.examples[i])]
     pack.use_lanes([0])

@@ -37,10 +37,12 @@ def run_bytes(base: BaseModel, run: RunState, solo: Solo | None) -> int:
     trainer = run.spec.trainer
     parameter = next(base.model.parameters())
     held = methods.held(run.spec, run.ranks, total=total_parameters(base.model))
-    return STATE_BYTES * held + budget.activation_bytes(
+    by_task = None if run.mixture is None else run.mixture.by_task(trainer.accumulation)
+    tasks, examples = by_task or (0, trainer.batch_size)
+    return (STATE_BYTES + budget.GRADIENT_BYTES * tasks) * held + budget.activation_bytes(
         base.targets,
         run.ranks,
-        batch_size=trainer.batch_size * run.rows_of_example,
+        batch_size=examples * run.rows_of_example,
         length=int(run.order.lengths.max()),
         bytes_per_value=parameter.element_size(),
         checkpointing=trainer.activation_checkpointing,

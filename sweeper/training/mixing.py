@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from sweeper.errors import SpecError
-from sweeper.tasks.mixture import Mixing
+from sweeper.tasks.mixture import LEARNT, Mixing
 from sweeper.training.batches import DataOrder
 
 
@@ -22,7 +22,7 @@ class Mixture:
     Attributes:
         names: of the tasks. task_of: [N] which of them each training example is of.
         counts: [S, P] examples of each task in each step; what is beyond the last step is as from the first on.
-        weighting: how the tasks' losses are added up (`sweeper.tasks.mixture`).
+        weighting, surgery: how the tasks' losses and gradients are added up (`sweeper.tasks.mixture`).
         stage_ends: of a sequence, the steps after which a task is over, but the last one's.
     """
 
@@ -30,6 +30,7 @@ class Mixture:
     task_of: np.ndarray
     counts: np.ndarray
     weighting: str = "uniform"
+    surgery: str = "none"
     stage_ends: frozenset[int] = frozenset()
 
     @classmethod
@@ -50,7 +51,7 @@ class Mixture:
                 )
         return cls(
             names=tuple(sizes), task_of=np.repeat(np.arange(len(every)), every), counts=drawn,
-            weighting=mixing.weights,
+            weighting=mixing.weights, surgery=mixing.surgery,
             stage_ends=frozenset(ends[:-1]),
         )  # fmt: skip
 
@@ -58,7 +59,8 @@ class Mixture:
         """Weight of a target token of each task in a step that has so many `targets` of each.
 
         uniform: the loss is the sum of the tasks' means, each over its own tokens of the step. size: the same, each in
-        proportion to its training examples, 1 on average. tokens: the mean over all tokens of the step.
+        proportion to its training examples, 1 on average. tokens: the mean over all tokens of the step. uncertainty: as
+        uniform; what is learnt comes on top (`sweeper.training.weighing`).
         """
         if self.weighting == "tokens":
             return [1 / sum(targets)] * len(targets)
@@ -67,6 +69,21 @@ class Mixture:
             sizes = np.bincount(self.task_of, minlength=len(targets))
             heavy = sizes / sizes.mean()
         return [float(weight) / max(own, 1) for weight, own in zip(heavy, targets, strict=True)]
+
+    @property
+    def learns(self) -> int:
+        """How many weights of losses are learnt: of each task one, or none."""
+        return len(self.names) if self.weighting == LEARNT else 0
+
+    def by_task(self, accumulation: int) -> tuple[int, int] | None:
+        """Tasks, and examples of one of them in a pass, where a step is cut into passes by task; None where it is not.
+
+        Args:
+            accumulation: passes for the examples of a task, as for those of a step that is not cut by task.
+        """
+        if self.surgery == "none":
+            return None
+        return len(self.names), -(-int(self.counts.max()) // accumulation)
 
     def clock(self, tasks: Collection[int]) -> "Clock":
         """The steps that have examples of any of some tasks."""

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from sweeper import lost
-from sweeper.lora import noise
+from sweeper.lora import noise, surgery
 from sweeper.lora.forms import AdapterSpec, Capacity
 from sweeper.lora.optimizer import IDLE, LR
 from sweeper.lora.seeds import for_rows
 from sweeper.lora.slot_store import SlotStore
 from sweeper.lora.store import AdapterStore
+from sweeper.lora.surgery import TaskGradients
 from sweeper.lora.trainee import UnpackedSpec
 from sweeper.lora.transfer import Fetched, fetch
 from sweeper.lora.unpacked import UnpackedStore
@@ -37,13 +38,17 @@ from sweeper.training.batches import Batch, collate, supervised
 from sweeper.training.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCounts
 from sweeper.training.compilation import compile_layers, decoder_layers, eager, uncompile_layers
 from sweeper.training.pack_config import PackConfig
+from sweeper.training.passes import Pass, passes, token_weights
 from sweeper.training.run_state import RunState, StepResult
+from sweeper.training.weighing import IDLE as UNSEEN
+from sweeper.training.weighing import STATE, LearntWeights, hyperparameters
 
 
 @dataclass
 class _Pending:
     """Steps of some states: slot, state, step, learning rate, tokens of each; losses by lane, then norms by slot.
 
+    `variances` are what log variances of tasks are after it, by slot; None where no run of the pack learns any.
     `one_off` are the host's seconds if it compiled or captured, else 0.
     """
 
@@ -51,6 +56,7 @@ class _Pending:
     lanes: int
     values: Fetched
     one_off: float
+    variances: Fetched | None = None
 
 
 class Pack:
@@ -86,6 +92,11 @@ class Pack:
         self.sound = True  # whether every run is where its steps say, so that what it is can be kept
         self.states: list[RunState | None] = [None] * self.store.slots
         self.pending: deque[_Pending] = deque()
+        self.weighing = LearntWeights(self.store.slots, self.device)
+        self.surgery: TaskGradients | None = None
+        if config.by_task:
+            assert isinstance(self.store, AdapterStore)
+            self.surgery = TaskGradients(self.store, config.by_task[0])
         self._lane_slots: dict[int, Tensor] = {}
         able = self.device.type == "cuda" and self.store.able.graphs
         self.compiled = config.compiled and able and self.store.able.compiles
@@ -149,7 +160,12 @@ class Pack:
         slot = self.free_slot(state.adapter) if slot is None else slot
         if slot is None or self.states[slot] is not None or not self.store.fits(slot, state.adapter):
             raise ValueError(f"no free slot can hold run {state.run_id}")
-        self.store.assign(slot, state.adapter, state.weights, state.done)
+        kept = dict(state.weights or {})
+        variances = kept.pop(STATE, None)
+        self.store.assign(slot, state.adapter, kept or None, state.done)
+        self.weighing.assign(slot, state.mixture.learns if state.mixture else 0, variances)
+        if self.surgery is not None:
+            self.surgery.assign(slot, state.adapter.blocks if isinstance(state.adapter, AdapterSpec) else ())
         self.objective = state.objective  # one for all: `PackKey` sees to it
         self.states[slot] = state
         return slot
@@ -160,11 +176,17 @@ class Pack:
         assert state is not None
         self.states[slot] = None
         self.store.release(slot)
+        self.weighing.release(slot)
         return state
 
     def snapshot(self, slot: int) -> dict[str, tuple[Tensor, ...]]:
         """What the run of a slot has learnt, on the host: with `state.done`, all that resuming needs."""
-        return self.store.snapshot(slot)
+        return self.store.snapshot(slot) | self.weighing.snapshot(slot)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of what is trained and kept of it, beyond the weights of `model`."""
+        return self.store.state_bytes + (0 if self.surgery is None else self.surgery.bytes)
 
     def step(self) -> None:
         """One optimiser step of every run that is neither finished nor halted. Results come from `drain`."""
@@ -172,22 +194,23 @@ class Pack:
         if not moving:
             return
         began = time.perf_counter()
-        drawn = [[self._draw(state, micro) for _, state in moving] for micro in range(self.config.accumulation)]
-        chosen = [[rows for rows, _ in lanes] for lanes in drawn]
-        totals = [sum(supervised(lanes[lane]) for lanes in chosen) for lane in range(len(moving))]
-        weights = [_token_weights(state, [own[lane] for own in drawn]) for lane, (_, state) in enumerate(moving)]
-        count = self._count_lanes(chosen)
+        every = passes([state for _, state in moving], self.config)
+        totals = [sum(supervised(one.rows[lane]) for one in every) for lane in range(len(moving))]
+        weights = [token_weights(state, lane, every) for lane, (_, state) in enumerate(moving)]
+        count = self._count_lanes([one.rows for one in every])
         self.use_lanes([slot for slot, _ in moving], count)
-        losses = None
-        for micro, lanes in enumerate(chosen):
-            self._seed_dropout(moving, micro * len(lanes[0]))
-            tasks = [own for _, own in drawn[micro]]
-            heavy = [[weight[task] for task in own] for weight, own in zip(weights, tasks, strict=True)]
-            batch = collate(lanes, heavy, fixed=self.captured is not None, count=count, tasks=tasks)
-            part = self._micro_step(batch)
-            losses = part if losses is None else losses + part
+        losses = self._losses(moving, every, weights, count)
+        if self.surgery is not None:
+            seeds = {slot: (state.seed, state.done) for slot, state in moving}
+            self.surgery.combine([
+                surgery.order(*seeds[slot], self.surgery.tasks) if slot in seeds else None
+                for slot in range(len(self.states))
+            ])  # fmt: skip
         rows = {slot: state.hyperparameters() for slot, state in moving}
         self.sound = False
+        if self.weighing.active:
+            learnt = {slot: _of_variances(state) for slot, state in moving}
+            losses = losses + self.weighing.step(learnt, self.store.lanes.slots)
         norms = self.store.update(rows, {slot: state.done + 1 for slot, state in moving})
         entries = []
         for (slot, state), total in zip(moving, totals, strict=True):
@@ -195,9 +218,10 @@ class Pack:
             state.tokens += total
             rate = max(row[LR] for row in rows[slot] if row is not IDLE)  # of several rank blocks the highest
             entries.append((slot, state, state.done, rate, total))
-        assert losses is not None
         one_off = time.perf_counter() - began if self.warming else 0.0
-        self.pending.append(_Pending(entries, len(losses), fetch(torch.cat([losses, norms])), one_off))
+        variances = fetch(self.weighing.state[0].clone()) if self.weighing.active else None
+        values = fetch(torch.cat([losses, norms]))
+        self.pending.append(_Pending(entries, len(losses), values, one_off, variances))
         self.sound = True
 
     def drain(self, *, but: int = 0) -> Iterator[StepResult]:
@@ -206,8 +230,31 @@ class Pack:
             entry = self.pending.popleft()
             values = entry.values.wait().tolist()
             losses, norms = values[: entry.lanes], values[entry.lanes :]
+            variances = None if entry.variances is None else entry.variances.wait().tolist()
             for lane, (slot, state, step, lr, tokens) in enumerate(entry.states):
-                yield StepResult(state, step, losses[lane], lr, norms[slot], tokens, entry.one_off / len(entry.states))
+                learns = state.mixture.learns if variances and state.mixture else 0
+                own = tuple(variances[slot][:learns]) if variances and learns else ()
+                share = entry.one_off / len(entry.states)
+                yield StepResult(state, step, losses[lane], lr, norms[slot], tokens, share, own)
+
+    def _losses(
+        self, moving: Sequence[tuple[int, RunState]], every: Sequence[Pass], weights: Sequence[Sequence[float]],
+        count: int,
+    ) -> Tensor:  # fmt: skip
+        """Losses [L] of the passes of a step; their gradients are in the store, or set aside by task."""
+        losses = None
+        for one in every:
+            if one.task is None or not one.empty:
+                self._seed_dropout(moving, one.before)
+                heavy = [[weight[task] for task in own] for weight, own in zip(weights, one.tasks, strict=True)]
+                batch = collate(one.rows, heavy, fixed=self.captured is not None, count=count, tasks=one.tasks)
+                part = self._micro_step(batch)
+                losses = part if losses is None else losses + part
+            if self.surgery is not None and one.ends:
+                assert one.task is not None
+                self.surgery.keep(one.task)
+        assert losses is not None
+        return losses
 
     def _count_lanes(self, chosen: Sequence[Sequence[Sequence[Tokens]]]) -> int:
         """Lanes for a step of these examples, by forward pass and run."""
@@ -215,7 +262,7 @@ class Pack:
         if self.captured is None:
             return runs
         longest = max(len(example.input_ids) for run in chosen[0] for example in run)
-        tokens = self.config.accumulation * len(chosen[0][0]) * longest
+        tokens = len(chosen) * len(chosen[0][0]) * longest
         return self._step_lanes.choose(runs, tokens, self.captured.shapes)
 
     def lanes_to_score(self, runs: int, examples: Sequence[Tokens]) -> int:
@@ -298,23 +345,39 @@ class Pack:
         self._lengths = batch.lengths
         with self.store.one_pass(1 / self.config.accumulation):
             with training_kernel(self.device, self.dtype, deterministic=self.config.deterministic):
-                losses = self._forward_backward(batch)
+                losses = self._forward_backward(batch, weigh=self.weighing.active)
             self._lengths = None
         return losses
+
+    def look_at_gradients(self, batch: Batch) -> None:
+        """Adds the gradients of a batch's losses to the store's: no dropout, no penalties, no learnt weights."""
+        lanes = self.store.lanes
+        former = lanes.drop, lanes.noisy
+        lanes.drop = lanes.noisy = False
+        try:
+            kernel = training_kernel(self.device, self.dtype, deterministic=self.config.deterministic)
+            with self.store.one_pass(0.0), eager(), kernel:
+                self._forward_backward(batch.to(self.device), weigh=False)
+        finally:
+            lanes.drop, lanes.noisy = former
 
     def _gate(self, batch: Batch) -> None:
         if self.store.lanes.gated:
             self.store.lanes.gate_rows = self._gate_rows(batch.tasks)
 
-    def _forward_backward(self, batch: Batch) -> Tensor:
+    def _forward_backward(self, batch: Batch, *, weigh: bool) -> Tensor:
         self._gate(batch)
+        slots = self.store.lanes.slots
+        weights = self.weighing.weigh(batch, slots) if weigh else batch.weights
         hidden = self.hidden(batch.ids, batch.lengths)
         states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
         if self.objective.linear:
-            losses, _ = self.head.scores(states, batch.targets, batch.weights)
+            losses, found = self.head.scores(states, batch.targets, weights)
+            if weigh:
+                self.weighing.note(batch, slots, found.nll)
         else:
             nll = self.head.nll(states, batch.targets)
-            losses = self.objective.losses(nll, batch.weights, batch.rows, batch.shape[1])
+            losses = self.objective.losses(nll, weights, batch.rows, batch.shape[1])
         losses.sum().backward()
         return losses.detach()
 
@@ -326,19 +389,8 @@ class Pack:
 
     def _micro_step(self, batch: Batch) -> Tensor:
         if self.captured is not None:
-            return self.captured(batch.pinned(), key=self.store.lanes.flags)
+            return self.captured(batch.pinned(), key=(*self.store.lanes.flags, self.weighing.key))
         return self.forward_backward(batch.to(self.device))
-
-    def _draw(self, state: RunState, micro: int) -> tuple[list[Tokens], list[int]]:
-        """The token rows of a forward pass, and which task of its run each is of."""
-        chosen = state.order.batch(state.done * self.config.accumulation + micro)
-        rows: list[Tokens] = []
-        tasks: list[int] = []
-        for i in chosen:
-            own = self.objective.rows(state.examples[i])
-            rows += own
-            tasks += [0 if state.mixture is None else int(state.mixture.task_of[i])] * len(own)
-        return rows, tasks
 
     def _seed_dropout(self, moving: Sequence[tuple[int, RunState]], before: int) -> None:
         """Seeds a forward pass of a step that has had `before` rows of each run already."""
@@ -372,10 +424,9 @@ def open_pack(base: BaseModel, adapters: Sequence[AdapterSpec | UnpackedSpec], c
     return Pack(base, [adapter.capacity for adapter in adapters if isinstance(adapter, AdapterSpec)], config)
 
 
-def _token_weights(state: RunState, passes: Sequence[tuple[list[Tokens], list[int]]]) -> list[float]:
-    """Weight of a target token of each task of a run in a step of these passes."""
-    targets = [0] * (1 if state.mixture is None else len(state.mixture.names))
-    for rows, tasks in passes:
-        for row, task in zip(rows, tasks, strict=True):
-            targets[task] += len(row.input_ids) - row.prompt_length
-    return [1 / targets[0]] if state.mixture is None else state.mixture.token_weights(targets)
+def _of_variances(state: RunState) -> list[list[float]]:
+    """How the log variance of each task moves in the coming step of a run; nothing where it learns none."""
+    own = [clock.at(state.done) for clock in state.task_clocks]
+    return [
+        UNSEEN if number is None else hyperparameters(state.optim, state.done, state.steps, number) for number in own
+    ]

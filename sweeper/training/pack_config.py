@@ -13,6 +13,8 @@ class PackConfig:
             nothing without CUDA.
         lengths_vary: compile once for all lengths, rather than for the first and then once more.
         checkpointing: keep no activations inside layers, and compute them again in the backward pass.
+        by_task: tasks of every run, and sequences of one of them in a forward pass, where each has passes of its own:
+            `accumulation` a task; `batch_size` says then only how many a step has in all.
         deterministic: no kernels that add up in an order of chance. It is attention's backward pass that has them.
     """
 
@@ -23,3 +25,14 @@ class PackConfig:
     lengths_vary: bool = False
     checkpointing: bool = False
     deterministic: bool = False
+    by_task: tuple[int, int] | None = None
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a step."""
+        return self.accumulation * (self.by_task[0] if self.by_task else 1)
+
+    @property
+    def examples(self) -> int:
+        """Examples of one run in a forward pass."""
+        return self.by_task[1] if self.by_task else self.batch_size

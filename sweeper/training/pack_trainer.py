@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from sweeper.errors import gist
 from sweeper.lora.slot_store import Saved
-from sweeper.training import checkpoint
+from sweeper.training import checkpoint, conflict
 from sweeper.training.calibrate import Solo
 from sweeper.training.evaluate import Scoring, evaluate, find_routes, queue_evaluation, queue_routed, queue_through
 from sweeper.training.events import Event, RunFinished, RunStarted, Stage, Step
@@ -71,6 +71,7 @@ class PackTrainer:
                 self.catch_up()
                 self.checkpoint()
                 return
+            self.compare_gradients()
             self.step()
             self.evaluate_due()
             self.halt()
@@ -138,6 +139,17 @@ class PackTrainer:
             arrived = self.clock.collect(but=self.clock.in_flight if moving else 0)
         for event in arrived:
             self.context.emit(event)
+
+    def compare_gradients(self) -> None:
+        """Compares the gradients of the tasks of the runs that are due for it, before they move on."""
+        found = [(slot, state) for slot, state in self.pack.active if not state.halted and conflict.due(state)]
+        if not found:
+            return
+        self.catch_up()
+        with self.context.timeline.span("compare gradients"):
+            for slot, state in found:
+                conflict.look(self.pack, slot, state)
+        self.clock.restart()
 
     def evaluate_due(self, but: Callable[[RunState], bool] = lambda state: False) -> None:
         """Scores the runs that are due for it, except some."""
@@ -464,7 +476,8 @@ def _is_shared(state: RunState) -> bool:
 def _leads_on(state: RunState) -> bool:
     """Whether more than a step is to be done when a run has made its next one."""
     after = state.done + 1
-    return state.halted or after >= state.steps or _midway(state, after)
+    compared = conflict.due(state) or after in conflict.steps(state)
+    return state.halted or after >= state.steps or _midway(state, after) or compared
 
 
 def halved(items: Sequence[T]) -> list[Sequence[T]]:

@@ -1,6 +1,7 @@
 """What a run leaves in its folder: adapter, curve, predictions, and last the record that refers to them."""
 
 import errno
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from sweeper.run import Run
 from sweeper.spec import Settings, to_mapping
 from sweeper.tasks import data_of
 from sweeper.tasks.mixture import by_part
-from sweeper.training import checkpoint, suspects
+from sweeper.training import checkpoint, conflict, suspects
 from sweeper.training.calibrate import Solo
 from sweeper.training.export import write_adapter, write_readme, write_tasks
 from sweeper.training.failure import Failure
@@ -74,6 +75,8 @@ def write_run(
         environment={**environment, **state.environment, **({"resumed_from": state.resumed} if state.resumed else {})},
         search=state.run.search,
         sharing=_sharing(state),
+        weighing=_weighing(state),
+        conflict=conflict.recorded(state),
         saved={
             "step": state.done if state.best is None else state.best[1], "stopped_early": state.stopped,
             "average": spec.trainer.ema_decay is not None,
@@ -177,6 +180,14 @@ def _sharing(state: RunState) -> dict[str, Any]:
         **({"through": state.through} if state.through else {}),
         **({"routing": state.routing} if state.routing else {}),
     }  # fmt: skip
+
+
+def _weighing(state: RunState) -> dict[str, Any]:
+    """What the weights of the tasks' losses were in the end, where they are learnt; see `Record.weighing`."""
+    return {
+        task: {"log_variance": value, "weight": math.exp(min(-value, 700.0))}
+        for task, value in state.log_variances.items()
+    }
 
 
 def _modules(state: RunState, learnt: Learnt | None) -> tuple[Module, ...]:

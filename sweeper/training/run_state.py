@@ -29,6 +29,7 @@ from sweeper.training.events import Evaluated, Step
 from sweeper.training.mixing import Clock, MixedOrder, Mixture
 from sweeper.training.probe import Probe
 from sweeper.training.suspects import Suspect
+from sweeper.training.weighing import STATE
 from sweeper.untrusted import sandbox
 
 # what a run may be resumed with another of, and what the analysis looks at (`analysis.checks`)
@@ -119,6 +120,7 @@ class RunState:
         self.before: dict[str, dict[str, float]] = {}  # split -> task -> NLL of the base
         self.through: dict[str, dict[str, float]] = {}  # task -> whose blocks -> test NLL
         self.routing: dict[str, Any] = {}  # scores where the task is not named
+        self.conflict: list[dict[str, Any]] = list(kept.get("conflict", []))  # a row a comparison of gradients
         self.train_seconds: float = kept.get("train_seconds", 0.0)
         self.compile_seconds: float = kept.get("compile_seconds", 0.0)
         self.eval_seconds = 0.0
@@ -174,6 +176,11 @@ class RunState:
             return []
         assert self.mixture is not None
         return [self.mixture.clock(block.trains) for block in blocks]
+
+    @cached_property
+    def task_clocks(self) -> list[Clock]:
+        """The steps that each of its tasks has rows in; none where it learns no weights of their losses."""
+        return [] if self.mixture is None else [self.mixture.clock([task]) for task in range(self.mixture.learns)]
 
     def hyperparameters(self) -> list[list[float]]:
         """The optimiser's settings for the next step: of the run, or of each of its rank blocks."""
@@ -236,9 +243,10 @@ class RunState:
         if (why := self._other(kept)) is not None:
             return f"{self.run_id}: its checkpoint {why}; it starts anew"
         if isinstance(self.adapter, UnpackedSpec):
-            matches = self.adapter.resumes(weights)
+            matches = self.adapter.resumes({name: parts for name, parts in weights.items() if name != STATE})
         else:
-            matches = set(weights) == set(self.adapter.ranks) and self._same_ranks(weights)
+            learnt = {STATE} if self.task_clocks else set()
+            matches = set(weights) == set(self.adapter.ranks) | learnt and self._same_ranks(weights)
         if matches:
             self.weights, self.kept = weights, kept
             self.done, self.tokens = kept["done"], kept["tokens"]
@@ -257,7 +265,7 @@ class RunState:
         """Whether a probe that was made again allocates as the one did that the checkpoint began with."""
         assert isinstance(self.adapter, AdapterSpec)
         ranks = self.adapter.ranks
-        return self.probe is None or all(len(parts[0]) == ranks[name] for name, parts in weights.items())
+        return self.probe is None or all(len(weights[name][0]) == rank for name, rank in ranks.items())
 
     def keep(self, weights: dict[str, tuple[Tensor, ...]]) -> None:
         """Remembers a good state, to go on from if the pack breaks."""
@@ -276,6 +284,7 @@ class RunState:
             "content": dict(self.content), "precision": self.precision,
             "auto": self.spec.trainer.precision == "auto",
             "environment": self.environment, "resumed_from": self.resumed,
+            **({"conflict": list(self.conflict)} if self.conflict else {}),
             "metrics": [row for row in self.metrics if row.get("moment") not in ENDS],
         }  # fmt: skip
 
@@ -307,11 +316,24 @@ class RunState:
         self.metrics.append({
             "step": result.step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm,
             "tokens": result.tokens, "seconds": round(seconds, 6), "time": round(time.time(), 2),
+            **({"log_variances": self._named(result.variances)} if result.variances else {}),
         })  # fmt: skip
         return Step(
             run_id=self.run_id, step=result.step, loss=result.loss, lr=result.lr, grad_norm=result.grad_norm,
             tokens=result.tokens, seconds=seconds,
         )  # fmt: skip
+
+    def _named(self, values: Sequence[float]) -> dict[str, float]:
+        assert self.mixture is not None
+        return dict(zip(self.mixture.names, values, strict=True))
+
+    @property
+    def log_variances(self) -> dict[str, float]:
+        """Those of its tasks after the last step that is known; empty where none are learnt."""
+        found: dict[str, float] = next(
+            (row["log_variances"] for row in reversed(self.metrics) if "log_variances" in row), {}
+        )
+        return found
 
     def note_scores(self, split: str, phase: str, found: EvaluatedSplit) -> list[Evaluated]:
         """Adds the scores of a split, and of each task's, before, after or on the way (`phase`)."""
@@ -359,7 +381,8 @@ class RunState:
 class StepResult:
     """One optimiser step of one run: `loss` is what the run minimises: of nll, nats a token.
 
-    `one_off` are the seconds that the host spent on it to compile and capture, a run's share of them.
+    `one_off` are the seconds that the host spent on it to compile and capture, a run's share of them. `variances` are
+    the log variances of its tasks after it, where their losses' weights are learnt.
     """
 
     state: RunState
@@ -369,6 +392,7 @@ class StepResult:
     grad_norm: float
     tokens: int
     one_off: float = 0.0
+    variances: tuple[float, ...] = ()
 
 
 def now() -> str:

@@ -16,6 +16,7 @@ class PackKey:
         unpacked: of a run that has a model to itself, what those have in common that can follow it on that model;
             empty for runs that pack.
         length: bucket of its examples' lengths in tokens, so that short ones are not padded to another dataset's.
+        by_task: of runs whose steps have passes by task, as `PackConfig` has it; (0, 0) of others.
     """
 
     accumulation: int
@@ -25,10 +26,11 @@ class PackKey:
     deterministic: bool
     length: int
     objective: str
+    by_task: tuple[int, int] = (0, 0)
 
 
-def pack_key(spec: RunSpec, lengths: Sequence[int]) -> PackKey:
-    """The key of a run whose examples have these lengths.
+def pack_key(spec: RunSpec, lengths: Sequence[int], by_task: tuple[int, int] | None = None) -> PackKey:
+    """The key of a run whose examples have these lengths, and whose steps may be cut into passes by task.
 
     The model, its precision and its quantisation are decided before: a trainer holds one base model at a time. The
     bucket is the next power of two of a long example (the 90th percentile).
@@ -43,12 +45,15 @@ def pack_key(spec: RunSpec, lengths: Sequence[int]) -> PackKey:
         deterministic=spec.trainer.deterministic,
         length=1 << (typical - 1).bit_length(),
         objective=repr(spec.objective),
+        by_task=by_task or (0, 0),
     )
 
 
 def pack_key_of(state: RunState) -> PackKey:
     """`pack_key` of a run whose examples are known."""
-    return pack_key(state.spec, state.order.lengths.tolist())
+    mixture = state.mixture
+    by_task = None if mixture is None else mixture.by_task(state.spec.trainer.accumulation)
+    return pack_key(state.spec, state.order.lengths.tolist(), by_task)
 
 
 def model_key(spec: RunSpec) -> str:

@@ -217,14 +217,15 @@ class Trainer:
         config = PackConfig(
             batch_size=key.batch_size, accumulation=key.accumulation, checkpointing=key.checkpointing,
             deterministic=key.deterministic, lengths_vary=distinct_lengths(lengths.tolist()) > 1,
+            by_task=key.by_task if any(key.by_task) else None,
         )  # fmt: skip
         chosen = self.context.settings.compile
         if self.context.device.type != "cuda" or chosen == "off":
             return config
         steps = sum(group.left * group.spec.trainer.max_steps for group in alike.groups)
-        passes = key.accumulation * (steps + sum(state.steps for state in alike.deferred))
+        passes = config.passes * (steps + sum(state.steps for state in alike.deferred))
         together = max(1, min(self.context.settings.max_pack or MOST, alike.most_at_once))
-        rows = key.batch_size * alike.states[0].rows_of_example
+        rows = config.examples * alike.states[0].rows_of_example
         pays = compilation.pays(
             passes / together, layers=number_of_layers(base.targets), width=models.hidden_size(base.model),
             tokens=together * rows * float(lengths.mean()), lengths_vary=config.lengths_vary,

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.nn import functional
 
 import sweeper
@@ -260,6 +262,14 @@ def test_the_order_of_a_sequence_and_the_sharing_are_in_the_id(together: MakeTog
         (["sharing=per_task", "placement.head=true"], "placement.embeddings and placement.head cannot be"),
         (["sharing=per_task", "optim.norm_penalty=0.1"], "the penalties of optim are of a whole adapter"),
         (["sharing=shared", "sharing.private=ff", "placement=attn"], "placement=ff"),
+        (["dataset.options.weights=learnt"], "Choose from size, tokens, uncertainty, uniform"),
+        (["dataset.options.surgery=pc"], "Choose from none, pcgrad"),
+        (["dataset.options.surgery=pcgrad", "method=full_ft"], "is for adapters; method=full_ft trains alone"),
+        (["dataset.options.surgery=pcgrad", "sharing=per_task"], "sharing=per_task has no block that several tasks"),
+        (["dataset.options.surgery=pcgrad", "optim.norm_penalty=0.1"], "the penalties of optim are of no task"),
+        (["dataset=sequence", "dataset.options.surgery=pcgrad"], "has one task; give dataset.options.replay"),
+        (["evaluation.conflict=-1"], "evaluation.conflict must be at least 0"),
+        (["evaluation.conflict=4", "method=bitfit"], "looks at adapters; method=bitfit trains alone"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line_before_work_starts(
@@ -309,3 +319,117 @@ def test_an_order_that_is_given_is_no_part_of_what_runs_were_before(composer: An
     plain, said = (config.expand([*words, *more], composer).specs[0] for more in ([], ["dataset.options.order=given"]))
     assert plain.run_id == said.run_id
     assert "order" not in plain.dataset.options
+
+
+def test_what_is_of_several_tasks_is_refused_of_one(make_run: Any, tmp_path: Path) -> None:
+    settings = Settings(study="x", output_root=str(tmp_path))
+    with pytest.raises(Problems, match="conflict=3 is between tasks: dataset=mixture"):
+        plan.check([make_run(evaluation={"conflict": 3})], settings)
+    with pytest.raises(Problems, match=r"no such dataset\.options\. Choose from"):
+        plan.check([make_run(dataset={"options": {"surgery": "pcgrad"}})], settings)
+
+
+def test_options_that_came_later_change_no_id(together: MakeTogether) -> None:
+    spec = together(options={"weights": "uniform"})
+    assert together(options={"weights": "uniform", "surgery": "none"}).run_id == spec.run_id
+    assert together(options={"weights": "uniform"}, evaluation={"conflict": 0}).run_id == spec.run_id
+    assert together(options={"weights": "uniform", "surgery": "pcgrad"}).run_id != spec.run_id
+    assert together(options={"weights": "uniform"}, evaluation={"conflict": 1}).run_id != spec.run_id
+
+
+def test_learnt_weights_surgery_and_conflict_from_spec_to_record_and_through_a_stop(
+    together: MakeTogether, run_all: Any, tmp_path: Path
+) -> None:
+    learnt = together(
+        options={"sampling": "equal", "weights": "uncertainty"}, evaluation={"conflict": 3}, optim={"lr": 3e-2},
+        trainer={"max_steps": 8, "batch_size": 4},
+    )  # fmt: skip
+    cut = together(
+        "shared", options={"sampling": "equal", "surgery": "pcgrad", "weights": "uncertainty"},
+        evaluation={"conflict": 1},
+        trainer={"max_steps": 8, "batch_size": 4},
+    )  # fmt: skip
+    specs = [learnt, cut]
+    run_all(specs, "whole")
+    run_all(specs, "stopped", stop_after=9)
+    run_all(specs, "stopped")
+    for spec in specs:
+        whole, stopped = (recorded(tmp_path, spec, study) for study in ("whole", "stopped"))
+        curves = [
+            [(row["loss"], row["log_variances"]) for row in lines(tmp_path / study / spec.run_id) if "loss" in row]
+            for study in ("whole", "stopped")
+        ]
+        assert curves[0] == curves[1]
+        assert len(curves[0]) == 8
+        last = curves[0][-1][1]
+        assert whole.weighing == stopped.weighing
+        for task in ("parity", "digit"):
+            assert whole.weighing[task]["log_variance"] == last[task] != 0
+            assert whole.weighing[task]["weight"] == pytest.approx(math.exp(-last[task]))
+        for name, phases in whole.scores.items():
+            assert stopped.scores[name]["after"].nll == pytest.approx(phases["after"].nll, rel=1e-6)
+    found, again = (recorded(tmp_path, learnt, study).conflict for study in ("whole", "stopped"))
+    assert found.pop("seconds") > 0
+    again.pop("seconds")
+    assert found == again
+    assert found["steps"] == [1, 4, 7]
+    assert found["pairs"] == [["parity", "digit"]]
+    assert len(found["adapter"]) == 3
+    assert set(found["modules"]) == {module.name for module in recorded(tmp_path, learnt, "whole").modules}
+    for own in found["modules"].values():
+        assert [len(row) for row in own["cosine"]] == [1] * 3
+        assert [len(row) for row in own["norms"]] == [2] * 3
+    assert recorded(tmp_path, cut, "whole").conflict["steps"] == [1]
+    apart = json.loads((tmp_path / "whole" / cut.run_id / "tasks" / "digit" / "combined.json").read_text())
+    assert "conflict" not in apart["spec"]["evaluation"]
+
+
+@pytest.mark.parametrize("sharing", ["shared", "stack"])
+def test_spectra_are_by_block(
+    sharing: str, together: MakeTogether, run_all: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = "sequence" if sharing == "stack" else "mixture"
+    spec = together(sharing, family=family, optim={"lr": 3e-2})
+    run_all([spec])
+    run = tmp_path / "study" / spec.run_id
+    command.main(["spectra", str(run), "--device", "cpu", "--update-only"])
+    shown = capsys.readouterr().out
+    names = ("common", "parity", "digit") if sharing == "shared" else ("parity", "digit")
+    assert all(name in shown for name in names)
+    plain = json.loads((run / "spectra.json").read_text())
+    found = {(one["block"], one["name"]): one for one in plain["blocks"]}
+    modules = recorded(tmp_path, spec).modules
+    assert set(found) == {(name, module.name) for name in names for module in modules}
+    # where each block lies: whose adapter, and its ranks there
+    where = {"common": ("digit", 0, 4), "parity": ("parity", 4, 8), "digit": ("digit", 4, 8)}
+    if sharing == "stack":
+        where = {"parity": ("digit", 0, 8), "digit": ("digit", 8, 16)}
+    for (block, name), one in found.items():
+        task, first, last = where[block]
+        tensors = load_file(run / "tasks" / task / "adapter" / "adapter_model.safetensors")
+        a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+        update = spec.alpha / spec.rank * b[:, first:last] @ a[first:last]
+        values = torch.linalg.svdvals(update)
+        assert one["rank"] == last - first
+        assert one["update_norm"] == pytest.approx(float(update.norm()), rel=1e-4)
+        assert one["singular_values"] == pytest.approx(values[: len(one["singular_values"])].tolist(), rel=1e-3)
+        share = values / values.sum()
+        assert one["effective_rank"] == pytest.approx(float(torch.special.entr(share).sum().exp()), rel=1e-3)
+        assert one["tasks"] == (["parity", "digit"] if block == names[0] else [block])
+    assert sum(one["energy_share"] for one in plain["blocks"]) == pytest.approx(1.0)
+
+
+def test_a_run_that_trains_alone_learns_weights_and_goes_on_with_them(
+    together: MakeTogether, run_all: Any, tmp_path: Path
+) -> None:
+    spec = together(options={"sampling": "equal", "weights": "uncertainty"}, method={"name": "bitfit"})
+    run_all([spec], "whole")
+    run_all([spec], "cut", stop_after=3)
+    run_all([spec], "cut")
+    whole, cut = (
+        [row["log_variances"] for row in lines(tmp_path / study / spec.run_id) if "loss" in row]
+        for study in ("whole", "cut")
+    )
+    assert whole == cut
+    assert len(whole) == 6
+    assert all(value != 0 for value in whole[-1].values())
