@@ -38,6 +38,8 @@ COMMANDS = "commands.jsonl"
 
 # what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
 TENSORBOARD, WANDB = "tensorboard", "wandb"
+EXPERTS = "experts"  # of a run with a learnt gate: a folder with an adapter for each expert, and what opens them
+ROUTERS, ROUTER = "routers.safetensors", "router.json"
 COMBINED, MERGED = "combined.json", "merged.json"
 
 # what is read at most of a file that somebody else may have made, in bytes

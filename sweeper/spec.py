@@ -142,6 +142,9 @@ class SharingSpec:
         tree: nested lists of names of tasks.
         common, private: where the root's block and the tasks' own lie, within the run's placement.
         orthogonality: weight of |A_new A_old^T|^2 in the loss, of blocks on top of earlier ones.
+        experts: blocks that a learnt gate opens; 0: one for each task, or four. router: whether it reads each token's
+            input to a module or the prompt. kept: experts of a row; 0: all. tied: whether all modules share one router.
+        balance: weight of the load-balancing loss, a mean over modules.
     """
 
     name: str = "single"
@@ -151,8 +154,16 @@ class SharingSpec:
     common: PlacementSpec | None = None
     private: PlacementSpec | None = None
     orthogonality: float = 0.0
+    experts: int = field(default=0, metadata=ADDED)
+    router: Literal["token", "prompt"] = field(default="token", metadata=ADDED)
+    kept: int = field(default=0, metadata=ADDED)
+    tied: bool = field(default=False, metadata=ADDED)
+    balance: float = field(default=0.0, metadata=ADDED)
 
     def __post_init__(self) -> None:
+        for name in ("experts", "kept", "balance"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise SpecError(field=f"sharing.{name}", wanted="at least 0", got=getattr(self, name))
         if not (self.orthogonality >= 0 and math.isfinite(self.orthogonality)):
             raise SpecError(field="sharing.orthogonality", wanted="at least 0", got=self.orthogonality)
         if any(level < 0 for level in self.levels):

@@ -8,6 +8,7 @@ row it trains on.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sweeper.models.architecture import Target
@@ -50,10 +51,25 @@ def unaligned(blocks: Sequence[Block], targets: Sequence[Target], unit: int) -> 
 
 
 def gate(h: Tensor, gates: Tensor | None, gate_rows: Tensor | None) -> None:
-    """Multiplies hidden values [N, H] in place by the gates [G, H] of their shares of rows, if there are any.
+    """Multiplies hidden values [N, H] in place by the gates of their shares of rows, if there are any.
 
     Args:
-        gates: [any, H] float32. gate_rows: [G] rows of `gates`.
+        gates: [any, H] float32. gate_rows: [G] rows of `gates` for equal shares of h; None: each row has its own.
     """
-    if gates is not None and gate_rows is not None:
+    if gates is not None and gate_rows is None:
+        h.mul_(gates)
+    elif gates is not None and gate_rows is not None:
         h.view(len(gate_rows), -1, h.shape[1]).mul_(gates.index_select(0, gate_rows)[:, None])
+
+
+def gate_gradient(h: Tensor, dh: Tensor, gates: Tensor, scale: Tensor, lanes: Tensor) -> Tensor:
+    """Gradient of gates that each row has its own of [N, H]; 0 where a gate is.
+
+    Args:
+        h: s g (A x), as the products leave it. dh: s dy B^T, before it is gated. scale: [J, M]. lanes: [L] slots.
+    """
+    own = scale.index_select(0, lanes.clamp(min=0)).repeat_interleave(h.shape[1] // scale.shape[1], 1)
+    factor = gates.view(len(lanes), -1, h.shape[1]) * own[:, None]
+    live = (factor != 0).view(h.shape)
+    found = h.float() * dh.float() / torch.where(live, factor.reshape(h.shape), 1.0)
+    return torch.where(live, found, 0.0)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sweeper.lora.blocks import gate
+from sweeper.lora.blocks import gate, gate_gradient
 
 
 @triton.jit
@@ -514,9 +514,9 @@ def forward(x, ys, work, table, scale, lanes, dropout, seeds, salts, gates, gate
 
 
 def backward(
-    dys, x, dx, work, dparams, h, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, tokens, drop
+    dys, x, dx, work, dparams, dgates, h, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, tokens, drop
 ) -> None:
-    """Adds the adapters' share to `dx` in place and fills `dparams`, which must be zero."""
+    """Adds the adapters' share to `dx` in place; fills `dparams`, which must be zero, and `dgates`."""
     x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
     dh = torch.empty_like(h)
     members, widths, hidden, fan_in = len(dys), [dy.shape[1] for dy in dys], h.shape[1], x.shape[1]
@@ -527,6 +527,8 @@ def backward(
         *_three(dys), *_three(widths), work, table, scale, lanes, *chance, dh, share, tokens, hidden,
         M=members, B_SIDE=True, DROP=False, RANKS=ranks,
     )  # fmt: skip
+    if gates is not None and gate_rows is None:
+        dgates.copy_(gate_gradient(h, dh, gates, scale, lanes))
     gate(dh, gates, gate_rows)
     _launch(
         _outer, OUTER, (triton.cdiv(max(fan_in, *widths), OUTER.cols), 2 * count * members, chunks),

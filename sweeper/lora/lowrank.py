@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sweeper.lora.blocks import gate
+from sweeper.lora.blocks import gate, gate_gradient
 
 # columns of a group's table, one row for each (slot, member)
 RANK, A_OFFSET, B_OFFSET, H_COLUMN = range(4)
@@ -122,7 +122,7 @@ def adapted_linear(
         table: [J, M, 4] int32 (rank, offset of A, offset of B, hidden column). scale: [J, M] float32.
         lanes: [L] int32, slot of each lane. dropout: [J] float32. seeds: [J] int64. salts: [M] int64.
         gates: [any, H] float32, what hidden values are multiplied by. gate_rows: [G] int64, its row for each of G
-            equal shares of x; None where there are no gates.
+            equal shares of x; None where there are no gates, or every row has its own, which then get a gradient.
         hidden: H. tokens: padded length of a sequence. drop: whether dropout is on.
 
     Returns:
@@ -174,17 +174,22 @@ def adapted_linear_backward(
     gate_rows: Tensor | None,
     tokens: int,
     drop: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `adapted_linear` for x [N, I] and params [F] (float32); the frozen weights get none."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `adapted_linear` for x [N, I], params [F] and gates [N, H] (float32); frozen weights get none.
+
+    That of the gates is empty, but where each row has its own.
+    """
     dx = frozen_gradient(dys, weights)
     dparams = torch.zeros_like(work, dtype=torch.float32)
+    dgates = _gates_like(h, gates, gate_rows)
     if x.is_cuda:
         from sweeper.lora import kernels
 
         kernels.backward(
-            dys, x, dx, work, dparams, h, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, tokens, drop
-        )
-        return dx, dparams
+            dys, x, dx, work, dparams, dgates, h, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, tokens,
+            drop,
+        )  # fmt: skip
+        return dx, dparams, dgates
     widths = [w.shape[1] for w in weights]
     walked = lanes_of(work, table, lanes, widths, x.shape[0], x.shape[1])
     grads = lanes_of(dparams, table, lanes, widths, x.shape[0], x.shape[1])
@@ -192,6 +197,8 @@ def adapted_linear_backward(
     for lane in walked:
         upstream = torch.mm(dys[lane.member][lane.rows], lane.b.to(x.dtype).t())
         dh[lane.rows, lane.hidden] = upstream * scales[lane.slot][lane.member]
+    if gates is not None and gate_rows is None:
+        dgates.copy_(gate_gradient(h, dh, gates, scale, lanes))
     gate(dh, gates, gate_rows)
     for lane, grad in zip(walked, grads, strict=True):
         rows, own = x[lane.rows], dh[lane.rows, lane.hidden]
@@ -202,12 +209,17 @@ def adapted_linear_backward(
         grad.b.copy_(torch.mm(h[lane.rows, lane.hidden].t(), dys[lane.member][lane.rows]))
         grad.a.copy_(torch.mm(own.t(), rows))
         dx[lane.rows] += back
-    return dx, dparams
+    return dx, dparams, dgates
 
 
 @adapted_linear_backward.register_fake
 def _(dys, x, weights, work, h, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, tokens, drop):
-    return torch.empty_like(x), torch.empty_like(work, dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(work, dtype=torch.float32), _gates_like(h, gates, gate_rows)
+
+
+def _gates_like(h: Tensor, gates: Tensor | None, gate_rows: Tensor | None) -> Tensor:
+    each = gates is not None and gate_rows is None
+    return h.new_empty(h.shape if each else (0,), dtype=torch.float32)
 
 
 def frozen_gradient(dys: list[Tensor], weights: list[Tensor]) -> Tensor:
@@ -229,14 +241,16 @@ def _setup(ctx, inputs, output):
     x, weights, biases, _params, work, *tensors, gates, gate_rows, _hidden, tokens, drop = inputs
     ctx.save_for_backward(x, work, output[-1], *tensors, gates, gate_rows, *weights)
     ctx.biases, ctx.tokens, ctx.drop = len(biases), tokens, drop
+    ctx.routed = gates is not None and gate_rows is None
 
 
 def _backward(ctx, grads):
     x, work, h, *rest = ctx.saved_tensors
     tensors, weights = rest[:8], rest[8:]
     dys = [g.contiguous() for g in grads[:-1]]
-    dx, dparams = adapted_linear_backward(dys, x, weights, work, h, *tensors, ctx.tokens, ctx.drop)
-    return dx, [None] * len(weights), [None] * ctx.biases, dparams, *([None] * 12)
+    dx, dparams, dgates = adapted_linear_backward(dys, x, weights, work, h, *tensors, ctx.tokens, ctx.drop)
+    own = dgates if ctx.routed else None
+    return dx, [None] * len(weights), [None] * ctx.biases, dparams, *([None] * 7), own, *([None] * 4)
 
 
 adapted_linear.register_autograd(_backward, setup_context=_setup)

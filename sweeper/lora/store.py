@@ -222,6 +222,9 @@ class AdapterStore(Flat[AdapterSpec]):
         lanes.drop = any(one.dropout > 0 for one in held)
         lanes.noisy = any(one.noise > 0 for one in held)
         lanes.gated = any(one.blocks for one in held)
+        lanes.routed = any(one.experts for one in held)
+        lanes.prompted = any(one.experts and one.options["router"] == "prompt" for one in held)
+        lanes.balanced = any(one.experts and one.options["balance"] > 0 for one in held)
         lanes.forms = tuple(form for form in self.attached if any(one.form == form for one in held))
         weighed = [() if one is None else (*one.penalties, one.orthogonality) for one in self.held]
         lanes.penalised = tuple(slot for slot, weights in enumerate(weighed) if any(weights))
@@ -236,6 +239,7 @@ class AdapterStore(Flat[AdapterSpec]):
     def one_pass(self, share: float) -> Iterator[None]:
         """Around a forward and backward pass; `share` is the pass's of its step."""
         self._derive(range(self.slots))
+        self.lanes.share = share
         yield
         self._penalise(share)
         for form in self.lanes.forms:

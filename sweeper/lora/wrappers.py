@@ -21,6 +21,10 @@ class Lanes:
     `forms` are those of the slots that do more than the low-rank product.
     `gated`: whether some adapter has rank blocks; then `gate_rows` [G] int64 are the rows of `Group.gates` that equal
     shares of the batch's rows go by.
+    `routed`: whether some adapter has experts behind a learnt gate; `prompted`: whether one of their routers reads
+    prompts, which `features` [sequences, D] then are; `balanced`: whether one is pulled to use its experts alike, over
+    the tokens within `lengths` [sequences], with the `share` of a step that the pass is. `watched` is given what every
+    router does, in evaluation.
     """
 
     slots: Tensor
@@ -34,12 +38,20 @@ class Lanes:
     penalised: tuple[int, ...] = ()
     gated: bool = False
     gate_rows: Tensor | None = None
+    routed: bool = False
+    prompted: bool = False
+    balanced: bool = False
+    features: Tensor | None = None
+    lengths: Tensor | None = None
+    share: float = 1.0
+    watched: list[Any] | None = None
     host_slots: tuple[int, ...] = field(default=())
 
     @property
     def flags(self) -> tuple[Any, ...]:
         """What a step looks at on the host: one that was captured under other flags does other things."""
-        return self.drop, self.noisy, self.forms, self.penalised, self.gated
+        routing = self.routed, self.prompted, self.balanced
+        return self.drop, self.noisy, self.forms, self.penalised, self.gated, routing
 
     @property
     def draws(self) -> bool:
@@ -70,6 +82,17 @@ class Change(Protocol):
     def apply(self, ys: Sequence[Tensor], biases: Sequence[Tensor], slots: Tensor) -> list[Tensor]: ...
 
 
+class Gating(Protocol):
+    """What makes gates for every row of a group's input [N, I], where it is `active`.
+
+    `former` and `rows` are the gates of rank blocks, if there are any: a slot without experts keeps them.
+    """
+
+    active: bool
+
+    def apply(self, x: Tensor, former: Tensor | None, rows: Tensor | None, lanes: Lanes) -> Tensor: ...
+
+
 class Group(nn.Module):
     """Up to three frozen matrices on the same input, computed in one go with every lane's adapters.
 
@@ -98,6 +121,7 @@ class Group(nn.Module):
         self.parts: tuple[Tensor, ...] = ()
         self.waiting = 0
         self.changes: tuple[Change, ...] = ()
+        self.routers: tuple[Gating, ...] = ()
         self.gates: Tensor | None = None
 
     def attach(
@@ -123,10 +147,16 @@ class Group(nn.Module):
         lanes = self.lanes
         # from the shape where it can be: a plain number would be a constant of the compiled layer, one for each length
         tokens = x.shape[1] if x.dim() == 3 else lanes.tokens
+        rows, gates, gate_rows = x.reshape(-1, x.shape[-1]), None, None
+        if lanes.gated:
+            gates, gate_rows = self.gates, lanes.gate_rows
+        if lanes.routed:
+            for router in self.routers:
+                if router.active:
+                    gates, gate_rows = router.apply(rows, gates, gate_rows, lanes), None
         *ys, _ = adapted_linear(
-            x.reshape(-1, x.shape[-1]), self.weights, self.biases, self.params, self.work, self.table,
-            self.scale, lanes.slots, lanes.dropout, lanes.seeds, self.salts, self.gates if lanes.gated else None,
-            lanes.gate_rows if lanes.gated else None, self.hidden, tokens, lanes.drop and self.training,
+            rows, self.weights, self.biases, self.params, self.work, self.table, self.scale, lanes.slots, lanes.dropout,
+            lanes.seeds, self.salts, gates, gate_rows, self.hidden, tokens, lanes.drop and self.training,
         )  # fmt: skip
         for change in self.changes:
             if change.active:

@@ -8,7 +8,20 @@ from sweeper.errors import SpecError, unknown
 from sweeper.lora.blocks import Block
 from sweeper.lora.forms import AdapterSpec
 from sweeper.lora.trainee import UnpackedSpec
-from sweeper.methods import dora, lora, lora_plus, principal, relora, several, sharing, sparse, tuners, vera, weights
+from sweeper.methods import (
+    dora,
+    experts,
+    lora,
+    lora_plus,
+    principal,
+    relora,
+    several,
+    sharing,
+    sparse,
+    tuners,
+    vera,
+    weights,
+)
 from sweeper.methods.method import Method, Ranks
 from sweeper.models import budget
 from sweeper.models.architecture import HEAD, Target, number_of_layers
@@ -85,6 +98,11 @@ def trainable(method: MethodSpec, ranks: Ranks, *, total: int = 0) -> int:
     return total if found.whole(method) else found.trainable(method, ranks)
 
 
+def routers(spec: RunSpec, ranks: Ranks) -> int:
+    """Trainable parameters of the routers of a run's experts, beside those of its modules."""
+    return experts.router_parameters(spec, ranks)
+
+
 def held(spec: RunSpec, ranks: Ranks, *, total: int) -> int:
     """Values of a run's adapter that are kept with gradient and moments: what trains, and what is frozen among it."""
     made = adapter(spec, ranks)
@@ -112,6 +130,7 @@ def check(spec: RunSpec) -> None:
         raise SpecError(f"optim.{name} is for the A and B of methods that pack; method={spec.method.name} trains alone")
     method.check(spec)
     sharing.check(spec)
+    experts.check(spec)
     if spec.sharing.name != "single" and not (packs(spec) and method.blocks):
         able = ", ".join(name for name, one in METHODS.items() if one.blocks)
         raise SpecError(f"sharing={spec.sharing.name}: method={spec.method.name} has no rank blocks; {able} have")
@@ -225,13 +244,20 @@ def blocks(spec: RunSpec, ranks: Ranks) -> tuple[Block, ...]:
 
 def trained_ranks(spec: RunSpec, ranks: Ranks) -> Ranks:
     """The ranks that a run trains, of all its blocks, where its allocation gives its modules these."""
-    return sharing.totals(ranks, blocks(spec, ranks)) if spec.sharing.name != "single" else ranks
+    if spec.sharing.name == "single":
+        return ranks
+    if spec.sharing.name == experts.ROUTED:
+        made = adapter(spec, ranks)
+        return {target: made.ranks[target.name] for target in ranks}
+    return sharing.totals(ranks, blocks(spec, ranks))
 
 
 def _with_blocks(spec: RunSpec, ranks: Ranks, made: AdapterSpec) -> AdapterSpec:
     """The adapter in the rank blocks that its tasks share it by."""
     if spec.sharing.name == "single":
         return made
+    if spec.sharing.name == experts.ROUTED:
+        return experts.adapter(spec, ranks, made)
     found = sharing.blocks(spec, ranks)
     every = {target.name: rank for target, rank in sharing.totals(ranks, found).items()}
     scales = {name: made.scales[name] for name in every}

@@ -1,6 +1,7 @@
 """How tasks share the ranks of an adapter: a tree of rank blocks, a row running through those on its task's path.
 
 single        one block for all (no blocks at all: plain LoRA)
+routed        experts behind a learnt gate (`sweeper.methods.experts`)
 per_task      a block for each task, which is as if the task were trained alone
 shared        a block for all and one for each
 hierarchical  root, groups and tasks, as a tree of names says
@@ -78,6 +79,7 @@ def _stack(spec: RunSpec) -> list[Node]:
 
 SHARINGS: dict[str, Callable[[RunSpec], list[Node]]] = {
     "single": lambda spec: [],
+    "routed": lambda spec: [],
     "per_task": _per_task,
     "shared": _shared,
     "hierarchical": _hierarchical,
@@ -104,7 +106,7 @@ def check(spec: RunSpec) -> None:
     if sharing.name == "single":
         return
     start = f"sharing={sharing.name}"
-    if not spec.dataset.parts:
+    if not spec.dataset.parts and sharing.name != "routed":
         raise SpecError(f"{start} needs several tasks: dataset=mixture 'dataset.parts=[icd10_chapter,gsm_symbolic]'")
     if sharing.name in STACKS and spec.dataset.family != "sequence":
         raise SpecError(f"{start} is for tasks one after another: dataset=sequence")
@@ -114,7 +116,8 @@ def check(spec: RunSpec) -> None:
         raise SpecError(f"sharing.orthogonality is for sharing=orthogonal, not {sharing.name}")
     if sharing.tree and sharing.name != "hierarchical":
         raise SpecError(f"sharing.tree is for sharing=hierarchical, not {sharing.name}")
-    depth = 1 + max(node.level for node in SHARINGS[sharing.name](spec)) if sharing.name not in STACKS else 1
+    depth = 1 + max((node.level for node in SHARINGS[sharing.name](spec)), default=0)
+    depth = 1 if sharing.name in STACKS else depth
     if sharing.levels and len(sharing.levels) != depth:
         raise SpecError(field="sharing.levels", wanted=f"a rank for each of {depth} levels", got=sharing.levels)
     for name, own in (("common", sharing.common), ("private", sharing.private)):

@@ -52,7 +52,7 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
     allocated = module_ranks(spec)
     ranks = methods.trained_ranks(spec, allocated)
     total = models.total_parameters(spec.model)
-    trainable = methods.trainable(spec.method, ranks, total=total)
+    trainable = methods.trainable(spec.method, ranks, total=total) + methods.routers(spec, ranks)
     dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision, study=settings.folder)
     length, batch = spec.dataset.max_length, spec.trainer.batch_size
     tokens = spec.trainer.max_steps * batch * spec.trainer.accumulation * length

@@ -76,7 +76,8 @@ class Batch:
 
     ids [L*R, T] token ids, each lane R sequences; index [L, K] flat positions (into L*R*T) whose next token is a
     target; targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step);
-    lengths [L*R] tokens of each sequence; tasks [L*R] which task of its run each is of, 0 where there is one.
+    lengths [L*R] tokens of each sequence; tasks [L*R] which task of its run each is of, 0 where there is one;
+    prompts [L*R] tokens of each sequence's prompt.
     """
 
     ids: Tensor
@@ -85,6 +86,7 @@ class Batch:
     weights: Tensor
     lengths: Tensor
     tasks: Tensor
+    prompts: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -104,7 +106,7 @@ class Batch:
         rows = torch.arange(lanes)[:, None] * self.ids.numel()
         return Batch(
             self.ids.repeat(lanes, 1), self.index + rows, self.targets.repeat(lanes, 1), self.weights.repeat(lanes, 1),
-            self.lengths.repeat(lanes), self.tasks.repeat(lanes),
+            self.lengths.repeat(lanes), self.tasks.repeat(lanes), self.prompts.repeat(lanes),
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
@@ -119,7 +121,7 @@ class Batch:
             mine.copy_(new, non_blocking=True)
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.ids, self.index, self.targets, self.weights, self.lengths, self.tasks
+        return self.ids, self.index, self.targets, self.weights, self.lengths, self.tasks, self.prompts
 
 
 def supervised(examples: Sequence[Tokens]) -> int:
@@ -156,6 +158,8 @@ def collate(
     weighed = np.zeros((lanes_in_all, width), dtype=np.float32)
     lengths = np.ones(lanes_in_all * rows, dtype=np.int64)
     lengths[: len(lanes) * rows] = [len(example.input_ids) for examples in lanes for example in examples]
+    prompts = np.ones(lanes_in_all * rows, dtype=np.int64)
+    prompts[: len(lanes) * rows] = [example.prompt_length for examples in lanes for example in examples]
     tasked = np.zeros(lanes_in_all * rows, dtype=np.int64)
     if tasks is not None:
         tasked[: len(lanes) * rows] = [task for own in tasks for task in own]
@@ -168,7 +172,7 @@ def collate(
             index[lane, part] = row * length + np.arange(prompt - 1, len(tokens) - 1)
             targets[lane, part], weighed[lane, part] = tokens[prompt:], weight
             filled = part.stop
-    return Batch(*map(torch.from_numpy, (ids, index, targets, weighed, lengths, tasked)))
+    return Batch(*map(torch.from_numpy, (ids, index, targets, weighed, lengths, tasked, prompts)))
 
 
 def distinct_lengths(lengths: Sequence[int]) -> int:

@@ -21,10 +21,33 @@ from sweeper.methods.weights import load_weights
 from sweeper.models import BaseModel
 from sweeper.models.files import base_reference, quiet
 from sweeper.placement.placement import Target
-from sweeper.record import ADAPTER, COMBINED, TASKS, WEIGHTS, replacing_folder, write_atomically, write_json
+from sweeper.record import (
+    ADAPTER,
+    COMBINED,
+    EXPERTS,
+    ROUTER,
+    ROUTERS,
+    TASKS,
+    WEIGHTS,
+    replacing_folder,
+    write_atomically,
+    write_json,
+)
 from sweeper.run import Run
 from sweeper.spec import RunSpec, alone, to_mapping
 from sweeper.training.run_state import ExportProof
+
+README = """# Experts of run {run}, and what opens them
+
+Each folder has an ordinary PEFT adapter; `{routers}` has the routers of its modules, `{router}` how they open.
+
+```python
+from sweeper.adapters.routed import routed_model
+
+model = routed_model(base_model, "{run}")  # this run's folder
+logits = model(input_ids, prompt_lengths)  # what was scored
+```
+"""
 
 
 def get_ready() -> None:
@@ -87,6 +110,33 @@ def _of_task(
     """A and B of the blocks that act on a task."""
     rows = [own for block, own in zip(blocks, rows_of(blocks, module), strict=True) if task in block.acts]
     return tuple(torch.cat([value[own] for own in rows]) for value in weights)
+
+
+def write_experts(
+    run: Run, spec: RunSpec, adapter: AdapterSpec, targets: Sequence[Target], weights: Mapping[str, tuple[Tensor, ...]],
+    proved: ExportProof,
+) -> int:  # fmt: skip
+    """Writes `experts/NUMBER/adapter/` for each expert, an ordinary adapter, and beside them what opens them.
+
+    Returns the bytes of the weights. `sweeper.adapters.routed` puts them together again.
+    """
+    size, plain = 0, alone(spec)
+    with replacing_folder(run.folder / EXPERTS) as folder:
+        for expert in range(adapter.experts):
+            own = {target.name: _expert(weights[target.name], expert, adapter.experts) for target in targets}
+            size += write_adapter(folder / str(expert), plain, targets, own, as_parameters=proved.as_parameters)
+        routers = {target.name: weights[target.name][2].contiguous() for target in targets}
+        save_file(routers, folder / ROUTERS)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in routers.values())
+        write_json(folder / ROUTER, {**adapter.options, "scales": dict(adapter.scales)})
+        write_atomically(folder / "README.md", README.format(run=run.run_id, routers=ROUTERS, router=ROUTER))
+    return size
+
+
+def _expert(weights: tuple[Tensor, ...], expert: int, experts: int) -> tuple[Tensor, ...]:
+    """A and B of one expert."""
+    size = len(weights[0]) // experts
+    return tuple(value[expert * size : (expert + 1) * size] for value in weights[:2])
 
 
 def as_stock(base: BaseModel, run: Path) -> Any:

@@ -87,6 +87,11 @@ def _decode(
     stops = torch.tensor(list(stop_ids), device=pack.device)
     pack.use_lanes(slots)
     lengths = mask.sum(1)
+    lanes = pack.store.lanes
+    lanes.lengths = None
+    if lanes.prompted:
+        places = torch.arange(length, device=pack.device) + (length - lengths)[:, None]
+        lanes.features = pack.read_prompts(ids.gather(1, places.clamp(max=length - 1)), lengths, lengths)
     decoding: CachedDecoding | WholeDecoding
     if pack.base.verdict.cached:
         decoding = CachedDecoding(pack.store.serving.decoder, pack.model, ids, mask)

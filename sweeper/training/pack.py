@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sweeper import lost
-from sweeper.lora import noise, surgery
+from sweeper.lora import gating, noise, surgery
 from sweeper.lora.forms import AdapterSpec, Capacity
 from sweeper.lora.optimizer import IDLE, LR
 from sweeper.lora.seeds import for_rows
@@ -98,6 +98,8 @@ class Pack:
             assert isinstance(self.store, AdapterStore)
             self.surgery = TaskGradients(self.store, config.by_task[0])
         self._lane_slots: dict[int, Tensor] = {}
+        self._bare_lanes: dict[int, Tensor] = {}
+        self._projection = gating.projection(hidden_size(self.model)).to(self.device)
         able = self.device.type == "cuda" and self.store.able.graphs
         self.compiled = config.compiled and able and self.store.able.compiles
         self._checkpoint_activations(config.checkpointing)
@@ -283,6 +285,7 @@ class Pack:
                 len(slots), torch.empty(len(slots), dtype=torch.int32, device=self.device)
             )
             lanes.slots = held.copy_(torch.tensor(list(slots), dtype=torch.int32), non_blocking=True)
+            self._bare_lanes.setdefault(len(slots), torch.full_like(held, -1))
         if lanes.gated:
             lanes.gate_rows = self._gate_rows(torch.full((len(slots),), self.task, device=self.device))
 
@@ -305,12 +308,33 @@ class Pack:
         self.store.lanes.tokens = ids.shape[1]
         return hidden_states(self.store.serving.decoder, ids, lengths, self.base.verdict.padding)
 
+    @torch.no_grad()
+    def read_prompts(self, ids: Tensor, lengths: Tensor, prompts: Tensor) -> Tensor:
+        """What routers read of prompts [rows, gating.WIDTH], from a pass of the bare base model.
+
+        Args:
+            ids: [rows, T], padded on the right from `lengths` [rows]. prompts: [rows] tokens of each prompt.
+        """
+        lanes, noisy = self.store.lanes, self._lengths
+        former = lanes.slots, lanes.gated, lanes.routed
+        lanes.slots, lanes.gated, lanes.routed, self._lengths = self._bare_lanes[len(lanes.slots)], False, False, None
+        try:
+            hidden = self.hidden(ids, lengths)
+        finally:
+            (lanes.slots, lanes.gated, lanes.routed), self._lengths = former, noisy
+        return gating.read(hidden, prompts, self._projection)
+
     def scores(self, batch: Batch) -> Tensor:
         """NLL of every target token, and 1 where it is the likeliest, [2, L, K] float32; no gradients, no dropout."""
         if self.captured_scores is not None:
             bare = self.store.serving.model is self.base.model
             return self.captured_scores(batch.pinned(), key=(*self.store.lanes.flags, bare))
         return self._scores(batch.to(self.device))
+
+    def pass_through(self, batch: Batch) -> None:
+        """Runs a batch through the model and nothing more, for what looks at its modules; never a captured pass."""
+        self._gate(batch)
+        self.hidden(batch.ids, batch.lengths)
 
     def _scores(self, batch: Batch) -> Tensor:
         self._gate(batch)
@@ -362,8 +386,13 @@ class Pack:
             lanes.drop, lanes.noisy = former
 
     def _gate(self, batch: Batch) -> None:
-        if self.store.lanes.gated:
-            self.store.lanes.gate_rows = self._gate_rows(batch.tasks)
+        lanes = self.store.lanes
+        if lanes.gated:
+            lanes.gate_rows = self._gate_rows(batch.tasks)
+        if lanes.routed:
+            lanes.lengths = batch.lengths
+        if lanes.prompted:
+            lanes.features = self.read_prompts(batch.ids, batch.lengths, batch.prompts)
 
     def _forward_backward(self, batch: Batch, *, weigh: bool) -> Tensor:
         self._gate(batch)

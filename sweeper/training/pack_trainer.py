@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from sweeper.errors import gist
 from sweeper.lora.slot_store import Saved
-from sweeper.training import checkpoint, conflict
+from sweeper.training import checkpoint, conflict, experts
 from sweeper.training.calibrate import Solo
 from sweeper.training.evaluate import Scoring, evaluate, find_routes, queue_evaluation, queue_routed, queue_through
 from sweeper.training.events import Event, RunFinished, RunStarted, Stage, Step
@@ -337,6 +337,7 @@ class PackTrainer:
         self._score_splits(whole, "after")
         for score_otherwise in (self._score_through, self._score_routed):
             score_otherwise([entry for entry in whole if entry[1].run_id in self.running and _is_shared(entry[1])])
+        self._watch_experts([entry for entry in whole if entry[1].run_id in self.running and entry[1].experts])
         share = (time.perf_counter() - began) / max(len(whole), 1)
         if whole:
             self.clock.restart()
@@ -394,6 +395,18 @@ class PackTrainer:
             self._fail(failed)
             for _, state, one in found:
                 state.routing = _routing(self._routes(state), one)
+
+    def _watch_experts(self, whole: Group) -> None:
+        """Measures which experts the test examples of each task go through."""
+        failed: list[tuple[RunState, Failure]] = []
+        for slot, state in whole:
+            if "test" in state.spec.evaluation.splits:
+                with self.context.timeline.span("evaluate"):
+                    try:
+                        state.usage = experts.usage(self.pack, slot, state)
+                    except Exception as error:
+                        failed.append((state, self._own(error)))
+        self._fail(failed)
 
     def _queue_routed(self, group: Group) -> Scoring:
         return queue_routed(self.pack, self._routes(group[0][1]), group)

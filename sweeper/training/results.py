@@ -29,9 +29,9 @@ from sweeper.run import Run
 from sweeper.spec import Settings, to_mapping
 from sweeper.tasks import data_of
 from sweeper.tasks.mixture import by_part
-from sweeper.training import checkpoint, conflict, suspects
+from sweeper.training import checkpoint, conflict, experts, suspects
 from sweeper.training.calibrate import Solo
-from sweeper.training.export import write_adapter, write_readme, write_tasks
+from sweeper.training.export import write_adapter, write_experts, write_readme, write_tasks
 from sweeper.training.failure import Failure
 from sweeper.training.pack import Pack
 from sweeper.training.run_state import RunState, now
@@ -60,7 +60,8 @@ def write_run(
         status="diverged" if state.diverged else "pruned" if state.pruned else "completed",
         spec=to_mapping(spec),
         modules=_modules(state, learnt),
-        trainable_parameters=methods.trainable(spec.method, state.ranks) if learnt is None else learnt.trainable,
+        trainable_parameters=methods.trainable(spec.method, state.ranks) + methods.routers(spec, state.ranks)
+        if learnt is None else learnt.trainable,
         total_parameters=total_parameters(pack.base.model),
         steps=state.done,
         scores=state.scores,
@@ -133,6 +134,9 @@ def _write_weights(state: RunState, weights: Weights) -> int:
         size = weights.write(folder)
     elif _blocks(state):
         return write_tasks(state.run, state.spec, list(state.ranks), weights, _blocks(state), proved)
+    elif state.experts:
+        assert isinstance(state.adapter, AdapterSpec)
+        return write_experts(state.run, state.spec, state.adapter, list(state.ranks), weights, proved)
     else:
         size = write_adapter(
             folder, state.spec, list(state.ranks), weights, as_parameters=proved.as_parameters
@@ -155,6 +159,8 @@ def _blocks(state: RunState) -> tuple[Block, ...]:
 
 def _sharing(state: RunState) -> dict[str, Any]:
     """The rank blocks of a run and the parameters that each task's rows run through; see `Record.sharing`."""
+    if state.experts:
+        return experts.recorded(state)
     blocks = _blocks(state)
     if not blocks or state.mixture is None:
         return {}

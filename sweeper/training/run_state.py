@@ -120,6 +120,7 @@ class RunState:
         self.before: dict[str, dict[str, float]] = {}  # split -> task -> NLL of the base
         self.through: dict[str, dict[str, float]] = {}  # task -> whose blocks -> test NLL
         self.routing: dict[str, Any] = {}  # scores where the task is not named
+        self.usage: dict[str, Any] = {}  # of experts (`training.experts`)
         self.conflict: list[dict[str, Any]] = list(kept.get("conflict", []))  # a row a comparison of gradients
         self.train_seconds: float = kept.get("train_seconds", 0.0)
         self.compile_seconds: float = kept.get("compile_seconds", 0.0)
@@ -162,6 +163,11 @@ class RunState:
     def rows_of_example(self) -> int:
         """Token rows that each example becomes."""
         return len(self.objective.rows(self.examples[0]))
+
+    @property
+    def experts(self) -> int:
+        """Blocks of its ranks that a learnt gate opens; 0 where there is none."""
+        return self.adapter.experts if isinstance(self.adapter, AdapterSpec) else 0
 
     @property
     def steps(self) -> int:

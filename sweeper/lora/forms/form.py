@@ -133,6 +133,11 @@ class AdapterSpec:
     orthogonality: float = 0.0
 
     @property
+    def experts(self) -> int:
+        """Blocks of its ranks that a learnt gate opens; 0 where there is none."""
+        return int(self.options.get("experts", 0))
+
+    @property
     def rated(self) -> bool:
         """Whether not every value learns at the run's own rate."""
         plain = self.rate_a == self.rate_b == 1.0 and not self.trained and self.sparsity is None
@@ -177,6 +182,7 @@ class AdapterSpec:
             "copies": self.copies, "noise": self.noise > 0, "penalties": [weight > 0 for weight in self.penalties],
             **({"blocks": len(self.blocks), "tasks": self.tasks} if self.blocks else {}),
             **({"orthogonality": True} if self.orthogonality else {}),
+            **({"experts": (self.options["kept"], self.options["balance"] > 0)} if self.experts else {}),
         }  # fmt: skip
 
 
