@@ -29,7 +29,12 @@ def main(arguments: Sequence[str]) -> None:
     """
     from sweeper.device import device_for
 
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if options.command == "route" and not any(word.startswith("-") for word in more):
+        options.run += more  # argparse takes no further folders and key=value once it has seen an option
+    elif more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     device_for(options.device, asked="--device ")
     if getattr(options, "out", None) is not None:
         _check_writable(options.out)
