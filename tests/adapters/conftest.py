@@ -75,7 +75,8 @@ def saved(tmp_path: Path) -> Callable[..., Saved]:
         generator = torch.Generator().manual_seed(seed)
         factors = {
             target.name: tuple(
-                size * decay ** torch.arange(one)[:, None] * torch.randn(one, side, generator=generator) for side in (target.in_features, target.out_features)
+                size * decay ** torch.arange(one)[:, None] * torch.randn(one, side, generator=generator)
+                for side in (target.in_features, target.out_features)
             )
             for target, one in chosen.items()
         }

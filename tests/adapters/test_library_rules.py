@@ -146,7 +146,9 @@ def reference(
                 outputs = expert_outputs(own, runs, target.name, args[0])
                 if target.role == "attn_q":  # the first of a layer
                     flat = outputs.flatten(2)
-                    flat = (flat - flat.mean(-1, keepdim=True)) / (flat.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+                    flat = (flat - flat.mean(-1, keepdim=True)) / (
+                        flat.var(-1, correction=0, keepdim=True) + 1e-5
+                    ).sqrt()
                     now[target.layer] = ((flat @ e[target.layer]) / tau[target.layer]).softmax(-1)
                 return out + (now[target.layer][..., None] * outputs).sum(2)
 

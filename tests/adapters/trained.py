@@ -41,7 +41,7 @@ def dataset(root: Path, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(root: Path, members: Mapping[str, Mapping[str, Any]], *, steps: int = 60) -> Path:
+def train(root: Path, members: Mapping[str, Mapping[str, Any]], *, steps: int = 30) -> Path:
     """The study folder of runs, a task -> further fields of its run; named `TASK` or `TASK-...`."""
     settings = Settings(study="study", output_root=str(root), calibrate=False, device="cpu")
     requests = []

@@ -72,6 +72,8 @@ def read(words: Sequence[str], *, seed: int = 0) -> Command:
     selection: dict[str, list[str]] = {}
     for word in (word for word in words if "=" in word):
         key, _, value = word.partition("=")
+        if key.startswith("evaluation") and key != "evaluation.generate":
+            raise SpecError(f"{key}: route scores the test split; of the evaluation it takes evaluation.generate alone")
         if key.lstrip("+~").split(".")[0] in _OVERRIDES:
             overrides.append(word)
         elif key in options_of.NAMES:

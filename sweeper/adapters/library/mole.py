@@ -88,13 +88,15 @@ def mole(bench: Bench, asked: Asked, task: Task) -> Made:
     """Gates trained on a few examples of a task."""
     examples = few(task, asked)
     gates = Gates(bench.experts, _leaders(bench, examples, asked.gates))
+    router = Gated(gates)
+    before = bench.nll(router, examples)
     losses = train(bench, gates, examples, asked)
     gates.requires_grad_(False)
     facts = {
-        "gates": asked.gates, "parameters": sum(p.numel() for p in gates.parameters()), "loss": losses[-1],
-        "loss_at_start": losses[0], "examples": [example.id for example in examples],
+        "gates": asked.gates, "parameters": sum(p.numel() for p in gates.parameters()), "losses": losses,
+        "nll_at_start": before, "nll": bench.nll(router, examples), "examples": [example.id for example in examples],
     }  # fmt: skip
-    return Made(Gated(gates), facts)
+    return Made(router, facts)
 
 
 def train(bench: Bench, gates: Gates, examples: Sequence[Encoded], asked: Asked) -> list[float]:
