@@ -37,8 +37,8 @@ WHAT = {
     "where significant after correction",
     "transfer": "Rise of each task's test NLL where its examples go through the blocks of another task, in nats a "
     "token, mean over seeds",
-    "library": "Rules over a library of adapters trained apart: test NLL less that of the best single member, in nats a "
-    "token; filled where significant after correction",
+    "library": "Rules over a library of adapters trained apart: test NLL less that of the best single member, in nats "
+    "a token; filled where significant after correction",
     "forgetting_curves": "Test scores of each task while the tasks are learnt one after another, mean over seeds of "
     "the first order; dotted lines are where one ends and the next begins",
 }

@@ -46,8 +46,8 @@ CAPTIONS = {
     "mixed": "Linear mixed model: placement × rank fixed, seeds and groups random, restricted maximum likelihood.",
     "transfer": "Test NLL of each task through the blocks of another's path, and how far it lies above its own.",
     "routing": "Test scores of tasks with blocks of their own, where an example's task is known and where it is not.",
-    "library": "Rules over a library of adapters trained apart: test scores, and the change from the best single member on "
-    "the same examples.",
+    "library": "Rules over a library of adapters trained apart: test scores, and the difference to the best single "
+    "member on the same examples.",
     "continual": "Tasks one after another: average, backward and forward transfer, forgetting; of NLL in nats, better "
     "positive but for the average and forgetting.",
     "importance": "Share of the variance of the validation score that each field explains.",

@@ -36,8 +36,9 @@ def main(arguments: Sequence[str]) -> None:
     elif more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     device_for(options.device, asked="--device ")
-    if getattr(options, "out", None) is not None:
-        _check_writable(options.out)
+    for flag in ("out", "save"):
+        if getattr(options, flag, None) is not None:
+            _check_writable(flag, getattr(options, flag))
     {"merge": _merge, "combine": _combine, "spectra": _spectra, "route": library.route}[options.command](options)
 
 
@@ -139,13 +140,13 @@ def _shares(roles: Mapping[str, float]) -> str:
     return " ".join(f"{role} {share:.0%}" for role, share in sorted(roles.items(), key=lambda pair: -pair[1]))
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(flag: str, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
+        raise DataError(f"--{flag} {out}: cannot be written ({error.strerror}); give another folder") from None
 
 
 def _each(paths: Sequence[Path]) -> "list[Saved]":

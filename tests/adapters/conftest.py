@@ -53,7 +53,8 @@ def saved(tmp_path: Path) -> Callable[..., Saved]:
 
     def make(
         name: str, kind: str = "llama", placement: str = "attn", *, rank: int = 4, seed: int = 0, size: float = 0.2,
-        decay: float = 1.0, alpha: float | None = None, ranks: Mapping[str, int] | None = None, method: Mapping[str, Any] | None = None, **place: Any,
+        decay: float = 1.0, alpha: float | None = None, ranks: Mapping[str, int] | None = None,
+        method: Mapping[str, Any] | None = None, **place: Any,
     ) -> Saved:  # fmt: skip
         spec = run_spec(
             {

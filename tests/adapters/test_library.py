@@ -183,6 +183,7 @@ def test_members_are_chosen_by_field_and_task(saved: Callable[..., Saved]) -> No
         (["rules="], "rules= names none. Choose from uniform, centroid, arrow, lorahub, mole"),
         (["top_k=3"], "top_k must be at most 2, the number of members, got 3"),
         (["top_k=two"], "top_k must be a whole number, got two"),
+        (["--seed", "-1"], r"--seed must be at least 0 and below 2\^32, got -1"),
         (["temperature=0"], "temperature must be above 0, got 0.0"),
         (["examples=0"], "examples must be at least 1, got 0"),
         (["alpha=-1"], "alpha must be at least 0, got -1.0"),
@@ -196,7 +197,7 @@ def test_members_are_chosen_by_field_and_task(saved: Callable[..., Saved]) -> No
 def test_what_is_typed_wrong_is_one_line(saved: Callable[..., Saved], words: list[str], line: str) -> None:
     runs = [saved("a"), saved("b", seed=1)]
     with pytest.raises(SweeperError, match=line) as raised:
-        command.main(["route", str(runs[0].folder.parent), "--device", "cpu", *words])
+        command.main(["route", str(runs[0].folder.parent), *words, "--device", "cpu"])
     assert len(raised.value.lines) == 1
 
 
@@ -224,7 +225,8 @@ def test_problems_are_said_together(saved: Callable[..., Saved], base: Callable[
     with pytest.raises(Problems) as raised:
         scoring.check(runs, [task, task], parse({"top_k": "5"}), runs[0].spec.evaluation)
     assert raised.value.lines == (
-        "top_k must be at most 2, the number of members, got 5", "dataset=chain_sum is there twice: score one of the two",
+        "top_k must be at most 2, the number of members, got 5",
+        "dataset=chain_sum is there twice: score one of the two",
     )  # fmt: skip
 
 

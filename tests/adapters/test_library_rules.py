@@ -137,12 +137,13 @@ def reference(
     """NLL and balancing loss of gates by layer, from the paper's formulas, each row by itself."""
     nlls, gates_of = [], []
     for row in rows:
-        model, now, hooks = copy.deepcopy(own.model), {}, []
+        model: Any = copy.deepcopy(own.model)
+        now: dict[int, Tensor] = {}
         for target in own.targets:
             if not any(target.name in run.ranks for run in runs):
                 continue
 
-            def add(_: Any, args: Any, out: Tensor, target: Any = target) -> Tensor:
+            def add(_: Any, args: Any, out: Tensor, target: Any = target, now: Any = now) -> Tensor:
                 outputs = expert_outputs(own, runs, target.name, args[0])
                 if target.role == "attn_q":  # the first of a layer
                     flat = outputs.flatten(2)
@@ -152,7 +153,7 @@ def reference(
                     now[target.layer] = ((flat @ e[target.layer]) / tau[target.layer]).softmax(-1)
                 return out + (now[target.layer][..., None] * outputs).sum(2)
 
-            hooks.append(model.get_submodule(target.name).register_forward_hook(add))
+            model.get_submodule(target.name).register_forward_hook(add)
         found = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0].log_softmax(-1)
         response = range(row.prompt_length, len(row.input_ids))
         nlls += [-found[t - 1, row.input_ids[t]] for t in response]

@@ -1,4 +1,4 @@
-"""A small study to make libraries of: adapters trained on two tasks apart, and a third task that none was trained on."""
+"""A small study to make libraries of: adapters of two tasks trained apart, and a third task that none knows."""
 
 import json
 import random

@@ -16,7 +16,7 @@ SHIFTS = {"base": 1.0, "best_member": 0.0, "arrow": -0.2, "uniform": 0.0}
 
 
 def write(study: Path, name: str = "abc", **changes: Any) -> Path:
-    """A comparison on one task: arrow is 0.2 nats a token better than the best single member, uniform by chance alone."""
+    """A comparison on one task: arrow is 0.2 nats a token below the best single member, uniform by chance alone."""
     rng = np.random.default_rng(0)
     hard, tokens = rng.normal(2.0, 0.7, EXAMPLES), rng.integers(3, 9, EXAMPLES)
     lines, results = [], []

@@ -55,6 +55,8 @@ class Asked:
         for name in ("examples", "budget", "steps", *(["top_k"] if self.top_k is not None else [])):
             if getattr(self, name) < 1:
                 raise SpecError(field=name, wanted="at least 1", got=getattr(self, name))
+        if not 0 <= self.seed < 1 << 32:
+            raise SpecError(field="--seed", wanted="at least 0 and below 2^32", got=self.seed)
         for name in ("temperature", "lr"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise SpecError(field=name, wanted="above 0", got=getattr(self, name))

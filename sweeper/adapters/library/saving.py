@@ -100,11 +100,11 @@ def arrow_readme(folder: Path, runs: Sequence[Saved], general: Sequence[Saved], 
         "modules in all of them.", "",
         "```python", "from peft import ArrowConfig, create_arrow_model", "", "model = create_arrow_model(",
         "    base_model,", "    task_specific_adapter_paths=[",
-        *(f'        "{run.adapter}",' for run in runs), "    ],",
+        *(f'        "{run.adapter.absolute()}",' for run in runs), "    ],",
         f"    arrow_config=ArrowConfig({config}{', use_gks=True' if general else ''}),",
     ]  # fmt: skip
     if general:
-        lines += ["    general_adapter_paths=[", *(f'        "{run.adapter}",' for run in general), "    ],"]
+        lines += ["    general_adapter_paths=[", *(f'        "{run.adapter.absolute()}",' for run in general), "    ],"]
     record.write_atomically(folder / "README.md", "\n".join([*lines, ")", "```", ""]))
 
 

@@ -1,5 +1,6 @@
 """Scores of every rule on every task, beside the base model, the task's own member and the best single one."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ def _ranked(bench: Bench, task: Task) -> list[int]:
     if not examples:  # of a task for evaluation only; the first member then counts as the best
         return list(range(len(bench.members)))
     nlls = [bench.nll(bench.alone(k), examples) for k in range(len(bench.members))]
-    return sorted(range(len(nlls)), key=lambda k: nlls[k])
+    return sorted(range(len(nlls)), key=lambda k: (math.isnan(nlls[k]), nlls[k]))
 
 
 def _scored(
