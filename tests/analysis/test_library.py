@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import Analysis, analyse, captions, figures, load, tables, task_figures
+from analysis import Analysis, analyse, archive, captions, figures, load, tables, task_figures
 from tests.analysis.test_together import write_run
 
 EXAMPLES = 60
@@ -91,6 +92,14 @@ def test_a_study_without_one_has_no_table(study: Path) -> None:
     found = analyse(load(study), draws=100)
     assert found.tables["library"].empty
     assert "library" not in figures.makers(found)
+
+
+def test_an_archive_of_the_study_has_it(study: Path, tmp_path: Path) -> None:
+    write(study)
+    again = archive.extract(archive.create(study, tmp_path / "study.tar.xz"), tmp_path / "again")
+    there, here = (analyse(load(folder), draws=100).tables["library"] for folder in (again, study))
+    assert len(here)
+    pd.testing.assert_frame_equal(there, here, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
