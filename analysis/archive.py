@@ -44,9 +44,9 @@ def create(study: Path, archive: Path) -> Path:
             if path.is_file():
                 _add(tar, f"{study.name}/{path.name}", path.read_text(encoding="utf-8"))
         for path in sorted((study / LIBRARY).glob("*.json*")):
-            lines = path.suffix == ".jsonl"
-            text = "".join(json.dumps(_short(row)) + "\n" for row in _rows(path)) if lines else None
-            _add(tar, f"{study.name}/{LIBRARY}/{path.name}", text or path.read_text(encoding="utf-8"))
+            whole = path.read_text(encoding="utf-8")
+            short = "".join(json.dumps(_short(row)) + "\n" for row in _rows(path)) if path.suffix == ".jsonl" else whole
+            _add(tar, f"{study.name}/{LIBRARY}/{path.name}", short)
     archive.parent.mkdir(parents=True, exist_ok=True)
     archive.write_bytes(lzma.compress(buffer.getvalue(), preset=9))
     return archive

@@ -1,6 +1,7 @@
 """A library that was trained, routed and scored by the command; what is wrong is said before a model is loaded."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 
 from sweeper import models
 from sweeper.adapters import command
-from sweeper.adapters.library import centroid, members, scoring
+from sweeper.adapters.library import centroid, members, saving, scoring
 from sweeper.adapters.library.asked import FREE, RULES, Asked, parse
 from sweeper.adapters.library.bench import Bench, ByExample
 from sweeper.errors import Problems, SpecError, SweeperError
@@ -170,10 +171,29 @@ def test_members_are_chosen_by_field_and_task(saved: Callable[..., Saved]) -> No
         "a", "b", "c",
     ]  # fmt: skip
     assert len(members.choose([study], {"trained_on": ["chain_sum", "other"]})) == 4
+    assert [run.folder.name for run in members.choose([study], {}, but=[runs[1].folder])] == ["a", "c", "d"]
     with pytest.raises(SpecError, match=r"rnk=4: no such field\. Choose from .*rank.*Did you mean rank\?"):
         members.choose([study], {"rnk": ["4"]})
     with pytest.raises(SpecError, match=r"two members or more, and rank=8 leaves 1; there are a \(chain_sum\), b"):
         members.choose([study], {"rank": ["8"]})
+
+
+def test_a_task_of_a_run_is_a_member_and_a_mixture_knows_all_of_its_tasks(saved: Callable[..., Saved]) -> None:
+    run = saved("a")
+    task, other = (dataclasses.replace(run.spec.dataset, name=name) for name in ("one", "two"))
+    joint = dataclasses.replace(run.spec.dataset, name="mixture", family="mixture", parts=(task, other))
+    spec = dataclasses.replace(run.spec, dataset=task)
+    part = dataclasses.replace(run, folder=Path("s/RUN/tasks/one"), spec=spec, combined="per_task RUN")
+    both = dataclasses.replace(run, spec=dataclasses.replace(run.spec, dataset=joint))
+    sums = dataclasses.replace(run, folder=Path("s/mix"), combined="add of 2")  # which names its first part's task
+    runs = [part, both, sums, run]
+    assert [members.name(one) for one in runs] == ["RUN/one", "a", "mix", "a"]
+    assert members.own(runs, task) == [0, 1]
+    assert members.own(runs, other) == [1]
+    assert [one.name for one in members.trained_on(runs)] == ["one", "two", "chain_sum"]
+    assert members.own(runs, dataclasses.replace(task, train_examples=5)) == [0, 1]
+    assert members.own(runs, dataclasses.replace(task, path="elsewhere")) == []
+    assert saving.folder_of([part]) == Path("s/library")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sweeper.adapters.library import folding, lorahub, mole
+from sweeper.adapters.library import arrow, folding, lorahub, mole
 from sweeper.adapters.library.asked import Asked
 from sweeper.adapters.library.bench import Bench
 from sweeper.adapters.library.experts import Experts, Gated, Router
@@ -241,3 +241,24 @@ def test_shares_of_tokens_leave_padding_out(saved: Make, base: Base) -> None:
     tokens = sum(len(row.input_ids) for row in rows)
     assert shares is not None
     assert shares.tolist() == pytest.approx([15 / tokens, 1 - 15 / tokens])
+
+
+def test_every_rule_works_in_half_precision(saved: Make) -> None:
+    from sweeper import models
+
+    runs, rows = [saved("a", placement="full"), saved("b", seed=1)], examples()
+    for_half, for_full = (
+        models.load(runs[0].spec.model, dtype=dtype, device=torch.device("cpu"))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    nlls: list[list[float]] = []
+    for own in (for_half, for_full):
+        with Bench(own, runs) as bench:
+            gates = mole.Gates(bench.experts, mole._leaders(bench, rows, "layer"))
+            mole.train(bench, gates, rows, Asked(rules=("mole",), steps=2))
+            routers = [
+                bench.alone(0), folding.by_update(bench.experts, torch.tensor([0.3, -0.2])),
+                arrow.gated(bench.experts, top_k=2, temperature=1.0), Gated(gates),
+            ]  # fmt: skip
+            nlls.append([bench.nll(router, rows) for router in routers])
+    assert nlls[0] == pytest.approx(nlls[1], abs=0.03)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sweeper.adapters.library import experts as stacked
+from sweeper.adapters.library import members
 from sweeper.adapters.library.asked import Asked
 from sweeper.adapters.library.bench import Bench, Task
 from sweeper.adapters.library.experts import Experts, Gated
@@ -32,7 +33,7 @@ def arrow(bench: Bench, asked: Asked, task: Task) -> Made:
     if general:
         experts = subtracted(experts, stacked.read(bench.base, general))
     top_k = asked.most(len(bench.members))
-    facts = {"top_k": top_k, "temperature": asked.temperature, "general": [run.folder.name for run in general]}
+    facts = {"top_k": top_k, "temperature": asked.temperature, "general": [members.name(run) for run in general]}
     return Made(gated(experts, top_k=top_k, temperature=asked.temperature), facts)
 
 
@@ -63,14 +64,14 @@ def prototypes(one: Experts) -> Tensor:
     return found
 
 
-def check_general(members: Sequence[Saved], general: Sequence[Saved]) -> None:
+def check_general(runs: Sequence[Saved], general: Sequence[Saved]) -> None:
     """Raises `SpecError` unless the general adapters and the members all have one rank in the same modules."""
-    first = members[0]
-    for run in [*members[1:], *general]:
+    first = runs[0]
+    for run in [*runs[1:], *general]:
         if dict(run.ranks) != dict(first.ranks) or len(set(run.ranks.values())) > 1:
             raise SpecError(
                 f"general: A and B are taken off each by itself, which needs one rank and placement in all: "
-                f"{first.folder.name} has {_said(first)}, {run.folder.name} {_said(run)}"
+                f"{members.name(first)} has {_said(first)}, {members.name(run)} {_said(run)}"
             )
 
 
@@ -82,14 +83,12 @@ def subtracted(experts: Sequence[Experts], general: Sequence[Experts]) -> list[E
     """
     found = []
     for one, other in zip(experts, general, strict=True):
-        rank, members, count = one.ranks[0], len(one.ranks), len(other.ranks)
+        rank, each, count = one.ranks[0], len(one.ranks), len(other.ranks)
         a_RI = other.a_SI.view(count, rank, -1).mean(0)
         unscaled_SO = other.b_SO / other.scale_K[other.owner_S][:, None].to(other.b_SO)
         b_RO = unscaled_SO.view(count, rank, -1).mean(0)
         scale_S = one.scale_K[one.owner_S][:, None].to(one.b_SO)
-        found.append(
-            replace(one, a_SI=one.a_SI - a_RI.repeat(members, 1), b_SO=one.b_SO - scale_S * b_RO.repeat(members, 1))
-        )
+        found.append(replace(one, a_SI=one.a_SI - a_RI.repeat(each, 1), b_SO=one.b_SO - scale_S * b_RO.repeat(each, 1)))
     return found
 
 

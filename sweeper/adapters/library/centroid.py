@@ -18,6 +18,6 @@ def centroid(bench: Bench, asked: Asked, task: Task) -> Made:
     (found,) = routes(bench.pack, train, {"": task.splits["test"]}, budget=bench.budget).values()
     places = list(first.values())
     chosen = {example.id: places[i] for example, i in zip(task.splits["test"].examples, found, strict=True)}
-    counts = {bench.members[k].folder.name: sum(one == k for one in chosen.values()) for k in places}
+    counts = [sum(one == k for one in chosen.values()) for k in range(len(bench.members))]
     adapters = [bench.alone(k) for k in range(len(bench.members))]
     return Made(ByExample(chosen, adapters), {"router": ROUTER, "to": counts})

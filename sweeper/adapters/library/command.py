@@ -81,7 +81,7 @@ def read(words: Sequence[str], *, seed: int = 0) -> Command:
         else:
             selection[key] = [part.strip() for part in value.strip("[]").split(",")]
     asked = options_of.parse(typed, seed=seed)
-    runs = _choose(paths, selection)
+    runs = _choose(paths, selection, asked)
     members.check(runs)
     datasets, evaluation, _ = evaluate.composed(overrides, config.composer_of(), program="adapters.py route")
     named = [task for dataset in datasets for task in dataset.parts or (dataset,)] or members.trained_on(runs)
@@ -89,9 +89,9 @@ def read(words: Sequence[str], *, seed: int = 0) -> Command:
     return Command(runs, named, evaluation, asked)
 
 
-def _choose(paths: Sequence[Path], selection: Mapping[str, Sequence[str]]) -> list[Saved]:
+def _choose(paths: Sequence[Path], selection: Mapping[str, Sequence[str]], asked: Asked) -> list[Saved]:
     try:
-        return members.choose(paths, selection)
+        return members.choose(paths, selection, but=[Path(path) for path in asked.general])
     except SpecError as error:
         if ": no such field" not in str(error):
             raise
@@ -104,14 +104,15 @@ def route(options: argparse.Namespace) -> None:
     Raises:
         SweeperError: as `read`, or a model or dataset that cannot be used.
     """
-    read_ = read(options.run, seed=options.seed)
+    typed = read(options.run, seed=options.seed)
     from sweeper import methods
     from sweeper.adapters.library import saving, scoring
     from sweeper.adapters.library.bench import Bench
     from sweeper.adapters.library.experts import Folded
     from sweeper.device import device_for, precision_for
 
-    runs, asked, console = read_.runs, read_.asked, make_console()
+    runs, asked, console = typed.runs, typed.asked, make_console()
+    name, place = saving.identity(runs, typed.datasets, asked, typed.evaluation), options.out or saving.folder_of(runs)
     for line in rescore.changed(runs, certain=False):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"{len(runs)} members: {', '.join(rescore.labels(runs)[run.folder] for run in runs)}", markup=False)
@@ -119,18 +120,17 @@ def route(options: argparse.Namespace) -> None:
     base = methods.load_base(runs[0].spec, dtype=precision_for(device, runs[0].precision), device=device)
     found: list[Scored] = []
     with Bench(base, runs) as bench:
-        for one, made in scoring.compare(bench, read_.datasets, asked, generation=read_.evaluation.generate):
+        for one, made in scoring.compare(bench, typed.datasets, asked, generation=typed.evaluation.generate):
             found.append(one)
             if options.save is not None and one.rule == "lorahub" and isinstance(made.router, Folded):
                 saving.save_adapter(options.save / f"lorahub-{one.task}", bench, made.router, one.task, made.facts)
             if one.rule == asked.rules[-1]:
                 show([scored for scored in found if scored.task == one.task])
-        name = saving.identity(runs, read_.datasets, asked, read_.evaluation)
-        place = options.out or saving.folder_of(runs)
-        written = saving.write(place, name, bench, asked, read_.datasets, found)
+                written = saving.write(place, name, bench, asked, typed.datasets, found)
     if options.save is not None and "arrow" in asked.rules:
         saving.arrow_readme(options.save / "arrow", runs, scoring.general_runs(asked), asked)
-    console.print(f"{written}; python -m analysis {place.parent} has it as table library", markup=False, soft_wrap=True)
+    more = f"; python -m analysis {place.parent} has it as table library" if options.out is None else ""
+    console.print(f"{written}{more}", markup=False, soft_wrap=True)
 
 
 def show(found: "Sequence[Scored]") -> None:
@@ -153,5 +153,5 @@ def _number(value: float | None) -> str:
 
 def _said(facts: Mapping[str, Any]) -> str:
     if "weights" in facts:
-        return " ".join(f"{name}:{weight:+.2f}" for name, weight in facts["weights"].items())
+        return " ".join(f"{weight:+.2f}" for weight in facts["weights"])  # in the members' order
     return str(facts.get("member", ""))

@@ -33,7 +33,7 @@ def lorahub(bench: Bench, asked: Asked, task: Task) -> Made:
     return Made(
         fold(experts, torch.tensor(weights)),
         {
-            "weights": {run.folder.name: w for run, w in zip(bench.members, weights, strict=True)},
+            "weights": weights,
             "form": folding.FACTORS if as_paper else folding.UPDATES,
             "loss": least, "loss_of_base": first, "examples": [example.id for example in examples],
         },

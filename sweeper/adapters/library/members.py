@@ -14,17 +14,20 @@ TRAINED_ON = "trained_on"
 """Selects members by the task that they were trained on, as `dataset=` says what is scored."""
 
 
-def choose(paths: Sequence[Path], selection: Mapping[str, Sequence[str]]) -> list[Saved]:
+def choose(
+    paths: Sequence[Path], selection: Mapping[str, Sequence[str]], *, but: Sequence[Path] = ()
+) -> list[Saved]:  # fmt: skip
     """The completed runs in some folders whose fields have one of the values that `selection` gives.
 
     Args:
         paths: run folders, study folders, `RUN/tasks/TASK`. selection: dotted field of a run's spec, or `trained_on`,
-            -> values as they are typed.
+            -> values as they are typed. but: run folders that are no members.
 
     Raises:
         SweeperError: no run in a folder, a field that runs do not have, or fewer than two members left.
     """
-    runs = rescore.find(paths)
+    others = {path.resolve() for path in but}
+    runs = [run for run in rescore.find(paths) if run.folder.resolve() not in others]
     fields = {run.folder: naming.flat(to_mapping(run.spec)) for run in runs}
     known = sorted({TRAINED_ON, *(key for own in fields.values() for key in own)})
     for key in selection:
@@ -33,7 +36,7 @@ def choose(paths: Sequence[Path], selection: Mapping[str, Sequence[str]]) -> lis
     kept = [run for run in runs if all(_fits(run, fields[run.folder], *one) for one in selection.items())]
     if len(kept) < 2:
         asked = " ".join(f"{key}={','.join(values)}" for key, values in selection.items())
-        there = ", ".join(f"{run.folder.name} ({' + '.join(map(_name, tasks_of(run)))})" for run in runs[:6])
+        there = ", ".join(f"{name(run)} ({' + '.join(map(_name, tasks_of(run)))})" for run in runs[:6])
         raise SpecError(
             f"route: a library has two members or more, and {asked or 'what is given'} leaves {len(kept)}; there are "
             f"{there}{', ...' if len(runs) > 6 else ''}"
@@ -68,6 +71,12 @@ def tasks_of(run: Saved) -> Sequence[DatasetSpec]:
     if run.combined and run.folder.parent.name != record.TASKS:
         return ()
     return run.spec.dataset.parts or (run.spec.dataset,)
+
+
+def name(run: Saved) -> str:
+    """RUN_ID, or RUN_ID/TASK of the part of a run that is a task's own."""
+    part = run.folder.parent.name == record.TASKS
+    return f"{run.folder.parent.parent.name}/{run.folder.name}" if part else run.folder.name
 
 
 def own(runs: Sequence[Saved], task: DatasetSpec) -> list[int]:

@@ -32,7 +32,7 @@ def identity(
     The same command gives the same, and replaces its own results; another leaves them alone.
     """
     plain = {
-        "members": [[run.folder.name, _task_of(run), to_mapping(run.spec)] for run in runs],
+        "members": [[members.name(run), to_mapping(run.spec)] for run in runs],
         "datasets": [to_mapping(dataset) for dataset in datasets], "asked": _plain(asked),
         "generate": evaluation.generate,
     }  # fmt: skip
@@ -56,7 +56,7 @@ def write(
         "schema": SCHEMA, "library": name, "model": bench.members[0].spec.model.name,
         "members": [
             {
-                "run_id": run.folder.name, "folder": str(run.folder),
+                "run_id": members.name(run), "folder": str(run.folder),
                 "trained_on": [task.name for task in members.tasks_of(run)], "spec": to_mapping(run.spec),
             }
             for run in bench.members
@@ -83,7 +83,7 @@ def save_adapter(folder: Path, bench: Bench, router: Folded, task: str, facts: M
     write_readme(folder, spec, None)
     note = {
         "method": f"lorahub on {task}", **facts,
-        "from": [{"run_id": run.folder.name, "folder": str(run.folder)} for run in bench.members],
+        "from": [{"run_id": members.name(run), "folder": str(run.folder)} for run in bench.members],
         "ranks": {name: len(a) for name, (a, _) in factors.items()}, "spec": to_mapping(spec),
     }  # fmt: skip
     record.write_json(folder / record.COMBINED, note)
@@ -116,7 +116,3 @@ def _result(one: Scored) -> dict[str, Any]:
 
 def _plain(asked: Asked) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(asked).items()}
-
-
-def _task_of(run: Saved) -> str:
-    return run.folder.parent.parent.name if run.folder.parent.name == record.TASKS else ""

@@ -68,6 +68,9 @@ def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], asked: Asked, 
             act()
         except SweeperError as error:
             problems.extend(error.lines)
+    known = members.trained_on(runs)
+    if "centroid" in asked.rules or any(task in known for task in datasets):
+        problems.extend(rescore.changed(runs, ["dataset"], certain=True))
     if not datasets:
         problems.append("route: no member says what it was trained on: give dataset=TASKS to score on")
     names = [task.name for task in datasets]
@@ -78,7 +81,7 @@ def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], asked: Asked, 
         if asked.learns and getattr(tasks.FAMILIES.get(task.family), "EVALUATION_ONLY", False):
             rules = ",".join(asked.learns)
             problems.append(f"rules={rules} learns from training examples, and dataset={task.name} has none")
-    if "centroid" in asked.rules and not members.trained_on(runs):
+    if "centroid" in asked.rules and not known:
         problems.append("rules=centroid: no member says what it was trained on")
     if problems:
         raise Problems(problems)
@@ -109,7 +112,7 @@ def compare(
         singles = {BEST: order[0]} | ({OWN: next(k for k in order if k in own)} if own else {})
         references = {BASE: Made(None)}
         for name, k in singles.items():
-            references[name] = Made(bench.alone(k), {"member": bench.members[k].folder.name})
+            references[name] = Made(bench.alone(k), {"member": members.name(bench.members[k])})
         for name in [*references, *asked.rules]:
             began = time.perf_counter()
             made = references[name] if name in references else MAKERS[name](bench, asked, task)
