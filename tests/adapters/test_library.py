@@ -234,6 +234,11 @@ def test_what_cannot_be_a_member_is_one_line(saved: Callable[..., Saved], by_pef
     ):
         with pytest.raises(SpecError, match=line):
             members.check([first, run])
+    spec = dataclasses.replace(first.spec, method=dataclasses.replace(first.spec.method, name="qlora"))
+    with pytest.raises(
+        SpecError, match=r"bare was trained on a quantised base \(method=qlora\), a was not: select one"
+    ):
+        members.check([first, dataclasses.replace(bare, spec=spec)])
     shutil.rmtree(bare.adapter)
     with pytest.raises(SpecError, match=r"bare left no adapter \(method=lora\): members are runs of LoRA, such as"):
         members.check([first, bare])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sweeper import naming, record
+from sweeper import methods, naming, record
 from sweeper.adapters import combine
 from sweeper.errors import SpecError, unknown
 from sweeper.rescoring import rescore
@@ -57,6 +57,13 @@ def check(runs: Sequence[Saved], *, word: str = "route") -> None:
                 "such as method=lora, rslora, lora_plus, pissa"
             )
     combine.check_alike(runs, word=word, does="be members of a library")
+    quantised = [run for run in runs if methods.find(run.spec.method.name).quantised]
+    if quantised and len(quantised) < len(runs):
+        whole = next(run for run in runs if run not in quantised)
+        raise SpecError(
+            f"{word}: {name(quantised[0])} was trained on a quantised base (method={quantised[0].spec.method.name}), "
+            f"{name(whole)} was not: select one kind with method="
+        )
     for run in runs:
         ends = [name for name, layer in _layers(run).items() if layer is None]
         if ends:
