@@ -24,7 +24,7 @@ def table(study: Study) -> pd.DataFrame:
     """One row per comparison, task, rule and metric, on the test split.
 
     `score` has an interval over examples; `difference`, with `low` and `high`, is the score less that of the best
-    single member on the same examples; `p` is of none, `p_holm` over all rules and tasks of a comparison and metric.
+    single member on the same examples; `p` is of none, `p_holm` over the rules of a comparison and metric.
     `right` is the share of rows or tokens that went to a member trained on the task, `cost` the time of a token over
     that of one adapter. The study's seeds are not in these intervals: a library is one set of adapters.
     """

@@ -59,8 +59,10 @@ def mixed(study: Path) -> list[str]:
 def test_what_rules_are_compared_with_is_what_the_runs_recorded(study: Path, own: BaseModel) -> None:
     runs = runs_of(study)
     with Bench(own, runs) as bench:
-        datasets = members.trained_on(runs)
-        found = [one for one, _ in scoring.compare(bench, datasets, Asked(rules=("uniform",)), generation=True)]
+        asked = Asked(rules=("uniform",))
+        found = [
+            one for task in members.trained_on(runs) for one, _ in scoring.compare(bench, task, asked, generation=True)
+        ]
     by = {(one.task, one.rule): one for one in found}
     for run in runs:
         name, record = run.spec.dataset.name, read_record(run.folder).scores["test"]
@@ -76,12 +78,12 @@ def test_what_rules_are_compared_with_is_what_the_runs_recorded(study: Path, own
 def test_centroids_send_prompts_to_the_member_that_knows_them(study: Path, own: BaseModel) -> None:
     runs = runs_of(study)
     with Bench(own, runs) as bench:
+        asked = Asked(rules=("centroid",))
         found = {
             (one.task, one.rule): one
-            for one, _ in scoring.compare(
-                bench, members.trained_on(runs), Asked(rules=("centroid",)), generation=False
-            )
-        }  # fmt: skip
+            for task in members.trained_on(runs)
+            for one, _ in scoring.compare(bench, task, asked, generation=False)
+        }
         task = bench.task(runs[0].spec.dataset)
         made = centroid.centroid(bench, Asked(), task)
         assert isinstance(made.router, ByExample)

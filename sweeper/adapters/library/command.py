@@ -112,25 +112,27 @@ def route(options: argparse.Namespace) -> None:
     from sweeper.device import device_for, precision_for
 
     runs, asked, console = typed.runs, typed.asked, make_console()
-    name, place = saving.identity(runs, typed.datasets, asked, typed.evaluation), options.out or saving.folder_of(runs)
+    place = options.out or saving.folder_of(runs)
     for line in rescore.changed(runs, certain=False):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"{len(runs)} members: {', '.join(rescore.labels(runs)[run.folder] for run in runs)}", markup=False)
     device = device_for(options.device)
     base = methods.load_base(runs[0].spec, dtype=precision_for(device, runs[0].precision), device=device)
-    found: list[Scored] = []
     with Bench(base, runs) as bench:
-        for one, made in scoring.compare(bench, typed.datasets, asked, generation=typed.evaluation.generate):
-            found.append(one)
-            if options.save is not None and one.rule == "lorahub" and isinstance(made.router, Folded):
-                saving.save_adapter(options.save / f"lorahub-{one.task}", bench, made.router, one.task, made.facts)
-            if one.rule == asked.rules[-1]:
-                show([scored for scored in found if scored.task == one.task])
-                written = saving.write(place, name, bench, asked, typed.datasets, found)
+        for dataset in typed.datasets:
+            found: list[Scored] = []
+            for one, made in scoring.compare(bench, dataset, asked, generation=typed.evaluation.generate):
+                found.append(one)
+                if options.save is not None and one.rule == "lorahub" and isinstance(made.router, Folded):
+                    saving.save_adapter(options.save / f"lorahub-{one.task}", bench, made.router, one.task, made.facts)
+            show(found)
+            name = saving.identity(runs, dataset, asked, typed.evaluation)
+            written = saving.write(place, name, bench, asked, dataset, found)
+            console.print(str(written), markup=False, soft_wrap=True)
     if options.save is not None and "arrow" in asked.rules:
         saving.arrow_readme(options.save / "arrow", runs, scoring.general_runs(asked), asked)
-    more = f"; python -m analysis {place.parent} has it as table library" if options.out is None else ""
-    console.print(f"{written}{more}", markup=False, soft_wrap=True)
+    if options.out is None:
+        console.print(f"python -m analysis {place.parent} has it as table library", markup=False, soft_wrap=True)
 
 
 def show(found: "Sequence[Scored]") -> None:

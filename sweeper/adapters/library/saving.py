@@ -24,16 +24,14 @@ from sweeper.training.export import write_adapter, write_readme
 SCHEMA = 1
 
 
-def identity(
-    runs: Sequence[Saved], datasets: Sequence[DatasetSpec], asked: Asked, evaluation: EvaluationSpec
-) -> str:  # fmt: skip
-    """12 hex digits that tell one comparison from another: members, tasks, rules and all their numbers.
+def identity(runs: Sequence[Saved], dataset: DatasetSpec, asked: Asked, evaluation: EvaluationSpec) -> str:
+    """12 hex digits that tell one comparison from another: members, task, rules and all their numbers.
 
     The same command gives the same, and replaces its own results; another leaves them alone.
     """
     plain = {
         "members": [[members.name(run), to_mapping(run.spec)] for run in runs],
-        "datasets": [to_mapping(dataset) for dataset in datasets], "asked": _plain(asked),
+        "dataset": to_mapping(dataset), "asked": _plain(asked),
         "generate": evaluation.generate,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
@@ -47,9 +45,9 @@ def folder_of(runs: Sequence[Saved]) -> Path:
 
 
 def write(
-    place: Path, name: str, bench: Bench, asked: Asked, datasets: Sequence[DatasetSpec], found: Sequence[Scored]
-) -> Path:
-    """Writes `place/NAME.jsonl`, a line an example, and then `place/NAME.json`, which it returns."""
+    place: Path, name: str, bench: Bench, asked: Asked, dataset: DatasetSpec, found: Sequence[Scored]
+) -> Path:  # fmt: skip
+    """Writes `place/NAME.jsonl`, a line an example, and then `place/NAME.json`, which it returns; of one task."""
     rows = [{"task": one.task, "rule": one.rule, **row} for one in found for row in one.rows]
     record.write_lines(place / f"{name}.jsonl", rows)
     plain = {
@@ -61,7 +59,7 @@ def write(
             }
             for run in bench.members
         ],
-        "asked": _plain(asked), "datasets": [to_mapping(dataset) for dataset in datasets],
+        "asked": _plain(asked), "dataset": to_mapping(dataset),
         "results": [_result(one) for one in found],
         "environment": describe(bench.pack.device, bench.pack.dtype),
     }  # fmt: skip

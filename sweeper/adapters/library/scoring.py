@@ -96,27 +96,23 @@ def general_runs(asked: Asked) -> list[Saved]:
     return rescore.find([Path(path) for path in asked.general]) if asked.general else []
 
 
-def compare(
-    bench: Bench, datasets: Sequence[DatasetSpec], asked: Asked, *, generation: bool
-) -> Iterator[tuple[Scored, Made]]:
-    """What every rule scores on every task, after what it is compared with.
+def compare(bench: Bench, dataset: DatasetSpec, asked: Asked, *, generation: bool) -> Iterator[tuple[Scored, Made]]:
+    """What every rule scores on a task, after what it is compared with.
 
     Args:
         generation: whether metrics that need generated text are computed.
     """
-    for dataset in datasets:
-        task = bench.task(dataset)
-        own = members.own(bench.members, dataset)
-        order = _ranked(bench, task)
-        unit = bench.seconds(bench.alone(order[0]), task.splits["test"].examples)
-        singles = {BEST: order[0]} | ({OWN: next(k for k in order if k in own)} if own else {})
-        references = {BASE: Made(None)}
-        for name, k in singles.items():
-            references[name] = Made(bench.alone(k), {"member": members.name(bench.members[k])})
-        for name in [*references, *asked.rules]:
-            began = time.perf_counter()
-            made = references[name] if name in references else MAKERS[name](bench, asked, task)
-            yield _scored(bench, task, name, made, own, unit, time.perf_counter() - began, generation), made
+    task = bench.task(dataset)
+    own = members.own(bench.members, dataset)
+    order = _ranked(bench, task)
+    unit = bench.seconds(bench.alone(order[0]), task.splits["test"].examples)
+    references = {BASE: Made(None)}
+    for name, k in ({BEST: order[0]} | ({OWN: next(k for k in order if k in own)} if own else {})).items():
+        references[name] = Made(bench.alone(k), {"member": members.name(bench.members[k])})
+    for name in [*references, *asked.rules]:
+        began = time.perf_counter()
+        made = references[name] if name in references else MAKERS[name](bench, asked, task)
+        yield _scored(bench, task, name, made, own, unit, time.perf_counter() - began, generation), made
 
 
 def _ranked(bench: Bench, task: Task) -> list[int]:
