@@ -53,11 +53,13 @@ class Bench:
 
     Attributes:
         mask: where the rows [R, T] of the present pass are text, within `pass_over` and `loss`.
+        centres: of the members' training prompts, once `centroid` has looked at them.
     """
 
     base: BaseModel
     members: Sequence[Saved]
     mask: Tensor | None = None
+    centres: Tensor | None = None
     _encoded: dict[str, dict[str, EncodedSplit]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from sweeper.adapters.library import members
 from sweeper.adapters.library.asked import Asked
 from sweeper.adapters.library.bench import Bench, ByExample, Task
 from sweeper.adapters.library.made import Made
-from sweeper.training.routing import ROUTER, routes
+from sweeper.training.routing import ROUTER, centroids, nearest
 
 
 def centroid(bench: Bench, asked: Asked, task: Task) -> Made:
@@ -14,8 +14,10 @@ def centroid(bench: Bench, asked: Asked, task: Task) -> Made:
         if members.tasks_of(run):
             first.setdefault(repr(run.spec.dataset), place)
     bench.installed.use(None)
-    train = {str(k): bench.task(bench.members[k].spec.dataset).splits["train"] for k in first.values()}
-    (found,) = routes(bench.pack, train, {"": task.splits["test"]}, budget=bench.budget).values()
+    if bench.centres is None:
+        train = {str(k): bench.task(bench.members[k].spec.dataset).splits["train"] for k in first.values()}
+        bench.centres = centroids(bench.pack, train, budget=bench.budget)
+    found = nearest(bench.pack, bench.centres, task.splits["test"].examples, budget=bench.budget)
     places = list(first.values())
     chosen = {example.id: places[i] for example, i in zip(task.splits["test"].examples, found, strict=True)}
     counts = [sum(one == k for one in chosen.values()) for k in range(len(bench.members))]
