@@ -78,12 +78,17 @@ def _estimates(own: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, Any
     x_RE, weights_E = _scores(own, metric)
     base_RE, _ = _scores(best, metric)
     one = stats.interval(x_RE, weights_E, groups=groups)
-    pair = stats.paired(base_RE, x_RE, weights_E, groups=groups)
-    return {
+    row: dict[str, Any] = {
         "examples": len(own), "groups": len(set(groups)), "score": one.estimate, "score_low": one.low,
-        "score_high": one.high, "difference": pair.difference.estimate, "low": pair.difference.low,
-        "high": pair.difference.high, "p": pair.p,
+        "score_high": one.high,
     }  # fmt: skip
+    if own is best:
+        return row
+    if metric == "nll" and np.array_equal(x_RE, base_RE):  # the same adapter, which is no matter of chance
+        return row | {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    pair = stats.paired(base_RE, x_RE, weights_E, groups=groups)
+    found = pair.difference
+    return row | {"difference": found.estimate, "low": found.low, "high": found.high, "p": pair.p}
 
 
 def _scores(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:

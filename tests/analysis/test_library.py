@@ -13,7 +13,7 @@ from analysis import Analysis, analyse, archive, captions, figures, load, tables
 from tests.analysis.test_together import write_run
 
 EXAMPLES = 60
-SHIFTS = {"base": 1.0, "best_member": 0.0, "arrow": -0.2, "uniform": 0.0}
+SHIFTS = {"base": 1.0, "best_member": 0.0, "own": 0.0, "arrow": -0.2, "uniform": 0.0}
 
 
 def write(study: Path, name: str = "abc", **changes: Any) -> Path:
@@ -22,7 +22,7 @@ def write(study: Path, name: str = "abc", **changes: Any) -> Path:
     hard, tokens = rng.normal(2.0, 0.7, EXAMPLES), rng.integers(3, 9, EXAMPLES)
     lines, results = [], []
     for rule, shift in SHIFTS.items():
-        each = hard + shift + (0 if rule == "best_member" else rng.normal(0, 0.05, EXAMPLES))
+        each = hard + shift + (0 if rule in ("best_member", "own") else rng.normal(0, 0.05, EXAMPLES))
         right = (hard + shift < 2.0).astype(float)
         lines += [
             {
@@ -71,7 +71,8 @@ def test_rules_are_compared_on_the_same_examples(study: Path) -> None:
     assert arrow["p_holm"] < 0.001
     assert table.loc[("uniform", "nll"), "p_holm"] > 0.05
     assert (arrow["members"], arrow["examples"], arrow["groups"], arrow["right"]) == (3, EXAMPLES, EXAMPLES // 2, 0.75)
-    assert np.isnan(table.loc[("best_member", "nll"), "p_holm"])
+    assert table.loc[("best_member", "nll"), ["difference", "low", "high", "p", "p_holm"]].isna().all()
+    assert table.loc[("own", "nll"), ["difference", "low", "high", "p"]].tolist() == [0, 0, 0, 1]  # the same member
     sheet = next(one for one in tables.sheets(found) if one.name == "library")
     assert "| arrow | nll | 60 | 30 |" in sheet.markdown
 
@@ -84,7 +85,7 @@ def test_the_figure_has_a_row_a_rule(study: Path) -> None:
     drawn = task_figures.library(found)
     assert isinstance(drawn, Figure)
     assert len([ax for ax in drawn.axes if ax.get_visible()]) == 2  # a panel a comparison
-    assert [one.get_text() for one in drawn.axes[0].get_yticklabels()] == ["base", "arrow", "uniform"]
+    assert [one.get_text() for one in drawn.axes[0].get_yticklabels()] == ["base", "own", "arrow", "uniform"]
     assert "paired difference" in captions.caption(found, "library")
 
 

@@ -172,16 +172,23 @@ class Bench:
             router.seen = former
         return (counts / counts.sum()).cpu() if int(counts.sum()) else None
 
-    def seconds(self, router: Router | ByExample | None, examples: Sequence[Encoded]) -> float:
-        """Seconds a token of forward passes without a head: the median of several, of up to `TIMED` examples."""
+    def seconds(
+        self, router: Router | ByExample | None, beside: Router, examples: Sequence[Encoded]
+    ) -> tuple[float, float]:
+        """Seconds a token of forward passes without a head, of a router and of what it is compared with.
+
+        Medians of several passes over up to `TIMED` examples, in turns, so that a slower moment is one of both.
+        """
         chosen = list(examples)[:TIMED]
-        self._pass(router, chosen)
-        taken = []
-        for _ in range(REPEATS):
-            began = time.perf_counter()
-            self._pass(router, chosen)
-            taken.append(time.perf_counter() - began)
-        return statistics.median(taken) / sum(len(example.input_ids) for example in chosen)
+        taken: tuple[list[float], list[float]] = ([], [])
+        for repeat in range(REPEATS + 1):
+            for one, found in zip((router, beside), taken, strict=True):
+                began = time.perf_counter()
+                self._pass(one, chosen)
+                if repeat:  # the first warms up
+                    found.append(time.perf_counter() - began)
+        tokens = sum(len(example.input_ids) for example in chosen)
+        return statistics.median(taken[0]) / tokens, statistics.median(taken[1]) / tokens
 
     def _pass(self, router: Router | ByExample | None, examples: Sequence[Encoded]) -> None:
         if isinstance(router, ByExample):

@@ -13,7 +13,7 @@ from sweeper.adapters.library import members
 from sweeper.adapters.library.arrow import check_general
 from sweeper.adapters.library.asked import Asked
 from sweeper.adapters.library.bench import Bench, ByExample, Task
-from sweeper.adapters.library.experts import Gated, Router
+from sweeper.adapters.library.experts import Folded, Gated, Router
 from sweeper.adapters.library.made import Made
 from sweeper.adapters.library.rules import MAKERS
 from sweeper.errors import Problems, SweeperError
@@ -105,14 +105,14 @@ def compare(bench: Bench, dataset: DatasetSpec, asked: Asked, *, generation: boo
     task = bench.task(dataset)
     own = members.own(bench.members, dataset)
     order = _ranked(bench, task)
-    unit = bench.seconds(bench.alone(order[0]), task.splits["test"].examples)
+    best = bench.alone(order[0])
     references = {BASE: Made(None)}
     for name, k in ({BEST: order[0]} | ({OWN: next(k for k in order if k in own)} if own else {})).items():
         references[name] = Made(bench.alone(k), {"member": members.name(bench.members[k])})
     for name in [*references, *asked.rules]:
         began = time.perf_counter()
         made = references[name] if name in references else MAKERS[name](bench, asked, task)
-        yield _scored(bench, task, name, made, own, unit, time.perf_counter() - began, generation), made
+        yield _scored(bench, task, name, made, own, best, time.perf_counter() - began, generation), made
 
 
 def _ranked(bench: Bench, task: Task) -> list[int]:
@@ -125,12 +125,12 @@ def _ranked(bench: Bench, task: Task) -> list[int]:
 
 
 def _scored(
-    bench: Bench, task: Task, name: str, made: Made, own: Sequence[int], unit: float, fit_seconds: float,
+    bench: Bench, task: Task, name: str, made: Made, own: Sequence[int], best: Folded, fit_seconds: float,
     generation: bool,
 ) -> Scored:  # fmt: skip
     examples = task.splits["test"].examples
     found = bench.evaluate(made.router, examples, task.dataset, generation=generation)
-    seconds = bench.seconds(made.router, examples)
+    seconds, unit = bench.seconds(made.router, best, examples)
     return Scored(
         task=task.dataset.name, rule=name, score=found.score, rows=found.rows,
         right=_right(bench, made.router, task, own), seconds_per_token=seconds, cost=seconds / unit,
