@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from sweeper.adapters.library.scoring import Scored
 
 ABOUT = "a library of adapters trained apart: rules that route or combine them, scored on tasks"
+_RULES = "\n".join(f"                     {name:<9}{about}" for name, about in RULES.items())
 EPILOG = f"""\
 FOLDER...          outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, RUN/tasks/TASK
 FIELD=A,B          members are those runs whose field has one of these values: placement=attn rank=8,16 seed=0
 trained_on=TASKS   members are the runs that were trained on these tasks
 dataset=TASKS      tasks to score on, also dataset.FIELD=... (default: the members' own)
-rules=A,B          {"; ".join(f"{name}: {about}" for name, about in RULES.items())} (default: {",".join(FREE)})
+rules=A,B          (default: {",".join(FREE)})
+{_RULES}
 top_k= temperature= general=RUN    of arrow: members at a token (3), of the softmax (1), runs whose mean is taken off
 examples=          training examples of the task that lorahub and mole learn from (5)
 budget= alpha=     of lorahub: candidates tried (40), weight of sum |w| (0.05)
