@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sweeper.record import COMMANDS, METRICS, PREDICTIONS, RECORD, SEARCHES
+from sweeper.record import COMMANDS, LIBRARY, METRICS, PREDICTIONS, RECORD, SEARCHES
 
 CURVE_POINTS = 60
 MOST_BYTES, MOST_FILES = 4 << 30, 200_000  # of an archive that is unpacked
 
 
 def create(study: Path, archive: Path) -> Path:
-    """Writes a study's records, commands, per-example test scores to 6 digits and thinned training curves. The same
-    study gives the same bytes.
+    """Writes a study's records, commands, libraries, per-example test scores to 6 digits and thinned training curves.
+
+    The same study gives the same bytes.
 
     Raises:
         FileNotFoundError: the study's folder has no record; an existing archive stays as it was.
@@ -42,6 +43,10 @@ def create(study: Path, archive: Path) -> Path:
         for path in (study / name for name in (COMMANDS, SEARCHES)):
             if path.is_file():
                 _add(tar, f"{study.name}/{path.name}", path.read_text(encoding="utf-8"))
+        for path in sorted((study / LIBRARY).glob("*.json*")):
+            whole = path.read_text(encoding="utf-8")
+            short = "".join(json.dumps(_short(row)) + "\n" for row in _rows(path)) if path.suffix == ".jsonl" else whole
+            _add(tar, f"{study.name}/{LIBRARY}/{path.name}", short)
     archive.parent.mkdir(parents=True, exist_ok=True)
     archive.write_bytes(lzma.compress(buffer.getvalue(), preset=9))
     return archive

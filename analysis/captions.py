@@ -42,6 +42,8 @@ WHAT = {
     "conflict_curves": "Cosine between the gradients of two tasks over the whole adapter while it trains",
     "block_ranks": "Effective rank of each block's update by role, mean over layers and seeds; darker blocks spend "
     "more of the rank that they were given in a module",
+    "library": "Rules over a library of adapters trained apart: test NLL less that of the best single member, in nats "
+    "a token; filled where significant after correction",
     "forgetting_curves": "Test scores of each task while the tasks are learnt one after another, mean over seeds of "
     "the first order; dotted lines are where one ends and the next begins",
 }
@@ -61,6 +63,7 @@ BARS = {
     "on the same examples, whose variance is not in them",
     "importance": "Bars are 1.96 bootstrap standard errors",
     "conflict_curves": "Bands are 95% intervals over seeds",
+    "library": "Bars are 95% intervals of the paired difference, over groups of examples",
     "together": "Bars are 95% intervals of the paired difference, over seeds and groups of examples",
 }
 WITH_ARMS = (

@@ -49,6 +49,8 @@ CAPTIONS = {
     "conflict": "Cosines between the gradients of tasks while they train together, with intervals over seeds; the "
     "share below 0; means at the first and the last step that was looked at.",
     "conflict_by_layer": "Cosines between the gradients of tasks by role and layer, over pairs and steps.",
+    "library": "Rules over a library of adapters trained apart: test scores, and the difference to the best single "
+    "member on the same examples.",
     "continual": "Tasks one after another: average, backward and forward transfer, forgetting; of NLL in nats, better "
     "positive but for the average and forgetting.",
     "importance": "Share of the variance of the validation score that each field explains.",
@@ -60,7 +62,7 @@ CAPTIONS = {
 _BYTES = ("peak_memory_solo_bytes", "adapter_bytes")
 _COUNTS = (
     "trainable_parameters", "parameters_a", "parameters_b", "seeds", "examples", "groups", "tests", "pairs", "trials",
-    "runs", "df", "arms",
+    "runs", "df", "arms", "members",
 )  # fmt: skip
 _PS = ("p", "p_holm")
 _CENTERS = (

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis import continual, draw, layout, shown
 from analysis.analyse import Analysis
+from analysis.library import BEST
 from analysis.style import GREY, Look, looks
 from analysis.tables import title
 from analysis.together import ALONE, FIELD, THEN
@@ -114,6 +115,26 @@ def forgetting_curves(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | st
             ax.axvline(end, color=GREY, linewidth=0.5, linestyle=":")
         ax.set_xlabel("step")
     layout.finish(figure, axes, look, f"{analysis.found.split} {title(analysis.metric)}")
+    return figure
+
+
+def library(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
+    """What each rule over a library of adapters does beside the best single member, a task a panel."""
+    table = analysis.tables["library"]
+    table = table[(table["metric"] == "nll") & (table["rule"] != BEST) & table["low"].notna()]
+    if table.empty:
+        return "no library was scored on a task of several examples"
+    several = table.groupby("task")["library"].nunique()
+    names = [f"{t} {one}" if several[t] > 1 else t for t, one in zip(table["task"], table["library"], strict=True)]
+    table = table.assign(setting=names, label=table["rule"], significant=table["p_holm"] < 0.05)
+    figure, axes = layout.panels(
+        venue, shown.settings(table), height=layout.TEST[1] + layout.TEST[0] * shown.most_of(table)
+    )
+    for name, ax in axes.items():
+        draw.forest(ax, table[table["setting"] == name])
+        ax.set_xlabel(f"{title('nll')},\nrule − best single member")
+    layout.finish(figure, axes, {}, "", beside=True)
+    layout.thin(figure, axes.values())
     return figure
 
 

@@ -36,6 +36,10 @@ SEARCHES = "searches.json"  # in a study whose arms are tuned: what the search o
 
 COMMANDS = "commands.jsonl"
 
+LIBRARY = "library"
+"""In a study: what `adapters.py route` found of its runs as a library. `NAME.json` has the members, what was
+asked and the `results` of every rule on a task; `NAME.jsonl` a line an example, with `task` and `rule`."""
+
 # what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 EXPERTS = "experts"  # of a run with a learnt gate: a folder with an adapter for each expert, and what opens them

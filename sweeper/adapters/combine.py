@@ -122,6 +122,15 @@ def check(runs: Sequence[Saved], out: Path) -> None:
     """Raises for adapters that cannot be combined, before a model is loaded."""
     if (out / record.RECORD).exists():
         raise DataError(f"--out {out}: that is a run's folder; give a new one")
+    check_alike(runs, word="combine", does="be combined")
+
+
+def check_alike(runs: Sequence[Saved], *, word: str, does: str) -> None:
+    """Raises `SpecError` for adapters that are not all plain LoRA on one base model.
+
+    Args:
+        word: the command. does: what only such adapters can, both for the message.
+    """
     from sweeper.lora.forms import peft
 
     first = runs[0]
@@ -129,15 +138,15 @@ def check(runs: Sequence[Saved], out: Path) -> None:
         one, other = run.spec.model.content, first.spec.model.content
         if bare(run.spec).model != bare(first.spec).model or (one and other and one != other):
             raise SpecError(
-                f"combine: {first.folder.name} is an adapter of {first.spec.model.name} and {run.folder.name} of "
-                f"{run.spec.model.name}: adapters of one base model can be combined"
+                f"{word}: {first.folder.name} is an adapter of {first.spec.model.name} and {run.folder.name} of "
+                f"{run.spec.model.name}: adapters of one base model can {does}"
             )
     for run in runs:
         config = rescore.read_config(run.folder)
         form = peft.form_of(config)
         if form is None or not form.plain:
             kind = config.get("peft_type", "no adapter") if form is None else form.name.upper()
-            raise SpecError(f"combine: {run.folder.name} is {kind}, and only plain LoRA updates can be combined")
+            raise SpecError(f"{word}: {run.folder.name} is {kind}, and only plain LoRA updates can {does}")
 
 
 def _combined(model: Any, shares: Sequence[float], asked: Combination) -> "dict[str, Factors]":

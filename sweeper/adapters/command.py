@@ -1,4 +1,4 @@
-"""The command line of `adapters.py`: merge, combine, spectra."""
+"""The command line of `adapters.py`: merge, combine, spectra, route."""
 
 import argparse
 import tempfile
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sweeper.adapters import block_spectra, combine, merge, spectra
+from sweeper.adapters.library import command as library
 from sweeper.errors import DataError, SpecError
 from sweeper.reporting import text
 from sweeper.reporting.console import make_console
@@ -29,11 +30,17 @@ def main(arguments: Sequence[str]) -> None:
     """
     from sweeper.device import device_for
 
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if options.command == "route" and not any(word.startswith("-") for word in more):
+        options.run += more  # argparse takes no further folders and key=value once it has seen an option
+    elif more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     device_for(options.device, asked="--device ")
-    if "out" in options:
-        _check_writable(options.out)
-    {"merge": _merge, "combine": _combine, "spectra": _spectra}[options.command](options)
+    for flag in ("out", "save"):
+        if getattr(options, flag, None) is not None:
+            _check_writable(flag, getattr(options, flag))
+    {"merge": _merge, "combine": _combine, "spectra": _spectra, "route": library.route}[options.command](options)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description="Saved adapters: merge, combine, spectra.")
+    parser = _Parser(prog=PROGRAM, description="Saved adapters: merge, combine, spectra, route.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("merge", help="adapter into base model: a plain transformers model, checked for equality")
     one.add_argument("run", type=Path, help="outputs/STUDY/RUN_ID, or what combine wrote")
@@ -65,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--top", type=int, default=10, help="tuned singular vectors to examine (default: 10)")
     one.add_argument("--epsilon", type=float, default=0.5, help="cosine below which one is an intruder (default: 0.5)")
     one.add_argument("--update-only", action="store_true", help="leave out what needs the base's own spectrum (faster)")
-    for name in ("merge", "combine", "spectra"):
+    library.arguments(commands.add_parser("route", help=library.ABOUT))
+    for name in ("merge", "combine", "spectra", "route"):
         commands.choices[name].add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
@@ -154,13 +162,13 @@ def _shares(roles: Mapping[str, float]) -> str:
     return " ".join(f"{role} {share:.0%}" for role, share in sorted(roles.items(), key=lambda pair: -pair[1]))
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(flag: str, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
+        raise DataError(f"--{flag} {out}: cannot be written ({error.strerror}); give another folder") from None
 
 
 def _each(paths: Sequence[Path]) -> "list[Saved]":

@@ -48,7 +48,7 @@ def score(
     Raises:
         SweeperError: as `main`.
     """
-    datasets, evaluation, settings = _composed(overrides, composer)
+    datasets, evaluation, settings = composed(overrides, composer)
     if not folders:
         raise SpecError(f"no folder of runs given. Usage: {USAGE.splitlines()[0]}")
     runs = rescore.find(folders)
@@ -66,13 +66,18 @@ def score(
     return [*rescored]
 
 
-def _composed(
-    overrides: Sequence[str], composer: config.Composer
+def composed(
+    overrides: Sequence[str], composer: config.Composer, *, program: str = "evaluate.py"
 ) -> tuple[list[DatasetSpec], EvaluationSpec, Settings]:
+    """The datasets, if any are named, and the evaluation that overrides ask of a `program`.
+
+    Raises:
+        SpecError: an override of anything else, or one that cannot be used.
+    """
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     for key in keys:
         if key != "plugins" and not any(key == name or key.startswith(f"{name}.") for name in OVERRIDES):
-            raise SpecError(f"{key}: evaluate.py takes overrides of {', '.join(OVERRIDES)} only; a run keeps the rest")
+            raise SpecError(f"{key}: {program} takes overrides of {', '.join(OVERRIDES)} only; a run keeps the rest")
     if "dataset" not in keys and any(key.startswith("dataset.") for key in keys):
         raise SpecError(
             "dataset.FIELD=... needs dataset=NAME: without it each run is scored on its own dataset as it was"

@@ -287,6 +287,25 @@ def _add_texts(
             row |= {"pass_at_1": float(outcome.passed), "outcome": outcome.reason}
 
 
+def joined(
+    examples: Sequence[Encoded], parts: Sequence[EvaluatedSplit], responses: Sequence[str]
+) -> EvaluatedSplit:  # fmt: skip
+    """The scores of examples that were evaluated in several parts, in their own order.
+
+    Args:
+        responses: the text of each example's response, for metrics of a whole split.
+    """
+    known = {row["id"]: row for part in parts for row in part.rows}
+    rows = [known[example.id] for example in examples]
+    asked = {name for part in parts for name in part.score.metrics}
+    whole = {}
+    if "macro_f1" in asked:
+        whole["macro_f1"] = metrics.macro_f1([row["choice"] for row in rows], [label(e) for e in examples])
+    for name in sorted(asked & set(metrics.CORPUS)):
+        whole[name] = metrics.CORPUS[name][0]([row["text"] for row in rows], responses)
+    return _summarise(rows, whole)
+
+
 def _summarise(rows: list[dict[str, Any]], whole: dict[str, float]) -> EvaluatedSplit:
     """Means over the examples of whatever they have a number for, and what is no mean."""
     tokens = sum(row["tokens"] for row in rows)

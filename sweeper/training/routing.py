@@ -39,21 +39,29 @@ def features(pack: Pack, examples: Sequence[Encoded], *, budget: int) -> Tensor:
     return torch.stack(found)
 
 
+def centroids(pack: Pack, train: Mapping[str, EncodedSplit], *, budget: int) -> Tensor:
+    """The mean features of each task's first training prompts, [tasks, D]."""
+    return torch.stack([features(pack, split.examples[:MOST], budget=budget).mean(0) for split in train.values()])
+
+
+def nearest(pack: Pack, centres: Tensor, examples: Sequence[Encoded], *, budget: int) -> list[int]:
+    """The number of the centroid that each example's prompt is nearest to.
+
+    Features are centred on the mean of the centroids and compared by their angle.
+    """
+    middle = centres.mean(0)
+    directions = torch.nn.functional.normalize(centres - middle, dim=1)
+    own = torch.nn.functional.normalize(features(pack, examples, budget=budget) - middle, dim=1)
+    found: list[int] = (own @ directions.t()).argmax(1).tolist()
+    return found
+
+
 def routes(
     pack: Pack, train: Mapping[str, EncodedSplit], test: Mapping[str, EncodedSplit], *, budget: int
 ) -> dict[str, list[int]]:
     """The number of the task that each test example is taken for, by the task it is of.
 
-    Features are centred on the mean of the centroids and compared by their angle. Of training data only the prompts are
-    looked at.
+    Of training data only the prompts are looked at.
     """
-    centres = torch.stack([
-        features(pack, split.examples[:MOST], budget=budget).mean(0) for split in train.values()
-    ])  # fmt: skip
-    middle = centres.mean(0)
-    directions = torch.nn.functional.normalize(centres - middle, dim=1)
-    found = {}
-    for name, split in test.items():
-        own = torch.nn.functional.normalize(features(pack, split.examples, budget=budget) - middle, dim=1)
-        found[name] = (own @ directions.t()).argmax(1).tolist()
-    return found
+    centres = centroids(pack, train, budget=budget)
+    return {name: nearest(pack, centres, split.examples, budget=budget) for name, split in test.items()}

@@ -46,11 +46,15 @@ def base() -> Callable[[RunSpec], BaseModel]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., Saved]:
-    """A completed run whose adapter is random: `saved("a", "gpt2", "attn", rank=4)`. `ranks` by role win over rank."""
+    """A completed run whose adapter is random: `saved("a", "gpt2", "attn", rank=4)`. `ranks` by role win over rank.
+
+    Each rank's A and B are `decay` times those before it.
+    """
 
     def make(
         name: str, kind: str = "llama", placement: str = "attn", *, rank: int = 4, seed: int = 0, size: float = 0.2,
-        ranks: Mapping[str, int] | None = None, method: Mapping[str, Any] | None = None, **place: Any,
+        decay: float = 1.0, alpha: float | None = None, ranks: Mapping[str, int] | None = None,
+        method: Mapping[str, Any] | None = None, **place: Any,
     ) -> Saved:  # fmt: skip
         spec = run_spec(
             {
@@ -61,7 +65,7 @@ def saved(tmp_path: Path) -> Callable[..., Saved]:
                 },
                 "method": {"name": "lora"} | dict(method or {}),
                 "placement": {"name": placement, "roles": list(PLACEMENTS.get(placement, ())), **place},
-                "allocation": {"name": "uniform"}, "rank": rank, "alpha": 2.0 * rank, "optim": {"lr": 1e-3},
+                "allocation": {"name": "uniform"}, "rank": rank, "alpha": alpha or 2.0 * rank, "optim": {"lr": 1e-3},
                 "trainer": {"max_steps": 1, "batch_size": 2, "precision": "float32"},
                 "evaluation": {"name": "default", "splits": ["test"]}, "seed": seed,
             }
@@ -72,7 +76,8 @@ def saved(tmp_path: Path) -> Callable[..., Saved]:
         generator = torch.Generator().manual_seed(seed)
         factors = {
             target.name: tuple(
-                size * torch.randn(one, side, generator=generator) for side in (target.in_features, target.out_features)
+                size * decay ** torch.arange(one)[:, None] * torch.randn(one, side, generator=generator)
+                for side in (target.in_features, target.out_features)
             )
             for target, one in chosen.items()
         }

@@ -78,7 +78,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert "python adapters.py" in shown
-    assert all(name in shown for name in ("merge", "combine", "spectra"))
+    assert all(name in shown for name in ("merge", "combine", "spectra", "route"))
 
 
 def test_an_error_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
