@@ -138,6 +138,8 @@ class SharingSpec:
         tree: nested lists of names of tasks.
         common, private: where the root's block and the tasks' own lie, within the run's placement.
         orthogonality: weight of |A_new A_old^T|^2 in the loss, of blocks on top of earlier ones.
+        elasticity: half of it weighs F |theta - theta*|^2 in the loss, of values that earlier tasks left.
+        fisher_examples: training examples of a task, at most, that its Fisher information F is the mean over.
     """
 
     name: str = "single"
@@ -147,10 +149,16 @@ class SharingSpec:
     common: PlacementSpec | None = None
     private: PlacementSpec | None = None
     orthogonality: float = 0.0
+    elasticity: float = field(default=0.0, metadata=ADDED)
+    fisher_examples: int = field(default=64, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if not (self.orthogonality >= 0 and math.isfinite(self.orthogonality)):
             raise SpecError(field="sharing.orthogonality", wanted="at least 0", got=self.orthogonality)
+        if not (self.elasticity >= 0 and math.isfinite(self.elasticity)):
+            raise SpecError(field="sharing.elasticity", wanted="at least 0", got=self.elasticity)
+        if self.fisher_examples < 1:
+            raise SpecError(field="sharing.fisher_examples", wanted="at least 1", got=self.fisher_examples)
         if any(level < 0 for level in self.levels):
             raise SpecError(field="sharing.levels", wanted="ranks of at least 0", got=self.levels)
 

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sweeper.errors import gist
+from sweeper.lora.forms import AdapterSpec
 from sweeper.lora.slot_store import Saved
+from sweeper.methods.sharing import apart
 from sweeper.training import checkpoint
 from sweeper.training.calibrate import Solo
+from sweeper.training.consolidate import consolidate
 from sweeper.training.evaluate import Scoring, evaluate, find_routes, queue_evaluation, queue_routed, queue_through
 from sweeper.training.events import Event, RunFinished, RunStarted, Stage, Step
 from sweeper.training.failure import MEMORY, Failure
@@ -73,6 +76,7 @@ class PackTrainer:
                 return
             self.step()
             self.evaluate_due()
+            self.consolidate()
             self.halt()
             self.retire_finished()
             if until is not None and self.judged is None and self._reached(until):
@@ -114,6 +118,7 @@ class PackTrainer:
         self._fail(failed)
         # a pack that broke while it was scored broke after the step
         self.evaluate_due(but=lambda state: state not in arrived or state.has_scores(state.phase))
+        self.consolidate()
         if refused or failed:
             self.judged = self.context.writer.mark()
 
@@ -163,6 +168,19 @@ class PackTrainer:
         gone = [state for state, _ in failed]
         self._score_stages([(slot, state) for slot, state in due if state.stage_over and state not in gone])
         self.clock.restart()
+
+    def consolidate(self) -> None:
+        """Has runs with elastic weights hold what the task depends on that has just ended, before they go on."""
+        ended = [
+            (slot, state)
+            for slot, state in self.pack.active
+            if state.to_consolidate and not (state.halted or state.diverged)
+        ]
+        if ended:
+            self.catch_up()
+            with self.context.timeline.span("consolidate"):
+                consolidate(self.pack, ended)
+            self.clock.restart()
 
     def halt(self) -> None:
         """Steps no further what its search has pruned, what diverged, and what ran out of patience."""
@@ -458,7 +476,8 @@ def _midway(state: RunState, done: int) -> bool:
 
 def _is_shared(state: RunState) -> bool:
     """Whether a run's tasks have blocks of their own, and it is scored on test."""
-    return bool(state.clocks) and "test" in state.spec.evaluation.splits
+    blocks = state.adapter.blocks if isinstance(state.adapter, AdapterSpec) else ()
+    return apart(blocks) and "test" in state.spec.evaluation.splits
 
 
 def _leads_on(state: RunState) -> bool:

@@ -86,6 +86,7 @@ class RunState:
         kept: what was measured when that was taken (`measured`); empty where nothing was.
         noted: steps whose results are known.
         best: lowest validation NLL and its step, where the run may end early. waited: evaluations since.
+        consolidated: tasks of a sequence whose Fisher information is in its weights' elasticity.
         diverged: a loss was not finite. pruned: its search ended it. stopped: it ran out of patience.
     """
 
@@ -128,6 +129,7 @@ class RunState:
         self.noted = self.done
         self.best: tuple[float, int] | None = tuple(kept["best"]) if kept.get("best") else None
         self.waited: int = kept.get("waited", 0)
+        self.consolidated: int = kept.get("consolidated", 0)
         self.environment: Mapping[str, Any] = {}
         self.resumed: dict[str, Any] = dict(kept.get("resumed_from") or {})
         self.pruned = False
@@ -197,6 +199,12 @@ class RunState:
     def stage_over(self) -> bool:
         """Whether a task of a sequence has just ended, and another follows."""
         return self.done in self.stage_ends
+
+    @property
+    def to_consolidate(self) -> bool:
+        """Whether it is to hold what the task that has just ended depends on, and does not yet."""
+        elastic = isinstance(self.adapter, AdapterSpec) and self.adapter.elasticity > 0
+        return elastic and self.stage_over and self.consolidated < sum(end <= self.done for end in self.stage_ends)
 
     @property
     def seed(self) -> int:
@@ -273,6 +281,7 @@ class RunState:
         return {
             "done": self.done, "tokens": self.tokens, "started": self.started, "train_seconds": self.train_seconds,
             "compile_seconds": self.compile_seconds, "best": self.best, "waited": self.waited,
+            **({"consolidated": self.consolidated} if self.consolidated else {}),
             "content": dict(self.content), "precision": self.precision,
             "auto": self.spec.trainer.precision == "auto",
             "environment": self.environment, "resumed_from": self.resumed,
