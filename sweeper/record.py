@@ -54,7 +54,9 @@ def perplexity(nll: float) -> float:
 
 
 # dotted field of a spec -> what a run has whose plain data leave it out: a field that came later, at its default
-LEFT_OUT: dict[str, Any] = {"objective": "nll", "sharing": "single", "trainer.deterministic": False}
+LEFT_OUT: dict[str, Any] = {
+    "objective": "nll", "sharing": "single", "sharing.elasticity": 0.0, "trainer.deterministic": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,8 @@ class Record:
     A run of several tasks has the `scores` and `data` of each as SPLIT/TASK beside those over all. Where its adapter
     has rank blocks, `sharing` has the `blocks`, the `active_parameters` that the rows of each task run through, the
     test NLLs of each task `through` the blocks of every other one, and as `routing` what is so where no example's task
-    is named: which tasks they are taken for (`confusion`), and the scores through the blocks of those.
+    is named: which tasks they are taken for (`confusion`), and the scores through the blocks of those. With elastic
+    weights it has as `fisher_examples` how many examples each task's Fisher information is the mean over.
 
     `environment` is what it was made with; its `git_commit` ends in "+" where tracked files of the source differed from
     the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`).

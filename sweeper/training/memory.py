@@ -6,6 +6,7 @@ import torch
 
 from sweeper import methods
 from sweeper.device import free_bytes
+from sweeper.lora.forms import AdapterSpec
 from sweeper.models import BaseModel, budget, total_parameters
 from sweeper.spec import Settings
 from sweeper.training.calibrate import Solo
@@ -37,7 +38,8 @@ def run_bytes(base: BaseModel, run: RunState, solo: Solo | None) -> int:
     trainer = run.spec.trainer
     parameter = next(base.model.parameters())
     held = methods.held(run.spec, run.ranks, total=total_parameters(base.model))
-    return STATE_BYTES * held + budget.activation_bytes(
+    copies = len(run.adapter.copies) if isinstance(run.adapter, AdapterSpec) else 0
+    return (STATE_BYTES + 4 * copies) * held + budget.activation_bytes(
         base.targets,
         run.ranks,
         batch_size=trainer.batch_size * run.rows_of_example,
