@@ -29,7 +29,10 @@ from sweeper.record import (
     read_text,
 )
 
-CONTENTS = {"model.content": "model.location", "dataset.content": "dataset.path"}  # and the location of the files
+# of a spec, and the location of the files
+CONTENTS = {
+    "model.content": "model.location", "dataset.content": "dataset.path", "trainer.content": "trainer.init_from",
+}  # fmt: skip
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "sharing", "together", "objective", "evaluation")
 STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")

@@ -138,6 +138,9 @@ class Record:
     is named: which tasks they are taken for (`confusion`), and the scores through the blocks of those. With elastic
     weights it has as `fisher_examples` how many examples each task's Fisher information is the mean over.
 
+    `init_from` of a run that began with the adapter of another: that run's `run_id`, the `digest` of the adapter, and
+    its `nll` by split. The gain over what it began with is that less the NLL after; `before` is the base's, as ever.
+
     `environment` is what it was made with; its `git_commit` ends in "+" where tracked files of the source differed from
     the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`).
 
@@ -165,6 +168,7 @@ class Record:
     search: Mapping[str, Any] = field(default_factory=dict)
     saved: Mapping[str, Any] = field(default_factory=dict)
     sharing: Mapping[str, Any] = field(default_factory=dict)
+    init_from: Mapping[str, Any] = field(default_factory=dict)
     started: str = ""
     finished: str = ""
     schema: int = SCHEMA_VERSION
@@ -284,7 +288,7 @@ def read_record(folder: Path) -> Record:
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("run_id", "study", "started", "finished"), str),
     **dict.fromkeys(("spec", "scores", "efficiency", "data", "environment", "search"), dict),
-    **dict.fromkeys(("saved", "sharing", "error"), dict),
+    **dict.fromkeys(("saved", "sharing", "init_from", "error"), dict),
     **dict.fromkeys(("trainable_parameters", "total_parameters", "steps"), int),
     "modules": list,
 }

@@ -267,13 +267,16 @@ class OptimSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainerSpec:
+class TrainerSpec(Stored):
     """Length and shape of training. A step sees `batch_size * accumulation` examples, whichever the two are.
 
     `neftune_alpha` adds noise to the embedded tokens, `ema_decay` has an average of the weights evaluated and saved,
     `patience` ends a run whose validation NLL has not fallen in so many evaluations, and keeps its best weights.
-    `deterministic` does without the kernels of a GPU whose sums are in an order of chance.
+    `deterministic` does without the kernels of a GPU whose sums are in an order of chance. `init_from` is the run whose
+    adapter this one begins with (`sweeper.predecessor`), by id or by folder; `content` is of one outside the study.
     """
+
+    PLACE: ClassVar[str] = "init_from"
 
     max_steps: int
     batch_size: int
@@ -285,8 +288,12 @@ class TrainerSpec:
     neftune_alpha: float = 0.0
     ema_decay: float | None = None
     patience: int | None = None
+    init_from: str | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
+        if self.init_from is not None and not self.init_from.strip():
+            wanted = "the id of a run, its folder, or null"
+            raise SpecError(field="trainer.init_from", wanted=wanted, got=self.init_from)
         for name, least in (("max_steps", 0), ("batch_size", 1), ("accumulation", 1)):
             if getattr(self, name) < least:
                 raise SpecError(field=f"trainer.{name}", wanted=f"at least {least}", got=getattr(self, name))

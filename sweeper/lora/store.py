@@ -168,10 +168,12 @@ class AdapterStore(Flat[AdapterSpec]):
 
     def _restore(self, placed: Placed, adapter: AdapterSpec, state: State) -> None:
         counts = {name: len(views) for name, views in placed.views(self.params).items()}
+        alone = all(len(state[name]) == n for name, n in counts.items())  # without moments, averages begin here too
+        begun = [self.copies[name] for name in adapter.copies if alone and name in ("average", "best")]
         for place, store in enumerate(self._stores(adapter)):
             values = [v for name, n in counts.items() for v in state[name][n * place : n * (place + 1)]]
             if values:
-                placed.write(torch.cat([value.flatten() for value in values]), [store])
+                placed.write(torch.cat([value.flatten() for value in values]), [store, *begun])
 
     def _stores(self, adapter: AdapterSpec) -> list[Tensor]:
         """The stores that make up the state of a run: values, moments, and what else its options keep."""

@@ -113,6 +113,7 @@ class PackTrainer:
         for state in arrived:
             try:
                 self._score_base(state)
+                self._score_begun(state)
             except Exception as error:
                 failed.append((state, self._own(error)))
         self._fail(failed)
@@ -284,6 +285,17 @@ class PackTrainer:
             self.clock.restart()
         for split, found in self.loaded.scores[key].items():
             self._note(state, split, "before", found)
+
+    def _score_begun(self, state: RunState) -> None:
+        """Notes what another run's adapter scores that a run begins with."""
+        if not (state.origin and state.spec.evaluation.before) or state.done or state.begun:
+            return
+        self.catch_up()
+        slot = next(slot for slot, one in self.pack.active if one is state)
+        for split in state.spec.evaluation.splits:
+            (found,) = queue_evaluation(self.pack, [slot], state, split, generation=False)()
+            state.begun |= {name: one.score.nll for name, one in found.by_name(split).items()}
+        self.clock.restart()
 
     def _reached(self, until: Mapping[str, int]) -> bool:
         return all(state.done >= until.get(state.run_id, 0) for _, state in self.pack.active)

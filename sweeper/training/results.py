@@ -74,6 +74,7 @@ def write_run(
         environment={**environment, **state.environment, **({"resumed_from": state.resumed} if state.resumed else {})},
         search=state.run.search,
         sharing=_sharing(state),
+        init_from={**state.origin, **({"nll": state.begun} if state.begun else {})},
         saved={
             "step": state.done if state.best is None else state.best[1], "stopped_early": state.stopped,
             "average": spec.trainer.ema_decay is not None,

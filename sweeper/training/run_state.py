@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sweeper import objectives
+from sweeper import objectives, predecessor
 from sweeper.identity import short
 from sweeper.lora.forms import AdapterSpec, Capacity
 from sweeper.lora.optimizer import IDLE, LR, hyperparameters, learning_rate
@@ -82,7 +82,8 @@ class RunState:
         precision: what it computes in.
         done: optimiser steps. tokens: response tokens seen.
         halted: it keeps its slot and is stepped no more.
-        weights: `Pack.snapshot` to go on from; None begins afresh.
+        weights: `Pack.snapshot` to go on from, or the values alone that it begins with; None begins afresh.
+        origin: the run that those are of: its `run_id`, and the `digest` of its adapter.
         kept: what was measured when that was taken (`measured`); empty where nothing was.
         noted: steps whose results are known.
         best: lowest validation NLL and its step, where the run may end early. waited: evaluations since.
@@ -107,6 +108,7 @@ class RunState:
     halted: bool = False
     weights: dict[str, tuple[Tensor, ...]] | None = None
     kept: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.enter()
@@ -129,6 +131,7 @@ class RunState:
         self.noted = self.done
         self.best: tuple[float, int] | None = tuple(kept["best"]) if kept.get("best") else None
         self.waited: int = kept.get("waited", 0)
+        self.begun: dict[str, float] = dict(kept.get("begun", {}))  # split -> NLL of what it began with
         self.consolidated: int = kept.get("consolidated", 0)
         self.environment: Mapping[str, Any] = {}
         self.resumed: dict[str, Any] = dict(kept.get("resumed_from") or {})
@@ -254,7 +257,7 @@ class RunState:
 
     def _other(self, kept: Mapping[str, Any]) -> str | None:
         """What a checkpoint was made with that this run is not; those of earlier versions do not say."""
-        for name in ("model", "dataset"):
+        for name in ("model", "dataset", predecessor.CONTENT):
             former = (kept.get("content") or self.content).get(name)
             if former != self.content.get(name):
                 return f"is of another {name} (then {short(former)}, now {short(self.content.get(name))})"
@@ -282,6 +285,7 @@ class RunState:
             "done": self.done, "tokens": self.tokens, "started": self.started, "train_seconds": self.train_seconds,
             "compile_seconds": self.compile_seconds, "best": self.best, "waited": self.waited,
             **({"consolidated": self.consolidated} if self.consolidated else {}),
+            **({"begun": self.begun} if self.begun else {}),
             "content": dict(self.content), "precision": self.precision,
             "auto": self.spec.trainer.precision == "auto",
             "environment": self.environment, "resumed_from": self.resumed,
