@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from sweeper import predecessor
+from sweeper import predecessor, record
 from sweeper.errors import Problems, SpecError, SweeperError
 from sweeper.run import Run
 from sweeper.spec import ModelSpec, RunSpec, alone, run_spec
@@ -38,8 +38,12 @@ class Waiting:
         return self.after.pop(former, [])
 
     def count(self, arm: str, elsewhere: Collection[str] = ()) -> int:
-        """Runs of an arm that wait, for one of this command: those `elsewhere` are of others."""
-        return sum(run.arm == arm for former, runs in self.after.items() if former not in elsewhere for run in runs)
+        """Runs of an arm that wait for one of this command: what waits for runs `elsewhere` is not waited for here."""
+        gone, seen = set(elsewhere), -1
+        while len(gone) > seen:
+            seen = len(gone)
+            gone |= {run.run_id for former, runs in self.after.items() if former in gone for run in runs}
+        return sum(run.arm == arm and run.run_id not in gone for runs in self.after.values() for run in runs)
 
 
 def check(
@@ -53,6 +57,20 @@ def check(
     problems = dict.fromkeys(_problems([spec for spec in specs if spec.trainer.init_from], runs, done, tuned, study))
     if problems:
         raise Problems(list(problems))
+
+
+def changed(runs: Sequence[Run], study: Path) -> Iterator[str]:
+    """A line for each finished run that began with other values than its predecessor in the study has now."""
+    for run in runs:
+        former = former_of(run.spec, study)
+        if former is None:
+            continue
+        try:
+            began, now = record.read_record(run.folder).init_from.get("digest"), predecessor.digest(study / former)
+        except (OSError, ValueError, KeyError, TypeError, SpecError):  # nothing left to compare with
+            continue
+        if began is not None and began != now:
+            yield f"{run.run_id} began from {former} before that was trained anew: their adapters differ now"
 
 
 def _problems(

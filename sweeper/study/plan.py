@@ -83,7 +83,8 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
     ends = [arm.make(params, arm.seeds[0]) for arm in arms for _, params in arm.ends()]
     check([*specs, *ends], settings)
     _check_chain(plan, [*specs, *ends])
-    plan = replace(plan, notes=(*plan.notes, *_warnings(specs)))
+    finished = [run for run in plan.runs if plan.statuses[run.run_id] in plan.done]
+    plan = replace(plan, notes=(*plan.notes, *_warnings(specs), *chain.changed(finished, plan.study)))
     if plan.todo:
         plan = replace(plan, notes=(*plan.notes, *identities.changed([run.spec for run in plan.todo])))
     return _without_likes(plan)
