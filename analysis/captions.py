@@ -39,6 +39,8 @@ WHAT = {
     "token, mean over seeds",
     "forgetting_curves": "Test scores of each task while the tasks are learnt one after another, mean over seeds of "
     "the first order; dotted lines are where one ends and the next begins",
+    "learning_forgetting": "What is gained on a task over the base model while it is learnt, against what is forgotten "
+    "of it by the end, means over tasks; members of the front of both are filled and joined",
 }
 COSTS = {
     "seconds": "seconds",
@@ -56,6 +58,8 @@ BARS = {
     "on the same examples, whose variance is not in them",
     "importance": "Bars are 1.96 bootstrap standard errors",
     "together": "Bars are 95% intervals of the paired difference, over seeds and groups of examples",
+    "learning_forgetting": "Bars are 95% intervals over the tasks' orders, or over seeds where there is one order; all "
+    "are scored on the same examples, whose variance is not in them",
 }
 WITH_ARMS = (
     *PAIRED, "forest", "performance_profile", "share_kept", "learning_rate", "training_curves", "validation_curves",

@@ -404,6 +404,29 @@ def learn_forget(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, 
     _room(ax, arms, metric)
 
 
+def learning_forgetting(ax: Axes, arms: pd.DataFrame, looks: Mapping[str, Look]) -> None:
+    """Learning against forgetting of tasks one after another, an arm a point with bars of both; members of the front
+    filled and joined. Columns: arm, learning and forgetting with the bounds of both, on_front."""
+    for row in arms.to_dict("records"):
+        look, one = looks[str(row["arm"])], pd.DataFrame([row])
+        ax.errorbar(
+            one["forgetting"], one["learning"], xerr=_errors(one, "forgetting"), yerr=_errors(one, "learning"),
+            fmt="none", ecolor=look.colour, elinewidth=0.7, capsize=0, zorder=2.5,
+        )  # fmt: skip
+        ax.scatter(
+            one["forgetting"], one["learning"], s=24, marker=look.marker, c=look.colour if row["on_front"] else "white",
+            edgecolors=look.colour, linewidths=0.9, zorder=3,
+        )  # fmt: skip
+    members = arms[arms["on_front"].astype(bool)].sort_values("forgetting")
+    ax.step(members["forgetting"], members["learning"], where="post", color=GREY, linewidth=0.8, zorder=1)
+    ax.margins(0.08)
+    low, high = ax.get_xlim()
+    if low <= 0 <= high:  # else the axis would go on to it
+        ax.axvline(0, color=GREY, linewidth=0.6)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    _room(ax, arms, "learning")
+
+
 def by_role_and_layer(ax: Axes, modules: pd.DataFrame, value: str, top: float) -> Any:
     """A value by role (rows) and layer (columns), white where nothing is adapted. Returns the image for colour bars."""
     table = modules.pivot_table(index="role", columns="layer", values=value, sort=False)

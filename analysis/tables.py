@@ -46,8 +46,8 @@ CAPTIONS = {
     "mixed": "Linear mixed model: placement × rank fixed, seeds and groups random, restricted maximum likelihood.",
     "transfer": "Test NLL of each task through the blocks of another's path, and how far it lies above its own.",
     "routing": "Test scores of tasks with blocks of their own, where an example's task is known and where it is not.",
-    "continual": "Tasks one after another: average, backward and forward transfer, forgetting; of NLL in nats, better "
-    "positive but for the average and forgetting.",
+    "continual": "Tasks one after another: average, backward and forward transfer, forgetting, learning; of NLL in "
+    "nats, better positive but for the average and forgetting. On the front: no arm learns more and forgets less.",
     "importance": "Share of the variance of the validation score that each field explains.",
     "all_tasks": "Mean over tasks of equal weight.",
     "spectra": "What training changed: norm, ranks and new directions of the updates, and where their energy is.",

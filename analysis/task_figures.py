@@ -121,5 +121,35 @@ def _curve(folder: Path, tasks: Sequence[str], analysis: Analysis) -> pd.DataFra
     return continual.curve(folder, tasks, analysis.metric, split=analysis.found.split)
 
 
-MAKERS = {"together": together, "transfer": transfer, "forgetting_curves": forgetting_curves}
+def learning_forgetting(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
+    """What arms learn of each task while they learn it against what they forget of it later, with the front of both."""
+    table = analysis.tables["continual"]
+    table = table[(table["metric"] == analysis.metric) & table["forgetting"].notna()].reset_index(drop=True)
+    if table.empty:
+        return "no run has tasks one after another"
+    table = table.assign(arm=_strategies(table["arm"]))
+    look = looks(list(dict.fromkeys(table["arm"])))
+    models = list(dict.fromkeys(table["model"]))
+    figure, axes = layout.panels(venue, models, wide=len(look) > layout.MANY)
+    unit = " (nats/token)" if analysis.metric == "nll" else ""
+    for name, ax in axes.items():
+        draw.learning_forgetting(ax, table[table["model"] == name], look)
+        ax.set_xlabel(f"forgotten by the end{unit}")
+    layout.finish(figure, axes, look, f"{title(analysis.metric)} gained while\nlearnt{unit}", lines=False)
+    layout.thin(figure, axes.values())
+    return figure
+
+
+def _strategies(arms: pd.Series) -> list[str]:
+    """Names of arms without the words that all have, and the sharing by its value alone."""
+    words = [str(arm).split() for arm in arms]
+    common = set.intersection(*map(set, words)) if len(words) > 1 else set[str]()
+    kept = [[word.removeprefix("sharing=") for word in own if word not in common] for own in words]
+    return [" ".join(own) or str(arm) for own, arm in zip(kept, arms, strict=True)]
+
+
+MAKERS = {
+    "together": together, "transfer": transfer, "forgetting_curves": forgetting_curves,
+    "learning_forgetting": learning_forgetting,
+}  # fmt: skip
 """Of a study that has runs of several tasks."""
