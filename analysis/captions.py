@@ -58,8 +58,8 @@ BARS = {
     "on the same examples, whose variance is not in them",
     "importance": "Bars are 1.96 bootstrap standard errors",
     "together": "Bars are 95% intervals of the paired difference, over seeds and groups of examples",
-    "learning_forgetting": "Bars are 95% intervals over the tasks' orders, or over seeds where there is one order; all "
-    "are scored on the same examples, whose variance is not in them",
+    "learning_forgetting": "Bars are 95% intervals over the tasks' orders, or over seeds where there is one order, and "
+    "may go beyond the axis; all are scored on the same examples, whose variance is not in them",
 }
 WITH_ARMS = (
     *PAIRED, "forest", "performance_profile", "share_kept", "learning_rate", "training_curves", "validation_curves",

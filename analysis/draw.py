@@ -419,11 +419,13 @@ def learning_forgetting(ax: Axes, arms: pd.DataFrame, looks: Mapping[str, Look])
         )  # fmt: skip
     members = arms[arms["on_front"].astype(bool)].sort_values("forgetting")
     ax.step(members["forgetting"], members["learning"], where="post", color=GREY, linewidth=0.8, zorder=1)
-    ax.margins(0.08)
+    low, high = limits(arms, "forgetting", share=0.75)  # some strategies forget nothing and have no bar there
+    if high > low:
+        ax.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     low, high = ax.get_xlim()
     if low <= 0 <= high:  # else the axis would go on to it
         ax.axvline(0, color=GREY, linewidth=0.6)
-    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     _room(ax, arms, "learning")
 
 
@@ -535,12 +537,12 @@ def _room(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
         ax.set_ylim(low - 0.12 * (high - low), high + 0.14 * (high - low))
 
 
-def limits(arms: pd.DataFrame, metric: str) -> tuple[float, float]:
+def limits(arms: pd.DataFrame, metric: str, *, share: float = 1.5) -> tuple[float, float]:
     """From where to where an axis goes: all values, and bars unless one is so wide that it would hide the rest."""
     values, low, high = (arms[f"{metric}{end}"].astype(float) for end in ("", "_low", "_high"))
     low, high = low.fillna(values), high.fillna(values)
     widths = (high - low)[high > low]
-    reach = max(values.max() - values.min(), 1.5 * float(widths.median()) if len(widths) else 0.0)
+    reach = max(values.max() - values.min(), share * float(widths.median()) if len(widths) else 0.0)
     if not reach > 0:  # one arm, or none with an interval
         return float(low.min()), float(high.max())
     return max(float(low.min()), values.min() - reach), min(float(high.max()), values.max() + reach)
