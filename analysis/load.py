@@ -64,7 +64,8 @@ class Study:
     group under the group itself); `SPLIT.METRIC` after training and `SPLIT.before.METRIC` before it; every field of
     the efficiency; `data.SPLIT.examples`, `data.SPLIT.groups`, `data.SPLIT.truncated`, `data.SPLIT.dropped`;
     `forgetting.SPLIT`, the rise of NLL on splits other than train, validation and test; where `adapters.py spectra`
-    looked at a run, `analysis.spectra.columns`. `fields` are those columns that come from the spec.
+    looked at a run, `analysis.spectra.columns`; of a run that began with another's adapter `init_from.SPLIT.nll`, what
+    that scored. `fields` are those columns that come from the spec.
     """
 
     name: str
@@ -376,6 +377,9 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     through = (plain.get("sharing") or {}).get("through") or {}
     row |= {f"through.{task}.{path}": nll for task, own in through.items() for path, nll in own.items()}
     row |= together.routed_columns((plain.get("sharing") or {}).get("routing") or {})
+    began = plain.get("init_from") or {}
+    row |= {f"init_from.{key}": began.get(key) for key in ("run_id", "digest") if began}
+    row |= {f"init_from.{split}.nll": nll for split, nll in (began.get("nll") or {}).items()}
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
         row |= {f"data.{split}.{key}": facts[key] for key in SIZES if key in facts}
@@ -388,7 +392,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     # Fields that a later schema-1 record adds keep their own names.
     known = {
         "run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data",
-        "sharing",
+        "sharing", "init_from",
     }  # fmt: skip
     extra = {key: value for key, value in plain.items() if key not in known and key not in row and key != "schema"}
     return row | flat(extra) | spectra.columns(study.read_spectra(folder))

@@ -30,9 +30,8 @@ def pull(flat: Flat[Any], slot: int, weight: Tensor) -> None:
 def take_squares(flat: Flat[Any], slot: int, sums: Sequence[Tensor]) -> None:
     """Moves a slot's squared gradients into `sums`, a tensor for each of its pieces; the gradients are then zero."""
     gradients = flat.pieces(slot, flat.grads)
-    for own, gradient in zip(sums, gradients, strict=True):
-        own.addcmul_(gradient, gradient)
-        gradient.zero_()
+    torch._foreach_addcmul_(list(sums), gradients, gradients)
+    torch._foreach_zero_(gradients)
 
 
 @torch.no_grad()

@@ -231,7 +231,8 @@ class RunState:
     @property
     def shape(self) -> str:
         """Runs of equal shape cost the same alone."""
-        return repr((self.adapter.shape(), self.spec.trainer, self.spec.dataset))
+        trainer = replace(self.spec.trainer, init_from=None, content=None)
+        return repr((self.adapter.shape(), trainer, self.spec.dataset))
 
     def resume(self) -> str | None:
         """Takes up the checkpoint of a run that was cut off, if there is one, and clears away what else it left.
