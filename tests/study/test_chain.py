@@ -8,8 +8,10 @@ import pytest
 
 from sweeper import config, record
 from sweeper.arms import grouped
+from sweeper.errors import Problems
 from sweeper.record import Record
 from sweeper.spec import RunSpec, Settings
+from sweeper.study import chain
 from sweeper.study.claims import Claims
 from sweeper.study.scheduler import Scheduler
 from sweeper.training.events import Event, RunFinished, RunQueued
@@ -124,3 +126,11 @@ def test_an_axis_takes_null_and_ids(composer: Any) -> None:
     found = config.expand(given, composer)
     assert [arm.default.trainer.init_from for arm in found.arms] == [None, "0123456789ab", "123456789012"]
     assert len({arm.key for arm in found.arms}) == 3
+
+
+def test_a_run_does_not_begin_from_itself(specs: Specs, study: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can type the id that follows from what is typed; a folder may be a link to it."""
+    spec = specs["B"]
+    monkeypatch.setattr("sweeper.predecessor.in_study", lambda given, folder: spec.run_id)
+    with pytest.raises(Problems, match="a run cannot begin from itself"):
+        chain.check([spec], {}, (), (), study.folder)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from analysis import load as load_study
 from sweeper.arms import Dimension, grouped, single
 from sweeper.errors import Problems, RunsFailed, SpecError
 from sweeper.identity import Identities
@@ -78,6 +79,9 @@ def test_a_run_of_no_steps_leaves_what_it_began_with_and_scores_as_that(make_run
     assert found.init_from["digest"].startswith("sha256:")
     assert found.environment["content"]["init_from"] == found.init_from["digest"]
     assert left.init_from == {}
+    row = load_study(settings.folder).runs.set_index("run_id").loc[still.run_id]
+    assert row["init_from.run_id"] == first.run_id
+    assert row["init_from.test.nll"] == found.init_from["nll"]["test"]
 
 
 def test_training_on_equals_plain_pytorch(make_run: MakeSpec, settings: Settings, load: Any) -> None:
@@ -213,6 +217,17 @@ def test_an_id_and_its_folder_in_the_study_are_the_same_and_the_default_is_in_no
     assert by_id.run_id == by_folder.run_id != first.run_id
     assert by_id.trainer.content is None
     assert not {"init_from", "content"} & set(to_mapping(first)["trainer"])
+
+
+def test_a_predecessor_that_was_trained_anew_is_named(make_run: MakeSpec, settings: Settings) -> None:
+    first = planned(make_run(trainer={"max_steps": 2}), settings)
+    second = planned(after(make_run(trainer={"max_steps": 2}, seed=1), first), settings)
+    go([first, second], settings)
+    assert plan.make(grouped([first, second]), settings).notes == ()
+    name = Path("adapter") / "adapter_model.safetensors"
+    shutil.copy(settings.folder / second.run_id / name, settings.folder / first.run_id / name)
+    (said,) = plan.make(grouped([first, second]), settings).notes
+    assert said.startswith(f"{second.run_id} began from {first.run_id} before that was trained anew")
 
 
 def test_a_run_that_was_cut_off_goes_on_from_its_own_checkpoint(
