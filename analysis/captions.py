@@ -46,6 +46,8 @@ WHAT = {
     "a token; filled where significant after correction",
     "forgetting_curves": "Test scores of each task while the tasks are learnt one after another, mean over seeds of "
     "the first order; dotted lines are where one ends and the next begins",
+    "learning_forgetting": "What is gained on a task over the base model while it is learnt, against what is forgotten "
+    "of it by the end, means over tasks; members of the front of both are filled and joined",
 }
 COSTS = {
     "seconds": "seconds",
@@ -65,6 +67,8 @@ BARS = {
     "conflict_curves": "Bands are 95% intervals over seeds",
     "library": "Bars are 95% intervals of the paired difference, over groups of examples",
     "together": "Bars are 95% intervals of the paired difference, over seeds and groups of examples",
+    "learning_forgetting": "Bars are 95% intervals over the tasks' orders, or over seeds where there is one order, and "
+    "may go beyond the axis; all are scored on the same examples, whose variance is not in them",
 }
 WITH_ARMS = (
     *PAIRED, "forest", "performance_profile", "share_kept", "learning_rate", "training_curves", "validation_curves",

@@ -6,6 +6,7 @@ average     mean over j of R[P, j]
 backward    mean over j < P of R[P, j] - R[j, j]: what later tasks changed (Lopez-Paz & Ranzato 2017)
 forward     mean over j > 1 of R[j - 1, j] - R[0, j]: what earlier tasks gave, before a task is learnt (the same)
 forgetting  mean over j < P of the best R[i, j] before the last task, less R[P, j] (Chaudhry et al. 2018)
+learning    mean over j of R[j, j] - R[0, j]: what is gained of a task over the base model while it is learnt
 """
 
 import json
@@ -16,16 +17,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import stats
+from analysis import pareto, stats
 from analysis.arms import Arrangement, higher_is_better
 from analysis.stats import Array, Draws
 from analysis.together import FIELD, THEN
 from sweeper.record import METRICS
 
-MEASURES = ("average", "backward", "forward", "forgetting")
+MEASURES = ("average", "backward", "forward", "forgetting", "learning")
 COLUMNS = [
     "model", "arm", "metric", "tasks", "orders", "seeds",
-    *(f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high")),
+    *(f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high")), "on_front",
 ]  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def table(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
     """One row per model, arm and metric: the measures with intervals over replicates, which are seeds and orders.
 
     Orders of the same tasks are one arm. Where there are several, an interval is over the orders' means, for seeds of
-    one order are no fresh sample of orders.
+    one order are no fresh sample of orders. `on_front`: no other arm of the model learns more and forgets less.
     """
     rows = []
     for (model, arm), runs in sequences(found).items():
@@ -45,7 +46,15 @@ def table(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
                     by_order.setdefault(order, []).append(measures(scores_SP, metric))
             if by_order:
                 rows.append({"model": model, "arm": arm, "metric": metric, **_summary(by_order, draws)})
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return _with_fronts(pd.DataFrame(rows, columns=COLUMNS))
+
+
+def _with_fronts(table: pd.DataFrame) -> pd.DataFrame:
+    found = table.assign(on_front=False)
+    for _, group in table.groupby(["model", "metric"]):
+        forgotten, learnt = (group[name].to_numpy(dtype=float) for name in ("forgetting", "learning"))
+        found.loc[group.index, "on_front"] = pareto.front(forgotten, -learnt)
+    return found
 
 
 def measures(scores_SP: Array, metric: str) -> dict[str, float]:
@@ -63,6 +72,7 @@ def measures(scores_SP: Array, metric: str) -> dict[str, float]:
         "backward": float((good_SP[last] - at_once)[:-1].mean()),
         "forward": float(np.mean([good_SP[j, j] - good_SP[0, j] for j in range(1, last)])),
         "forgetting": float((before[1:, :-1].max(0) - good_SP[last, :-1]).mean()),
+        "learning": float((at_once - good_SP[0]).mean()),
     }
 
 

@@ -404,6 +404,31 @@ def learn_forget(ax: Axes, arms: pd.DataFrame, metric: str, looks: Mapping[str, 
     _room(ax, arms, metric)
 
 
+def learning_forgetting(ax: Axes, arms: pd.DataFrame, looks: Mapping[str, Look]) -> None:
+    """Learning against forgetting of tasks one after another, an arm a point with bars of both; members of the front
+    filled and joined. Columns: arm, learning and forgetting with the bounds of both, on_front."""
+    for row in arms.to_dict("records"):
+        look, one = looks[str(row["arm"])], pd.DataFrame([row])
+        ax.errorbar(
+            one["forgetting"], one["learning"], xerr=_errors(one, "forgetting"), yerr=_errors(one, "learning"),
+            fmt="none", ecolor=look.colour, elinewidth=0.7, capsize=0, zorder=2.5,
+        )  # fmt: skip
+        ax.scatter(
+            one["forgetting"], one["learning"], s=24, marker=look.marker, c=look.colour if row["on_front"] else "white",
+            edgecolors=look.colour, linewidths=0.9, zorder=3,
+        )  # fmt: skip
+    members = arms[arms["on_front"].astype(bool)].sort_values("forgetting")
+    ax.step(members["forgetting"], members["learning"], where="post", color=GREY, linewidth=0.8, zorder=1)
+    low, high = limits(arms, "forgetting", share=0.75)  # some strategies forget nothing and have no bar there
+    if high > low:
+        ax.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    low, high = ax.get_xlim()
+    if low <= 0 <= high:  # else the axis would go on to it
+        ax.axvline(0, color=GREY, linewidth=0.6)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    _room(ax, arms, "learning")
+
+
 def by_role_and_layer(ax: Axes, modules: pd.DataFrame, value: str, top: float, *, around: bool = False) -> Any:
     """A value by role (rows) and layer (columns), white where nothing is adapted. Returns the image for colour bars.
 
@@ -517,12 +542,12 @@ def _room(ax: Axes, arms: pd.DataFrame, metric: str) -> None:
         ax.set_ylim(low - 0.12 * (high - low), high + 0.14 * (high - low))
 
 
-def limits(arms: pd.DataFrame, metric: str) -> tuple[float, float]:
+def limits(arms: pd.DataFrame, metric: str, *, share: float = 1.5) -> tuple[float, float]:
     """From where to where an axis goes: all values, and bars unless one is so wide that it would hide the rest."""
     values, low, high = (arms[f"{metric}{end}"].astype(float) for end in ("", "_low", "_high"))
     low, high = low.fillna(values), high.fillna(values)
     widths = (high - low)[high > low]
-    reach = max(values.max() - values.min(), 1.5 * float(widths.median()) if len(widths) else 0.0)
+    reach = max(values.max() - values.min(), share * float(widths.median()) if len(widths) else 0.0)
     if not reach > 0:  # one arm, or none with an interval
         return float(low.min()), float(high.max())
     return max(float(low.min()), values.min() - reach), min(float(high.max()), values.max() + reach)

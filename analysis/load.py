@@ -31,7 +31,10 @@ from sweeper.record import (
     read_text,
 )
 
-CONTENTS = {"model.content": "model.location", "dataset.content": "dataset.path"}  # and the location of the files
+# of a spec, and the location of the files
+CONTENTS = {
+    "model.content": "model.location", "dataset.content": "dataset.path", "trainer.content": "trainer.init_from",
+}  # fmt: skip
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "sharing", "together", "objective", "evaluation")
 STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
@@ -63,7 +66,8 @@ class Study:
     group under the group itself); `SPLIT.METRIC` after training and `SPLIT.before.METRIC` before it; every field of
     the efficiency; `data.SPLIT.examples`, `data.SPLIT.groups`, `data.SPLIT.truncated`, `data.SPLIT.dropped`;
     `forgetting.SPLIT`, the rise of NLL on splits other than train, validation and test; where `adapters.py spectra`
-    looked at a run, `analysis.spectra.columns`. `fields` are those columns that come from the spec.
+    looked at a run, `analysis.spectra.columns`; of a run that began with another's adapter `init_from.SPLIT.nll`, what
+    that scored. `fields` are those columns that come from the spec.
     """
 
     name: str
@@ -380,6 +384,9 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     if isinstance(steps := (plain.get("conflict") or {}).get("steps"), list):
         row[together.COMPARED] = len(steps)
     row |= together.routed_columns((plain.get("sharing") or {}).get("routing") or {})
+    began = plain.get("init_from") or {}
+    row |= {f"init_from.{key}": began.get(key) for key in ("run_id", "digest") if began}
+    row |= {f"init_from.{split}.nll": nll for split, nll in (began.get("nll") or {}).items()}
     for split, facts in (plain.get("data") or {}).items():
         row |= {f"{split}.majority.{name}": score for name, score in (facts.get("majority") or {}).items()}
         row |= {f"data.{split}.{key}": facts[key] for key in SIZES if key in facts}
@@ -392,7 +399,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     # Fields that a later schema-1 record adds keep their own names.
     known = {
         "run_id", "study", "status", "spec", "modules", "scores", "efficiency", "environment", "error", "data",
-        "sharing", "weighing", "conflict",
+        "sharing", "weighing", "conflict", "init_from",
     }  # fmt: skip
     extra = {key: value for key, value in plain.items() if key not in known and key not in row and key != "schema"}
     return row | flat(extra) | spectra.columns(study.read_spectra(folder))

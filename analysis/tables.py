@@ -51,8 +51,8 @@ CAPTIONS = {
     "conflict_by_layer": "Cosines between the gradients of tasks by role and layer, over pairs and steps.",
     "library": "Rules over a library of adapters trained apart: test scores, and the difference to the best single "
     "member on the same examples.",
-    "continual": "Tasks one after another: average, backward and forward transfer, forgetting; of NLL in nats, better "
-    "positive but for the average and forgetting.",
+    "continual": "Tasks one after another: average, backward and forward transfer, forgetting, learning; of NLL in "
+    "nats, better positive but for the average and forgetting. On the front: no arm learns more and forgets less.",
     "importance": "Share of the variance of the validation score that each field explains.",
     "all_tasks": "Mean over tasks of equal weight.",
     "spectra": "What training changed: norm, ranks and new directions of the updates, and where their energy is.",

@@ -1,6 +1,7 @@
 """Figures of runs of several tasks: together against alone, one task through another's blocks, one after another."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,5 +143,49 @@ def _curve(folder: Path, tasks: Sequence[str], analysis: Analysis) -> pd.DataFra
     return continual.curve(folder, tasks, analysis.metric, split=analysis.found.split)
 
 
-MAKERS = {"together": together, "transfer": transfer, "forgetting_curves": forgetting_curves}
+def learning_forgetting(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
+    """What arms learn of each task while they learn it against what they forget of it later, with the front of both."""
+    table = analysis.tables["continual"]
+    table = table[(table["metric"] == analysis.metric) & table["forgetting"].notna()].reset_index(drop=True)
+    if table.empty:
+        return "no run has tasks one after another"
+    look = _by_strategy(list(dict.fromkeys(table["arm"])))
+    names = dict(zip(look, _without_common(list(look)), strict=True))
+    figure, axes = layout.panels(venue, list(dict.fromkeys(table["model"])), wide=len(look) > layout.MANY)
+    unit = " (nats/token)" if analysis.metric == "nll" else ""
+    for name, ax in axes.items():
+        draw.learning_forgetting(ax, table[table["model"] == name], look)
+        ax.set_xlabel(f"forgotten by the end{unit}")
+    layout.finish(
+        figure, axes, look, f"gain in {title(analysis.metric)}\nwhile learnt{unit}", lines=False, names=names
+    )  # fmt: skip
+    layout.thin(figure, axes.values())
+    return figure
+
+
+def _by_strategy(arms: Sequence[str]) -> dict[str, Look]:
+    """A colour for how tasks share, and a marker for the rest: placement and rank; where that is one, for both."""
+    own = {arm: " ".join(word for word in arm.split() if "=" in word) for arm in arms}
+    rest = {arm: " ".join(word for word in arm.split() if "=" not in word) for arm in arms}
+    colours, marks = looks(sorted(set(own.values()))), looks(sorted(set(rest.values())))
+    if len(marks) == 1:
+        return {arm: colours[own[arm]] for arm in arms}
+    return {
+        arm: replace(colours[own[arm]], marker=marks[rest[arm]].marker)
+        for arm in sorted(arms, key=lambda one: (own[one], rest[one]))
+    }
+
+
+def _without_common(arms: Sequence[str]) -> list[str]:
+    """Names of arms without the words that all have, and the sharing by its value alone."""
+    words = [arm.split() for arm in arms]
+    common = set.intersection(*map(set, words)) if len(words) > 1 else set[str]()
+    kept = [[word.removeprefix("sharing=") for word in own if word not in common] for own in words]
+    return [" ".join(own) or arm for own, arm in zip(kept, arms, strict=True)]
+
+
+MAKERS = {
+    "together": together, "transfer": transfer, "forgetting_curves": forgetting_curves,
+    "learning_forgetting": learning_forgetting,
+}  # fmt: skip
 """Of a study that has runs of several tasks."""

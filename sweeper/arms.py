@@ -155,7 +155,7 @@ class Arm:
             return self.known_as
         plain = to_mapping(self.default)
         plain.pop("seed")
-        for name in ("model", "dataset"):
+        for name in ("model", "dataset", "trainer"):
             plain[name].pop(placed_by_content(getattr(self.default, name)), None)
         for part, own in zip(self.default.dataset.parts, plain["dataset"].get("parts", ()), strict=True):
             own.pop(placed_by_content(part), None)

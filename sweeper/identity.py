@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sweeper import record, register
+from sweeper import predecessor, record, register
 from sweeper.arms import Arm, Params
 from sweeper.content import COMMIT, NONE, Content
 from sweeper.errors import DataError, ModelError, SweeperError
@@ -87,6 +87,12 @@ class Identities:
 
     def __call__(self, spec: RunSpec) -> RunSpec:
         """The spec with its contents; as it is where a run of an earlier version stands for it."""
+        found = self._with_files(spec)
+        if found.trainer.init_from is None:
+            return found
+        return replace(found, trainer=predecessor.identified(found.trainer, self.study))
+
+    def _with_files(self, spec: RunSpec) -> RunSpec:
         typed = bare(spec)
         found = {name: self._content(getattr(spec, name)) for name in ("model", "dataset")}
         known = {name: one for name, one in found.items() if one.text is not None}

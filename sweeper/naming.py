@@ -9,7 +9,7 @@ from sweeper.record import LEFT_OUT, LEFT_OUT_OF_TASKS
 GROUPS = ("model", "dataset", "method", "placement", "allocation", "sharing", "objective", "evaluation")
 
 
-CONTENTS = ("model.content", "dataset.content")
+CONTENTS = ("model.content", "dataset.content", "trainer.content")
 SHOWN = 19  # characters of a digest
 
 

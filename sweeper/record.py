@@ -61,7 +61,9 @@ def perplexity(nll: float) -> float:
 
 # dotted field of a spec -> what a run has whose plain data leave it out: a field that came later, at its default
 LEFT_OUT: dict[str, Any] = {
-    "objective": "nll", "sharing": "single", "trainer.deterministic": False, "evaluation.conflict": 0
+    "objective": "nll", "sharing": "single", "sharing.elasticity": 0.0, "sharing.experts": 0,
+    "sharing.router": "token", "sharing.kept": 0, "sharing.tied": False, "sharing.balance": 0.0,
+    "trainer.deterministic": False, "evaluation.conflict": 0
 }  # fmt: skip
 LEFT_OUT_OF_TASKS: dict[str, Any] = {"dataset.options.order": "given", "dataset.options.surgery": "none"}
 """As `LEFT_OUT`, of runs of several tasks."""
@@ -143,7 +145,11 @@ class Record:
     A run of several tasks has the `scores` and `data` of each as SPLIT/TASK beside those over all. Where its adapter
     has rank blocks, `sharing` has the `blocks`, the `active_parameters` that the rows of each task run through, the
     test NLLs of each task `through` the blocks of every other one, and as `routing` what is so where no example's task
-    is named: which tasks they are taken for (`confusion`), and the scores through the blocks of those.
+    is named: which tasks they are taken for (`confusion`), and the scores through the blocks of those. With elastic
+    weights it has as `fisher_examples` how many examples each task's Fisher information is the mean over.
+
+    `init_from` of a run that began with the adapter of another: that run's `run_id`, the `digest` of the adapter, and
+    its `nll` by split. The gain over what it began with is that less the NLL after; `before` is the base's, as ever.
 
     Where the weights of the tasks' losses are learnt, `weighing` has the `log_variance` s and the `weight` exp(-s) of
     each task after the last step. Where gradients were compared, `conflict` has the `steps` done by then, the `tasks`
@@ -180,6 +186,7 @@ class Record:
     sharing: Mapping[str, Any] = field(default_factory=dict)
     weighing: Mapping[str, Any] = field(default_factory=dict)
     conflict: Mapping[str, Any] = field(default_factory=dict)
+    init_from: Mapping[str, Any] = field(default_factory=dict)
     started: str = ""
     finished: str = ""
     schema: int = SCHEMA_VERSION
@@ -299,7 +306,7 @@ def read_record(folder: Path) -> Record:
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("run_id", "study", "started", "finished"), str),
     **dict.fromkeys(("spec", "scores", "efficiency", "data", "environment", "search"), dict),
-    **dict.fromkeys(("saved", "sharing", "weighing", "conflict", "error"), dict),
+    **dict.fromkeys(("saved", "sharing", "weighing", "conflict", "init_from", "error"), dict),
     **dict.fromkeys(("trainable_parameters", "total_parameters", "steps"), int),
     "modules": list,
 }

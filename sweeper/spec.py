@@ -145,6 +145,8 @@ class SharingSpec:
         experts: blocks that a learnt gate opens; 0: one for each task, or four. router: whether it reads each token's
             input to a module or the prompt. kept: experts of a row; 0: all. tied: whether all modules share one router.
         balance: weight of the load-balancing loss, a mean over modules.
+        elasticity: half of it weighs F |theta - theta*|^2 in the loss, of values that earlier tasks left.
+        fisher_examples: training examples of a task, at most, that its Fisher information F is the mean over.
     """
 
     name: str = "single"
@@ -159,6 +161,8 @@ class SharingSpec:
     kept: int = field(default=0, metadata=ADDED)
     tied: bool = field(default=False, metadata=ADDED)
     balance: float = field(default=0.0, metadata=ADDED)
+    elasticity: float = field(default=0.0, metadata=ADDED)
+    fisher_examples: int = field(default=64, metadata=ADDED)
 
     def __post_init__(self) -> None:
         for name in ("experts", "kept", "balance"):
@@ -166,6 +170,10 @@ class SharingSpec:
                 raise SpecError(field=f"sharing.{name}", wanted="at least 0", got=getattr(self, name))
         if not (self.orthogonality >= 0 and math.isfinite(self.orthogonality)):
             raise SpecError(field="sharing.orthogonality", wanted="at least 0", got=self.orthogonality)
+        if not (self.elasticity >= 0 and math.isfinite(self.elasticity)):
+            raise SpecError(field="sharing.elasticity", wanted="at least 0", got=self.elasticity)
+        if self.fisher_examples < 1:
+            raise SpecError(field="sharing.fisher_examples", wanted="at least 1", got=self.fisher_examples)
         if any(level < 0 for level in self.levels):
             raise SpecError(field="sharing.levels", wanted="ranks of at least 0", got=self.levels)
 
@@ -289,13 +297,16 @@ class OptimSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainerSpec:
+class TrainerSpec(Stored):
     """Length and shape of training. A step sees `batch_size * accumulation` examples, whichever the two are.
 
     `neftune_alpha` adds noise to the embedded tokens, `ema_decay` has an average of the weights evaluated and saved,
     `patience` ends a run whose validation NLL has not fallen in so many evaluations, and keeps its best weights.
-    `deterministic` does without the kernels of a GPU whose sums are in an order of chance.
+    `deterministic` does without the kernels of a GPU whose sums are in an order of chance. `init_from` is the run whose
+    adapter this one begins with (`sweeper.predecessor`), by id or by folder; `content` is of one outside the study.
     """
+
+    PLACE: ClassVar[str] = "init_from"
 
     max_steps: int
     batch_size: int
@@ -307,8 +318,12 @@ class TrainerSpec:
     neftune_alpha: float = 0.0
     ema_decay: float | None = None
     patience: int | None = None
+    init_from: str | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
+        if self.init_from is not None and not self.init_from.strip():
+            wanted = "the id of a run, its folder, or null"
+            raise SpecError(field="trainer.init_from", wanted=wanted, got=self.init_from)
         for name, least in (("max_steps", 0), ("batch_size", 1), ("accumulation", 1)):
             if getattr(self, name) < least:
                 raise SpecError(field=f"trainer.{name}", wanted=f"at least {least}", got=getattr(self, name))

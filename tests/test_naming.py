@@ -41,6 +41,10 @@ def test_a_field_that_plain_data_leave_out_at_its_default_is_named_all_the_same(
 def test_what_plain_data_leave_out_is_what_a_spec_has_at_its_default(make_spec: Make) -> None:
     spec = make_spec()
     known = {"objective": spec.objective.name, "sharing": spec.sharing.name}
+    known |= {
+        f"sharing.{name}": getattr(spec.sharing, name)
+        for name in ("elasticity", "experts", "router", "kept", "tied", "balance")
+    }
     known |= {"trainer.deterministic": spec.trainer.deterministic, "evaluation.conflict": spec.evaluation.conflict}
     assert known == LEFT_OUT
     assert not [field for field in LEFT_OUT if field.split(".")[-1] in str(to_mapping(spec))]

@@ -72,6 +72,8 @@ class Builder:
             return None
         if name == "trainer":
             mapping = {key: value for key, value in mapping.items() if key != "device"}
+            if type(mapping.get("init_from")) is int:  # an id may have digits alone
+                mapping["init_from"] = str(mapping["init_from"])
         return self._check(lambda: from_mapping(kind, self._whole(name, mapping), prefix=f"{name}."))
 
     def _whole(self, name: str, section: Plain) -> Plain:

@@ -29,7 +29,7 @@ class Flat(Generic[Held]):
         work: what the products read: the values, or their copy in the base's precision, kept by the optimiser.
         rates: each value's learning rate over its run's (0: frozen), None where all have their run's.
         rated: of each slot, whether its values have rates of their own.
-        copies: further stores of the same layout: average, best, sensitivity.
+        copies: further stores of the same layout: average, best, sensitivity, fisher, anchor.
         held: what each slot holds.
     """
 

@@ -118,7 +118,7 @@ class SlotStore(Protocol):
         ...
 
     def one_pass(self, share: float) -> contextlib.AbstractContextManager[None]:
-        """Around a forward and backward pass; `share` is the pass's of its step."""
+        """Around a forward and backward pass; `share` is the pass's of its step, 0 of one that is without penalties."""
         ...
 
     def update(self, rows: Mapping[int, Sequence[list[float]]], steps: Mapping[int, int]) -> Tensor:

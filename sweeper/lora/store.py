@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sweeper.lora import penalty
+from sweeper.lora import elastic, penalty
 from sweeper.lora.blocks import Block, rows_of
 from sweeper.lora.embedding import AdaptedEmbedding
 from sweeper.lora.flat import Flat
@@ -25,6 +25,8 @@ from sweeper.models.architecture import Target
 from sweeper.models.forward import inner_model
 
 __all__ = ["AdapterSpec", "AdapterStore", "Capacity"]
+
+SIZE = "size"
 
 
 class AdapterStore(Flat[AdapterSpec]):
@@ -68,6 +70,7 @@ class AdapterStore(Flat[AdapterSpec]):
             self.block_clock = self._clocks.to(device)
             self.clock_spans = [own for spans in layout.spans for own in (spans, *[[]] * (self.clocks_each - 1))]
         self.penalties = torch.zeros(layout.slots, 3, device=device)
+        self.elasticities = torch.zeros(layout.slots, device=device)
         self.wrapping = Wrapping(model, self.weak, layout, self.lanes, self.tasks)
         self.groups = self.wrapping.groups
         able = {form: [s for s, own in enumerate(self.capacities) if form in own.forms] for form in FORMS}
@@ -123,6 +126,7 @@ class AdapterStore(Flat[AdapterSpec]):
         elif placed.segments:
             self._begin(placed, adapter)
         self.penalties[slot] = send(torch.tensor(adapter.penalties), self.penalties.device)
+        self.elasticities[slot] = adapter.elasticity
         if adapter.form in self.attached:
             self.attached[adapter.form].assign(slot, adapter, placed.segments)
         self._set_rates(slot, adapter, step)
@@ -164,10 +168,12 @@ class AdapterStore(Flat[AdapterSpec]):
 
     def _restore(self, placed: Placed, adapter: AdapterSpec, state: State) -> None:
         counts = {name: len(views) for name, views in placed.views(self.params).items()}
+        alone = all(len(state[name]) == n for name, n in counts.items())  # without moments, averages begin here too
+        begun = [self.copies[name] for name in adapter.copies if alone and name in ("average", "best")]
         for place, store in enumerate(self._stores(adapter)):
             values = [v for name, n in counts.items() for v in state[name][n * place : n * (place + 1)]]
             if values:
-                placed.write(torch.cat([value.flatten() for value in values]), [store])
+                placed.write(torch.cat([value.flatten() for value in values]), [store, *begun])
 
     def _stores(self, adapter: AdapterSpec) -> list[Tensor]:
         """The stores that make up the state of a run: values, moments, and what else its options keep."""
@@ -226,8 +232,8 @@ class AdapterStore(Flat[AdapterSpec]):
         lanes.prompted = any(one.experts and one.options["router"] == "prompt" for one in held)
         lanes.balanced = any(one.experts and one.options["balance"] > 0 for one in held)
         lanes.forms = tuple(form for form in self.attached if any(one.form == form for one in held))
-        weighed = [() if one is None else (*one.penalties, one.orthogonality) for one in self.held]
-        lanes.penalised = tuple(slot for slot, weights in enumerate(weighed) if any(weights))
+        penalised = [(slot, _penalties(one)) for slot, one in enumerate(self.held) if one is not None]
+        lanes.penalised = tuple((slot, kinds) for slot, kinds in penalised if kinds)
         for form, attached in self.attached.items():
             attached.switch(form in lanes.forms)
 
@@ -241,7 +247,8 @@ class AdapterStore(Flat[AdapterSpec]):
         self._derive(range(self.slots))
         self.lanes.share = share
         yield
-        self._penalise(share)
+        if share:
+            self._penalise(share)
         for form in self.lanes.forms:
             self.attached[form].project()
 
@@ -253,10 +260,14 @@ class AdapterStore(Flat[AdapterSpec]):
     @torch.no_grad()
     def _penalise(self, share: float) -> None:
         """Adds the gradients of the penalties, times `share`, of the runs that have any."""
-        for slot in self.lanes.penalised:
+        for slot, kinds in self.lanes.penalised:
             held = self.held[slot]
-            if held is not None and held.orthogonality:
+            assert held is not None
+            if held.orthogonality:
                 self._keep_apart(slot, held, share)
+            if held.elasticity:
+                elastic.pull(self.weak, slot, self.elasticities[slot] * share)
+            if SIZE not in kinds:
                 continue
             for segment in self.layout.by_slot[slot]:
                 live = pair = segment.pair(self.params)
@@ -346,3 +357,14 @@ class AdapterStore(Flat[AdapterSpec]):
     def saved(self, slot: int, *, values: bool = True) -> Saved:
         """As `views`, of the weights that the run leaves; called, it waits for their copy on the host."""
         return fetch_all(self.views(slot, self.to_save(slot)) if values else {})
+
+
+def _penalties(adapter: AdapterSpec) -> tuple[Any, ...]:
+    """The penalties of a run, each with what a captured step has of it as a constant; none where it has none."""
+    kinds: list[Any] = [SIZE] if any(adapter.penalties) else []
+    if adapter.elasticity:
+        kinds.append("elastic")
+    if adapter.orthogonality:
+        ranks = tuple(tuple(sorted(block.ranks.items())) for block in adapter.blocks)
+        kinds.append(("apart", adapter.orthogonality, hash(ranks)))
+    return tuple(kinds)

@@ -18,7 +18,7 @@ class Lanes:
     """How the rows of the present batch are shared out; one object that every adapted module reads.
 
     `slots` [L] int32 is the slot of each lane (-1: the bare base), `tokens` the padded length of a sequence.
-    `forms` are those of the slots that do more than the low-rank product.
+    `forms` are those of the slots that do more than the low-rank product; `penalised` are slots with their penalties.
     `gated`: whether some adapter has rank blocks; then `gate_rows` [G] int64 are the rows of `Group.gates` that equal
     shares of the batch's rows go by.
     `routed`: whether some adapter has experts behind a learnt gate; `prompted`: whether one of their routers reads
@@ -35,7 +35,7 @@ class Lanes:
     drop: bool = False
     noisy: bool = False
     forms: tuple[str, ...] = ()
-    penalised: tuple[int, ...] = ()
+    penalised: tuple[tuple[int, tuple[Any, ...]], ...] = ()
     gated: bool = False
     gate_rows: Tensor | None = None
     routed: bool = False

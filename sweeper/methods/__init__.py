@@ -133,6 +133,8 @@ def check(spec: RunSpec) -> None:
     experts.check(spec)
     if spec.sharing.name != "single" and not (packs(spec) and method.blocks):
         able = ", ".join(name for name, one in METHODS.items() if one.blocks)
+        if spec.sharing.name == "ewc":
+            raise SpecError(f"sharing=ewc: method={spec.method.name} cannot be held back; {able} can")
         raise SpecError(f"sharing={spec.sharing.name}: method={spec.method.name} has no rank blocks; {able} have")
     several.check(spec, packs=packs(spec))
 
@@ -254,11 +256,11 @@ def trained_ranks(spec: RunSpec, ranks: Ranks) -> Ranks:
 
 def _with_blocks(spec: RunSpec, ranks: Ranks, made: AdapterSpec) -> AdapterSpec:
     """The adapter in the rank blocks that its tasks share it by."""
-    if spec.sharing.name == "single":
-        return made
     if spec.sharing.name == experts.ROUTED:
         return experts.adapter(spec, ranks, made)
     found = sharing.blocks(spec, ranks)
+    if not found:
+        return made
     every = {target.name: rank for target, rank in sharing.totals(ranks, found).items()}
     scales = {name: made.scales[name] for name in every}
     return replace(
@@ -276,6 +278,7 @@ def _with_options(spec: RunSpec, made: AdapterSpec) -> AdapterSpec:
         keep_best=spec.trainer.patience is not None,
         penalties=spec.optim.penalties,
         noise=spec.trainer.neftune_alpha,
+        elasticity=spec.sharing.elasticity,
     )
 
 

@@ -7,10 +7,12 @@ shared        a block for all and one for each
 hierarchical  root, groups and tasks, as a tree of names says
 stack         of a sequence: a new block for each task, on top of those before, which act on and no longer train
 orthogonal    as stack, with a penalty on what a new block reads of what those before read (O-LoRA, Wang et al. 2023)
+ewc           one adapter for all, held back where earlier tasks' likelihood depends on it (`sweeper.lora.elastic`)
+merge         as if each task's adapter were folded into the weights before the next begins: stack's blocks on all rows
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sweeper.errors import SpecError, unknown
@@ -77,6 +79,12 @@ def _stack(spec: RunSpec) -> list[Node]:
     ]
 
 
+def _merge(spec: RunSpec) -> list[Node]:
+    # a block that has not begun has B = 0, so it changes nothing before its task
+    every = frozenset(range(len(names(spec))))
+    return [replace(node, acts=every) for node in _stack(spec)]
+
+
 SHARINGS: dict[str, Callable[[RunSpec], list[Node]]] = {
     "single": lambda spec: [],
     "routed": lambda spec: [],
@@ -85,8 +93,11 @@ SHARINGS: dict[str, Callable[[RunSpec], list[Node]]] = {
     "hierarchical": _hierarchical,
     "stack": _stack,
     "orthogonal": _stack,
+    "merge": _merge,
+    "ewc": lambda spec: [],
 }
-STACKS = ("stack", "orthogonal")
+STACKS = ("stack", "orthogonal", "merge")
+IN_TURN = (*STACKS, "ewc")  # of a sequence
 
 
 def names(spec: RunSpec) -> tuple[str, ...]:
@@ -103,19 +114,33 @@ def check(spec: RunSpec) -> None:
         )
     if sharing.name not in SHARINGS:
         raise SpecError(unknown("sharing", sharing.name, SHARINGS))
+    given = [name for name, by in (("elasticity", 0.0), ("fisher_examples", 64)) if getattr(sharing, name) != by]
+    if given and sharing.name != "ewc":
+        raise SpecError(f"sharing.{given[0]} is for sharing=ewc, not {sharing.name}")
     if sharing.name == "single":
         return
     start = f"sharing={sharing.name}"
     if not spec.dataset.parts and sharing.name != "routed":
         raise SpecError(f"{start} needs several tasks: dataset=mixture 'dataset.parts=[icd10_chapter,gsm_symbolic]'")
-    if sharing.name in STACKS and spec.dataset.family != "sequence":
+    if sharing.name in IN_TURN and spec.dataset.family != "sequence":
         raise SpecError(f"{start} is for tasks one after another: dataset=sequence")
     if sharing.name in STACKS and spec.dataset.options.get("replay"):
         raise SpecError(f"{start}: its blocks train once, so dataset.options.replay would train those before again")
+    if sharing.name == "merge" and spec.method.dropout:
+        raise SpecError(
+            f"{start}: what is folded into the weights has no dropout, so method.dropout must be 0, got "
+            f"{spec.method.dropout}"
+        )
     if sharing.orthogonality and sharing.name != "orthogonal":
         raise SpecError(f"sharing.orthogonality is for sharing=orthogonal, not {sharing.name}")
     if sharing.tree and sharing.name != "hierarchical":
         raise SpecError(f"sharing.tree is for sharing=hierarchical, not {sharing.name}")
+    if spec.trainer.patience is not None:
+        raise SpecError(f"{start}: trainer.patience would end all tasks at once")
+    if sharing.name == "ewc":
+        if sharing.levels or sharing.budget != "active" or sharing.common or sharing.private:
+            raise SpecError(f"{start} has one adapter: sharing.levels, budget, common and private are of rank blocks")
+        return
     depth = 1 + max((node.level for node in SHARINGS[sharing.name](spec)), default=0)
     depth = 1 if sharing.name in STACKS else depth
     if sharing.levels and len(sharing.levels) != depth:
@@ -127,8 +152,6 @@ def check(spec: RunSpec) -> None:
         raise SpecError(f"{start} is for modules inside the layers: placement.embeddings and placement.head cannot be")
     if any(spec.optim.penalties):
         raise SpecError(f"{start}: the penalties of optim are of a whole adapter, and it has several blocks")
-    if spec.trainer.patience is not None:
-        raise SpecError(f"{start}: trainer.patience would end all tasks at once; its blocks have none")
 
 
 def blocks(spec: RunSpec, ranks: Ranks) -> tuple[Block, ...]:
@@ -180,6 +203,16 @@ def totals(ranks: Ranks, blocks: Sequence[Block]) -> Ranks:
 def active(ranks: Ranks, blocks: Sequence[Block], task: int) -> Ranks:
     """Ranks of each module that a task's rows run through."""
     return totals(ranks, [block for block in blocks if task in block.acts]) if blocks else ranks
+
+
+def computed(spec: RunSpec, blocks: Sequence[Block], task: int) -> Sequence[Block]:
+    """The blocks that cost the rows of a task operations: all, but those that are folded into the weights by then."""
+    return [block for block in blocks if task in block.trains] if spec.sharing.name == "merge" else blocks
+
+
+def apart(blocks: Sequence[Block]) -> bool:
+    """Whether some tasks' rows run through other blocks than others'; else one adapter serves all."""
+    return len({block.acts for block in blocks} | {frozenset[int]().union(*(block.acts for block in blocks))}) > 1
 
 
 def _leaf(name: str, level: int, task: int) -> Node:

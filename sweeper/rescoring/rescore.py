@@ -19,7 +19,7 @@ from sweeper.errors import DataError, Problems, SweeperError
 from sweeper.identity import Former, changes, former_of
 from sweeper.record import ADAPTER, COMBINED, RECORD, TASKS, WEIGHTS, Score
 from sweeper.rescoring import lm_harness
-from sweeper.spec import DatasetSpec, EvaluationSpec, Precision, RunSpec, Settings, run_spec, to_mapping, unique
+from sweeper.spec import DatasetSpec, EvaluationSpec, Precision, RunSpec, Settings, alone, run_spec, to_mapping, unique
 from sweeper.tasks import general_text
 
 if TYPE_CHECKING:
@@ -359,7 +359,8 @@ def packed(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
 
     targets = {target.name: target for target in base.targets}
     adapters = [
-        methods.adapter(run.spec, {targets[name]: rank for name, rank in run.ranks.items()}).settled() for run in runs
+        methods.adapter(alone(run.spec), {targets[name]: rank for name, rank in run.ranks.items()}).settled()
+        for run in runs
     ]
     pack = open_pack(base, adapters, PackConfig(batch_size=1))
     if isinstance(pack.store, UnpackedStore):

@@ -24,7 +24,7 @@ from sweeper.reporting.console import make_console
 from sweeper.reporting.display import make_display
 from sweeper.run import Run
 from sweeper.spec import RunSpec, Settings, to_mapping
-from sweeper.study import forecast, scheduler
+from sweeper.study import chain, forecast, scheduler
 from sweeper.study import plan as planning
 from sweeper.study.plan import Plan
 from sweeper.study.scheduler import Outcome, Scheduler, TrainRuns
@@ -354,7 +354,7 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
                 f"{100 * cost.parameters / cost.total_parameters:.3f}",
                 text.amount(cost.flops),
                 text.size(cost.memory),
-                plan.statuses[run.run_id] or ("default trial" if plan.tuned else "to train"),
+                plan.statuses[run.run_id] or ("default trial" if plan.tuned else _to_train(plan, run)),
             ]
         )
     console.out(text.aligned(header, cells), highlight=False)
@@ -367,6 +367,15 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
         console.print(line, markup=False, soft_wrap=True)
     runs = f"{len(plan.runs)} run{'' if len(plan.runs) == 1 else 's'}, {len(plan.todo)} to train; "
     console.print(f"{'' if plan.tuned else runs}this was a dry run, nothing was trained", soft_wrap=True)
+
+
+def _to_train(plan: Plan, run: Run) -> str:
+    """What is to be done with a run, in a dry run: it may begin from another one, which may be still to train."""
+    former = chain.former_of(run.spec, plan.study)
+    if run.spec.trainer.init_from is None:
+        return "to train"
+    left = former is not None and former in {one.run_id for one in plan.todo}
+    return f"to train {'after' if left else 'from'} {former or run.spec.trainer.init_from}"
 
 
 def _study_records(plan: Plan, found: dict[str, Record]) -> list[Record]:

@@ -13,6 +13,7 @@ from sweeper.errors import Problems, SpecError, SweeperError
 from sweeper.identity import Identities
 from sweeper.run import Run
 from sweeper.spec import DatasetSpec, ModelSpec, RunSpec, Settings, to_mapping, unique
+from sweeper.study import chain
 from sweeper.study import search_check as checking
 from sweeper.study.search_settings import SearchSettings
 
@@ -79,11 +80,22 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
     )  # fmt: skip
     checking.check(arms, search or SearchSettings(), calibrate=settings.calibrate)
     specs = [run.spec for run in (plan.runs if settings.dry_run or plan.tuned else plan.todo)]
-    check([*specs, *(arm.make(params, arm.seeds[0]) for arm in arms for _, params in arm.ends())], settings)
-    plan = replace(plan, notes=(*plan.notes, *_warnings(specs)))
+    ends = [arm.make(params, arm.seeds[0]) for arm in arms for _, params in arm.ends()]
+    check([*specs, *ends], settings)
+    _check_chain(plan, [*specs, *ends])
+    finished = [run for run in plan.runs if plan.statuses[run.run_id] in plan.done]
+    plan = replace(plan, notes=(*plan.notes, *_warnings(specs), *chain.changed(finished, plan.study)))
     if plan.todo:
         plan = replace(plan, notes=(*plan.notes, *identities.changed([run.spec for run in plan.todo])))
     return _without_likes(plan)
+
+
+def _check_chain(plan: Plan, specs: Sequence[RunSpec]) -> None:
+    """Raises `Problems` for runs that cannot begin from the one that they name."""
+    tuned = {spec.run_id for arm in plan.arms if arm.space for spec in arm.defaults}
+    # what failed in a former process of this command fails those that wait for it, when it is their turn
+    done = {run_id for run_id, status in plan.statuses.items() if status in plan.done} - set(lost.former().failed)
+    chain.check(specs, {run.run_id: run for run in plan.runs}, done, tuned, plan.study)
 
 
 def _warnings(specs: Sequence[RunSpec]) -> Iterator[str]:

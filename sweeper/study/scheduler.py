@@ -20,7 +20,7 @@ from functools import cached_property
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sweeper import lost, record
+from sweeper import lost, predecessor, record
 from sweeper.arms import Arm, labels, merged
 from sweeper.errors import SweeperError, gist
 from sweeper.lost import ContextLost
@@ -28,6 +28,7 @@ from sweeper.record import Record
 from sweeper.reporting.text import point
 from sweeper.run import Run
 from sweeper.spec import RunSpec, Settings, to_mapping
+from sweeper.study import chain
 from sweeper.study import plan as planning
 from sweeper.study.claims import Claims
 from sweeper.study.search_settings import SearchSettings
@@ -112,11 +113,16 @@ class Scheduler:
         self.prune: set[str] = set()
         self.known: dict[str, Record] = {}
         self.states = {arm.key: _ArmState(arm=arm, place=place) for place, arm in enumerate(merged(arms))}
+        self.waiting = chain.Waiting()
         left = set(todo)
         for state in self.states.values():
             if not state.arm.space:
-                runs = [spec for spec in state.arm.defaults if spec.run_id in left]
-                state.ready.extend(self._run(state, spec) for spec in runs)
+                for spec in state.arm.defaults:
+                    former = chain.former_of(spec, self.settings.folder)
+                    if spec.run_id in left and former in left:
+                        self.waiting.add(former, self._run(state, spec))
+                    elif spec.run_id in left:
+                        state.ready.append(self._run(state, spec))
         self._open_searches([state for state in self.states.values() if state.arm.space])
 
     def _open_searches(self, states: Sequence[_ArmState]) -> None:
@@ -143,6 +149,7 @@ class Scheduler:
     def pending(self) -> list[PendingGroup]:
         """What may still come, an arm each."""
         found = []
+        self._release_by_others()
         for state in self.states.values():
             self._advance(state)
             most = len(state.ready)
@@ -150,12 +157,17 @@ class Scheduler:
                 wanted = state.search.parallel * len(state.arm.seeds)
                 most = max(most, wanted)
             left = len(state.ready) + self._unasked(state) * (1 if self.how.pruner == "none" else SHARE_OF_PRUNED)
-            if most or self._waiting_for_itself(state):
+            ready = bool(most) or self._waiting_for_itself(state)
+            waiting = self.waiting.count(state.arm.key, self.others)
+            if ready or waiting:
                 widest = state.arm.widest
                 others = () if widest is None else (widest,)
                 found.append(
-                    PendingGroup(key=state.arm.key, spec=state.arm.default, most=max(most, 1), left=left, others=others)
-                )
+                    PendingGroup(
+                        key=state.arm.key, spec=state.arm.default, most=max(most + waiting, 1), left=left + waiting,
+                        others=others, ready=ready,
+                    )
+                )  # fmt: skip
         return found
 
     @_locked
@@ -178,7 +190,8 @@ class Scheduler:
             while state.search is None and len(found) < count and (following := self._take(state)) is not None:
                 found.append(following)
                 self._hand_out(following)
-        more = any(s.ready or self._open(s) or self._waiting_for_itself(s) for s in states)
+        waits = any(self.waiting.count(state.arm.key, self.others) for state in states)
+        more = waits or any(s.ready or self._open(s) or self._waiting_for_itself(s) for s in states)
         return Pulled(runs=tuple(found), more=more)
 
     def _spread(self, states: Sequence[_ArmState], count: int) -> list[Run]:
@@ -236,6 +249,7 @@ class Scheduler:
                 lost.note(ended.run_id, failed=ended.status == "failed")
                 self.notify(event)
                 self._ended(ended)
+                self._release(ended)
                 return
         self.notify(event)
 
@@ -521,6 +535,23 @@ class Scheduler:
                 trial.records[ended.run_id] = ended
                 state.tokens += ended.efficiency.train_tokens
                 self._tell_if_over(state, trial)
+
+    def _release(self, former: Record) -> None:
+        """Runs that waited for one that has ended can begin now, or have failed where it left nothing."""
+        for run in self.waiting.take(former.run_id):
+            if former.status == "completed":
+                self.states[run.arm].ready.append(run)
+            elif self._mine(run):
+                self._hand_out(run)
+                said = f"the run that it begins from, {former.run_id}, {predecessor.ended(former.status)}"
+                self.abandon(run.run_id, said, kind="SpecError")
+
+    def _release_by_others(self) -> None:
+        """The same for runs that another command trained in the meantime."""
+        for run_id in [one for one in self.waiting.after if one in self.others and not self._left(one)]:
+            found = self.find(run_id)
+            assert found is not None
+            self._release(found)
 
     def _tell_if_over(self, state: _ArmState, trial: "Trial") -> None:
         if set(trial.records) < set(trial.runs):

@@ -65,6 +65,7 @@ def write_adapter(
         targets: the adapted modules. weights: module name -> the parts that the form of the adapter has.
         as_parameters: name the weights rather than their modules, for models whose modules PEFT takes for others.
     """
+    spec = alone(spec)  # blocks lie side by side in it
     made = methods.adapter(spec, dict.fromkeys(targets, spec.rank))
     assert isinstance(made, AdapterSpec)
     form, ranks = FORMS[made.form], {target: len(weights[target.name][0]) for target in targets}

@@ -6,6 +6,7 @@ import torch
 
 from sweeper import methods
 from sweeper.device import free_bytes
+from sweeper.lora.forms import AdapterSpec
 from sweeper.models import BaseModel, budget, total_parameters
 from sweeper.spec import Settings
 from sweeper.training.calibrate import Solo
@@ -39,7 +40,8 @@ def run_bytes(base: BaseModel, run: RunState, solo: Solo | None) -> int:
     held = methods.held(run.spec, run.ranks, total=total_parameters(base.model))
     by_task = None if run.mixture is None else run.mixture.by_task(trainer.accumulation)
     tasks, examples = by_task or (0, trainer.batch_size)
-    return (STATE_BYTES + budget.GRADIENT_BYTES * tasks) * held + budget.activation_bytes(
+    copies = len(run.adapter.copies) if isinstance(run.adapter, AdapterSpec) else 0
+    return (STATE_BYTES + 4 * copies + budget.GRADIENT_BYTES * tasks) * held + budget.activation_bytes(
         base.targets,
         run.ranks,
         batch_size=examples * run.rows_of_example,

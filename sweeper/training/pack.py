@@ -385,6 +385,25 @@ class Pack:
         finally:
             lanes.drop, lanes.noisy = former
 
+    def add_gradients(self, slots: Sequence[int], rows: Sequence[Tokens]) -> None:
+        """Adds to the gradients of some slots those of a row's NLL each, summed over its target tokens.
+
+        In evaluation mode: no dropout, no noise, no penalties; never captured or compiled. Other slots are not touched.
+        """
+        self.use_lanes(slots)
+        batch = collate([[row] for row in rows], [[1.0]] * len(rows), fixed=False).to(self.device)
+        self.model.eval()
+        try:
+            kernel = training_kernel(self.device, self.dtype, deterministic=self.config.deterministic)
+            with eager(), self.store.one_pass(0.0), kernel:
+                self._gate(batch)
+                hidden = self.hidden(batch.ids, batch.lengths)
+                states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
+                losses, _ = self.head.scores(states, batch.targets, batch.weights)
+                losses.sum().backward()
+        finally:
+            self.model.train()
+
     def _gate(self, batch: Batch) -> None:
         lanes = self.store.lanes
         if lanes.gated:

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sweeper.errors import gist
+from sweeper.lora.forms import AdapterSpec
 from sweeper.lora.slot_store import Saved
+from sweeper.methods.sharing import apart
 from sweeper.training import checkpoint, conflict, experts
 from sweeper.training.calibrate import Solo
+from sweeper.training.consolidate import consolidate
 from sweeper.training.evaluate import Scoring, evaluate, find_routes, queue_evaluation, queue_routed, queue_through
 from sweeper.training.events import Event, RunFinished, RunStarted, Stage, Step
 from sweeper.training.failure import MEMORY, Failure
@@ -74,6 +77,7 @@ class PackTrainer:
             self.compare_gradients()
             self.step()
             self.evaluate_due()
+            self.consolidate()
             self.halt()
             self.retire_finished()
             if until is not None and self.judged is None and self._reached(until):
@@ -110,11 +114,13 @@ class PackTrainer:
         for state in arrived:
             try:
                 self._score_base(state)
+                self._score_begun(state)
             except Exception as error:
                 failed.append((state, self._own(error)))
         self._fail(failed)
         # a pack that broke while it was scored broke after the step
         self.evaluate_due(but=lambda state: state not in arrived or state.has_scores(state.phase))
+        self.consolidate()
         if refused or failed:
             self.judged = self.context.writer.mark()
 
@@ -175,6 +181,19 @@ class PackTrainer:
         gone = [state for state, _ in failed]
         self._score_stages([(slot, state) for slot, state in due if state.stage_over and state not in gone])
         self.clock.restart()
+
+    def consolidate(self) -> None:
+        """Has runs with elastic weights hold what the task depends on that has just ended, before they go on."""
+        ended = [
+            (slot, state)
+            for slot, state in self.pack.active
+            if state.to_consolidate and not (state.halted or state.diverged)
+        ]
+        if ended:
+            self.catch_up()
+            with self.context.timeline.span("consolidate"):
+                consolidate(self.pack, ended)
+            self.clock.restart()
 
     def halt(self) -> None:
         """Steps no further what its search has pruned, what diverged, and what ran out of patience."""
@@ -278,6 +297,17 @@ class PackTrainer:
             self.clock.restart()
         for split, found in self.loaded.scores[key].items():
             self._note(state, split, "before", found)
+
+    def _score_begun(self, state: RunState) -> None:
+        """Notes what another run's adapter scores that a run begins with."""
+        if not (state.origin and state.spec.evaluation.before) or state.done or state.begun:
+            return
+        self.catch_up()
+        slot = next(slot for slot, one in self.pack.active if one is state)
+        for split in state.spec.evaluation.splits:
+            (found,) = queue_evaluation(self.pack, [slot], state, split, generation=False)()
+            state.begun |= {name: one.score.nll for name, one in found.by_name(split).items()}
+        self.clock.restart()
 
     def _reached(self, until: Mapping[str, int]) -> bool:
         return all(state.done >= until.get(state.run_id, 0) for _, state in self.pack.active)
@@ -483,7 +513,8 @@ def _midway(state: RunState, done: int) -> bool:
 
 def _is_shared(state: RunState) -> bool:
     """Whether a run's tasks have blocks of their own, and it is scored on test."""
-    return bool(state.clocks) and "test" in state.spec.evaluation.splits
+    blocks = state.adapter.blocks if isinstance(state.adapter, AdapterSpec) else ()
+    return apart(blocks) and "test" in state.spec.evaluation.splits
 
 
 def _leads_on(state: RunState) -> bool:

@@ -29,7 +29,7 @@ from sweeper.run import Run
 from sweeper.spec import Settings, to_mapping
 from sweeper.tasks import data_of
 from sweeper.tasks.mixture import by_part
-from sweeper.training import checkpoint, conflict, experts, suspects
+from sweeper.training import checkpoint, conflict, consolidate, experts, suspects
 from sweeper.training.calibrate import Solo
 from sweeper.training.export import write_adapter, write_experts, write_readme, write_tasks
 from sweeper.training.failure import Failure
@@ -78,6 +78,7 @@ def write_run(
         sharing=_sharing(state),
         weighing=_weighing(state),
         conflict=conflict.recorded(state),
+        init_from={**state.origin, **({"nll": state.begun} if state.begun else {})},
         saved={
             "step": state.done if state.best is None else state.best[1], "stopped_early": state.stopped,
             "average": spec.trainer.ema_decay is not None,
@@ -132,7 +133,7 @@ def _write_weights(state: RunState, weights: Weights) -> int:
     folder, proved = state.run.folder, state.exported
     if isinstance(weights, Learnt):
         size = weights.write(folder)
-    elif _blocks(state):
+    elif sharing.apart(_blocks(state)):
         return write_tasks(state.run, state.spec, list(state.ranks), weights, _blocks(state), proved)
     elif state.experts:
         assert isinstance(state.adapter, AdapterSpec)
@@ -162,6 +163,9 @@ def _sharing(state: RunState) -> dict[str, Any]:
     if state.experts:
         return experts.recorded(state)
     blocks = _blocks(state)
+    if state.mixture is not None and state.consolidated:
+        tasks = enumerate(state.mixture.names[: state.consolidated])
+        return {"fisher_examples": {name: len(consolidate.examples(state, task)) for task, name in tasks}}
     if not blocks or state.mixture is None:
         return {}
     names, method = state.mixture.names, state.spec.method
@@ -229,7 +233,7 @@ def _flops(state: RunState, seen: Sequence[int], pack: Pack) -> float:
     total = 0.0
     for task, examples in by_task.items():
         tokens, rows = _tokens(state, examples)
-        ranks = sharing.active(state.ranks, blocks, task)
+        ranks = sharing.active(state.ranks, sharing.computed(state.spec, blocks, task), task)
         total += methods.train_flops(
             state.spec.method, pack.base.targets, ranks, length=round(tokens / max(rows, 1)), tokens=tokens
         )
@@ -249,7 +253,7 @@ def _efficiency(state: RunState, adapter_bytes: int, solo: Solo | None, pack: Pa
         memory_measured=None if solo is None else solo.memory_measured,
         tokens_per_second_solo=None if solo is None else tokens / max(state.done, 1) / solo.step_seconds,
         train_tokens=tokens,
-        train_flops=_flops(state, seen, pack),
+        train_flops=_flops(state, [*seen, *consolidate.seen(state)], pack),
         adapter_bytes=adapter_bytes,
         pack_runs=state.pack_runs,
         pack_seconds=time.monotonic() - state.began,

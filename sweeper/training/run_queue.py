@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from sweeper.run import Run
-from sweeper.training import suspects
+from sweeper.training import begin_from, suspects
 from sweeper.training.events import Stage
 from sweeper.training.loaded import Loaded
 from sweeper.training.run_state import RunState
@@ -84,6 +84,11 @@ class RunQueue:
                 raise
 
     def _add(self, state: RunState) -> None:
+        goes_on = state.spec.trainer.init_from is not None
+        if goes_on:
+            begin_from.name_origin(state)
         if (said := state.resume()) is not None:
             self.loaded.context.emit(Stage(message=said))
+        if goes_on and state.weights is None:
+            begin_from.take_over(state)
         self.waiting.append(state)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sweeper import objectives
+from sweeper import objectives, predecessor
 from sweeper.identity import short
 from sweeper.lora.forms import AdapterSpec, Capacity
 from sweeper.lora.optimizer import IDLE, LR, hyperparameters, learning_rate
@@ -83,10 +83,12 @@ class RunState:
         precision: what it computes in.
         done: optimiser steps. tokens: response tokens seen.
         halted: it keeps its slot and is stepped no more.
-        weights: `Pack.snapshot` to go on from; None begins afresh.
+        weights: `Pack.snapshot` to go on from, or the values alone that it begins with; None begins afresh.
+        origin: the run that those are of: its `run_id`, and the `digest` of its adapter.
         kept: what was measured when that was taken (`measured`); empty where nothing was.
         noted: steps whose results are known.
         best: lowest validation NLL and its step, where the run may end early. waited: evaluations since.
+        consolidated: tasks of a sequence whose Fisher information is in its weights' elasticity.
         diverged: a loss was not finite. pruned: its search ended it. stopped: it ran out of patience.
     """
 
@@ -107,6 +109,7 @@ class RunState:
     halted: bool = False
     weights: dict[str, tuple[Tensor, ...]] | None = None
     kept: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.enter()
@@ -131,6 +134,8 @@ class RunState:
         self.noted = self.done
         self.best: tuple[float, int] | None = tuple(kept["best"]) if kept.get("best") else None
         self.waited: int = kept.get("waited", 0)
+        self.begun: dict[str, float] = dict(kept.get("begun", {}))  # split -> NLL of what it began with
+        self.consolidated: int = kept.get("consolidated", 0)
         self.environment: Mapping[str, Any] = {}
         self.resumed: dict[str, Any] = dict(kept.get("resumed_from") or {})
         self.pruned = False
@@ -212,6 +217,12 @@ class RunState:
         return self.done in self.stage_ends
 
     @property
+    def to_consolidate(self) -> bool:
+        """Whether it is to hold what the task that has just ended depends on, and does not yet."""
+        elastic = isinstance(self.adapter, AdapterSpec) and self.adapter.elasticity > 0
+        return elastic and self.stage_over and self.consolidated < sum(end <= self.done for end in self.stage_ends)
+
+    @property
     def seed(self) -> int:
         return self.run.spec.seed
 
@@ -233,7 +244,8 @@ class RunState:
     @property
     def shape(self) -> str:
         """Runs of equal shape cost the same alone."""
-        return repr((self.adapter.shape(), self.spec.trainer, self.spec.dataset))
+        trainer = replace(self.spec.trainer, init_from=None, content=None)
+        return repr((self.adapter.shape(), trainer, self.spec.dataset))
 
     def resume(self) -> str | None:
         """Takes up the checkpoint of a run that was cut off, if there is one, and clears away what else it left.
@@ -260,7 +272,7 @@ class RunState:
 
     def _other(self, kept: Mapping[str, Any]) -> str | None:
         """What a checkpoint was made with that this run is not; those of earlier versions do not say."""
-        for name in ("model", "dataset"):
+        for name in ("model", "dataset", predecessor.CONTENT):
             former = (kept.get("content") or self.content).get(name)
             if former != self.content.get(name):
                 return f"is of another {name} (then {short(former)}, now {short(self.content.get(name))})"
@@ -287,6 +299,8 @@ class RunState:
         return {
             "done": self.done, "tokens": self.tokens, "started": self.started, "train_seconds": self.train_seconds,
             "compile_seconds": self.compile_seconds, "best": self.best, "waited": self.waited,
+            **({"consolidated": self.consolidated} if self.consolidated else {}),
+            **({"begun": self.begun} if self.begun else {}),
             "content": dict(self.content), "precision": self.precision,
             "auto": self.spec.trainer.precision == "auto",
             "environment": self.environment, "resumed_from": self.resumed,

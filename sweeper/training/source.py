@@ -16,7 +16,8 @@ class PendingGroup:
 
     `spec` is one of them and `others` are those that differ from it in size, as far as that is known before; there are
     at most `most` at once, and `left` in all (inf where nothing bounds them). Where several ask, `left` is what falls
-    to the one that does, and of all kinds together at most `share` at once.
+    to the one that does, and of all kinds together at most `share` at once. `ready` is false where all of them wait for
+    another run to end.
     """
 
     key: str
@@ -25,6 +26,7 @@ class PendingGroup:
     left: float = 1
     others: tuple[RunSpec, ...] = ()
     share: float = math.inf
+    ready: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

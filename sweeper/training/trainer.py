@@ -49,6 +49,11 @@ class Alike:
         return [*self.deferred, *self.samples]
 
     @property
+    def ready(self) -> bool:
+        """Whether some could begin now."""
+        return any(group.ready for group in self.groups)
+
+    @property
     def most_at_once(self) -> int:
         """Runs that may come to train here at the same time."""
         share = min((group.share for group in self.groups), default=0)
@@ -104,7 +109,8 @@ class Trainer:
         while not self.context.should_stop():
             groups = list(self.source.pending())
             # deferred runs first: what is yet to come may wait for them
-            specs = [run.spec for run in self.deferred] or [group.spec for group in groups]
+            ready = [group for group in groups if group.ready] or groups
+            specs = [run.spec for run in self.deferred] or [group.spec for group in ready]
             wanted = sorted({model_key(spec) for spec in specs})
             if not wanted:
                 return None
@@ -117,7 +123,7 @@ class Trainer:
                 if loaded.kind == ContextLost.__name__:
                     raise ContextLost(loaded.message)
             elif alike := self._alike(loaded, groups, deferred):
-                first = min(alike, key=lambda key: (not alike[key].deferred, key))
+                first = min(alike, key=lambda key: (not alike[key].deferred, not alike[key].ready, key))
                 return self._packs(loaded, first, alike[first])
         return None
 

@@ -174,6 +174,7 @@ def test_the_measures_of_a_sequence_are_those_of_their_papers() -> None:
     assert found["backward"] == pytest.approx(((0.6 - 0.9) + (0.75 - 0.8)) / 2)
     assert found["forward"] == pytest.approx(((0.3 - 0.2) + (0.5 - 0.3)) / 2)
     assert found["forgetting"] == pytest.approx(((0.9 - 0.6) + (0.8 - 0.75)) / 2)
+    assert found["learning"] == pytest.approx(((0.9 - 0.1) + (0.8 - 0.2) + (0.95 - 0.3)) / 3)
     nats = continual.measures(1 - accuracy, "nll")
     assert nats["average"] == pytest.approx(1 - found["average"])
     assert [nats[name] for name in continual.MEASURES[1:]] == pytest.approx(
@@ -198,6 +199,8 @@ def test_orders_of_the_same_tasks_are_one_arm(tmp_path: Path) -> None:
     assert row["forward"] == pytest.approx(1.0)
     assert row["average"] == pytest.approx((1.5 + 2.0 + 1.9 + 2.0) / 4)
     assert row["forgetting_low"] < row["forgetting"] < row["forgetting_high"]
+    assert row["learning"] == pytest.approx((5.0 + 4.0) / 2)
+    assert row["on_front"]
 
 
 def test_a_sequence_that_was_not_scored_between_is_left_out(tmp_path: Path) -> None:
@@ -230,3 +233,44 @@ def test_figures_of_several_tasks_are_made_and_captioned(study: Path, tmp_path: 
     lines = {tuple(np.asarray(line.get_ydata()).tolist()) for line in curves.axes[0].get_lines()}
     assert {(6.0, 1.0, 1.5), (6.0, 5.0, 2.0)} <= lines
     assert task_figures.together(sequence) == "no task was trained alone as it was with others"
+
+
+def test_the_front_of_learning_and_forgetting(tmp_path: Path) -> None:
+    """Of four strategies one learns most, one forgets least, one lies between, and one is beaten on both."""
+    first, second = TASKS
+    ends = {"single": (1.0, 3.0), "stack": (1.5, 2.0), "per_task": (2.5, 2.5), "merge": (2.6, 3.5)}
+    for seed in range(3):
+        for sharing, (learnt, kept) in ends.items():
+            more = 0.02 * seed
+            stages = [
+                {first: 6.0, second: 6.0}, {first: learnt + more, second: 5.0}, {first: kept + 2 * more, second: learnt}
+            ]  # fmt: skip
+            write_run(
+                tmp_path / "study", stages[-1], family="sequence", sharing=sharing, seed=seed, stages=stages
+            )  # fmt: skip
+    found = analyse(load(tmp_path / "study"), draws=100)
+    table = found.tables["continual"]
+    rows = {row["arm"].split("=")[-1]: row for row in table[table["metric"] == "nll"].to_dict("records")}
+    assert {name: bool(row["on_front"]) for name, row in rows.items()} == {
+        "single": True, "stack": True, "per_task": True, "merge": False
+    }  # fmt: skip
+    figure = task_figures.learning_forgetting(found)
+    assert isinstance(figure, Figure)
+    (ax,) = [one for one in figure.axes if one.get_visible()]
+    drawn = {
+        tuple(np.round(np.asarray(one.get_offsets())[0], 3).tolist())
+        for one in ax.collections
+        if len(one.get_offsets())
+    }
+    points = {(round(row["forgetting"], 3), round(row["learning"], 3)) for row in rows.values()}
+    assert points <= drawn
+    (front,) = [line for line in ax.get_lines() if len(np.asarray(line.get_xdata())) == 3]
+    joined = list(zip(np.asarray(front.get_xdata()).tolist(), np.asarray(front.get_ydata()).tolist(), strict=True))
+    wanted = sorted((rows[name]["forgetting"], rows[name]["learning"]) for name in ("single", "stack", "per_task"))
+    np.testing.assert_allclose(joined, wanted)
+    texts = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+    assert texts == set(ends)
+    assert "forgotten of it by the end" in captions.caption(found, "learning_forgetting")
+    alone = analyse(load(tmp_path / "study"), draws=50)
+    alone.tables["continual"] = alone.tables["continual"].iloc[:0]
+    assert task_figures.learning_forgetting(alone) == "no run has tasks one after another"

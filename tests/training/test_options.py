@@ -96,7 +96,6 @@ def test_accumulation_counts_a_penalty_once(load: Any, make_job: Any, make_adapt
         ) as pack:
             pack.add(job)
             before = {name: parts[0] for name, parts in pack.snapshot(0).items()}
-            pack.store.lanes.penalised = (0,)
             for _ in range(accumulation):
                 with pack.store.one_pass(1 / accumulation):
                     pass

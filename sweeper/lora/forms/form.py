@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from sweeper.lora import elastic
 from sweeper.lora.blocks import Block
 from sweeper.lora.embedding import AdaptedEmbedding
 from sweeper.lora.flat import Flat
@@ -109,6 +110,7 @@ class AdapterSpec:
         blocks: rank blocks that act on the rows of some of its `tasks`, in the order of their ranks. None: all ranks
             act on every row.
         orthogonality: weight of |A A'^T|^2 over all modules, for A of a block and A' of every one before it.
+        elasticity: weight of what holds values back that earlier tasks depend on (`sweeper.lora.elastic`).
     """
 
     ranks: Mapping[str, int]
@@ -131,6 +133,7 @@ class AdapterSpec:
     blocks: tuple[Block, ...] = ()
     tasks: int = 1
     orthogonality: float = 0.0
+    elasticity: float = 0.0
 
     @property
     def experts(self) -> int:
@@ -147,7 +150,10 @@ class AdapterSpec:
     def copies(self) -> tuple[str, ...]:
         """The stores that the state of a run has besides values and moments."""
         learnt = self.sparsity is not None and self.sparsity.learnt
-        wanted = {"average": self.average is not None, "best": self.keep_best, "sensitivity": learnt}
+        wanted = {
+            "average": self.average is not None, "best": self.keep_best, "sensitivity": learnt,
+            **dict.fromkeys(elastic.STORES, self.elasticity > 0),
+        }  # fmt: skip
         return tuple(name for name, needed in wanted.items() if needed)
 
     @property
@@ -173,7 +179,10 @@ class AdapterSpec:
 
     def settled(self) -> "AdapterSpec":
         """The adapter without what only its training needs."""
-        return replace(self, average=None, keep_best=False, penalties=(0.0, 0.0, 0.0), noise=0.0, orthogonality=0.0)
+        return replace(
+            self, average=None, keep_best=False, penalties=(0.0, 0.0, 0.0), noise=0.0, orthogonality=0.0,
+            elasticity=0.0,
+        )  # fmt: skip
 
     def shape(self) -> dict[str, Any]:
         """All that time and memory of a step depend on."""
