@@ -37,6 +37,7 @@ WHAT = {
     "where significant after correction",
     "transfer": "Rise of each task's test NLL where its examples go through the blocks of another task, in nats a "
     "token, mean over seeds",
+    "experts": "Mean gate of each expert by task, over tokens, modules and test examples, of the first seed",
     "conflict": "Cosine between the gradients of two tasks by role and layer, mean over pairs of tasks, steps and "
     "seeds; below 0 they pull apart",
     "conflict_curves": "Cosine between the gradients of two tasks over the whole adapter while it trains",

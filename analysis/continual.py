@@ -20,7 +20,7 @@ import pandas as pd
 from analysis import pareto, stats
 from analysis.arms import Arrangement, higher_is_better
 from analysis.stats import Array, Draws
-from analysis.together import FIELD, THEN
+from analysis.together import FIELD, ORDER, THEN
 from sweeper.record import METRICS
 
 MEASURES = ("average", "backward", "forward", "forgetting", "learning")
@@ -105,12 +105,12 @@ def sequences(found: Arrangement) -> dict[tuple[str, str], list[tuple[str, Path]
     arms: dict[tuple[str, str], dict[Path, str]] = {}
     for setting in found.settings:
         for arm in setting.arms:
-            order = str(arm.runs[FIELD].iloc[0]) if FIELD in arm.runs else ""
-            if THEN not in order:
+            runs = arm.runs[arm.runs[ORDER].notna()] if ORDER in arm.runs else arm.runs.iloc[:0]
+            if runs.empty:
                 continue
-            label = " ".join(arm.label.replace(f"{FIELD}={order}", "").split())
+            label = " ".join(arm.label.replace(f"{FIELD}={runs[FIELD].iloc[0]}", "").split())
             own = arms.setdefault((setting.model, label), {})
-            own |= {Path(folder): order for folder in arm.runs["folder"]}
+            own |= {Path(folder): str(order) for folder, order in zip(runs["folder"], runs[ORDER], strict=True)}
     return {key: [(order, folder) for folder, order in own.items()] for key, own in arms.items()}
 
 

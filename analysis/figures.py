@@ -429,6 +429,7 @@ def makers(analysis: Analysis) -> dict[str, Maker]:
         "validation_curves": validation_curves, "learn_forget": learn_forget, "where_rank_went": where_rank_went,
         "where_energy_went": where_energy_went, "importance": importance,
         **(task_figures.MAKERS | conflict_figures.MAKERS if together.FIELD in analysis.found.runs else {}),
+        **({"experts": task_figures.experts} if len(analysis.tables["experts"]) else {}),
         **({"library": task_figures.library} if len(analysis.tables["library"]) else {}),
     }  # fmt: skip
 

@@ -383,6 +383,7 @@ def _row(plain: dict[str, Any], folder: Path, study: Study) -> dict[str, Any]:
     row |= {f"loss_weight.{task}": one["weight"] for task, one in (plain.get("weighing") or {}).items()}
     if isinstance(steps := (plain.get("conflict") or {}).get("steps"), list):
         row[together.COMPARED] = len(steps)
+    row |= together.expert_columns(plain.get("sharing") or {})
     row |= together.routed_columns((plain.get("sharing") or {}).get("routing") or {})
     began = plain.get("init_from") or {}
     row |= {f"init_from.{key}": began.get(key) for key in ("run_id", "digest") if began}

@@ -46,6 +46,8 @@ CAPTIONS = {
     "mixed": "Linear mixed model: placement × rank fixed, seeds and groups random, restricted maximum likelihood.",
     "transfer": "Test NLL of each task through the blocks of another's path, and how far it lies above its own.",
     "routing": "Test scores of tasks with blocks of their own, where an example's task is known and where it is not.",
+    "experts": "Mean gates of a learnt router by task, the most open expert first, with intervals over seeds; the "
+    "share of examples whose likeliest expert is their task's own; the load-balancing loss, 1 where all have as much.",
     "conflict": "Cosines between the gradients of tasks while they train together, with intervals over seeds; the "
     "share below 0; means at the first and the last step that was looked at.",
     "conflict_by_layer": "Cosines between the gradients of tasks by role and layer, over pairs and steps.",
@@ -67,6 +69,7 @@ _COUNTS = (
 _PS = ("p", "p_holm")
 _CENTERS = (
     "difference", "share", "slope", "hypervolume", "estimate", "importance", "cosine", "effective_rank",
+    "gate",
 )  # fmt: skip
 """What `low` and `high` of a table are of."""
 

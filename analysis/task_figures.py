@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from analysis import continual, draw, layout, shown
 from analysis.analyse import Analysis
+from analysis.experts import by_expert
 from analysis.library import BEST
 from analysis.style import GREY, Look, looks
 from analysis.tables import title
@@ -45,15 +46,23 @@ def together(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
 
 
 def brief(analysis: Analysis, label: str) -> str:
-    """The name of an arm, shorter: without what it was trained with, where that is the same tasks everywhere."""
+    """The name of an arm, shorter: without what all arms that were trained with others have in common."""
     runs = analysis.found.runs
     known = [str(one) for one in runs[FIELD].unique() if one != ALONE] if FIELD in runs else []
     if len(known) > 1:
         return label
-    label = label.replace(f"{FIELD}={known[0]}", "")
+    labels = {
+        arm.label for setting in analysis.found.settings for arm in setting.arms if f"{FIELD}={known[0]}" in arm.label
+    }
+    every = [one.replace(f"{FIELD}={known[0]}", "").split() for one in {*labels, label}]
     options = [key.split(".")[-1] for key in runs if key.startswith(f"{FIELD}.option.")]
-    words = [word for word in label.split() if word.split("=")[0] not in options]
-    return " ".join(word.removeprefix("sharing=") for word in words)
+    common = set.intersection(*map(set, every)) if len(every) > 1 else set()
+    words = [
+        word.removeprefix("sharing=")
+        for word in label.replace(f"{FIELD}={known[0]}", "").split()
+        if word.split("=")[0] not in options and word not in common
+    ]
+    return " ".join(words) or label
 
 
 def transfer(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
@@ -76,11 +85,34 @@ def transfer(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     return figure
 
 
+def experts(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
+    """Which experts of a learnt gate the examples of each task go through, an arm a panel."""
+    maps = {brief(analysis, arm): one for arm, one in by_expert(analysis.found).items()}
+    shown_maps = dict(list(maps.items())[:MOST_ARMS])
+    most = max(len(one) for one in shown_maps.values())
+    figure, axes = layout.panels(venue, list(shown_maps), height=AROUND + CELL * most)
+    for name, ax in axes.items():
+        gates_TK = shown_maps[name]
+        ax.imshow(gates_TK, cmap="cividis_r", vmin=0, vmax=1, aspect="auto")
+        for i, j in np.ndindex(gates_TK.shape):
+            gate = float(gates_TK.iloc[i, j])
+            colour = "white" if gate > 0.55 else "black"
+            ax.text(j, i, f"{gate:.2f}", ha="center", va="center", fontsize=LEAST_FONT, color=colour)
+        ax.set_xticks(range(gates_TK.shape[1]), [str(k + 1) for k in range(gates_TK.shape[1])])
+        ax.set_yticks(range(len(gates_TK)), [layout.shortened(str(task), 14) for task in gates_TK.index])
+        ax.set_xlabel("expert")
+        ax.tick_params(length=0)
+        ax.grid(visible=False)
+    layout.finish(figure, axes, {}, "", beside=True)
+    return figure
+
+
 def _matrix(ax: Axes, matrix_TT: np.ndarray, tasks: Sequence[str], top: float) -> None:
     ax.imshow(matrix_TT, cmap="cividis_r", vmin=min(0.0, float(matrix_TT.min())), vmax=max(top, 1e-9), aspect="auto")
+    places = 2 if len(tasks) < 4 else 1  # more would run into one another
     for i in range(len(tasks)):
         for j in range(len(tasks)):
-            text = "own" if i == j else f"{matrix_TT[i, j]:+.2f}"
+            text = "own" if i == j else f"{matrix_TT[i, j]:+.{places}f}"
             dark = matrix_TT[i, j] > 0.55 * top
             ax.text(j, i, text, ha="center", va="center", fontsize=LEAST_FONT, color="white" if dark else "black")
     short = [layout.shortened(task, 14) for task in tasks]

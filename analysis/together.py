@@ -11,11 +11,14 @@ PARTS = "_parts"  # the tasks of a row not yet split up, as the spec has them
 FIELD = "together"  # what a task was trained with
 ALONE = "alone"
 THEN, AND = " > ", " + "  # between the tasks of a sequence and of a mixture
+IN_TURN = " in turn"  # ends the tasks of a sequence whose order the seed draws, which is no part of an arm
+ORDER = "order_of_tasks"  # column: of a run of a sequence, its tasks with THEN between them
 OPTIONS = ("sampling", "temperature", "weights", "surgery", "replay")  # of the dataset that is made of several
 CONTENT = "made_with.dataset.content"
 CHOSEN = f"{FIELD}."  # begins the columns of scores over all tasks, which trials are chosen by
 
 ROUTED, RIGHT = "routed.", "right"  # columns ROUTED + TASK.METRIC, and the share that is taken for its own task
+GATE, TOLD_APART, BALANCE = "gate.", "experts.told_apart", "experts.balance"  # columns GATE + TASK.EXPERT, and two
 COMPARED = "conflict.steps"  # column of a run: at how many steps its tasks' gradients were compared
 
 Row = dict[str, Any]
@@ -70,11 +73,20 @@ def _split(row: Row, flat: Flat) -> list[Row]:
     return [
         common | over_all | options | flat({"dataset": {**part, "content": None}}) | _own(row, part["name"])
         | {
-            "run_id": f"{row['run_id']}/{part['name']}", FIELD: (THEN if sequence else AND).join(names),
+            "run_id": f"{row['run_id']}/{part['name']}", **_tasks(names, row, sequence=sequence),
             CONTENT: part.get("content") or content,
         }
         for part, content in zip(parts, contents, strict=True)
     ]  # fmt: skip
+
+
+def _tasks(names: Sequence[str], row: Row, *, sequence: bool) -> Row:
+    """What the tasks of a run are called."""
+    if not sequence:
+        return {FIELD: AND.join(names)}
+    order = THEN.join(names)
+    drawn = row.get("dataset.options.order") == "seed"
+    return {FIELD: ", ".join(sorted(names)) + IN_TURN if drawn else order, ORDER: order}
 
 
 def _own(row: Row, task: str) -> Row:
@@ -85,6 +97,14 @@ def _own(row: Row, task: str) -> Row:
         if slash and "/" not in split:
             found[f"{split}.{rest}"] = value
     return found
+
+
+def expert_columns(sharing: Mapping[str, Any]) -> dict[str, float]:
+    """Columns of a run from its record's `sharing`; none without experts."""
+    if not sharing.get("usage"):
+        return {}
+    gates = {f"{GATE}{task}.{k}": gate for task, own in sharing["usage"].items() for k, gate in enumerate(own)}
+    return gates | {TOLD_APART: sharing.get("told_apart"), BALANCE: sharing.get("balance")}
 
 
 def routed_columns(routing: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import analyse, captions, continual, load, task_figures
+from analysis import analyse, captions, continual, figures, load, task_figures
+from analysis.venues import DEFAULT
 from sweeper.record import METRICS, PREDICTIONS, RECORD, perplexity
 
 TASKS = ("icd10_chapter", "hpo_term")
@@ -31,7 +32,8 @@ def part(name: str) -> dict[str, Any]:
 def write_run(
     study: Path, nlls: Mapping[str, float], *, sharing: str = "single", family: str = "", seed: int = 0,
     lr: float = 1e-3, stages: Sequence[Mapping[str, float]] = (), through: Mapping[str, Any] | None = None,
-    validation: float | None = None, seen: int = 80,
+    validation: float | None = None, seen: int = 80, usage: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """A run of one task, or of several in the order of `nlls`, with these test NLLs after training (6 before)."""
     several = bool(family)
@@ -41,7 +43,7 @@ def write_run(
         dataset = {
             "name": family,
             "family": family,
-            "options": {"weights": "uniform"},
+            "options": {"weights": "uniform", **(options or {})},
             "parts": [part(n) for n in names],
         }
     spec = {
@@ -89,7 +91,7 @@ def write_run(
         "run_id": run_id, "study": "s", "status": "completed", "spec": spec, "modules": [], "schema": 1, "steps": 10,
         "trainable_parameters": 1000, "total_parameters": 100_000, "scores": scores, "data": data,
         "environment": {"content": {"dataset": "; ".join(f"{name}==1" for name in names)}},
-        "sharing": {"through": through} if through else {},
+        "sharing": {"through": through} if through else usage or {},
     }  # fmt: skip
     (folder / RECORD).write_text(json.dumps(record))
 
@@ -274,3 +276,38 @@ def test_the_front_of_learning_and_forgetting(tmp_path: Path) -> None:
     alone = analyse(load(tmp_path / "study"), draws=50)
     alone.tables["continual"] = alone.tables["continual"].iloc[:0]
     assert task_figures.learning_forgetting(alone) == "no run has tasks one after another"
+
+
+def test_gates_are_set_out_by_task_and_expert(tmp_path: Path) -> None:
+    """Experts of different seeds are put in the order of their gates; the figure has one seed's as they are."""
+    first, second = TASKS
+    for seed, gates in enumerate(([0.75, 0.25], [0.125, 0.875])):
+        usage = {"usage": {first: gates, second: gates[::-1]}, "told_apart": 1.0, "balance": 1.25}
+        write_run(tmp_path, {first: 1.0, second: 2.0}, sharing="routed", family="mixture", seed=seed, usage=usage)
+    found = analyse(load(tmp_path), draws=100)
+    table = found.tables["experts"]
+    assert len(table) == 4
+    own = table[table["task"] == first].set_index("expert")
+    assert own.loc[1, "gate"] == pytest.approx((0.75 + 0.875) / 2)
+    assert own.loc[2, "gate"] == pytest.approx((0.25 + 0.125) / 2)
+    assert (own["seeds"] == 2).all()
+    assert (table["told_apart"] == 1).all()
+    figure = figures.makers(found)["experts"](found, DEFAULT)
+    assert isinstance(figure, Figure)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == (["0.25", "0.75", "0.75", "0.25"] if second < first else ["0.75", "0.25", "0.25", "0.75"])
+    assert "Mean gate of each expert" in captions.caption(found, "experts")
+    write_run(tmp_path / "plain", {first: 1.0})
+    assert analyse(load(tmp_path / "plain"), draws=100).tables["experts"].empty
+
+
+def test_orders_that_the_seed_draws_are_replicates(tmp_path: Path) -> None:
+    first, second = TASKS
+    for seed, order in enumerate(((first, second), (second, first), (first, second))):
+        stages = [dict.fromkeys(order, 6.0), {order[0]: 1.0, order[1]: 5.0}, {order[0]: 1.5 + seed / 10, order[1]: 2.0}]
+        write_run(tmp_path, stages[-1], family="sequence", seed=seed, stages=stages, options={"order": "seed"})
+    found = analyse(load(tmp_path), draws=100)
+    assert {len(arm.runs) for setting in found.found.settings for arm in setting.arms} == {3}
+    row = found.tables["continual"].query("metric == 'nll'").iloc[0]
+    assert (row["orders"], row["seeds"]) == (2, 2)
+    assert row["forgetting"] == pytest.approx(((0.5 + 0.7) / 2 + 0.6) / 2)
