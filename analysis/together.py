@@ -13,7 +13,14 @@ ALONE = "alone"
 THEN, AND = " > ", " + "  # between the tasks of a sequence and of a mixture
 IN_TURN = " in turn"  # ends the tasks of a sequence whose order the seed draws, which is no part of an arm
 ORDER = "order_of_tasks"  # column: of a run of a sequence, its tasks with THEN between them
-OPTIONS = ("sampling", "temperature", "weights", "surgery", "replay")  # of the dataset that is made of several
+OPTIONS = (
+    "sampling",
+    "temperature",
+    "weights",
+    "surgery",
+    "replay",
+    "unseen",
+)  # of the dataset that is made of several
 CONTENT = "made_with.dataset.content"
 CHOSEN = f"{FIELD}."  # begins the columns of scores over all tasks, which trials are chosen by
 

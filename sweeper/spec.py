@@ -26,10 +26,8 @@ SCHEDULES = ("cosine", "linear", "constant")
 ORDERED = {"ordered": True}  # metadata of a mapping in which a later key may overrule an earlier one
 ADDED = {"added": True}  # metadata of a field that came later; left out of plain data at its default, as of arms' keys
 MADE = {"made": True}  # metadata of a field that is filled in and never typed; left out of plain data at its default
-ADDED_OPTIONS = {
-    "order": "given",
-    "surgery": "none",
-}  # of datasets of several tasks; as ADDED, by the value at which each is left out
+# of datasets of several tasks; as ADDED, by the value at which each is left out
+ADDED_OPTIONS: dict[str, Any] = {"order": "given", "surgery": "none", "unseen": []}
 OF_FILES = "sha256:"  # how `content` begins where it is a digest of files
 
 

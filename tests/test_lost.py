@@ -73,6 +73,7 @@ def grid(root: Path, cwd: Path, device: str) -> None:
     assert (cwd / "outputs/smoke" / failed.run_id / "traceback.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_grid_goes_on_in_fresh_processes(root: Path, tmp_path: Path) -> None:
     grid(root, tmp_path, "cpu")
 

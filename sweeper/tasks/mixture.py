@@ -19,6 +19,7 @@ from sweeper.tasks.example import EncodedSplit, Example
 OPTIONS = {
     "sampling": "proportional, equal or temperature: whose examples a step has",
     "temperature": "1 is proportional, and the higher, the more alike (temperature, above 0)",
+    "unseen": "tasks that are scored and not trained on, as a list of their names ([])",
     "weights": "uniform: the sum of the tasks' mean losses; size: each by its examples; tokens: the mean of all "
     "tokens; uncertainty: learnt",
     "surgery": "none, or pcgrad: a task's gradient loses what goes against another's",
@@ -42,6 +43,7 @@ class Mixing:
     sequence: bool = False
     replay: float = 0.0
     order: str = "given"
+    unseen: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, spec: DatasetSpec) -> "Mixing":
@@ -51,7 +53,8 @@ class Mixing:
             SpecError: an option that cannot be used.
         """
         given = {name: value for name, value in spec.options.items() if name in cls.__slots__}
-        found = cls(**given, sequence=spec.family == "sequence")
+        unseen = given.pop("unseen", ())
+        found = cls(**given, unseen=_names(unseen, spec), sequence=spec.family == "sequence")
         named = {"sampling": SAMPLINGS, "weights": WEIGHTS, "surgery": SURGERIES, "order": ORDERS}
         for name, known in named.items():
             if getattr(found, name) not in known:
@@ -141,6 +144,28 @@ def _by_part(splits: Mapping[str, EncodedSplit]) -> Iterator[tuple[str, EncodedS
     for name, split in splits.items():
         yield name, split
         yield from ((f"{name}/{part}", one) for part, one in split.parts.items())
+
+
+def _names(given: Any, spec: DatasetSpec) -> tuple[str, ...]:
+    """Tasks that are scored and not trained on.
+
+    Raises:
+        SpecError: they are no list of names of tasks, or leave none to train on.
+    """
+    known = [part.name for part in spec.parts]
+    if not isinstance(given, list | tuple):
+        raise SpecError(f"dataset.options.unseen must be a list, got {given}: write 'dataset.options.unseen=[{given}]'")
+    for name in given:
+        if name not in known:
+            raise SpecError(unknown("dataset.options.unseen", str(name), known))
+    if given and not set(known) - set(given):
+        raise SpecError("dataset.options.unseen has every task: one at least is to be trained on")
+    return tuple(given)
+
+
+def unseen(spec: DatasetSpec) -> frozenset[str]:
+    """The tasks of a dataset that its runs are scored on and do not train on."""
+    return frozenset(spec.options.get("unseen", ()))
 
 
 def _number(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from sweeper import tasks
@@ -10,6 +10,7 @@ from sweeper.record import Score
 from sweeper.spec import DatasetSpec
 from sweeper.tasks import general_text, metrics
 from sweeper.tasks.example import Encoded
+from sweeper.tasks.mixture import unseen
 from sweeper.training.generate import Generated, cut, generate, rows_together
 from sweeper.training.pack import Pack
 from sweeper.training.routing import routes
@@ -54,9 +55,8 @@ def queue_evaluation(
     if not spec.dataset.parts:
         return queue(spec.dataset, state.splits[split].examples)
     parts = [(part, state.splits[split].parts[part.name].examples) for part in spec.dataset.parts]
-    return _queue_tasks(
-        pack, [part.name for part, _ in parts], [functools.partial(queue, part, examples) for part, examples in parts]
-    )
+    queues = [functools.partial(queue, part, examples) for part, examples in parts]
+    return _queue_tasks(pack, [part.name for part, _ in parts], queues, unseen(spec.dataset))
 
 
 def _queue_general(pack: Pack, slots: Sequence[int], state: RunState) -> Scoring:
@@ -71,8 +71,10 @@ def _queue_general(pack: Pack, slots: Sequence[int], state: RunState) -> Scoring
     return _queue_tasks(pack, names, [lambda: once] * len(names))
 
 
-def _queue_tasks(pack: Pack, names: Sequence[str], queues: Sequence[Callable[[], Scoring]]) -> Scoring:
-    """Begins to score one task after another, each through its own blocks."""
+def _queue_tasks(
+    pack: Pack, names: Sequence[str], queues: Sequence[Callable[[], Scoring]], apart: Collection[str] = ()
+) -> Scoring:
+    """Begins to score one task after another, each through its own blocks; `apart` ones have no part in the mean."""
     begun = []
     for task, queue in enumerate(queues):
         with pack.on_task(task):
@@ -83,7 +85,7 @@ def _queue_tasks(pack: Pack, names: Sequence[str], queues: Sequence[Callable[[],
         for task, scores in enumerate(begun):
             with pack.on_task(task):  # text is generated only now
                 each.append(scores())
-        return [over_tasks(dict(zip(names, lane, strict=True))) for lane in zip(*each, strict=True)]
+        return [over_tasks(dict(zip(names, lane, strict=True)), apart) for lane in zip(*each, strict=True)]
 
     return found
 
@@ -151,15 +153,17 @@ def queue_routed(pack: Pack, routes: Mapping[str, Sequence[int]], group: Sequenc
 def find_routes(pack: Pack, state: RunState) -> dict[str, list[int]]:
     """The tasks that the test examples of a run of several are taken for; the same for all runs on its dataset."""
     budget = CUDA_TOKENS if pack.device.type == "cuda" else CPU_TOKENS
-    return routes(pack, state.splits["train"].parts, state.splits["test"].parts, budget=budget)
+    never = unseen(state.spec.dataset)
+    train = {name: split for name, split in state.splits["train"].parts.items() if name not in never}
+    return routes(pack, train, state.splits["test"].parts, budget=budget)
 
 
-def over_tasks(parts: Mapping[str, EvaluatedSplit]) -> EvaluatedSplit:
-    """Scores over several tasks: each counts alike, whatever its size.
+def over_tasks(parts: Mapping[str, EvaluatedSplit], apart: Collection[str] = ()) -> EvaluatedSplit:
+    """Scores over several tasks: each counts alike, whatever its size, but for those `apart`, which do not count.
 
     `nll` is the mean of the tasks' NLLs, `worst_nll` the highest; metrics that all of them have are means.
     """
-    scores = [part.score for part in parts.values()]
+    scores = [part.score for name, part in parts.items() if name not in apart]
     shared = [name for name in scores[0].metrics if all(name in score.metrics for score in scores)]
     metrics = {name: statistics.fmean(score.metrics[name] for score in scores) for name in shared}
     whole = Score(

@@ -40,17 +40,18 @@ class Mixture:
         Raises:
             SpecError: a task would have no example at all.
         """
-        every = list(sizes.values())
+        every = [0 if name in mixing.unseen else size for name, size in sizes.items()]
+        own = list(sizes.values())
         ends = [stage.stop for stage in stages(len(every), steps)] if mixing.sequence else []
         drawn = counts(shares(mixing, every, steps), per_step)
         for name, seen in zip(sizes, drawn.sum(0), strict=True):
-            if steps and not seen:
+            if steps and not seen and name not in mixing.unseen:
                 raise SpecError(
                     f"trainer.max_steps={steps}: {name} would have no example in {steps} steps of {per_step}; give "
                     "more steps, or dataset.options.sampling=equal"
                 )
         return cls(
-            names=tuple(sizes), task_of=np.repeat(np.arange(len(every)), every), counts=drawn,
+            names=tuple(sizes), task_of=np.repeat(np.arange(len(own)), own), counts=drawn,
             weighting=mixing.weights, surgery=mixing.surgery,
             stage_ends=frozenset(ends[:-1]),
         )  # fmt: skip
@@ -145,7 +146,8 @@ def shares(mixing: Mixing, sizes: Sequence[int], steps: int) -> np.ndarray:
     if mixing.sequence:
         return _in_turn(len(sizes), steps, mixing.replay)
     heavy = np.asarray(sizes, dtype=float)
-    heavy = np.ones_like(heavy) if mixing.sampling == "equal" else heavy ** (1 / mixing.temperature)
+    seen = (heavy > 0).astype(float)
+    heavy = seen if mixing.sampling == "equal" else seen * heavy ** (1 / mixing.temperature)
     return np.tile(heavy / heavy.sum(), (max(steps, 1), 1))
 
 

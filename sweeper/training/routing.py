@@ -59,9 +59,13 @@ def nearest(pack: Pack, centres: Tensor, examples: Sequence[Encoded], *, budget:
 def routes(
     pack: Pack, train: Mapping[str, EncodedSplit], test: Mapping[str, EncodedSplit], *, budget: int
 ) -> dict[str, list[int]]:
-    """The number of the task that each test example is taken for, by the task it is of.
+    """The number among `test` of the task that each test example is taken for, by the task it is of.
 
-    Of training data only the prompts are looked at.
+    Only tasks of `train` are candidates. Of training data only the prompts are looked at.
     """
     centres = centroids(pack, train, budget=budget)
-    return {name: nearest(pack, centres, split.examples, budget=budget) for name, split in test.items()}
+    numbers = [list(test).index(name) for name in train]
+    return {
+        name: [numbers[place] for place in nearest(pack, centres, split.examples, budget=budget)]
+        for name, split in test.items()
+    }

@@ -23,6 +23,7 @@ from sweeper.run import Run
 from sweeper.spec import OptimSpec, RunSpec
 from sweeper.tasks import PROGRAM, EncodedSplit
 from sweeper.tasks.example import Tokens
+from sweeper.tasks.mixture import unseen
 from sweeper.training import checkpoint, suspects
 from sweeper.training.batches import DataOrder
 from sweeper.training.events import Evaluated, Step
@@ -374,7 +375,8 @@ class RunState:
         before = self.before.get(split)
         if not before:
             return found.score
-        gains = [before[name] - part.score.nll for name, part in found.parts.items()]
+        never = unseen(self.spec.dataset)
+        gains = [before[name] - part.score.nll for name, part in found.parts.items() if name not in never]
         more = {"mean_gain": statistics.fmean(gains), "worst_gain": min(gains)}
         return replace(found.score, metrics={**found.score.metrics, **more})
 

@@ -5,6 +5,7 @@ Needs a GPU, or Triton's interpreter and numpy < 2.4: TRITON_INTERPRET=1 pytest 
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,16 @@ def gated(chosen: Case) -> Case:
     return dataclasses.replace(chosen, gates=factors * (opened > 0.3), gate_rows=torch.arange(rows) % 6)
 
 
+def routed(chosen: Case) -> Case:
+    """With gates of every row's own."""
+    generator = torch.Generator().manual_seed(2)
+    factors, opened = (torch.rand(len(chosen.x), chosen.hidden, generator=generator) for _ in range(2))
+    return dataclasses.replace(chosen, gates=factors * (opened > 0.3))
+
+
+GATES: dict[str, Callable[[Case], Case]] = {"none": lambda chosen: chosen, "blocks": gated, "rows": routed}
+
+
 def assert_close(ours: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-4, atol=1e-4 * max(1.0, float(wanted.abs().max())))
 
@@ -126,13 +137,13 @@ def adapted_rows(chosen: Case) -> Tensor:
     return written
 
 
-@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_low_rank_products_and_their_gradients(name: str, drop: bool, gate: bool) -> None:
+def test_low_rank_products_and_their_gradients(name: str, drop: bool, gate: str) -> None:
     from sweeper.lora import kernels
 
-    chosen = gated(CASES[name]()) if gate else CASES[name]()
+    chosen = GATES[gate](CASES[name]())
     here, there = chosen.on(torch.device("cpu")), chosen.on(DEVICE)
     *ys, h = lowrank.adapted_linear(*here, drop)
     x, weights, biases, _, *rest = there
@@ -147,11 +158,15 @@ def test_low_rank_products_and_their_gradients(name: str, drop: bool, gate: bool
     generator = torch.Generator().manual_seed(1)
     dys = [torch.randn(y.shape, generator=generator) for y in ys]
     x, weights, _, _, work, *tensors, _, tokens = here
-    dx, dparams = lowrank.adapted_linear_backward(dys, x, weights, work, h, *tensors, tokens, drop)
+    dx, dparams, dgates = lowrank.adapted_linear_backward(dys, x, weights, work, h, *tensors, tokens, drop)
     x, weights, _, _, work, *tensors, _, tokens = there
     ours_dys = [dy.to(DEVICE) for dy in dys]
     ours_dx, ours_dparams = lowrank.frozen_gradient(ours_dys, weights), torch.zeros_like(work)
-    kernels.backward(ours_dys, x, ours_dx, work, ours_dparams, ours_h, *tensors, tokens, drop)
+    ours_dgates = torch.zeros_like(dgates, device=DEVICE)
+    kernels.backward(ours_dys, x, ours_dx, work, ours_dparams, ours_dgates, ours_h, *tensors, tokens, drop)
+    if gate == "rows":
+        assert_close(ours_dgates.cpu()[written], dgates[written])
+        assert dgates[written].any()
     assert_close(ours_dx, dx)
     assert_close(ours_dparams, dparams)
     assert dparams.any()

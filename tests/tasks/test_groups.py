@@ -31,6 +31,7 @@ DIGESTS = {
     "human_eval": "3be9e341daca6fb4",
     "icd10_chapter": "8ee4ee7525cd192f",
     "licence_category": "09d491e7ccfecbe4",
+    "long_sum": "d9daf38931596057",
 }
 
 

@@ -14,6 +14,7 @@ from sweeper.training import pack as packs
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler remarks on its own deprecations
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_eager_ones_and_share_their_compilation(
     load: Any, make_job: Any, make_adapter: Any, make_examples: Any, train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

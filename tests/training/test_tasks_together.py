@@ -433,3 +433,42 @@ def test_a_run_that_trains_alone_learns_weights_and_goes_on_with_them(
     assert whole == cut
     assert len(whole) == 6
     assert all(value != 0 for value in whole[-1].values())
+
+
+def test_a_task_that_is_not_trained_on_is_scored_and_counts_for_nothing(
+    together: MakeTogether, run_all: Any, tmp_path: Path
+) -> None:
+    specs = [
+        together(name, options={"sampling": "equal", "unseen": ["digit"]}, trainer={"max_steps": 4, "batch_size": 4})
+        for name in ("single", "per_task")
+    ]
+    run_all(specs)
+    for spec in specs:
+        found = recorded(tmp_path, spec)
+        assert found.data["train/digit"]["seen"] == 0
+        assert found.data["train/parity"]["seen"] == 16
+        scores = found.scores
+        assert scores["test"]["after"].nll == scores["test/parity"]["after"].nll
+        gain = scores["validation/parity"]["before"].nll - scores["validation/parity"]["after"].nll
+        assert scores["validation"]["after"].metrics["mean_gain"] == pytest.approx(gain)
+    # its own block has not trained, so its rows see the base; routed, they go through the block that has
+    assert scores["test/digit"]["after"].nll == pytest.approx(scores["test/digit"]["before"].nll, rel=1e-6)
+    assert found.sharing["routing"]["confusion"]["digit"] == {"parity": found.scores["test/digit"]["after"].examples}
+    assert found.sharing["routing"]["scores"]["digit"]["nll"] == pytest.approx(
+        found.sharing["through"]["digit"]["parity"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("[hpo]", r"dataset.options.unseen=hpo: no such dataset.options.unseen. Choose from hpo_term, icd10_chapter"),
+        ("[icd10_chapter,hpo_term]", "has every task"),
+        ("hpo_term", r"must be a list, got hpo_term: write 'dataset.options.unseen=\[hpo_term\]'"),
+    ],
+)
+def test_tasks_that_cannot_be_left_out_are_one_line(given: str, line: str, composer: Any, tmp_path: Path) -> None:
+    words = ["dataset=mixture", "dataset.parts=[icd10_chapter,hpo_term]", f"dataset.options.unseen={given}"]
+    specs = config.expand(words, composer).specs
+    with pytest.raises(Problems, match=line):
+        plan.check(specs, Settings(study="x", output_root=str(tmp_path)))
