@@ -141,7 +141,7 @@ class Scheduler:
                 for seed in state.arm.seeds:
                     spec = state.arm.make(params, seed)
                     if self.find(spec.run_id) is None:
-                        state.ready.append(self._run(state, spec, {"trial": number, "purpose": "trial"}))
+                        state.ready.append(self._run(state, spec, self._trial(number)))
 
     # -- the engine asks
 
@@ -409,9 +409,13 @@ class Scheduler:
             if found is not None:
                 trial.records[spec.run_id] = found
             elif spec.run_id not in state.trials:
-                state.ready.append(self._run(state, spec, {"trial": trial.number, "purpose": "trial"}))
+                state.ready.append(self._run(state, spec, self._trial(trial.number)))
             state.trials[spec.run_id] = trial
         self._tell_if_over(state, trial)
+
+    def _trial(self, number: int) -> dict[str, Any]:
+        """What a trial's record says of it; `confirmed` that another run stands for its arm, on a fresh seed."""
+        return {"trial": number, "purpose": "trial", **({"confirmed": True} if self.how.confirm_seeds else {})}
 
     def _open(self, state: _ArmState) -> bool:
         """Whether another trial of an arm may start."""

@@ -512,9 +512,10 @@ def _midway(state: RunState, done: int) -> bool:
 
 
 def _is_shared(state: RunState) -> bool:
-    """Whether a run's tasks have blocks of their own, and it is scored on test."""
+    """Whether a run's tasks have blocks of their own, and it stands for its arm on test."""
     blocks = state.adapter.blocks if isinstance(state.adapter, AdapterSpec) else ()
-    return apart(blocks) and "test" in state.spec.evaluation.splits
+    stands = "test" in state.spec.evaluation.splits and not state.run.search.get("confirmed")
+    return apart(blocks) and stands
 
 
 def _leads_on(state: RunState) -> bool:
