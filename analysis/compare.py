@@ -206,14 +206,14 @@ def shares(found: Arrangement, *, draws: Draws) -> pd.DataFrame:
         for arm in setting.arms:
             for reference, name in _references(setting, arm):
                 for metric in found.metrics:
-                    kept = _kept(setting, arm, reference, metric)
-                    if kept is not None:
+                    share = kept(setting, arm, reference, metric)
+                    if share is not None:
                         names: dict[str, Any] = {"setting": setting.name, "metric": metric}
                         names |= {"arm": arm.label, "reference": name}
                         percent = 100 * arm.parameters / setting.total
                         relative = 100 * arm.parameters / reference.parameters
                         names |= {"percent": percent, "percent_of_reference": relative, "rank": arm.factors["rank"]}
-                        rows.append(names | {"placement": arm.factors["placement"], **kept})
+                        rows.append(names | {"placement": arm.factors["placement"], **share})
     columns = ["setting", "metric", "arm", "reference", "percent", "percent_of_reference", "share", "low", "high"]
     return pd.DataFrame(rows, columns=[*columns, "placement", "rank"])
 
@@ -230,7 +230,9 @@ def _references(setting: Setting, arm: Arm) -> Iterator[tuple[Arm, str]]:
             yield other, "full placement"
 
 
-def _kept(setting: Setting, arm: Arm, reference: Arm, metric: str) -> dict[str, float] | None:
+def kept(setting: Setting, arm: Arm, reference: Arm, metric: str) -> dict[str, float] | None:
+    """`share` of a reference's gain over the base model that an arm keeps, `low` and `high` (`shares`); None without
+    the same examples."""
     base = setting.base.scores.get(metric) if setting.base is not None else None
     a, b = arm.scores.get(metric), reference.scores.get(metric)
     if base is None or a is None or b is None or a.ids != b.ids or a.ids != base.ids:

@@ -311,3 +311,15 @@ def test_orders_that_the_seed_draws_are_replicates(tmp_path: Path) -> None:
     row = found.tables["continual"].query("metric == 'nll'").iloc[0]
     assert (row["orders"], row["seeds"]) == (2, 2)
     assert row["forgetting"] == pytest.approx(((0.5 + 0.7) / 2 + 0.6) / 2)
+
+
+def test_what_is_gained_together_is_a_share_of_what_is_gained_alone(study: Path) -> None:
+    """Alone the tasks gain 5 and 4 nats, together 5.2 and 3.7."""
+    table = analyse(load(study), draws=100).tables["gains"].query("metric == 'nll'").set_index("task")
+    first, second = TASKS
+    assert table.loc[first, "share"] == pytest.approx(5.2 / 5, abs=1e-3)
+    assert table.loc[second, "share"] == pytest.approx(3.7 / 4, abs=1e-3)
+    assert table.loc["mean", "share"] == pytest.approx((5.2 / 5 + 3.7 / 4) / 2, abs=1e-3)
+    assert table.loc[f"worst: {second}", "share"] == table.loc[second, "share"]
+    assert (table["low"] < table["share"]).all()
+    assert table.loc["mean", "tasks"] == 2
