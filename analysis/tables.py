@@ -46,8 +46,8 @@ CAPTIONS = {
     "mixed": "Linear mixed model: placement × rank fixed, seeds and groups random, restricted maximum likelihood.",
     "transfer": "Test NLL of each task through the blocks of another's path, and how far it lies above its own.",
     "routing": "Test scores of tasks with blocks of their own, where an example's task is known and where it is not.",
-    "gains": "Share of what a task gains over the base model by itself that it gains with others, where it does gain; then "
-    "the mean over tasks, and the worst of them.",
+    "gains": "Share of what a task gains over the base model by itself that it gains with others; then the mean "
+    "over tasks, and the worst of them.",
     "experts": "Mean gates of a learnt router by task, the most open expert first, with intervals over seeds; the "
     "share of examples whose likeliest expert is their task's own; the load-balancing loss, 1 where all have as much.",
     "conflict": "Cosines between the gradients of tasks while they train together, with intervals over seeds; the "

@@ -141,6 +141,40 @@ def _valid(probabilities: Tensor, lanes: Lanes, *, prompt: bool) -> Tensor:
     return inside.view(count, rows).to(probabilities.dtype)
 
 
+class Tied:
+    """Where the routers of a slot's modules lie, and which of them are one.
+
+    The tensors stay the same whoever holds the slot: a recorded step goes on reading them.
+    """
+
+    def __init__(self, segments: Sequence[Segment], experts: int, device: torch.device) -> None:
+        own = torch.arange(experts * gating.WIDTH, device=device)
+        self.starts = [segment.x for segment in segments]
+        self.places = torch.tensor(self.starts, device=device)[:, None] + own
+        self.first = self.places[0].clone()
+        self.on = torch.zeros(len(segments), 1, dtype=torch.bool, device=device)
+
+    def tie(self, starts: Sequence[int]) -> None:
+        """The routers that begin there are one, the first of them."""
+        self.on.copy_(torch.tensor([[start in starts] for start in self.starts]))
+        self.first.copy_(self.places[self.starts.index(starts[0])])
+
+    def untie(self) -> None:
+        """Each is one of its own."""
+        self.on.zero_()
+
+    def spread(self, values: Tensor) -> None:
+        """Gives the values of the first to all."""
+        values[self.places] = torch.where(self.on, values[self.first], values[self.places])
+
+    def gather(self, values: Tensor) -> None:
+        """Adds all up in the first; the others are 0."""
+        own = values[self.places]
+        whole = torch.where(self.on, own, 0.0).sum(0)
+        values[self.places] = torch.where(self.on, 0.0, own)
+        values[self.first] += whole
+
+
 class Routers(Attached):
     """The routers of all groups in which some slot may have experts."""
 
@@ -148,7 +182,7 @@ class Routers(Attached):
         self, flat: Flat[Any], layout: Layout, groups: Sequence[Wrapped], slots: Sequence[int], *, experts: int,
         prompt: bool,
     ) -> None:  # fmt: skip
-        self.flat, self.experts = flat, experts
+        self.flat = flat
         self.groups: dict[int, Router] = {}
         for index, group in enumerate(groups):
             own = layout.by_group[index]
@@ -158,7 +192,7 @@ class Routers(Attached):
                 router = Router(group, table, layout.tables[index][2], experts, widths, prompt=prompt)
                 group.routers = (*group.routers, router)
                 self.groups[index] = router
-        self.tied: dict[int, Tensor] = {}
+        self.tied = {slot: Tied(layout.linear(slot), experts, flat.params.device) for slot in slots if prompt}
 
     def assign(self, slot: int, adapter: AdapterSpec, segments: Sequence[Segment]) -> None:
         given = adapter.options
@@ -167,11 +201,11 @@ class Routers(Attached):
                 segment, adapter.ranks[segment.target.name], given["kept"], given["balance"] / len(segments)
             )
         if given["tied"]:
-            own = torch.arange(self.experts * gating.WIDTH, device=self.flat.params.device)
-            self.tied[slot] = torch.tensor([segment.x for segment in segments], device=own.device)[:, None] + own
+            self.tied[slot].tie([segment.x for segment in segments])
 
     def release(self, slot: int, segments: Sequence[Segment]) -> None:
-        self.tied.pop(slot, None)
+        if slot in self.tied:
+            self.tied[slot].untie()
         for segment in segments:
             self.groups[segment.group].leave(segment)
 
@@ -181,16 +215,14 @@ class Routers(Attached):
 
     def derive(self, slots: Sequence[int]) -> None:
         """One router for all modules is that of the first, which alone learns."""
-        for slot, places in self.tied.items():
+        for slot, tied in self.tied.items():
             if slot in slots:
-                self.flat.params[places] = self.flat.params[places[0]].expand(len(places), -1)
+                tied.spread(self.flat.params)
 
     def project(self) -> None:
         """Its gradient is the sum of all."""
-        for places in self.tied.values():
-            whole = self.flat.grads[places].sum(0)
-            self.flat.grads[places] = 0.0
-            self.flat.grads[places[0]] = whole
+        for tied in self.tied.values():
+            tied.gather(self.flat.grads)
 
 
 def form(experts: int, router: str) -> str:
