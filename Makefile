@@ -36,7 +36,7 @@ $(VENV)/.installed-test: $(STAMP)
 	@touch $@
 
 sweep: $(STAMP)  ## train the placement x rank grid on the default model and data, print and save its table
-	$(BIN)/python train.py -m placement=attn,ff,full rank=4,8,16 $(ARGS)
+	$(BIN)/python train.py -m experiment=placement_grid study=default $(ARGS)
 
 paper: $(STAMP)  ## train the paper's grid (what is missing of it), then write its tables, figures and report to paper/
 	$(BIN)/python train.py -m experiment=paper $(ARGS)

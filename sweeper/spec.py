@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import dacite
 
-from sweeper.errors import SpecError, no_such_field
+from sweeper.errors import SpecError, no_such_field, unknown
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Layers = str | tuple[int, ...]
@@ -280,7 +280,7 @@ class OptimSpec:
         if not self.eps > 0:
             raise SpecError(field="optim.eps", wanted="above 0", got=self.eps)
         if self.schedule not in SCHEDULES:
-            raise SpecError(f"optim.schedule={self.schedule}: no such schedule. Choose from {', '.join(SCHEDULES)}.")
+            raise SpecError(unknown("schedule", self.schedule, SCHEDULES, given=f"optim.schedule={self.schedule}"))
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise SpecError(field="optim.max_grad_norm", wanted="positive or null", got=self.max_grad_norm)
         if self.lr_ratio is not None and not (self.lr_ratio > 0 and math.isfinite(self.lr_ratio)):

@@ -13,7 +13,7 @@ from sweeper.arms import Arm, Params, look_up
 from sweeper.config.build import SECTIONS, Builder, differing, one_option, settings_of
 from sweeper.config.cells import Cell, cells_of, plain_of, unused
 from sweeper.config.composer import Composer, composer_of
-from sweeper.config.grid import MOST_ARMS, Axis, Grid, read_grid
+from sweeper.config.grid import MOST_ARMS, Axis, Grid, read_grid, twice
 from sweeper.errors import Problems, SweeperError
 from sweeper.identity import Identities
 from sweeper.spec import RunSpec, Settings, to_mapping
@@ -61,17 +61,20 @@ def from_config(
     return run, settings
 
 
-def expand(overrides: Sequence[str], composer: Composer) -> Composition:
+def expand(overrides: Sequence[str], composer: Composer, *, typed: Sequence[str] = ()) -> Composition:
     """Every combination of a command's grid, exactly once.
 
     A comma list, choice(), range() and glob() are axes; interval() and tag(tune, ...) are tuned inside every arm, a
     range with the tag `method` within the method's own where it has one; the axis `seed` replicates. Arms that come out
     equal are one.
 
+    Args:
+        typed: those of the overrides that a person gave, rather than a preset.
+
     Raises:
         Problems: everything wrong anywhere in the grid, one line each.
     """
-    problems: list[str] = []
+    problems: list[str] = [*twice(typed, composer)]
     grid = read_grid(overrides, composer, problems)
     if (arms_asked := math.prod(len(axis.values) for axis in grid.axes)) > MOST_ARMS:
         raise Problems([*problems, f"a grid of {arms_asked:,} runs: more than {MOST_ARMS:,} are not made at once"])

@@ -1,8 +1,9 @@
 """A command's overrides read as a grid: what is fixed, what are axes, what is tuned inside every arm."""
 
+import contextlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,23 @@ def read_grid(overrides: Sequence[str], composer: Composer, problems: list[str])
         elif composer.is_group(override.key_or_group):
             reader.known_options(override, [override.value()])
     return reader.grid()
+
+
+def twice(typed: Sequence[str], composer: Composer) -> Iterator[str]:
+    """A line for each axis that is typed twice; of single values the last counts, as Hydra has it.
+
+    Args:
+        typed: what a person gave. A preset's axes are not in it: they are there to be given anew.
+    """
+    found: dict[str, list[Override]] = {}
+    for line in _joined(typed, []):
+        with contextlib.suppress(HydraException):  # which has a line elsewhere
+            override = composer.parse(line)
+            found.setdefault(override.get_key_element(), []).append(override)
+    for key, own in found.items():
+        if len(own) > 1 and any(one.is_sweep_override() for one in own):
+            both = " and ".join(str(one.input_line) for one in own)
+            yield f"{key} is there {'twice' if len(own) == 2 else f'{len(own)} times'}: {both}. Give one of them."
 
 
 def _joined(overrides: Sequence[str], problems: list[str]) -> list[str]:

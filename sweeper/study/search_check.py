@@ -33,6 +33,11 @@ def _plain(search: SearchSettings) -> Iterator[str]:
                 f"hydra.sweeper.{name}={shown}: no field is tuned. Tune one: 'optim.lr=tag(log,interval(1e-5,1e-2))', "
                 f"or give hydra.sweeper.{name}=null"
             )
+    if search.pruner != "none":
+        yield (
+            f"hydra.sweeper.pruner={search.pruner}: no field is tuned, so there are no trials to end early. Tune one: "
+            "'optim.lr=tag(log,interval(1e-5,1e-2))', or give hydra.sweeper.pruner=none"
+        )
 
 
 def _tuned(arms: Sequence[Arm], search: SearchSettings, calibrate: bool) -> Iterator[str]:

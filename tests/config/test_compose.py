@@ -36,6 +36,28 @@ def test_comma_lists_are_every_combination_once(composer: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (["rank=4,8", "rank=16"], r"rank is there twice: rank=4,8 and rank=16\. Give one of them\."),
+        (["placement=attn", "placement=attn,ff", "placement=full"], "placement is there 3 times: placement=attn and "),
+        (["optim.lr=interval(1e-4,1e-2)", "optim.lr=1e-3"], "optim.lr is there twice"),
+    ],
+)
+def test_an_axis_that_is_typed_twice_shows_both(typed: list[str], line: str, composer: Any) -> None:
+    with pytest.raises(Problems, match=line):
+        config.expand([*BASE, *typed], composer, typed=typed)
+
+
+def test_a_value_may_be_typed_twice_and_presets_anew(composer: Any) -> None:
+    """Of single values the last counts; what is typed replaces a preset's axis."""
+    typed = ["rank=4", "rank=8"]
+    assert [spec.rank for spec in config.expand([*BASE, *typed], composer, typed=typed).specs] == [8]
+    preset = ["placement=attn,ff,full", "rank=4,8,16"]
+    found = config.expand([*BASE, *preset, "rank=2"], composer, typed=["rank=2"])
+    assert [(spec.placement.name, spec.rank) for spec in found.specs] == [("attn", 2), ("ff", 2), ("full", 2)]
+
+
+@pytest.mark.parametrize(
     ("axis", "ranks"),
     [
         ("rank=choice(2,4)", [2, 4]),

@@ -375,6 +375,7 @@ def test_a_direction_that_says_what_is_so_anyhow_changes_nothing() -> None:
     ("axes", "search", "line"),
     [
         ([], {"n_trials": 3}, "hydra.sweeper.n_trials=3: no field is tuned"),
+        ([], {"pruner": "asha"}, "hydra.sweeper.pruner=asha: no field is tuned, so there are no trials to end early"),
         ([LR], {"pruner": "asha"}, "give evaluation.every_steps, from 1 to 3"),
         ([LR, "trainer.max_steps=1"], {"pruner": "asha"}, "trainer.max_steps=1 is over before one"),
         ([LR, "evaluation.every_steps=1,0"], {"pruner": "asha"}, "give evaluation.every_steps, from 1 to 3"),

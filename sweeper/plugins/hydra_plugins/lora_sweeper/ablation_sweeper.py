@@ -78,7 +78,7 @@ class AblationSweeper(Sweeper):
             hydra_overrides=config.as_typed(self.config.hydra.overrides.hydra),
         )
         lines: Sequence[str] = [*config.axes_of(self.params), *arguments]
-        found, search = config.expand(lines, composer), config.search_settings(self.search)
+        found, search = config.expand(lines, composer, typed=arguments), config.search_settings(self.search)
         # told by its name: Hydra imports plugins twice, so a class may not be the class of the same name
         ours = str(self.config.hydra.launcher._target_).startswith(f"{__package__}.")
         launcher: Any = self.launcher
