@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import SpecError, unknown
 from sweeper.lora.blocks import Block
@@ -236,6 +236,16 @@ def adapter(spec: RunSpec, ranks: Ranks) -> AdapterSpec | UnpackedSpec:
         keep_best=spec.trainer.patience is not None,
         noise=spec.trainer.neftune_alpha,
     )
+
+
+def saved_adapter(spec: RunSpec, ranks: Ranks, gate: Mapping[str, Any]) -> AdapterSpec | UnpackedSpec:
+    """What is left of a run to be scored, from the ranks that it has in all.
+
+    Args:
+        gate: how its experts open, as their `router.json` has it; empty where there are none.
+    """
+    made = adapter(spec, ranks).settled()
+    return experts.opened(made, gate) if gate and isinstance(made, AdapterSpec) else made
 
 
 def blocks(spec: RunSpec, ranks: Ranks) -> tuple[Block, ...]:

@@ -5,6 +5,7 @@ Soft gates weigh all experts, so a row runs through all ranks; where few are kep
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from sweeper.errors import SpecError
 from sweeper.lora.forms import AdapterSpec
@@ -71,6 +72,12 @@ def adapter(spec: RunSpec, ranks: Ranks, made: AdapterSpec) -> AdapterSpec:
         "balance": spec.sharing.balance,
     }  # fmt: skip
     return replace(made, ranks=found, form=form(experts, spec.sharing.router), options=options)
+
+
+def opened(made: AdapterSpec, gate: Mapping[str, Any]) -> AdapterSpec:
+    """The adapter of a run that left experts which open like this."""
+    options = {name: gate[name] for name in ("experts", "router", "kept", "tied", "balance")}
+    return replace(made, form=form(int(gate["experts"]), str(gate["router"])), options=options)
 
 
 def router_parameters(spec: RunSpec, ranks: Ranks) -> int:

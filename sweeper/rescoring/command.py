@@ -51,7 +51,7 @@ def score(
     datasets, evaluation, settings = composed(overrides, composer)
     if not folders:
         raise SpecError(f"no folder of runs given. Usage: {USAGE.splitlines()[0]}")
-    runs = rescore.find(folders)
+    runs = rescore.find(folders, gates=True)
     rescore.check(runs, datasets, evaluation)
     console = make_console()
     for line in rescore.changed(runs, ["model", *(["dataset"] if not datasets else [])], certain=False):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sweeper import naming, record, register, tasks
 from sweeper.errors import DataError, Problems, SweeperError
 from sweeper.identity import Former, changes, former_of
-from sweeper.record import ADAPTER, COMBINED, RECORD, TASKS, WEIGHTS, Score
+from sweeper.record import ADAPTER, COMBINED, EXPERTS, RECORD, ROUTER, ROUTERS, TASKS, WEIGHTS, Score
 from sweeper.rescoring import lm_harness
 from sweeper.spec import DatasetSpec, EvaluationSpec, Precision, RunSpec, Settings, alone, run_spec, to_mapping, unique
 from sweeper.tasks import general_text
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
     from sweeper.lora.forms.peft import Loaded
     from sweeper.models import BaseModel
+    from sweeper.models.architecture import Target
     from sweeper.training.pack import Pack
 
 FOLDER = "evaluations"
+MOST_EXPERTS, ROUTERS_KNOWN = 1024, ("token", "prompt")  # of a file that may come from somebody else
 PACK_SIZE = 16  # adapters in one pack
 TRUST = "SWEEPER_TRUST_REMOTE_CODE"  # a record may come from somebody else, and is not to decide that code is run
 
@@ -38,13 +40,15 @@ TRUST = "SWEEPER_TRUST_REMOTE_CODE"  # a record may come from somebody else, and
 class Saved:
     """A completed run, or a combination written by `adapters.py combine`: folder, spec and ranks by module.
 
-    `precision` is the training precision; `former` is what the record says of its model and data.
+    `gate` is how its experts open, where it has some. `precision` is the training precision; `former` is what the
+    record says of its model and data.
     """
 
     folder: Path
     spec: RunSpec
     ranks: Mapping[str, int]
     combined: str = ""
+    gate: Mapping[str, Any] = field(default_factory=dict)
     precision: Precision = "auto"
     former: Former | None = None
 
@@ -71,8 +75,11 @@ class Rescored:
     remarks: tuple[str, ...] = ()
 
 
-def find(paths: Sequence[Path]) -> list[Saved]:
+def find(paths: Sequence[Path], *, gates: bool = False) -> list[Saved]:
     """The completed runs in run folders and study folders.
+
+    Args:
+        gates: whether runs count whose experts open by a learnt gate, which are no adapter that PEFT has.
 
     Raises:
         DataError: a path has no completed run with an adapter or weights, or a record asks for foreign code to be run.
@@ -82,6 +89,13 @@ def find(paths: Sequence[Path]) -> list[Saved]:
         single = (path / RECORD).is_file() or (path / COMBINED).is_file()
         folders = [path] if single else sorted(p.parent for p in path.glob(f"*/{RECORD}"))
         runs = [run for folder in folders for run in _saved(folder)]
+        if not gates and any(run.gate for run in runs):
+            runs = [run for run in runs if not run.gate]
+            if not runs:
+                raise DataError(
+                    f"{path}: its experts open by a learnt gate, so it has no adapter for PEFT; evaluate.py scores it, "
+                    "and sweeper.adapters.routed loads it"
+                )
         if not runs:
             raise DataError(
                 f"{path}: no completed run with an adapter in it; give outputs/STUDY/RUN_ID or outputs/STUDY"
@@ -110,12 +124,13 @@ def _read(folder: Path) -> Saved | None:
         known = record.read_record(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    saved = (folder / ADAPTER / "adapter_model.safetensors", folder / WEIGHTS / "model.safetensors")
+    adapter, weights = folder / ADAPTER / "adapter_model.safetensors", folder / WEIGHTS / "model.safetensors"
+    saved = adapter, weights, folder / EXPERTS / ROUTERS
     if known.status != "completed" or not any(file.is_file() for file in saved):
         return None
     try:
         return _of_record(folder, known)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, OSError) as error:
         raise DataError(f"{folder}: its record cannot be read: {error}") from None
 
 
@@ -126,7 +141,19 @@ def _of_record(folder: Path, known: record.Record) -> Saved:
     precision = spec.trainer.precision
     if precision == "auto":  # this device may resolve it differently
         precision = were.get(str(known.environment.get("precision")), "auto")
-    return Saved(folder=folder, spec=spec, ranks=ranks, precision=precision, former=former_of(known))
+    gate = _gate(folder / EXPERTS / ROUTER) if (folder / EXPERTS).is_dir() else {}
+    return Saved(folder=folder, spec=spec, ranks=ranks, gate=gate, precision=precision, former=former_of(known))
+
+
+def _gate(file: Path) -> dict[str, Any]:
+    """How experts open; raises ValueError where the file does not say so."""
+    kinds = {"experts": int, "router": str, "kept": int, "tied": bool, "balance": int | float}
+    found = record.read_json(record.read_text(file))
+    if not isinstance(found, dict) or any(not isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"{file.name} does not say how its experts open")
+    if not 2 <= found["experts"] <= MOST_EXPERTS or found["router"] not in ROUTERS_KNOWN:
+        raise ValueError(f"{file.name} has {found['experts']} experts and a router of {found['router']}")
+    return {name: found[name] for name in kinds}
 
 
 def _read_combined(folder: Path) -> Saved | None:
@@ -162,6 +189,8 @@ def check(runs: Sequence[Saved], datasets: Sequence[DatasetSpec], evaluation: Ev
     acts: list[Callable[[], object]] = [partial(tasks.check, d, training=False) for d in wanted]
     acts += [partial(tasks.check_evaluation, d, evaluation, training=False) for d in wanted]
     if evaluation.name == lm_harness.NAME:
+        for run in (run for run in runs if run.gate):
+            problems.append(f"evaluation=lm_eval: {run.folder}: lm-eval cannot open its experts by their gate")
         acts.append(partial(lm_harness.check, evaluation))
     for model in unique(run.spec.model for run in runs):
         acts.append(partial(models.check, model))
@@ -359,7 +388,7 @@ def packed(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
 
     targets = {target.name: target for target in base.targets}
     adapters = [
-        methods.adapter(alone(run.spec), {targets[name]: rank for name, rank in run.ranks.items()}).settled()
+        methods.saved_adapter(alone(run.spec), {targets[name]: rank for name, rank in run.ranks.items()}, run.gate)
         for run in runs
     ]
     pack = open_pack(base, adapters, PackConfig(batch_size=1))
@@ -367,9 +396,27 @@ def packed(base: "BaseModel", runs: Sequence[Saved]) -> "Pack":
         pack.store.read(runs[0].folder)
         return pack
     for slot, (run, adapter) in enumerate(zip(runs, adapters, strict=True)):
-        saved = read_adapter(run.folder)
-        pack.store.assign(slot, adapter, {name: saved.parts(targets[name]) for name in run.ranks})
+        parts = _parts_of_experts if run.gate else _parts_of_adapter
+        pack.store.assign(slot, adapter, parts(run, {name: targets[name] for name in run.ranks}))
     return pack
+
+
+def _parts_of_adapter(run: Saved, targets: "Mapping[str, Target]") -> "dict[str, tuple[torch.Tensor, ...]]":
+    saved = read_adapter(run.folder)
+    return {name: saved.parts(target) for name, target in targets.items()}
+
+
+def _parts_of_experts(run: Saved, targets: "Mapping[str, Target]") -> "dict[str, tuple[torch.Tensor, ...]]":
+    """A and B of all experts, one below another, and the routers."""
+    import torch
+
+    folder = run.folder / EXPERTS
+    experts = [read_adapter(folder / str(number)) for number in range(run.gate["experts"])]
+    routers = read_tensors(folder / ROUTERS)
+    return {
+        name: (*map(torch.cat, zip(*(one.parts(target) for one in experts), strict=True)), routers[name])
+        for name, target in targets.items()
+    }
 
 
 def read_tensors(file: Path) -> "dict[str, torch.Tensor]":

@@ -21,7 +21,8 @@ from sweeper.lora.forms import AdapterSpec, Capacity
 from sweeper.lora.optimizer import learning_rate
 from sweeper.models import BaseModel
 from sweeper.record import read_record
-from sweeper.spec import RunSpec, SharingSpec
+from sweeper.rescoring import rescore
+from sweeper.spec import EvaluationSpec, RunSpec, Settings, SharingSpec
 from sweeper.training import experts
 from sweeper.training.pack import open_pack
 from sweeper.training.pack_config import PackConfig
@@ -281,6 +282,17 @@ def test_runs_with_experts_from_spec_to_record_and_back(
         options = json.loads((folder / "experts/router.json").read_text())
         assert options["experts"] == spec.sharing.experts
     assert not (tmp_path / "whole" / specs[0].run_id / "adapter").exists()
+    runs = rescore.find([tmp_path / "whole"], gates=True)
+    settings = Settings(study="x", device="cpu", output_root=str(tmp_path))
+    for one in rescore.rescore(runs, [], EvaluationSpec(name="default", splits=("test",)), settings):
+        wanted = read_record(one.run.folder).scores["test"]["after"]
+        assert one.score.nll == pytest.approx(wanted.nll, rel=1e-5)
+    with pytest.raises(DataError, match="so it has no adapter for PEFT"):
+        rescore.find([tmp_path / "whole"])
+    for broken in ("[]", json.dumps({**options, "experts": 10**9}), json.dumps({**options, "kept": "all"}), "{"):
+        (folder / "experts/router.json").write_text(broken)
+        with pytest.raises(DataError, match="its record cannot be read"):
+            rescore.find([folder], gates=True)
 
 
 def test_what_a_run_leaves_loads_as_one_model(load: Any, routed: MakeRouted, train: Any, tmp_path: Path) -> None:
