@@ -33,6 +33,8 @@ def flat(spec: Mapping[str, Any]) -> dict[str, Any]:
                 found[f"{prefix}{key}"] = value
 
     walk(spec, "")
+    if found.get("dataset.options.order") == "seed":  # which the seed tells already
+        found["dataset.parts"] = "+".join(sorted(found["dataset.parts"].split("+")))
     return LEFT_OUT | (LEFT_OUT_OF_TASKS if "dataset.parts" in found else {}) | found
 
 

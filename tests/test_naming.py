@@ -48,3 +48,11 @@ def test_what_plain_data_leave_out_is_what_a_spec_has_at_its_default(make_spec: 
     known |= {"trainer.deterministic": spec.trainer.deterministic, "evaluation.conflict": spec.evaluation.conflict}
     assert known == LEFT_OUT
     assert not [field for field in LEFT_OUT if field.split(".")[-1] in str(to_mapping(spec))]
+
+
+def test_an_order_that_the_seed_draws_tells_no_runs_apart(make_spec: Make) -> None:
+    parts = [{"name": name, "family": "jsonl", "path": "x.jsonl"} for name in ("one", "two", "three")]
+    dataset = {"name": "sequence", "family": "sequence", "parts": parts, "options": {"order": "seed"}}
+    plain = [to_mapping(make_spec(dataset=dataset, seed=seed)) for seed in range(4)]
+    assert len({tuple(part["name"] for part in spec["dataset"]["parts"]) for spec in plain}) > 1
+    assert naming.varying(plain) == ["seed"]
