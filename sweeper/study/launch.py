@@ -297,6 +297,9 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
         summary.show(list(found.values()), console)
         csv, markdown = summary.write(plan.study, _study_records(plan, found))
         console.print(f"saved: {csv}, {markdown}", style="dim", soft_wrap=True)
+        if any(one.status == "completed" for one in found.values()):
+            study = shlex.quote(str(plan.study))
+            console.print(f"tables and figures: python -m analysis {study} --out paper/", style="dim", soft_wrap=True)
     failed = {run_id: one for run_id, one in {**outcome.records, **found}.items() if one.status == "failed"}
     if outcome.interrupted and (work.running or work.pending()):
         raise Interrupted(_stopped(plan, found))

@@ -87,7 +87,11 @@ class RunQueue:
         goes_on = state.spec.trainer.init_from is not None
         if goes_on:
             begin_from.name_origin(state)
-        if (said := state.resume()) is not None:
+        before = state.done
+        said = state.resume()
+        if said is None and state.done > before:
+            said = f"{state.run_id}: resumes at step {state.done} of {state.steps}"
+        if said is not None:
             self.loaded.context.emit(Stage(message=said))
         if goes_on and state.weights is None:
             begin_from.take_over(state)

@@ -164,3 +164,10 @@ def test_a_run_that_goes_on_elsewhere_says_so(
     last = begin(later.measured())
     assert last.made_with(here | {"device": "that"}) is None
     assert last.resumed == {"device": "this", "sandbox_python": "CPython 3.11.7"}
+
+
+def test_a_run_that_resumes_says_from_which_step(spec: RunSpec, run_all: Any) -> None:
+    first = run_all([spec], stop_after=1)
+    assert not [line for line in said(first) if "resumes" in line]
+    again = run_all([spec])
+    assert [line for line in said(again) if "resumes" in line] == [f"{spec.run_id}: resumes at step 1 of 3"]
