@@ -13,6 +13,7 @@ from sweeper.training.calibrate import Solo
 from sweeper.training.run_state import RunState
 
 STATE_BYTES = 16  # of one value of an adapter: itself, gradient and two moments in float32
+GATE_BYTES = 12  # of a token's gate of one hidden column: as it is drawn, spread and chosen, in float32
 MARGIN = 0.85  # of what is free; the rest is for fragments, work space and evaluation
 MOST = 64  # runs in a pack; more gain nothing measurable (docs/performance.md)
 
@@ -41,11 +42,17 @@ def run_bytes(base: BaseModel, run: RunState, solo: Solo | None) -> int:
     by_task = None if run.mixture is None else run.mixture.by_task(trainer.accumulation)
     tasks, examples = by_task or (0, trainer.batch_size)
     copies = len(run.adapter.copies) if isinstance(run.adapter, AdapterSpec) else 0
-    return (STATE_BYTES + 4 * copies + budget.GRADIENT_BYTES * tasks) * held + budget.activation_bytes(
-        base.targets,
-        run.ranks,
-        batch_size=examples * run.rows_of_example,
-        length=int(run.order.lengths.max()),
-        bytes_per_value=parameter.element_size(),
-        checkpointing=trainer.activation_checkpointing,
+    columns = sum(-(-rank // 16) * 16 for rank in run.ranks.values()) if run.experts else 0
+    gates = GATE_BYTES * examples * run.rows_of_example * int(run.order.lengths.max()) * columns
+    return (
+        gates
+        + (STATE_BYTES + 4 * copies + budget.GRADIENT_BYTES * tasks) * held
+        + budget.activation_bytes(
+            base.targets,
+            run.ranks,
+            batch_size=examples * run.rows_of_example,
+            length=int(run.order.lengths.max()),
+            bytes_per_value=parameter.element_size(),
+            checkpointing=trainer.activation_checkpointing,
+        )
     )

@@ -24,6 +24,7 @@ from sweeper.record import read_record
 from sweeper.rescoring import rescore
 from sweeper.spec import EvaluationSpec, RunSpec, Settings, SharingSpec
 from sweeper.training import experts
+from sweeper.training.memory import GATE_BYTES, STATE_BYTES, run_bytes
 from sweeper.training.pack import open_pack
 from sweeper.training.pack_config import PackConfig
 from sweeper.training.run_state import RunState
@@ -327,3 +328,19 @@ def test_what_a_run_leaves_loads_as_one_model(load: Any, routed: MakeRouted, tra
                 model(ids)
     with pytest.raises(DataError, match="no experts in it"):
         routed_model(base.model, tmp_path)
+
+
+def test_gates_are_in_the_memory_that_a_run_is_thought_to_need(load: Any, routed: MakeRouted) -> None:
+    base = load("llama")
+    job = routed(base, "ff", experts=2, rank=4)
+    assert isinstance(job.adapter, AdapterSpec)
+    ranks = {target: job.adapter.ranks[target.name] for target in base.targets if target.name in job.adapter.ranks}
+    job = dataclasses.replace(job, ranks=ranks)
+    plain = dataclasses.replace(
+        job, adapter=dataclasses.replace(job.adapter, form="lora", options={}),
+        run=dataclasses.replace(job.run, spec=dataclasses.replace(job.spec, sharing=SharingSpec())),
+    )  # fmt: skip
+    more = run_bytes(base, job, None) - run_bytes(base, plain, None)
+    routers = STATE_BYTES * sum(2 * target.in_features for target in ranks)
+    tokens = 4 * int(job.order.lengths.max())
+    assert more == routers + GATE_BYTES * 16 * tokens * len(ranks)
