@@ -147,9 +147,9 @@ class Record:
     test NLLs of each task `through` the blocks of every other one, and as `routing` what is so where no example's task
     is named: which tasks they are taken for (`confusion`), and the scores through the blocks of those. With elastic
     weights it has as `fisher_examples` how many examples each task's Fisher information is the mean over. With a learnt
-    gate it has the number of `experts`, how many of them are `kept`, which `router` opens them and whether it is `tied`,
-    the `router_parameters` and `active_parameters`; on test examples the mean gate of each expert by task (`usage`), the
-    share of examples that are `told_apart`, and the load-balancing loss (`balance`).
+    gate it has the number of `experts`, how many of them are `kept`, which `router` opens them and whether it is
+    `tied`, the `router_parameters` and `active_parameters`; on test examples the mean gate of each expert by task
+    (`usage`), the share of examples that are `told_apart`, and the load-balancing loss (`balance`).
 
     `init_from` of a run that began with the adapter of another: that run's `run_id`, the `digest` of the adapter, and
     its `nll` by split. The gain over what it began with is that less the NLL after; `before` is the base's, as ever.
