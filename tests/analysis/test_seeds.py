@@ -107,13 +107,13 @@ def test_the_share_kept_is_covered_and_has_the_pooled_variance() -> None:
         found = simulation.arrangement(cell, x_ARE, np.ones(60)).settings[0]
         base.groups = found.arms[0].scores["score"].groups
         found.base = Arm(setting="s", label="base", factors={}, trial={}, runs=pd.DataFrame(), scores={"score": base})
-        kept = compare._kept(found, found.arms[1], found.arms[0], "score")
+        kept = compare.kept(found, found.arms[1], found.arms[0], "score")
         assert kept is not None
         hits += kept["low"] <= 0.9 <= kept["high"]
         widths["pooled"] += kept["high"] - kept["low"]
         for arm in found.arms:
             arm.scores["score"].seed_variance = arm.scores["score"].contrast_variance = None
-        alone = compare._kept(found, found.arms[1], found.arms[0], "score")
+        alone = compare.kept(found, found.arms[1], found.arms[0], "score")
         assert alone is not None
         widths["own"] += alone["high"] - alone["low"]
     assert hits >= 0.93 * 400
