@@ -99,7 +99,7 @@ class Pack:
             self.surgery = TaskGradients(self.store, config.by_task[0])
         self._lane_slots: dict[int, Tensor] = {}
         self._bare_lanes: dict[int, Tensor] = {}
-        self._projection = gating.projection(hidden_size(self.model)).to(self.device)
+        self._projections: dict[int, Tensor] = {}
         able = self.device.type == "cuda" and self.store.able.graphs
         self.compiled = config.compiled and able and self.store.able.compiles
         self._checkpoint_activations(config.checkpointing)
@@ -322,7 +322,10 @@ class Pack:
             hidden = self.hidden(ids, lengths)
         finally:
             (lanes.slots, lanes.gated, lanes.routed), self._lengths = former, noisy
-        return gating.read(hidden, prompts, self._projection)
+        width = hidden.shape[-1]
+        if width not in self._projections:
+            self._projections[width] = gating.projection(width).to(self.device)
+        return gating.read(hidden, prompts, self._projections[width])
 
     def scores(self, batch: Batch) -> Tensor:
         """NLL of every target token, and 1 where it is the likeliest, [2, L, K] float32; no gradients, no dropout."""
@@ -374,35 +377,22 @@ class Pack:
         return losses
 
     def look_at_gradients(self, batch: Batch) -> None:
-        """Adds the gradients of a batch's losses to the store's: no dropout, no penalties, no learnt weights."""
-        lanes = self.store.lanes
-        former = lanes.drop, lanes.noisy
-        lanes.drop = lanes.noisy = False
+        """Adds the gradients of a batch's losses to the store's; nothing is updated, and other slots are not touched.
+
+        In evaluation mode: no dropout, no noise; no penalties and no learnt weights; never captured or compiled.
+        """
+        self.model.eval()
         try:
             kernel = training_kernel(self.device, self.dtype, deterministic=self.config.deterministic)
             with self.store.one_pass(0.0), eager(), kernel:
                 self._forward_backward(batch.to(self.device), weigh=False)
         finally:
-            lanes.drop, lanes.noisy = former
+            self.model.train()
 
     def add_gradients(self, slots: Sequence[int], rows: Sequence[Tokens]) -> None:
-        """Adds to the gradients of some slots those of a row's NLL each, summed over its target tokens.
-
-        In evaluation mode: no dropout, no noise, no penalties; never captured or compiled. Other slots are not touched.
-        """
+        """As `look_at_gradients`, for some slots of a row's NLL each, summed over its target tokens."""
         self.use_lanes(slots)
-        batch = collate([[row] for row in rows], [[1.0]] * len(rows), fixed=False).to(self.device)
-        self.model.eval()
-        try:
-            kernel = training_kernel(self.device, self.dtype, deterministic=self.config.deterministic)
-            with eager(), self.store.one_pass(0.0), kernel:
-                self._gate(batch)
-                hidden = self.hidden(batch.ids, batch.lengths)
-                states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
-                losses, _ = self.head.scores(states, batch.targets, batch.weights)
-                losses.sum().backward()
-        finally:
-            self.model.train()
+        self.look_at_gradients(collate([[row] for row in rows], [[1.0]] * len(rows), fixed=False))
 
     def _gate(self, batch: Batch) -> None:
         lanes = self.store.lanes

@@ -232,6 +232,24 @@ def parity(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def two_tasks(parity: dict[str, Any], tmp_path: Path) -> tuple[DatasetSpec, ...]:
+    """Whether numbers are odd, and their last digit."""
+    path = tmp_path / "digit.jsonl"
+    rows = [
+        {
+            "id": str(n), "prompt": f"{(3 * n) % 80 + 10} ends in", "response": str((3 * n) % 10),
+            "split": "train" if n < 30 else "validation" if n < 40 else "test", "group": str(n // 2),
+        }
+        for n in range(50)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tuple(
+        DatasetSpec(name=name, family="jsonl", path=str(where), template="plain", max_length=64)
+        for name, where in (("parity", parity["path"]), ("digit", path))
+    )
+
+
+@pytest.fixture
 def make_run(make_spec: Callable[..., RunSpec], parity: dict[str, Any]) -> Callable[..., RunSpec]:
     """A run of a few steps on a tiny random Llama: `make_run("ff", rank=8, optim={"lr": 1e-2})`."""
 

@@ -24,6 +24,7 @@ from sweeper.record import read_record
 from sweeper.rescoring import rescore
 from sweeper.spec import EvaluationSpec, RunSpec, Settings, SharingSpec
 from sweeper.training import experts
+from sweeper.training.generate import generate
 from sweeper.training.memory import GATE_BYTES, STATE_BYTES, run_bytes
 from sweeper.training.pack import open_pack
 from sweeper.training.pack_config import PackConfig
@@ -102,18 +103,21 @@ class Reference:
 
         return add
 
+    def read(self, ids: Tensor, prompts: Sequence[int]) -> None:
+        """What a router of prompts goes by; ids are padded on the right, so that no prompt sees the padding."""
+        with torch.no_grad():
+            hidden = self.bare.base_model(input_ids=ids).last_hidden_state
+        means = torch.stack([one[:length].mean(0) for one, length in zip(hidden, prompts, strict=True)])
+        means = means - means.mean(1, keepdim=True)
+        means = means / means.square().mean(1, keepdim=True).sqrt()
+        self.features = means @ gating.projection(means.shape[1])
+
     def step(self, step: int, rows: Sequence[Any]) -> float:
         length = max(len(one.input_ids) for one in rows)
         ids = torch.tensor([[*one.input_ids, *[0] * (length - len(one.input_ids))] for one in rows])
         lengths = torch.tensor([len(one.input_ids) for one in rows])
         self.mask = (torch.arange(length) < lengths[:, None]).float()
-        if self.given["router"] == "prompt":
-            with torch.no_grad():
-                hidden = self.bare.base_model(input_ids=ids, attention_mask=self.mask.long()).last_hidden_state
-            means = torch.stack([one[: row.prompt_length].mean(0) for one, row in zip(hidden, rows, strict=True)])
-            means = means - means.mean(1, keepdim=True)
-            means = means / means.square().mean(1, keepdim=True).sqrt()
-            self.features = means @ gating.projection(means.shape[1])
+        self.read(ids, [one.prompt_length for one in rows])
         self.lost = []
         logits = self.model(input_ids=ids, attention_mask=self.mask.long()).logits
         targets = [torch.tensor(one.input_ids[one.prompt_length :]) for one in rows]
@@ -344,3 +348,25 @@ def test_gates_are_in_the_memory_that_a_run_is_thought_to_need(load: Any, routed
     routers = STATE_BYTES * sum(2 * target.in_features for target in ranks)
     tokens = 4 * int(job.order.lengths.max())
     assert more == routers + GATE_BYTES * 16 * tokens * len(ranks)
+
+
+@pytest.mark.parametrize("number", range(len(KINDS)))
+def test_text_is_generated_through_the_gates(number: int, load: Any, routed: MakeRouted, train: Any) -> None:
+    """Greedily, through the cache, what the plain model with the same experts would write."""
+    base = load("llama")
+    placement, fields = KINDS[number]
+    job = routed(base, placement, **fields)
+    trained = train(base, [job], capacities=[job.capacity])[job.run_id].adapter
+    reference = Reference(base, job, {name: tuple(parts[:3]) for name, parts in trained.items()})
+    prompts = [one.input_ids[: one.prompt_length] for one in job.examples[:3]]
+    with open_pack(base, [job.adapter], PackConfig(batch_size=4)) as pack:
+        pack.add(dataclasses.replace(job, weights=dict(trained), done=STEPS))
+        (written,) = generate(pack, [0], prompts, max_new_tokens=6, stop_ids=[-1], rows=2)
+    with torch.no_grad():
+        for prompt, ours in zip(prompts, written, strict=True):
+            reference.read(torch.tensor([prompt]), [len(prompt)])
+            row = list(prompt)
+            for _ in range(6):
+                reference.mask = torch.ones(1, len(row))
+                row.append(int(reference.model(input_ids=torch.tensor([row])).logits[0, -1].argmax()))
+            assert ours.ids == tuple(row[len(prompt) :])

@@ -28,28 +28,15 @@ MakeSpec = Callable[..., RunSpec]
 
 
 @pytest.fixture
-def in_turn(make_run: Callable[..., RunSpec], parity: dict[str, Any], tmp_path: Path) -> MakeSpec:
+def in_turn(make_run: Callable[..., RunSpec], two_tasks: tuple[DatasetSpec, ...]) -> MakeSpec:
     """A run of two tasks one after the other, 4 steps each: whether numbers are odd, and their last digit."""
-    path = tmp_path / "digit.jsonl"
-    rows = [
-        {
-            "id": str(n), "prompt": f"{(3 * n) % 80 + 10} ends in", "response": str((3 * n) % 10),
-            "split": "train" if n < 30 else "validation" if n < 40 else "test",
-        }
-        for n in range(50)
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    parts = tuple(
-        DatasetSpec(name=name, family="jsonl", path=str(where), template="plain", max_length=64)
-        for name, where in (("parity", parity["path"]), ("digit", path))
-    )
 
     def make(
         sharing: str, placement: str = "attn", *, options: dict[str, Any] | None = None,
         share: dict[str, Any] | None = None, **changes: Any,
     ) -> RunSpec:  # fmt: skip
         plain = {"rank": 8, "trainer": {"batch_size": 4, "max_steps": 8}, "optim": {"lr": 3e-2}} | changes
-        dataset = DatasetSpec(name="sequence", family="sequence", parts=parts, options=options or {})
+        dataset = DatasetSpec(name="sequence", family="sequence", parts=two_tasks, options=options or {})
         spec = make_run(placement, **plain)
         return dataclasses.replace(spec, dataset=dataset, sharing=SharingSpec(name=sharing, **(share or {})))
 

@@ -29,28 +29,15 @@ MakeTogether = Callable[..., RunSpec]
 
 
 @pytest.fixture
-def together(make_run: Callable[..., RunSpec], parity: dict[str, Any], tmp_path: Path) -> MakeTogether:
+def together(make_run: Callable[..., RunSpec], two_tasks: tuple[DatasetSpec, ...]) -> MakeTogether:
     """A run of two tasks: whether numbers are odd, and their last digit."""
-    path = tmp_path / "digit.jsonl"
-    rows = [
-        {
-            "id": str(n), "prompt": f"{(3 * n) % 80 + 10} ends in", "response": str((3 * n) % 10),
-            "split": "train" if n < 30 else "validation" if n < 40 else "test", "group": str(n // 2),
-        }
-        for n in range(50)
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    parts = tuple(
-        DatasetSpec(name=name, family="jsonl", path=str(where), template="plain", max_length=64)
-        for name, where in (("parity", parity["path"]), ("digit", path))
-    )
 
     def make(
         sharing: str = "single", placement: str = "attn", *, family: str = "mixture",
         options: dict[str, Any] | None = None, share: dict[str, Any] | None = None, **changes: Any,
     ) -> RunSpec:  # fmt: skip
         spec = make_run(placement, **({"rank": 8, "trainer": {"batch_size": 4, "max_steps": 6}} | changes))
-        dataset = DatasetSpec(name=family, family=family, parts=parts, options=options or {})
+        dataset = DatasetSpec(name=family, family=family, parts=two_tasks, options=options or {})
         return dataclasses.replace(spec, dataset=dataset, sharing=SharingSpec(name=sharing, **(share or {})))
 
     return make
