@@ -136,6 +136,7 @@ def forgetting_curves(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | st
     if not panels:
         return "no run has tasks one after another"
     look: dict[str, Look] = looks(tasks)
+    panels = dict(zip(_without_common(list(panels)), panels.values(), strict=True))
     figure, axes = layout.panels(venue, list(panels), wide=True)
     for name, ax in axes.items():
         for task, part in panels[name].groupby("task", sort=False):

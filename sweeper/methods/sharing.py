@@ -131,8 +131,8 @@ def check(spec: RunSpec) -> None:
             f"{start}: what is folded into the weights has no dropout, so method.dropout must be 0, got "
             f"{spec.method.dropout}"
         )
-    if sharing.orthogonality and sharing.name != "orthogonal":
-        raise SpecError(f"sharing.orthogonality is for sharing=orthogonal, not {sharing.name}")
+    if sharing.orthogonality and sharing.name not in ("orthogonal", "merge"):
+        raise SpecError(f"sharing.orthogonality is for sharing=orthogonal and merge, not {sharing.name}")
     if sharing.tree and sharing.name != "hierarchical":
         raise SpecError(f"sharing.tree is for sharing=hierarchical, not {sharing.name}")
     if spec.trainer.patience is not None:

@@ -15,7 +15,10 @@ from tests.training.test_experts import KINDS, MakeRouted, routed
 
 __all__ = ["routed"]
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.filterwarnings("default"),  # the compiler remarks on its own deprecations
+]
 
 
 def losses(base: Any, jobs: list[RunState], config: PackConfig, capacities: list[Capacity]) -> dict[str, list[float]]:

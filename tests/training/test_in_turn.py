@@ -132,6 +132,20 @@ def test_later_tasks_change_what_merge_makes_of_earlier_ones_and_not_what_stack_
     assert len(set(merged[3:])) == STEPS - 3 - 2  # the first step of a warm-up moves nothing
 
 
+def test_what_merge_folds_can_be_kept_orthogonal(load: Any, in_turn: MakeJob) -> None:
+    """Trains as `orthogonal` does, and not as without."""
+    base = load("llama")
+    jobs = [in_turn(base, name, orthogonality=weight) for name, weight in (("merge", 0.5), ("orthogonal", 0.5))]
+    losses, _, ended = train(base, jobs[:1])[jobs[0].run_id]
+    wanted, _, kept = train(base, jobs[1:])[jobs[1].run_id]
+    free, _, _ = train(base, [in_turn(base, "merge")])[jobs[0].run_id]
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    assert losses[5:] != pytest.approx(free[5:], rel=1e-5)
+    for name, own in ended.items():
+        for mine, other in zip(own, kept[name], strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [

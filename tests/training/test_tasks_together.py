@@ -241,7 +241,7 @@ def test_the_order_of_a_sequence_and_the_sharing_are_in_the_id(together: MakeTog
         (["sharing=hierarchical", "sharing.tree=[icd10_chapter,licence]"], "Did you mean licence_category?"),
         (["sharing=stack"], "sharing=stack is for tasks one after another: dataset=sequence"),
         (["dataset=sequence", "sharing=stack", "dataset.options.replay=0.5"], "train those before again"),
-        (["sharing=per_task", "+sharing.orthogonality=1"], "is for sharing=orthogonal, not per_task"),
+        (["sharing=per_task", "+sharing.orthogonality=1"], "is for sharing=orthogonal and merge, not per_task"),
         (["dataset=sequence", "trainer.max_steps=1"], "has 2 tasks, which take a step each at least"),
         (["sharing=shared", "rank=1"], "leaves nothing for the block of"),
         (["sharing=shared", "sharing.levels=[4]"], "a rank for each of 2 levels"),
