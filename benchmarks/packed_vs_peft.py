@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""The placement x rank grid with Hugging Face Trainer + PEFT and as packs, on this machine, and the ratios.
+"""The placement x rank grid with PEFT and as packs, on this machine, and the ratios.
 
     python -m benchmarks.packed_vs_peft                      # what the GPU figures in docs/performance.md come from
     python -m benchmarks.packed_vs_peft --device cpu --modes loop --steps 4 --batch 8 --length 24 --precision bfloat16
 
+PEFT as people run it (`trainer`, a bare `loop`, nine `processes`), and as an expert would: a `graph`, nine `graphs`.
 Each side runs in a process of its own, one after another. Training only: fixed-length random tokens, no evaluation.
 The packs are timed after warm-up (compiling and capturing, reported apart); the yardstick's own warm-up is small.
 """
@@ -17,13 +18,17 @@ import sys
 import time
 from pathlib import Path
 
+STRONG = {"graph": (), "graphs": ("--concurrent", "9")}  # of benchmarks.strong_peft: one after another, nine at once
 GRID = [(placement, rank) for placement in ("attn", "ff", "full") for rank in (4, 8, 16)]
 
 
 def yardstick(mode: str, args: argparse.Namespace) -> dict:
-    script = Path(__file__).with_name("peft_today.py")
-    command = [sys.executable, str(script), "--mode", mode, "--model", args.model, "--steps", str(args.steps),
-               "--batch", str(args.batch), "--length", str(args.length), "--device", args.device]  # fmt: skip
+    shape = ["--model", args.model, "--batch", str(args.batch), "--length", str(args.length), "--device", args.device]
+    if mode in STRONG:
+        command = [sys.executable, "-m", "benchmarks.strong_peft", *shape, *STRONG[mode]]
+    else:
+        script = Path(__file__).with_name("peft_today.py")
+        command = [sys.executable, str(script), *shape, "--mode", mode, "--steps", str(args.steps)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{mode}: {done.stderr.strip().splitlines()[-1]}")
@@ -105,7 +110,7 @@ def device() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", choices=["smollm2-135m", "llama3.2-1b", "tiny"])
-    parser.add_argument("--modes", nargs="+", default=["trainer", "loop", "processes"])
+    parser.add_argument("--modes", nargs="+", default=["trainer", "loop", "processes", *STRONG])
     parser.add_argument("--steps", type=int, default=30, help="of the yardstick")
     parser.add_argument("--packed-steps", type=int, default=None, help="of the packs; default 100, on a CPU --steps")
     parser.add_argument("--batch", type=int, default=4)

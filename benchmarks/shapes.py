@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,17 +35,21 @@ class Row:
 
 def base_model(shape: str, device: str, dtype: torch.dtype | None = None) -> BaseModel:
     """A frozen Llama of a named shape; unless told, bfloat16 on CUDA and float32 on the CPU, as the yardstick is."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=dtype)
+    model = random_model(shape, device, dtype or (torch.float32 if device == "cpu" else torch.bfloat16))
     model.eval().requires_grad_(False)
     spec = ModelSpec(name=shape, source="random", location="llama")
     return BaseModel(
         model=model, tokenizer=None, targets=structure(model), spec=spec, stop_ids=(), verdict=prove(model)
     )
+
+
+def random_model(shape: str, device: str, dtype: torch.dtype) -> Any:
+    """A Llama of a named shape, of transformers, with the weights of seed 0."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=dtype)
 
 
 def adapter(base: BaseModel, placement: str, rank: int, seed: int = 0) -> AdapterSpec:
