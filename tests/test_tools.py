@@ -1,6 +1,8 @@
 """The audit fails on what was found and on what was not looked up; every pin has a licence."""
 
 import json
+import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +69,16 @@ def test_both_have_a_target(root: Path) -> None:
     for target, script in (("audit", "tools/audit.py"), ("licences", "tools/licences.py")):
         recipe = text.split(f"\n{target}: ")[1].split("\n\n")[0]
         assert script in recipe
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium: apt-get install chromium")
+def test_a_picture_of_the_readme_is_as_high_as_its_text(root: Path, tmp_path: Path) -> None:
+    sizes = {}
+    for width in (1012, 390):
+        picture = tmp_path / f"{width}.png"
+        subprocess.run(
+            [sys.executable, str(root / "tools" / "readme_shot.py"), str(picture), "--width", str(width)], check=True
+        )
+        sizes[width] = struct.unpack(">II", picture.read_bytes()[16:24])
+    assert [wide for wide, _ in sizes.values()] == [1012, 390]
+    assert sizes[390][1] > sizes[1012][1] > 1000
