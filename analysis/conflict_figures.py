@@ -7,12 +7,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import conflict, layout
-from analysis.analyse import Analysis
-from analysis.blocks import EVERY
-from analysis.style import GREY, SEQUENTIAL, Look, looks
-from analysis.task_figures import MOST_ARMS, brief
-from analysis.venues import DEFAULT, LEAST_FONT, Venue
+from . import conflict, layout
+from .analyse import Analysis
+from .blocks import EVERY
+from .style import GREY, SEQUENTIAL, Look, looks
+from .task_figures import MOST_ARMS, brief
+from .venues import DEFAULT, LEAST_FONT, Venue
 
 MOST_MAPS, MOST_PAIRS, MOST_BLOCKS = 4, 7, 4
 CELL, AROUND = 0.24, 1.0

@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import tables
-from analysis.analyse import Analysis
-from analysis.load import NAME, flat, score_columns
-from analysis.peft import from_peft, read_json, to_peft
+from . import tables
+from .analyse import Analysis
+from .load import NAME, flat, score_columns
+from .peft import from_peft, read_json, to_peft
 
 Rows = list[dict[str, Any]]
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from analysis import (
+from . import (
     aggregate,
     captions,
     conflict_figures,
@@ -28,11 +28,11 @@ from analysis import (
     task_figures,
     together,
 )
-from analysis.analyse import Analysis
-from analysis.arms import BASE, FULL, higher_is_better
-from analysis.style import GREY, styled
-from analysis.tables import DAGGER, number, title
-from analysis.venues import DEFAULT, LEAST_FONT, Venue
+from .analyse import Analysis
+from .arms import BASE, FULL, higher_is_better
+from .style import GREY, styled
+from .tables import DAGGER, number, title
+from .venues import DEFAULT, LEAST_FONT, Venue
 
 Maker = Callable[[Analysis, Venue], Figure | str]
 """Makes a figure for a venue, or says why the study has no data for it."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.arms import Arrangement, Setting
+from .arms import Arrangement, Setting
 
 COLUMNS = ["setting", "metric", "term", "estimate", "low", "high", "p", "rows", "level"]
 MOST_ROWS = 3000
