@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from sweeper import installation
+
 from .load import load
 from .venues import DEFAULT, VENUES, venue
 
@@ -19,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis; returns the exit status: 0, or 2 where there was nothing to analyse or a request was wrong."""
-    parser = _Parser(prog="python -m analysis", description="Records of a study -> tables, figures, report.")
+    parser = _Parser(prog=installation.program("analyse"), description="Records of a study -> tables, figures, report.")
     parser.add_argument("study", nargs="*", type=Path, help="folders of studies, such as outputs/default")
     parser.add_argument("--out", type=Path, default=Path("paper"), help="where to write (default: paper/)")
     parser.add_argument("--metric", default="nll", help="what trials are chosen by and the main figures show")

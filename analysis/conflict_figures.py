@@ -7,6 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sweeper import installation
+
 from . import conflict, layout
 from .analyse import Analysis
 from .blocks import EVERY
@@ -69,7 +71,9 @@ def block_ranks(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     table = analysis.tables["block_spectra"]
     table = table[table["role"] != EVERY]
     if table.empty:
-        return "no run with rank blocks has spectra (python adapters.py spectra outputs/STUDY makes them)"
+        return (
+            f"no run with rank blocks has spectra ({installation.program('adapters')} spectra outputs/STUDY makes them)"
+        )
     arms = list(dict.fromkeys(table["arm"]))[:MOST_BLOCKS]
     rows = max(table[table["arm"] == arm]["block"].nunique() for arm in arms)
     columns = max(table[table["arm"] == arm]["role"].nunique() for arm in arms)

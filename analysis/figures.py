@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from sweeper import installation
+
 from . import (
     aggregate,
     captions,
@@ -311,7 +313,7 @@ def where_energy_went(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | st
             percent = rows[rows["layer"].notna()].assign(share=100 * rows["energy_share"])
             tables[arm.label] = percent.groupby(["role", "layer"], sort=False, as_index=False)["share"].mean()
     if not tables:
-        return "no run has spectra (python adapters.py spectra outputs/STUDY makes them)"
+        return f"no run has spectra ({installation.program('adapters')} spectra outputs/STUDY makes them)"
     names = shown.named(analysis, with_spectra[0].setting)
     chosen = shown.last(names, tables)[:4]
     top = max(float(tables[label]["share"].max()) for label in chosen)

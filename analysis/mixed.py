@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sweeper import installation
+
 from .arms import Arrangement, Setting
 
 COLUMNS = ["setting", "metric", "term", "estimate", "low", "high", "p", "rows", "level"]
@@ -21,7 +23,7 @@ def require() -> None:
         ModuleNotFoundError: statsmodels is not installed.
     """
     if importlib.util.find_spec("statsmodels") is None:
-        raise ModuleNotFoundError("--mixed needs statsmodels: pip install 'lora-sweeper[mixed]'")
+        raise ModuleNotFoundError(f"--mixed needs statsmodels: {installation.install('mixed')}")
 
 
 def table(found: Arrangement, metric: str) -> pd.DataFrame:
