@@ -1,4 +1,4 @@
-"""Where should LoRA go? The Python API: docs/api.md shows it, docs/extending.md your own parts (`sweeper.register`).
+"""LoRA Atlas in Python: docs/api.md shows it, docs/extending.md your own parts (`sweeper.register`).
 
 Nothing heavy is imported until it is used.
 """

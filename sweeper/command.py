@@ -50,7 +50,7 @@ def usage() -> str:
     """What `lora-atlas --help` prints."""
     parts = "\n".join(f"  {name:10}{part.about}" for name, part in PARTS.items())
     return (
-        "Which layers should LoRA adapt, at which rank, and what does each choice cost?\n\n"
+        "LoRA Atlas: which layers should LoRA adapt, at which rank, and what does each choice cost?\n\n"
         f"{NAME} COMMAND [...]\n\n{parts}\n\n"
         f'{NAME} COMMAND --help says more; {NAME} --version; shell completion: eval "$({NAME} -sc install=bash)"'
     )

@@ -28,12 +28,15 @@ expect() {
 }
 
 step "the wheel"
+rm -rf "$work/dist"
 "$python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$work/dist" "$root"
 wheel=$(echo "$work"/dist/lora_atlas-*.whl)
 
 step "a clean environment"
 [ -x "$work/venv/bin/python" ] || "$python" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" "$wheel[train,search,analysis]"
+# in a folder that was kept lies a former build of the same version
+"$work/venv/bin/python" -m pip install --quiet --no-deps --force-reinstall "$wheel"
 export PATH=$work/venv/bin:$PATH
 
 step "an empty folder"
