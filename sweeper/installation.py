@@ -5,6 +5,7 @@ Imports nothing of ours and nothing heavy: every part may ask, also the analysis
 
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -37,11 +38,26 @@ def program(command: str) -> str:
 def install(*extras: str) -> str:
     """The command that adds extras. In a checkout it keeps the install editable and the versions pinned."""
     listed = ",".join(extras)
+    if (tool := _uv_tool(extras)) is not None:
+        return tool
     if WHEEL:
         return f"pip install '{NAME}[{listed}]'"
     if len(extras) == 1 and listed in _TARGETS:
         return _TARGETS[listed]
     return f"pip install -e '.[{listed}]' -c constraints.txt"
+
+
+def _uv_tool(extras: Sequence[str]) -> str | None:
+    """The same for an environment of `uv tool`, which is made anew with all that it is to have; None in any other."""
+    receipt = Path(sys.prefix) / "uv-receipt.toml"
+    if not WHEEL or not receipt.is_file():
+        return None
+    import tomllib
+
+    asked = tomllib.loads(receipt.read_text(encoding="utf-8"))["tool"]["requirements"]
+    ours = next((one for one in asked if one["name"] == NAME), {})
+    listed = ",".join(sorted({*ours.get("extras", ()), *extras}))
+    return f"uv tool install '{ours.get('path', NAME)}[{listed}]'"
 
 
 def fetch(package: str) -> str:

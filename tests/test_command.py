@@ -1,4 +1,4 @@
-"""The command `lora-atlas` as a user meets it: its parts, what it says where one is missing, and folders of one's own."""
+"""The command `lora-atlas` as a user meets it: its parts, its errors, configurations of one's own."""
 
 import os
 import re
@@ -156,7 +156,11 @@ def test_the_shell_completes_parts_options_and_fields(program: Path, here: Path)
         return done.stdout.split()
 
     assert completed("lora-atlas a") == ["adapters", "analyse"]
-    assert completed("lora-atlas train placement=attn_q") == ["placement=attn_q", "placement=attn_qk", "placement=attn_qv"]
+    assert completed("lora-atlas train placement=attn_q") == [
+        "placement=attn_q",
+        "placement=attn_qk",
+        "placement=attn_qv",
+    ]
     assert completed("lora-atlas train -m rank=4 optim.warm") == ["optim.warmup_fraction="]
     assert completed("lora-atlas evaluate placement=at") == []
 
@@ -173,6 +177,17 @@ class TestInstallation:
         assert installation.install("hub") == "pip install 'lora-atlas[hub]'"
         assert installation.install("qlora") == "pip install 'lora-atlas[qlora]'"
         assert installation.program("analyse") == "lora-atlas analyse"
+
+    def test_an_environment_of_uv_is_made_anew_with_what_it_had(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(installation, "WHEEL", True)
+        monkeypatch.setattr(sys, "prefix", str(tmp_path))
+        receipt = tmp_path / "uv-receipt.toml"
+        receipt.write_text('[tool]\nrequirements = [{ name = "lora-atlas", extras = ["train", "search"] }]\n')
+        assert installation.install("analysis") == "uv tool install 'lora-atlas[analysis,search,train]'"
+        receipt.write_text('[tool]\nrequirements = [{ name = "lora-atlas", path = "/d/a.whl" }, { name = "ray" }]\n')
+        assert installation.install("train") == "uv tool install '/d/a.whl[train]'"
 
     def test_every_extra_that_is_named_exists(self, root: Path) -> None:
         import tomllib

@@ -82,7 +82,10 @@ def test_the_analysis_imports_itself_relatively(root: Path) -> None:
 
 def test_the_analysis_knows_of_the_rest_only_the_record_and_how_it_is_installed(graph: dict[str, set[str]]) -> None:
     analysis = {other for module, found in graph.items() if module.startswith("analysis") for other in found}
-    assert {other for other in analysis if not other.startswith("analysis")} == {"sweeper.installation", "sweeper.record"}
+    assert {other for other in analysis if not other.startswith("analysis")} == {
+        "sweeper.installation",
+        "sweeper.record",
+    }
 
 
 def test_a_circle_is_found() -> None:

