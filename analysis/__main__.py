@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from analysis.load import load
-from analysis.venues import DEFAULT, VENUES, venue
+from sweeper import installation
+
+from .load import load
+from .venues import DEFAULT, VENUES, venue
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis; returns the exit status: 0, or 2 where there was nothing to analyse or a request was wrong."""
-    parser = _Parser(prog="python -m analysis", description="Records of a study -> tables, figures, report.")
+    parser = _Parser(prog=installation.program("analyse"), description="Records of a study -> tables, figures, report.")
     parser.add_argument("study", nargs="*", type=Path, help="folders of studies, such as outputs/default")
     parser.add_argument("--out", type=Path, default=Path("paper"), help="where to write (default: paper/)")
     parser.add_argument("--metric", default="nll", help="what trials are chosen by and the main figures show")
@@ -63,7 +65,7 @@ def printable(text: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from analysis import exchange
+    from . import exchange
 
     page = venue(options.venue)
     imported = [row for source in options.imports for row in exchange.read(source)]
@@ -82,8 +84,8 @@ def _run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise ValueError(f"--out {options.out}: this folder cannot be made ({error.strerror})") from None
     # Slow imports wait until there is something to do.
-    from analysis import claims, manifest, report, tables
-    from analysis.analyse import analyse
+    from . import claims, manifest, report, tables
+    from .analyse import analyse
 
     found = analyse(
         study, metric=options.metric, tuned=options.tuned, draws=options.draws, seed=options.seed,
@@ -94,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
     absent: dict[str, str] = {}
     drawn: list[Path] = []
     if not options.no_figures:
-        from analysis import figures
+        from . import figures
 
         drawn, absent = figures.write(found, options.out / "figures", venue=page)
         written += drawn

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis import stats
-from analysis.arms import Arm, Arrangement, Scores, Setting, higher_is_better
-from analysis.stats import Array, Draws
+from . import stats
+from .arms import Arm, Arrangement, Scores, Setting, higher_is_better
+from .stats import Array, Draws
 
 COLUMNS = [
     "model", "metric", "arm", "tasks", "seeds", "mean", "mean_low", "mean_high", "iqm", "iqm_low", "iqm_high",

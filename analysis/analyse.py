@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from analysis import (
+from sweeper.record import perplexity
+
+from . import (
     aggregate,
     blocks,
     checks,
@@ -29,10 +31,9 @@ from analysis import (
     transfer,
     tuning,
 )
-from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
-from analysis.load import STATUSES, Study
-from analysis.stats import Draws
-from sweeper.record import perplexity
+from .arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
+from .load import STATUSES, Study
+from .stats import Draws
 
 COSTS = (
     "train_flops", "train_seconds_solo", "peak_memory_solo_bytes", "tokens_per_second_solo", "adapter_bytes",

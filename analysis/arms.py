@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.load import GROUPS, Problem, Study
-from analysis.seeds import SeedVariance, of_difference, pooled
-from analysis.stats import Array
-from analysis.together import CHOSEN
+from .load import GROUPS, Problem, Study
+from .seeds import SeedVariance, of_difference, pooled
+from .stats import Array
+from .together import CHOSEN
 
 SETTING = ("model", "dataset")
 ALWAYS = ("method", "placement", "allocation", "rank")

@@ -6,10 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import stats
-from analysis.arms import Arm, Arrangement
-from analysis.stats import Draws
 from sweeper.record import SPECTRA, read_json, read_text
+
+from . import stats
+from .arms import Arm, Arrangement
+from .stats import Draws
 
 BY_BLOCK = ("block", "level", "name", "role", "layer", "rank", "update_norm", "effective_rank", "energy_share")
 NUMBERS = ("rank", "update_norm", "effective_rank", "energy_share")

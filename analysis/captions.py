@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import contrasts, layout, shown
-from analysis.analyse import Analysis
-from analysis.arms import FULL
-from analysis.tables import DAGGER, tex, title
-from analysis.venues import DEFAULT, Venue
 from sweeper.record import markdown_text
+
+from . import contrasts, layout, shown
+from .analyse import Analysis
+from .arms import FULL
+from .tables import DAGGER, tex, title
+from .venues import DEFAULT, Venue
 
 SUFFIXES = ("md", "tex")
 WHAT = {

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import compare, together
-from analysis.arms import Arm, Arrangement
-from analysis.load import Study
 from sweeper.record import perplexity, shortened
+
+from . import compare, together
+from .arms import Arm, Arrangement
+from .load import Study
 
 CHECK_COLUMNS = ["check", "subject", "message"]
 ROLES: Mapping[str, tuple[str, ...]] = {

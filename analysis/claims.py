@@ -10,11 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import provenance
-from analysis.analyse import Analysis
-from analysis.arms import BASE, FULL, Arm, Setting, higher_is_better
-from analysis.tables import number, title
 from sweeper.record import markdown_text
+
+from . import provenance
+from .analyse import Analysis
+from .arms import BASE, FULL, Arm, Setting, higher_is_better
+from .tables import number, title
 
 FAMILIES = {
     "placement": ("tests", "placements at equal rank"),

@@ -13,10 +13,10 @@ import pandas as pd
 import scipy
 from scipy import special
 
-from analysis import stats, together
-from analysis.arms import FULL, Aligned, Arm, Arrangement, Scores, Setting, aligned, higher_is_better
-from analysis.seeds import SeedVariance, of_blend, of_remainder
-from analysis.stats import Array, Components, Draws
+from . import stats, together
+from .arms import FULL, Aligned, Arm, Arrangement, Scores, Setting, aligned, higher_is_better
+from .seeds import SeedVariance, of_blend, of_remainder
+from .stats import Array, Components, Draws
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 TEST_COLUMNS = [

@@ -11,11 +11,12 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from analysis import stats
-from analysis.arms import Arm, Arrangement
-from analysis.stats import Draws
-from analysis.together import COMPARED
 from sweeper.record import RECORD, read_json, read_text
+
+from . import stats
+from .arms import Arm, Arrangement
+from .stats import Draws
+from .together import COMPARED
 
 ADAPTER, EVERY = "whole adapter", "all pairs"
 COLUMNS = ["model", "arm", "pair", "role", "seeds", "cosine", "low", "high", "negative", "start", "end"]

@@ -7,12 +7,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import conflict, layout
-from analysis.analyse import Analysis
-from analysis.blocks import EVERY
-from analysis.style import GREY, SEQUENTIAL, Look, looks
-from analysis.task_figures import MOST_ARMS, brief
-from analysis.venues import DEFAULT, LEAST_FONT, Venue
+from sweeper import installation
+
+from . import conflict, layout
+from .analyse import Analysis
+from .blocks import EVERY
+from .style import GREY, SEQUENTIAL, Look, looks
+from .task_figures import MOST_ARMS, brief
+from .venues import DEFAULT, LEAST_FONT, Venue
 
 MOST_MAPS, MOST_PAIRS, MOST_BLOCKS = 4, 7, 4
 CELL, AROUND = 0.24, 1.0
@@ -69,7 +71,9 @@ def block_ranks(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     table = analysis.tables["block_spectra"]
     table = table[table["role"] != EVERY]
     if table.empty:
-        return "no run with rank blocks has spectra (python adapters.py spectra outputs/STUDY makes them)"
+        return (
+            f"no run with rank blocks has spectra ({installation.program('adapters')} spectra outputs/STUDY makes them)"
+        )
     arms = list(dict.fromkeys(table["arm"]))[:MOST_BLOCKS]
     rows = max(table[table["arm"] == arm]["block"].nunique() for arm in arms)
     columns = max(table[table["arm"] == arm]["role"].nunique() for arm in arms)

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import pareto, stats
-from analysis.arms import Arrangement, higher_is_better
-from analysis.stats import Array, Draws
-from analysis.together import FIELD, ORDER, THEN
 from sweeper.record import METRICS
+
+from . import pareto, stats
+from .arms import Arrangement, higher_is_better
+from .stats import Array, Draws
+from .together import FIELD, ORDER, THEN
 
 MEASURES = ("average", "backward", "forward", "forgetting", "learning")
 COLUMNS = [

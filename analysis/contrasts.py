@@ -9,8 +9,8 @@ that trains most parameters.
 import numpy as np
 import pandas as pd
 
-from analysis import compare
-from analysis.arms import FULL, Arm, Arrangement, Scores, Setting, pool
+from . import compare
+from .arms import FULL, Arm, Arrangement, Scores, Setting, pool
 
 FAMILY = "reference arm"
 FORGETTING = "forgetting"

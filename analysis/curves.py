@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from analysis import seeds, stats
-from analysis.load import Study
+from . import seeds, stats
+from .load import Study
 
 COLUMNS = ["setting", "arm", "step", "mean", "low", "high", "seeds"]
 LEAST_STEPS = 3

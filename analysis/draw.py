@@ -14,9 +14,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from analysis.style import DIVERGING, FADED, GREY, SEQUENTIAL, Look
-from analysis.tables import DAGGER
-from analysis.venues import LEAST_FONT
+from .style import DIVERGING, FADED, GREY, SEQUENTIAL, Look
+from .tables import DAGGER
+from .venues import LEAST_FONT
 
 
 def amount(value: float, _: Any = None) -> str:

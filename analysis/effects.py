@@ -8,8 +8,8 @@ import pandas as pd
 from scipy import special
 from scipy.linalg import solve_triangular
 
-from analysis.arms import Arrangement, varying
-from analysis.stats import Array
+from .arms import Arrangement, varying
+from .stats import Array
 
 NDArrayInt = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 

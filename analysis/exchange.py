@@ -9,10 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import tables
-from analysis.analyse import Analysis
-from analysis.load import NAME, flat, score_columns
-from analysis.peft import from_peft, read_json, to_peft
+from sweeper import installation
+
+from . import tables
+from .analyse import Analysis
+from .load import NAME, flat, score_columns
+from .peft import from_peft, read_json, to_peft
 
 Rows = list[dict[str, Any]]
 
@@ -115,7 +117,7 @@ def from_wandb(project: str, api: Any = None) -> Rows:
             import wandb
         except ModuleNotFoundError:
             raise ModuleNotFoundError(
-                "--import wandb: needs the package wandb: pip install 'lora-sweeper[wandb]'"
+                f"--import wandb: needs the package wandb: {installation.install('wandb')}"
             ) from None
         api = wandb.Api()
     rows = []
@@ -166,7 +168,7 @@ def to_parquet(analysis: Analysis, folder: Path) -> list[Path]:
         import pyarrow  # noqa: F401
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "--export parquet needs the package pyarrow: pip install 'lora-sweeper[hub]'"
+            f"--export parquet needs the package pyarrow: {installation.install('hub')}"
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in _frames(analysis).items():

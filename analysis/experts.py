@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from analysis import stats
-from analysis.arms import Arrangement
-from analysis.stats import Draws
-from analysis.together import BALANCE, GATE, TOLD_APART
+from . import stats
+from .arms import Arrangement
+from .stats import Draws
+from .together import BALANCE, GATE, TOLD_APART
 
 COLUMNS = ["model", "arm", "task", "expert", "seeds", "gate", "low", "high", "told_apart", "balance"]
 

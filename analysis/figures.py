@@ -15,7 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from analysis import (
+from sweeper import installation
+
+from . import (
     aggregate,
     captions,
     conflict_figures,
@@ -28,11 +30,11 @@ from analysis import (
     task_figures,
     together,
 )
-from analysis.analyse import Analysis
-from analysis.arms import BASE, FULL, higher_is_better
-from analysis.style import GREY, styled
-from analysis.tables import DAGGER, number, title
-from analysis.venues import DEFAULT, LEAST_FONT, Venue
+from .analyse import Analysis
+from .arms import BASE, FULL, higher_is_better
+from .style import GREY, styled
+from .tables import DAGGER, number, title
+from .venues import DEFAULT, LEAST_FONT, Venue
 
 Maker = Callable[[Analysis, Venue], Figure | str]
 """Makes a figure for a venue, or says why the study has no data for it."""
@@ -311,7 +313,7 @@ def where_energy_went(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | st
             percent = rows[rows["layer"].notna()].assign(share=100 * rows["energy_share"])
             tables[arm.label] = percent.groupby(["role", "layer"], sort=False, as_index=False)["share"].mean()
     if not tables:
-        return "no run has spectra (python adapters.py spectra outputs/STUDY makes them)"
+        return f"no run has spectra ({installation.program('adapters')} spectra outputs/STUDY makes them)"
     names = shown.named(analysis, with_spectra[0].setting)
     chosen = shown.last(names, tables)[:4]
     top = max(float(tables[label]["share"].max()) for label in chosen)

@@ -7,8 +7,8 @@ task gains nothing by itself that is told from 0.
 import numpy as np
 import pandas as pd
 
-from analysis import compare
-from analysis.arms import Arrangement
+from . import compare
+from .arms import Arrangement
 
 COLUMNS = ["model", "arm", "metric", "task", "tasks", "share", "low", "high"]
 MEAN, WORST = "mean", "worst"

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis import draw
-from analysis.arms import FULL
-from analysis.style import FADED, OTHERS, Look
-from analysis.tables import DAGGER
-from analysis.venues import LEAST_FONT, Venue
+from . import draw
+from .arms import FULL
+from .style import FADED, OTHERS, Look
+from .tables import DAGGER
+from .venues import LEAST_FONT, Venue
 
 PANEL_HEIGHT = 1.95
 WIDE = 1.3

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import stats
-from analysis.load import NAME, Problem, Study
 from sweeper.record import LARGEST_LINES, LIBRARY, read_json, read_text
+
+from . import stats
+from .load import NAME, Problem, Study
 
 SCHEMA = 1
 BEST = "best_member"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import groups, spectra, together
 from sweeper.record import (
     ADAPTER,
     COMBINED,
@@ -30,6 +29,8 @@ from sweeper.record import (
     read_json,
     read_text,
 )
+
+from . import groups, spectra, together
 
 # of a spec, and the location of the files
 CONTENTS = {

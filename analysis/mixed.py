@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.arms import Arrangement, Setting
+from sweeper import installation
+
+from .arms import Arrangement, Setting
 
 COLUMNS = ["setting", "metric", "term", "estimate", "low", "high", "p", "rows", "level"]
 MOST_ROWS = 3000
@@ -21,7 +23,7 @@ def require() -> None:
         ModuleNotFoundError: statsmodels is not installed.
     """
     if importlib.util.find_spec("statsmodels") is None:
-        raise ModuleNotFoundError("--mixed needs statsmodels: pip install 'lora-sweeper[mixed]'")
+        raise ModuleNotFoundError(f"--mixed needs statsmodels: {installation.install('mixed')}")
 
 
 def table(found: Arrangement, metric: str) -> pd.DataFrame:

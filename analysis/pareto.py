@@ -5,7 +5,7 @@ import moocore
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.stats import Array
+from .stats import Array
 
 
 def front(cost_A: Array, loss_A: Array) -> NDArray[np.bool_]:

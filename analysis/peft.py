@@ -9,10 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import manifest
-from analysis.analyse import Analysis
 from sweeper import record
 from sweeper.record import ADAPTER
+
+from . import manifest
+from .analyse import Analysis
 
 
 def to_peft(analysis: Analysis, folder: Path) -> list[Path]:

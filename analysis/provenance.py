@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.analyse import Analysis
-from analysis.checks import DIRTY
 from sweeper.record import read_commands
+
+from .analyse import Analysis
+from .checks import DIRTY
 
 SHOWN = ("torch", "transformers", "peft")
 VERSION = "made_with.versions."

@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import captions, shown
-from analysis.analyse import Analysis
-from analysis.arms import BASE, higher_is_better, kinds
-from analysis.claims import sentences
-from analysis.load import STATUSES
-from analysis.tables import TITLES, Sheet, sheets
-from analysis.venues import DEFAULT, Venue
+from . import captions, shown
+from .analyse import Analysis
+from .arms import BASE, higher_is_better, kinds
+from .claims import sentences
+from .load import STATUSES
+from .tables import TITLES, Sheet, sheets
+from .venues import DEFAULT, Venue
 
 _HERE = Path(__file__).parent
 _FILTERS = ("placement", "rank", "method", "allocation", "source")

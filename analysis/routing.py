@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from analysis import stats
-from analysis.arms import Arrangement
-from analysis.stats import Draws
-from analysis.together import RIGHT, ROUTED
+from . import stats
+from .arms import Arrangement
+from .stats import Draws
+from .together import RIGHT, ROUTED
 
 COLUMNS = ["model", "arm", "task", "router", "seeds", "right", "metric", "known", "routed", "change", "low", "high"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import stats
-from analysis.arms import FULL, Arm, Arrangement, Setting, higher_is_better
-from analysis.stats import Array, Draws
+from . import stats
+from .arms import FULL, Arm, Arrangement, Setting, higher_is_better
+from .stats import Array, Draws
 
 COLUMNS = [
     "setting", "metric", "placement", "by", "sizes", "per_doubling", "low", "high", "rms_residual", "exponent",

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import pandas as pd
 
-from analysis import contrasts
-from analysis.analyse import Analysis
-from analysis.arms import BASE, FULL, higher_is_better, kinds
-from analysis.pareto import front
-from analysis.style import FADED, OTHERS, WHOLE, Look, looks
-from analysis.tables import DAGGER, daggers
+from . import contrasts
+from .analyse import Analysis
+from .arms import BASE, FULL, higher_is_better, kinds
+from .pareto import front
+from .style import FADED, OTHERS, WHOLE, Look, looks
+from .tables import DAGGER, daggers
 
 Looks = Mapping[str, Look]
 """How each kind of arm is drawn."""

@@ -17,7 +17,7 @@ import scipy
 from numpy.typing import NDArray
 from scipy import special
 
-from analysis.seeds import SeedVariance
+from .seeds import SeedVariance
 
 Array = NDArray[np.float64]
 FEW_GROUPS = 3

@@ -11,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import compare, manifest, provenance
-from analysis.analyse import Analysis
-from analysis.arms import BASE, FULL, higher_is_better
 from sweeper.record import csv_cell, markdown_text
+
+from . import compare, manifest, provenance
+from .analyse import Analysis
+from .arms import BASE, FULL, higher_is_better
 
 TITLES = {
     "setting": "task", "trainable_parameters": "trainable", "trainable_percent": "%", "train_flops": "FLOPs",

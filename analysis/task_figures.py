@@ -9,14 +9,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import continual, draw, layout, shown
-from analysis.analyse import Analysis
-from analysis.experts import by_expert
-from analysis.library import BEST
-from analysis.style import GREY, Look, looks
-from analysis.tables import title
-from analysis.together import ALONE, FIELD, THEN
-from analysis.venues import DEFAULT, LEAST_FONT, Venue
+from . import continual, draw, layout, shown
+from .analyse import Analysis
+from .experts import by_expert
+from .library import BEST
+from .style import GREY, Look, looks
+from .tables import title
+from .together import ALONE, FIELD, THEN
+from .venues import DEFAULT, LEAST_FONT, Venue
 
 MOST_ARMS = 6
 CELL, AROUND = 0.28, 1.05

@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from analysis import stats
-from analysis.arms import Arrangement
-from analysis.stats import Draws
+from . import stats
+from .arms import Arrangement
+from .stats import Draws
 
 COLUMNS = ["model", "arm", "adapter", "task", "seeds", "nll", "rise", "rise_low", "rise_high"]
 THROUGH = "through."  # begins the columns of NLLs by task and by whose blocks

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special
 
-from analysis.arms import Arm, Arrangement, higher_is_better
 from sweeper.record import SEARCHES
+
+from .arms import Arm, Arrangement, higher_is_better
 
 RATE = "optim.lr"
 LEAST_RATES = 4

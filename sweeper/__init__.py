@@ -1,10 +1,12 @@
-"""Where should LoRA go? The Python API: docs/api.md shows it, docs/extending.md your own parts (`sweeper.register`).
+"""LoRA Atlas in Python: docs/api.md shows it, docs/extending.md your own parts (`sweeper.register`).
 
 Nothing heavy is imported until it is used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sweeper import register
@@ -16,8 +18,10 @@ __all__ = ["Run", "RunSpec", "Study", "SweeperError", "evaluate", "load_study", 
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in (*__all__, "analysis"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "analysis":  # from sweeper import analysis: beside this package in a checkout, inside it in a wheel
+        return importlib.import_module("sweeper.installation").analysis()
     if name == "register":
         return importlib.import_module("sweeper.register")
     home = {"RunSpec": "spec", "SweeperError": "errors"}.get(name, "api")

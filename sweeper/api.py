@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import record, run
+from sweeper import installation, record, run
 from sweeper.errors import DataError, Problems, SpecError, SweeperError
 
 if TYPE_CHECKING:
@@ -41,9 +41,8 @@ class Run(run.Run):
         saved = every[0]
         rescore.check_models(every)
         if note := self.record.saved.get("peft"):
-            raise DataError(
-                f"{self.folder}: PEFT does not give this run's logits ({note}); adapters.py merge writes them"
-            )
+            merge = f"{installation.program('adapters')} merge"
+            raise DataError(f"{self.folder}: PEFT does not give this run's logits ({note}); {merge} writes them")
         base = peft_models.load_base(saved.spec, device, saved.precision)
         tuned = peft_models.own_weights(self.folder)
         if tuned is not None:
@@ -73,17 +72,16 @@ class Study:
             SweeperError: pandas is not installed, or no run has a score.
         """
         try:
-            from analysis.analyse import summarise
-            from analysis.arms import arrange
-            from analysis.load import load
-            from analysis.stats import Draws
+            parts = [installation.analysis(name) for name in ("analyse", "arms", "load", "stats")]
         except ImportError as error:
-            raise SpecError(f"study.table() needs {error.name}: pip install '.[analysis]'") from None
+            raise SpecError(f"study.table() needs {error.name}: {installation.install('analysis')}") from None
         ids = [one.run_id for one in self.runs if one.status is not None]
         if not ids:
             raise DataError(f"{self.folder}: no run has ended, so there is no table")
-        found = load(*(self.folder / run_id for run_id in ids))
-        return summarise(arrange(found), draws=Draws(2000, 0)).query("arm != 'base model'").reset_index(drop=True)
+        analyse, arms, load, stats = parts
+        found = load.load(*(self.folder / run_id for run_id in ids))
+        table: pd.DataFrame = analyse.summarise(arms.arrange(found), draws=stats.Draws(2000, 0))
+        return table.query("arm != 'base model'").reset_index(drop=True)
 
 
 def sweep(*overrides: str, config_dir: str | Path | None = None, **fields: Any) -> Study:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sweeper import lost
 from sweeper.errors import Interrupted, Problems, SweeperError, unknown
+from sweeper.installation import program
 from sweeper.lost import ContextLost
 from sweeper.redaction import without_credentials
 
@@ -44,7 +45,7 @@ def put_flags_last() -> None:
     from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> NoReturn:
-        print(f"error: {message}. Flags: python {sys.argv[0]} --hydra-help", file=sys.stderr)
+        print(f"error: {message}. Flags: {program('train')} --hydra-help", file=sys.stderr)
         sys.exit(2)
 
     parser = get_args_parser()
@@ -252,10 +253,9 @@ def _refused(composer: "Composer", overrides: Sequence[str]) -> Exception | None
     return None
 
 
-def grid_without_multirun(
-    overrides: Sequence[str], composer: "Composer", needs: str = "-m (train.py -m ...)"
-) -> list[str]:
+def grid_without_multirun(overrides: Sequence[str], composer: "Composer", needs: str = "") -> list[str]:
     """A line for each override that asks for several runs where there is one; `needs` is what trains several."""
+    needs = needs or f"-m ({program('train').removeprefix('python ')} -m ...)"
     lines = []
     for line in overrides:
         try:

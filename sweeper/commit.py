@@ -3,8 +3,9 @@
     python -m sweeper.commit      # or make commit-file; then copy the tree to the machine that trains
 
 `.commit` at the root of the tree has the commit, the names of all tracked files and one digest of their content. It
-answers where git does not know the tree; where a file is no longer what it was, the tree counts as changed. A commit is
-written "0123456789ab", with "+" behind it where tracked files differ from it.
+answers where git does not know the tree; where a file is no longer what it was, the tree counts as changed. A wheel has
+the commit that it was built of (hatch_build.py). A commit is written "0123456789ab", with "+" behind it where tracked
+files differ from it.
 """
 
 import functools
@@ -15,6 +16,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from sweeper.installation import PACKAGE, WHEEL
 from sweeper.record import write_json
 
 FILE = ".commit"
@@ -28,6 +30,9 @@ def commit(root: Path = ROOT) -> str | None:
 
     A tree that lies in another project's checkout without being tracked there is not that project's.
     """
+    if WHEEL and root == ROOT:
+        built = PACKAGE / FILE
+        return _plausible(built.read_text(encoding="utf-8")) if built.is_file() else None
     if _git(root, "ls-files", "--error-unmatch", "--", "sweeper/commit.py") is not None:
         return _described(root)
     return _noted(root)
@@ -53,10 +58,14 @@ def _noted(root: Path) -> str | None:
         named, files = str(plain["commit"]), [str(name) for name in plain["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not re.fullmatch(r"[0-9a-f]{7,40}\+?", named):
+    if _plausible(named) is None:
         return None
     same = _digest(root, files) == plain.get("sha256")
     return named if same or named.endswith(CHANGED) else f"{named}{CHANGED}"
+
+
+def _plausible(named: str) -> str | None:
+    return named if re.fullmatch(r"[0-9a-f]{7,40}\+?", named) else None
 
 
 def _described(root: Path) -> str | None:

@@ -216,4 +216,15 @@ def test_a_wheel_has_the_configurations(root: Path, tmp_path: Path) -> None:
 
     (wheel,) = WheelBuilder(str(root)).build(directory=str(tmp_path), versions=["standard"])
     names = ZipFile(wheel).namelist()
-    assert {"sweeper/conf/config.yaml", "hydra_plugins/lora_sweeper/ablation_sweeper.py"} <= set(names)
+    assert Path(wheel).name.startswith("lora_atlas-")
+    wanted = {
+        "conf/config.yaml",
+        "conf/placement/attn.yaml",
+        "analysis/__main__.py",
+        "analysis/report.css",
+        "fetched.txt",
+    }
+    assert {f"sweeper/{name}" for name in wanted} | {"hydra_plugins/lora_sweeper/own_conf.py"} <= set(names)
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", ZipFile(wheel).read("sweeper/.commit").decode())
+    tops = {name.split("/")[0] for name in names}  # nothing of a name that another package may have
+    assert {name for name in tops if not name.endswith(".dist-info")} == {"sweeper", "hydra_plugins"}

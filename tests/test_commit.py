@@ -117,3 +117,13 @@ def test_where_there_is_no_checkout_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no git checkout, so there is no commit to write down"):
         commit.write(tmp_path)
     assert not (tmp_path / FILE).exists()
+
+
+def test_a_wheel_says_what_it_was_built_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "WHEEL", True)
+    monkeypatch.setattr(commit, "PACKAGE", tmp_path)
+    assert commit.commit() is None
+    for text, known in (("0123456789ab+", "0123456789ab+"), ("<b>", None)):
+        (tmp_path / FILE).write_text(text)
+        commit.commit.cache_clear()
+        assert commit.commit() == known

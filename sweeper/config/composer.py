@@ -21,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sweeper import register
 from sweeper.errors import SpecError, unknown
+from sweeper.installation import CONF, program
 
-_HERE = Path(__file__).parents[1]
-CONF = next(path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir())
-"""In the package where it is installed, beside it in a checkout."""
+# the help page says how the command is typed: ${program:train}
+OmegaConf.register_new_resolver("program", program, replace=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ def _option(composer: Composer, group: str, name: str) -> dict[str, Any]:
 
 
 def composer_of(config_dir: str | Path | None = None) -> Composer:
-    """The loader of `conf/`, preceded by the folder that --config-dir names."""
+    """The loader of `conf/`, the user's own and ours, with the folder that --config-dir names."""
     GlobalHydra.instance().clear()
     search_path = create_config_search_path(str(CONF))
     if config_dir:

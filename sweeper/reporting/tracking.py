@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sweeper import naming
+from sweeper import installation, naming
 from sweeper.errors import SpecError, SweeperError, first_line, gist, unknown
 from sweeper.record import TENSORBOARD, WANDB_ID, Record, write_json
 from sweeper.redaction import without_credentials
@@ -137,7 +137,7 @@ def check(settings: Settings) -> None:
     package, known, _ = TRACKERS[settings.tracking]
     if importlib.util.find_spec(package) is None:
         raise SpecError(
-            f"tracking={settings.tracking} needs the package {package}: pip install '.[{settings.tracking}]', "
+            f"tracking={settings.tracking} needs the package {package}: {installation.install(settings.tracking)}, "
             "or tracking=none"
         )
     for name in settings.tracking_options:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeper import config, identity
+from sweeper import config, identity, installation
 from sweeper.errors import SpecError
 from sweeper.reporting import text
 from sweeper.reporting.console import make_console
@@ -15,9 +15,9 @@ from sweeper.spec import DatasetSpec, EvaluationSpec, Settings, unique
 from sweeper.tasks.metrics import suite_score
 
 USAGE = """\
-python evaluate.py FOLDER... [dataset=NAME,...] [dataset.FIELD=...] [evaluation.FIELD=...] [trainer.device=...]
+{program} FOLDER... [dataset=NAME,...] [dataset.FIELD=...] [evaluation.FIELD=...] [trainer.device=...]
 
-  FOLDER   outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, or a folder written by adapters.py combine
+  FOLDER   outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, or a folder that combine wrote
   dataset  tasks to score on (default: each run's training dataset)
   plugins  files and modules with the code of runs' own methods and tasks (docs/extending.md)
   evaluation.splits=[test] and evaluation.generate=true are defaults; evaluation=lm_eval scores with lm-eval
@@ -27,6 +27,10 @@ DEFAULTS = {"evaluation.splits": "[test]", "evaluation.generate": "true"}
 OVERRIDES = ("dataset", "evaluation", "trainer.device")
 
 
+def usage() -> str:
+    return USAGE.format(program=installation.program("evaluate"))
+
+
 def main(arguments: Sequence[str]) -> None:
     """Scores and prints.
 
@@ -34,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         SweeperError: a folder has no runs or an override is invalid; nothing has been scored.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE)
+        print(usage())
         return
     folders = [Path(argument) for argument in arguments if "=" not in argument]
     score(folders, [argument for argument in arguments if "=" in argument], config.composer_of())
@@ -50,7 +54,7 @@ def score(
     """
     datasets, evaluation, settings = composed(overrides, composer)
     if not folders:
-        raise SpecError(f"no folder of runs given. Usage: {USAGE.splitlines()[0]}")
+        raise SpecError(f"no folder of runs given. Usage: {usage().splitlines()[0]}")
     runs = rescore.find(folders, gates=True)
     rescore.check(runs, datasets, evaluation)
     console = make_console()
@@ -67,7 +71,7 @@ def score(
 
 
 def composed(
-    overrides: Sequence[str], composer: config.Composer, *, program: str = "evaluate.py"
+    overrides: Sequence[str], composer: config.Composer, *, program: str = "evaluate"
 ) -> tuple[list[DatasetSpec], EvaluationSpec, Settings]:
     """The datasets, if any are named, and the evaluation that overrides ask of a `program`.
 

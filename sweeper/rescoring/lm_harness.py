@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sweeper import installation
 from sweeper.errors import SpecError, unknown
 from sweeper.spec import DatasetSpec, EvaluationSpec
 from sweeper.tasks import metrics, stop_strings
@@ -37,7 +38,7 @@ def check(evaluation: EvaluationSpec) -> None:
         if option not in OPTIONS:
             raise SpecError(unknown("evaluation.options", option, OPTIONS))
     if not is_installed("lm_eval"):
-        raise SpecError("evaluation=lm_eval needs the Python package lm-eval: make lm-eval, or pip install lm-eval")
+        raise SpecError(f"evaluation=lm_eval needs the Python package lm-eval: {installation.install('lm_eval')}")
 
 
 def as_task(spec: DatasetSpec, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import naming, record, register, tasks
+from sweeper import installation, naming, record, register, tasks
 from sweeper.errors import DataError, Problems, SweeperError
 from sweeper.identity import Former, changes, former_of
 from sweeper.record import ADAPTER, COMBINED, EXPERTS, RECORD, ROUTER, ROUTERS, TASKS, WEIGHTS, Score
@@ -93,8 +93,8 @@ def find(paths: Sequence[Path], *, gates: bool = False) -> list[Saved]:
             runs = [run for run in runs if not run.gate]
             if not runs:
                 raise DataError(
-                    f"{path}: its experts open by a learnt gate, so it has no adapter for PEFT; evaluate.py scores it, "
-                    "and sweeper.adapters.routed loads it"
+                    f"{path}: its experts open by a learnt gate, so it has no adapter for PEFT; "
+                    f"{installation.program('evaluate')} scores it, and sweeper.adapters.routed loads it"
                 )
         if not runs:
             raise DataError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sweeper import record, register
+from sweeper import installation, record, register
 from sweeper.arms import Arm, look_up, number_of_points, single
 from sweeper.errors import Interrupted, RunsFailed, SpecError, SweeperError, gist
 from sweeper.record import Record
@@ -72,7 +72,7 @@ def train(
 def on_ray(**ray_settings: Any) -> Workers:
     """Workers over Ray; `ray_settings` are the fields of `sweeper.study.ray_workers.RaySettings`."""
     if importlib.util.find_spec("ray") is None:
-        raise SpecError("hydra/launcher=ray needs the package ray: pip install '.[ray]'")
+        raise SpecError(f"hydra/launcher=ray needs the package ray: {installation.install('ray')}")
     from sweeper.study import ray_workers
 
     chosen = ray_workers.RaySettings(**ray_settings)
@@ -199,7 +199,7 @@ def carry_out(
     announce(plan, search, console, left=left)
     outcome = Outcome(records={})
     if left:
-        record.note_command(plan.study, typed or shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+        record.note_command(plan.study, typed or _as_typed())
         say = functools.partial(console.print, style="yellow", markup=False, soft_wrap=True)
         display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan.fields, settings, say)
         work.observers = [display] if tracker is None else [display, tracker]
@@ -299,7 +299,8 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
         console.print(f"saved: {csv}, {markdown}", style="dim", soft_wrap=True)
         if any(one.status == "completed" for one in found.values()):
             study = shlex.quote(str(plan.study))
-            console.print(f"tables and figures: python -m analysis {study} --out paper/", style="dim", soft_wrap=True)
+            analyse = installation.program("analyse")
+            console.print(f"tables and figures: {analyse} {study} --out paper/", style="dim", soft_wrap=True)
     failed = {run_id: one for run_id, one in {**outcome.records, **found}.items() if one.status == "failed"}
     if outcome.interrupted and (work.running or work.pending()):
         raise Interrupted(_stopped(plan, found))
@@ -409,13 +410,20 @@ def _failures(plan: Plan, failed: dict[str, Record], left: int, runs: int) -> li
     return lines
 
 
+def _as_typed() -> str:
+    """The command of this process, as a study notes it."""
+    script = Path(sys.argv[0])
+    named = ["python", script.name] if script.suffix == ".py" else installation.program("train").split()
+    return shlex.join([*named, *sys.argv[1:]])
+
+
 def _repeat(plan: Plan, failed: Record) -> str | None:
     """The command that trains one run of a plan alone, if it is known how the run was typed."""
     for arm in plan.arms:
         mine = failed.search.get("arm") == arm.key or any(spec.run_id == failed.run_id for spec in arm.defaults)
         if mine and arm.overrides:
             one = ["hydra.mode=RUN"] if arm.space else []  # of an overlay that makes a search of it, such as search=lr
-            return "python train.py " + shlex.join([*_typed(arm, failed.spec), *one])
+            return f"{installation.program('train')} {shlex.join([*_typed(arm, failed.spec), *one])}"
     return None
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Iterator, Sequence
 
+from sweeper import installation
 from sweeper.arms import Arm
 from sweeper.errors import Problems, SpecError, SweeperError
 from sweeper.spec import RunSpec
@@ -42,7 +43,9 @@ def _plain(search: SearchSettings) -> Iterator[str]:
 
 def _tuned(arms: Sequence[Arm], search: SearchSettings, calibrate: bool) -> Iterator[str]:
     if importlib.util.find_spec("optuna") is None:
-        raise SpecError("a search needs the package optuna: pip install '.[search]', or give lists, no ranges")
+        raise SpecError(
+            f"a search needs the package optuna: {installation.install('search')}, or give lists, no ranges"
+        )
     from sweeper.study.samplers import make_pruner, try_sampler
     from sweeper.study.storage import reach
 

@@ -9,13 +9,14 @@ data does). A family whose data is in a package names it as `PACKAGE`; one whose
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sweeper import content as contents
+from sweeper import installation, packages
 from sweeper.cache import cache_folder
 from sweeper.content import Content
 from sweeper.errors import DataError, SpecError, gist, unknown
@@ -44,7 +45,7 @@ from sweeper.tasks import (
 from sweeper.tasks import cache as _cache
 from sweeper.tasks.example import SPLITS, Choice, Encoded, EncodedSplit, Example
 from sweeper.tasks.metrics import GENERATED, METRICS, PACKAGES, PROGRAM
-from sweeper.tasks.package import require
+from sweeper.tasks.package import require_extra
 from sweeper.tasks.split import units
 from sweeper.tasks.template import TEMPLATES, TODAY, adds_start, puts_space_first, tokenise, writes_date
 from sweeper.untrusted import sandbox
@@ -127,7 +128,7 @@ def check(spec: DatasetSpec, *, training: bool = True) -> None:
     if training and getattr(FAMILIES[spec.family], "EVALUATION_ONLY", False):
         raise DataError(
             f"dataset={spec.name} is for evaluation only and has no training split: train on another dataset, then "
-            f"python evaluate.py RUN_FOLDER dataset={spec.name}"
+            f"{installation.program('evaluate')} RUN_FOLDER dataset={spec.name}"
         )
     FAMILIES[spec.family].check(spec)
     for part in spec.parts:
@@ -145,7 +146,7 @@ def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec, *, traini
     if training and evaluation.name == "lm_eval":
         raise SpecError(
             "evaluation=lm_eval scores saved adapters: train with another evaluation, then "
-            f"python evaluate.py outputs/STUDY dataset={dataset.name} evaluation=lm_eval"
+            f"{installation.program('evaluate')} outputs/STUDY dataset={dataset.name} evaluation=lm_eval"
         )
     if training and evaluation.options:
         raise SpecError(f"evaluation.options: evaluation={evaluation.name} has none, lm_eval has")
@@ -184,8 +185,8 @@ def content(spec: DatasetSpec) -> Content:
     if package is None:
         return contents.NONE
     try:
-        return contents.of_package(package, importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:  # `check` says so
+        return contents.of_package(package, packages.distribution(package).version)
+    except PackageNotFoundError:  # `check` says so
         return contents.NONE
 
 
@@ -296,7 +297,7 @@ def _check_names(spec: DatasetSpec) -> None:
         if metric in GENERATED and spec.max_new_tokens < 1:
             raise SpecError(f"dataset.metrics={metric} needs generated text: set dataset.max_new_tokens above 0")
         if metric in PACKAGES:
-            require(*PACKAGES[metric], spec)
+            require_extra(PACKAGES[metric], "metrics", spec)
     choices = FAMILIES[spec.family].OPTIONS | COMMON_OPTIONS
     for option in spec.options:
         if option not in choices:

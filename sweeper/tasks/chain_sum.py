@@ -32,7 +32,7 @@ version = partial(installed_version, PACKAGE)
 
 
 def check(spec: DatasetSpec) -> None:
-    require("reasoning_gym", f"--no-deps {PACKAGE}", spec)
+    require("reasoning_gym", PACKAGE, spec)
     found = _options(spec)
     for name, value in found.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

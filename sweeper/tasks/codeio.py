@@ -57,7 +57,7 @@ for _seed in range(%(cases)d):
 
 UNIT = "programs that define the same helper functions, or answer the same question"
 
-check = partial(require, "reasoning_gym", f"--no-deps {PACKAGE}")
+check = partial(require, "reasoning_gym", PACKAGE)
 version = partial(installed_version, PACKAGE)
 
 

@@ -11,6 +11,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING
 
+from sweeper import installation
 from sweeper.errors import DataError
 from sweeper.tasks.example import Encoded, EncodedSplit
 from sweeper.tasks.package import folder, is_installed
@@ -31,7 +32,7 @@ def check() -> None:
     if not is_installed("reasoning_gym"):
         raise DataError(
             f"evaluation.splits={SPLIT} needs the text in the package reasoning-gym: "
-            "pip install --no-deps reasoning-gym"
+            f"{installation.fetch('reasoning-gym')}"
         )
     found = hashlib.sha256(_file()).hexdigest()
     if found != SHA256:

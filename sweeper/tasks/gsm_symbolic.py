@@ -33,7 +33,7 @@ version = partial(installed_version, PACKAGE)
 
 
 def check(spec: DatasetSpec) -> None:
-    require("reasoning_gym", f"--no-deps {PACKAGE}", spec)
+    require("reasoning_gym", PACKAGE, spec)
     for split, held in _parts(spec, range(100)).items():
         wanted = sizes(spec)[split] or 0
         if wanted > PER_TEMPLATE * len(held):

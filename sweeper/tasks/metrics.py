@@ -156,9 +156,7 @@ def check(wanted: Iterable[str], examples: Iterable[Example]) -> None:
 
 
 # metric -> (module, name to give to pip)
-PACKAGES = {"rouge_l": ("rouge_score", "rouge-score")} | dict.fromkeys(
-    ("bleu", "chrf", "sentence_bleu", "sentence_chrf"), ("sacrebleu", "sacrebleu")
-)
+PACKAGES = {"rouge_l": "rouge_score"} | dict.fromkeys(("bleu", "chrf", "sentence_bleu", "sentence_chrf"), "sacrebleu")
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sweeper import methods
+from sweeper import installation, methods
 from sweeper.lora.blocks import Block, rows_of
 from sweeper.lora.forms import FORMS, AdapterSpec
 from sweeper.lora.forms.peft import state_dict
@@ -169,9 +169,10 @@ def write_readme(run: Path, spec: RunSpec, refused: str | None) -> None:
             'model = PeftModel.from_pretrained(base_model, "adapter")  # gives the logits that were scored', "```",
         ]  # fmt: skip
     else:
+        merge, evaluate = f"{installation.program('adapters')} merge", installation.program("evaluate")
         lines += [
             f"Stock PEFT does not give the logits that were scored: {refused}.", "",
-            "    python adapters.py merge RUN_FOLDER --out merged    # a plain transformers model that gives them", "",
-            "`RUN_FOLDER` is the folder above this one; `python evaluate.py RUN_FOLDER` scores it as it is.",
+            f"    {merge} RUN_FOLDER --out merged    # a plain transformers model that gives them", "",
+            f"`RUN_FOLDER` is the folder above this one; `{evaluate} RUN_FOLDER` scores it as it is.",
         ]  # fmt: skip
     write_atomically(folder / "README.md", "\n".join(lines) + "\n")

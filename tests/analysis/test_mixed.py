@@ -36,4 +36,4 @@ def test_without_statsmodels_one_line_says_so(
     write_study(tmp_path / "s", ranks=(4,), examples=20, steps=2)
     monkeypatch.setattr(mixed.importlib.util, "find_spec", lambda name: None)
     assert main([str(tmp_path / "s"), "--out", str(tmp_path / "out"), "--mixed"]) == 2
-    assert capsys.readouterr().err == "error: --mixed needs statsmodels: pip install 'lora-sweeper[mixed]'\n"
+    assert capsys.readouterr().err == "error: --mixed needs statsmodels: pip install -e '.[mixed]' -c constraints.txt\n"

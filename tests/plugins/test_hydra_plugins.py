@@ -15,7 +15,7 @@ def train(root: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
-@pytest.mark.parametrize("name", ["ablation_sweeper", "packed_launcher"])
+@pytest.mark.parametrize("name", ["ablation_sweeper", "own_conf", "packed_launcher"])
 def test_modules_are_thin(name: str) -> None:
     """Hydra imports every plugin at every start, so nothing of the sweeper may be imported with them."""
     code = f"import hydra_plugins.lora_sweeper.{name}, sys; print('sweeper' in sys.modules)"

@@ -250,7 +250,9 @@ def test_a_tracker_that_is_not_installed_says_how(study: Settings, monkeypatch: 
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SpecError, match=r"needs the package wandb: pip install '\.\[wandb\]', or tracking=none"):
+    with pytest.raises(
+        SpecError, match=r"needs the package wandb: pip install -e '\.\[wandb\]' -c constraints\.txt, or tracking=none"
+    ):
         tracking.check(replace(study, tracking="wandb"))
 
 

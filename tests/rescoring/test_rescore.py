@@ -339,5 +339,5 @@ def test_lm_eval_is_for_saved_adapters_and_not_for_programs(monkeypatch: pytest.
     with pytest.raises(SpecError, match="evaluation=default does that in a sandbox"):
         lm_harness.as_task(program, [], None)  # type: ignore[arg-type]
     monkeypatch.setattr(lm_harness, "is_installed", lambda name: False)
-    with pytest.raises(SpecError, match=r"needs the Python package lm-eval: make lm-eval, or pip install"):
+    with pytest.raises(SpecError, match=r"needs the Python package lm-eval: make lm-eval$"):
         lm_harness.check(EvaluationSpec(name="lm_eval"))

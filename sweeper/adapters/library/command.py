@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sweeper import installation
 from sweeper.adapters.library import asked as options_of
 from sweeper.adapters.library import members
 from sweeper.adapters.library.asked import FREE, RULES, Asked
@@ -85,7 +86,7 @@ def read(words: Sequence[str], *, seed: int = 0) -> Command:
     asked = options_of.parse(typed, seed=seed)
     runs = _choose(paths, selection, asked)
     members.check(runs)
-    datasets, evaluation, _ = evaluate.composed(overrides, config.composer_of(), program="adapters.py route")
+    datasets, evaluation, _ = evaluate.composed(overrides, config.composer_of(), program="route")
     named = [task for dataset in datasets for task in dataset.parts or (dataset,)] or members.trained_on(runs)
     scoring.check(runs, named, asked, evaluation)
     return Command(runs, named, evaluation, asked)
@@ -134,7 +135,9 @@ def route(options: argparse.Namespace) -> None:
     if options.save is not None and "arrow" in asked.rules:
         saving.arrow_readme(options.save / "arrow", runs, scoring.general_runs(asked), asked)
     if options.out is None:
-        console.print(f"python -m analysis {place.parent} has it as table library", markup=False, soft_wrap=True)
+        console.print(
+            f"{installation.program('analyse')} {place.parent} has it as table library", markup=False, soft_wrap=True
+        )
 
 
 def show(found: "Sequence[Scored]") -> None:

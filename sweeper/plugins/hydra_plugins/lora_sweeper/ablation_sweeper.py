@@ -38,7 +38,7 @@ class AblationSweeperConf:
     finish: int = 4
 
 
-ConfigStore.instance().store(group="hydra/sweeper", name="ablation", node=AblationSweeperConf, provider="lora_sweeper")
+ConfigStore.instance().store(group="hydra/sweeper", name="ablation", node=AblationSweeperConf, provider="lora-atlas")
 
 
 class AblationSweeper(Sweeper):

