@@ -29,7 +29,7 @@ from analysis import (
     transfer,
     tuning,
 )
-from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
+from analysis.arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better, main_metric
 from analysis.load import STATUSES, Study
 from analysis.stats import Draws
 from sweeper.record import perplexity
@@ -57,13 +57,14 @@ class Analysis:
 
 
 def analyse(
-    study: Study, *, metric: str = "nll", tuned: Iterable[str] = (), draws: int = 2000, seed: int = 0,
+    study: Study, *, metric: str | None = None, tuned: Iterable[str] = (), draws: int = 2000, seed: int = 0,
     mixed_model: bool = False,
 ) -> Analysis:  # fmt: skip
     """Computes every table.
 
     Args:
-        metric: selects trials (on validation) and is shown in the main figures (on test).
+        metric: selects trials (on validation) and is shown in the main figures (on test). None: NLL, or where no run
+            has it, as of those that PEFT publishes, the first score that there is.
         tuned: dotted fields besides `optim.*` that count as tuned inside an arm.
         draws, seed: of the bootstrap.
         mixed_model: whether to fit one (`analysis.mixed`), which takes seconds a setting.
@@ -71,6 +72,7 @@ def analyse(
     if mixed_model:
         mixed.require()
     sampler = Draws(draws, seed)
+    metric = main_metric(study.runs) if metric is None else metric
     found = arrange(study, tuned=tuned, metric=metric)
     tuning.judge(found)
     arms = summarise(found, draws=sampler, metric=metric)
