@@ -2,5 +2,6 @@
 
 from analysis.analyse import Analysis, analyse
 from analysis.load import Study, load
+from analysis.texts import examples
 
-__all__ = ["Analysis", "Study", "analyse", "load"]
+__all__ = ["Analysis", "Study", "analyse", "examples", "load"]

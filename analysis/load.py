@@ -13,6 +13,7 @@ from analysis import groups, spectra, together
 from sweeper.record import (
     ADAPTER,
     COMBINED,
+    EXAMPLES,
     LARGEST_LINES,
     LEFT_OUT,
     LEFT_OUT_OF_TASKS,
@@ -40,11 +41,11 @@ STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
 # earlier versions: with accumulation, a step's examples depended on how it was split into passes
 ORDER = "trainer.order"
-SIZES = ("examples", "groups", "truncated", "dropped", "seen")  # of a split, in a record's data
+SIZES = ("examples", "groups", "truncated", "dropped", "seen", "texts")  # of a split, in a record's data
 MADE_WITH = ("precision", "device_type", "device", "attention", "sandbox_python")  # of a record's environment
 # of a split or metric, which tables and figures are named by: no path, no LaTeX
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+:-]{0,79}")
-_NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB, LIBRARY)
+_NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB, LIBRARY, EXAMPLES)
 
 
 @dataclass(frozen=True, kw_only=True)
