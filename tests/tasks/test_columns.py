@@ -131,16 +131,17 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path: Path, monkeypatch: pytest
     assert "needs the Python package pyarrow: pip install pyarrow" in refused(spec(tmp_path / "mine.parquet"))
 
 
-def test_public_layouts(tmp_path: Path) -> None:
-    """Alpaca, chat messages, ShareGPT, unpaired preferences: read by naming columns, refused with how to where not."""
+def test_public_layouts(composer: Any, tmp_path: Path) -> None:
+    """Alpaca, chat messages, ShareGPT, unpaired preferences: what a refusal says to type is what reads them."""
     layouts: dict[str, tuple[dict[str, Any], dict[str, str], str, str]] = {
         "alpaca": (
             {"instruction": "Add one to # .", "input": "#", "output": "y"},
             {"prompt": r"{instruction}\n\n{input}", "response": "output"}, "Add one to 3 .\n\n3", "y",
         ),
         "messages": (
-            {"messages": [{"role": "user", "content": "Capital #?"}, {"role": "assistant", "content": "City"}]},
-            {"prompt": "{messages[0][content]}", "response": "{messages[1][content]}"}, "Capital 3?", "City",
+            {"messages": [{"role": who, "content": said} for who, said in (
+                ("system", "Be short."), ("user", "Capital #?"), ("assistant", "City"), ("user", "And?"))]},
+            {"prompt": "{messages[1][content]}", "response": "{messages[2][content]}"}, "Capital 3?", "City",
         ),
         "sharegpt": (
             {"conversations": [{"from": "human", "value": "Say #."}, {"from": "gpt", "value": "it"}]},
@@ -157,7 +158,9 @@ def test_public_layouts(tmp_path: Path) -> None:
         assert found(spec(path, names))[prompt].response == response
         line = refused(spec(path))
         assert all(key in line for key in row)
-        assert "'dataset.columns={" in line
+        typed = line[line.index("'dataset.columns=") :].strip("'")
+        (one,) = config.expand(["model=tiny_llama", "dataset=file", f"dataset.path={path}", typed], composer).specs
+        assert one.dataset.columns == names
 
 
 def test_columns_as_typed(composer: Any) -> None:
@@ -180,10 +183,9 @@ def test_a_dataset_without_columns_says_so() -> None:
 
 
 def test_a_suggestion_guesses_what_columns_are_usually_called() -> None:
-    assert (
-        columns.suggestion(["response"], ["prompt", "output"])
-        == "name its columns: 'dataset.columns={response: output}'"
-    )
-    assert columns.suggestion(["prompt"], ["x"]) == "name its columns: 'dataset.columns={prompt: ...}'"
+    said = columns.suggestion(["response"], {"prompt": "", "output": ""})
+    assert said == "name its columns: 'dataset.columns={response: output}'"
+    assert columns.suggestion(["prompt"], {"x": ""}).endswith("'dataset.columns={prompt: ...}'")
+    assert columns.suggestion(["prompt"], {"messages": ["x", {}]}).endswith("'dataset.columns={prompt: ...}'")
     with pytest.raises(DataError, match="cannot be filled in"):
         columns.fill("{a[b]}", {"a": {}})
