@@ -313,7 +313,9 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for child in sorted(folder.iterdir()):
-        if not child.is_dir() or child.name.startswith(".") or child.name in _NOT_RUNS:
+        if not child.is_dir() or child.name.startswith("."):
+            continue
+        if child.name in _NOT_RUNS and not any(child.glob(f"*/{RECORD}")):  # a study may have that name too
             continue
         if (child / COMBINED).is_file() or (child / MERGED).is_file():
             continue

@@ -235,7 +235,8 @@ def _from_peft_result(plain: Mapping[str, Any], task: str, path: Path) -> dict[s
     run, train, meta = plain["run_info"], plain["train_info"], plain.get("meta_info") or {}
     settings, adapter = run.get("train_config") or {}, run.get("peft_config") or {}
     every = train.get("metrics") or [{}]
-    last, validated = every[-1], next((one for one in reversed(every) if "valid accuracy" in one), {})
+    last: Mapping[str, Any] = every[-1]
+    validated: Mapping[str, Any] = next((one for one in reversed(every) if "valid accuracy" in one), {})
     system = meta.get("system_info") or {}
     metric = str(meta.get("metric") or "accuracy")
     if not NAME.fullmatch(metric):

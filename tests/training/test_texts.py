@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from analysis import examples, load
+from analysis import analyse, examples, load
 from sweeper.record import EXAMPLES, LONGEST_TEXT, MOST_TEXTS, PREDICTIONS, RECORD, read_record
 from sweeper.spec import DatasetSpec
 from sweeper.training import texts
@@ -37,6 +37,7 @@ def test_runs_on_the_same_examples_share_one_file(make_run: Any, run_all: Any, t
         assert row["prompt"].endswith(asked[row["id"]]["prompt"])
         assert row["reference"].strip() == asked[row["id"]]["response"]
         assert isinstance(row["text"], str)
+    assert len(analyse(load(study), draws=20).arms) == 3  # with the base model
     before = examples(load(study), [specs[0].run_id], phase="before")
     assert before["prompt"].to_list() == found["prompt"].to_list()[: len(before)]
 
@@ -108,6 +109,12 @@ def test_who_writes_first_is_kept(tmp_path: Path) -> None:
     assert texts.write(tmp_path, '{"id": "1"}\n') == first
     assert file.stat().st_mtime_ns == stamp
     assert texts.write(tmp_path, '{"id": "2"}\n') != first
+
+
+def test_a_study_may_be_called_as_the_folder_of_texts(make_run: Any, run_all: Any, tmp_path: Path) -> None:
+    spec = make_run(evaluation={"splits": ["test"]}, trainer={"max_steps": 1})
+    run_all([spec], study=EXAMPLES)
+    assert load(tmp_path).runs["run_id"].to_list() == [spec.run_id]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "no JSON", "a path", "no digest"])
