@@ -2,5 +2,6 @@
 
 from .analyse import Analysis, analyse
 from .load import Study, load
+from .texts import examples
 
-__all__ = ["Analysis", "Study", "analyse", "load"]
+__all__ = ["Analysis", "Study", "analyse", "examples", "load"]

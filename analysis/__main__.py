@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog=installation.program("analyse"), description="Records of a study -> tables, figures, report.")
     parser.add_argument("study", nargs="*", type=Path, help="folders of studies, such as outputs/default")
     parser.add_argument("--out", type=Path, default=Path("paper"), help="where to write (default: paper/)")
-    parser.add_argument("--metric", default="nll", help="what trials are chosen by and the main figures show")
+    parser.add_argument(
+        "--metric", help="what trials are chosen by and the main figures show (default: nll, or what there is)"
+    )
     parser.add_argument(
         "--tuned", action="append", default=[], metavar="FIELD", help="a field, besides optim.*, tuned inside arms"
     )
@@ -68,6 +70,8 @@ def _run(options: argparse.Namespace) -> int:
     from . import exchange
 
     page = venue(options.venue)
+    for kind in options.export:
+        exchange.check(kind)
     imported = [row for source in options.imports for row in exchange.read(source)]
     study = load(*options.study, rows=imported)
     counts = ", ".join(f"{count} {name}" for name, count in study.counts().items())

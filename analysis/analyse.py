@@ -31,7 +31,7 @@ from . import (
     transfer,
     tuning,
 )
-from .arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better
+from .arms import BASE, FULL, Arm, Arrangement, Setting, arrange, higher_is_better, main_metric
 from .load import STATUSES, Study
 from .stats import Draws
 
@@ -58,13 +58,14 @@ class Analysis:
 
 
 def analyse(
-    study: Study, *, metric: str = "nll", tuned: Iterable[str] = (), draws: int = 2000, seed: int = 0,
+    study: Study, *, metric: str | None = None, tuned: Iterable[str] = (), draws: int = 2000, seed: int = 0,
     mixed_model: bool = False,
 ) -> Analysis:  # fmt: skip
     """Computes every table.
 
     Args:
-        metric: selects trials (on validation) and is shown in the main figures (on test).
+        metric: selects trials (on validation) and is shown in the main figures (on test). None: NLL, or where no run
+            has it, as of those that PEFT publishes, the first score that there is.
         tuned: dotted fields besides `optim.*` that count as tuned inside an arm.
         draws, seed: of the bootstrap.
         mixed_model: whether to fit one (`analysis.mixed`), which takes seconds a setting.
@@ -72,6 +73,7 @@ def analyse(
     if mixed_model:
         mixed.require()
     sampler = Draws(draws, seed)
+    metric = main_metric(study.runs) if metric is None else metric
     found = arrange(study, tuned=tuned, metric=metric)
     tuning.judge(found)
     arms = summarise(found, draws=sampler, metric=metric)

@@ -178,8 +178,8 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
     if "alpha" in runs:
         runs["alpha"] = runs["alpha"].mask(unranked)
     runs["placement"] = runs["placement"].mask(full, FULL)  # it has no LoRA placement
-    split = "test" if "test.nll" in runs and runs["test.nll"].notna().any() else "validation"
-    fields = [key for key in varying(runs, study.fields) if not key.startswith("evaluation") and key != "seed"]
+    split = reported_split(runs)
+    fields = [key for key in _told_apart_by(runs, study.fields) if not key.startswith("evaluation") and key != "seed"]
     tuned = list(tuned)
     for key in tuned:
         if key not in study.fields:
@@ -222,6 +222,27 @@ def arrange(study: Study, *, tuned: Iterable[str] = (), metric: str = "nll") -> 
             )
         )  # fmt: skip
     return found
+
+
+def _told_apart_by(runs: pd.DataFrame, fields: Sequence[str]) -> list[str]:
+    """Fields that tell arms apart. Imported runs have names for that, so they change no name of ours beside them."""
+    named = runs["experiment"].notna() if "experiment" in runs else pd.Series(False, index=runs.index)
+    if not named.any():
+        return varying(runs, fields)
+    found = varying(runs[~named] if not named.all() else runs, fields)
+    several = [key for key in SETTING if runs[key].nunique() > 1]
+    return list(dict.fromkeys([*several, "experiment", *found]))
+
+
+def reported_split(runs: pd.DataFrame) -> str:
+    """The split whose scores are reported: test, or validation where no run has a score on test."""
+    return "test" if _metrics(runs, "test") else "validation"
+
+
+def main_metric(runs: pd.DataFrame) -> str:
+    """What the main figures show where nobody says: NLL where runs have it, else the first score that they have."""
+    known = _metrics(runs, reported_split(runs))
+    return "nll" if "nll" in known or not known else known[0]
 
 
 def share_variances(arms: Sequence[Arm]) -> None:
@@ -305,6 +326,11 @@ def _labels(runs: pd.DataFrame, keys: Sequence[str], shown: Sequence[str]) -> pd
         else:
             words = [_word(k, v) for k, v in values.items()]
         texts.append(" ".join(word for word in words if word) or "run")
+    for text in {text for text in texts if texts.count(text) > 1}:  # one name for several experiments
+        for i, values in enumerate(distinct.to_dict("records")):
+            if texts[i] == text:
+                more = [_word(k, values[k]) for k in keys if k != "experiment" and not pd.isna(values[k])]
+                texts[i] = " ".join([text, *more])
     keyed = distinct.assign(_text=texts)
     return runs[list(keys)].merge(keyed, on=list(keys), how="left")["_text"].set_axis(runs.index)
 
@@ -322,7 +348,8 @@ def _sortable(value: Any) -> tuple[int, float, str]:
 def _metrics(runs: pd.DataFrame, split: str) -> list[str]:
     names = [column.removeprefix(f"{split}.") for column in runs if column.startswith(f"{split}.")]
     found = [name for name in names if "." not in name and name not in NOT_METRICS]
-    return [name for name in found if pd.api.types.is_numeric_dtype(runs[f"{split}.{name}"])]
+    columns = {name: runs[f"{split}.{name}"] for name in found}
+    return [name for name, one in columns.items() if pd.api.types.is_numeric_dtype(one) and one.notna().any()]
 
 
 def _arm(

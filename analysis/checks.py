@@ -218,7 +218,7 @@ def _against_modules(row: Mapping[str, Any], modules: list[dict[str, Any]], stat
 def _shortened(study: Study) -> Iterator[tuple[str, str, str]]:
     """Datasets of which more than `SHORTENED` of a split was left out or cut to `dataset.max_length`, by model."""
     runs = study.runs
-    counts = [str(name) for name in runs if str(name).startswith("data.")]
+    counts = [name for name in map(str, runs) if name.startswith("data.") and not name.endswith(".texts")]
     if not counts:
         return
     seen: set[tuple[str, str]] = set()

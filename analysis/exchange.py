@@ -38,8 +38,25 @@ def read(source: str) -> Rows:
     )
 
 
+def check(kind: str) -> None:
+    """Raises ModuleNotFoundError where a package is not installed that writing this kind needs."""
+    if kind == "parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                f"--export parquet needs the package pyarrow: {installation.install('hub')}"
+            ) from None
+
+
 def write(analysis: Analysis, folder: Path, kind: str) -> list[Path]:
-    """Writes the runs as `peft` (one JSON file a run), `csv` or `parquet` (runs and per-example scores)."""
+    """Writes the runs as `peft` (a folder a task, one JSON file a run), `csv` or `parquet` (runs and per-example
+    scores).
+
+    Raises:
+        ModuleNotFoundError: as `check`.
+    """
+    check(kind)
     return WRITERS[kind](analysis, folder)
 
 
@@ -159,17 +176,7 @@ def to_csv(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def to_parquet(analysis: Analysis, folder: Path) -> list[Path]:
-    """runs.parquet and examples.parquet.
-
-    Raises:
-        ModuleNotFoundError: pyarrow is not installed.
-    """
-    try:
-        import pyarrow  # noqa: F401
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"--export parquet needs the package pyarrow: {installation.install('hub')}"
-        ) from None
+    """runs.parquet and examples.parquet; columns of mixed kinds are text there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in _frames(analysis).items():
         mixed = [column for column in table if table[column].map(type).nunique() > 1 and table[column].dtype == object]

@@ -12,6 +12,7 @@ import pandas as pd
 from sweeper.record import (
     ADAPTER,
     COMBINED,
+    EXAMPLES,
     LARGEST_LINES,
     LEFT_OUT,
     LEFT_OUT_OF_TASKS,
@@ -41,11 +42,11 @@ STATUSES = ("completed", "pruned", "diverged", "failed")
 TASK_SPLITS = ("train", "validation", "test")
 # earlier versions: with accumulation, a step's examples depended on how it was split into passes
 ORDER = "trainer.order"
-SIZES = ("examples", "groups", "truncated", "dropped", "seen")  # of a split, in a record's data
+SIZES = ("examples", "groups", "truncated", "dropped", "seen", "texts")  # of a split, in a record's data
 MADE_WITH = ("precision", "device_type", "device", "attention", "sandbox_python")  # of a record's environment
 # of a split or metric, which tables and figures are named by: no path, no LaTeX
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+:-]{0,79}")
-_NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB, LIBRARY)
+_NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB, LIBRARY, EXAMPLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +314,9 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for child in sorted(folder.iterdir()):
-        if not child.is_dir() or child.name.startswith(".") or child.name in _NOT_RUNS:
+        if not child.is_dir() or child.name.startswith("."):
+            continue
+        if child.name in _NOT_RUNS and not any(child.glob(f"*/{RECORD}")):  # a study may have that name too
             continue
         if (child / COMBINED).is_file() or (child / MERGED).is_file():
             continue

@@ -22,9 +22,15 @@ RECORD = "record.json"
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 """A line for every example scored: `split`, `moment` (before, after), `id`, `nll` (nats of the whole response),
-`tokens`, the example's metrics, and `group`, the unit of independence that it shares with others: a template, a
-category, a document. A split in which every example is a unit of its own has no `group`. Nor have the lines of earlier
-versions, whose records lack `data.SPLIT.groups`."""
+`tokens`, the example's metrics, the `text` that was generated and the `choice` that was made, and `group`, the unit of
+independence that it shares with others: a template, a category, a document. A split in which every example is a unit of
+its own has no `group`. Nor have the lines of earlier versions, whose records lack `data.SPLIT.groups`."""
+EXAMPLES = "examples"
+"""In a study: `DIGEST.jsonl.gz` has a line for each example of a split, `id`, `prompt`, `response` and maybe `choices`.
+`data.SPLIT.texts` of a record is the digest; null where texts were not to be kept (`sweep.keep_texts=false`). Records
+of earlier versions have none."""
+LONGEST_TEXT, MOST_TEXTS = 4000, 2000
+"""Characters of a prompt, reference or generated text, and examples of a split, that are kept at most."""
 ADAPTER = "adapter"
 WEIGHTS = "weights"
 TASKS = "tasks"  # of a run whose tasks have blocks of their own: a folder with an adapter for each

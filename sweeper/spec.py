@@ -196,7 +196,8 @@ class DatasetSpec(Stored):
     """A task: its family (a module of `sweeper.tasks`), sizes, template and family-specific options.
 
     `max_length` is in tokens, prompt and response together. `parts` are its tasks, where it is made of several: sizes,
-    templates and lengths are theirs, and `metrics` those that all of them have.
+    templates and lengths are theirs, and `metrics` those that all of them have. `columns` says which columns of a file
+    or hub set are prompt, response and so on (`sweeper.tasks.columns`).
     """
 
     PLACE: ClassVar[str] = "path"
@@ -215,6 +216,7 @@ class DatasetSpec(Stored):
     max_new_tokens: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     parts: tuple["DatasetSpec", ...] = field(default=(), metadata=ADDED)
+    columns: dict[str, str] = field(default_factory=dict, metadata=ADDED)
     code: CodeSpec | None = field(default=None, metadata=MADE)
 
     def __post_init__(self) -> None:
@@ -412,7 +414,8 @@ class Settings:
     `max_pack` 0 lets the planner choose the number of runs trained together. On CUDA, `compile` on compiles the layers
     and captures whole steps as CUDA graphs, capture does only the latter, and auto compiles where a sweep is long
     enough to pay for it. What trains is checkpointed every `checkpoint_seconds`; a run that fails for a reason that may
-    pass is tried `retries` times more by the same command.
+    pass is tried `retries` times more by the same command. `keep_texts` off leaves no text of the data, and none that
+    was generated, in a study's folder.
     """
 
     study: str
@@ -427,6 +430,7 @@ class Settings:
     checkpoint_seconds: float = 300.0
     retry_failed: bool = True
     retries: int = 1
+    keep_texts: bool = True
     plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -335,8 +335,8 @@ def _no_option(group: str, name: Any, composer: Composer) -> str:
     if group == "model" and "/" in str(name):
         hub = "" if str(name).startswith((".", "/", "~")) else ", one of the hub with model.source=hub beside it"
         return f"model={name}: no such model. A folder is given as 'model=path model.location={name}'{hub}."
-    if group == "dataset" and re.search(r"\.jsonl?$|/", str(name)):
-        return f"dataset={name}: no such dataset. A file is given as 'dataset=jsonl dataset.path={name}'."
+    if group == "dataset" and re.search(r"\.(jsonl?|csv|tsv|parquet)$|/", str(name)):
+        return f"dataset={name}: no such dataset. A file is given as 'dataset=file dataset.path={name}'."
     return line
 
 

@@ -20,11 +20,12 @@ USAGE = """\
   FOLDER   outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, or a folder that combine wrote
   dataset  tasks to score on (default: each run's training dataset)
   plugins  files and modules with the code of runs' own methods and tasks (docs/extending.md)
+  sweep.keep_texts=false leaves generated text out; runs that were trained so stay so
   evaluation.splits=[test] and evaluation.generate=true are defaults; evaluation=lm_eval scores with lm-eval
 
 Results go to FOLDER/RUN_ID/evaluations/ and are printed as a table; records and adapters are not changed."""
 DEFAULTS = {"evaluation.splits": "[test]", "evaluation.generate": "true"}
-OVERRIDES = ("dataset", "evaluation", "trainer.device")
+OVERRIDES = ("dataset", "evaluation", "trainer.device", "sweep.keep_texts")
 
 
 def usage() -> str:

@@ -239,7 +239,9 @@ def rescore(
                 for dataset in wanted:
                     chosen = [run for run in part if datasets or dataset in _tasks(run.spec.dataset)]
                     slots = [part.index(run) for run in chosen]
-                    yield from _on_dataset(pack, chosen, slots, dataset, evaluation, cache_folder() / "tokens")
+                    yield from _on_dataset(
+                        pack, chosen, slots, dataset, evaluation, cache_folder() / "tokens", keep=settings.keep_texts
+                    )
 
 
 def _tasks(dataset: DatasetSpec) -> Sequence[DatasetSpec]:
@@ -321,10 +323,10 @@ def _model_key(run: Saved) -> str:
 
 def _on_dataset(
     pack: "Pack", runs: Sequence[Saved], slots: Sequence[int], dataset: DatasetSpec, evaluation: EvaluationSpec,
-    cache: Path,
+    cache: Path, *, keep: bool,
 ) -> Iterator[Rescored]:  # fmt: skip
     from sweeper import models
-    from sweeper.training import generate
+    from sweeper.training import generate, texts
     from sweeper.training.evaluate import evaluate_examples, general_examples
 
     key = models.tokens_key(runs[0].spec.model)
@@ -352,10 +354,22 @@ def _on_dataset(
             found.setdefault(str(run.folder), []).append(done)
             rows = [{"split": split, "moment": "before", **row} for row in base.rows]
             rows += [{"split": split, "moment": "after", **row} for row in result.rows]
+            rows = texts.bounded(rows, keep=keep and not _private(run.folder))
             record.write_lines(run.folder / FOLDER / f"{dataset.name}-{split}.jsonl", rows)
             yield done
     for results in found.values():
         _write(results)
+
+
+def _private(folder: Path) -> bool:
+    """Whether a run, or the one whose task it is, was trained with sweep.keep_texts=false."""
+    for place in (folder, folder.parent.parent):
+        try:
+            data = record.read_record(place).data
+        except (OSError, ValueError):
+            continue
+        return any("texts" in facts and facts["texts"] is None for facts in data.values())
+    return False
 
 
 def _write(results: Sequence[Rescored]) -> None:

@@ -3,7 +3,8 @@
 A family is a module with `OPTIONS` (the names `dataset.options` may have, each with its meaning), `UNIT` (what examples
 of one `Example.group` share, the unit of independence, in words; families of your own may lack it), `check(spec)`
 (raises DataError before anything is loaded), `load(spec)` (the splits as text) and `version(spec)` (changes when its
-data does). A family whose data is in a package names it as `PACKAGE`; one whose data is elsewhere has `content`.
+data does). A family whose data is in a package names it as `PACKAGE`; one whose data is elsewhere has `content`; one
+that reads `dataset.columns` lists in `COLUMNS` what they may be.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from sweeper.tasks import (
     baseline,
     chain_sum,
     codeio,
+    columns,
     general_text,
     gsm_symbolic,
     hpo_term,
@@ -76,7 +78,7 @@ __all__ = [
 ]
 
 # Raise whenever the same spec and data would give other tokens or groups, so that no stale cache file is read.
-CODE_VERSION = 7
+CODE_VERSION = 8
 
 
 class Family(Protocol):
@@ -95,6 +97,7 @@ COMMON_OPTIONS = {"stop": "list of texts that end a generated text"}
 FAMILIES: dict[str, Family] = {
     "chain_sum": chain_sum,
     "codeio": codeio,
+    "file": jsonl,
     "gsm_symbolic": gsm_symbolic,
     "hpo_term": hpo_term,
     "hub": hub,
@@ -302,6 +305,7 @@ def _check_names(spec: DatasetSpec) -> None:
     for option in spec.options:
         if option not in choices:
             raise SpecError(unknown("dataset.options", option, choices))
+    columns.check(spec, getattr(FAMILIES[spec.family], "COLUMNS", ()))
     stop_strings(spec)
 
 

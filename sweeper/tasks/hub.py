@@ -1,5 +1,7 @@
 """A Hugging Face dataset (hub id or local folder in `dataset.path`), its columns mapped by `dataset.options`.
 
+`dataset.columns` says the same in fewer words, and counts where both do (`sweeper.tasks.columns`).
+
 `prompt`, `response` and `group` are texts with column names in braces: `"{instruction}\\n\\n{input}"`; a list in a
 column is joined by line breaks. A multiple-choice set gives `choices`, a list of such texts, and may give `answer`, a
 text that comes out as the number of the right one (from 0), in place of `response`. `check` is Python source that tests
@@ -15,7 +17,6 @@ import importlib
 import json
 import math
 import re
-import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sweeper import content as contents
 from sweeper.content import COMMIT, Content
 from sweeper.errors import DataError, first_line
 from sweeper.spec import DatasetSpec
+from sweeper.tasks import columns
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.package import require_extra
 from sweeper.tasks.split import prompt_key, split_examples
@@ -40,6 +42,7 @@ OPTIONS = {
     "revision": "commit, tag or branch",
 }
 
+COLUMNS = ("prompt", "response", "group", "answer", "check")
 UNIT = "`group` of the options, else the prompt"
 
 # split of ours -> rows; a row is a mapping from column to value
@@ -84,11 +87,12 @@ def _commit(path: str, revision: str | None) -> Content:
 def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
     tables = read(spec)
     _columns(spec, tables)
+    options = _options(spec)
     examples: list[Example] = []
     marked: dict[str, str] = {}
     for split, rows in tables.items():
         for index, row in enumerate(rows):
-            made = _example(f"{split}-{index}", row, spec.options)
+            made = _example(f"{split}-{index}", row, options)
             if made.prompt and made.response:
                 examples.append(made)
                 if split != "train":
@@ -100,16 +104,17 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
         raise DataError(f"dataset={spec.name} ({spec.path}): {error}") from None
 
 
-class _Joining(string.Formatter):
-    """`str.format` that writes a list as lines."""
-
-    def format_field(self, value: Any, format_spec: str) -> str:
-        return "\n".join(map(str, value)) if isinstance(value, list) else str(super().format_field(value, format_spec))
+def _options(spec: DatasetSpec) -> dict[str, Any]:
+    """The options, with what `dataset.columns` says in place of those of the same names."""
+    return {**spec.options, **columns.templates(spec)}
 
 
 def _example(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Example:
     def fill(text: str) -> str:
-        return _Joining().vformat(text, (), row).strip()
+        try:
+            return columns.fill(text, row)
+        except DataError as error:
+            raise DataError(f"row {name}: {error}") from None
 
     choices = tuple(fill(text) for text in options.get("choices") or ())
     group, test = options.get("group"), options.get("check")
@@ -214,24 +219,32 @@ def _offline_if_unreachable(spec: DatasetSpec) -> Iterator[None]:
 
 
 def _columns(spec: DatasetSpec, tables: Tables) -> None:
-    required = ("prompt", "response" if spec.options.get("answer") is None else "answer")
-    texts = [(key, spec.options.get(key)) for key in (*required, "group", "check")]
-    for key, text in [*texts, *(("choices", text) for text in spec.options.get("choices") or ())]:
+    options, called = _options(spec), {key: f"dataset.columns.{key}" for key in spec.columns}
+    required = ("prompt", "response" if options.get("answer") is None else "answer")
+    texts = [(key, options.get(key)) for key in (*required, "group", "check")]
+    for key, text in [*texts, *(("choices", text) for text in options.get("choices") or ())]:
         if text is None and key not in required:
             continue
+        name = called.get(key, f"dataset.options.{key}")
         if not isinstance(text, str):
-            raise DataError(f"dataset.options.{key} is required, a text with column names in braces, got {text!r}")
-        try:
-            used = {re.split(r"[.\[]", name)[0] for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-        except ValueError as error:
-            raise DataError(f"dataset.options.{key}={text!r}: {error}") from None
+            raise DataError(f"{name} is required, a text with column names in braces, got {text!r}{_shown(tables)}")
         for split, rows in tables.items():
+            try:
+                used = set(columns.names_in(text, rows.column_names))
+            except DataError as error:
+                raise DataError(f"{name}={error}") from None
             unknown = sorted(used - set(rows.column_names))
             if unknown:
                 raise DataError(
-                    f"dataset.options.{key} names the column {', '.join(unknown)}, which {split} of {spec.path} "
+                    f"{name} names the column {', '.join(unknown)}, which {split} of {spec.path} "
                     f"lacks; it has {', '.join(rows.column_names)}"
                 )
+
+
+def _shown(tables: Tables) -> str:
+    """The columns that there are, for a message."""
+    names = dict.fromkeys(name for rows in tables.values() for name in rows.column_names)
+    return f"; the columns are {', '.join(names)}"
 
 
 def _without_overlap(examples: list[Example], marked: Mapping[str, str]) -> list[Example]:

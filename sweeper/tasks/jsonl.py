@@ -1,6 +1,7 @@
-"""A user's own file: one JSON object a line with `prompt` and `response`, and optionally `id`, `group`, `split`,
-`choices` (a list of texts, the response among them) and `check` (Python source that tests a generated program, the text
-`PROGRAM`). `dataset.options.group=patient` reads the group from another key.
+"""A user's own file of JSON lines, a JSON list, CSV, TSV or Parquet, with the columns `prompt` and `response`, and
+optionally `id`, `group`, `split`, `choices` (a list of texts, the response among them) and `check` (Python source that
+tests a generated program, the text `PROGRAM`). `dataset.columns` says which columns these are where they have other
+names (`sweeper.tasks.columns`).
 
 A group is what examples that are not independent share: a document, a patient, an author. Examples of one group, and
 near-duplicate prompts, stay on one side, and the analysis resamples whole groups. Splits that the file does not name
@@ -10,13 +11,13 @@ its line.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sweeper.errors import DataError, unknown
 from sweeper.spec import DatasetSpec
-from sweeper.tasks import metrics
+from sweeper.tasks import columns, metrics, rows
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.split import split_examples
 
@@ -24,6 +25,7 @@ OPTIONS = {"group": "the key that has a line's group; every line is to have it (
 UNIT = "the file's `group`, else the prompt"
 REQUIRED = ("prompt", "response")
 OPTIONAL = ("id", "group", "split", "check")
+COLUMNS = (*REQUIRED, *OPTIONAL, "choices")
 
 
 def check(spec: DatasetSpec) -> None:
@@ -46,7 +48,9 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
 
 def _bytes(spec: DatasetSpec) -> bytes:
     if spec.path is None:
-        raise DataError(f"dataset={spec.name} needs a file: dataset.path=my.jsonl, each line with prompt and response")
+        raise DataError(
+            f"dataset={spec.name} needs a file: dataset.path=my.jsonl (or .csv, .parquet), with prompt and response"
+        )
     path = Path(spec.path).expanduser()
     try:
         return path.read_bytes()
@@ -56,26 +60,34 @@ def _bytes(spec: DatasetSpec) -> bytes:
         raise DataError(f"dataset.path={spec.path}: cannot be read ({error.strerror})") from None
 
 
-def _lines(spec: DatasetSpec) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not empty, with their numbers."""
-    for number, raw in enumerate(_bytes(spec).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if raw.strip():
-            yield number, raw
+def _rows(spec: DatasetSpec) -> Iterator[rows.Row]:
+    """The file's rows, their columns under our names."""
+    texts, kind = columns.templates(spec), Path(str(spec.path)).suffix.lower()
+    for row in rows.read(_bytes(spec), str(spec.path)):
+        values = row.values
+        if kind == ".parquet":  # whose columns have kinds, so that numbers were not written as text
+            values = {key: columns.as_text(value) for key, value in values.items()}
+        try:
+            values = columns.mapped(values, texts)
+        except DataError as error:
+            raise DataError(f"{row.place}: {error}") from None
+        if kind in rows.DELIMITED:  # an empty cell is all that stands there for nothing
+            values = {key: value for key, value in values.items() if key in REQUIRED or value != ""}
+        yield row._replace(values=values)
 
 
 def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
     """All examples, and the split of those whose line names one."""
     examples: list[Example] = []
     marked: dict[str, str] = {}
-    first_line: dict[str, int] = {}
+    first_place: dict[str, str] = {}
     group = _group_key(spec)
-    for number, raw in _lines(spec):
-        where = f"{spec.path}:{number}"
-        row = _row(raw, where, group=group)
-        example_id = row.get("id", f"line-{number}")
-        if example_id in first_line:
-            raise DataError(f"{where}: id {example_id!r} was already used on line {first_line[example_id]}")
-        first_line[example_id] = number
+    for name, where, values in _rows(spec):
+        row = _row(values, where, group=group)
+        example_id = row.get("id", name)
+        if example_id in first_place:
+            raise DataError(f"{where}: id {example_id!r} was already used on {first_place[example_id]}")
+        first_place[example_id] = name.replace("-", " ")
         examples.append(
             Example(
                 example_id, row["prompt"], row["response"], row.get("group", example_id),
@@ -98,20 +110,14 @@ def _group_key(spec: DatasetSpec) -> str | None:
     return found
 
 
-def _row(raw: bytes, where: str, *, group: str | None = None) -> dict[str, Any]:
-    try:
-        row = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        at = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "too deeply nested"
-        raise DataError(f'{where}: not valid JSON ({at}); expected {{"prompt": ..., "response": ...}}') from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with prompt and response, got {type(row).__name__}")
+def _row(row: Mapping[str, Any], where: str, *, group: str | None = None) -> dict[str, Any]:
+    """The fields of an example that a row has, each checked."""
+    row = dict(row)
     missing = [key for key in REQUIRED if key not in row]
     if missing:
         have = ", ".join(map(str, row)) or "none"
-        raise DataError(f"{where}: missing {' and '.join(missing)}; this line has the keys {have}")
+        hint = f"; {columns.suggestion(missing, row)}" if row else ""
+        raise DataError(f"{where}: missing {' and '.join(missing)}; this line has the keys {have}{hint}")
     if group is not None:
         if row.get(group) is None:
             have = ", ".join(map(str, row))
@@ -128,7 +134,9 @@ def _row(raw: bytes, where: str, *, group: str | None = None) -> dict[str, Any]:
 
 def _choices(value: Any, response: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) < 2:
-        raise DataError(f"{where}: choices must be a list of two texts and more, got {json.dumps(value)[:40]}")
+        raise DataError(
+            f"{where}: choices must be a list of two texts and more, got {json.dumps(value, default=str)[:40]}"
+        )
     found = tuple(_text(choice, "choices", where) for choice in value)
     if response not in found or len(set(found)) < len(found):
         raise DataError(f"{where}: choices must be different texts and have the response {response[:40]!r} among them")
@@ -139,7 +147,7 @@ def _text(value: Any, key: str, where: str) -> str:
     if key in ("id", "group") and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key} must be text, got {json.dumps(value)[:40]}")
+        raise DataError(f"{where}: {key} must be text, got {json.dumps(value, default=str)[:40]}")
     if not value.strip():
         raise DataError(f"{where}: {key} is empty")
     try:
@@ -155,7 +163,7 @@ def _text(value: Any, key: str, where: str) -> str:
 
 def where(spec: DatasetSpec, example_id: str) -> str:
     """The file and line of an example."""
-    for number, raw in _lines(spec):
-        if _row(raw, "").get("id", f"line-{number}") == example_id:
-            return f"{spec.path}:{number}"
+    for row in _rows(spec):
+        if _row(row.values, "").get("id", row.name) == example_id:
+            return row.place
     return f"{spec.path}: example {example_id}"

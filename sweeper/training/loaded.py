@@ -12,8 +12,8 @@ from sweeper.placement import importance, placement
 from sweeper.run import Run
 from sweeper.spec import RunSpec, alone
 from sweeper.tasks import general_text
-from sweeper.tasks.mixture import Mixing
-from sweeper.training import export_proof, generate, inputs, probe
+from sweeper.tasks.mixture import Mixing, by_part
+from sweeper.training import export_proof, generate, inputs, probe, texts
 from sweeper.training.batches import DataOrder
 from sweeper.training.context import Context
 from sweeper.training.events import Remark
@@ -37,6 +37,7 @@ class Loaded:
         self.routes: dict[str, dict[str, list[int]]] = {}
         self._encoded: dict[str, dict[str, tasks.EncodedSplit]] = {}
         self._lengths_of: dict[str, list[int]] = {}
+        self._texts: dict[str, dict[str, str]] = {}
         self._contents: dict[str, str | None] = {}
         self._mixtures: dict[str, Mixture] = {}
         self._probes: dict[str, probe.Probe] = {}
@@ -60,8 +61,8 @@ class Loaded:
         return RunState(
             run=run, adapter=methods.adapter(spec, ranks), examples=examples,
             order=self._order(spec, examples, mixture), mixture=mixture,
-            ranks=methods.trained_ranks(spec, ranks), splits=splits, probe=probed, exported=self._export(spec, ranks),
-            precision=precision_name(base.model.dtype),
+            ranks=methods.trained_ranks(spec, ranks), splits=splits, texts=self._texts[repr(spec.dataset)],
+            probe=probed, exported=self._export(spec, ranks), precision=precision_name(base.model.dtype),
             content={"model": self.content, "dataset": self._contents[repr(spec.dataset)]},
         )  # fmt: skip
 
@@ -161,6 +162,8 @@ class Loaded:
                 of_part = {name: split.parts.get(part.name, split) for name, split in found.items()}
                 inputs.check(self.base, part, of_part)
             self._encoded[key] = found
+            keep = self.context.settings.keep_texts
+            self._texts[key] = texts.of_splits(by_part(found), self.base.tokenizer) if keep else {}
             about = f"dataset={spec.dataset.name} on model={spec.model.name}"
             lines = tasks.remarks(spec.dataset, self.base.tokenizer, found)
             slow = (generate.remark(self.base, part, spec.evaluation) for part in spec.dataset.parts or (spec.dataset,))

@@ -29,7 +29,7 @@ from sweeper.run import Run
 from sweeper.spec import Settings, to_mapping
 from sweeper.tasks import data_of
 from sweeper.tasks.mixture import by_part
-from sweeper.training import checkpoint, conflict, consolidate, experts, suspects
+from sweeper.training import checkpoint, conflict, consolidate, experts, suspects, texts
 from sweeper.training.calibrate import Solo
 from sweeper.training.export import write_adapter, write_experts, write_readme, write_tasks
 from sweeper.training.failure import Failure
@@ -53,7 +53,10 @@ def write_run(
     adapter_bytes, splits = _write_weights(state, weights), by_part(state.splits)
     learnt = weights if isinstance(weights, Learnt) else None
     write_lines(folder / METRICS, state.metrics)
-    write_lines(folder / PREDICTIONS, state.predictions)
+    write_lines(folder / PREDICTIONS, texts.bounded(state.predictions, keep=settings.keep_texts))
+    kept: Mapping[str, str | None] = dict.fromkeys(state.scores)
+    if settings.keep_texts:
+        kept = texts.digests(folder.parent, state.texts, list(state.scores))
     record = Record(
         run_id=state.run_id,
         study=settings.study,
@@ -69,6 +72,7 @@ def write_run(
             name: ({"order": "by step"} if name == "train" else {})
             | facts
             | {"majority": dict(splits[name].majority)}
+            | ({"texts": kept[name]} if name in kept else {})
             | _seen(state, name)
             for name, facts in data_of(state.splits).items()
         },

@@ -80,7 +80,8 @@ class RunState:
     Attributes:
         adapter: what it trains. order: which of its `examples` a forward pass sees.
         mixture: its tasks, where it has several.
-        ranks: its modules. splits: its tokenised data. content: digests of its model's and its dataset's files.
+        ranks: its modules. splits: its tokenised data. texts: those of its examples, by split (`training.texts`).
+        content: digests of its model's and its dataset's files.
         precision: what it computes in.
         done: optimiser steps. tokens: response tokens seen.
         halted: it keeps its slot and is stepped no more.
@@ -100,6 +101,7 @@ class RunState:
     mixture: Mixture | None = None
     ranks: Mapping[Target, int] = field(default_factory=dict)
     splits: Mapping[str, EncodedSplit] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
     probe: Probe | None = None
     exported: ExportProof = UNPROVED
     precision: str = ""

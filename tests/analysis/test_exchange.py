@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis import Analysis, analyse, exchange, load
+from analysis import Analysis, analyse, exchange, figures, load
+from tests.analysis.peft_results import EXPERIMENTS, LORA, result, write_results
 from tests.analysis.synthetic import edit, write_study
 
 DATA = Path(__file__).parent / "data"
@@ -62,7 +64,7 @@ def test_a_run_that_is_gone_leaves_the_export(tmp_path: Path) -> None:
     (tmp_path / "peft" / "theirs.json").write_text("{}")
     shutil.rmtree(sorted(study.iterdir())[0])
     written = exchange.write(analyse(load(study), draws=50), tmp_path / "peft", "peft")
-    assert {*(tmp_path / "peft").glob("*.json")} == {*written, tmp_path / "peft" / "theirs.json"}
+    assert {*(tmp_path / "peft").rglob("*.json")} == {*written, tmp_path / "peft" / "theirs.json"}
 
 
 def test_failed_runs_and_absent_costs_do_not_break_the_export(tmp_path: Path) -> None:
@@ -86,6 +88,118 @@ def test_what_we_export_comes_back(analysis: Analysis, tmp_path: Path) -> None:
     assert study.counts() == {"completed": len(analysis.study.runs)}
     assert set(found.arms["source"]) == {"peft"}
     assert found.arms["exact_match"].notna().all()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results in the form of PEFT's MetaMathQA/results."""
+    return write_results(tmp_path_factory.mktemp("method_comparison"))
+
+
+def test_replicates_that_we_export_come_back_as_arms(analysis: Analysis, tmp_path: Path) -> None:
+    exchange.write(analysis, tmp_path / "peft", "peft")
+    again = analyse(load(rows=exchange.read(str(tmp_path / "peft"))), draws=50).arms
+    ours = analysis.arms[analysis.arms["arm"] != "base model"]
+    pd.testing.assert_series_equal(
+        again.set_index(["setting", "arm"])["nll"].sort_index(),
+        ours.set_index(["setting", "arm"])["nll"].sort_index(), rtol=1e-5,
+    )  # fmt: skip
+    assert set(again["seeds"]) == {3}
+
+
+def test_results_of_peft_alone(published: Path) -> None:
+    """They have no NLL, so the figures show their accuracy."""
+    study = load(rows=exchange.read(str(published)))
+    found = analyse(study, draws=50)
+    arms = found.arms.set_index("arm")
+    assert found.metric == "accuracy"
+    assert set(arms.index) == set(EXPERIMENTS)
+    assert {name: arms.loc[name, "accuracy"] for name in EXPERIMENTS} == {n: e[1] for n, e in EXPERIMENTS.items()}
+    assert set(found.arms["dataset"]) == {"MetaMathQA"}
+    assert arms.loc["adalora/llama-3.2-3B-rank32", "rank"] == 32
+    assert arms.loc["full-finetuning/llama-3.2-3B-lr_0.00001", "placement"] == "full fine-tuning"
+    assert not isinstance(figures.pareto(found, "accuracy"), str)
+    texts = found.arms[["setting", "arm", "placement"]].astype(str)
+    assert texts.map(len).to_numpy().max() <= 60
+
+
+@pytest.mark.parametrize("up", [0, 1, 2])
+def test_a_task_and_all_tasks_are_read_as_a_folder_of_results_is(published: Path, up: int) -> None:
+    folder = [published, *published.parents][up]
+    rows = exchange.read(str(folder))
+    assert {row["dataset"] for row in rows} == {"MetaMathQA"}
+    assert len(rows) == len(EXPERIMENTS)
+
+
+def test_results_of_peft_beside_ours_rename_no_arm_of_ours(analysis: Analysis, published: Path) -> None:
+    folder = str(Path(analysis.study.runs["folder"].iloc[0]).parent)
+    found = analyse(load(folder, rows=exchange.read(str(published))), draws=50)
+    ours = found.arms[found.arms["source"] == "study"]
+    assert ours["arm"].to_list() == analysis.arms["arm"].to_list()
+    assert ours["nll"].to_list() == analysis.arms["nll"].to_list()
+    assert set(found.arms["arm"]) == set(analysis.arms["arm"]) | set(EXPERIMENTS)
+    assert len(found.tables["spectra"]) == len(analysis.tables["spectra"])
+    assert not isinstance(figures.where_energy_went(found), str)
+
+
+def test_each_task_has_a_folder_with_its_name(analysis: Analysis, tmp_path: Path) -> None:
+    written = exchange.write(analysis, tmp_path, "peft")
+    assert {path.parent.relative_to(tmp_path).as_posix() for path in written} == {
+        "icd10_chapter/results", "gsm_symbolic/results",
+    }  # fmt: skip
+    for path in written:
+        run = json.loads(path.read_text())["run_info"]
+        assert run["task"] == path.parent.parent.name
+        assert run["task"] in run["experiment_name"]
+
+
+def test_ours_are_never_taken_for_a_task_of_pefts(analysis: Analysis, published: Path, tmp_path: Path) -> None:
+    """Whatever folder they are put into, and whatever our dataset is called."""
+    results = tmp_path / "MetaMathQA" / "results"
+    shutil.copytree(published, results)
+    for path in exchange.write(analysis, tmp_path / "peft", "peft"):
+        shutil.copy(path, results)
+    by_task = pd.DataFrame(exchange.read(str(results)))["dataset"].value_counts().to_dict()
+    assert by_task["MetaMathQA"] == len(EXPERIMENTS)
+    assert by_task["icd10_chapter"] + by_task["gsm_symbolic"] == len(analysis.study.runs)
+
+    study = write_study(tmp_path / "s", datasets=("metamathqa",), ranks=(4,), seeds=(0,), examples=10, steps=3)
+    written = exchange.write(analyse(load(study), draws=50), tmp_path / "ours", "peft")
+    assert {path.parent.parent.name for path in written} == {"metamathqa-lora-atlas"}
+
+
+def test_a_result_of_another_task_in_that_folder_is_not_of_it(tmp_path: Path) -> None:
+    results = tmp_path / "MetaMathQA" / "results"
+    results.mkdir(parents=True)
+    other = result("lora/x", LORA, 0.5, 1)
+    other["meta_info"]["dataset_info"] = {"billsum": {"sha": "0"}}
+    (results / "other.json").write_text(json.dumps(other))
+    assert exchange.read(str(results))[0]["dataset"] == "billsum"
+
+
+def test_target_modules_are_names_of_modules(analysis: Analysis, tmp_path: Path) -> None:
+    """Of a run that kept no adapter as its record has them: full names, which PEFT takes."""
+    study = write_study(tmp_path / "s", ranks=(4,), seeds=(0,), examples=10, steps=3)
+    first = sorted(study.iterdir())[0]
+    edit(first, lambda plain: plain["modules"][0].update(rank=7))
+    adapter = first.parent / sorted(path.name for path in study.iterdir())[1] / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    written = exchange.write(analyse(load(study), draws=50), tmp_path / "peft", "peft")
+    configs = {path.stem.rsplit("-")[-1]: json.loads(path.read_text())["run_info"]["peft_config"] for path in written}
+    modules = json.loads((first / "record.json").read_text())["modules"]
+    assert configs[first.name]["target_modules"] == sorted(module["name"] for module in modules)
+    assert configs[first.name]["rank_pattern"] == {modules[0]["name"]: 7}
+    assert configs[adapter.parent.name]["target_modules"] == ["q_proj"]
+
+
+def test_parquet_without_pyarrow_is_one_line(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^--export parquet needs the package pyarrow: pip install \S+$"):
+        exchange.write(analysis, tmp_path, "parquet")
+    assert not list(tmp_path.iterdir())
 
 
 def test_published_runs_stand_beside_ours(study_folder: Path) -> None:

@@ -25,7 +25,9 @@ TINY = ["tiny_llama", "tiny_gpt2", "tiny_neox"]
 NAMES = [
     *("smollm2_135m", "smollm2_360m", "smollm2_1_7b", "gpt2", "gpt2_medium", "dialogpt_medium"),
     *("pythia_160m", "pythia_410m", "pythia_1b", "qwen3_0_6b", "qwen3_1_7b", "qwen3_8b"),
-    *("llama3_2_1b", "llama3_2_3b", "llama3_1_8b", "gemma3_1b", *TINY, "path"),
+    *("qwen2_5_0_5b", "qwen2_5_7b", "qwen3_4b", "gemma3_270m", "gemma3_1b", "gemma3_4b", "smollm3_3b"),
+    *("olmo2_1b", "olmo2_7b", "mistral_7b", "granite3_3_2b", "phi4_mini"),
+    *("llama3_2_1b", "llama3_2_3b", "llama3_1_8b", *TINY, "path"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Saved adapters are scored as they were when they were trained; what is wrong is said before a model is loaded."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 
 from sweeper import tasks
 from sweeper.errors import DataError, Problems, SpecError
-from sweeper.record import PREDICTIONS, read_record
+from sweeper.record import PREDICTIONS, RECORD, read_record
 from sweeper.reporting.console import make_console
 from sweeper.rescoring import command, rescore
 from sweeper.run import Run
@@ -126,6 +127,22 @@ def test_predictions_name_the_units_of_their_task(tiny: Settings) -> None:
         assert data["train"]["groups"] == len({e.group for e in tasks.load(CHAIN)["train"]})
 
 
+def test_a_run_trained_without_texts_is_scored_again_without_texts(tiny: Settings, tmp_path: Path) -> None:
+    run = rescore.find([tiny.folder])[0]
+    private = tmp_path / "private" / run.folder.name
+    shutil.copytree(run.folder, private)
+    plain = json.loads((private / RECORD).read_text())
+    plain["data"]["test"]["texts"] = None
+    (private / RECORD).write_text(json.dumps(plain))
+    list(rescore.rescore(rescore.find([private]), [CHAIN], TEST, tiny))
+    hidden, shown = (
+        lines(folder / "evaluations" / "chain_sum-test.jsonl") for folder in (private, run.folder)
+    )  # fmt: skip
+    groups = {row["group"] for row in shown}
+    assert [row["id"] for row in hidden] == [row["id"] for row in shown]
+    assert {row["group"] for row in hidden} == {hashlib.sha256(group.encode()).hexdigest()[:12] for group in groups}
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -182,7 +199,7 @@ def test_everything_wrong_is_said_at_once(tiny: Settings) -> None:
         (
             ["folder", "rank=4"],
             SpecError,
-            r"rank: evaluate.py takes overrides of dataset, evaluation, trainer.device only",
+            r"rank: evaluate.py takes overrides of dataset, evaluation, trainer.device, sweep.keep_texts only",
         ),
         (["folder", "dataset.test_examples=5"], SpecError, r"dataset.FIELD=... needs dataset=NAME"),
         (["dataset=chain_sum"], SpecError, r"no folder of runs given"),

@@ -167,3 +167,25 @@ def test_without_network_it_says_so_at_once_and_once(tmp_path: Path, monkeypatch
 def test_a_hub_dataset_needs_a_path() -> None:
     with pytest.raises(DataError, match=r"needs dataset.path"):
         tasks.check(replace(QA, path=None))
+
+
+def test_columns_stand_for_options(tables: Callable[..., None]) -> None:
+    tables(train=[{**row, "meta.kind": "k"} for row in rows(0, 40)])
+    short = replace(
+        QA,
+        options={"splits": None},
+        columns={"prompt": r"{question}\n{meta.kind}", "response": "answer", "group": "source"},
+    )
+    long = replace(QA, options={"prompt": "{question}\nk", "response": "{answer}", "group": "{source}", "splits": None})
+    tasks.check(short)
+    assert tasks.load(short) == tasks.load(long)
+    with pytest.raises(DataError, match=r"^dataset.columns.response names the column anser, .*it has question"):
+        tasks.check(replace(short, columns={"prompt": "question", "response": "anser"}))
+    with pytest.raises(DataError, match=r"^dataset.options.prompt is required, .*; the columns are question, answer,"):
+        tasks.check(replace(QA, options={}))
+
+
+def test_nothing_in_a_column_is_no_text(tables: Callable[..., None]) -> None:
+    tables(train=[{**row, "more": None} for row in rows(0, 40)])
+    spec = replace(QA, options={"prompt": "{question} {more}", "response": "{answer}"})
+    assert not any("None" in e.prompt for part in tasks.load(spec).values() for e in part)
