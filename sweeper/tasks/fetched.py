@@ -52,8 +52,7 @@ def require(name: str, spec: DatasetSpec) -> Path:
     where = folder(name)
     if not where.is_dir():
         raise DataError(
-            f"dataset={spec.name} needs data that is fetched once: "
-            + shell.module("sweeper.tasks.fetch", name)
+            f"dataset={spec.name} needs data that is fetched once: " + shell.module("sweeper.tasks.fetch", name)
         )
     return where
 

@@ -14,7 +14,7 @@ from sweeper.errors import SpecError
 from sweeper.run import Run
 from sweeper.spec import RunSpec
 from sweeper.training import checkpoint
-from sweeper.training.events import Event, RunFinished, Stage, Step
+from sweeper.training.events import Event, Remark, RunFinished, RunResumed, Stage, Step
 from sweeper.training.run_state import RunState
 from sweeper.untrusted import sandbox
 
@@ -40,7 +40,7 @@ def ended(events: list[Event]) -> record.Record:
 
 
 def said(events: list[Event]) -> list[str]:
-    return [event.message for event in events if isinstance(event, Stage)]
+    return [event.message for event in events if isinstance(event, Stage | Remark)]
 
 
 def steps(events: list[Event]) -> list[int]:
@@ -168,6 +168,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(
 
 def test_a_run_that_resumes_says_from_which_step(spec: RunSpec, run_all: Any) -> None:
     first = run_all([spec], stop_after=1)
-    assert not [line for line in said(first) if "resumes" in line]
+    assert not [event for event in first if isinstance(event, RunResumed)]
     again = run_all([spec])
-    assert [line for line in said(again) if "resumes" in line] == [f"{spec.run_id}: resumes at step 1 of 3"]
+    resumed = [event for event in again if isinstance(event, RunResumed)]
+    assert resumed == [RunResumed(run_id=spec.run_id, step=1, steps=3)]
