@@ -52,10 +52,10 @@ def fit(columns: Sequence[Column], width: int) -> Fitted:
         if not least.spare:
             break
         kept.remove(least)
-        hidden.append(least.title)
+        hidden.append(least.title.replace(TIE, " "))
     if widths is None:
         widths = _widths([replace(column, wraps=True) for column in kept], width)
-    order = {column.title: place for place, column in enumerate(columns)}
+    order = {column.title.replace(TIE, " "): place for place, column in enumerate(columns)}
     shown = tuple(sorted(hidden, key=order.__getitem__))
     if widths is None:
         return Fitted(header=(), rows=tuple(_blocks(kept, width)), hidden=shown)

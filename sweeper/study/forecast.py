@@ -100,6 +100,8 @@ def notes(specs: Sequence[RunSpec], costs: Sequence[Cost], settings: Settings) -
         here = device.precision_name(device.precision_for(device.device_for(settings.device), fixed or "auto"))
         why = "as in the study's first run" if fixed else "on this device; the first run fixes it for the study"
         found["precision"] = f"trainer.precision=auto: {here}, {why}"
+    for spec, cost in zip(specs, costs, strict=True):
+        found.setdefault((repr(spec.model), repr(spec.dataset)), _of_lengths(spec, cost.lengths))
     for spec in specs:
         key = repr((spec.model, spec.placement))
         if key not in found and "placement" not in methods.lacks(spec.method):
@@ -107,7 +109,6 @@ def notes(specs: Sequence[RunSpec], costs: Sequence[Cost], settings: Settings) -
             lines = placement.unadapted(every, spec.placement, layers=placement.number_of_layers(every))
             found[key] = "\n".join(f"{spec.model.name}: {line}" for line in lines)
     for spec, cost in zip(specs, costs, strict=True):
-        found.setdefault(("lengths", repr(spec.model), repr(spec.dataset)), _of_lengths(spec, cost.lengths))
         asked = importance.probing(spec)
         if asked is not None:
             looked = "the weights" if asked.score == "weight" else f"{asked.batches} training batches"

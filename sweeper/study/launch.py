@@ -300,7 +300,7 @@ def conclude(
         console.print(f"saved: {csv}, {markdown}", style="dim", markup=False)
     failed = {run_id: one for run_id, one in {**outcome.records, **found}.items() if one.status == "failed"}
     if outcome.interrupted and (work.running or work.pending()):
-        raise Interrupted(_stopped(plan, found, typed))
+        raise Interrupted(_stopped(plan, found), typed or shell.this_command())
     elsewhere = work.elsewhere()
     if elsewhere:
         what = "trials" if plan.tuned else "of these runs"
@@ -328,14 +328,12 @@ def _searches(study: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _stopped(plan: Plan, found: Mapping[str, Record], typed: str | None) -> str:
-    """How far a command came, and itself: what goes on from there."""
-    again = typed or shell.this_command()
+def _stopped(plan: Plan, found: Mapping[str, Record]) -> str:
     if plan.tuned:
-        return f"stopped before every trial was done; the same command goes on from here: {again}"
+        return "stopped before every trial was done; the same command goes on from here"
     done = sum(one.status in plan.done for one in found.values())
     left = len(plan.runs) - done
-    return f"stopped with {done} of {len(plan.runs)} runs done; the same command trains the other {left}: {again}"
+    return f"stopped with {done} of {len(plan.runs)} runs done; the same command trains the other {left}"
 
 
 def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: Console) -> None:

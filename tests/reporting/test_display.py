@@ -48,7 +48,14 @@ def plan(make_spec: Callable[..., RunSpec], tmp_path: Path) -> Plan:
 
 
 def step(run_id: str, number: int, **changes: Any) -> Step:
-    values: dict[str, Any] = {"loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100, "answer_tokens": 30, "seconds": 0.5}
+    values: dict[str, Any] = {
+        "loss": 2.0,
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "tokens": 100,
+        "answer_tokens": 30,
+        "seconds": 0.5,
+    }
     return Step(run_id=run_id, step=number, **(values | changes))
 
 
@@ -284,31 +291,85 @@ def midway(plan: Plan, make_record: Callable[..., Record]) -> Board:
     return board
 
 
-NARROW = """\
-                           NLL before
-run        step   loss        → after
-attn r4     8/8  2.000  5.000 → 0.250
-attn r8     3/8  2.000      5.000 → -
-attn r16  failed     -
+SCREENS = {
+    40: """\
+                              NLL before
+run         step   loss          → after
+attn r4      8/8  2.000    5.000 → 0.250
+attn r8      3/8  2.000    5.000 →     -
+attn r16  failed      -
   E: no room for 16 ranks of 512 values…
 1 completed, 1 failed, 1 training
-112 tokens/s, 34 of answers · 0:08 so far
-0:04 to go"""
-USUAL = """\
-"""
+143 tokens/s, 43 of answers
+0:08 so far · 0:03 to go""",
+    80: """\
+run         step   loss  NLL before → after   ETA  tokens/s
+attn r4      8/8  2.000       5.000 → 0.250             100
+attn r8      3/8  2.000       5.000 →     -  0:05       100
+attn r16  failed      -
+  E: no room for 16 ranks of 512 values on this device
+1 completed, 1 failed, 1 training · 143 tokens/s, 43 of answers · 0:08 so far
+0:03 to go""",
+    120: """\
+run         step   loss  NLL before → after   ETA  tokens/s
+attn r4      8/8  2.000       5.000 → 0.250             100
+attn r8      3/8  2.000       5.000 →     -  0:05       100
+attn r16  failed      -
+  E: no room for 16 ranks of 512 values on this device
+1 completed, 1 failed, 1 training · 143 tokens/s, 43 of answers · 0:08 so far · 0:03 to go""",
+}
 
 
-@pytest.mark.parametrize("width", [40, 80, 120])
-def test_step_loss_and_both_scores_are_there_at_every_width(midway: Board, width: int) -> None:
+@pytest.mark.parametrize("width", SCREENS)
+def test_step_loss_and_both_scores_are_there_at_every_width(width: int, midway: Board) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=width, height=24, record=True)
     console.print(display.LiveDisplay(midway, console).render())
-    lines = console.export_text().splitlines()
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert "\n".join(lines) == SCREENS[width]
     assert max(map(len, lines)) <= width
-    (training,) = [line for line in lines if line.startswith("attn r8")]
-    assert training.split()[2:7] == ["3/8", "2.000", "5.000", "→", "-"]
-    (ended,) = [line for line in lines if line.startswith("attn r4")]
-    assert ended.split()[2:7] == ["8/8", "2.000", "5.000", "→", "0.250"]
-    print("\n".join(lines))
+
+
+def test_names_that_are_too_long_for_a_narrow_terminal_wrap_at_spaces(
+    make_spec: Callable[..., RunSpec], tmp_path: Path
+) -> None:
+    specs = [make_spec(optim={"lr": lr}, seed=seed) for lr in (1e-3, 2e-3) for seed in (0, 1)]
+    runs = tuple(Run.of(spec, tmp_path) for spec in specs)
+    plan = Plan(study=tmp_path, runs=runs, arms=tuple(grouped(specs)), statuses={run.run_id: None for run in runs})
+    board = Board.of(plan, Clock())
+    board.take(RunStarted(run_id=runs[0].run_id, steps=4))
+    board.take(step(runs[0].run_id, 1))
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, height=24, record=True)
+    console.print(display.LiveDisplay(board, console).render())
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 40
+    assert any(line.startswith("attn r4 ") for line in lines)
+    assert {"lr=0.001", "seed=0", "lr=0.002", "seed=1", "1/4", "2.000"} <= set(" ".join(lines).split())
+
+
+@pytest.mark.parametrize("height", [8, 10, 24])
+def test_the_table_is_no_higher_than_the_terminal(height: int, midway: Board) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, height=height, record=True)
+    console.print(display.LiveDisplay(midway, console).render())
+    assert len(console.export_text().splitlines()) <= height
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_the_table_of_a_sweep_that_was_stopped_stays(
+    done: bool, plan: Plan, make_record: Callable[..., Record]
+) -> None:
+    out = io.StringIO()
+    live = display.LiveDisplay(Board.of(plan), Console(file=out, force_terminal=True, width=80, height=24))
+    with live:
+        for run in plan.runs:
+            live(RunStarted(run_id=run.run_id, steps=8))
+            live(step(run.run_id, 1))
+            if done:
+                live(RunFinished(record=make_record(run.spec)))
+    assert live.live.transient == done
+    text = out.getvalue()
+    after = text[text.rindex("\x1b[?25h") :]  # the cursor is back, and what was drawn is taken away or not
+    assert ("\x1b[2K" in after) == done
+    assert ("3 stopped" in text) != done
 
 
 @pytest.mark.parametrize("live", [False, True])
