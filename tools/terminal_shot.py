@@ -57,19 +57,19 @@ def shots(command: Sequence[str], *, columns: int, rows: int, folder: Path, inte
     looked = time.monotonic()
     for data in _read(terminal):
         screen.feed(data)
+        if not pressed and str(interrupt) in screen.shot().text:
+            pressed = True
+            os.kill(pid, signal.SIGINT)
         if time.monotonic() - looked >= LOOK_SECONDS:
             looked = time.monotonic()
             found.append(screen.shot())
-            if not pressed and str(interrupt) in found[-1].text:
-                pressed = True
-                os.kill(pid, signal.SIGINT)
     os.waitpid(pid, 0)
     return [*found, screen.shot()]
 
 
 def midway(found: Sequence[Shot]) -> Shot:
     """The middle one of those that show the program at work."""
-    live = [shot for shot in found if shot.live] or list(found)
+    live = [shot for shot in found if shot.live] or [shot for shot in found if shot.text.strip()] or list(found)
     return live[len(live) // 2]
 
 

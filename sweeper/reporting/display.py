@@ -220,7 +220,7 @@ class LineDisplay:
         """How a run ended."""
         view, eta = self.board.views[run_id], self.board.eta()
         parts = [view.state, view.error or (f"validation NLL {_change(view)}" if _change(view) else "")]
-        if self.board.open and eta is not None and not self.board.arms:
+        if self.board.open and eta is not None and eta >= 0.5 and not self.board.arms:
             parts.append(f"{clock_time(eta)} to go")
         return f"{self._where(run_id)}: {', '.join(filter(None, parts))}"
 

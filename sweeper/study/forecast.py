@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sweeper import record
@@ -42,12 +42,13 @@ def costs(specs: Iterable[RunSpec], settings: Settings) -> list[Cost]:
         key = repr(
             (
                 spec.model, spec.method, spec.placement, spec.allocation, spec.sharing, spec.rank,
-                len(spec.dataset.parts), lengths, spec.trainer,
+                len(spec.dataset.parts), lengths.mean, lengths.longest, spec.trainer,
             )
         )  # fmt: skip
         if key not in known:
             known[key] = cost(spec, settings, lengths)
-        found.append(known[key])
+        like = known[key]  # of another seed, perhaps, which draws examples of other lengths
+        found.append(replace(like, lengths=lengths, flops=like.flops * lengths.tokens / max(like.lengths.tokens, 1)))
     return found
 
 

@@ -1,5 +1,6 @@
 """One command from arms to table: plan, dry run or training, summary, and how it ended."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -185,7 +186,10 @@ def carry_out(
     """
     search = search or SearchSettings()
     register.load(settings.plugins)
-    plan, console = planning.make(arms, settings, search), make_console()
+    console = make_console()
+    # for seconds: what plans imports what trains
+    with console.status("checking the runs") if console.is_terminal else contextlib.nullcontext():
+        plan = planning.make(arms, settings, search)
     settings = _with_plugins(settings, plan, elsewhere=workers is not None)
     for line in (*_left_out(plan), *plan.notes):
         console.print(line, markup=False)

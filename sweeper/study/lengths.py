@@ -15,7 +15,7 @@ from sweeper.training.mixing import MixedOrder, Mixture
 if TYPE_CHECKING:
     from sweeper.tasks.example import EncodedSplit
 
-CHARACTERS = 3.5  # of a token, where there is no tokenizer yet: of English text; of code it is fewer
+CHARACTERS = 4.5  # of a token, where there is no tokenizer yet: of English text; of code it is fewer
 DRAWN = 500_000  # examples of a run that are looked up one by one; of more, their mean is taken
 
 How = Literal["counted", "sampled", "characters", "assumed"]
@@ -122,7 +122,7 @@ def _of_rows(spec: RunSpec, split: "EncodedSplit", whole: bool) -> _Part:
 
 
 def _tokens_in(characters: int, dataset: DatasetSpec) -> int:
-    return min(dataset.max_length, 2 + round(characters / CHARACTERS))
+    return min(dataset.max_length, 1 + round(characters / CHARACTERS))
 
 
 def _order(spec: RunSpec, parts: Sequence[_Part]) -> DataOrder | MixedOrder:

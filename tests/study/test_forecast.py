@@ -172,5 +172,5 @@ def test_without_a_tokenizer_characters_are_counted_and_without_data_the_most_is
     assumed = Reader().of(spec)
     assert (assumed.how, assumed.mean) == ("assumed", 512)
     about = [forecast._of_lengths(spec, one) for one in (guess, assumed)]
-    assert "taking 3.5 characters for one: tiny_llama is not unpacked yet" in about[0]
+    assert "taking 4.5 characters for one: tiny_llama is not unpacked yet" in about[0]
     assert about[1].startswith("jsonl: its examples cannot be read yet")
