@@ -8,7 +8,6 @@ from typing import NoReturn
 
 from analysis.load import load
 from analysis.venues import DEFAULT, VENUES, venue
-from sweeper import shell
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis; returns the exit status: 0, or 2 where there was nothing to analyse or a request was wrong."""
-    parser = _Parser(prog=shell.command("analyse"), description="Records of a study -> tables, figures, report.")
+    parser = _Parser(prog="python -m analysis", description="Records of a study -> tables, figures, report.")
     parser.add_argument("study", nargs="*", type=Path, help="folders of studies, such as outputs/default")
     parser.add_argument("--out", type=Path, default=Path("paper"), help="where to write (default: paper/)")
     parser.add_argument("--metric", default="nll", help="what trials are chosen by and the main figures show")

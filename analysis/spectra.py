@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeper import shell
 from sweeper.record import SPECTRA, read_json, read_text
 
 SCHEMA = 1
@@ -27,9 +26,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{SPECTRA}: {type(error).__name__}: {error}") from error
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{SPECTRA}: not of schema {SCHEMA}; {shell.command('adapters', 'spectra', str(folder))} writes it anew"
-        )
+        raise ValueError(f"{SPECTRA}: not of schema {SCHEMA}; python adapters.py spectra {folder} writes it anew")
     rows: list[dict[str, Any]] = plain.get("modules") or []
     missing = [key for key in BY_MODULE for row in rows if key not in row]
     if missing:

@@ -14,17 +14,12 @@ PARTS = (*SCRIPTS, "analyse")
 def command(part: str, *words: str) -> str:
     """What to type for a part of the project: "train", "evaluate", "adapters" or "analyse".
 
-    `lora-atlas PART` where this process was begun so. In a checkout a script, or `python -m analysis`, by the Python
-    that runs now.
+    `lora-atlas PART` where this process was begun so, or the package is a wheel. In a checkout a script, or
+    `python -m analysis`, by the Python that runs now.
     """
     if is_installed():
         return shlex.join([INSTALLED, part, *words])
     return shlex.join([*python(), *([str(_script(part))] if part in SCRIPTS else ["-m", "analysis"]), *words])
-
-
-def module(name: str, *words: str) -> str:
-    """What to type for a module that is run by itself."""
-    return shlex.join([*python(), "-m", name, *words])
 
 
 def this_command() -> str:
@@ -41,8 +36,8 @@ def noted() -> str:
 
 
 def is_installed() -> bool:
-    """Whether the command of the installed package began this process, rather than a script of a checkout."""
-    return Path(sys.argv[0]).name in (INSTALLED, f"{INSTALLED}.exe")
+    """Whether the package's command is what there is: it began this process, or there are no scripts beside a wheel."""
+    return Path(sys.argv[0]).name in (INSTALLED, f"{INSTALLED}.exe") or (Path(__file__).parent / "conf").is_dir()
 
 
 def python() -> list[str]:

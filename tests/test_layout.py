@@ -69,9 +69,9 @@ def test_imports_go_down_the_layers(graph: dict[str, set[str]]) -> None:
     assert not upwards
 
 
-def test_the_analysis_knows_of_the_rest_only_records_and_what_to_type(graph: dict[str, set[str]]) -> None:
+def test_the_analysis_knows_of_the_rest_only_the_record(graph: dict[str, set[str]]) -> None:
     analysis = {other for module, found in graph.items() if module.startswith("analysis") for other in found}
-    assert {other for other in analysis if not other.startswith("analysis")} == {"sweeper.record", "sweeper.shell"}
+    assert {other for other in analysis if not other.startswith("analysis")} == {"sweeper.record"}
 
 
 def test_a_circle_is_found() -> None:

@@ -24,7 +24,6 @@ def test_in_a_clone_it_is_the_environments_python(clone: Path) -> None:
     assert analyse == ".venv/bin/python -m analysis outputs/x --out paper/"
     assert shell.command("evaluate", "outputs/a b") == ".venv/bin/python evaluate.py 'outputs/a b'"
     assert shell.this_command() == ".venv/bin/python train.py -m rank=4,8 'study=a b'"
-    assert shell.module("sweeper.tasks.fetch", "x") == ".venv/bin/python -m sweeper.tasks.fetch x"
 
 
 def test_begun_by_the_installed_command_it_is_that(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

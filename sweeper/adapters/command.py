@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sweeper import shell
 from sweeper.adapters import block_spectra, combine, merge, spectra
 from sweeper.adapters.library import command as library
 from sweeper.errors import DataError, SpecError
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from sweeper.adapters.block_spectra import BlockSpectrum
     from sweeper.adapters.spectra import ModuleSpectrum
     from sweeper.rescoring.rescore import Saved
+
+PROGRAM = "python adapters.py"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -50,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=shell.command("adapters"), description="Saved adapters: merge, combine, spectra, route.")
+    parser = _Parser(prog=PROGRAM, description="Saved adapters: merge, combine, spectra, route.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("merge", help="adapter into base model: a plain transformers model, checked for equality")
     one.add_argument("run", type=Path, help="outputs/STUDY/RUN_ID, or what combine wrote")
@@ -97,7 +98,7 @@ def _combine(options: argparse.Namespace) -> None:
     parts = " + ".join(f"{w:g} {run['run_id']}" for w, run in zip(note["weights"], note["from"], strict=True))
     make_console().print(
         f"{options.out}: {asked.method}, {parts}; rank up to {max(note['ranks'].values())}. PEFT loads "
-        f"{options.out / 'adapter'}; score it with {shell.command('evaluate', str(options.out))}",
+        f"{options.out / 'adapter'}; score it with python evaluate.py {options.out}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -45,11 +45,13 @@ class Planned(Protocol):
 class RunView:
     """What is known of one run while it trains.
 
-    `seen` counts the steps of this command: a run that goes on from a checkpoint has done more. `tokens` and `answers`
-    are those of its steps but the first, after which the clock runs.
+    `cost` is what a step costs beside one of the other runs. `seen` counts the steps of this command: a run that goes
+    on from a checkpoint has done more. `tokens` and `answers` are those of its steps but the first, after which the
+    clock runs.
     """
 
     label: str
+    cost: float = 1.0
     state: str = "waiting"
     step: int = 0
     steps: int = 0
@@ -89,6 +91,7 @@ class ArmView:
     """What is known of the search in one arm."""
 
     label: str
+    cost: float = 1.0
     seeds: int = 1
     steps: int = 0
     queued: int = 0
@@ -118,9 +121,13 @@ class ArmView:
 
 @dataclass(kw_only=True)
 class Board:
-    """The state of a sweep, fed with events; `views` are in the plan's order."""
+    """The state of a sweep, fed with events; `views` are in the plan's order.
+
+    `costs` are of a step of a run, by the key of its arm, where runs differ in that; only their proportions count.
+    """
 
     views: dict[str, RunView]
+    costs: Mapping[str, float] = field(default_factory=dict)
     arms: dict[str, "ArmView"] = field(default_factory=dict)
     fields: Sequence[str] = ()
     clock: Clock = time.monotonic
@@ -134,28 +141,33 @@ class Board:
     resumed: list[RunResumed] = field(default_factory=list)
 
     @classmethod
-    def of(cls, plan: Planned, clock: Clock = time.monotonic, *, wanted: int | None = None) -> "Board":
-        board = cls(views={}, fields=plan.fields, clock=clock, begun=clock())
+    def of(
+        cls, plan: Planned, clock: Clock = time.monotonic, *, wanted: int | None = None,
+        costs: Mapping[str, float] | None = None,
+    ) -> "Board":  # fmt: skip
+        board = cls(views={}, costs=costs or {}, fields=plan.fields, clock=clock, begun=clock())
         for run in plan.todo:
-            board.add(run.run_id, run.spec)
+            board.add(run.run_id, run.spec, run.arm)
         names = labels(plan.arms)
         for arm in plan.arms:
             if arm.space:
                 label, steps = names[arm.key], arm.default.trainer.max_steps
-                board.arms[arm.key] = ArmView(label=label, wanted=wanted, seeds=len(arm.seeds), steps=steps)
+                board.arms[arm.key] = ArmView(
+                    label=label, cost=board.costs.get(arm.key, 1.0), wanted=wanted, seeds=len(arm.seeds), steps=steps
+                )  # fmt: skip
         return board
 
-    def add(self, run_id: str, spec: RunSpec) -> None:
+    def add(self, run_id: str, spec: RunSpec, arm: str) -> None:
         """Another run to show, or one that is trained again."""
         label = naming.label(to_mapping(spec), self.fields)
-        self.views.setdefault(run_id, RunView(label=label, steps=spec.trainer.max_steps))
+        self.views.setdefault(run_id, RunView(label=label, cost=self.costs.get(arm, 1.0), steps=spec.trainer.max_steps))
 
     def take(self, event: Event) -> None:
         match event:
             case Stage(message=message):
                 self.stage = message
             case RunQueued(run_id=run_id, spec=spec):
-                self.add(run_id, spec)
+                self.add(run_id, spec, event.arm)
                 if event.arm in self.arms:
                     self.arms[event.arm].queued += 1
             case TrialEnded():
@@ -240,11 +252,12 @@ class Board:
                 view.state = "stopped"
 
     def eta(self) -> float | None:
-        """Seconds left if the rest goes at the pace of all steps so far."""
-        done = sum(view.seen for view in self.views.values())
-        left = sum(view.steps - view.step for view in self.views.values() if view.state in ("training", "waiting"))
-        left += sum(arm.steps_to_come() for arm in self.arms.values())
-        if self.training_since is None or done < 2:
+        """Seconds left if the rest goes at the pace of all steps so far, each counted by its cost."""
+        views = self.views.values()
+        done = sum(view.seen * view.cost for view in views)
+        left = sum((view.steps - view.step) * view.cost for view in views if view.state in ("training", "waiting"))
+        left += sum(arm.steps_to_come() * arm.cost for arm in self.arms.values())
+        if self.training_since is None or sum(view.seen for view in views) < 2:
             return None
         return left * (self.clock() - self.training_since) / done
 

@@ -2,7 +2,7 @@
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -37,9 +37,11 @@ class Display(Protocol):
     def __call__(self, event: Event) -> None: ...
 
 
-def make_display(plan: Planned, console: Console, *, trials: int | None = None) -> Display:
-    """`trials` is how many each tuned arm shall have."""
-    board = Board.of(plan, wanted=trials)
+def make_display(
+    plan: Planned, console: Console, *, trials: int | None = None, costs: Mapping[str, float] | None = None
+) -> Display:
+    """`trials` is how many each tuned arm shall have; `costs` what a step of each arm costs, as `Board` has it."""
+    board = Board.of(plan, wanted=trials, costs=costs)
     if console.is_jupyter:
         return NotebookDisplay(board, console)
     return LiveDisplay(board, console) if console.is_terminal else LineDisplay(board, console)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeper import config, identity, shell
+from sweeper import config, identity
 from sweeper.errors import SpecError
 from sweeper.reporting.console import make_console
 from sweeper.reporting.table import print_table
@@ -15,7 +15,7 @@ from sweeper.spec import DatasetSpec, EvaluationSpec, Settings, unique
 from sweeper.tasks.metrics import suite_score
 
 USAGE = """\
-{command} FOLDER... [dataset=NAME,...] [dataset.FIELD=...] [evaluation.FIELD=...] [trainer.device=...]
+python evaluate.py FOLDER... [dataset=NAME,...] [dataset.FIELD=...] [evaluation.FIELD=...] [trainer.device=...]
 
   FOLDER   outputs/STUDY for all its runs, outputs/STUDY/RUN_ID, or a folder written by adapters.py combine
   dataset  tasks to score on (default: each run's training dataset)
@@ -34,14 +34,10 @@ def main(arguments: Sequence[str]) -> None:
         SweeperError: a folder has no runs or an override is invalid; nothing has been scored.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(_usage())
+        print(USAGE)
         return
     folders = [Path(argument) for argument in arguments if "=" not in argument]
     score(folders, [argument for argument in arguments if "=" in argument], config.composer_of())
-
-
-def _usage() -> str:
-    return USAGE.format(command=shell.command("evaluate"))
 
 
 def score(
@@ -54,7 +50,7 @@ def score(
     """
     datasets, evaluation, settings = composed(overrides, composer)
     if not folders:
-        raise SpecError(f"no folder of runs given. Usage: {_usage().splitlines()[0]}")
+        raise SpecError(f"no folder of runs given. Usage: {USAGE.splitlines()[0]}")
     runs = rescore.find(folders, gates=True)
     rescore.check(runs, datasets, evaluation)
     console = make_console()

@@ -88,6 +88,20 @@ def cost(spec: RunSpec, settings: Settings, lengths: Lengths) -> Cost:
     )
 
 
+def step_costs(plan: Plan, settings: Settings) -> dict[str, float]:
+    """FLOPs of a step by the key of the arm, where arms differ in model, data or batch; else nothing is read."""
+    kinds = {
+        repr((spec.model, spec.dataset, spec.objective, spec.trainer.batch_size, spec.trainer.accumulation))
+        for spec in (arm.default for arm in plan.arms)
+    }
+    if len(kinds) < 2:
+        return {}
+    found = costs([arm.default for arm in plan.arms], settings)
+    return {
+        arm.key: cost.flops / max(arm.default.trainer.max_steps, 1) for arm, cost in zip(plan.arms, found, strict=True)
+    }
+
+
 def notes(specs: Sequence[RunSpec], costs: Sequence[Cost], settings: Settings) -> list[str]:
     """What auto precision is, what the costs of a plan do not say (ranks that a probe will allocate), and what
     placements leave as it is.

@@ -204,7 +204,8 @@ def carry_out(
     if left:
         record.note_command(plan.study, typed or shell.noted())
         say = functools.partial(console.print, style="yellow", markup=False, soft_wrap=True)
-        display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan.fields, settings, say)
+        display = make_display(plan, console, trials=search.trials, costs=forecast.step_costs(plan, settings))
+        tracker = tracking.make(plan.fields, settings, say)
         work.observers = [display] if tracker is None else [display, tracker]
         try:
             with display:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sweeper import content as contents
-from sweeper import shell
 from sweeper.cache import cache_folder
 from sweeper.content import Content
 from sweeper.errors import DataError, SpecError, gist, unknown
@@ -131,7 +130,7 @@ def check(spec: DatasetSpec, *, training: bool = True) -> None:
     if training and getattr(FAMILIES[spec.family], "EVALUATION_ONLY", False):
         raise DataError(
             f"dataset={spec.name} is for evaluation only and has no training split: train on another dataset, then "
-            + shell.command("evaluate", "RUN_FOLDER", f"dataset={spec.name}")
+            f"python evaluate.py RUN_FOLDER dataset={spec.name}"
         )
     FAMILIES[spec.family].check(spec)
     for part in spec.parts:
@@ -149,7 +148,7 @@ def check_evaluation(dataset: DatasetSpec, evaluation: EvaluationSpec, *, traini
     if training and evaluation.name == "lm_eval":
         raise SpecError(
             "evaluation=lm_eval scores saved adapters: train with another evaluation, then "
-            + shell.command("evaluate", "outputs/STUDY", f"dataset={dataset.name}", "evaluation=lm_eval")
+            f"python evaluate.py outputs/STUDY dataset={dataset.name} evaluation=lm_eval"
         )
     if training and evaluation.options:
         raise SpecError(f"evaluation.options: evaluation={evaluation.name} has none, lm_eval has")

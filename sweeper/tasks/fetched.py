@@ -12,7 +12,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sweeper import shell
 from sweeper.cache import cache_folder
 from sweeper.errors import DataError, unknown
 from sweeper.spec import DatasetSpec
@@ -51,9 +50,7 @@ def require(name: str, spec: DatasetSpec) -> Path:
     """
     where = folder(name)
     if not where.is_dir():
-        raise DataError(
-            f"dataset={spec.name} needs data that is fetched once: " + shell.module("sweeper.tasks.fetch", name)
-        )
+        raise DataError(f"dataset={spec.name} needs data that is fetched once: python -m sweeper.tasks.fetch {name}")
     return where
 
 

@@ -372,6 +372,19 @@ def test_the_table_of_a_sweep_that_was_stopped_stays(
     assert ("3 stopped" in text) != done
 
 
+def test_the_time_to_go_counts_a_step_by_what_it_costs(plan: Plan) -> None:
+    clock = Clock()
+    costs = {arm.key: cost for arm, cost in zip(plan.arms, (1.0, 1.0, 10.0), strict=True)}
+    runs = [dataclasses.replace(run, arm=arm.key) for run, arm in zip(plan.runs, plan.arms, strict=True)]
+    board = Board.of(dataclasses.replace(plan, runs=tuple(runs)), clock, costs=costs)
+    board.take(RunStarted(run_id=runs[0].run_id, steps=8))
+    for number in range(1, 9):
+        board.take(step(runs[0].run_id, number))
+        clock.now += 1
+    board.take(RunStarted(run_id=runs[1].run_id, steps=8))
+    assert board.eta() == pytest.approx(8 + 80)
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_a_remark_is_made_once_and_stays(live: bool, plan: Plan, searched: Plan) -> None:
     """Of a grid and of a search; workers may each make it."""

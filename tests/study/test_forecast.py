@@ -174,3 +174,17 @@ def test_without_a_tokenizer_characters_are_counted_and_without_data_the_most_is
     about = [forecast._of_lengths(spec, one) for one in (guess, assumed)]
     assert "taking 4.5 characters for one: tiny_llama is not unpacked yet" in about[0]
     assert about[1].startswith("jsonl: its examples cannot be read yet")
+
+
+def test_steps_cost_what_their_examples_are_long_where_arms_differ_in_that(
+    composer: Any, study: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = dataclasses.replace(study, device="cpu")
+    alike = config.expand(["experiment=smoke", "rank=4,8"], composer)
+    assert forecast.step_costs(plan.make(alike.arms, study), study) == {}
+    arms = config.expand(["experiment=smoke", "dataset=icd10_chapter,chain_sum"], composer).arms
+    own = forecast.step_costs(plan.make(arms, study), study)
+    tokens = {arm.key: Reader().of(arm.default).tokens for arm in arms}
+    first, second = own
+    assert own[first] / own[second] == pytest.approx(tokens[first] / tokens[second], rel=0.2)
+    assert tokens[first] > 1.5 * tokens[second]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import shell
 from sweeper.adapters.library import asked as options_of
 from sweeper.adapters.library import members
 from sweeper.adapters.library.asked import FREE, RULES, Asked
@@ -135,9 +134,7 @@ def route(options: argparse.Namespace) -> None:
     if options.save is not None and "arrow" in asked.rules:
         saving.arrow_readme(options.save / "arrow", runs, scoring.general_runs(asked), asked)
     if options.out is None:
-        console.print(
-            f"{shell.command('analyse', str(place.parent))} has it as table library", markup=False, soft_wrap=True
-        )
+        console.print(f"python -m analysis {place.parent} has it as table library", markup=False, soft_wrap=True)
 
 
 def show(found: "Sequence[Scored]") -> None:
