@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import installation, record, run
 from sweeper.errors import DataError, Problems, SpecError, SweeperError
+from sweeper.spec import RunSpec, bare
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sweeper.arms import Arm
     from sweeper.config import Composer
     from sweeper.rescoring.rescore import HarnessResult, Rescored
 
@@ -84,11 +86,12 @@ class Study:
         return table.query("arm != 'base model'").reset_index(drop=True)
 
 
-def sweep(*overrides: str, config_dir: str | Path | None = None, **fields: Any) -> Study:
+def sweep(*overrides: str | RunSpec, config_dir: str | Path | None = None, **fields: Any) -> Study:
     """Trains every combination of a grid, or what is missing of it, and prints its table: `train.py -m`.
 
     Args:
-        overrides: as on the command line, `"placement=attn,ff"`. fields: the same as keywords, `study="mine"`.
+        overrides: as on the command line, `"placement=attn,ff"`. fields: the same as keywords, `study="mine"`. Or the
+            runs themselves, as `RunSpec`s, and beside them only what changes no result: `study`, `sweep.dry_run`.
         config_dir: a folder of configurations of your own, before the project's, as --config-dir.
 
     Raises:
@@ -97,14 +100,15 @@ def sweep(*overrides: str, config_dir: str | Path | None = None, **fields: Any) 
     """
     from sweeper.study import launch
 
-    words = _words(overrides, fields)
+    words, specs = _words(overrides, fields), _specs(overrides)
     with _composing(words, config_dir) as composer:
         arms, settings, search, workers = _command(composer, words)
-        found = launch.carry_out(arms, settings, search, workers=workers, typed=_call("sweep", words))
+        typed = _call("sweep", words, specs)
+        found = launch.carry_out(_arms(specs, words) or arms, settings, search, workers=workers, typed=typed)
     return Study(folder=found.study, runs=tuple(map(_own, found.runs)))
 
 
-def train(*overrides: str, config_dir: str | Path | None = None, **fields: Any) -> Run:
+def train(*overrides: str | RunSpec, config_dir: str | Path | None = None, **fields: Any) -> Run:
     """Trains one run, or finds it done: `train.py`. Arguments as of `sweep`.
 
     Raises:
@@ -113,15 +117,18 @@ def train(*overrides: str, config_dir: str | Path | None = None, **fields: Any) 
     from sweeper import cli, config
     from sweeper.study import launch
 
-    words = _words(overrides, fields)
+    words, specs = _words(overrides, fields), _specs(overrides)
     with _composing(words, config_dir) as composer:
         several = cli.grid_without_multirun(words, composer, "sweeper.sweep(...)")
         if not several and cli.is_multirun(composer, words):
             several = ["hydra.mode=MULTIRUN: sweeper.sweep(...) trains several runs"]
         found = config.expand(words, composer)
+        if len({spec.run_id for spec in specs}) > 1:
+            several.append(f"{len(specs)} RunSpecs: sweeper.sweep(...) trains several runs")
         if several:
             raise Problems(several)
-        done = launch.carry_out(found.arms, found.settings, typed=_call("train", words))
+        arms = _arms(specs, words) or found.arms
+        done = launch.carry_out(arms, found.settings, typed=_call("train", words, specs))
     if done.failures is not None:
         raise done.failures
     return _own(done.runs[0])
@@ -172,13 +179,39 @@ def _own(one: run.Run) -> Run:
     return Run(run_id=one.run_id, spec=one.spec, folder=one.folder, arm=one.arm, search=one.search)
 
 
-def _call(name: str, words: Sequence[str]) -> str:
-    return f"sweeper.{name}({', '.join(map(repr, words))})"
+def _call(name: str, words: Sequence[str], specs: Sequence[RunSpec] = ()) -> str:
+    return f"sweeper.{name}({', '.join([*(f'<RunSpec {spec.run_id}>' for spec in specs), *map(repr, words)])})"
 
 
-def _words(overrides: Sequence[str], fields: dict[str, Any]) -> list[str]:
+def _specs(overrides: Sequence[str | RunSpec]) -> list[RunSpec]:
+    return [bare(one) for one in overrides if isinstance(one, RunSpec)]
+
+
+def _arms(specs: Sequence[RunSpec], words: Sequence[str]) -> "Sequence[Arm]":
+    """The arms of runs that are given whole; none where none are.
+
+    Raises:
+        Problems: words beside them that would be part of a run.
+    """
+    from sweeper.arms import grouped
+    from sweeper.config.grid import is_setting
+
+    keys = [word.partition("=")[0].lstrip("+~") for word in words]
+    strange = [
+        f"{key}: a RunSpec has it already (dataclasses.replace gives another); beside RunSpecs go study, output_root, "
+        "plugins, trainer.device, tracking and sweep.*"
+        for key in keys
+        if specs and not is_setting(key) and not key.startswith(("hydra.", "hydra/"))
+    ]
+    if strange:
+        raise Problems(strange)
+    return grouped(specs)
+
+
+def _words(overrides: Sequence[str | RunSpec], fields: dict[str, Any]) -> list[str]:
     given = {key: str(value) if isinstance(value, Path) else value for key, value in fields.items()}
-    return [*overrides, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items())]
+    words = [one for one in overrides if isinstance(one, str)]
+    return [*words, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items())]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """How a command ends: one line an error, an exit code, no traceback for what is the user's to mend."""
 
 import atexit
+import contextlib
 import errno
 import gc
 import os
@@ -9,9 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from sweeper import lost
+from rich.console import Console
+
+from sweeper import lost, shell
 from sweeper.errors import Interrupted, Problems, SweeperError, unknown
-from sweeper.installation import program
 from sweeper.lost import ContextLost
 from sweeper.redaction import without_credentials
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from sweeper.config import Composer
 
 FULL = "HYDRA_FULL_ERROR"
+SEVERAL = "-m"
 
 
 class NoRoom(SweeperError):
@@ -40,12 +43,12 @@ class Quit(SystemExit):
 def put_flags_last() -> None:
     """Makes `study=mine -m rank=4,8` what it looks like: Hydra takes no overrides behind a flag that follows others.
 
-    Ends the command with a line for a flag that there is not.
+    Ends the command with a line for a flag that there is not, and for flags that do not go together.
     """
     from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> NoReturn:
-        print(f"error: {message}. Flags: {program('train')} --hydra-help", file=sys.stderr)
+        print(f"error: {message}. Flags: {shell.command('train', '--hydra-help')}", file=sys.stderr)
         sys.exit(2)
 
     parser = get_args_parser()
@@ -53,11 +56,42 @@ def put_flags_last() -> None:
     known, rest = parser.parse_known_args()
     for word in rest:
         if word.startswith("-"):
-            field = word.lstrip("-")
-            refuse(f"{word}: no such flag; fields have no dashes, '{field if '=' in field else f'{field}=...'}'")
+            refuse(f"{word}: no such flag; fields have no dashes: '{_as_field(word, sys.argv)}'")
+    if known.multirun and (known.cfg or known.info):
+        shows = f"--cfg {known.cfg}" if known.cfg else f"--info {known.info}"
+        print(f"error: {shows} is of one run, without -m: {_of_one_run(known.overrides, shows)}", file=sys.stderr)
+        sys.exit(2)
     if rest and not any(word.startswith("-") for word in rest):
         overrides = [*known.overrides, *rest]
         sys.argv[1:] = [*overrides, *(word for word in sys.argv[1:] if word not in overrides)]
+
+
+def _as_field(flag: str, words: Sequence[str]) -> str:
+    """The override that someone meant who typed a flag."""
+    name, equals, value = flag.lstrip("-").partition("=")
+    name = name.replace("-", "_")
+    if name == "dry_run":
+        return f"sweep.dry_run={value or 'true'}"
+    following = words[words.index(flag) + 1 :] if flag in words else []
+    if not equals and following and not following[0].startswith("-") and "=" not in following[0]:
+        value = following[0]
+    return f"{name}={value or '...'}"
+
+
+def _of_one_run(overrides: Sequence[str], shows: str) -> str:
+    """What to type to see the configuration of a grid's first run."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    first = []
+    for line in overrides:
+        with contextlib.suppress(Exception):  # what cannot be read has a line of its own, once it is tried
+            override = OverridesParser.create().parse_overrides([line])[0]
+            if override.is_interval_sweep():
+                continue
+            if override.is_sweep_override():
+                line = f"{line.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+        first.append(line)
+    return shell.command("train", *first, *shows.split())
 
 
 def run(main: Callable[[], object]) -> int:
@@ -94,8 +128,7 @@ def run(main: Callable[[], object]) -> int:
     except SweeperError as error:
         return _report(error)
     except KeyboardInterrupt:
-        print("error: stopped at once; the same command trains what is missing", file=sys.stderr)
-        return 130
+        return _report(Interrupted("stopped at once; the same command trains what is missing", shell.this_command()))
     except Exception as error:
         told = no_room(error) or (_explain(error, sys.argv[1:]) if from_hydra(error) else None)
         if told is None:
@@ -150,6 +183,11 @@ def from_hydra(error: BaseException) -> bool:
 def _report(error: SweeperError) -> int:
     if isinstance(error, ContextLost):
         lost.go_on(error, without=(FULL,))
+    if isinstance(error, Interrupted):
+        told = Console(stderr=True, highlight=False)
+        told.print(f"{error.message}:", markup=False)
+        told.print(without_credentials(error.again, typed=True), markup=False, soft_wrap=True)  # to be copied as it is
+        return error.exit_code
     for line in error.lines:
         print(f"error: {without_credentials(line, typed=True)}", file=sys.stderr)
     return error.exit_code
@@ -189,6 +227,8 @@ def _no_such_hydra_field(message: str, overrides: Sequence[str]) -> list[str]:
     from hydra.conf import HydraConf
     from hydra_plugins.lora_sweeper.ray_launcher import RayLauncherConf
 
+    from sweeper.config.build import OF_SWEEP
+
     match = re.match(r"Could not override 'hydra\.(\w+)\.?(\w*)\.?(\w*)", message)
     if match is None:
         return []
@@ -208,6 +248,9 @@ def _no_such_hydra_field(message: str, overrides: Sequence[str]) -> list[str]:
         return [f"{name} is a field of hydra/launcher=ray: give that as well"]
     if not known:
         return [f"{name}: hydra/{part}={chosen} has no fields"]
+    if field in OF_SWEEP:
+        value = next((line.partition("=")[2] for line in overrides if line.lstrip("+").startswith(f"{name}=")), "...")
+        return [unknown(f"hydra.{part} field", field, known, given=name, meant=[f"sweep.{field}={value}"])]
     return [unknown(f"hydra.{part} field", field, known, given=name)]
 
 
@@ -253,18 +296,32 @@ def _refused(composer: "Composer", overrides: Sequence[str]) -> Exception | None
     return None
 
 
-def grid_without_multirun(overrides: Sequence[str], composer: "Composer", needs: str = "") -> list[str]:
-    """A line for each override that asks for several runs where there is one; `needs` is what trains several."""
-    needs = needs or f"-m ({program('train').removeprefix('python ')} -m ...)"
-    lines = []
+def grid_without_multirun(overrides: Sequence[str], composer: "Composer", needs: str = SEVERAL) -> list[str]:
+    """A line for each override that asks for several runs where there is one; `needs` is what trains several.
+
+    The first line has the command that does, where that is a flag away.
+    """
+    lines: list[str] = []
     for line in overrides:
         try:
             override = composer.parse(line)
         except Exception:  # named by expand
             continue
+        told = needs if lines or needs != SEVERAL else f"{needs}: {shell.command('train', needs, *overrides)}"
         if override.is_interval_sweep():
-            lines.append(f"{line}: a range is tuned by a sweep: give {needs}")
+            lines.append(f"{line}: a range is tuned by a sweep, which needs {told}")
         elif override.is_sweep_override():
             key, values = line.split("=", 1)
-            lines.append(f"{line}: several values need {needs}; a list as one value is '{key}=[{values}]'")
+            as_one = f"; a list as one value is '{key}=[{values}]'" if _is_list(key.lstrip("+"), composer) else ""
+            lines.append(f"{line}: several values need {told}{as_one}")
     return lines
+
+
+def _is_list(key: str, composer: "Composer") -> bool:
+    """Whether a field holds a list by default."""
+    from omegaconf import ListConfig, OmegaConf
+
+    try:
+        return isinstance(OmegaConf.select(composer.compose([]), key), ListConfig)
+    except Exception:  # a configuration of one's own that needs values
+        return False

@@ -37,9 +37,16 @@ class RunsFailed(Problems):
 
 
 class Interrupted(SweeperError):
-    """Stopped on request before every run was done."""
+    """Stopped on request before every run was done; `again` is the command that goes on from there."""
 
     exit_code = 130
+
+    def __init__(self, message: str, again: str) -> None:
+        self.message, self.again = message, again
+        super().__init__(message, again)
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.again}"
 
 
 class SpecError(SweeperError):

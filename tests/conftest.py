@@ -135,7 +135,16 @@ class FakeEngine:
                 source.report(Evaluated(run_id=run_id, split="validation", phase="before", score=scores["before"]))
                 for step in range(1, spec.trainer.max_steps + 1):
                     source.report(
-                        Step(run_id=run_id, step=step, loss=5 / step, lr=1e-3, grad_norm=1.0, tokens=50, seconds=0.1)
+                        Step(
+                            run_id=run_id,
+                            step=step,
+                            loss=5 / step,
+                            lr=1e-3,
+                            grad_norm=1.0,
+                            tokens=50,
+                            answer_tokens=20,
+                            seconds=0.1,
+                        )
                     )
                     steps += 1
                     if steps == self.stop_after:

@@ -1,5 +1,6 @@
 """The Python API: the words, runs and errors of the command line; light to import; its documentation runs."""
 
+import dataclasses
 import json
 import os
 import re
@@ -93,6 +94,31 @@ def test_a_sweep_has_the_runs_of_the_command_line(trains: FakeEngine, tmp_path: 
     assert {run.run_id for run in sweeper.load_study("outputs/mine").runs} == {run.run_id for run in study.runs}
 
 
+def test_run_specs_train_as_they_are_given_seeds_and_all(trains: FakeEngine) -> None:
+    planned = sweeper.sweep(*SMOKE, "sweep.dry_run=true").runs[0].spec
+    specs = [dataclasses.replace(planned, seed=seed) for seed in range(4)]
+    study = sweeper.sweep(*specs, study="mine")
+    assert [run.spec.seed for run in study.runs] == [0, 1, 2, 3]
+    assert set(trains.trained) == {run.run_id for run in study.runs}
+    assert len(trains.trained) == 4
+    assert sweeper.train(specs[3], study="mine").run_id == study.runs[3].run_id
+    assert len(trains.trained) == 4
+    (first, *_) = record.read_commands(study.folder)
+    assert first["typed"].startswith("sweeper.sweep(<RunSpec ")
+    again = sweeper.sweep(*(run.spec for run in sweeper.load_study(study.folder).runs), study="mine")
+    assert {run.run_id for run in again.runs} == set(trains.trained)
+    assert len(trains.trained) == 4
+
+
+def test_beside_run_specs_go_settings_alone(trains: FakeEngine) -> None:
+    spec = sweeper.sweep(*SMOKE, "sweep.dry_run=true").runs[0].spec
+    with pytest.raises(sweeper.SweeperError, match="rank: a RunSpec has it already"):
+        sweeper.sweep(spec, rank=8)
+    with pytest.raises(sweeper.SweeperError, match=r"2 RunSpecs: sweeper.sweep\(...\) trains several runs"):
+        sweeper.train(spec, dataclasses.replace(spec, seed=1))
+    assert not trains.trained
+
+
 def test_a_tuned_arm_is_its_best_trial(trains: FakeEngine) -> None:
     tuned = (*SMOKE, "rank=4,8", "optim.lr=tag(log,interval(1e-4,1e-2))", "hydra.sweeper.n_trials=2")
     study = sweeper.sweep(*tuned, study="tuned")
@@ -155,8 +181,8 @@ def test_mistakes_are_the_lines_of_the_command_line(words: list[str], line: str,
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["rank=4,8"], "rank=4,8: several values need sweeper.sweep(...); a list as one value is 'rank=[4,8]'"),
-        (["optim.lr=interval(1,2)"], "a range is tuned by a sweep: give sweeper.sweep(...)"),
+        (["rank=4,8"], "rank=4,8: several values need sweeper.sweep(...)"),
+        (["optim.lr=interval(1,2)"], "a range is tuned by a sweep, which needs sweeper.sweep(...)"),
         (["search=lr"], "sweeper.sweep(...) trains several runs"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -74,8 +75,20 @@ def test_shell_completion_knows_groups_and_options(root: Path, tmp_path: Path) -
         (["placement=atn"], ["placement=atn: no such placement. Choose from all, attn, "]),
         (["model=tiny_lama", "rank=0"], ["model=tiny_lama: no such model", "rank must be at least 1, got 0"]),
         (["-m", "dataset=icd11,jsonl"], ["dataset=icd11: no such dataset", "dataset.path is required"]),
-        (["rank=4,8"], ["rank=4,8: several values need -m"]),
-        (["optim.lr=interval(1e-4,1e-2)"], ["a range is tuned by a sweep: give -m"]),
+        (["rank=4,8"], ["rank=4,8: several values need -m: "]),
+        (["optim.lr=interval(1e-4,1e-2)"], ["a range is tuned by a sweep, which needs -m: "]),
+        (["rank=4,8", "rank=16", "-m"], ["rank is there twice: rank=4,8 and rank=16. Give one of them."]),
+        (["lr=1e-3"], ["Did you mean optim.lr=1e-3?"]),
+        (["schedule=cosin"], ["Did you mean optim.schedule=cosine?"]),
+        (["optim.schedule=cosin"], ["Choose from constant, cosine, linear. Did you mean cosine?"]),
+        (["dry_run=true"], ["Did you mean sweep.dry_run=true?"]),
+        (["hydra.sweeper.dry_run=true", "-m", "rank=4,8"], ["Did you mean sweep.dry_run=true?"]),
+        (["rank", "=", "8"], ["rank =: no spaces around the equals sign: 'rank=8'"]),
+        (["rank=", "8"], ["rank= 8: no spaces around the equals sign: 'rank=8'"]),
+        (["rank", "=8"], ["rank =8: no spaces around the equals sign: 'rank=8'"]),
+        (["--rank", "8"], ["--rank: no such flag; fields have no dashes: 'rank=8'. Flags: "]),
+        (["--dry-run", "rank=8"], ["--dry-run: no such flag; fields have no dashes: 'sweep.dry_run=true'."]),
+        (["-m", "rank=4,8", "--cfg", "job"], ["error: --cfg job is of one run, without -m: "]),
         (["-m", "optim.lr=interval(1,2)", "hydra.sweeper.n_trial=3"], ["Did you mean n_trials?"]),
         (
             ["-m", "optim.lr=interval(1,2)", "hydra.sweeper.sampler_options.seed=1"],
@@ -112,8 +125,8 @@ def test_shell_completion_knows_groups_and_options(root: Path, tmp_path: Path) -
         ),
         (["study=a", "-m", "placement=attn,atn", "-cd", "."], ["placement=atn: no such placement"]),
         (["-cd", "/nowhere"], ["/nowhere"]),
-        (["--rank=8", "placement=ff"], ["error: --rank=8: no such flag; fields have no dashes, 'rank=8'."]),
-        (["-multirun", "rank=4,8"], ["ignored explicit argument 'ultirun'. Flags: python "]),
+        (["--rank=8", "placement=ff"], ["error: --rank=8: no such flag; fields have no dashes: 'rank=8'."]),
+        (["-multirun", "rank=4,8"], ["ignored explicit argument 'ultirun'. Flags: "]),
     ],
 )
 def test_mistakes_are_one_line_each_and_leave_nothing(
@@ -128,6 +141,19 @@ def test_mistakes_are_one_line_each_and_leave_nothing(
         assert line.startswith("error: ")
         assert wanted in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["placement=attn,ff", "rank=4,8", "model=tiny_llama"], ["-m", "rank=4,8", "model=tiny_llama", "--cfg", "job"]],
+)
+def test_the_command_in_an_error_works_as_it_is_printed(arguments: list[str], root: Path, tmp_path: Path) -> None:
+    told = train(root, tmp_path, *arguments, *([] if "--cfg" in arguments else ["sweep.dry_run=true"]))
+    assert told.returncode == 2
+    typed = told.stderr.splitlines()[0].partition("-m: ")[2]
+    done = subprocess.run(shlex.split(typed), cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("rank: 4" if "--cfg" in arguments else "4 runs, 4 to train") in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -172,6 +198,7 @@ def test_a_sweep_trains_once_and_prints_its_table_again(root: Path, tmp_path: Pa
     first = train(root, tmp_path, *command)
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
+    assert shlex.join(shlex.split(first.stdout.splitlines()[-1])[-5:]) == "-m analysis outputs/smoke --out paper/"
     table = first.stdout[first.stdout.index("placement  ") :]
     records = sorted((tmp_path / "outputs/smoke").glob("*/record.json"))
     assert len(records) == 2

@@ -1,5 +1,6 @@
 """The audit fails on what was found and on what was not looked up; every pin has a licence."""
 
+import importlib
 import json
 import shutil
 import struct
@@ -82,3 +83,33 @@ def test_a_picture_of_the_readme_is_as_high_as_its_text(root: Path, tmp_path: Pa
         sizes[width] = struct.unpack(">II", picture.read_bytes()[16:24])
     assert [wide for wide, _ in sizes.values()] == [1012, 390]
     assert sizes[390][1] > sizes[1012][1] > 1000
+
+
+@pytest.fixture
+def terminal_shot(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    return importlib.import_module("terminal_shot")
+
+
+def test_a_shot_is_an_svg_that_needs_nothing_from_elsewhere(terminal_shot: Any) -> None:
+    line = (("a", "green"), ("b", ""), (" ", ""))
+    shot = terminal_shot.Shot(lines=(line, ()), live=True)
+    assert shot.text == "ab\n"
+    svg = terminal_shot.picture(shot, columns=40, title="40 columns")
+    assert "40&#160;columns" in svg or "40 columns" in svg
+    assert "font-face" not in svg
+    assert "url(http" not in svg
+
+
+def test_midway_is_the_middle_of_what_was_live(terminal_shot: Any) -> None:
+    found = [terminal_shot.Shot(lines=(((name, ""),),), live=name in "bcd") for name in "abcde"]
+    assert terminal_shot.midway(found).text == "c\n"
+    assert terminal_shot.midway([found[0]]).text == "a\n"
+
+
+def test_a_command_is_seen_as_its_terminal_shows_it(terminal_shot: Any, tmp_path: Path) -> None:
+    pytest.importorskip("pyte")
+    code = "print('x' * 30); print('two\\rT'); print('\\x1b[31mred\\x1b[0m')"
+    found = terminal_shot.shots([sys.executable, "-c", code], columns=20, rows=8, folder=tmp_path)
+    assert found[-1].text.splitlines() == ["x" * 20, "x" * 10, "Two", "red"]
+    assert found[-1].lines[3][0] == ("r", "red")

@@ -10,8 +10,8 @@ from sweeper import installation
 from sweeper.adapters import block_spectra, combine, merge, spectra
 from sweeper.adapters.library import command as library
 from sweeper.errors import DataError, SpecError
-from sweeper.reporting import text
 from sweeper.reporting.console import make_console
+from sweeper.reporting.table import print_table
 from sweeper.rescoring import rescore
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _spectra(options: argparse.Namespace) -> None:
     if not cells:
         raise DataError("spectra: no run changed a matrix of its model, so there is no spectrum to look at")
     header = ["run", "|dW|", "effective rank", "stable rank", "intruders", "energy by role"]
-    console.out(text.aligned(header, cells), highlight=False)
+    print_table(header, cells, console)
     cells = []
     for folder, blocks in block_spectra.spectra(runs, look):
         console.print(f"{folder / spectra.FILE}", markup=False, highlight=False, soft_wrap=True)
@@ -128,7 +128,7 @@ def _spectra(options: argparse.Namespace) -> None:
         cells += [_block_row(folder.name, [one for one in blocks if one.block == name]) for name in names]
     if cells:
         header = ["run", "block", "rank", "|s B A|", "effective rank", "energy", "energy by role"]
-        console.out(text.aligned(header, cells), highlight=False)
+        print_table(header, cells, console)
 
 
 def _row(modules: "Sequence[ModuleSpectrum]") -> list[str]:

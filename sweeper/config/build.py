@@ -16,6 +16,11 @@ Plain = dict[str, Any]
 SCALARS = ("rank", "alpha", "seed")
 SECTIONS = {name: kind for name, kind in get_type_hints(RunSpec).items() if name not in SCALARS}
 SETTINGS = ("study", "output_root", "plugins", "tracking", "sweep")
+OF_SWEEP = tuple(
+    name
+    for name in typed_fields(Settings)
+    if name not in ("study", "output_root", "plugins", "device", "tracking", "tracking_options")
+)
 _MISSING = "???"
 
 
@@ -146,8 +151,7 @@ def settings_of(plain: Plain, problems: list[str]) -> Settings | None:
     study, trainer, sweep = plain.get("study"), plain.get("trainer"), plain.get("sweep")
     if not isinstance(sweep, dict):
         problems.append(f"sweep must be a mapping, got {sweep}: give one of its fields, such as sweep.dry_run=true")
-    elsewhere = ("study", "output_root", "plugins", "device", "tracking", "tracking_options")
-    known = [f"sweep.{name}" for name in Settings.__slots__ if name not in elsewhere]
+    known = [f"sweep.{name}" for name in OF_SWEEP]
     strange = [name for name in map("sweep.{}".format, sweep if isinstance(sweep, dict) else ()) if name not in known]
     if strange:
         problems.extend(no_such_field(name, known) for name in strange)

@@ -8,6 +8,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -136,12 +137,24 @@ def _blame(override: Override, composer: Composer, good: Sequence[str], error: S
         known = OmegaConf.select(cfg, key)
         if isinstance(value, dict) and known:  # a mapping is merged: one of its fields is not there
             key = next((f"{key}.{name}" for name in value if name not in known), key)
-        return _no_such_field(key, plain_of(cfg, []))
+        given = None if isinstance(value, dict) else str(override.input_line).partition("=")[2]
+        return _no_such_field(key, plain_of(cfg, []), lambda name: _with_value(name, given, composer, good))
     return str(error)
 
 
-def _no_such_field(key: str, plain: Plain) -> str:
-    """Names the fields of the deepest part of `key` that exists."""
+def _with_value(name: str, value: str | None, composer: Composer, good: Sequence[str]) -> str:
+    """A field that was meant with the value that was given, or with the nearest that it takes."""
+    if value is None:
+        return name
+    wrong: list[str] = []
+    with suppress(SpecError):
+        Builder(wrong, composer).run(plain_of(composer.compose([*good, f"{name}={value}"]), wrong), {})
+    nearest = next((found[1] for line in wrong if (found := re.search(r"Did you mean (\S+)\?$", line))), value)
+    return f"{name}={nearest}"
+
+
+def _no_such_field(key: str, plain: Plain, spelled: Callable[[str], str] = str) -> str:
+    """Names the fields of the deepest part of `key` that exists; `spelled` is how one is written that was meant."""
     *parents, leaf = key.split(".")
     node: Any = plain
     path: list[str] = []
@@ -159,7 +172,8 @@ def _no_such_field(key: str, plain: Plain) -> str:
         return f"{whole} has no keys yet; where it takes any, they are added with '+{whole}={{...}}'"
     if not choices:
         return f"{'.'.join([*path, leaf])}: no such field; {'.'.join(path)} has none here."
-    return no_such_field(whole, choices, meant=() if path else sorted(_paths_to(leaf, plain)))
+    meant = () if path else sorted(_paths_to(leaf, plain))
+    return no_such_field(whole, choices, meant=list(map(spelled, meant)))
 
 
 def _paths_to(leaf: str, node: Any, prefix: str = "") -> Iterator[str]:

@@ -110,6 +110,9 @@ def _joined(overrides: Sequence[str], problems: list[str]) -> list[str]:
             value = follows[1:] or (words[1] if len(words) > 1 else "...")
             problems.append(f"{word} {follows}: no spaces around the equals sign: '{word}={value}'")
             del words[: 1 if follows[1:] else 2]
+        elif word.endswith("=") and follows:
+            problems.append(f"{word} {follows}: no spaces around the equals sign: '{word}{follows}'")
+            del words[:1]
         elif "=" in word and word.endswith(","):
             problems.append(f"{word} {follows}".strip() + f": no spaces in a list: '{word}{follows or '...'}'")
             del words[: bool(follows)]
@@ -271,7 +274,7 @@ class _Reader:
 def _dimension(override: Override, group: bool, problems: list[str]) -> Dimension | None:
     key, line = override.get_key_element(), override.input_line
     value: Any = override.value()
-    if key == "seed" or _is_setting(override.key_or_group):
+    if key == "seed" or is_setting(override.key_or_group):
         problems.append(f"{line}: {key} is not tuned. Tune what changes how well a run learns, such as optim.lr.")
         return None
     if group and override.is_interval_sweep():
@@ -306,7 +309,7 @@ def _axis(override: Override, options: Sequence[str], problems: list[str]) -> Ax
         advice = f"Choose from {', '.join(options)}." if options else f"Give a list: {key}=a,b,c"
         problems.append(f"{line}: there is no value in this axis. {advice}")
         return None
-    if _is_setting(override.key_or_group):
+    if is_setting(override.key_or_group):
         problems.append(f"{line}: {key} does not change a result, so it is no axis of a grid. Give one value.")
         return None
     return Axis(
@@ -340,5 +343,6 @@ def _no_option(group: str, name: Any, composer: Composer) -> str:
     return line
 
 
-def _is_setting(key: str) -> bool:
+def is_setting(key: str) -> bool:
+    """Whether a field changes no result, and so is no part of a run."""
     return key in ("study", "output_root", "plugins", "trainer.device") or key.split(".")[0] in ("tracking", "sweep")

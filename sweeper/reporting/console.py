@@ -4,10 +4,12 @@ import os
 
 from rich.console import Console
 
+UNLIMITED = 10_000
+
 
 def make_console() -> Console:
-    """Standard output; wide where it is no terminal, so that tables in logs are whole."""
+    """Standard output; as wide as it takes where it is no terminal, so that tables in logs are whole."""
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=200)
+        console = Console(highlight=False, width=UNLIMITED)
     return console

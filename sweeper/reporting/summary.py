@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,34 @@ from rich.console import Console
 
 from sweeper import naming
 from sweeper.record import Record, Score, csv_cell, markdown_text, perplexity, shortened, write_atomically
-from sweeper.reporting.text import aligned, duration, number, point, size
+from sweeper.reporting.table import Column, print_fitted
+from sweeper.reporting.text import duration, number, point, size
 from sweeper.spec import MethodSpec
 
 BASE = "none (base model)"
 MAJORITY = "none (commonest answer)"
 SPLIT = "validation"
 SHORTENED = ("dropped", "truncated")
+LENGTH_OF_TRAINING = ("trainer.max_steps", "trainer.batch_size", "trainer.accumulation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Column:
-    """`read` gives the raw value of a row's dict; `show` gives its text for people."""
+class Shown:
+    """A column: the key of the raw value in a row's dict, its text for people, and how well it can be spared."""
 
     key: str
     title: str
     show: Callable[[Any], str] = str
+    spare: int = 0
+    wraps: bool = False
 
 
-def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """A dict a run, and first one for each base model as it was before training. Absent values are None."""
-    fields = naming.varying([record.spec for record in records])
+def rows(records: Sequence[Record], fields: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """A dict a run, and first one for each base model as it was before training. Absent values are None.
+
+    `fields` tell the runs apart, besides placement and rank; those that differ, where none are given.
+    """
+    fields = naming.varying([record.spec for record in records]) if fields is None else fields
     metric = _metric(records)
     found = [_run_row(record, fields, metric) for record in records]
     return [*_base_rows(records, fields, metric), *found]
@@ -39,23 +46,32 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def show(records: Sequence[Record], console: Console) -> None:
     """Prints the table."""
-    columns = _columns(records)
-    cells = [[_text(column, row) for column in columns] for row in rows(records)]
-    console.out(aligned([column.title for column in columns], cells), highlight=False)
+    content = rows(records)
+    hidden = print_fitted(
+        [
+            Column(title=one.title, cells=[_text(one, row) for row in content], spare=one.spare, wraps=one.wraps)
+            for one in _columns(records)
+        ],
+        console,
+    )
+    if hidden:
+        console.print(f"No room here for {', '.join(hidden)}: see summary.md.", style="dim", markup=False)
     for line in notes(records):
-        console.print(line, style="dim", markup=False, soft_wrap=True)
+        console.print(line, style="dim", markup=False)
 
 
 def show_search(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Prints the table of a search: a row an arm, with its trials, the best one and what is to be said of it."""
-    header = ["arm", "trials", "pruned", "failed", "best", "with", ""]
-    cells = [
-        [row["arm"], str(row["trials"]), str(row["pruned"]), str(row["failed"]), number(row["best"], 4),
-         point(row["params"]) or "-",
-         "; ".join(_of_search(row))]
-        for row in rows
-    ]  # fmt: skip
-    console.out(aligned(header, cells), highlight=False)
+    columns = [
+        Column(title="arm", cells=[row["arm"] for row in rows], wraps=True),
+        Column(title="trials", cells=[str(row["trials"]) for row in rows]),
+        Column(title="pruned", cells=[str(row["pruned"]) for row in rows], spare=2),
+        Column(title="failed", cells=[str(row["failed"]) for row in rows], spare=1),
+        Column(title="best", cells=[number(row["best"], 4) for row in rows]),
+        Column(title="with", cells=[point(row["params"]) or "-" for row in rows], wraps=True),
+        Column(title="", cells=["; ".join(_of_search(row)) for row in rows], wraps=True),
+    ]
+    print_fitted(columns, console)
 
 
 def _of_search(row: Mapping[str, Any]) -> Iterator[str]:
@@ -69,27 +85,72 @@ def _of_search(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"{row['beside']} beside the best still pruned"
 
 
-def write(study: Path, records: Sequence[Record]) -> tuple[Path, Path]:
-    """Writes summary.csv (raw values) and summary.md (the printed table) to the study folder."""
-    content, columns = rows(records), _columns(records)
+def write(study: Path, records: Sequence[Record], asked: Collection[str] = ()) -> tuple[Path, Path]:
+    """Writes summary.csv (raw values) and summary.md (the printed table) to the study folder.
+
+    Runs of one setting, trained on the same data for as long, are in one table. Where a study has more of them,
+    summary.md has a heading for each and summary.csv a column `setting`.
+
+    Args:
+        asked: ids of the runs that a command asked for. Their settings are together, and first.
+    """
+    parts = by_setting(records, asked)
+    fields = naming.varying([record.spec for record in records])
+    content = [
+        {**row, **({"setting": name} if len(parts) > 1 else {})}
+        for name, own in parts.items()
+        for row in rows(own, fields)
+    ]
     buffer = io.StringIO()
-    fields = dict.fromkeys(key for row in content for key in row if key != "metric_change")
-    writer = csv.DictWriter(buffer, list(fields), lineterminator="\n", extrasaction="ignore")
+    keys = dict.fromkeys(key for row in content for key in row if key != "metric_change")
+    writer = csv.DictWriter(buffer, list(keys), lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in content)
-    lines = [
-        "| " + " | ".join(column.title for column in columns) + " |",
-        "| " + " | ".join("---" for _ in columns) + " |",
-        *(
-            "| " + " | ".join(markdown_text(_text(column, row)).replace("|", "\\|") for column in columns) + " |"
-            for row in content
-        ),
-        "",
-        *(f"{line}\n" for line in notes(records)),
+    tables = [
+        "\n".join([*([f"## {markdown_text(name)}", ""] if len(parts) > 1 else []), *_markdown(own)])
+        for name, own in parts.items()
     ]
     return write_atomically(study / "summary.csv", buffer.getvalue()), write_atomically(
-        study / "summary.md", "\n".join(lines)
+        study / "summary.md", "\n".join(tables)
     )
+
+
+def by_setting(records: Sequence[Record], asked: Collection[str] = ()) -> dict[str, list[Record]]:
+    """The runs of each setting under what tells it from the others; first, together, the settings of those `asked`."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(repr(_setting(record)), []).append(record)
+    first = [key for key, own in found.items() if any(record.run_id in asked for record in own)] or list(found)[:1]
+    fields = [key for key in naming.varying([own[0].spec for own in found.values()]) if _is_of_setting(key)]
+
+    def name(keys: Sequence[str]) -> str:
+        every = [naming.flat(found[key][0].spec) for key in keys]
+        values = {field: dict.fromkeys(_plain(one.get(field)) for one in every) for field in fields}
+        return ", ".join(f"{field}={','.join(own)}" for field, own in values.items()) or "all"
+
+    groups = [first, *([key] for key in found if key not in first)]
+    return {name(keys): [record for key in keys for record in found[key]] for keys in groups if keys}
+
+
+def _setting(record: Record) -> dict[str, Any]:
+    return {key: value for key, value in naming.flat(record.spec).items() if _is_of_setting(key)}
+
+
+def _is_of_setting(key: str) -> bool:
+    """Whether arms that are compared have a field in common: model, data, objective, and how long they train."""
+    return key.split(".")[0] in ("model", "dataset", "objective") or key in LENGTH_OF_TRAINING
+
+
+def _markdown(records: Sequence[Record]) -> Iterator[str]:
+    """Lines of a table and its notes."""
+    columns = _columns(records)
+    yield "| " + " | ".join(column.title for column in columns) + " |"
+    yield "| " + " | ".join("---" for _ in columns) + " |"
+    for row in rows(records):
+        cells = (markdown_text(_text(column, row)).replace("|", "\\|") for column in columns)
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+    yield from (f"{line}\n" for line in notes(records))
 
 
 def notes(records: Sequence[Record]) -> list[str]:
@@ -111,25 +172,25 @@ def _shortened(records: Sequence[Record]) -> list[str]:
     return list(found)
 
 
-def _columns(records: Sequence[Record]) -> list[Column]:
+def _columns(records: Sequence[Record]) -> list[Shown]:
     fields, metric = naming.varying([record.spec for record in records]), _metric(records)
     columns = [
-        Column(key="placement", title="placement"),
-        Column(key="rank", title="rank"),
-        *(Column(key=key, title=key, show=_plain) for key in fields),
-        Column(key="trainable_parameters", title="trainable", show="{:,}".format),
-        Column(key="trainable_percent", title="%", show="{:.3f}".format),
-        Column(key="nll", title=f"{SPLIT} NLL", show=lambda value: number(value, 4)),
-        Column(key="perplexity", title="perplexity", show=number),
+        Shown(key="placement", title="placement", wraps=True),
+        Shown(key="rank", title="rank"),
+        *(Shown(key=key, title=key, show=_plain, wraps=True) for key in fields),
+        Shown(key="trainable_parameters", title="trainable", show="{:,}".format, spare=2),
+        Shown(key="trainable_percent", title="%", show="{:.3f}".format, spare=6),
+        Shown(key="nll", title=f"{SPLIT} NLL", show=lambda value: number(value, 4)),
+        Shown(key="perplexity", title="perplexity", show=number, spare=5),
     ]
     if metric is not None:
-        columns.append(Column(key="metric_change", title=f"{_TITLES.get(metric, metric)} before → after"))
+        columns.append(Shown(key="metric_change", title=f"{_TITLES.get(metric, metric)} before → after", spare=1))
     columns += [
-        Column(key="seconds", title="seconds", show=duration),
-        Column(key="peak_memory_bytes", title="peak memory", show=size),
+        Shown(key="seconds", title="seconds", show=duration, spare=3),
+        Shown(key="peak_memory_bytes", title="peak memory", show=size, spare=4),
     ]
     if any(record.status != "completed" for record in records):
-        columns.append(Column(key="status", title="status"))
+        columns.append(Shown(key="status", title="status"))
     return columns
 
 
@@ -220,7 +281,7 @@ def _change(before: float | None, after: float | None) -> str | None:
     return None if before is None and after is None else f"{number(before)} → {number(after)}"
 
 
-def _text(column: Column, row: dict[str, Any]) -> str:
+def _text(column: Shown, row: dict[str, Any]) -> str:
     value = row.get(column.key)
     return "-" if value is None else column.show(value)
 

@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-_NUMBER = re.compile(r"-|[\d.,e+→\- ]+( ?[kMGTPEB]i?B?)?|nan|inf")
+_NUMBER = re.compile(r"([\d.,:/e+→–\- ]|nan|inf)*( ?[kMGTPEB]i?B?)?")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -57,16 +57,6 @@ def amount(count: float) -> str:
     return f"{count:.3g} E"
 
 
-def aligned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Columns of text, as wide as they need to be; those of numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    numbers = [all(_NUMBER.match(text) for text in column) for column in zip(*cells, strict=True)] or [False] * len(
-        widths
-    )
-    return "\n".join(
-        "  ".join(
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(row, widths, numbers, strict=True)
-        ).rstrip()
-        for row in (header, *cells)
-    )
+def is_number(text: str) -> bool:
+    """Whether a cell is to be set right: numbers, with their unit, pairs of them, times, and what is absent."""
+    return _NUMBER.fullmatch(text) is not None

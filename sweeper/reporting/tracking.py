@@ -69,6 +69,7 @@ class Tracker:
                     values = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm}
                     if event.seconds > 0:
                         values["tokens_per_second"] = event.tokens / event.seconds
+                        values["answer_tokens_per_second"] = event.answer_tokens / event.seconds
                     named = {f"train/{key}": value for key, value in values.items()}
                     self._tell(run_id, lambda: self._log(run_id).log(named, step))
             case Evaluated(run_id=run_id, split=split, score=score):

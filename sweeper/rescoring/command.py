@@ -7,8 +7,8 @@ from rich.console import Console
 
 from sweeper import config, identity, installation
 from sweeper.errors import SpecError
-from sweeper.reporting import text
 from sweeper.reporting.console import make_console
+from sweeper.reporting.table import print_table
 from sweeper.rescoring import lm_harness, rescore
 from sweeper.rescoring.rescore import HarnessResult, Rescored
 from sweeper.spec import DatasetSpec, EvaluationSpec, Settings, unique
@@ -108,7 +108,7 @@ def show(found: Sequence[Rescored], console: Console) -> None:
             metrics = (_number(one.score.metrics.get(name)) for name in names)
             cells.append([labels[one.run.folder], f"{one.score.nll:.4f}", *metrics])
         console.print(f"{dataset}, {split}: {part[0].score.examples} examples", style="bold", markup=False)
-        console.out(text.aligned(["run", "NLL", *names], cells), highlight=False)
+        print_table(["run", "NLL", *names], cells, console)
     about = {
         f"dataset={one.dataset.name} on model={one.run.spec.model.name}: {line}": None
         for one in found
@@ -127,7 +127,7 @@ def show_harness(found: Sequence[HarnessResult], console: Console) -> None:
         cells = [[f"base {model}", *(_number(base.get(name)) for name in names)] for model, base in bases.items()]
         cells += [[labels[one.run.folder], *(_number(one.scores[task].get(name)) for name in names)] for one in found]
         console.print(f"{task}, by lm-eval", style="bold", markup=False)
-        console.out(text.aligned(["run", *names], cells), highlight=False)
+        print_table(["run", *names], cells, console)
 
 
 def _suite(found: Sequence[Rescored], labels: Mapping[Path, str]) -> list[str]:

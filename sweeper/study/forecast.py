@@ -1,22 +1,28 @@
 """What a plan costs before it is carried out: what the dry run says of every run, and of all of them together."""
 
+import math
 import statistics
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sweeper import record
 from sweeper.arms import Arm, number_of_points
 from sweeper.spec import RunSpec, Settings
+from sweeper.study.lengths import CHARACTERS, Lengths, Reader
 from sweeper.study.plan import Plan, module_ranks
 from sweeper.study.search_settings import SearchSettings
 
 LATEST, LOOKED_AT = 20, 400  # records that the pace is taken from, and among which they are looked for
+NEAR = math.log(1.5)  # packs whose numbers of runs are within this factor count as alike
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What a run adapts and is expected to cost, alone. FLOPs are floating-point operations, memory is bytes."""
+    """What a run adapts and is expected to cost, alone. FLOPs are floating-point operations, memory is bytes.
+
+    `lengths` are of its training examples, which the FLOPs follow from; the memory is for the longest of them.
+    """
 
     modules: int
     parameters: int
@@ -24,27 +30,30 @@ class Cost:
     flops: float
     memory: int
     base_memory: int
+    lengths: Lengths
 
 
 def costs(specs: Iterable[RunSpec], settings: Settings) -> list[Cost]:
     """The cost of each run; runs that differ only in what does not matter for it are reckoned once."""
     known: dict[str, Cost] = {}
-    found = []
+    reader, found = Reader(), []
     for spec in specs:
+        lengths = reader.of(spec)
         key = repr(
             (
                 spec.model, spec.method, spec.placement, spec.allocation, spec.sharing, spec.rank,
-                len(spec.dataset.parts), spec.dataset.max_length, spec.trainer,
+                len(spec.dataset.parts), lengths.mean, lengths.longest, spec.trainer,
             )
         )  # fmt: skip
         if key not in known:
-            known[key] = cost(spec, settings)
-        found.append(known[key])
+            known[key] = cost(spec, settings, lengths)
+        like = known[key]  # of another seed, perhaps, which draws examples of other lengths
+        found.append(replace(like, lengths=lengths, flops=like.flops * lengths.tokens / max(like.lengths.tokens, 1)))
     return found
 
 
-def cost(spec: RunSpec, settings: Settings) -> Cost:
-    """What a run adapts and, at most, costs: every example is taken to be `dataset.max_length` tokens long."""
+def cost(spec: RunSpec, settings: Settings, lengths: Lengths) -> Cost:
+    """What a run adapts and costs, with training examples of these lengths."""
     from sweeper import device, methods, models
     from sweeper.models import budget
 
@@ -54,8 +63,7 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
     total = models.total_parameters(spec.model)
     trainable = methods.trainable(spec.method, ranks, total=total) + methods.routers(spec, ranks)
     dtype = device.precision_for(device.device_for(settings.device), spec.trainer.precision, study=settings.folder)
-    length, batch = spec.dataset.max_length, spec.trainer.batch_size
-    tokens = spec.trainer.max_steps * batch * spec.trainer.accumulation * length
+    batch = spec.trainer.batch_size
     values = methods.held(spec, allocated, total=total)
     memory = budget.memory(
         every,
@@ -63,7 +71,7 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
         base_parameters=total,
         bytes_per_value=dtype.itemsize,
         batch_size=batch,
-        length=length,
+        length=lengths.longest,
         checkpointing=spec.trainer.activation_checkpointing,
         values=values,
         base_bytes=methods.base_bytes(spec, every, ranks, total=total, bytes_per_value=dtype.itemsize),
@@ -73,10 +81,25 @@ def cost(spec: RunSpec, settings: Settings) -> Cost:
         modules=len(ranks),
         parameters=trainable,
         total_parameters=total,
-        flops=methods.train_flops(spec.method, every, ranks, length=length, tokens=tokens),
+        flops=methods.train_flops(spec.method, every, ranks, length=lengths.mean, tokens=lengths.tokens),
         memory=memory.total + budget.GRADIENT_BYTES * tasks * values,
         base_memory=memory.base,
+        lengths=lengths,
     )
+
+
+def step_costs(plan: Plan, settings: Settings) -> dict[str, float]:
+    """FLOPs of a step by the key of the arm, where arms differ in model, data or batch; else nothing is read."""
+    kinds = {
+        repr((spec.model, spec.dataset, spec.objective, spec.trainer.batch_size, spec.trainer.accumulation))
+        for spec in (arm.default for arm in plan.arms)
+    }
+    if len(kinds) < 2:
+        return {}
+    found = costs([arm.default for arm in plan.arms], settings)
+    return {
+        arm.key: cost.flops / max(arm.default.trainer.max_steps, 1) for arm, cost in zip(plan.arms, found, strict=True)
+    }
 
 
 def notes(specs: Sequence[RunSpec], costs: Sequence[Cost], settings: Settings) -> list[str]:
@@ -92,6 +115,8 @@ def notes(specs: Sequence[RunSpec], costs: Sequence[Cost], settings: Settings) -
         here = device.precision_name(device.precision_for(device.device_for(settings.device), fixed or "auto"))
         why = "as in the study's first run" if fixed else "on this device; the first run fixes it for the study"
         found["precision"] = f"trainer.precision=auto: {here}, {why}"
+    for spec, cost in zip(specs, costs, strict=True):
+        found.setdefault((repr(spec.model), repr(spec.dataset)), _of_lengths(spec, cost.lengths))
     for spec in specs:
         key = repr((spec.model, spec.placement))
         if key not in found and "placement" not in methods.lacks(spec.method):
@@ -107,6 +132,20 @@ def notes(specs: Sequence[RunSpec], costs: Sequence[Cost], settings: Settings) -
                 f"module's rank before training; {cost.parameters:,} parameters in all, to within 1%"
             )
     return [line for lines in found.values() for line in lines.splitlines()]
+
+
+def _of_lengths(spec: RunSpec, lengths: Lengths) -> str:
+    """How long training examples are, and how that is known."""
+    dataset, model = spec.dataset.name, spec.model.name
+    if lengths.how == "assumed":
+        return f"{dataset}: its examples cannot be read yet; each is taken to have dataset.max_length tokens"
+    why = {
+        "counted": "",
+        "sampled": ", judging by a sample",
+        "characters": f", taking {CHARACTERS:g} characters for one: {model} is not unpacked yet",
+    }[lengths.how]
+    most = f", at most {lengths.longest}" if lengths.how == "counted" else ""
+    return f"{dataset} on {model}: training examples have {lengths.mean} tokens on average{most}{why}"
 
 
 def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequence[Cost]) -> list[str]:
@@ -137,14 +176,15 @@ def estimate(plan: Plan, search: SearchSettings, settings: Settings, costs: Sequ
     count = str(runs) if least == runs else f"{least} to {runs}"
     lines = [f"{count} run{'s' if runs > 1 else ''}, at most {slots} at a time in a pack on {where}"]
     bases = {run.spec.model.name for run in plan.runs}
-    pace = _pace(settings, environment.describe(where, None)["device"], bases)
+    pace = _pace(settings, environment.describe(where, None)["device"], bases, slots)
     if pace is None:
         return [
             *lines,
             f"no run of {', '.join(sorted(bases))} on this device is recorded in {settings.output_root}: there is no "
             "estimate of time",
         ]
-    return [*lines, f"training takes about {clock_time(flops / pace)} at most, at the pace of the latest runs recorded"]
+    most = " at most" if plan.tuned else ""  # trials may be pruned, and ranges not be widened
+    return [*lines, f"training takes about {clock_time(flops / pace)}{most}, at the pace of the latest runs recorded"]
 
 
 def runs_of(arm: Arm, search: SearchSettings) -> tuple[int, int]:
@@ -165,13 +205,14 @@ def runs_of(arm: Arm, search: SearchSettings) -> tuple[int, int]:
     return len(arm.seeds) * fewest + confirm, len(arm.seeds) * (most + finished) + confirm
 
 
-def _pace(settings: Settings, where: str, bases: Collection[str]) -> float | None:
+def _pace(settings: Settings, where: str, bases: Collection[str], slots: int) -> float | None:
     """FLOP/s, a run's share of its pack counted, of the latest runs of this device under the output folder.
 
-    Of the models `bases` only: a tiny model's steps are all overhead, and say nothing of a large one's.
+    Of the models `bases` only: a tiny model's steps are all overhead, and say nothing of a large one's. Of packs whose
+    number of runs is nearest to `slots`: a run alone leaves a GPU idle. The padding of those packs is in their pace.
     """
     paths = sorted(Path(settings.output_root).glob(f"**/{record.RECORD}"), key=lambda path: -path.stat().st_mtime)
-    found: list[float] = []
+    found: list[tuple[float, float]] = []  # how far the pack's size is from the one asked for, and its pace
     for path in paths[:LOOKED_AT]:
         if len(found) == LATEST:
             break
@@ -182,5 +223,6 @@ def _pace(settings: Settings, where: str, bases: Collection[str]) -> float | Non
         cost = run.efficiency
         of_these = run.environment.get("device") == where and run.spec["model"]["name"] in bases
         if of_these and cost.train_seconds_amortised and cost.train_flops:
-            found.append(cost.train_flops / cost.train_seconds_amortised)
-    return statistics.median(found) if found else None
+            found.append((abs(math.log(cost.pack_runs / slots)), cost.train_flops / cost.train_seconds_amortised))
+    nearest = min(found, default=(0.0, 0.0))[0]
+    return statistics.median(pace for far, pace in found if far <= nearest + NEAR) if found else None

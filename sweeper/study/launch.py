@@ -1,12 +1,11 @@
 """One command from arms to table: plan, dry run or training, summary, and how it ended."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
 import importlib.util
 import json
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from typing import Any
 
 from rich.console import Console
 
-from sweeper import installation, record, register
+from sweeper import installation, record, register, shell
 from sweeper.arms import Arm, look_up, number_of_points, single
 from sweeper.errors import Interrupted, RunsFailed, SpecError, SweeperError, gist
 from sweeper.record import Record
-from sweeper.reporting import summary, text, tracking
+from sweeper.reporting import summary, table, text, tracking
 from sweeper.reporting.console import make_console
 from sweeper.reporting.display import make_display
+from sweeper.reporting.table import Column
 from sweeper.run import Run
 from sweeper.spec import RunSpec, Settings, to_mapping
 from sweeper.study import chain, forecast, scheduler
@@ -29,7 +29,7 @@ from sweeper.study import plan as planning
 from sweeper.study.plan import Plan
 from sweeper.study.scheduler import Outcome, Scheduler, TrainRuns
 from sweeper.study.search_settings import SearchSettings
-from sweeper.training.events import Event, RunFinished, Stage
+from sweeper.training.events import Event, Remark, RunFinished
 
 MENDABLE = ("SpecError", "DataError", "ModelError")  # whose message says it all
 
@@ -145,7 +145,7 @@ def _take(work: Scheduler, run: Run, error: BaseException | None, new: bool) -> 
         record.write_record(run.folder, found)
     if error is not None and found.status != "failed":
         what = f"{type(error).__name__}: {gist(error)}"
-        work.notify(Stage(message=f"{run.run_id}: its record is whole, but its job ended with {what}"))
+        work.notify(Remark(message=f"{run.run_id}: its record is whole, but its job ended with {what}"))
     work.report(RunFinished(record=found))
 
 
@@ -186,10 +186,13 @@ def carry_out(
     """
     search = search or SearchSettings()
     register.load(settings.plugins)
-    plan, console = planning.make(arms, settings, search), make_console()
+    console = make_console()
+    # for seconds: what plans imports what trains
+    with console.status("checking the runs") if console.is_terminal else contextlib.nullcontext():
+        plan = planning.make(arms, settings, search)
     settings = _with_plugins(settings, plan, elsewhere=workers is not None)
     for line in (*_left_out(plan), *plan.notes):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, markup=False)
     if settings.dry_run:
         show_plan(plan, settings, search, console)
         return Finished(study=plan.study, runs=plan.runs, records={})
@@ -199,9 +202,10 @@ def carry_out(
     announce(plan, search, console, left=left)
     outcome = Outcome(records={})
     if left:
-        record.note_command(plan.study, typed or _as_typed())
+        record.note_command(plan.study, typed or shell.noted())
         say = functools.partial(console.print, style="yellow", markup=False, soft_wrap=True)
-        display, tracker = make_display(plan, console, trials=search.trials), tracking.make(plan.fields, settings, say)
+        display = make_display(plan, console, trials=search.trials, costs=forecast.step_costs(plan, settings))
+        tracker = tracking.make(plan.fields, settings, say)
         work.observers = [display] if tracker is None else [display, tracker]
         try:
             with display:
@@ -211,7 +215,7 @@ def carry_out(
         finally:
             if tracker is not None:
                 tracker.close()
-    return conclude(plan, work, console, outcome)
+    return conclude(plan, work, console, outcome, typed=typed)
 
 
 def _with_plugins(settings: Settings, plan: Plan, *, elsewhere: bool) -> Settings:
@@ -232,7 +236,7 @@ def objective(found: Record | None) -> float | None:
 def announce(plan: Plan, search: SearchSettings, console: Console, *, left: bool) -> None:
     if plan.tuned:
         line = _search_line(plan, search) if left else "every trial that the budget allows is done; nothing to train"
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, markup=False)
         return
     runs, todo = len(plan.runs), len(plan.todo)
     done = f"{runs - todo} of {runs} runs {'is' if runs == 1 else 'are'} done already"
@@ -241,7 +245,7 @@ def announce(plan: Plan, search: SearchSettings, console: Console, *, left: bool
     elif todo < runs:
         console.print(f"{done}; training the other {todo}", markup=False)
     else:
-        console.print(f"{runs} run{'s' if runs > 1 else ''} to train in {plan.study}", markup=False, soft_wrap=True)
+        console.print(f"{runs} run{'s' if runs > 1 else ''} to train in {plan.study}", markup=False)
 
 
 def _left_out(plan: Plan) -> list[str]:
@@ -282,8 +286,10 @@ def _where(dimension: str, arms: Sequence[Arm]) -> str:
     return f" (method={','.join(methods)})" if len(tuning) < len(arms) else ""
 
 
-def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) -> Finished:
-    """Prints the command's table and saves the study's; raises where it was stopped."""
+def conclude(
+    plan: Plan, work: Scheduler, console: Console, outcome: Outcome, *, typed: str | None = None
+) -> Finished:  # fmt: skip
+    """Prints the command's table, saves the study's and says what to type next; raises where it was stopped."""
     chosen = [run for runs in work.chosen().values() for run in runs]
     found: dict[str, Record] = {}
     for run in chosen:
@@ -295,15 +301,11 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
         record.write_json(plan.study / record.SEARCHES, _searches(plan.study) | work.searches())
     if found:
         summary.show(list(found.values()), console)
-        csv, markdown = summary.write(plan.study, _study_records(plan, found))
-        console.print(f"saved: {csv}, {markdown}", style="dim", soft_wrap=True)
-        if any(one.status == "completed" for one in found.values()):
-            study = shlex.quote(str(plan.study))
-            analyse = installation.program("analyse")
-            console.print(f"tables and figures: {analyse} {study} --out paper/", style="dim", soft_wrap=True)
+        csv, markdown = summary.write(plan.study, _study_records(plan, found), found)
+        console.print(f"saved: {csv}, {markdown}", style="dim", markup=False)
     failed = {run_id: one for run_id, one in {**outcome.records, **found}.items() if one.status == "failed"}
     if outcome.interrupted and (work.running or work.pending()):
-        raise Interrupted(_stopped(plan, found))
+        raise Interrupted(_stopped(plan, found), typed or shell.this_command())
     elsewhere = work.elsewhere()
     if elsewhere:
         what = "trials" if plan.tuned else "of these runs"
@@ -312,6 +314,9 @@ def conclude(plan: Plan, work: Scheduler, console: Console, outcome: Outcome) ->
     lines = [f"{row['arm']}: no trial completed" for row in work.table() if row["best"] is None and not several]
     if failed or (left and not elsewhere):
         lines += _failures(plan, failed, left, len(outcome.records) if plan.tuned else len(chosen))
+    if any(one.status == "completed" for one in found.values()):
+        console.print("Next, its tables and figures:", style="dim")
+        console.print(shell.command("analyse", str(plan.study), "--out", "paper/"), markup=False, soft_wrap=True)
     others = [one for run_id, one in failed.items() if run_id not in {run.run_id for run in chosen}]
     return Finished(
         study=plan.study, runs=(*chosen, *(Run.recorded(one, plan.study) for one in others)), records=found,
@@ -342,35 +347,47 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
 
     specs = [to_mapping(run.spec) for run in plan.runs]
     fields = naming.varying(specs)
-    header = ["run", "placement", "rank", *fields, "modules", "trainable", "%", "train FLOPs", "est. memory", "status"]
+    flat = [naming.flat(spec) for spec in specs]
+    lacking = [methods.lacks(run.spec.method) for run in plan.runs]
     costs = forecast.costs([run.spec for run in plan.runs], settings)
-    cells = []
-    for run, spec, cost in zip(plan.runs, specs, costs, strict=True):
-        flat, lacking = naming.flat(spec), methods.lacks(run.spec.method)
-        cells.append(
-            [
-                run.run_id,
-                "all" if "placement" in lacking else run.spec.placement.name,
-                "-" if "rank" in lacking else str(run.spec.rank),
-                *(str(flat.get(name)) for name in fields),
-                f"{cost.modules:,}",
-                f"{cost.parameters:,}",
-                f"{100 * cost.parameters / cost.total_parameters:.3f}",
-                text.amount(cost.flops),
-                text.size(cost.memory),
-                plan.statuses[run.run_id] or ("default trial" if plan.tuned else _to_train(plan, run)),
-            ]
-        )
-    console.out(text.aligned(header, cells), highlight=False)
-    console.print("FLOPs and memory: of a run alone, at most (examples of dataset.max_length tokens).", style="dim")
+    shown = {
+        "placement": [
+            "all" if "placement" in own else one["placement"] for one, own in zip(flat, lacking, strict=True)
+        ],
+        "rank": ["-" if "rank" in own else str(one["rank"]) for one, own in zip(flat, lacking, strict=True)],
+        **{name: [str(one.get(name)) for one in flat] for name in fields},
+    }
+    table.print_fitted(
+        [
+            Column(title="run", cells=[run.run_id for run in plan.runs]),
+            *(Column(title=name, cells=cells, wraps=True) for name, cells in shown.items()),
+            Column(title="modules", cells=[f"{cost.modules:,}" for cost in costs], spare=4),
+            Column(title="trainable", cells=[f"{cost.parameters:,}" for cost in costs], spare=1),
+            Column(
+                title="%", cells=[f"{100 * cost.parameters / cost.total_parameters:.3f}" for cost in costs], spare=5
+            ),
+            Column(title="train FLOPs", cells=[text.amount(cost.flops) for cost in costs], spare=3),
+            Column(title="est. memory", cells=[text.size(cost.memory) for cost in costs], spare=2),
+            Column(
+                title="status",
+                cells=[
+                    plan.statuses[run.run_id] or ("default trial" if plan.tuned else _to_train(plan, run))
+                    for run in plan.runs
+                ],
+                wraps=True,
+            ),
+        ],
+        console,
+    )
+    console.print("FLOPs and memory are those of a run alone; memory with its longest examples.", style="dim")
     for line in forecast.notes([run.spec for run in plan.runs], costs, settings):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, markup=False)
     if plan.tuned:
         console.print(_search_line(plan, search), markup=False)
     for line in forecast.estimate(plan, search, settings, costs):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, markup=False)
     runs = f"{len(plan.runs)} run{'' if len(plan.runs) == 1 else 's'}, {len(plan.todo)} to train; "
-    console.print(f"{'' if plan.tuned else runs}this was a dry run, nothing was trained", soft_wrap=True)
+    console.print(f"{'' if plan.tuned else runs}this was a dry run, nothing was trained")
 
 
 def _to_train(plan: Plan, run: Run) -> str:
@@ -410,20 +427,13 @@ def _failures(plan: Plan, failed: dict[str, Record], left: int, runs: int) -> li
     return lines
 
 
-def _as_typed() -> str:
-    """The command of this process, as a study notes it."""
-    script = Path(sys.argv[0])
-    named = ["python", script.name] if script.suffix == ".py" else installation.program("train").split()
-    return shlex.join([*named, *sys.argv[1:]])
-
-
 def _repeat(plan: Plan, failed: Record) -> str | None:
     """The command that trains one run of a plan alone, if it is known how the run was typed."""
     for arm in plan.arms:
         mine = failed.search.get("arm") == arm.key or any(spec.run_id == failed.run_id for spec in arm.defaults)
         if mine and arm.overrides:
             one = ["hydra.mode=RUN"] if arm.space else []  # of an overlay that makes a search of it, such as search=lr
-            return f"{installation.program('train')} {shlex.join([*_typed(arm, failed.spec), *one])}"
+            return shell.command("train", *_typed(arm, failed.spec), *one)
     return None
 
 

@@ -232,8 +232,8 @@ class _Crew:
             self.holds[worker] |= {run.run_id for run in pulled.runs}
             return pulled
         for event in content:
-            if isinstance(event, Stage) and len(self.alive) > 1:
-                event = Stage(message=f"{worker}: {event.message}")
+            if len(self.alive) > 1 and (isinstance(event, Stage) or (isinstance(event, Remark) and event.by_worker)):
+                event = dataclasses.replace(event, message=f"{worker}: {event.message}")
             if isinstance(event, RunFinished):
                 self.holds[worker].discard(event.record.run_id)
             self.scheduler.report(event)
@@ -249,11 +249,11 @@ class _Crew:
                 ray.get(ref)
             except RayActorError:
                 self.lost += 1
-                self.scheduler.notify(Stage(message=f"{name} died; its {len(runs)} runs go to others"))
+                self.scheduler.notify(Remark(message=f"{name} died; its {len(runs)} runs go to others"))
                 self.scheduler.lose(runs, f"{name} died while it trained this run")
             except ContextLost as error:  # which runs it may be for lies in their folders
                 self.lost += 1
-                self.scheduler.notify(Stage(message=f"{name} lost its GPU ({error.reason}); its runs go to others"))
+                self.scheduler.notify(Remark(message=f"{name} lost its GPU ({error.reason}); its runs go to others"))
                 ray.kill(actor)
                 self.scheduler.give_back(runs)
             except RayError as error:  # an error of ours in the worker, with its own traceback

@@ -32,7 +32,7 @@ from sweeper.study import chain
 from sweeper.study import plan as planning
 from sweeper.study.claims import Claims
 from sweeper.study.search_settings import SearchSettings
-from sweeper.training.events import Evaluated, Event, RunFinished, RunQueued, Stage, TrialEnded
+from sweeper.training.events import Evaluated, Event, Remark, RunFinished, RunQueued, TrialEnded
 from sweeper.training.source import PendingGroup, Pulled, Source
 
 if TYPE_CHECKING:
@@ -401,7 +401,7 @@ class Scheduler:
             specs = [state.arm.make(trial.params, seed) for seed in state.arm.seeds]
         except SweeperError as error:  # values that go with others, not with one another
             state.search.refuse(trial)
-            self.notify(Stage(message=f"{self.label(state.arm)}: {point(trial.params)} cannot be tried: {error}"))
+            self.notify(Remark(message=f"{self.label(state.arm)}: {point(trial.params)} cannot be tried: {error}"))
             return
         for seed, spec in zip(state.arm.seeds, specs, strict=True):
             trial.runs[spec.run_id] = seed
@@ -446,10 +446,10 @@ class Scheduler:
         if best.edges and f"edge{search.widened}" not in state.told:
             state.told.add(f"edge{search.widened}")
             where = ", ".join(f"{key}={best.params[key]:.3g} ({end} end)" for key, end in best.edges.items())
-            self.notify(Stage(message=f"{label}: the best trial lies at the edge of its range: {where}"))
+            self.notify(Remark(message=f"{label}: the best trial lies at the edge of its range: {where}"))
             told = search.widen()
             if told is not None:
-                self.notify(Stage(message=f"{label}: range widened to {told}"))
+                self.notify(Remark(message=f"{label}: range widened to {told}"))
                 return
         if self.how.confirm_seeds and not state.confirmed:
             state.confirmed = True
@@ -483,7 +483,7 @@ class Scheduler:
         if told:
             what = "a pruned trial" if len(told) == 1 else "pruned trials"
             message = f"{self.label(state.arm)}: finishing {what} beside the best one: {'; '.join(told)}"
-            self.notify(Stage(message=message))
+            self.notify(Remark(message=message))
         return bool(state.ready)
 
     def label(self, arm: Arm) -> str:

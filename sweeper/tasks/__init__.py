@@ -74,11 +74,14 @@ __all__ = [
     "load",
     "remarks",
     "stop_strings",
+    "training_sample",
     "where",
 ]
 
 # Raise whenever the same spec and data would give other tokens or groups, so that no stale cache file is read.
 CODE_VERSION = 8
+
+FEW, SAMPLED = 5_000, 512  # examples that are encoded at once to tell how long they are; else of so many
 
 
 class Family(Protocol):
@@ -234,21 +237,63 @@ def encode(
     if spec.parts:
         parts = {part.name: encode(part, tokenizer, model_key=model_key, cache=cache) for part in spec.parts}
         return mixture.combined(parts)
-    path = cache / f"{spec.family}-{_key(spec, tokenizer, model_key)}.npz" if cache is not None else None
+    path = _cached(spec, tokenizer, model_key, cache)
     found = _cache.read(path) if path is not None else None
     if found is not None:
         return found
+    return _encode(load(spec), spec, tokenizer, path)
+
+
+def training_sample(
+    spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", *, model_key: str, cache: Path | None
+) -> tuple[EncodedSplit, bool]:
+    """Training examples as token ids, to tell how long they are, and whether they are all there are.
+
+    Of a dataset of one task. All splits are encoded, and kept for training, where they are few or were encoded before;
+    else examples at equal distances are, and kept for the next time.
+
+    Raises:
+        DataError: as `load`.
+    """
+    path = _cached(spec, tokenizer, model_key, cache)
+    if path is not None and (found := _cache.read(path)) is not None:
+        return found["train"], True
+    sampled = None if path is None else path.with_name(f"{path.stem}-sample{path.suffix}")
+    if sampled is not None and (found := _cache.read(sampled)) is not None:
+        return found["train"], False
     texts = load(spec)
+    if sum(map(len, texts.values())) <= FEW:
+        return _encode(texts, spec, tokenizer, path)["train"], True
+    every = texts["train"]
+    some = every[:: -(-len(every) // SAMPLED)]
+    split = _encode_split("train", some, spec, tokenizer)
+    _keep(sampled, {"train": split})
+    return split, len(some) == len(every)
+
+
+def _cached(
+    spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", model_key: str, cache: Path | None
+) -> Path | None:  # fmt: skip
+    return cache / f"{spec.family}-{_key(spec, tokenizer, model_key)}.npz" if cache is not None else None
+
+
+def _encode(
+    texts: Mapping[str, tuple[Example, ...]], spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", path: Path | None
+) -> dict[str, EncodedSplit]:
     made = {name: _encode_split(name, examples, spec, tokenizer) for name, examples in texts.items()}
     kept = {name: _without(examples, made[name].dropped) for name, examples in texts.items()}
     splits = {
         name: dataclasses.replace(split, majority=baseline.majority(kept, name, spec.metrics))
         for name, split in made.items()
     }
+    _keep(path, splits)
+    return splits
+
+
+def _keep(path: Path | None, splits: Mapping[str, EncodedSplit]) -> None:
     if path is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
             _cache.write(path, splits)
-    return splits
 
 
 def remarks(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", splits: Mapping[str, EncodedSplit]) -> list[str]:

@@ -129,6 +129,11 @@ def supervised(examples: Sequence[Tokens]) -> int:
     return sum(len(example.input_ids) - example.prompt_length for example in examples)
 
 
+def tokens_of(examples: Sequence[Tokens]) -> int:
+    """Tokens of some examples, prompts and answers; those that fill up a batch have none."""
+    return sum(len(example.input_ids) for example in examples if example is not EMPTY)
+
+
 def mean_weights(examples: Sequence[Tokens]) -> list[float]:
     """Weights with which a loss is the mean over all target tokens of some examples."""
     return [1 / supervised(examples)] * len(examples)

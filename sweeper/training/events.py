@@ -17,9 +17,13 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remark:
-    """What a reader of the results must know, such as of examples that were left out; each is shown once, and stays."""
+    """What a reader must know, of the results or of how they came about; each is shown once, and stays.
+
+    `by_worker`: it is of whoever trains, such as where its time went, and not of the study.
+    """
 
     message: str
+    by_worker: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +33,21 @@ class RunStarted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunResumed:
+    """A run goes on from a checkpoint that had made `step` of its `steps`."""
+
+    run_id: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One optimiser step of one run. `step` counts from 1; `loss` is what the run minimises: of nll, nats a token."""
+    """One optimiser step of one run. `step` counts from 1; `loss` is what the run minimises: of nll, nats a token.
+
+    `tokens` are all that the step computed of the run's rows, prompts and answers; padding is not counted.
+    `answer_tokens` are those of them that the loss is taken on. `seconds` are the run's share of its pack's.
+    """
 
     run_id: str
     step: int
@@ -38,6 +55,7 @@ class Step:
     lr: float
     grad_norm: float
     tokens: int
+    answer_tokens: int
     seconds: float
 
 
@@ -85,4 +103,4 @@ class TrialEnded:
     wanted: int | None
 
 
-Event = Stage | Remark | RunQueued | RunStarted | Step | Evaluated | RunFinished | TrialEnded
+Event = Stage | Remark | RunQueued | RunStarted | RunResumed | Step | Evaluated | RunFinished | TrialEnded

@@ -34,7 +34,7 @@ from sweeper.models.loss import Head
 from sweeper.objectives.nll import NLL
 from sweeper.objectives.objective import Objective
 from sweeper.tasks.example import Tokens
-from sweeper.training.batches import Batch, collate, supervised
+from sweeper.training.batches import Batch, collate, supervised, tokens_of
 from sweeper.training.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCounts
 from sweeper.training.compilation import compile_layers, decoder_layers, eager, uncompile_layers
 from sweeper.training.pack_config import PackConfig
@@ -46,13 +46,15 @@ from sweeper.training.weighing import STATE, LearntWeights, hyperparameters
 
 @dataclass
 class _Pending:
-    """Steps of some states: slot, state, step, learning rate, tokens of each; losses by lane, then norms by slot.
+    """Steps of some states: slot, state, step, learning rate, tokens of answers and of all rows.
+
+    `values` are losses by lane, then norms by slot.
 
     `variances` are what log variances of tasks are after it, by slot; None where no run of the pack learns any.
     `one_off` are the host's seconds if it compiled or captured, else 0.
     """
 
-    states: list[tuple[int, RunState, int, float, int]]
+    states: list[tuple[int, RunState, int, float, int, int]]
     lanes: int
     values: Fetched
     one_off: float
@@ -197,7 +199,8 @@ class Pack:
             return
         began = time.perf_counter()
         every = passes([state for _, state in moving], self.config)
-        totals = [sum(supervised(one.rows[lane]) for one in every) for lane in range(len(moving))]
+        targets = [sum(supervised(one.rows[lane]) for one in every) for lane in range(len(moving))]
+        seen = [sum(tokens_of(one.rows[lane]) for one in every) for lane in range(len(moving))]
         weights = [token_weights(state, lane, every) for lane, (_, state) in enumerate(moving)]
         count = self._count_lanes([one.rows for one in every])
         self.use_lanes([slot for slot, _ in moving], count)
@@ -215,11 +218,11 @@ class Pack:
             losses = losses + self.weighing.step(learnt, self.store.lanes.slots)
         norms = self.store.update(rows, {slot: state.done + 1 for slot, state in moving})
         entries = []
-        for (slot, state), total in zip(moving, totals, strict=True):
+        for (slot, state), own, total in zip(moving, targets, seen, strict=True):
             state.done += 1
-            state.tokens += total
+            state.tokens += own
             rate = max(row[LR] for row in rows[slot] if row is not IDLE)  # of several rank blocks the highest
-            entries.append((slot, state, state.done, rate, total))
+            entries.append((slot, state, state.done, rate, own, total))
         one_off = time.perf_counter() - began if self.warming else 0.0
         variances = fetch(self.weighing.state[0].clone()) if self.weighing.active else None
         values = fetch(torch.cat([losses, norms]))
@@ -233,11 +236,11 @@ class Pack:
             values = entry.values.wait().tolist()
             losses, norms = values[: entry.lanes], values[entry.lanes :]
             variances = None if entry.variances is None else entry.variances.wait().tolist()
-            for lane, (slot, state, step, lr, tokens) in enumerate(entry.states):
+            for lane, (slot, state, step, lr, tokens, total) in enumerate(entry.states):
                 learns = state.mixture.learns if variances and state.mixture else 0
                 own = tuple(variances[slot][:learns]) if variances and learns else ()
                 share = entry.one_off / len(entry.states)
-                yield StepResult(state, step, losses[lane], lr, norms[slot], tokens, share, own)
+                yield StepResult(state, step, losses[lane], lr, norms[slot], tokens, total, share, own)
 
     def _losses(
         self, moving: Sequence[tuple[int, RunState]], every: Sequence[Pass], weights: Sequence[Sequence[float]],

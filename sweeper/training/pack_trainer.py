@@ -17,7 +17,7 @@ from sweeper.training import checkpoint, conflict, experts
 from sweeper.training.calibrate import Solo
 from sweeper.training.consolidate import consolidate
 from sweeper.training.evaluate import Scoring, evaluate, find_routes, queue_evaluation, queue_routed, queue_through
-from sweeper.training.events import Event, RunFinished, RunStarted, Stage, Step
+from sweeper.training.events import Event, Remark, RunFinished, RunStarted, Stage, Step
 from sweeper.training.failure import MEMORY, Failure
 from sweeper.training.loaded import Loaded
 from sweeper.training.pack import Pack
@@ -108,7 +108,7 @@ class PackTrainer:
             self.arrival_seconds = (time.perf_counter() - began) / len(arrived)
         for state in arrived:
             if (said := state.made_with(self.context.environment(self.pack))) is not None:
-                self.context.emit(Stage(message=said))
+                self.context.emit(Remark(message=said))
             self.context.emit(RunStarted(run_id=state.run_id, steps=state.steps))
         failed: list[tuple[RunState, Failure]] = []
         for state in arrived:
@@ -231,7 +231,7 @@ class PackTrainer:
                 checkpoint.save(state.run.folder, state.weights, state.kept)
             except Exception as error:
                 message = f"{state.run_id}: its checkpoint cannot be written: {gist(error)}"
-                self.context.emit(Stage(message=message))
+                self.context.emit(Remark(message=message))
 
     def catch_up(self) -> None:
         """Waits for every step there was."""

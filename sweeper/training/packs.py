@@ -13,7 +13,7 @@ from sweeper.lora.trainee import UnpackedSpec
 from sweeper.lost import ContextLost
 from sweeper.training import suspects
 from sweeper.training.calibrate import Solo
-from sweeper.training.events import Stage
+from sweeper.training.events import Remark
 from sweeper.training.failure import MEMORY, Failure
 from sweeper.training.loaded import Loaded
 from sweeper.training.pack import Pack
@@ -72,7 +72,7 @@ class Packs:
             limit = broken.size // 2
             what = "out of memory" if broken.memory else broken.failure.kind
             message = f"{what} with {broken.size} runs together; going on with {max(1, limit)}"
-            self.context.emit(Stage(message=message))
+            self.context.emit(Remark(message=message))
         return moved
 
     def _train(
@@ -136,7 +136,7 @@ class Packs:
         All that did not fail are back in the queue. Returns whether any did.
         """
         message = f"{broken.failure.kind} with {broken.size} runs together; looking for the run that it comes from"
-        self.context.emit(Stage(message=message))
+        self.context.emit(Remark(message=message))
         parts = deque(halved(broken.runs))
         until, failed = dict(broken.until), False
         sound: list[RunState] = []
@@ -156,7 +156,7 @@ class Packs:
         parts = self.queue.take_suspects()
         for part in parts:
             message = f"the GPU was lost with {len(part)} of these runs: trying them first"
-            self.context.emit(Stage(message=message))
+            self.context.emit(Remark(message=message))
             trial = self.queue.of(part)
             until = {state.run_id: state.suspect.until for state in part if state.suspect is not None}
             broken = self._train(trial, len(part), until=until)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from sweeper.run import Run
 from sweeper.training import begin_from, suspects
-from sweeper.training.events import Stage
+from sweeper.training.events import Remark, RunResumed
 from sweeper.training.loaded import Loaded
 from sweeper.training.run_state import RunState
 from sweeper.training.sharing import PackKey, model_key, pack_key_of
@@ -89,10 +89,10 @@ class RunQueue:
             begin_from.name_origin(state)
         before = state.done
         said = state.resume()
-        if said is None and state.done > before:
-            said = f"{state.run_id}: resumes at step {state.done} of {state.steps}"
         if said is not None:
-            self.loaded.context.emit(Stage(message=said))
+            self.loaded.context.emit(Remark(message=said))
+        elif state.done > before:
+            self.loaded.context.emit(RunResumed(run_id=state.run_id, step=state.done, steps=state.steps))
         if goes_on and state.weights is None:
             begin_from.take_over(state)
         self.waiting.append(state)

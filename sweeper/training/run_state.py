@@ -338,12 +338,13 @@ class RunState:
         self.noted = result.step
         self.metrics.append({
             "step": result.step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm,
-            "tokens": result.tokens, "seconds": round(seconds, 6), "time": round(time.time(), 2),
+            "tokens": result.tokens, "total_tokens": result.total_tokens, "seconds": round(seconds, 6),
+            "time": round(time.time(), 2),
             **({"log_variances": self._named(result.variances)} if result.variances else {}),
         })  # fmt: skip
         return Step(
             run_id=self.run_id, step=result.step, loss=result.loss, lr=result.lr, grad_norm=result.grad_norm,
-            tokens=result.tokens, seconds=seconds,
+            tokens=result.total_tokens, answer_tokens=result.tokens, seconds=seconds,
         )  # fmt: skip
 
     def _named(self, values: Sequence[float]) -> dict[str, float]:
@@ -406,7 +407,8 @@ class StepResult:
     """One optimiser step of one run: `loss` is what the run minimises: of nll, nats a token.
 
     `one_off` are the seconds that the host spent on it to compile and capture, a run's share of them. `variances` are
-    the log variances of its tasks after it, where their losses' weights are learnt.
+    the log variances of its tasks after it, where their losses' weights are learnt. `tokens` are those of answers,
+    which the loss is taken on; `total_tokens` those of prompts as well, padding not counted.
     """
 
     state: RunState
@@ -415,6 +417,7 @@ class StepResult:
     lr: float
     grad_norm: float
     tokens: int
+    total_tokens: int
     one_off: float = 0.0
     variances: tuple[float, ...] = ()
 

@@ -20,7 +20,7 @@ from sweeper.spec import RunSpec, Settings
 from sweeper.training import calibrate, compilation, export
 from sweeper.training.batches import distinct_lengths
 from sweeper.training.context import Context
-from sweeper.training.events import Stage
+from sweeper.training.events import Remark, Stage
 from sweeper.training.failure import Failure
 from sweeper.training.loaded import Loaded
 from sweeper.training.memory import MOST, runs_that_fit
@@ -95,7 +95,7 @@ class Trainer:
             raise error.cause from None
         finally:
             self._close()
-        self.source.report(Stage(message=f"time: {self.context.timeline}"))
+        self.source.report(Remark(message=f"time: {self.context.timeline}", by_worker=True))
 
     def _close(self) -> None:
         """Waits until all that happened is told and written."""
@@ -148,7 +148,7 @@ class Trainer:
             return self.context.failure(error)
         if dtype != precision_for(self.context.device, spec.trainer.precision):
             said = f"trainer.precision=auto is {precision_name(dtype)} in this study, as in its first run"
-            self.context.emit(Stage(message=said))
+            self.context.emit(Remark(message=said))
         self.loaded = Loaded(base, key, self.context, content)
         return self.loaded
 
@@ -213,7 +213,7 @@ class Trainer:
             limit = runs_that_fit(loaded.base, measured, settings, device, at_once=at_once)
         except Exception as error:
             message = f"how many runs fit together cannot be told, so one at a time: {gist(error)}"
-            self.context.emit(Stage(message=message))
+            self.context.emit(Remark(message=message))
             limit = 1
         return Packs(loaded, queue, config, solo, alike.samples, limit)
 

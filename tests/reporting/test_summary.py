@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from sweeper import record
@@ -123,7 +124,7 @@ def test_examples_left_out_or_cut_are_in_table_and_note(
     assert "test_dropped" not in rows[0]
     console = Console(width=80, record=True)
     summary.show(records, console)
-    assert line in console.export_text()
+    assert line in " ".join(console.export_text().split())
 
 
 def test_where_nothing_was_shortened_nothing_is_said(make_spec: Make, make_record: MakeRecord) -> None:
@@ -131,3 +132,63 @@ def test_where_nothing_was_shortened_nothing_is_said(make_spec: Make, make_recor
     for records in ([whole], [make_record()]):
         assert not any("max_length" in line for line in summary.notes(records))
         assert not any("dropped" in key for row in summary.rows(records) for key in row)
+
+
+def test_runs_of_other_settings_have_a_table_of_their_own(
+    tmp_path: Path, make_spec: Make, make_record: MakeRecord
+) -> None:
+    asked = [make_record(make_spec(rank=rank, dataset={"name": "mine", "path": "mine.jsonl"})) for rank in (4, 8)]
+    alike = make_record(make_spec(rank=16, dataset={"name": "mine", "path": "mine.jsonl"}))
+    other = make_record(make_spec(rank=4))
+    longer = make_record(make_spec(rank=4, trainer={"max_steps": 400}))
+    records = [*asked, other, longer, alike]
+    table, markdown = summary.write(tmp_path, records, {record.run_id for record in asked})
+    text = markdown.read_text()
+    parts = text.split("## ")[1:]
+    assert [part.splitlines()[0] for part in parts] == [
+        "dataset=mine, trainer.max_steps=4",
+        "dataset=jsonl, trainer.max_steps=4",
+        "dataset=jsonl, trainer.max_steps=400",
+    ]
+    assert [part.count("| attn |") for part in parts] == [3, 1, 1]
+    assert all("trainer.max_steps" not in part.splitlines()[2] for part in parts)
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["run_id"] for row in rows} - {""} == {record.run_id for record in records}
+    assert [row["setting"] for row in rows if row["run_id"] == alike.run_id] == ["dataset=mine, trainer.max_steps=4"]
+    assert {row["dataset"] for row in rows if row["run_id"]} == {"mine", "jsonl"}
+
+
+def test_settings_that_a_command_asked_for_are_in_one_table(
+    tmp_path: Path, make_spec: Make, make_record: MakeRecord
+) -> None:
+    records = [make_record(make_spec(dataset={"name": name, "path": name})) for name in ("a", "b", "c")]
+    _, markdown = summary.write(tmp_path, records, {record.run_id for record in records[:2]})
+    assert [line for line in markdown.read_text().splitlines() if line.startswith("#")] == [
+        "## dataset=a,b", "## dataset=c",
+    ]  # fmt: skip
+    table, markdown = summary.write(tmp_path, records, {record.run_id for record in records})
+    assert "#" not in markdown.read_text()
+    assert "setting" not in table.read_text()
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden"),
+    [
+        (120, []),
+        (80, ["%", "perplexity"]),
+        (40, ["trainable", "%", "perplexity", "accuracy before → after", "seconds", "peak memory"]),
+    ],
+)
+def test_the_table_fits_and_names_what_there_was_no_room_for(
+    width: int, hidden: list[str], make_spec: Make, make_record: MakeRecord
+) -> None:
+    console = Console(width=width, record=True)
+    summary.show([make_record(make_spec(rank=rank)) for rank in (4, 16)], console)
+    lines = console.export_text().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    told = " ".join(" ".join(lines).split())
+    assert ("No room here for" in told) == bool(hidden)
+    assert not hidden or f"No room here for {', '.join(hidden)}: see summary.md." in told
+    row = next(line for line in lines if line.startswith("attn") and " 16 " in line)
+    assert "0.0625" in row

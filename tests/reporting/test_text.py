@@ -24,7 +24,13 @@ def test_sizes_and_amounts() -> None:
     assert text.amount(2.5e13) == "25 T"
 
 
-def test_columns_of_numbers_are_flush_right() -> None:
-    lines = text.aligned(["arm", "NLL"], [["attn r4", "0.5"], ["ff", "10.25"]]).splitlines()
-    assert lines == ["arm        NLL", "attn r4    0.5", "ff       10.25"]
-    assert text.aligned(["arm", "NLL"], []) == "arm  NLL"
+@pytest.mark.parametrize(
+    "cell", ["12", "1,234", "0.5 → 0.75", "5 MiB", "1.17 G", "4–8", "3/40", "1:02", "-", "", "nan"]
+)
+def test_numbers_with_units_and_pairs_of_them_are_numbers(cell: str) -> None:
+    assert text.is_number(cell)
+
+
+@pytest.mark.parametrize("cell", ["attn r4", "embedding", "exact", "to train", "none"])
+def test_words_are_no_numbers(cell: str) -> None:
+    assert not text.is_number(cell)

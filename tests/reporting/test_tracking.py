@@ -37,7 +37,18 @@ def play(tracker: tracking.Tracker, plan: Plan, make_record: Callable[..., Recor
     for number in (1, 2):
         for run in plan.runs:
             loss = 5.0 / number
-            tracker(Step(run_id=run.run_id, step=number, loss=loss, lr=0.1, grad_norm=1.0, tokens=10, seconds=0.5))
+            tracker(
+                Step(
+                    run_id=run.run_id,
+                    step=number,
+                    loss=loss,
+                    lr=0.1,
+                    grad_norm=1.0,
+                    tokens=10,
+                    answer_tokens=4,
+                    seconds=0.5,
+                )
+            )
     done = make_record(first.spec)
     score = done.scores["validation"]["after"]
     tracker(Evaluated(run_id=first.run_id, split="validation", phase="after", score=score))
@@ -82,6 +93,7 @@ def test_each_run_has_its_own_log(plan: Plan, make_record: Callable[..., Record]
         "train/lr": 0.1,
         "train/grad_norm": 1.0,
         "train/tokens_per_second": 20.0,
+        "train/answer_tokens_per_second": 8.0,
     }
     assert first.rows[2][1]["validation/nll"] == 0.25
     assert first.summary is not None

@@ -5,6 +5,8 @@ import dataclasses
 import errno
 import json
 import os
+import pickle
+import shlex
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -111,6 +113,25 @@ def test_ctrl_c_once_stops_after_the_step_and_resumes(specs: tuple[RunSpec, ...]
     engine.stop_after = None
     assert len(launch.train(grouped(specs), study, engine=engine)) == 4
     assert engine.trained == [spec.run_id for spec in specs]
+
+
+def test_a_stop_says_what_to_type_to_go_on_and_an_end_what_comes_next(
+    specs: tuple[RunSpec, ...], study: Settings, engine: Any, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["/bin/lora-atlas", "train", "-m", "rank=4,8"])
+    engine.stop_after, engine.interrupt = 6, lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Interrupted) as stopped:
+        launch.train(grouped(specs), study, engine=engine)
+    assert stopped.value.again == "lora-atlas train -m rank=4,8"
+    assert str(stopped.value) == f"{stopped.value.message}: {stopped.value.again}"
+    assert pickle.loads(pickle.dumps(stopped.value)).again == stopped.value.again
+    assert "Next, " not in capsys.readouterr().out
+    engine.stop_after = None
+    launch.train(grouped(specs), study, engine=engine)
+    *_, before, last = capsys.readouterr().out.splitlines()
+    assert before == "Next, its tables and figures:"
+    assert last == shlex.join(["lora-atlas", "analyse", str(study.folder), "--out", "paper/"])
 
 
 def test_what_failed_before_a_stop_is_not_done(specs: tuple[RunSpec, ...], study: Settings, engine: Any) -> None:

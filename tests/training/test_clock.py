@@ -32,7 +32,7 @@ class Steps:
         while len(self.pending) > but:
             extra = self.pending.pop(0)
             for run in self.runs.values():
-                yield StepResult(run, 1, 0.0, 0.0, 0.0, 1, extra / 2)
+                yield StepResult(run, 1, 0.0, 0.0, 0.0, 1, 1, extra / 2)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from sweeper.record import Record
 from sweeper.spec import RunSpec
 from sweeper.tasks import metrics
 from sweeper.training import checkpoint, pack_trainer, results, suspects, trainer
-from sweeper.training.events import Event, RunFinished, Stage, Step
+from sweeper.training.events import Event, Remark, RunFinished, Step
 from sweeper.training.loaded import Loaded
 from sweeper.training.pack import Pack
 
@@ -162,7 +162,7 @@ def test_an_error_of_many_together_and_of_none_alone_makes_packs_smaller(
 
     monkeypatch.setattr(Pack, "_micro_step", breaking)
     events = run_all(specs, "crowded")
-    said = [event.message for event in events if isinstance(event, Stage)]
+    said = [event.message for event in events if isinstance(event, Remark)]
     assert "RuntimeError with 5 runs together; going on with 2" in said
     alike(tmp_path / "undisturbed", tmp_path / "crowded", specs)
 

@@ -14,7 +14,7 @@ from sweeper.errors import SpecError
 from sweeper.run import Run
 from sweeper.spec import RunSpec
 from sweeper.training import checkpoint
-from sweeper.training.events import Event, RunFinished, Stage, Step
+from sweeper.training.events import Event, Remark, RunFinished, RunResumed, Stage, Step
 from sweeper.training.run_state import RunState
 from sweeper.untrusted import sandbox
 
@@ -40,7 +40,7 @@ def ended(events: list[Event]) -> record.Record:
 
 
 def said(events: list[Event]) -> list[str]:
-    return [event.message for event in events if isinstance(event, Stage)]
+    return [event.message for event in events if isinstance(event, Stage | Remark)]
 
 
 def steps(events: list[Event]) -> list[int]:
@@ -168,6 +168,21 @@ def test_a_run_that_goes_on_elsewhere_says_so(
 
 def test_a_run_that_resumes_says_from_which_step(spec: RunSpec, run_all: Any) -> None:
     first = run_all([spec], stop_after=1)
-    assert not [line for line in said(first) if "resumes" in line]
+    assert not [event for event in first if isinstance(event, RunResumed)]
     again = run_all([spec])
-    assert [line for line in said(again) if "resumes" in line] == [f"{spec.run_id}: resumes at step 1 of 3"]
+    resumed = [event for event in again if isinstance(event, RunResumed)]
+    assert resumed == [RunResumed(run_id=spec.run_id, step=1, steps=3)]
+
+
+def test_a_step_tells_all_tokens_of_its_rows_and_those_of_answers(spec: RunSpec, run_all: Any, tmp_path: Path) -> None:
+    """As the record counts them; what pads the rows to those of a run beside it is neither."""
+    other = replace(spec, seed=1)
+    events = run_all([spec, other])
+    for run_id in (spec.run_id, other.run_id):
+        told = [event for event in events if isinstance(event, Step) and event.run_id == run_id]
+        found = record.read_record(tmp_path / "study" / run_id)
+        assert sum(event.tokens for event in told) == found.efficiency.train_tokens
+        assert all(0 < event.answer_tokens < event.tokens for event in told)
+        rows = [json.loads(line) for line in (tmp_path / "study" / run_id / "metrics.jsonl").read_text().splitlines()]
+        written = [(row["tokens"], row["total_tokens"]) for row in rows if "loss" in row]
+        assert written == [(event.answer_tokens, event.tokens) for event in told]

@@ -16,7 +16,7 @@ from sweeper.lora.store import AdapterStore
 from sweeper.record import Record
 from sweeper.spec import RunSpec
 from sweeper.training import checkpoint, pack_trainer
-from sweeper.training.events import Event, RunFinished, Stage, Step
+from sweeper.training.events import Event, Remark, RunFinished, Step
 from sweeper.training.pack import Pack
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -221,7 +221,7 @@ def test_a_step_that_runs_out_of_memory_splits_the_pack(
     events = run_all(specs, "tight")
     assert calls[from_step] == 3
     assert calls[-1] == 1
-    assert any("out of memory with 3" in event.message for event in events if isinstance(event, Stage))
+    assert any("out of memory with 3" in event.message for event in events if isinstance(event, Remark))
     assert once_each(events, specs)
     alike(tmp_path / "roomy", tmp_path / "tight", specs)
 
@@ -296,7 +296,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_run(
     run_all(specs, "roomy")
     monkeypatch.setattr(checkpoint, "save_file", full)
     events = run_all(specs, "full", checkpoint_seconds=1e-9)
-    said = [event.message for event in events if isinstance(event, Stage) and "checkpoint" in event.message]
+    said = [event.message for event in events if isinstance(event, Remark) and "checkpoint" in event.message]
     assert f"{specs[0].run_id}: its checkpoint cannot be written: No space left on device" in said
     identical(tmp_path / "roomy", tmp_path / "full", specs)
 

@@ -11,8 +11,8 @@ from sweeper.adapters.library import asked as options_of
 from sweeper.adapters.library import members
 from sweeper.adapters.library.asked import FREE, RULES, Asked
 from sweeper.errors import SpecError
-from sweeper.reporting import text
 from sweeper.reporting.console import make_console
+from sweeper.reporting.table import print_table
 from sweeper.rescoring import rescore
 from sweeper.rescoring.rescore import Saved
 from sweeper.spec import DatasetSpec, EvaluationSpec
@@ -151,7 +151,7 @@ def show(found: "Sequence[Scored]") -> None:
         for one in found
     ]  # fmt: skip
     console.print(f"{found[0].task}, test: {found[0].score.examples} examples", style="bold", markup=False)
-    console.out(text.aligned(["rule", "NLL", *names, "right", "cost", ""], cells), highlight=False)
+    print_table(["rule", "NLL", *names, "right", "cost", ""], cells, console)
 
 
 def _number(value: float | None) -> str:
