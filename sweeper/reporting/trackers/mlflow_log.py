@@ -4,7 +4,6 @@ A study is an experiment. A run is found again by its tag `run_id`, so that it g
 """
 
 import functools
-import logging
 import os
 import re
 import time
@@ -70,19 +69,16 @@ def _open(settings: Settings, options: Mapping[str, Any]) -> OpenLog:
     study, folder = settings.folder.absolute(), Path(settings.output_root).absolute() / MLFLOW
     uri, name = options.get("uri"), options.get("experiment") or settings.study
 
-    @functools.cache
-    def begin() -> tuple[Any, str]:
-        """The client and the experiment's id."""
-        if uri:
-            client = mlflow.MlflowClient(uri)
-            return client, _experiment(client, name, None)
+    if uri:
+        client = mlflow.MlflowClient(uri)
+        experiment = _experiment(client, name, None)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # making the tables of a new file takes seconds
+        with FileLock(folder / ".lock"):  # a new file's tables take seconds; better now than while a run is timed
             client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-            return client, _experiment(client, name, (folder / "artifacts").as_uri())
+            experiment = _experiment(client, name, (folder / "artifacts").as_uri())
 
     def open_log(run: Begun) -> RunLog:
-        client, experiment = begin()
         adapter = study / run.run_id / ADAPTER
         tags = {"study": settings.study, "run_id": run.run_id, "arm": run.arm}
         known = client.search_runs([experiment], f"tags.run_id = '{run.run_id}' and tags.study = '{settings.study}'")
@@ -135,7 +131,6 @@ def _named(values: Mapping[str, Any]) -> dict[str, Any]:
 def _prepare() -> None:
     for name, value in (QUIET | PATIENCE).items():
         os.environ.setdefault(name, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def _check(options: Mapping[str, Any]) -> None:
