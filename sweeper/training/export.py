@@ -96,7 +96,6 @@ def write_tasks(
             own = {target.name: _of_task(weights[target.name], blocks, target.name, task) for target in ranks}
             plain, place = alone(spec, task), folder / part.name
             size += write_adapter(place, plain, list(ranks), own, as_parameters=proved.as_parameters)
-            write_readme(place, plain, proved.refused)
             note = {
                 "spec": to_mapping(plain), "ranks": {target.name: rank for target, rank in ranks.items()},
                 "method": spec.sharing.name, "from": [run.run_id],
@@ -154,24 +153,3 @@ def as_stock(base: BaseModel, run: Path) -> Any:
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
         return PeftModel.from_pretrained(model, str(run / ADAPTER), torch_device=str(base.model.device)).eval()
-
-
-def write_readme(run: Path, spec: RunSpec, refused: str | None) -> None:
-    """Says beside an adapter how it is loaded; `refused` is why stock PEFT does not give the engine's logits."""
-    folder = run / ADAPTER
-    if not folder.is_dir():
-        return
-    base = base_reference(spec.model)["base_model_name_or_path"]
-    lines = [f"# Adapter of run {run.name}", "", f"Method {spec.method.name} on {spec.model.name} ({base}).", ""]
-    if refused is None:
-        lines += [
-            "```python", "from peft import PeftModel", "",
-            'model = PeftModel.from_pretrained(base_model, "adapter")  # gives the logits that were scored', "```",
-        ]  # fmt: skip
-    else:
-        lines += [
-            f"Stock PEFT does not give the logits that were scored: {refused}.", "",
-            "    python adapters.py merge RUN_FOLDER --out merged    # a plain transformers model that gives them", "",
-            "`RUN_FOLDER` is the folder above this one; `python evaluate.py RUN_FOLDER` scores it as it is.",
-        ]  # fmt: skip
-    write_atomically(folder / "README.md", "\n".join(lines) + "\n")
