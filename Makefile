@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example models lm-eval qlora fetch commit-file test test-slow fuzz wheel-check lint format audit licences clean
+.PHONY: help install sweep paper example models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz wheel-check lint format audit licences clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -29,9 +29,10 @@ $(STAMP): pyproject.toml constraints.txt constraints-data.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-data.txt
 	@touch $@
 
-# what only the tests of clusters, databases and quantised models need
-$(VENV)/.installed-test: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[ray,postgres]'
+# what only the tests of clusters, databases, quantised models and further trackers need
+$(VENV)/.installed-test: $(STAMP) constraints-trackio.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[ray,postgres,mlflow]'
+	$(BIN)/python -m pip install --quiet --no-deps -r constraints-trackio.txt
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt bitsandbytes
 	@touch $@
 
@@ -66,6 +67,12 @@ lm-eval: $(STAMP)  ## install lm-eval, for evaluation=lm_eval
 qlora: $(STAMP)  ## install bitsandbytes, for method=qlora
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt bitsandbytes
 
+mlflow: $(STAMP)  ## install mlflow-skinny, for tracking=mlflow
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[mlflow]'
+
+trackio: $(STAMP)  ## install trackio, for tracking=trackio
+	$(BIN)/python -m pip install --quiet --no-deps -r constraints-trackio.txt
+
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses 8
 test: $(VENV)/.installed-test  ## run the test suite
 	$(PYTEST) -m "not slow" $(TEST)
@@ -88,7 +95,7 @@ format: $(STAMP)  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-PINS := constraints.txt constraints-data.txt constraints-lm-eval.txt
+PINS := constraints.txt constraints-data.txt constraints-lm-eval.txt constraints-trackio.txt
 AUDIT := $(VENV)/audit
 $(AUDIT)/bin/pip-audit: | $(STAMP)
 	$(BIN)/python -m venv $(AUDIT)

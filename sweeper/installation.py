@@ -22,7 +22,8 @@ _SCRIPTS = {
     "adapters": "python adapters.py",
     "analyse": "python -m analysis",
 }
-_TARGETS = {"lm_eval": "make lm-eval", "qlora": "make qlora"}  # extras that do not resolve with the checkout's pins
+_TARGETS = {"lm_eval": "make lm-eval", "qlora": "make qlora", "trackio": "make trackio"}
+"""Extras that do not resolve with the checkout's pins."""
 
 
 def program(command: str) -> str:

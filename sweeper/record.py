@@ -48,6 +48,7 @@ asked and the `results` of every rule on a task; `NAME.jsonl` a line an example,
 
 # what else lies in a study folder: what trackers write, and the notes in folders that adapters.py wrote
 TENSORBOARD, WANDB = "tensorboard", "wandb"
+MLFLOW, TRACKIO = "mlflow", "trackio"  # beside the studies, which share them
 EXPERTS = "experts"  # of a run with a learnt gate: a folder with an adapter for each expert, and what opens them
 ROUTERS, ROUTER = "routers.safetensors", "router.json"
 COMBINED, MERGED = "combined.json", "merged.json"

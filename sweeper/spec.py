@@ -449,7 +449,9 @@ class Settings:
             raise SpecError(field="sweep.checkpoint_seconds", wanted="above 0", got=self.checkpoint_seconds)
         if self.tracking == "none" and self.tracking_options:
             name = next(iter(self.tracking_options))
-            raise SpecError(f"tracking.{name}: tracking=none has no fields. Choose tracking=tensorboard or wandb.")
+            raise SpecError(
+                f"tracking.{name}: tracking=none has no fields. Choose tracking=mlflow, tensorboard, trackio or wandb."
+            )
 
     @property
     def folder(self) -> Path:

@@ -38,7 +38,10 @@ def left(folder: Path, text: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and any(one in path.read_bytes() for one in secrets)]
 
 
-@pytest.mark.parametrize("tracking", ["wandb", pytest.param("tensorboard", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tracking",
+    ["wandb", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlflow", "tensorboard", "trackio"))],
+)
 def test_a_run_a_search_and_a_report_leave_no_secret(tracking: str, root: Path, tmp_path: Path) -> None:
     pytest.importorskip(tracking)
     storage = f"hydra.sweeper.storage='sqlite:///file:s.db?uri=true&password={TYPED}'"

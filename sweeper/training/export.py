@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sweeper import installation, methods
+from sweeper import methods
 from sweeper.lora.blocks import Block, rows_of
 from sweeper.lora.forms import FORMS, AdapterSpec
 from sweeper.lora.forms.peft import state_dict
@@ -96,7 +96,6 @@ def write_tasks(
             own = {target.name: _of_task(weights[target.name], blocks, target.name, task) for target in ranks}
             plain, place = alone(spec, task), folder / part.name
             size += write_adapter(place, plain, list(ranks), own, as_parameters=proved.as_parameters)
-            write_readme(place, plain, proved.refused)
             note = {
                 "spec": to_mapping(plain), "ranks": {target.name: rank for target, rank in ranks.items()},
                 "method": spec.sharing.name, "from": [run.run_id],
@@ -154,25 +153,3 @@ def as_stock(base: BaseModel, run: Path) -> Any:
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
         return PeftModel.from_pretrained(model, str(run / ADAPTER), torch_device=str(base.model.device)).eval()
-
-
-def write_readme(run: Path, spec: RunSpec, refused: str | None) -> None:
-    """Says beside an adapter how it is loaded; `refused` is why stock PEFT does not give the engine's logits."""
-    folder = run / ADAPTER
-    if not folder.is_dir():
-        return
-    base = base_reference(spec.model)["base_model_name_or_path"]
-    lines = [f"# Adapter of run {run.name}", "", f"Method {spec.method.name} on {spec.model.name} ({base}).", ""]
-    if refused is None:
-        lines += [
-            "```python", "from peft import PeftModel", "",
-            'model = PeftModel.from_pretrained(base_model, "adapter")  # gives the logits that were scored', "```",
-        ]  # fmt: skip
-    else:
-        merge, evaluate = f"{installation.program('adapters')} merge", installation.program("evaluate")
-        lines += [
-            f"Stock PEFT does not give the logits that were scored: {refused}.", "",
-            f"    {merge} RUN_FOLDER --out merged    # a plain transformers model that gives them", "",
-            f"`RUN_FOLDER` is the folder above this one; `{evaluate} RUN_FOLDER` scores it as it is.",
-        ]  # fmt: skip
-    write_atomically(folder / "README.md", "\n".join(lines) + "\n")

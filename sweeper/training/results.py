@@ -17,6 +17,7 @@ from sweeper.models import total_parameters
 from sweeper.record import (
     METRICS,
     PREDICTIONS,
+    TASKS,
     TRACEBACK,
     Efficiency,
     Module,
@@ -26,12 +27,12 @@ from sweeper.record import (
     write_record,
 )
 from sweeper.run import Run
-from sweeper.spec import Settings, to_mapping
+from sweeper.spec import Settings, alone, to_mapping
 from sweeper.tasks import data_of
 from sweeper.tasks.mixture import by_part
-from sweeper.training import checkpoint, conflict, consolidate, experts, suspects, texts
+from sweeper.training import card, checkpoint, conflict, consolidate, experts, suspects, texts
 from sweeper.training.calibrate import Solo
-from sweeper.training.export import write_adapter, write_experts, write_readme, write_tasks
+from sweeper.training.export import write_adapter, write_experts, write_tasks
 from sweeper.training.failure import Failure
 from sweeper.training.pack import Pack
 from sweeper.training.run_state import RunState, now
@@ -92,6 +93,7 @@ def write_run(
         finished=now(),
     )  # fmt: skip
     (folder / TRACEBACK).unlink(missing_ok=True)  # of a former try
+    _write_cards(state, record)
     write_record(folder, record)
     checkpoint.remove(folder)
     suspects.clear(folder)
@@ -146,8 +148,15 @@ def _write_weights(state: RunState, weights: Weights) -> int:
         size = write_adapter(
             folder, state.spec, list(state.ranks), weights, as_parameters=proved.as_parameters
         )  # fmt: skip
-    write_readme(folder, state.spec, proved.refused)
     return size
+
+
+def _write_cards(state: RunState, record: Record) -> None:
+    """Says beside the run's adapter, or that of each of its tasks, what it is and how it scored."""
+    folder, spec = state.run.folder, state.spec
+    card.write(folder, spec, record)
+    for task, part in enumerate(spec.dataset.parts):
+        card.write(folder / TASKS / part.name, alone(spec, task), record)
 
 
 def _seen(state: RunState, split: str) -> dict[str, int]:

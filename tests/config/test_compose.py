@@ -177,7 +177,7 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["method.options.ratio=3"], "method.options.ratio: no such field; method.options has none here."),
         (["model=gpt2", "model.config={layers: 3}"], "model.config has no keys yet; where it takes any, they are"),
         (["optim={lrr: 3}"], "optim.lrr: no such field. Choose from optim.beta1, "),
-        (["+tracking.every_steps=2"], "tracking.every_steps: tracking=none has no fields. Choose tracking=tensorboard"),
+        (["+tracking.every_steps=2"], "tracking.every_steps: tracking=none has no fields. Choose tracking=mlflow"),
         (
             ["model=gpt2", "+model.config={n_layer: 3}"],
             "model.config.n_layer: model=gpt2 comes with a config of its own",

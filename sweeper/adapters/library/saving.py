@@ -18,8 +18,9 @@ from sweeper.adapters.library.scoring import Scored
 from sweeper.models.files import base_reference
 from sweeper.rescoring.rescore import Saved
 from sweeper.spec import DatasetSpec, EvaluationSpec, MethodSpec, to_mapping
+from sweeper.training import card
 from sweeper.training.environment import describe
-from sweeper.training.export import write_adapter, write_readme
+from sweeper.training.export import write_adapter
 
 SCHEMA = 1
 
@@ -78,7 +79,8 @@ def save_adapter(folder: Path, bench: Bench, router: Folded, task: str, facts: M
     first = bench.members[0].spec
     spec = dataclasses.replace(first, method=MethodSpec(name="lora"), rank=rank, alpha=float(rank))
     write_adapter(folder, spec, [one.target for one in bench.experts if one.target.name in factors], factors)
-    write_readme(folder, spec, None)
+    parts = ", ".join(f"`{members.name(run)}`" for run in bench.members)
+    card.write(folder, spec, note=f"LoRAHub's combination for {task} of the runs {parts}, made with {card.PROJECT}.")
     note = {
         "method": f"lorahub on {task}", **facts,
         "from": [{"run_id": members.name(run), "folder": str(run.folder)} for run in bench.members],
