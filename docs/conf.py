@@ -18,14 +18,17 @@ extensions = [
     "sphinx_copybutton",
     "repository_links",
     "reference_tables",
+    "search_page",
 ]
-exclude_patterns = ["example/*.md", "_ext"]
+templates_path = ["_templates"]
+exclude_patterns = ["example/*.md", "_ext", "_templates"]
 nitpicky = True
 # types of other projects, whose documentation is not here, and names that only type checkers see
 nitpick_ignore_regex = [
     ("py:.*", r"(pathlib|collections|typing|pandas|pd|torch|peft|transformers)\b.*"),
     ("py:.*", r"(Any|Path|Family|Example|Method|Ranks|AdapterSpec|UnpackedSpec|Target|Rescored|HarnessResult)"),
     ("py:.*", r"sweeper\.(?!api\b|register\b).*"),
+    ("py:.*", r"(SpecError|DataError|DatasetSpec|MethodSpec|PlacementSpec)"),
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist"]

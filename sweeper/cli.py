@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from sweeper import lost
+from sweeper.completion import SCRIPTS
 from sweeper.errors import Interrupted, Problems, SweeperError, unknown
 from sweeper.lost import ContextLost
 from sweeper.redaction import without_credentials
@@ -39,7 +40,7 @@ class Quit(SystemExit):
 def put_flags_last() -> None:
     """Makes `study=mine -m rank=4,8` what it looks like: Hydra takes no overrides behind a flag that follows others.
 
-    Ends the command with a line for a flag that there is not.
+    Ends the command with a line for a flag that there is not, and with our script where bash asks for completion.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -50,6 +51,9 @@ def put_flags_last() -> None:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     known, rest = parser.parse_known_args()
+    if known.shell_completion and (script := SCRIPTS.get(" ".join(known.overrides))):
+        print(script)
+        sys.exit(0)
     for word in rest:
         if word.startswith("-"):
             field = word.lstrip("-")

@@ -1,10 +1,12 @@
 """The commands that the README and the documentation print, and which of them a test machine cannot carry out.
 
-    .venv/bin/python -m tools.printed_commands          # all of them, page by page
+    .venv/bin/python -m tools.printed_commands              # all of them, page by page
+    .venv/bin/python -m tools.printed_commands --not-run    # what the tests do not carry out, and why
 """
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +176,10 @@ def not_run(root: Path) -> list[tuple[NotRun, list[str]]]:
 
 def main() -> None:
     root = Path(__file__).parents[1]
+    if "--not-run" in sys.argv[1:]:
+        for one, where in not_run(root):
+            print(f"not run: {one.text}  (needs {one.why}; {one.instead}; on {', '.join(where)})")
+        return
     for command in printed(root):
         one = needs(command)
         print(f"{command.page}:{command.line}: {command.text}" + (f"   [not run: needs {one.why}]" if one else ""))

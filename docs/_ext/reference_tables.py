@@ -170,7 +170,8 @@ def _shown(value: Any) -> str:
     if dataclasses.is_dataclass(value):
         return ""
     if isinstance(value, str):
-        return f"`{value}`"
+        line = value.replace("\n", "\\n")
+        return f"`` {line} ``" if "`" in line else f"`{line}`"
     return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
 
 
