@@ -179,8 +179,11 @@ def _call(name: str, words: Sequence[str]) -> str:
 
 
 def _words(overrides: Sequence[str], fields: dict[str, Any]) -> list[str]:
+    from sweeper import config
+
     given = {key: str(value) if isinstance(value, Path) else value for key, value in fields.items()}
-    return [*overrides, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items())]
+    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    return config.unquoted([*overrides, *words])
 
 
 @contextmanager

@@ -40,9 +40,14 @@ class Quit(SystemExit):
 def put_flags_last() -> None:
     """Makes `study=mine -m rank=4,8` what it looks like: Hydra takes no overrides behind a flag that follows others.
 
+    Nor does it read quoted keys of a mapping, which `'allocation.pattern={"attn_q": 16}'` may have.
     Ends the command with a line for a flag that there is not, and with our script where bash asks for completion.
     """
     from hydra._internal.utils import get_args_parser
+
+    from sweeper import config
+
+    sys.argv[1:] = config.unquoted(sys.argv[1:])
 
     def refuse(message: str) -> NoReturn:
         print(f"error: {message}. Flags: python {sys.argv[0]} --hydra-help", file=sys.stderr)

@@ -354,7 +354,8 @@ class TrainerSpec(Stored):
         precision: of activations and frozen weights; adapters are float32. auto is bfloat16 on CUDA and the faster of
             the two on a CPU, and stays what it was in the study's first run.
         activation_checkpointing: whether activations are computed again in the backward pass: slower, less memory.
-        deterministic: whether to do without the kernels of a GPU whose sums are in an order of chance (4 to 10% slower).
+        deterministic: whether to do without the kernels of a GPU whose sums are in an order of chance, for 4 to 10%
+            of the speed.
         neftune_alpha: noise on the embedded tokens (Jain et al. 2023 use 5); 0 is none.
         ema_decay: decay of a moving average of the weights, which is then what is evaluated and saved; null is none.
         patience: evaluations without a lower validation NLL after which a run ends and keeps its best weights; null

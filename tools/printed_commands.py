@@ -1,7 +1,7 @@
 """The commands that the README and the documentation print, and which of them a test machine cannot carry out.
 
-    .venv/bin/python -m tools.printed_commands              # all of them, page by page
-    .venv/bin/python -m tools.printed_commands --not-run    # what the tests do not carry out, and why
+.venv/bin/python -m tools.printed_commands              # all of them, page by page
+.venv/bin/python -m tools.printed_commands --not-run    # what the tests do not carry out, and why
 """
 
 import re
@@ -13,12 +13,12 @@ from pathlib import Path
 
 SHELL = ("bash", "console", "sh")
 FIRST = re.compile(
-    r"(?:\$ )?(?:[A-Z_]+=\S+ )*(?:(?:\.venv/bin/)?(?:python3?|pip|optuna-dashboard|tensorboard|jupyter)|make|eval|git|wandb|lora-atlas|ray"
-    r"|sbatch)(?= )"
+    r"(?:\$ )?(?:[A-Z_]+=\S+ )*(?:(?:\.venv/bin/)?(?:python3?|pip|optuna-dashboard|tensorboard|jupyter)"
+    r"|make|eval|git|wandb|lora-atlas|ray|sbatch)(?= )"
 )
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})\s*(?P<language>[\w{}-]*)")
 # within a sentence a program with arguments is a command, its bare name is not
-INLINE = re.compile(r"(?<!`)`((?:\.venv/bin/[^\s`]+ (?:-m )?[^\s`]+ [^\s`]|make |eval )[^`]+)`(?!`)")
+INLINE = re.compile(r"(?<!`)`((?:\.venv/bin/[^\s`]+ (?:-m [^\s`]+|[^-\s`][^\s`]*) [^\s`]|make |eval )[^`]+)`(?!`)")
 LEFT_OPEN = re.compile(r"…|\.\.\.|\bARGS\b$")
 NAMED_FILE = re.compile(r"`([\w/]+\.(?:py|yaml|jsonl))`[.:]?$")
 
@@ -149,6 +149,8 @@ def needs(command: Command) -> NotRun | None:
         return told("a GPU", "composed")
     if any(word.startswith("wandb:") for word in words):
         return told("an account at W&B", "its options are parsed")
+    if any(word.startswith("model.location=/") for word in words):
+        return told("a model of yours", "composed")
     if "hydra/launcher=ray" in words:
         return told("Ray, and GPUs", "composed; the same grid is trained in this process")
     if any(word.startswith("hydra.sweeper.storage=") for word in words):

@@ -1,6 +1,6 @@
 """Runs a notebook from top to bottom and stores its outputs in it, small: `make notebook`.
 
-    .venv/bin/python -m tools.run_notebook notebooks/paper.ipynb
+.venv/bin/python -m tools.run_notebook notebooks/paper.ipynb
 """
 
 import argparse
@@ -46,7 +46,9 @@ def main() -> None:
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    ).execute()
     nbformat.write(settled(notebook), path)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB with its outputs")
 

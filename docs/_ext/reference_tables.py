@@ -5,6 +5,7 @@ dataclass, else the comment behind it in `conf/`.
 """
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import re
@@ -72,8 +73,7 @@ def attributes(kind: Any) -> dict[str, str]:
     if section is None:
         return {}
     entries = re.findall(r"^    (\w[\w, ]*): (.*?)(?=^    \w|\Z)", section[1] + "\n", re.M | re.S)
-    told = {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
-    return told
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 
 def in_words(kind: Any) -> str:
@@ -127,7 +127,6 @@ def sections() -> dict[str, tuple[Any, str, Path | None]]:
 
 def fields_of(section: str) -> list[Field]:
     """Every field of a section that a user gives, in the order of its dataclass."""
-    from sweeper import spec
 
     kind, prefix, path = sections()[section]
     hints = typing.get_type_hints(kind)
@@ -135,7 +134,11 @@ def fields_of(section: str) -> list[Field]:
     shown = yaml.safe_load(path.read_text()) if path else {}
     said = comments(path) if path else {}
     if section == "sweep":
-        shown = {**shown, **shown["sweep"], "device": yaml.safe_load((CONF / "trainer/default.yaml").read_text())["device"]}
+        shown = {
+            **shown,
+            **shown["sweep"],
+            "device": yaml.safe_load((CONF / "trainer/default.yaml").read_text())["device"],
+        }
         said |= {key.removeprefix("sweep."): text for key, text in said.items() if key.startswith("sweep.")}
         said["device"] = comments(CONF / "trainer/default.yaml")["device"]
     elif path and section != "run":  # a field that the default option leaves out may be explained by another one
@@ -146,7 +149,11 @@ def fields_of(section: str) -> list[Field]:
              "tracking": "tracking", "tracking_options": "tracking.*"}  # fmt: skip
     found = []
     for item in dataclasses.fields(kind):
-        if item.metadata.get("made") or (item.name == "name" and section != "run") or (section == "run" and item.name not in ("rank", "alpha", "seed")):
+        if (
+            item.metadata.get("made")
+            or (item.name == "name" and section != "run")
+            or (section == "run" and item.name not in ("rank", "alpha", "seed"))
+        ):
             continue
         name = where.get(item.name, f"{prefix}{item.name}") if section == "sweep" else f"{prefix}{item.name}"
         default = shown[item.name] if item.name in shown else _default(item)
@@ -256,7 +263,8 @@ def gallery(lines: list[str], folder: Path) -> Iterator[tuple[str, str]]:
     told = dict(line.split(": ", 1) for line in lines if line.strip())
     there = {path.stem for path in folder.glob("*.png")}
     if told.keys() != there:
-        raise ValueError(f"{folder}: without a caption {sorted(there - told.keys())}, without a picture {sorted(told.keys() - there)}")
+        alone, missing = sorted(there - told.keys()), sorted(told.keys() - there)
+        raise ValueError(f"{folder}: without a caption {alone}, without a picture {missing}")
     yield from told.items()
 
 
@@ -288,12 +296,20 @@ def setup(app: Any) -> dict[str, bool]:
             return self.parse_text_to_nodes(text)
 
     class Mermaid(SphinxDirective):
-        """A diagram, as its source: the site needs no script of another host."""
+        """A diagram: its picture where there is one of this very source, else the source.
+
+        The picture is made once, so that the site needs no script of another host:
+        `mmdc -i diagram.mmd -o docs/_static/diagrams/DIGEST.svg`, the first 12 digits of the source's SHA-256.
+        """
 
         has_content: ClassVar[bool] = True
 
         def run(self) -> list[Any]:
-            return [nodes.literal_block("", "\n".join(self.content), language="text")]
+            source = "\n".join(self.content)
+            name = f"_static/diagrams/{hashlib.sha256(source.strip().encode()).hexdigest()[:12]}.svg"
+            if (ROOT / "docs" / name).exists():
+                return self.parse_text_to_nodes(f"```{{image}} /{name}\n:alt: diagram\n:class: diagram\n```")
+            return [nodes.literal_block("", source, language="text")]
 
     for name, write in (("fields", fields_page), ("options", options_page), ("program", help_page),
                         ("make-targets", make_targets), ("not-run", commands_page)):  # fmt: skip

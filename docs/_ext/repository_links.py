@@ -17,7 +17,9 @@ def shipped(page: Path, source: Path, text: str) -> str:
     def one(match: re.Match[str]) -> str:
         target = (page.parent / match["target"]).resolve()
         inside = target.is_relative_to(source)
-        if not target.is_file() or (inside and target.suffix in (".md", ".png", ".svg") and "example" not in target.parts):
+        if not target.is_file() or (
+            inside and target.suffix in (".md", ".png", ".svg") and "example" not in target.parts
+        ):
             return match[0]
         return f"](<path:{match['target']}>)"
 

@@ -45,7 +45,12 @@ def test_every_cell_is_run_in_order_and_has_its_outputs() -> None:
     kinds = [output["output_type"] for cell in code for output in cell["outputs"]]
     assert set(kinds) <= {"execute_result", "display_data", "stream"}
     assert [output["name"] for cell in code for output in cell["outputs"] if "name" in output].count("stderr") == 0
-    pictures = [output["data"]["image/png"] for cell in code for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    pictures = [
+        output["data"]["image/png"]
+        for cell in code
+        for output in cell["outputs"]
+        if "image/png" in output.get("data", {})
+    ]
     assert len(pictures) == 4
     assert NOTEBOOK.stat().st_size < 250_000
 
@@ -53,7 +58,11 @@ def test_every_cell_is_run_in_order_and_has_its_outputs() -> None:
 def test_stored_outputs_are_those_of_the_cells() -> None:
     """A text that is printed is printed again: the study and the code are those that made the outputs."""
     code = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-    (shown,) = ["".join(cell["outputs"][0]["data"]["text/plain"]) for cell in code if "study.counts()" in "".join(cell["source"])]
+    (shown,) = [
+        "".join(cell["outputs"][0]["data"]["text/plain"])
+        for cell in code
+        if "study.counts()" in "".join(cell["source"])
+    ]
     study = load(archive.extract(NOTEBOOK.parent / "study.tar.xz"))
     assert shown == repr(study.counts())
 

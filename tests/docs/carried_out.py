@@ -1,4 +1,4 @@
-"""Carries out the commands of one page, in their order, in one folder, as a reader would: tiny model, few steps, little data."""
+"""Carries out the commands of a page, in their order, in one folder: tiny model, few steps, little data."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from tools.printed_commands import FETCHED, HUB, TRAINING_TARGETS, Command
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = "model=tiny_llama", "placement=attn,ff", "rank=2", "seed=0"
-SMALL = {"train_examples": 16, "validation_examples": 4, "test_examples": 4, "max_length": 96}
+SMALL = {"train_examples": 16, "validation_examples": 4, "test_examples": 4, "max_length": 480}
 REPLACED = {
     "model": "tiny_llama",
     "trainer.max_steps": "4",
@@ -102,7 +102,7 @@ class Reader:
             return words
         given = [word for word in words if "=" in word and not word.startswith("-")]
         rest = [word for word in words if word not in given]
-        config = Path(words[words.index("--config-dir") + 1]) if "--config-dir" in words else ROOT / "conf"
+        config = self.folder / words[words.index("--config-dir") + 1] if "--config-dir" in words else ROOT / "conf"
         overlays = [word for word in given if re.match(r"(experiment|search)=", word)]
         fields = {word.partition("=")[0]: word.partition("=")[2] for word in given}
         brought = {key: value for overlay in overlays for key, value in axes_of(overlay, config).items()}
@@ -110,7 +110,9 @@ class Reader:
         own = fields.get("model") == "path" and (self.folder / fields["model.location"]).is_dir()
         replaced = {key: value for key, value in REPLACED.items() if not (own and key == "model")}
         fields = {key: self._cut(key, value) for key, value in fields.items() if not key.startswith(COMPOSED_ONLY)}
-        fields = {key: value for key, value in fields.items() if own or not key.startswith("model.") or key == "model.roles"}
+        fields = {
+            key: value for key, value in fields.items() if own or not key.startswith("model.") or key == "model.roles"
+        }
         fields |= replaced
         fields |= self._data(fields)
         if any("tag(" in value or "interval(" in value for value in [*fields.values(), *brought.values()]):
@@ -143,7 +145,9 @@ class Reader:
                     for part in ("icd10_chapter", "hpo_term", "licence_category", "chain_sum", "long_sum")
                 )
             return {"dataset.parts": f"[{parts}]"}
-        return {f"dataset.{key}": str(value) for key, value in SMALL.items() if f"dataset.{key}" not in fields}
+        # Hydra composes an overlay first as it is, and there a mixture has no sizes of its own
+        plus = "++" if fields.get("experiment") in ("continual", "multi_task") else ""
+        return {f"{plus}dataset.{key}": str(value) for key, value in SMALL.items() if f"dataset.{key}" not in fields}
 
     def _scored_small(self, words: list[str]) -> list[str]:
         words = [self._without(word, (*HUB, *FETCHED)) for word in words]
@@ -157,7 +161,11 @@ class Reader:
 
     def _folder(self, word: str) -> str:
         """An argument in which studies and runs are those that there are; a study that is missing is made."""
-        word = word.replace("<folder>", "published")
+        if (
+            word == "<folder>"
+        ):  # what the command before it exported, else a published table
+            exported = self.folder / "paper/peft"
+            return str(exported if exported.is_dir() else ROOT / "tests/analysis/data/published_2025.json")
         match = FOLDER.match(word)
         if match is None:
             return word
@@ -235,7 +243,11 @@ def recipes(target: str) -> list[list[str]]:
 def surroundings(folder: Path) -> None:
     """What a reader has who follows the pages: files of examples, and the folder of a model."""
     words = ["printer", "screen", "login", "invoice", "cable", "letter", "phone", "router"]
-    rows = [(f"Classify the ticket: {word} {n} is broken", ("hardware", "account")[n % 2], n) for n in range(6) for word in words]
+    rows = [
+        (f"Classify the ticket: {word} {n} is broken", ("hardware", "account")[n % 2], n)
+        for n in range(6)
+        for word in words
+    ]
     plain = [{"prompt": prompt, "response": response} for prompt, response, _ in rows]
     _write(folder / "mine.jsonl", plain)
     _write(folder / "tickets.jsonl", [row | {"customer": f"customer-{n // 3}"} for n, row in enumerate(plain)])

@@ -14,7 +14,7 @@ FORMS = ("train.py", "evaluate.py", "adapters.py", "-m")
 
 
 def carried_out(page: Path) -> list[Command]:
-    """The commands of a page that are carried out; those that need what is not here only where a part of them can be."""
+    """The commands of a page that are carried out, whole or without the part that needs what is not here."""
     found = []
     for command in printed_commands.commands(page, ROOT):
         if "FOLDER..." in command.text or command.words[0] == "eval":  # a synopsis; and tests/docs/test_completion.py
@@ -29,7 +29,7 @@ PAGES = [page for page in printed_commands.pages(ROOT) if carried_out(page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
-def test_a_page_can_be_followed(page: Path, tmp_path: Path) -> None:
+def test_a_page_can_be_followed(page: Path, tmp_path: Path, registering: None) -> None:
     surroundings(tmp_path)
     for name, text in printed_commands.files(page).items():
         path = tmp_path / name
