@@ -14,10 +14,10 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz wheel-check lint format audit licences clean
+.PHONY: help install sweep paper example notebook docs docs-commands models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz wheel-check lint format audit licences clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## make the virtual environment with every version pinned (the other targets do it when needed)
 
@@ -51,6 +51,23 @@ example: $(STAMP)  ## make docs/example and the notebook's study from STUDY (def
 	mkdir -p docs/example
 	rm -f docs/example/*.png docs/example/*.md
 	cp .cache/example/figures/*.png .cache/example/tables/*.md .cache/example/claims.md docs/example/
+
+# what only the documentation site and the notebook need
+$(VENV)/.installed-docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[docs,notebook]'
+	@touch $@
+
+notebook: $(VENV)/.installed-docs  ## run notebooks/paper.ipynb from top to bottom and store its outputs in it
+	$(BIN)/python -m tools.run_notebook notebooks/paper.ipynb
+
+docs: $(VENV)/.installed-docs  ## build the documentation site in build/docs; a broken link is a failure
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -d build/doctrees docs build/docs
+	$(BIN)/python -m tools.site_links build/docs
+	@echo "open build/docs/index.html"
+
+docs-commands: $(VENV)/.installed-test  ## carry out every command that the README and the documentation print
+	$(PYTEST) -m "slow or not slow" tests/docs
+	$(BIN)/python -m tools.printed_commands --not-run
 
 fetch: $(STAMP)  ## download the data of the tasks that need it (PubMedQA, MedMCQA, privacy policies), once
 	$(BIN)/lora-atlas fetch all

@@ -209,9 +209,11 @@ def _arms(specs: Sequence[RunSpec], words: Sequence[str]) -> "Sequence[Arm]":
 
 
 def _words(overrides: Sequence[str | RunSpec], fields: dict[str, Any]) -> list[str]:
+    from sweeper import config
+
     given = {key: str(value) if isinstance(value, Path) else value for key, value in fields.items()}
     words = [one for one in overrides if isinstance(one, str)]
-    return [*words, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items())]
+    return config.unquoted([*words, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items())])
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rich.console import Console
 
 from sweeper import lost, shell
+from sweeper.completion import SCRIPTS
 from sweeper.errors import Interrupted, Problems, SweeperError, unknown
 from sweeper.lost import ContextLost
 from sweeper.redaction import without_credentials
@@ -43,9 +44,15 @@ class Quit(SystemExit):
 def put_flags_last() -> None:
     """Makes `study=mine -m rank=4,8` what it looks like: Hydra takes no overrides behind a flag that follows others.
 
-    Ends the command with a line for a flag that there is not, and for flags that do not go together.
+    Nor does it read quoted keys of a mapping, which `'allocation.pattern={"attn_q": 16}'` may have.
+    Ends the command with a line for a flag that there is not or flags that do not go together, and with our script
+    where bash asks for completion.
     """
     from hydra._internal.utils import get_args_parser
+
+    from sweeper import config
+
+    sys.argv[1:] = config.unquoted(sys.argv[1:])
 
     def refuse(message: str) -> NoReturn:
         print(f"error: {message}. Flags: {shell.command('train', '--hydra-help')}", file=sys.stderr)
@@ -54,6 +61,9 @@ def put_flags_last() -> None:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     known, rest = parser.parse_known_args()
+    if known.shell_completion and (script := SCRIPTS.get(" ".join(known.overrides))):
+        print(script)
+        sys.exit(0)
     for word in rest:
         if word.startswith("-"):
             refuse(f"{word}: no such flag; fields have no dashes: '{_as_field(word, sys.argv)}'")

@@ -59,8 +59,14 @@ class CodeSpec(Stored):
 class ModelSpec(Stored):
     """A base model: where its weights come from and, for unknown architectures, the roles of its modules.
 
-    `location` is a hub id (source hub), a folder (path), `package:file` inside an installed package (gguf),
-    or a transformers model type (random, built from `config`).
+    Attributes:
+        source: where its weights come from.
+        location: a hub id (source hub), a folder (path), `package:file` inside an installed package (gguf), or a
+            transformers model type (random, built from `config`).
+        revision: branch, tag or commit on the hub; null is the newest, and the record names its commit.
+        trust_remote_code: whether Python that comes with the model may run.
+        roles: role -> regular expression of module names, for an architecture whose modules cannot be told apart.
+        config: fields of the transformers config, for source random.
     """
 
     PLACE: ClassVar[str] = "location"
@@ -80,7 +86,15 @@ class ModelSpec(Stored):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacementSpec:
-    """Which module roles are adapted, and in which layers. `patterns` replaces roles for placement=custom."""
+    """Which module roles are adapted, and in which layers.
+
+    Attributes:
+        roles: what a module does in its block: attn_q, ff_up, mixer_in and so on.
+        layers: all, lower_half, upper_half, middle_half, every_other, first:K, last:K, or a list of layer numbers.
+        patterns: regular expressions of module names, in place of roles, for placement=custom.
+        embeddings: whether the input embedding is adapted as well.
+        head: whether the output head is adapted as well.
+    """
 
     name: str
     roles: tuple[str, ...] = ()
@@ -103,8 +117,11 @@ class PlacementSpec:
 class AllocationSpec:
     """How rank is spread over the placed modules.
 
-    `budget` is in trainable parameters, a number or text such as 2.4M. `pattern` maps role or regular expression to
-    rank.
+    Attributes:
+        budget: trainable parameters, a number or text such as 2.4M, for matched and importance; null is what
+            `placement=full` (matched) or a uniform allocation (importance) has at this rank.
+        pattern: role or regular expression -> rank, for allocation=pattern; the last that fits counts.
+        options: of allocation=importance.
     """
 
     name: str
@@ -178,7 +195,13 @@ class SharingSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodSpec:
-    """What is trained on the frozen base."""
+    """What is trained on the frozen base.
+
+    Attributes:
+        dropout: probability that an entry of an adapter's input is zeroed, drawn for each run by itself.
+        rank_stabilised: whether the factor on B A is alpha / sqrt(rank), as in rsLoRA, instead of alpha / rank.
+        options: of the method.
+    """
 
     name: str
     dropout: float = 0.0
@@ -195,9 +218,22 @@ class MethodSpec:
 class DatasetSpec(Stored):
     """A task: its family (a module of `sweeper.tasks`), sizes, template and family-specific options.
 
-    `max_length` is in tokens, prompt and response together. `parts` are its tasks, where it is made of several: sizes,
-    templates and lengths are theirs, and `metrics` those that all of them have. `columns` says which columns of a file
-    or hub set are prompt, response and so on (`sweeper.tasks.columns`).
+    Attributes:
+        family: the module of `sweeper.tasks` that reads it.
+        path: file or folder, or id on the hub.
+        train_examples: examples of the training split, at most; null is all.
+        validation_examples: examples of the validation split, at most.
+        test_examples: examples of the test split, at most.
+        max_length: tokens of prompt and response together; a longer prompt loses its beginning.
+        split_seed: of the split, where the data has none.
+        columns: which columns of a file or hub set are prompt, response and so on (`sweeper.tasks.columns`).
+        template: how prompt and response become text: chat (the model's own), alpaca or plain.
+        system: system message of the chat template.
+        metrics: what is scored besides the NLL.
+        max_new_tokens: length of generated text; 0 where no metric needs any.
+        options: of the family.
+        parts: the tasks of a mixture or sequence: sizes, templates and lengths are theirs, and metrics those that all
+            of them have.
     """
 
     PLACE: ClassVar[str] = "path"
@@ -251,10 +287,21 @@ class DatasetSpec(Stored):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimSpec:
-    """AdamW and its schedule. `max_grad_norm` null switches clipping off; it is always a norm of one run.
+    """AdamW and its schedule. The penalties are weights of what is added to the loss (`sweeper.lora.penalty`).
 
-    `lr_ratio` is the learning rate of B over that of A, null is the method's own. The penalties are weights of what is
-    added to the loss: |s B A|^2, the orthogonality of A and B, and |A|^2 + |B|^2 (`sweeper.lora.penalty`).
+    Attributes:
+        lr: peak learning rate. A method with a rate of its own (vera, full_ft and others) replaces the default.
+        weight_decay: decoupled, as in AdamW.
+        beta1: decay of the mean of gradients.
+        beta2: decay of the mean of squared gradients.
+        eps: added to the root of the latter.
+        schedule: cosine or linear (both to 0), or constant, after the warm-up.
+        warmup_fraction: share of max_steps in which the rate climbs from 0.
+        max_grad_norm: norm of one run's adapter gradients, whatever shares its pack; null switches clipping off.
+        lr_ratio: learning rate of B over that of A; null is the method's own (16 for lora_plus, else 1).
+        update_penalty: weight of |s B A|^2 in the loss.
+        orthogonality_penalty: weight of |A A^T - I|^2 + |B^T B - I|^2 in the loss.
+        norm_penalty: weight of |A|^2 + |B|^2 in the loss.
     """
 
     lr: float
@@ -300,10 +347,22 @@ class OptimSpec:
 class TrainerSpec(Stored):
     """Length and shape of training. A step sees `batch_size * accumulation` examples, whichever the two are.
 
-    `neftune_alpha` adds noise to the embedded tokens, `ema_decay` has an average of the weights evaluated and saved,
-    `patience` ends a run whose validation NLL has not fallen in so many evaluations, and keeps its best weights.
-    `deterministic` does without the kernels of a GPU whose sums are in an order of chance. `init_from` is the run whose
-    adapter this one begins with (`sweeper.predecessor`), by id or by folder; `content` is of one outside the study.
+    `content` is of an adapter outside the study that the run begins with.
+
+    Attributes:
+        max_steps: optimiser steps.
+        batch_size: examples of one run in a forward pass.
+        accumulation: forward passes of a step.
+        precision: of activations and frozen weights; adapters are float32. auto is bfloat16 on CUDA and the faster of
+            the two on a CPU, and stays what it was in the study's first run.
+        activation_checkpointing: whether activations are computed again in the backward pass: slower, less memory.
+        deterministic: whether to do without the kernels of a GPU whose sums are in an order of chance, for 4 to 10%
+            of the speed.
+        neftune_alpha: noise on the embedded tokens (Jain et al. 2023 use 5); 0 is none.
+        ema_decay: decay of a moving average of the weights, which is then what is evaluated and saved; null is none.
+        patience: evaluations without a lower validation NLL after which a run ends and keeps its best weights; null
+            is never. Needs evaluation.every_steps.
+        init_from: id of a run of the study, or a run's folder, whose adapter this one begins with.
     """
 
     PLACE: ClassVar[str] = "init_from"
@@ -337,9 +396,15 @@ class TrainerSpec(Stored):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSpec:
-    """What is measured, when. `every_steps` 0 means only before and after training.
+    """What is measured, when.
 
-    `conflict` is how often a run of several tasks compares their gradients (`sweeper.training.conflict`).
+    Attributes:
+        splits: which splits are scored.
+        before: whether the base model is scored too, before training.
+        every_steps: validation NLL every so many steps; 0 is only before and after training.
+        generate: whether metrics that need generated text are measured.
+        options: of evaluation=lm_eval.
+        conflict: how often a run of several tasks compares their gradients (`sweeper.training.conflict`).
     """
 
     name: str
@@ -358,7 +423,11 @@ class EvaluationSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveSpec:
-    """What a run minimises (`sweeper.objectives`)."""
+    """What a run minimises (`sweeper.objectives`).
+
+    Attributes:
+        options: of the objective.
+    """
 
     name: str = "nll"
     options: dict[str, Any] = field(default_factory=dict)
@@ -367,7 +436,13 @@ class ObjectiveSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
-    """One training job. Equal specs are the same run; `run_id` is its identity."""
+    """One training job. Equal specs are the same run; `run_id` is its identity.
+
+    Attributes:
+        rank: of every adapted module under allocation=uniform.
+        alpha: numerator of the factor on B A; null is twice the rank.
+        seed: of data order, initialisation and dropout; seed=0,1,2 repeats every arm.
+    """
 
     model: ModelSpec
     dataset: DatasetSpec
@@ -410,12 +485,22 @@ class RunSpec:
 class Settings:
     """How and where runs are executed: nothing in here changes a result, so nothing of it is part of `run_id`.
 
-    `plugins` are modules and files that register parts of the user's own (`sweeper.register`).
-    `max_pack` 0 lets the planner choose the number of runs trained together. On CUDA, `compile` on compiles the layers
-    and captures whole steps as CUDA graphs, capture does only the latter, and auto compiles where a sweep is long
-    enough to pay for it. What trains is checkpointed every `checkpoint_seconds`; a run that fails for a reason that may
-    pass is tried `retries` times more by the same command. `keep_texts` off leaves no text of the data, and none that
-    was generated, in a study's folder.
+    Attributes:
+        study: folder of the study, under `output_root`.
+        output_root: where studies lie.
+        device: auto, cpu, cuda or cuda:N.
+        tracking: where curves go besides the run's folder.
+        tracking_options: fields of `conf/tracking/`.
+        dry_run: prints every run with its modules, parameters, FLOPs and memory, and trains nothing.
+        max_pack: most runs trained together on one base model; 0 lets the planner choose.
+        compile: on CUDA: on compiles the layers and captures whole steps as CUDA graphs, capture does only the latter,
+            auto compiles where a sweep is long enough to pay for it.
+        calibrate: measures time and memory of each kind of run alone, for an honest cost column.
+        checkpoint_seconds: what trains is saved this often, so that a crash costs at most that.
+        retry_failed: trains runs again that a former command recorded as failed.
+        retries: how often the same command tries a run again that failed for a reason that may pass.
+        keep_texts: off leaves no text of the data, and none that was generated, in a study's folder.
+        plugins: modules and files that register parts of the user's own (`sweeper.register`).
     """
 
     study: str

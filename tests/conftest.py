@@ -1,5 +1,6 @@
 """Fixtures of the whole suite."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,31 @@ def composer() -> Iterator[Any]:
 
     yield config.composer_of(None)
     GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def registering(tmp_path: Path) -> Iterator[None]:
+    """What a test registers is gone after it (`sweeper.register`)."""
+    from hydra.core.config_store import ConfigStore
+
+    from sweeper import register
+    from sweeper.methods import METHODS
+    from sweeper.objectives import OBJECTIVES
+    from sweeper.placement.placement import PICKS, PLACEMENTS
+    from sweeper.tasks import FAMILIES
+
+    tables: list[dict[Any, Any]] = [register.FOUND, register._loaded, FAMILIES, METHODS, PLACEMENTS, PICKS, OBJECTIVES]
+    before, modules = [dict(table) for table in tables], set(sys.modules)
+    yield
+    repo = ConfigStore.instance().repo
+    for group, name in register.FOUND:
+        repo.get(group, {}).pop(f"{name}.yaml", None)
+    for table, former in zip(tables, before, strict=True):
+        table.clear()
+        table.update(former)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture

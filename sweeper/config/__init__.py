@@ -3,6 +3,7 @@
 from sweeper.config.build import axes_of, differing, search_settings
 from sweeper.config.composer import Composer, as_typed, composer_of, load_plugins, one_line
 from sweeper.config.composition import Composition, expand, from_config
+from sweeper.config.grid import unquoted
 
 __all__ = [
     "Composer",
@@ -16,4 +17,5 @@ __all__ = [
     "load_plugins",
     "one_line",
     "search_settings",
+    "unquoted",
 ]

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +147,7 @@ def _unreadable(line: str) -> str:
     )
 
 
+_QUOTED_KEY = re.compile(r"""[{,]\s*("[^"]*"|'[^']*')\s*:""")
 _QUOTED = re.compile(r"""("|').*\1""")
 _SWEEP_OF_NULL = re.compile(r"\b(choice|sort|shuffle)\(((?:[^()]*,)?\s*null\s*(?:,[^()]*)?)\)", re.IGNORECASE)
 _PAIR = re.compile(
@@ -157,6 +158,19 @@ _BARE_KEY = re.compile(
     r"([\w/+.$%*@?|\- ]|\\(?![\\()\[\]{}:=, ]))+"
 )  # what is no quote, no bracket, no escape to Hydra
 _AS_LISTS = ("allocation.pattern", "model.roles")
+
+
+def unquoted(words: Iterable[str]) -> list[str]:
+    """Words of a command in which mappings with quoted keys, which Hydra cannot read, have a form that it can."""
+    return [_unquoted(word) for word in words]
+
+
+def _unquoted(word: str) -> str:
+    key, _, value = word.partition("=")
+    if not (value.startswith("{") and _QUOTED_KEY.search(value)):
+        return word
+    readable = _readable(key.lstrip("+"), value)
+    return word if readable is None else f"{key}={readable}"
 
 
 def _readable(key: str, value: str) -> str | None:

@@ -19,10 +19,15 @@ class SearchSettings:
         n_trials: trials of each arm; null leaves it to the other budgets, and is 10 where there is none.
         max_tokens: no trial starts once the arm's trials have trained on this many tokens, equal for every arm.
         max_seconds: no trial starts this long after the command did.
+        sampler: what proposes trials: tpe, gp, cmaes, random, qmc or nsga2.
+        sampler_options: arguments of Optuna's class, given whole.
+        pruner: what ends hopeless trials: none, median, asha, hyperband or patient. Needs evaluation.every_steps.
+        pruner_options: arguments of Optuna's class, given whole.
         objectives: `validation.nll`, `validation.<metric>` or a cost (`trainable_parameters`, ...).
         direction: minimize or maximize, one for each objective, to say what each is anyhow: metrics up, NLL and costs
             down.
         parallel: most trials of an arm at once; null is a quarter of its trials, so that each quarter knows the last.
+        seed: of the sampler.
         storage: an Optuna storage URL; null is a journal file in the study folder.
         confirm_seeds: seeds on which every arm's best trial trains again.
         widen: how often a range whose end won may be widened, with another `n_trials` / 2 trials each time, and a grid

@@ -37,11 +37,37 @@ def test_a_notebook_keeps_the_backend_that_shows_its_figures(chosen: str, kept: 
     assert done.stdout.strip() == (chosen if kept else "Agg"), done.stderr
 
 
-def test_outputs_are_stripped_and_only_analysis_is_called() -> None:
-    plain = json.loads(NOTEBOOK.read_text())
-    for cell in plain["cells"]:
-        assert not cell.get("outputs")
-        assert cell.get("execution_count") is None
+def test_every_cell_is_run_in_order_and_has_its_outputs() -> None:
+    """`make notebook` stores them; a cell that is changed without it shows up here."""
+    code = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert [index for index, cell in enumerate(code) if not cell["outputs"]] == []
+    kinds = [output["output_type"] for cell in code for output in cell["outputs"]]
+    assert set(kinds) <= {"execute_result", "display_data", "stream"}
+    assert [output["name"] for cell in code for output in cell["outputs"] if "name" in output].count("stderr") == 0
+    pictures = [
+        output["data"]["image/png"]
+        for cell in code
+        for output in cell["outputs"]
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 4
+    assert NOTEBOOK.stat().st_size < 250_000
+
+
+def test_stored_outputs_are_those_of_the_cells() -> None:
+    """A text that is printed is printed again: the study and the code are those that made the outputs."""
+    code = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    (shown,) = [
+        "".join(cell["outputs"][0]["data"]["text/plain"])
+        for cell in code
+        if "study.counts()" in "".join(cell["source"])
+    ]
+    study = load(archive.extract(NOTEBOOK.parent / "study.tar.xz"))
+    assert shown == repr(study.counts())
+
+
+def test_only_analysis_is_called() -> None:
     imports = [line for source in cells() for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert imports == ["from pathlib import Path", "from analysis import analyse, archive, figures, load, tables"]
 

@@ -351,6 +351,18 @@ def test_a_list_of_pairs_is_the_mapping(composer: Any) -> None:
     assert [spec.allocation.pattern for spec in axis.specs] == [{"[qk]_proj": 4}, {"mlp": 8}]
 
 
+@pytest.mark.parametrize("quote", ['"', "'"])
+@pytest.mark.parametrize("key", ["attn_q", r"layers\.[0-3]\.(mlp|self_attn)\.", "a,b", "x{2}"])
+def test_quoted_keys_are_read(key: str, quote: str, composer: Any) -> None:
+    """As a shell passes them on; what Hydra can read by itself stays as it was typed."""
+    typed = f"allocation.pattern={{{quote}{key}{quote}: 16, attn_v: 4}}"
+    words = config.unquoted([*BASE, "allocation=pattern", typed])
+    assert words[:-1] == [*BASE, "allocation=pattern"]
+    (spec,) = config.expand(words, composer).specs
+    assert spec.allocation.pattern == {key: 16, "attn_v": 4}
+    assert config.unquoted(["a={b: 'c:d'}", "rank=4,8", 'x="{y: 1}"']) == ["a={b: 'c:d'}", "rank=4,8", 'x="{y: 1}"']
+
+
 def test_roles_are_given_with_or_without_a_plus(composer: Any) -> None:
     for given in (
         "model.roles={attn_q: q}",
@@ -411,7 +423,7 @@ def test_every_override_in_conf_and_docs_can_be_read(root: Path, composer: Any) 
     unread = []
     for name, word in shown:
         try:
-            composer.parse(word)
+            composer.parse(*config.unquoted([word]))
         except HydraException:
             unread.append((name, word))
     assert unread == []
