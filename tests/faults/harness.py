@@ -38,8 +38,8 @@ COMMAND = (
     "hydra.sweeper.confirm_seeds=[2]", "sweep.checkpoint_seconds=0.1", "sweep.calibrate=false", "sweep.max_pack=3",
 )  # fmt: skip
 WARM = (
-    "torch", "torch._dynamo", "optuna", "hydra", "safetensors.torch", "transformers.models.llama.modeling_llama", "peft",
-    "sweeper.api", "sweeper.study.launch", "sweeper.training.trainer", "sweeper.tasks.icd10_chapter", "analysis.load",
+    "torch", "torch._dynamo", "optuna", "hydra", "safetensors.torch", "transformers.models.llama.modeling_llama",
+    "peft", "sweeper.api", "sweeper.study.launch", "sweeper.training.trainer", "sweeper.tasks.icd10_chapter", "analysis.load",
 )  # fmt: skip
 """What a sweep imports; each start finds it in memory."""
 STARTS = 8
