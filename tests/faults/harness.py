@@ -39,7 +39,7 @@ COMMAND = (
 )  # fmt: skip
 WARM = (
     "torch", "torch._dynamo", "optuna", "hydra", "safetensors.torch", "transformers.models.llama.modeling_llama",
-    "peft", "sweeper.api", "sweeper.study.launch", "sweeper.training.trainer", 
+    "peft", "sweeper.api", "sweeper.study.launch", "sweeper.training.trainer",
     "sweeper.tasks.icd10_chapter", "analysis.load",
 )  # fmt: skip
 """What a sweep imports; each start finds it in memory."""
