@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sweeper.record import COMMANDS, LIBRARY, METRICS, PREDICTIONS, RECORD, SEARCHES
+from sweeper.record import COMMANDS, LIBRARY, METRICS, PREDICTIONS, RECORD, SEARCHES, read_json, seal, unsealed
 
 CURVE_POINTS = 60
 MOST_BYTES, MOST_FILES = 4 << 30, 200_000  # of an archive that is unpacked
@@ -31,7 +31,8 @@ def create(study: Path, archive: Path) -> Path:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for record in records:
-            texts = {RECORD: json.dumps(json.loads(record.read_text(encoding="utf-8")), separators=(",", ":"))}
+            plain = read_json(unsealed(record.read_text(encoding="utf-8")))
+            texts = {RECORD: seal(json.dumps(plain, separators=(",", ":")))}
             predictions, metrics = record.parent / PREDICTIONS, record.parent / METRICS
             if predictions.is_file():
                 rows = [row for row in _rows(predictions) if row.get("split") == "test"]

@@ -25,10 +25,12 @@ from sweeper.record import (
     TENSORBOARD,
     WANDB,
     WEIGHTS,
+    BrokenSeal,
     check_kinds,
     perplexity,
     read_json,
     read_text,
+    unsealed,
 )
 
 from . import groups, spectra, together
@@ -343,9 +345,12 @@ def _read(folder: Path, study: Study) -> dict[str, Any] | None:
         problem("unreadable record", f"{type(error).__name__}: {error}")
         return None
     try:
-        plain = read_json(text)
+        plain = read_json(unsealed(text))
         if not isinstance(plain, dict):
             raise ValueError("not a mapping")
+    except BrokenSeal as error:
+        problem("broken seal", f"{error}; its command trains the run again")
+        return None
     except ValueError as error:
         problem("broken record", f"not a JSON object: {error}")
         return None

@@ -5,7 +5,6 @@ start reads nothing.
 """
 
 import hashlib
-import json
 import math
 import os
 import sys
@@ -16,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sweeper.record import write_atomically
+from sweeper.record import read_sealed, write_sealed
 from sweeper.spec import OF_FILES
 
 COMMIT = "commit:"
@@ -122,7 +121,7 @@ def _entry(path: Path, cache: Path) -> Path:
 
 def _known(path: Path, cache: Path) -> str | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        plain = json.loads(_entry(path, cache).read_text())
+        plain = read_sealed(_entry(path, cache))
         if plain["stamp"] == _stamp(path):
             return str(plain["sha256"])
     return None
@@ -135,7 +134,7 @@ def _read(path: Path, cache: Path) -> str:
     after = _stamp(path)
     if before == after and _settled(path):
         with suppress(OSError):  # a cache that cannot be written costs time, not correctness
-            write_atomically(_entry(path, cache), json.dumps({"path": str(path), "stamp": after, "sha256": digest}))
+            write_sealed(_entry(path, cache), {"path": str(path), "stamp": after, "sha256": digest})
     return digest
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from sweeper.redaction import without_credentials, without_secrets
+from sweeper.seal import BrokenSeal, seal, sealed, unsealed
 
 SCHEMA_VERSION = 1
 RECORD = "record.json"
@@ -223,12 +224,26 @@ def shortened(data: Mapping[str, Mapping[str, Any]], *, above: float = 0.0) -> s
 
 
 def write_record(folder: Path, record: Record) -> Path:
-    """Writes `folder/record.json` atomically: temporary file, fsync, rename. Write all it refers to before."""
+    """Writes `folder/record.json` atomically: temporary file, fsync, rename. Write all it refers to before.
+
+    A record that is there and cannot be read, being damaged or edited, is kept beside it under another name.
+    """
     plain = dataclasses.asdict(record)
     for moments in plain["scores"].values():
         for score in moments.values():
             score["perplexity"] = perplexity(score["nll"])
-    return write_json(folder / RECORD, plain)
+    _keep_unreadable(folder / RECORD)
+    text = json.dumps(_finite(plain), indent=1, allow_nan=False)
+    return write_atomically(folder / RECORD, seal(without_secrets(text)))
+
+
+def _keep_unreadable(path: Path) -> None:
+    try:
+        read_sealed(path)
+    except OSError:
+        return
+    except ValueError:
+        path.replace(_beside(path).with_name(f"{path.stem}.unreadable.{secrets.token_hex(4)}.json"))
 
 
 def read_text(path: Path, *, largest: int = LARGEST_JSON) -> str:
@@ -260,6 +275,20 @@ def read_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("too deeply nested") from None
+
+
+def read_sealed(path: Path) -> Any:
+    """What the JSON file holds that was written with a seal, or by an earlier version without one.
+
+    Raises:
+        OSError: it cannot be read. ValueError: as `read_text` and `read_json`; BrokenSeal: it is not what was written.
+    """
+    return read_json(unsealed(read_text(path)))
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> Path:
+    """Writes a JSON object that `read_sealed` reads, atomically."""
+    return write_atomically(path, sealed(content))
 
 
 def csv_cell(value: Any) -> Any:
@@ -302,7 +331,9 @@ def read_record(folder: Path) -> Record:
         ValueError: the file is no record of a schema this version knows.
     """
     try:
-        plain = read_json(read_text(folder / RECORD))
+        plain = read_sealed(folder / RECORD)
+    except BrokenSeal as error:
+        raise ValueError(f"{folder / RECORD}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{folder / RECORD}: no record ({error})") from None
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA_VERSION:
@@ -367,7 +398,7 @@ def records(study: Path) -> Iterator[Record]:
 def status(folder: Path) -> Status | None:
     """The status in a run folder's record; None where there is no record of a schema this version knows."""
     try:
-        plain = read_json(read_text(folder / RECORD))
+        plain = read_sealed(folder / RECORD)
     except (OSError, ValueError):
         return None
     known = isinstance(plain, dict) and plain.get("schema") == SCHEMA_VERSION

@@ -17,7 +17,7 @@ from sweeper.cache import cache_folder
 from sweeper.errors import ModelError, gist
 from sweeper.models.files import local_files, quiet
 from sweeper.models.verdict import HeadForm, Padding, Verdict
-from sweeper.record import write_atomically
+from sweeper.record import read_sealed, write_sealed
 from sweeper.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def verdict(model: Any, spec: ModelSpec, special: Sequence[int] = ()) -> Verdict
     """
     path = cache_folder() / "verdicts" / f"{key_of(model, spec)}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return _read(json.loads(path.read_text()), spec)
+        return _read(read_sealed(path), spec)
     found: Verdict | str
     try:
         found = prove(model, special)
@@ -58,7 +58,7 @@ def verdict(model: Any, spec: ModelSpec, special: Sequence[int] = ()) -> Verdict
         found = str(refused)
     plain = {"refused": found} if isinstance(found, str) else dataclasses.asdict(found)
     with suppress(OSError):  # a cache that cannot be written costs time, not correctness
-        write_atomically(path, json.dumps(plain))
+        write_sealed(path, plain)
     return _read(plain, spec)
 
 

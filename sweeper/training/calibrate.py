@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sweeper.models import BaseModel, held_bytes
-from sweeper.record import write_atomically
+from sweeper.record import read_sealed, write_sealed
 from sweeper.spec import ObjectiveSpec
 from sweeper.training.batches import DataOrder, collate, mean_weights
 from sweeper.training.pack import Pack, open_pack
@@ -77,7 +77,7 @@ def measure(base: BaseModel, job: RunState, config: PackConfig, cache: Path) -> 
     """Solo cost of a run, from the cache folder or by training a throw-away copy of it for a few steps."""
     path = cache / f"{key_of(base, job, config)}.json"
     try:
-        found = Solo(**json.loads(path.read_text()))
+        found = Solo(**read_sealed(path))
         return dataclasses.replace(found, repeats=tuple(found.repeats))
     except (OSError, ValueError, TypeError):
         pass
@@ -87,7 +87,7 @@ def measure(base: BaseModel, job: RunState, config: PackConfig, cache: Path) -> 
     afresh = dataclasses.replace(longer, done=0, tokens=0, weights=None, kept={})
     found = _measure(base, afresh, config)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
-        write_atomically(path, json.dumps(dataclasses.asdict(found)))
+        write_sealed(path, dataclasses.asdict(found))
     return found
 
 

@@ -27,7 +27,7 @@ from sweeper.lora.forms import FORMS, AdapterSpec
 from sweeper.lora.slot_store import Learnt
 from sweeper.methods.method import Ranks
 from sweeper.models import BaseModel, proof
-from sweeper.record import write_atomically
+from sweeper.record import read_sealed, write_sealed
 from sweeper.spec import RunSpec
 from sweeper.tasks.example import Encoded
 from sweeper.training.batches import collate, mean_weights
@@ -54,11 +54,11 @@ def find(base: BaseModel, spec: RunSpec, ranks: Ranks, cache: Path) -> ExportPro
     versions = [VERSION, proof.key_of(base.model, base.spec), key_of(spec), importlib.metadata.version("peft")]
     path = cache / f"{hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:20]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        plain = json.loads(path.read_text())
+        plain = read_sealed(path)
         return ExportProof(**{**plain, "unreached": tuple(plain["unreached"])})
     found = prove(base, spec, ranks)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
-        write_atomically(path, json.dumps(dataclasses.asdict(found)))
+        write_sealed(path, dataclasses.asdict(found))
     return found
 
 

@@ -41,7 +41,7 @@ from sweeper.models.forward import hidden_states, inner_model
 from sweeper.models.loss import Head
 from sweeper.placement import spectrum
 from sweeper.placement.importance import Probing
-from sweeper.record import write_atomically
+from sweeper.record import read_sealed, write_sealed
 from sweeper.tasks.example import Tokens
 from sweeper.training.batches import Batch, DataOrder, collate, supervised
 from sweeper.training.compilation import eager
@@ -122,12 +122,12 @@ def find(base: BaseModel, question: Question, cache: Path) -> Probe:
             cache.mkdir(parents=True, exist_ok=True)
             held.enter_context(FileLock(path.with_suffix(".lock")))
         try:
-            return Probe(**json.loads(path.read_text()))
+            return Probe(**read_sealed(path))
         except (OSError, ValueError, TypeError):
             pass
         found = measure(base, question)
         with contextlib.suppress(OSError):
-            write_atomically(path, json.dumps(dataclasses.asdict(found)))
+            write_sealed(path, dataclasses.asdict(found))
     return found
 
 
