@@ -62,7 +62,7 @@ expect "saved: outputs/search/summary.csv" lora-atlas train -m model=tiny_llama 
 
 step "saved adapters"
 expect "chain_sum, test" lora-atlas evaluate outputs/default dataset=chain_sum dataset.test_examples=10
-expect "spectra.json" lora-atlas adapters spectra outputs/default
+expect "spectra.json" lora-atlas adapters spectra outputs/default --update-only
 
 step "the analysis"
 expect "start with paper/report.html" lora-atlas analyse outputs/default

@@ -155,7 +155,7 @@ sys.meta_path.insert(0, Absent())
 from analysis.__main__ import main
 status = main([sys.argv[1], "--out", sys.argv[2], "--draws", "50"])
 ours = {name for name in sys.modules if name.startswith("sweeper.")}
-assert ours == {"sweeper.record", "sweeper.redaction", "sweeper.seal"}, ours
+assert ours == {"sweeper.installation", "sweeper.record", "sweeper.redaction", "sweeper.seal"}, ours
 raise SystemExit(status)
 """
     done = subprocess.run(
