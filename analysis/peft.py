@@ -216,12 +216,9 @@ def from_peft(folder: Path) -> list[dict[str, Any]]:
 
 
 def _places(folder: Path) -> list[Path]:
-    """The folders with results: this one, its `results`, or those of the tasks in it."""
-    if any(folder.glob("*.json")):
-        return [folder]
-    if (folder / "results").is_dir():
-        return [folder / "results"]
-    return sorted(path for path in folder.glob("*/results") if path.is_dir())
+    """The folders with results: of a task its `results`, of several tasks those of each, else the folder itself."""
+    inside = [path for path in (folder / "results", *sorted(folder.glob("*/results"))) if path.is_dir()]
+    return inside or [folder]
 
 
 def read_json(path: Path) -> Any:

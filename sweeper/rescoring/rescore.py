@@ -354,22 +354,27 @@ def _on_dataset(
             found.setdefault(str(run.folder), []).append(done)
             rows = [{"split": split, "moment": "before", **row} for row in base.rows]
             rows += [{"split": split, "moment": "after", **row} for row in result.rows]
-            rows = texts.bounded(rows, keep=keep and not _private(run.folder))
+            rows = texts.bounded(rows, keep=keep and keeps_texts(run.folder))
             record.write_lines(run.folder / FOLDER / f"{dataset.name}-{split}.jsonl", rows)
             yield done
     for results in found.values():
         _write(results)
 
 
-def _private(folder: Path) -> bool:
-    """Whether a run, or the one whose task it is, was trained with sweep.keep_texts=false."""
-    for place in (folder, folder.parent.parent):
+def keeps_texts(folder: Path) -> bool:
+    """Whether texts may stay beside an adapter: not where a run that it comes from was trained without keeping them.
+
+    That is the run itself, the one whose task it is, or of a combination any run of its study.
+    """
+    own = next((place for place in (folder, folder.parent.parent) if (place / RECORD).is_file()), None)
+    for place in [path.parent for path in folder.parent.glob(f"*/{RECORD}")] if own is None else [own]:
         try:
             data = record.read_record(place).data
         except (OSError, ValueError):
             continue
-        return any("texts" in facts and facts["texts"] is None for facts in data.values())
-    return False
+        if any("texts" in facts and facts["texts"] is None for facts in data.values()):
+            return False
+    return True
 
 
 def _write(results: Sequence[Rescored]) -> None:

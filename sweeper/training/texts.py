@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+PARTS = ("split", "moment", "task", "rule")  # of rows, which together are each example once
 UNSCORED = ("train",)  # splits that have no predictions
 
 
@@ -55,15 +56,16 @@ def write(study: Path, lines: str) -> str:
 
 
 def bounded(rows: Iterable[Mapping[str, Any]], *, keep: bool) -> list[Row]:
-    """Rows for `predictions.jsonl`: their texts shortened, of the first `MOST_TEXTS` examples of a split.
+    """Rows for a file of predictions: their texts shortened, of the first `MOST_TEXTS` examples of a split.
 
     Args:
         keep: whether texts may stay. Else generated text and choices go, and groups, which may be text of the data,
             are digests.
     """
-    found, counts = [], dict[tuple[Any, Any], int]()
+    found: list[Row] = []
+    counts: dict[tuple[Any, ...], int] = {}
     for row in rows:
-        part = row.get("split"), row.get("moment")
+        part = tuple(row.get(name) for name in PARTS)
         counts[part] = number = counts.get(part, 0) + 1
         one = dict(row)
         if not keep:

@@ -86,4 +86,5 @@ def write_results(folder: Path) -> Path:
     for experiment, (config, accuracy, parameters) in EXPERIMENTS.items():
         content = result(experiment, config, accuracy, parameters)
         (results / f"{experiment.replace('/', '--')}.json").write_text(json.dumps(content, indent=2))
+    (results.parent / "default_training_params.json").write_text('{"model_id": "x", "max_steps": 5000}')
     return results

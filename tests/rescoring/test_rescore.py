@@ -138,6 +138,9 @@ def test_a_run_trained_without_texts_is_scored_again_without_texts(tiny: Setting
     hidden, shown = (
         lines(folder / "evaluations" / "chain_sum-test.jsonl") for folder in (private, run.folder)
     )  # fmt: skip
+    combined, task = private.parent / "combined", private / "tasks" / "one"
+    assert not any(map(rescore.keeps_texts, (private, combined, task)))
+    assert all(map(rescore.keeps_texts, (run.folder, run.folder.parent / "combined")))
     groups = {row["group"] for row in shown}
     assert [row["id"] for row in hidden] == [row["id"] for row in shown]
     assert {row["group"] for row in hidden} == {hashlib.sha256(group.encode()).hexdigest()[:12] for group in groups}

@@ -16,9 +16,9 @@ from sweeper.adapters.library.bench import Bench
 from sweeper.adapters.library.experts import Folded
 from sweeper.adapters.library.scoring import Scored
 from sweeper.models.files import base_reference
-from sweeper.rescoring.rescore import Saved
+from sweeper.rescoring.rescore import Saved, keeps_texts
 from sweeper.spec import DatasetSpec, EvaluationSpec, MethodSpec, to_mapping
-from sweeper.training import card
+from sweeper.training import card, texts
 from sweeper.training.environment import describe
 from sweeper.training.export import write_adapter
 
@@ -50,7 +50,8 @@ def write(
 ) -> Path:  # fmt: skip
     """Writes `place/NAME.jsonl`, a line an example, and then `place/NAME.json`, which it returns; of one task."""
     rows = [{"task": one.task, "rule": one.rule, **row} for one in found for row in one.rows]
-    record.write_lines(place / f"{name}.jsonl", rows)
+    keep = all(keeps_texts(run.folder) for run in bench.members)
+    record.write_lines(place / f"{name}.jsonl", texts.bounded(rows, keep=keep))
     plain = {
         "schema": SCHEMA, "library": name, "model": bench.members[0].spec.model.name,
         "members": [
