@@ -1,4 +1,4 @@
-"""Saved adapters: merge, combine, look at their spectra. `python adapters.py spectra outputs/STUDY`."""
+"""Saved adapters: merge, combine, look at their spectra, push. `python adapters.py spectra outputs/STUDY`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line of `adapters.py`: merge, combine, spectra, route."""
+"""The command line of `adapters.py`: merge, combine, spectra, route, push."""
 
 import argparse
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sweeper import installation
-from sweeper.adapters import block_spectra, combine, merge, spectra
+from sweeper.adapters import block_spectra, combine, merge, push, spectra
 from sweeper.adapters.library import command as library
 from sweeper.errors import DataError, SpecError
 from sweeper.reporting.console import make_console
@@ -35,11 +35,13 @@ def main(arguments: Sequence[str]) -> None:
         options.run += more  # argparse takes no further folders and key=value once it has seen an option
     elif more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    device_for(options.device, asked="--device ")
+    if options.command != "push":
+        device_for(options.device, asked="--device ")
     for flag in ("out", "save"):
         if getattr(options, flag, None) is not None:
             _check_writable(flag, getattr(options, flag))
-    {"merge": _merge, "combine": _combine, "spectra": _spectra, "route": library.route}[options.command](options)
+    commands = {"merge": _merge, "combine": _combine, "spectra": _spectra, "route": library.route, "push": _push}
+    commands[options.command](options)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog=installation.program("adapters"), description="Saved adapters: merge, combine, spectra, route."
+        prog=installation.program("adapters"), description="Saved adapters: merge, combine, spectra, route, push."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("merge", help="adapter into base model: a plain transformers model, checked for equality")
@@ -76,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     library.arguments(commands.add_parser("route", help=library.ABOUT))
     for name in ("merge", "combine", "spectra", "route"):
         commands.choices[name].add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    one = commands.add_parser("push", help="adapters with model cards to the Hugging Face hub, in one commit")
+    one.add_argument("run", nargs="+", type=Path, help="outputs/STUDY/RUN_ID, what combine wrote, or outputs/STUDY")
+    one.add_argument("--repo", required=True, metavar="USER/NAME", help="the repository; made where there is none")
+    one.add_argument("--base", metavar="USER/NAME", help="the base model on the hub, where the runs do not say it")
+    one.add_argument("--private", action="store_true", help="where the repository is made: make it private")
+    one.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no network")
     return parser
 
 
@@ -129,6 +137,27 @@ def _spectra(options: argparse.Namespace) -> None:
     if cells:
         header = ["run", "block", "rank", "|s B A|", "effective rank", "energy", "energy by role"]
         print_table(header, cells, console)
+
+
+def _push(options: argparse.Namespace) -> None:
+    wanted = push.parcels(push.find(options.run), options.repo, base=options.base)
+    console = make_console()
+    with push.staged(wanted, options.repo) as root:
+        if not options.dry_run:
+            where = push.upload(root, options.repo, private=options.private)
+            console.print(f"{where}: {_adapters(wanted)}", markup=False, highlight=False, soft_wrap=True)
+            return
+        files = push.listing(root)
+        console.print(
+            f"{options.repo}{' (private)' if options.private else ''}: {_adapters(wanted)}, {len(files)} files; "
+            "nothing was sent", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        console.out("\n".join(f"{size:>15,} bytes  {name}" for name, size in files), highlight=False)
+        console.out(f"\n{push.CARD}:\n\n{(root / push.CARD).read_text()}", highlight=False)
+
+
+def _adapters(wanted: "Sequence[push.Parcel]") -> str:
+    return f"{len(wanted)} adapter{'' if len(wanted) == 1 else 's'}"
 
 
 def _row(modules: "Sequence[ModuleSpectrum]") -> list[str]:

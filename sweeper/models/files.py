@@ -91,9 +91,10 @@ def licence(spec: ModelSpec) -> str | None:
     A folder's own README is asked first, then `LICENCES`. Nothing is fetched.
     """
     if spec.source == "path":
+        import yaml
         from huggingface_hub import metadata_load
 
-        with contextlib.suppress(OSError, ValueError):  # also what is no YAML
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
             found = (metadata_load(_own_folder(spec.location) / "README.md") or {}).get("license")
             return found if isinstance(found, str) else None
     known = hub_id(spec) or ""

@@ -43,8 +43,9 @@ def card(
     """
     refused = None if record is None else record.saved.get("peft")
     scores = {} if record is None else _scores(record, spec.dataset)
+    known = hub_id(spec.model) if repo is None or spec.model.source == "random" else base
     data = ModelCardData(
-        base_model=hub_id(spec.model),
+        base_model=known,
         datasets=_hub_datasets(spec.dataset) or None,
         eval_results=_results(spec.dataset, scores) or None,
         library_name="peft",
@@ -55,8 +56,8 @@ def card(
     )
     lines = [
         f"# {_title(spec)}", "", note or _trained(name, spec, record), "",
-        "## Use", "", *(_use(spec, repo, folder) if refused is None else _refused(str(refused))), "",
-        "## Base model", "", *_base(spec, base), "",
+        "## Use", "", *(_use(spec, repo, folder) if refused is None else _refused(str(refused), repo)), "",
+        "## Base model", "", *_base(spec, base, repo), "",
         *(["## Scores", "", *_table(scores), ""] if scores else []),
         "## Training" if note is None else "## Adapter", "", *_facts(spec, record),
     ]  # fmt: skip
@@ -92,16 +93,19 @@ def _use(spec: RunSpec, repo: str | None, folder: str | None) -> list[str]:
     ]  # fmt: skip
 
 
-def _refused(why: str) -> list[str]:
+def _refused(why: str, repo: str | None) -> list[str]:
+    lines = [f"Stock PEFT does not give the logits that were scored: {markdown_text(why)}."]
+    if repo is not None:
+        return lines
     merge, evaluate = f"{installation.program('adapters')} merge", installation.program("evaluate")
     return [
-        f"Stock PEFT does not give the logits that were scored: {markdown_text(why)}.", "",
+        *lines, "",
         f"    {merge} RUN_FOLDER --out merged    # a plain transformers model that gives them", "",
         f"`RUN_FOLDER` is the folder above this one; `{evaluate} RUN_FOLDER` scores it as it is.",
     ]  # fmt: skip
 
 
-def _base(spec: RunSpec, base: str) -> list[str]:
+def _base(spec: RunSpec, base: str, repo: str | None) -> list[str]:
     """What the adapter belongs to, and how what it was scored on differs from what `base` names."""
     model, known = spec.model, hub_id(spec.model)
     if model.source == "random":
@@ -109,30 +113,31 @@ def _base(spec: RunSpec, base: str) -> list[str]:
     if model.source == "hub":
         revision = base_reference(model)["revision"]
         lines = [f"`{model.location}`" + (f" at revision `{revision}`." if revision else ".")]
-    elif model.source == "gguf":
-        file = f"the GGUF `{model.location}`, dequantised"
-        lines = [f"Trained and scored on {file}: its weights are 4-bit values, not those of the model on the hub."]
-        if known is None:
-            lines += ["", f"`adapter_config.json` names the folder of the dequantised model on this machine: `{base}`."]
-        elif base == known:
-            lines += [
-                "", f"`adapter_config.json` names the model that it was quantised from, `{known}`. On that one the "
-                "adapter's scores may differ a little from those below.",
-            ]  # fmt: skip
-        else:
-            lines += [
-                "", f"`adapter_config.json` names the folder of the dequantised model on this machine, `{base}`, which "
-                f"gives the scores below. On the hub the model that it was quantised from is `{known}`.",
-            ]  # fmt: skip
+    elif model.source == "path":
+        lines = [f"`{base}`" + (", a folder on the machine that trained it." if repo is None else ".")]
     else:
-        lines = [f"`{base}`" + (", a folder on the machine that trained it." if base == _own(spec) else ".")]
+        lines = _dequantised(model.location, base, known, repo)
     if methods.find(spec.method.name).quantised:
         lines += ["", "While the adapter trained, the base was quantised to 4 bits (bitsandbytes)."]
     return lines
 
 
-def _own(spec: RunSpec) -> str | None:
-    return base_reference(spec.model)["base_model_name_or_path"]
+def _dequantised(location: str, base: str, known: str | None, repo: str | None) -> list[str]:
+    """Of a GGUF: which of two models the configuration names, and which the scores are of."""
+    lines = [
+        f"Trained and scored on the GGUF `{Path(location).name}`, dequantised: its weights are values of few bits, not "
+        "those of the model on the hub.", "",
+    ]  # fmt: skip
+    if repo is not None:
+        return [
+            *lines, f"`adapter_config.json` names the model that it was quantised from, `{base}`. On that one the "
+            "adapter's scores may differ a little from those below.",
+        ]  # fmt: skip
+    lines.append(
+        f"`adapter_config.json` names the folder of the dequantised model on this machine, `{base}`, which gives the "
+        "scores below."
+    )
+    return [*lines, "", f"On the hub, the model that it was quantised from is `{known}`."] if known else lines
 
 
 def _scores(record: Record, dataset: DatasetSpec) -> dict[str, Mapping[str, Score]]:
