@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 NAME = "lora-atlas"
 PACKAGE = Path(__file__).parent
@@ -55,7 +56,7 @@ def _uv_tool(extras: Sequence[str]) -> str | None:
     import tomllib
 
     asked = tomllib.loads(receipt.read_text(encoding="utf-8"))["tool"]["requirements"]
-    ours = next((one for one in asked if one["name"] == NAME), {})
+    ours: dict[str, Any] = next((one for one in asked if one["name"] == NAME), {})
     listed = ",".join(sorted({*ours.get("extras", ()), *extras}))
     return f"uv tool install '{ours.get('path', NAME)}[{listed}]'"
 
