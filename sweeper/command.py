@@ -5,6 +5,7 @@ Nothing of a part is imported before it is asked for.
 
 import importlib.util
 import os
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from sweeper import __version__, installation
 from sweeper.errors import SweeperError, unknown
 from sweeper.installation import NAME
+
+READER_GONE = 141  # the exit code of what a shell ends so: 128 and the number of SIGPIPE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,18 @@ class _Part:
 
 def main() -> int:
     """Runs the part named first in `sys.argv` with what follows it; returns the exit code of the command."""
+    try:
+        try:
+            return _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return READER_GONE
+
+
+def _run() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(usage())
@@ -44,6 +59,16 @@ def main() -> int:
         return 2
     del sys.argv[1]  # parts, and Hydra, read the rest as their own
     return PARTS[name].run()
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads our output has ended, as `head` does; nothing more is written to it then."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), 0)  # only what is reported unasked: that the other end is closed
+    if not poller.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def usage() -> str:

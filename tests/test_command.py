@@ -96,6 +96,20 @@ def test_every_part_has_a_help_that_names_it_as_it_was_typed(part: str, program:
     assert list(here.iterdir()) == []
 
 
+def test_a_reader_that_has_seen_enough_ends_it_quietly(program: Path, here: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        for unbuffered in ("", "1"):
+            env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+            done = subprocess.run(
+                [program, "--help"], cwd=here, env=env, stdout=writing, stderr=subprocess.PIPE, check=False
+            )
+            assert (done.returncode, done.stderr) == (141, b"")
+    finally:
+        os.close(writing)
+
+
 def test_errors_name_the_command_as_it_was_typed(program: Path, here: Path) -> None:
     out = run(program, here, "train", "rank=4,8")
     assert out.returncode == 2
