@@ -5,13 +5,16 @@ import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sweeper import record
 from sweeper.arms import Arm, number_of_points
 from sweeper.spec import RunSpec, Settings
-from sweeper.study.lengths import CHARACTERS, Lengths, Reader
 from sweeper.study.plan import Plan, module_ranks
 from sweeper.study.search_settings import SearchSettings
+
+if TYPE_CHECKING:
+    from sweeper.study.lengths import Lengths
 
 LATEST, LOOKED_AT = 20, 400  # records that the pace is taken from, and among which they are looked for
 NEAR = math.log(1.5)  # packs whose numbers of runs are within this factor count as alike
@@ -30,11 +33,13 @@ class Cost:
     flops: float
     memory: int
     base_memory: int
-    lengths: Lengths
+    lengths: "Lengths"
 
 
 def costs(specs: Iterable[RunSpec], settings: Settings) -> list[Cost]:
     """The cost of each run; runs that differ only in what does not matter for it are reckoned once."""
+    from sweeper.study.lengths import Reader
+
     known: dict[str, Cost] = {}
     reader, found = Reader(), []
     for spec in specs:
@@ -52,7 +57,7 @@ def costs(specs: Iterable[RunSpec], settings: Settings) -> list[Cost]:
     return found
 
 
-def cost(spec: RunSpec, settings: Settings, lengths: Lengths) -> Cost:
+def cost(spec: RunSpec, settings: Settings, lengths: "Lengths") -> Cost:
     """What a run adapts and costs, with training examples of these lengths."""
     from sweeper import device, methods, models
     from sweeper.models import budget
@@ -134,8 +139,10 @@ def notes(specs: Sequence[RunSpec], costs: Sequence[Cost], settings: Settings) -
     return [line for lines in found.values() for line in lines.splitlines()]
 
 
-def _of_lengths(spec: RunSpec, lengths: Lengths) -> str:
+def _of_lengths(spec: RunSpec, lengths: "Lengths") -> str:
     """How long training examples are, and how that is known."""
+    from sweeper.study.lengths import CHARACTERS
+
     dataset, model = spec.dataset.name, spec.model.name
     if lengths.how == "assumed":
         return f"{dataset}: its examples cannot be read yet; each is taken to have dataset.max_length tokens"

@@ -230,7 +230,7 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["rank=4,", "8"], "rank=4, 8: no spaces in a list: 'rank=4,8'"),
         (["rank=(4,8)"], "Several values are 'rank=4,8' with -m, one list is 'rank=[4,8]'"),
         (["lr=1e-3"], "lr: no such field. Choose from allocation, "),
-        (["max_length=3"], " Did you mean dataset.max_length?"),
+        (["max_length=3"], " Did you mean dataset.max_length=3?"),
         (["+lr=1e-3"], " Did you mean optim.lr?"),
         (["method=LoRA"], "Did you mean lora?"),
         (
