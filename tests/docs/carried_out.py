@@ -161,9 +161,7 @@ class Reader:
 
     def _folder(self, word: str) -> str:
         """An argument in which studies and runs are those that there are; a study that is missing is made."""
-        if (
-            word == "<folder>"
-        ):  # what the command before it exported, else a published table
+        if word == "<folder>":  # what the command before it exported, else a published table
             exported = self.folder / "paper/peft"
             return str(exported if exported.is_dir() else ROOT / "tests/analysis/data/published_2025.json")
         match = FOLDER.match(word)
