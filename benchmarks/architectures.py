@@ -248,7 +248,7 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         "# Models",
         "",
-        "Which models train here, and how each is proved. Made by `python -m benchmarks.architectures`.",
+        "Which models train here, and how each is proved. Made by `.venv/bin/python -m benchmarks.architectures`.",
         "",
         "Before a model is trained it is proved on its own weights: short rows padded in one batch, as they are "
         "trained on, must give the log-probabilities that the stock model gives each row alone; so must the key-value "

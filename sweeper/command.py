@@ -124,18 +124,15 @@ def _fetch() -> int:
 
 
 def _complete() -> int:
-    """Shell completion, as Hydra's script asks for it: commands are completed here, what follows `train` by Hydra."""
-    line = os.environ.get("COMP_LINE", "")
-    words = line.split()
-    if "query=bash" in sys.argv and (len(words) < 2 or (len(words) == 2 and not line.endswith(" "))):
-        typed = words[1] if len(words) == 2 else ""
-        print(" ".join(name for name in PARTS if name.startswith(typed)))
-        return 0
-    if len(words) > 1:
-        if words[1] != "train":
-            return 0
-        os.environ["COMP_LINE"] = line.replace(f"{words[1]} ", "", 1)
-    return _train()
+    """Prints the script that bash is to carry out, so that commands and what follows `train` are completed."""
+    from sweeper.completion import SCRIPTS
+
+    asked = sys.argv[-1]
+    if asked not in SCRIPTS:
+        print(f"error: {asked}: completion is {' or '.join(SCRIPTS)}", file=sys.stderr)
+        return 2
+    print(SCRIPTS[asked])
+    return 0
 
 
 _TRAINING = ("hydra", "torch", "transformers", "peft")

@@ -7,6 +7,10 @@ as `.venv/bin/python` is, and completes no second value of a comma list.
 INSTALL = r"""
 _lora_atlas_complete() {
     local program=${COMP_WORDS[0]} script=${COMP_WORDS[1]}
+    if [[ $program == *lora-atlas && $COMP_CWORD == 1 ]]; then
+        COMPREPLY=($(compgen -W "train evaluate adapters analyse fetch" -- "$script"))
+        return
+    fi
     case "$program $script" in
         *python*" "*train.py | *lora-atlas" train") ;;
         *) return ;;  # of another script: what bash does by default

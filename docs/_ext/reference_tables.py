@@ -22,7 +22,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w-]+):(?P<value>[^#]*?)(?:\s+#\s*(?P<comment>.*))?$")
+LINE = re.compile(
+    r"""^(?P<indent> *)(?P<key>[\w-]+):(?P<value>(?:"[^"]*"|'[^']*'|[^#"'])*?)(?:\s+#\s*(?P<comment>.*))?$"""
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,14 +240,16 @@ def help_page(command: str) -> str:
 
 
 def commands_page(_: str = "") -> str:
-    """The commands of these pages that the tests do not carry out, with the reason and what is done instead."""
+    """The commands of these pages that the tests do not carry out, by what they need and what is done instead."""
     from tools import printed_commands
 
-    rows = [
-        (f"`{one.text}`" if "`" not in one.text else f"`` {one.text} ``", ", ".join(pages), one.why, one.instead)
-        for one, pages in printed_commands.not_run(ROOT)
-    ]
-    return table(("command", "on", "not run for it needs", "what is tested instead"), rows)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for one, pages in printed_commands.not_run(ROOT):
+        where = ", ".join(page.removeprefix("docs/") for page in pages)
+        groups.setdefault((one.why, one.instead), []).append(f"- `{one.text}` ({where})")
+    return "\n\n".join(
+        f"**Needs {why}.** Instead: {instead}.\n\n" + "\n".join(lines) for (why, instead), lines in groups.items()
+    )
 
 
 def make_targets(_: str = "") -> str:

@@ -8,7 +8,7 @@ from tests.docs.carried_out import ROOT, Reader, save_model, surroundings
 from tools import printed_commands
 from tools.printed_commands import Command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a page has up to 16 commands
 
 FORMS = ("train.py", "evaluate.py", "adapters.py", "-m")
 
