@@ -23,7 +23,7 @@ from sweeper.spec import DatasetSpec, from_mapping
 from sweeper.tasks.metrics import exact_match, macro_f1, rouge_l
 
 CONF = Path(__file__).parent.parent / "conf" / "dataset"
-NETWORK = ("hub", "jsonl", "mixture", "sequence")
+NETWORK = ("hub", "file", "jsonl", "mixture", "sequence")
 
 
 def main() -> None:

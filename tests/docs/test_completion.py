@@ -40,7 +40,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     interpreter.write_text(f'#!{BASH}\nexec {sys.executable} "$@"\n')
     interpreter.chmod(0o755)
     (folder / "train.py").write_text(f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
-    printed = {command.text for command in printed_commands.printed(ROOT) if command.text.startswith("eval ")}
+    printed = {command.text for command in printed_commands.printed(ROOT) if command.text.startswith('eval "$(.venv')}
     (command,) = {match[1] for text in printed if (match := re.fullmatch(r'eval "\$\((.*)\)"', text))}
     script = subprocess.run([BASH, "-c", command], cwd=folder, capture_output=True, text=True, check=True).stdout
     (folder / "script").write_text(script)

@@ -106,7 +106,7 @@ def test_a_missing_package_is_named(family: str, command: str, monkeypatch: pyte
     [
         (
             {"family": "icd10"},
-            r"dataset.family=icd10: no such dataset.family. Choose from chain_sum, codeio, gsm_symbolic",
+            r"dataset.family=icd10: no such dataset.family. Choose from chain_sum, codeio, file, gsm_symbolic",
         ),
         ({"template": "chatt"}, r"dataset.template=chatt: .* Choose from alpaca, chat, plain. Did you mean chat\?"),
         ({"metrics": ("accuracy",)}, r"dataset.metrics=accuracy: .* Did you mean choice_accuracy\?"),

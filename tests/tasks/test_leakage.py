@@ -14,7 +14,7 @@ from sweeper.tasks.example import Example
 from sweeper.tasks.split import overlap, prompt_key, shuffled, without_near_duplicates, words
 
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
-NETWORK = ("hub", "jsonl")
+NETWORK = ("hub", "file", "jsonl")
 # Share of held-out prompts that may share 80% of their words with a training prompt. Sibling diagnoses do; two sums of
 # the same numbers with another sign are different questions; the others leave such prompts out.
 NEAR = {"icd10_chapter": 0.1, "chain_sum": 1.0}
