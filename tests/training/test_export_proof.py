@@ -125,6 +125,24 @@ def test_a_proof_is_made_once_for_a_model_a_method_and_a_placement(
     assert len(made) == 3
 
 
+def test_the_adapter_moves_well_above_what_engine_and_stock_differ_by(
+    make_run: Any, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 that is a good part of a nat, of which a smaller move could not be told."""
+    base, spec = load("llama"), make_run("attn")
+    stock, move, wanted = export_proof.stock_log_probabilities, export_proof._move, []
+    monkeypatch.setattr(
+        export_proof, "stock_log_probabilities", lambda model, rows: [one + 0.3 for one in stock(model, rows)]
+    )
+    monkeypatch.setattr(
+        export_proof, "_move", lambda *args, **more: wanted.append(more["wanted"]) or move(*args, **more)
+    )
+    targets = [target for target in base.targets if target.role in PLACEMENTS["attn"]]
+    found = export_proof.prove(base, spec, dict.fromkeys(targets, spec.rank))
+    assert wanted == [pytest.approx(3, rel=1e-3)]
+    assert found.refused is not None, "in float32, 0.3 nats are no rounding"
+
+
 @pytest.mark.parametrize(
     "method", ["lora", "dora", "vera", "pissa", "relora", "sparse", "full_ft", "bitfit", "adalora"]
 )
