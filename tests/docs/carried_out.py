@@ -115,8 +115,12 @@ class Reader:
         }
         fields |= replaced
         fields |= self._data(fields)
+        if fields.get("dataset") == "codeio":  # programs of several hundred letters, of which each is a token here
+            fields |= {"dataset.max_length": "1600", "model.config.max_position_embeddings": "2048"}
         if any("tag(" in value or "interval(" in value for value in [*fields.values(), *brought.values()]):
             fields["hydra.sweeper.n_trials"] = "2"
+            if any(overlay.startswith("experiment=") for overlay in overlays):  # which confirms on several seeds
+                fields |= {"hydra.sweeper.confirm_seeds": "[1]", "hydra.sweeper.widen": "0"}
         if "search" in fields or "hydra.sweeper.pruner" in fields:
             fields["evaluation.every_steps"] = "1"
         if "allocation.budget" in fields or fields.get("experiment") == "methods":
