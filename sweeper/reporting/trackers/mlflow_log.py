@@ -23,8 +23,12 @@ MOST_VALUES, MOST_PARAMS = 1000, 100  # that MLflow takes at once
 LONGEST = 6000  # characters of a parameter
 # a server that is gone is given up after seconds, not after MLflow's quarter of an hour
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-# MLflow tells its makers about the use of it unless asked not to
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
+# MLflow tells its makers about the use of it unless asked not to, and prints addresses over the live view
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 _KNOWN = re.compile(r"(https?|databricks|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks$")
 
 
