@@ -4,6 +4,9 @@ Imports nothing of ours and nothing heavy: every part may ask, also the analysis
 """
 
 import importlib
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,24 +20,52 @@ WHEEL = (PACKAGE / "conf").is_dir()
 
 CONF = PACKAGE / "conf" if WHEEL else PACKAGE.parent / "conf"
 
-_SCRIPTS = {
-    "train": "python train.py",
-    "evaluate": "python evaluate.py",
-    "adapters": "python adapters.py",
-    "analyse": "python -m analysis",
-}
+SCRIPTS = ("train", "evaluate", "adapters")
 _TARGETS = {"lm_eval": "make lm-eval", "qlora": "make qlora", "trackio": "make trackio"}
 """Extras that do not resolve with the checkout's pins."""
 
 
-def program(command: str) -> str:
-    """How a command of ours is typed: `lora-atlas train`, or `python train.py` where a checkout's scripts are used.
+def program(part: str) -> str:
+    """What to type for a part: `lora-atlas PART` where this process was begun so, or the package is a wheel.
 
-    Commands without a script are `lora-atlas COMMAND` everywhere.
+    In a checkout it is a script, or `python -m analysis`, by the Python that runs now. Parts without a script are
+    `lora-atlas PART` everywhere.
     """
-    if WHEEL or Path(sys.argv[0]).stem == NAME or command not in _SCRIPTS:
-        return f"{NAME} {command}"
-    return _SCRIPTS[command]
+    if is_command() or part not in (*SCRIPTS, "analyse"):
+        return f"{NAME} {part}"
+    return shlex.join([*python(), *([str(_script(part))] if part in SCRIPTS else ["-m", "analysis"])])
+
+
+def program_elsewhere(part: str) -> str:
+    """As `program`, for readers elsewhere: with nothing of this machine in it."""
+    if is_command():
+        return f"{NAME} {part}"
+    return f"python {part}.py" if part in SCRIPTS else "python -m analysis"
+
+
+def is_command() -> bool:
+    """Whether `lora-atlas` is what there is: it began this process, or there are no scripts beside a wheel."""
+    return Path(sys.argv[0]).name in (NAME, f"{NAME}.exe") or WHEEL
+
+
+def python() -> list[str]:
+    """The Python that runs now, as short as it can be typed here."""
+    here = Path(sys.executable or "python")
+    folder, own = here.parent.parent, Path.cwd() / ".venv"
+    if folder == own or (own.exists() and folder.resolve() == own.resolve()):
+        return [str(Path(".venv", here.parent.name, here.name))]
+    for name in ("python", "python3"):
+        found = shutil.which(name)
+        # a virtual environment's is a link to the one that it was made with: the folders tell them apart
+        if found is not None and os.path.realpath(Path(found).parent) == os.path.realpath(here.parent):
+            return [name]
+    return [str(here)]
+
+
+def _script(part: str) -> Path:
+    """A script of the checkout; it lies beside the one that was begun."""
+    begun = Path(sys.argv[0])
+    return begun.with_name(f"{part}.py") if begun.stem in SCRIPTS else Path(f"{part}.py")
 
 
 def install(*extras: str) -> str:
@@ -46,7 +77,7 @@ def install(*extras: str) -> str:
         return f"pip install '{NAME}[{listed}]'"
     if len(extras) == 1 and listed in _TARGETS:
         return _TARGETS[listed]
-    return f"pip install -e '.[{listed}]' -c constraints.txt"
+    return f"{shlex.join(python())} -m pip install -e '.[{listed}]' -c constraints.txt"
 
 
 def _uv_tool(extras: Sequence[str]) -> str | None:

@@ -176,7 +176,8 @@ class TestInstallation:
     """What is typed to install more, or to run a part."""
 
     def test_a_checkout_stays_editable_and_pinned(self) -> None:
-        assert installation.install("hub", "search") == "pip install -e '.[hub,search]' -c constraints.txt"
+        own = shlex.join(installation.python())
+        assert installation.install("hub", "search") == f"{own} -m pip install -e '.[hub,search]' -c constraints.txt"
         assert installation.install("qlora") == "make qlora"  # whose pins contradict each other
 
     def test_a_wheel_names_the_distribution(self, monkeypatch: pytest.MonkeyPatch) -> None:

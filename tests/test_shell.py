@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeper import shell
+from sweeper import installation, shell
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_what_a_study_notes_has_nothing_of_the_machine(clone: Path, monkeypatch:
 
 def test_the_printed_python_is_the_one_that_runs(tmp_path: Path) -> None:
     prefix = subprocess.run(
-        [*shell.python(), "-c", "import sys; print(sys.prefix)"], cwd=Path.cwd(), capture_output=True, text=True,
+        [*installation.python(), "-c", "import sys; print(sys.prefix)"], cwd=Path.cwd(), capture_output=True, text=True,
         check=True,
     ).stdout.strip()  # fmt: skip
     assert prefix == sys.prefix

@@ -97,7 +97,7 @@ def _refused(why: str, repo: str | None) -> list[str]:
     lines = [f"Stock PEFT does not give the logits that were scored: {markdown_text(why)}."]
     if repo is not None:
         return lines
-    merge, evaluate = f"{installation.program('adapters')} merge", installation.program("evaluate")
+    merge, evaluate = f"{installation.program_elsewhere('adapters')} merge", installation.program_elsewhere("evaluate")
     return [
         *lines, "",
         f"    {merge} RUN_FOLDER --out merged    # a plain transformers model that gives them", "",

@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+import tarfile
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,7 +198,9 @@ def test_parquet_without_pyarrow_is_one_line(
     analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^--export parquet needs the package pyarrow: pip install \S+$"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"^--export parquet needs the package pyarrow: .*pip install .*'\.\[hub\]'"
+    ):
         exchange.write(analysis, tmp_path, "parquet")
     assert not list(tmp_path.iterdir())
 
@@ -261,3 +264,19 @@ def test_a_table_that_cannot_be_read_is_named(content: str, tmp_path: Path) -> N
     if not content.startswith(("[", '{"')):  # of a folder, what is no result is passed over
         with pytest.raises(ValueError, match=r"^--import \S+/table\.json: not a JSON file"):
             exchange.read(str(tmp_path))
+
+
+def test_results_that_peft_published_are_shown_alone(tmp_path: Path) -> None:
+    """All of its MetaMathQA results as of September 2026, of each its first and last measurement."""
+    with tarfile.open(DATA / "peft_metamathqa.tar.xz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    files = sorted((tmp_path / "MetaMathQA" / "results").glob("*.json"))
+    study = load(rows=exchange.read(str(tmp_path / "MetaMathQA")))
+    published = {}
+    for path in files:
+        plain = json.loads(path.read_text())
+        published[plain["run_info"]["experiment_name"]] = plain
+    assert len(study.runs) == len(published) == len(files) == 63
+    accuracies = sorted(plain["train_info"]["metrics"][-1]["test accuracy"] for plain in published.values())
+    assert sorted(study.runs["test.accuracy"]) == pytest.approx(accuracies)
+    assert max(map(len, (arm.label for s in analyse(study, draws=20).found.settings for arm in s.arms))) <= 60
