@@ -56,7 +56,7 @@ def find(paths: Sequence[Path]) -> list[Saved]:
     for run in found.values():
         if not (run.adapter / WEIGHTS).is_file():
             raise DataError(
-                f"{run.folder}: the run trained weights of the model and has no adapter: `python adapters.py merge "
+                f"{run.folder}: the run trained weights of the model and has no adapter: `{installation.program('adapters')} merge "
                 f"{run.folder} --out merged`, then `hf upload REPO merged`"
             )
     return list(found.values())

@@ -198,9 +198,7 @@ def test_parquet_without_pyarrow_is_one_line(
     analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"^--export parquet needs the package pyarrow: .*pip install .*'\.\[hub\]'"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=r"^--export parquet needs .* pyarrow: .*'\.\[hub\]'"):
         exchange.write(analysis, tmp_path, "parquet")
     assert not list(tmp_path.iterdir())
 

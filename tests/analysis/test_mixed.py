@@ -7,6 +7,7 @@ import pytest
 from analysis import load, mixed
 from analysis.__main__ import main
 from analysis.arms import arrange
+from sweeper import installation
 from tests.analysis.synthetic import Truth, write_study
 
 pytest.importorskip("statsmodels")
@@ -36,4 +37,4 @@ def test_without_statsmodels_one_line_says_so(
     write_study(tmp_path / "s", ranks=(4,), examples=20, steps=2)
     monkeypatch.setattr(mixed.importlib.util, "find_spec", lambda name: None)
     assert main([str(tmp_path / "s"), "--out", str(tmp_path / "out"), "--mixed"]) == 2
-    assert capsys.readouterr().err == "error: --mixed needs statsmodels: pip install -e '.[mixed]' -c constraints.txt\n"
+    assert capsys.readouterr().err == f"error: --mixed needs statsmodels: {installation.install('mixed')}\n"

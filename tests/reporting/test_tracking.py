@@ -266,7 +266,8 @@ def test_a_tracker_that_is_not_installed_says_how(study: Settings, monkeypatch: 
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        SpecError, match=r"needs the package wandb: pip install -e '\.\[wandb\]' -c constraints\.txt, or tracking=none"
+        SpecError,
+        match=r"needs the package wandb: \S+ -m pip install -e '\.\[wandb\]' -c constraints\.txt, or tracking=none",
     ):
         tracking.check(replace(study, tracking="wandb"))
 
