@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sweeper import naming, record
+from sweeper import installation, naming, record
 from sweeper.errors import DataError, SpecError, gist
 from sweeper.models.files import hub_id, licence
 from sweeper.record import COMBINED, RECORD, SEARCHES, TASKS, Record
@@ -55,9 +55,10 @@ def find(paths: Sequence[Path]) -> list[Saved]:
         found |= {run.folder: run for run in _chosen(path, runs)}
     for run in found.values():
         if not (run.adapter / WEIGHTS).is_file():
+            merge = f"{installation.program('adapters')} merge {run.folder} --out merged"
             raise DataError(
-                f"{run.folder}: the run trained weights of the model and has no adapter: `{installation.program('adapters')} merge "
-                f"{run.folder} --out merged`, then `hf upload REPO merged`"
+                f"{run.folder}: the run trained weights of the model and has no adapter: `{merge}`, then "
+                "`hf upload REPO merged`"
             )
     return list(found.values())
 
