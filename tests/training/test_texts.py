@@ -133,6 +133,7 @@ def test_texts_that_cannot_be_read_leave_the_scores(
         file.write_bytes(gzip.compress(b"no\n"))
     else:
         plain = json.loads((folder / RECORD).read_text())
+        del plain["seal"]
         plain["data"]["test"] |= {"texts": "../../x"} if damage == "a path" else {}
         if damage == "no digest":  # as an earlier version leaves it
             del plain["data"]["test"]["texts"]

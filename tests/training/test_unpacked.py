@@ -744,9 +744,9 @@ def test_the_planned_memory_is_that_of_the_method(make_alone: Any, base_of: Any,
     from sweeper.study import forecast
 
     settings = Settings(study="s", output_root=str(tmp_path), device="cpu")
-    costs = {
-        name: forecast.cost(make_alone({"name": name}, wide=True), settings) for name in ("lora", "full_ft", "qlora")
-    }
+    names = ("lora", "full_ft", "qlora")
+    found = forecast.costs([make_alone({"name": name}, wide=True) for name in names], settings)
+    costs = dict(zip(names, found, strict=True))
     total = costs["lora"].total_parameters
     assert costs["full_ft"].parameters == total
     assert costs["full_ft"].base_memory == 0  # every weight is one of the values that train
