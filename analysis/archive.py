@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sweeper.record import COMMANDS, LIBRARY, METRICS, PREDICTIONS, RECORD, SEARCHES, read_json, seal, unsealed
+from sweeper.record import COMMANDS, LIBRARY, METRICS, PREDICTIONS, RECORD, SEARCHES, read_json
+from sweeper.seal import seal, unsealed
 
 CURVE_POINTS = 60
 MOST_BYTES, MOST_FILES = 4 << 30, 200_000  # of an archive that is unpacked

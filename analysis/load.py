@@ -25,13 +25,12 @@ from sweeper.record import (
     TENSORBOARD,
     WANDB,
     WEIGHTS,
-    BrokenSeal,
     check_kinds,
     perplexity,
     read_json,
     read_text,
-    unsealed,
 )
+from sweeper.seal import BrokenSeal, unsealed
 
 from . import groups, spectra, together
 

@@ -85,6 +85,7 @@ def test_the_analysis_knows_of_the_rest_only_the_record_and_how_it_is_installed(
     assert {other for other in analysis if not other.startswith("analysis")} == {
         "sweeper.installation",
         "sweeper.record",
+        "sweeper.seal",
     }
 
 

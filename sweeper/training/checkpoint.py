@@ -60,5 +60,5 @@ def _digest(tensors: Mapping[str, Tensor], progress: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
