@@ -138,8 +138,12 @@ def needs(command: Command) -> NotRun | None:
         return told("a package index", "its extras are in `pyproject.toml` and pinned")
     if words[1:2] == ["-m"] and words[2].startswith("benchmarks."):
         return told("a GPU, or hours", "the benchmark exists and has these options")
-    if words[1:3] == ["-m", "sweeper.tasks.fetch"]:
-        return told("a package index", "`tests/tasks/test_fetch.py` fetches from a folder")
+    if program == "lora-atlas":
+        return told("a wheel's environment, or a package index", "`make wheel-check` uses the wheel in an empty folder")
+    if words[1:3] == ["adapters.py", "push"] and "--dry-run" not in words:
+        return told("an account of the hub", "its dry run is carried out")
+    if words[1:2] == ["tools/terminal_shot.py"]:
+        return told("the package pyte", "`tests/test_tools.py` takes a shot where it is installed")
     datasets = _values(words, "dataset")
     if datasets and set(datasets) <= {*HUB, *FETCHED}:
         return told("data of the hub, or of `make fetch`", "composed")

@@ -1,12 +1,14 @@
 """Carries out the commands of a page, in their order, in one folder: tiny model, few steps, little data."""
 
 import contextlib
+import csv
 import io
 import json
 import os
 import re
 import runpy
 import sys
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,6 +254,10 @@ def surroundings(folder: Path) -> None:
     ]
     plain = [{"prompt": prompt, "response": response} for prompt, response, _ in rows]
     _write(folder / "mine.jsonl", plain)
+    with (folder / "mine.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "answer", "source"), *((p, r, f"book{n}") for p, r, n in rows)])
+    with tarfile.open(ROOT / "tests" / "analysis" / "data" / "peft_metamathqa.tar.xz") as tar:
+        tar.extractall(folder / "method_comparison", filter="data")
     _write(folder / "tickets.jsonl", [row | {"customer": f"customer-{n // 3}"} for n, row in enumerate(plain)])
     _write(folder / "choices.jsonl", [row | {"choices": ["hardware", "account"]} for row in plain])
 

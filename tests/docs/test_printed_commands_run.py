@@ -8,7 +8,19 @@ from tests.docs.carried_out import ROOT, Reader, save_model, surroundings
 from tools import printed_commands
 from tools.printed_commands import Command
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a page has up to 16 commands
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),  # a page has up to 16 commands
+    *(
+        pytest.mark.filterwarnings(f"ignore::{kind}")  # of trackers: their own, and connections that they keep open
+        for kind in (
+            "DeprecationWarning",
+            "FutureWarning",
+            "ResourceWarning",
+            "pytest.PytestUnraisableExceptionWarning",
+        )
+    ),
+]
 
 FORMS = ("train.py", "evaluate.py", "adapters.py", "-m")
 
