@@ -132,6 +132,7 @@ class TestOwnConfigurations:
         write(here / "conf/trainer/default.yaml", re.sub(r"(?m)^max_steps: .*$", "max_steps: 7", packaged))
         assert "max_steps: 7" in run(program, here, "train", "--cfg", "job", "-p", "trainer").stdout
 
+    @pytest.mark.slow
     def test_the_scripts_and_the_api_find_it_too(self, root: Path, here: Path) -> None:
         write(here / "conf/placement/mine.yaml", "name: mine\nroles: [attn_q]\nlayers: all\n")
         out = run(Path(sys.executable), here, str(root / "train.py"), "placement=mine", *DRY)

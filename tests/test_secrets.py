@@ -40,7 +40,7 @@ def left(folder: Path, text: str) -> list[Path]:
 
 @pytest.mark.parametrize(
     "tracking",
-    ["wandb", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlflow", "tensorboard", "trackio"))],
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("wandb", "mlflow", "tensorboard", "trackio")],
 )
 def test_a_run_a_search_and_a_report_leave_no_secret(tracking: str, root: Path, tmp_path: Path) -> None:
     pytest.importorskip(tracking)

@@ -53,6 +53,7 @@ def database() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_two_drivers_share_the_trials_and_none_is_run_twice(database: str, root: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "train.py", "-m", "experiment=smoke", "placement=attn,ff", "rank=4", "seed=0,1",
