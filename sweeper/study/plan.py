@@ -84,10 +84,21 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
     check([*specs, *ends], settings)
     _check_chain(plan, [*specs, *ends])
     finished = [run for run in plan.runs if plan.statuses[run.run_id] in plan.done]
-    plan = replace(plan, notes=(*plan.notes, *_warnings(specs), *chain.changed(finished, plan.study)))
+    notes = *plan.notes, *_unreadable(plan), *_warnings(specs), *chain.changed(finished, plan.study)
+    plan = replace(plan, notes=notes)
     if plan.todo:
         plan = replace(plan, notes=(*plan.notes, *identities.changed([run.spec for run in plan.todo])))
     return _without_likes(plan)
+
+
+def _unreadable(plan: Plan) -> Iterator[str]:
+    """A line on the runs that train again because their records are not what was written."""
+    for run in plan.runs:
+        if plan.statuses[run.run_id] is None and (run.folder / record.RECORD).exists():
+            try:
+                record.read_record(run.folder)
+            except (OSError, ValueError) as error:
+                yield f"{run.run_id} trains again; its record is kept beside the new one: {error}"
 
 
 def _check_chain(plan: Plan, specs: Sequence[RunSpec]) -> None:

@@ -172,3 +172,18 @@ def test_of_arms_that_would_train_the_same_the_one_that_has_runs_is_kept(
         ("ff", 8, "completed"),
         ("ff", 8, None),
     ]
+
+
+def test_a_record_that_was_edited_is_named_before_its_run_trains_again(
+    specs: tuple[RunSpec, ...], study: Settings, make_record: Callable[..., Record]
+) -> None:
+    spec = specs[0]
+    path = record.write_record(study.folder / spec.run_id, make_record(spec, steps=10))
+    before = plan.make(grouped([spec]), study)
+    assert not before.todo
+    path.write_text(path.read_text().replace('"steps": 10', '"steps": 20'))
+    found = plan.make(grouped([spec]), study)
+    assert [run.run_id for run in found.todo] == [spec.run_id]
+    (line,) = [note for note in found.notes if note not in before.notes]
+    assert line.startswith(f"{spec.run_id} trains again")
+    assert "edited or damaged" in line
