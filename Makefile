@@ -53,7 +53,7 @@ example: $(STAMP)  ## make docs/example and the notebook's study from STUDY (def
 	cp .cache/example/figures/*.png .cache/example/tables/*.md .cache/example/claims.md docs/example/
 
 # what only the documentation site and the notebook need
-$(VENV)/.installed-docs: $(STAMP)
+$(VENV)/.installed-docs: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[docs,notebook]'
 	@touch $@
 
