@@ -21,6 +21,7 @@ from . import (
     effects,
     experts,
     gains,
+    lattice,
     library,
     mixed,
     pareto,
@@ -92,6 +93,8 @@ def analyse(
         "routing": routing.table(found, draws=sampler),
         "experts": experts.table(found, draws=sampler),
         "gains": gains.table(found),
+        "lattice": lattice.table(found),
+        "lattice_best": lattice.best(found),
         "conflict": conflict.table(found, draws=sampler),
         "conflict_by_layer": conflict.by_layer(found, draws=sampler),
         "library": library.table(study),
@@ -332,4 +335,4 @@ def notes(found: Arrangement) -> list[str]:
         lines.append(f"Memory of {cold} runs was measured without a warm-up (see checks): read it to tens of MiB.")
     if found.tuned:
         lines.append(f"Tuned inside each arm on {found.select}: {', '.join(found.tuned)}; reported on {found.split}.")
-    return lines
+    return [*lines, *lattice.notes(found)]

@@ -88,6 +88,12 @@ class Arm:
         return (*found, *self.search_doubts)
 
     @cached_property
+    def roles(self) -> frozenset[str]:
+        """Roles of the modules that it adapts; empty where they are chosen otherwise."""
+        value = self.runs["placement.roles"].iloc[0] if "placement.roles" in self.runs else None
+        return frozenset(value.split(",")) if isinstance(value, str) and value else frozenset()
+
+    @cached_property
     def parameters(self) -> float:
         """Trainable parameters; 0 for the base model."""
         return 0.0 if self.is_base else float(self.runs["trainable_parameters"].median())

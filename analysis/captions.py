@@ -33,6 +33,10 @@ WHAT = {
     " larger ranks",
     "where_rank_went": "Rank by layer and role, of arms whose modules differ in rank",
     "where_energy_went": "Share of the update's squared norm by layer and role",
+    "lattice": "Gain of every subset of roles over the base model by the number of parts; grey lines add one part, the "
+    "blue line joins the best of each size, the worst is orange",
+    "lattice_values": "What each part is worth (Shapley value of the gain, blue) and the strongest interactions of "
+    "pairs (orange; above 0 worth more together than apart); filled where the interval leaves out 0",
     "importance": "Importance of each varied field for the validation score",
     "together": "What training with other tasks did to each task: together minus alone, otherwise the same arm; filled "
     "where significant after correction",
@@ -67,6 +71,7 @@ BARS = {
     "on the same examples, whose variance is not in them",
     "importance": "Bars are 1.96 bootstrap standard errors",
     "conflict_curves": "Bands are 95% intervals over seeds",
+    "lattice_values": "Bars are 95% intervals over seeds and groups of examples",
     "library": "Bars are 95% intervals of the paired difference, over groups of examples",
     "together": "Bars are 95% intervals of the paired difference, over seeds and groups of examples",
     "learning_forgetting": "Bars are 95% intervals over the tasks' orders, or over seeds where there is one order, and "

@@ -19,6 +19,8 @@ from .seeds import SeedVariance, of_blend, of_remainder
 from .stats import Array, Components, Draws
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
+MOST_PLACEMENTS = 24
+"""That are all compared with one another."""
 TEST_COLUMNS = [
     "setting", "metric", "family", "a", "b", "difference", "low", "high", "p", "p_holm", "effect",
     "share_improved", "seeds", "examples", "groups", "significant", "better",
@@ -36,8 +38,9 @@ class Pair:
 
 
 def pairs(found: Arrangement) -> Iterator[Pair]:
-    """Arms of one setting that differ in exactly one factor (neighbouring ranks only), and each arm against the base
-    model and against full fine-tuning; a task trained with others against the same placement and rank trained alone.
+    """Arms of one setting that differ in exactly one factor (neighbouring ranks only, and of many placements those that
+    add least to one another), and each arm against the base model and against full fine-tuning; a task trained with
+    others against the same placement and rank trained alone.
     """
     for setting in found.settings:
         factors = list(setting.arms[0].factors) if setting.arms else []
@@ -47,13 +50,21 @@ def pairs(found: Arrangement) -> Iterator[Pair]:
             for arm in setting.arms:
                 groups.setdefault(tuple(repr(arm.factors[key]) for key in factors if key != factor), []).append(arm)
             for group in groups.values():
-                chosen = pairwise(group) if factor == "rank" else combinations(group, 2)
+                many = factor == "placement" and len(group) > MOST_PLACEMENTS
+                chosen = pairwise(group) if factor == "rank" else _steps(group) if many else combinations(group, 2)
                 yield from (Pair(setting=setting, family=factor, a=a, b=b) for a, b in chosen)
         if setting.base is not None:
             yield from (Pair(setting=setting, family="base model", a=setting.base, b=arm) for arm in setting.arms)
         for full in [arm for arm in setting.arms if arm.factors["placement"] == FULL]:
             others = [arm for arm in setting.arms if arm is not full]
             yield from (Pair(setting=setting, family=FULL, a=full, b=arm) for arm in others)
+
+
+def _steps(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
+    """Arms of which the second has all roles of the first and more, with no other arm in between."""
+    for a, b in product(arms, arms):
+        if a.roles < b.roles and not any(a.roles < c.roles < b.roles for c in arms):
+            yield a, b
 
 
 def from_alone(setting: Setting) -> Iterator[Pair]:

@@ -24,6 +24,7 @@ from . import (
     contrasts,
     curves,
     draw,
+    lattice_figures,
     layout,
     manifest,
     shown,
@@ -432,6 +433,7 @@ def makers(analysis: Analysis) -> dict[str, Maker]:
         "where_energy_went": where_energy_went, "importance": importance,
         **(task_figures.MAKERS | conflict_figures.MAKERS if together.FIELD in analysis.found.runs else {}),
         **({"experts": task_figures.experts} if len(analysis.tables["experts"]) else {}),
+        **(lattice_figures.MAKERS if len(analysis.tables["lattice_best"]) else {}),
         **({"library": task_figures.library} if len(analysis.tables["library"]) else {}),
     }  # fmt: skip
 

@@ -49,6 +49,9 @@ CAPTIONS = {
     "routing": "Test scores of tasks with blocks of their own, where an example's task is known and where it is not.",
     "gains": "Share of what a task gains over the base model by itself that it gains with others; then the mean "
     "over tasks, and the worst of them.",
+    "lattice": "What each role is worth (Shapley value of the gain over the base model) and which pairs are worth more "
+    "together than apart (Shapley interaction index above 0), over all subsets; intervals over seeds and examples.",
+    "lattice_best": "The best subset of each size, chosen on validation, and its gain over the base model.",
     "experts": "Mean gates of a learnt router by task, the most open expert first, with intervals over seeds; the "
     "share of examples whose likeliest expert is their task's own; the load-balancing loss, 1 where all have as much.",
     "conflict": "Cosines between the gradients of tasks while they train together, with intervals over seeds; the "

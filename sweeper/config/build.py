@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from sweeper.config.composer import Composer
 from sweeper.errors import SpecError, SweeperError, no_such_field
+from sweeper.placement.lattice import LATTICE
 from sweeper.spec import DatasetSpec, RunSpec, Settings, from_mapping, typed_fields
 from sweeper.study.search_settings import SearchSettings
 
@@ -70,6 +71,9 @@ class Builder:
         for key in (key for key in _missing(mapping) if f"{name}.{key}" not in self.unread):
             self.problems.append(f"{name}.{key} is required for {name}={mapping.get('name')}: give {name}.{key}=...")
         if any(_missing(mapping)):
+            return None
+        if name == "placement" and mapping.get("name") == LATTICE:
+            self.problems.append("placement=lattice is an axis of many placements: sweep over it with -m, not tuned")
             return None
         typed = typed_fields(kind)
         for made in {"content", "code"} & mapping.keys():  # which are filled in

@@ -19,8 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sweeper.config.build import SCALARS, SECTIONS, SETTINGS, Builder, Plain
 from sweeper.config.composer import Composer, one_line
-from sweeper.config.grid import Axis, Grid
+from sweeper.config.grid import PLACEMENT, Axis, Grid
 from sweeper.errors import SpecError, no_such_field
+from sweeper.placement import lattice
 from sweeper.spec import RunSpec
 
 
@@ -96,16 +97,26 @@ def _separable(axes: Sequence[Axis], cell: Callable[[tuple[int, ...]], Cell | No
 
     Then composing each option once is enough, instead of each combination of options.
     """
-    if len(axes) < 2:
+    if len(axes) < 2 and all(_sum_of_roles(axis.key, name) is None for axis in axes for name in axis.values):
         return None
     sections: dict[str, list[Plain]] = {}
     for number, axis in enumerate(axes):
-        found = [cell((0,) * number + (place,) + (0,) * (len(axes) - number - 1)) for place in range(len(axis.values))]
+        sums = {place: made for place, one in enumerate(axis.values) if (made := _sum_of_roles(axis.key, one))}
+        first = min(sums, default=None)  # the other sums differ from it in name and roles alone
+        composed = [place for place in range(len(axis.values)) if place not in sums or place == first]
+        found = [cell((0,) * number + (place,) + (0,) * (len(axes) - number - 1)) for place in composed]
         rests = [{key: value for key, value in one.plain.items() if key != axis.key} for one in found if one]
         if any(one is None or one.live for one in found) or any(rest != rests[0] for rest in rests):
             return None
-        sections[axis.key] = [one.plain[axis.key] for one in found if one is not None]
+        parts = {place: one.plain[axis.key] for place, one in zip(composed, found, strict=True) if one is not None}
+        parts |= {place: parts[first] | made for place, made in sums.items() if place != first}
+        sections[axis.key] = [parts[place] for place in range(len(axis.values))]
     return sections
+
+
+def _sum_of_roles(group: str, name: Any) -> Plain | None:
+    made = lattice.option(str(name)) if group == PLACEMENT else None
+    return None if made is None else {key: made[key] for key in ("name", "roles")}
 
 
 def _compose(fixed: Sequence[str], chosen: Sequence[str], composer: Composer, problems: list[str]) -> DictConfig | None:

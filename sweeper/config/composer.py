@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sweeper import register
 from sweeper.errors import SpecError, unknown
 from sweeper.installation import CONF, program
+from sweeper.placement import lattice
 
 # the help page says how the command is typed: ${program:train}
 OmegaConf.register_new_resolver("program", program, replace=True)
@@ -60,13 +61,26 @@ class Composer:
         return bool(self.loader.repository.group_exists(key))
 
     def has_option(self, group: str, option: str) -> bool:
+        if group == "placement":
+            make_known(option)
         return bool(self.loader.repository.config_exists(f"{group}/{option}"))
 
     def options(self, group: str) -> list[str]:
-        return list(self.loader.get_group_options(group))
+        found = list(self.loader.get_group_options(group))
+        return [name for name in found if group != "placement" or lattice.option(name) is None]
 
     def parse(self, override: str) -> Override:
         return OverridesParser.create(config_loader=self.loader).parse_overrides([override])[0]
+
+
+def make_known(placement: str) -> None:
+    """Makes an option of a placement that is written as a sum of roles; one that is not is left as it is."""
+    try:
+        node = lattice.option(placement)
+    except SpecError:  # is no option, which has a line of its own
+        return
+    if node is not None:
+        ConfigStore.instance().store(group="placement", name=placement, node=node, provider="lattice")
 
 
 @lru_cache(maxsize=256)
@@ -86,14 +100,18 @@ def composer_of(config_dir: str | Path | None = None) -> Composer:
 
 
 def load_plugins(overrides: Iterable[str]) -> None:
-    """Loads what `plugins=...` names, and makes all that is registered options of its group.
+    """Loads what `plugins=...` names, and makes all that is registered, and sums of roles, options of their group.
 
     Raises:
         SpecError: as `register.load`.
     """
     plugins: list[str] = []
     for line in overrides:
-        if line.partition("=")[0].lstrip("+") == "plugins":
+        key, _, given = line.partition("=")
+        if key == "placement":
+            for one in given.split(","):
+                make_known(one.strip())
+        if key.lstrip("+") == "plugins":
             with suppress(HydraException):  # which has a line of its own
                 value = OverridesParser.create().parse_overrides([line])[0].value()
                 plugins = list(map(str, value)) if isinstance(value, list) else [str(value)] if value else []

