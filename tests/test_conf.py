@@ -23,7 +23,8 @@ GROUPS = (
     "trainer",
 )
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-PRESETS = {("sharing", "by_domain"): "hierarchical"}
+PRESETS = {("sharing", "by_domain"): "hierarchical", ("placement", "lattice"): "attn_q"}  # or the first that it has
+AXES = {"lattice": ["placement=lattice"]}  # of overlays whose group is one, which their sweep gives
 NEEDS = {
     ("allocation", "pattern"): "allocation.pattern={attn_q: 4}",
     ("dataset", "file"): "dataset.path=data.csv",
@@ -56,4 +57,4 @@ def test_what_must_be_given_is_asked_for(group: str, option: str, composer: Any)
 @pytest.mark.parametrize("option", [path.stem for path in sorted((CONF / "experiment").glob("*.yaml"))])
 def test_every_overlay_composes(option: str, composer: Any) -> None:
     assert (CONF / "experiment" / f"{option}.yaml").read_text().startswith("# @package _global_\n")
-    assert config.expand([f"experiment={option}"], composer).settings.study == option
+    assert config.expand([f"experiment={option}", *AXES.get(option, [])], composer).settings.study == option

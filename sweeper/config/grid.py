@@ -258,7 +258,8 @@ class _Reader:
         for name in names:
             self.composer.has_option(PLACEMENT, name)
         self.groups.add(PLACEMENT)
-        self.axes[PLACEMENT] = Axis(key=PLACEMENT, values=tuple(names), typed=tuple(names))
+        self.axes.pop(PLACEMENT, None)
+        self.axes = {PLACEMENT: Axis(key=PLACEMENT, values=tuple(names), typed=tuple(names)), **self.axes}
 
     def _fix(self, key: str, override: Override, group: bool) -> None:
         if not group or self.known_options(override, [override.value()]):
