@@ -28,6 +28,7 @@ from sweeper.tasks import (
     chain_sum,
     codeio,
     columns,
+    conversation,
     general_text,
     gsm_symbolic,
     hpo_term,
@@ -43,6 +44,7 @@ from sweeper.tasks import (
     pubmed,
     sequence,
     template,
+    turns,
 )
 from sweeper.tasks import cache as _cache
 from sweeper.tasks.example import SPLITS, Choice, Encoded, EncodedSplit, Example
@@ -364,10 +366,10 @@ def _encode_split(
     starts, alike = int(adds_start(tokenizer)), not puts_space_first(tokenizer)
     for example, unit in zip(examples, units(examples), strict=True):
         try:
-            tokens = template.encode(spec.template, example.prompt, example.response, spec.system, tokenizer)
+            tokens = _tokens(example, spec, tokenizer)
             choices = tuple(_choice(example.prompt, text, spec, tokenizer, known, alike) for text in example.choices)
-        except DataError:
-            raise
+        except DataError as error:
+            raise DataError(f"{where(spec, example.id)}: {error}") from None
         except Exception as error:
             raise DataError(f"{where(spec, example.id)}: {_refusal(spec, error)}") from error
         prompt, response = tokens.prompt, tokens.response
@@ -375,14 +377,32 @@ def _encode_split(
         if room <= starts:
             dropped.append(example.id)
             continue
-        if len(prompt) > room:
+        cut = max(len(prompt) - room, 0)
+        if cut:
             truncated += 1
-            prompt = prompt[:starts] + prompt[len(prompt) - room + starts :]
-        encoded.append(Encoded(example.id, (*prompt, *response), len(prompt), choices, example.check, unit))
+            prompt = prompt[:starts] + prompt[cut + starts :]
+        kept = [(start - cut, end - cut) for start, end in tokens.answers if start - cut >= max(starts, 1)]
+        first, asides = _asides(kept, len(prompt))
+        encoded.append(Encoded(example.id, (*prompt, *response), first, choices, example.check, unit, asides))
         apart += not tokens.whole
     if examples and not encoded:
         raise DataError(f"dataset.max_length={spec.max_length} is too short for every response of the {name} split")
     return EncodedSplit(tuple(encoded), truncated, tuple(dropped), apart=apart)
+
+
+def _tokens(example: Example, spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase") -> template.Tokens:
+    if example.turns:
+        every = conversation.every_turn(spec)
+        return turns.encode(spec.template, example.turns, spec.system, tokenizer, every=every, tools=example.tools)
+    if not example.prompt:
+        return template.encode_text(example.response, tokenizer)
+    return template.encode(spec.template, example.prompt, example.response, spec.system, tokenizer)
+
+
+def _asides(answers: list[tuple[int, int]], last: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Where the first of several answers begins, and what lies between them; `last` is where the last one begins."""
+    starts = [*(start for start, _ in answers), last]
+    return starts[0], tuple(zip((end for _, end in answers), starts[1:], strict=True))
 
 
 def where(spec: DatasetSpec, example_id: str) -> str:

@@ -32,6 +32,7 @@ def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
                 "choices": [c.text for c in choices],
                 "checks": [e.check for e in split.examples],
                 "groups": [e.group for e in split.examples],
+                "asides": {number: e.asides for number, e in enumerate(split.examples) if e.asides},
                 "majority": dict(split.majority),
             }
         )
@@ -61,10 +62,12 @@ def _split(name: str, arrays: Mapping[str, Any]) -> EncodedSplit:
     columns = (arrays[f"{name}/{key}"].tolist() for key in ("ids", "lengths", "prompts", "choice_counts"))
     texts = json.loads(arrays[f"{name}/texts"].tobytes().decode())
     choices = _choices(name, arrays, texts["choices"])
-    written = texts["checks"], texts["groups"]
-    for example_id, length, prompt_length, count, check, group in zip(*columns, *written, strict=True):
+    written, asides = (texts["checks"], texts["groups"]), texts.get("asides", {})
+    for number, row in enumerate(zip(*columns, *written, strict=True)):
+        example_id, length, prompt_length, count, check, group = row
         own = tuple(itertools.islice(choices, count))
-        examples.append(Encoded(example_id, tuple(tokens[start : start + length]), prompt_length, own, check, group))
+        ids, between = tuple(tokens[start : start + length]), tuple(map(tuple, asides.get(str(number), ())))
+        examples.append(Encoded(example_id, ids, prompt_length, own, check, group, between))
         start += length
     if start != len(tokens):
         raise ValueError(f"{name}: lengths and tokens disagree")

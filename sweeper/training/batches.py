@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sweeper.tasks.example import Encoded, Tokens
+from sweeper.tasks.example import Encoded, Tokens, scored
 
 EMPTY = Encoded(id="", input_ids=(0,), prompt_length=1)  # a row without targets, where a batch has to be filled up
 WINDOW = 32  # steps whose examples are sorted by length together
@@ -126,7 +126,7 @@ class Batch:
 
 def supervised(examples: Sequence[Tokens]) -> int:
     """Target tokens of some examples."""
-    return sum(len(example.input_ids) - example.prompt_length for example in examples)
+    return sum(end - start for example in examples for start, end in scored(example))
 
 
 def tokens_of(examples: Sequence[Tokens]) -> int:
@@ -171,12 +171,13 @@ def collate(
     for lane, (examples, heavy) in enumerate(zip(lanes, weights, strict=True)):
         filled = 0
         for row, (example, weight) in enumerate(zip(examples, heavy, strict=True), start=lane * rows):
-            tokens, prompt = example.input_ids, example.prompt_length
+            tokens = example.input_ids
             ids[row, : len(tokens)] = tokens
-            part = slice(filled, filled + len(tokens) - prompt)
-            index[lane, part] = row * length + np.arange(prompt - 1, len(tokens) - 1)
-            targets[lane, part], weighed[lane, part] = tokens[prompt:], weight
-            filled = part.stop
+            for start, end in scored(example):
+                part = slice(filled, filled + end - start)
+                index[lane, part] = row * length + np.arange(start - 1, end - 1)
+                targets[lane, part], weighed[lane, part] = tokens[start:end], weight
+                filled = part.stop
     return Batch(*map(torch.from_numpy, (ids, index, targets, weighed, lengths, tasked, prompts)))
 
 

@@ -240,7 +240,7 @@ def _add_metrics(
     if generation and wanted & metrics.GENERATED:
         stops = tasks.stop_strings(dataset)
         texts = generate(
-            pack, slots, [e.input_ids[: e.prompt_length] for e in examples],
+            pack, slots, [e.question for e in examples],
             max_new_tokens=dataset.max_new_tokens, stop_ids=pack.base.stop_ids, stop_strings=stops,
             rows=rows_together(pack, len(slots), dataset.max_length, budget),
         )  # fmt: skip
@@ -263,7 +263,7 @@ def _add_choices(
 
 def label(example: Encoded) -> str:
     """The text of the choice whose tokens the response has."""
-    response = example.input_ids[example.prompt_length : -1]
+    response = example.answer[:-1]
     return next(choice.text for choice in example.choices if choice.ids == response)
 
 
@@ -272,7 +272,7 @@ def _add_texts(
     stops: Sequence[str], wanted: set[str],
 ) -> None:  # fmt: skip
     decode: Any = pack.base.tokenizer.decode
-    responses = [decode(e.input_ids[e.prompt_length :], skip_special_tokens=True) for e in examples]
+    responses = [decode(e.answer, skip_special_tokens=True) for e in examples]
     texts = []
     for row, one in zip(rows, written, strict=True):
         text, stopped = cut(decode(list(one.ids), skip_special_tokens=True), stops)

@@ -60,7 +60,7 @@ def token_weights(state: RunState, lane: int, every: Sequence[Pass]) -> list[flo
     targets = [0] * (1 if state.mixture is None else len(state.mixture.names))
     for one in every:
         for row, task in zip(one.rows[lane], one.tasks[lane], strict=True):
-            targets[task] += len(row.input_ids) - row.prompt_length
+            targets[task] += supervised([row])
     return [1 / targets[0]] if state.mixture is None else state.mixture.token_weights(targets)
 
 

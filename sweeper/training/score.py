@@ -85,7 +85,7 @@ def _add(found: list[list[ExampleScore]], positions: Sequence[int], lengths: Seq
 def choose(pack: Pack, slots: Sequence[int], examples: Sequence[Encoded], *, budget: int) -> list[list[int]]:
     """For each of `slots`, the index of every example's likeliest choice, its log-likelihood taken per character."""
     rows = [
-        Encoded(example.id, (*example.input_ids[: example.prompt_length], *choice.ids), example.prompt_length)
+        Encoded(example.id, (*example.question, *choice.ids), len(example.question))
         for example in examples
         for choice in example.choices
     ]

@@ -259,6 +259,9 @@ def surroundings(folder: Path) -> None:
     with tarfile.open(ROOT / "tests" / "analysis" / "data" / "peft_metamathqa.tar.xz") as tar:
         tar.extractall(folder / "method_comparison", filter="data")
     _write(folder / "tickets.jsonl", [row | {"customer": f"customer-{n // 3}"} for n, row in enumerate(plain)])
+    chats = [[("user", row["prompt"]), ("assistant", row["response"])] * 2 for row in plain]
+    turns = [{"messages": [{"role": who, "content": text} for who, text in chat]} for chat in chats]
+    _write(folder / "chats.jsonl", turns)
     _write(folder / "choices.jsonl", [row | {"choices": ["hardware", "account"]} for row in plain])
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from sweeper.lora.forms import AdapterSpec
 from sweeper.lora.optimizer import learning_rate
 from sweeper.models import BaseModel
-from sweeper.tasks.example import Tokens
+from sweeper.tasks.example import Tokens, scored
 from sweeper.training.run_state import RunState
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # module name -> A [rank, in], B [rank, out]
@@ -26,10 +26,10 @@ def nll(model: nn.Module, examples: Sequence[Tokens]) -> tuple[Tensor, int]:
     logits = model(input_ids=ids, attention_mask=mask).logits
     total, count = torch.zeros(()), 0
     for row, one in enumerate(examples):
-        targets = torch.tensor(one.input_ids[one.prompt_length :])
-        predicted = logits[row, one.prompt_length - 1 : len(one.input_ids) - 1]
-        total = total + functional.cross_entropy(predicted, targets, reduction="sum")
-        count += len(targets)
+        for start, end in scored(one):
+            targets = torch.tensor(one.input_ids[start:end])
+            total = total + functional.cross_entropy(logits[row, start - 1 : end - 1], targets, reduction="sum")
+            count += end - start
     return total, count
 
 
