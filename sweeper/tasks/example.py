@@ -25,7 +25,8 @@ class Example:
 
     `choices` are the answers to choose among, the response one of them; empty where the answer is free. `check` is
     Python source that is run in the sandbox with a generated program as the text `PROGRAM`, and raises where that is
-    wrong.
+    wrong. Of a pair the response is preferred to `rejected`; of an unpaired preference `label` says whether the
+    response is desirable.
     """
 
     id: str
@@ -34,6 +35,8 @@ class Example:
     group: str
     choices: tuple[str, ...] = ()
     check: str = ""
+    rejected: str = ""
+    label: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ class Choice:
 class Encoded:
     """Token ids of one example. The loss is taken on `input_ids[prompt_length:]`, whose last id ends the response.
 
-    `group` is what it shares with examples that it is not independent of (`sweeper.tasks.split.units`).
+    `group` is what it shares with examples that it is not independent of (`sweeper.tasks.split.units`). `rejected` are
+    the ids of the worse response to the same prompt, its end included; `label` is as `Example.label`.
     """
 
     id: str
@@ -57,6 +61,13 @@ class Encoded:
     choices: tuple["Choice", ...] = ()
     check: str = ""
     group: str = ""
+    rejected: tuple[int, ...] = ()
+    label: bool | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row, whatever is made of it."""
+        return max(len(self.input_ids), self.prompt_length + len(self.rejected))
 
     @property
     def unit(self) -> str:

@@ -7,6 +7,9 @@ column is joined by line breaks. A multiple-choice set gives `choices`, a list o
 text that comes out as the number of the right one (from 0), in place of `response`. `check` is Python source that tests
 a generated program, the text `PROGRAM`.
 
+Of preferences, `chosen` and `rejected`, or `completion` and `label`, name columns in place of `response`
+(`sweeper.tasks.preference`); `prompt` may then be left out.
+
 `splits` maps ours to the source's names; those it lacks are cut out of train. Published splits overlap at times: an
 example whose group or near-duplicate prompt is in test is left out of validation and train, and one in validation out
 of train. Rows whose prompt or response comes out empty are left out too. Without `revision` the newest version is read.
@@ -25,7 +28,7 @@ from sweeper import content as contents
 from sweeper.content import COMMIT, Content
 from sweeper.errors import DataError, first_line
 from sweeper.spec import DatasetSpec
-from sweeper.tasks import columns
+from sweeper.tasks import columns, preference
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.package import require_extra
 from sweeper.tasks.split import prompt_key, split_examples
@@ -37,12 +40,16 @@ OPTIONS = {
     "choices": "list of texts with {columns}, the answers to choose among",
     "answer": "text with {columns} that gives the number of the right choice, from 0",
     "check": "Python source with {columns} that raises where the text PROGRAM is wrong",
+    "chosen": "column of the preferred response, or of the chat that ends with it",
+    "rejected": "column of the other one",
+    "completion": "column of a response that `label` is of",
+    "label": "column that says whether the completion is good",
     "splits": "ours -> the source's, for instance {train: train, test: test}",
     "config": "the source's configuration name",
     "revision": "commit, tag or branch",
 }
 
-COLUMNS = ("prompt", "response", "group", "answer", "check")
+COLUMNS = ("prompt", "response", "group", "answer", "check", *preference.COLUMNS)
 UNIT = "`group` of the options, else the prompt"
 
 # split of ours -> rows; a row is a mapping from column to value
@@ -109,7 +116,34 @@ def _options(spec: DatasetSpec) -> dict[str, Any]:
     return {**spec.options, **columns.templates(spec)}
 
 
+def kind(spec: DatasetSpec) -> str:
+    """What the examples are (`sweeper.tasks.preference`), by what the options name."""
+    return _kind(_options(spec))
+
+
+def _kind(options: Mapping[str, Any]) -> str:
+    given = {key: value for key, value in options.items() if value is not None}
+    return preference.PAIRS if "chosen" in given else preference.kind_of(given)
+
+
+def _preference(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Example:
+    """A row whose columns hold preferences: a column alone is taken as it is, for it may be a chat."""
+    values = {}
+    for key in ("prompt", *preference.COLUMNS):
+        text = options.get(key)
+        if text is not None:
+            alone = re.fullmatch(r"\{([^{}\[\]]+)\}", text)
+            column = text if isinstance(text, columns.Plain) else alone[1] if alone else None
+            values[key] = columns.fill(text, row) if column is None else columns.as_text(row[column])
+    values, fields = preference.unfolded(values, f"row {name}")
+    group = options.get("group")
+    return Example(name, values["prompt"], values["response"], columns.fill(group, row) if group else name, **fields)
+
+
 def _example(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Example:
+    if _kind(options) != preference.PLAIN:
+        return _preference(name, row, options)
+
     def fill(text: str) -> str:
         try:
             return columns.fill(text, row)
@@ -220,8 +254,8 @@ def _offline_if_unreachable(spec: DatasetSpec) -> Iterator[None]:
 
 def _columns(spec: DatasetSpec, tables: Tables) -> None:
     options, called = _options(spec), {key: f"dataset.columns.{key}" for key in spec.columns}
-    required = ("prompt", "response" if options.get("answer") is None else "answer")
-    texts = [(key, options.get(key)) for key in (*required, "group", "check")]
+    required = _required(options)
+    texts = [(key, options.get(key)) for key in dict.fromkeys((*required, "prompt", "group", "check"))]
     for key, text in [*texts, *(("choices", text) for text in options.get("choices") or ())]:
         if text is None and key not in required:
             continue
@@ -239,6 +273,15 @@ def _columns(spec: DatasetSpec, tables: Tables) -> None:
                     f"{name} names the column {', '.join(unknown)}, which {split} of {spec.path} "
                     f"lacks; it has {', '.join(rows.column_names)}"
                 )
+
+
+def _required(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options that must name columns."""
+    if (found := _kind(options)) == preference.PAIRS:
+        return preference.PAIRED
+    if found == preference.LABELS:
+        return "prompt", *preference.UNPAIRED
+    return "prompt", "response" if options.get("answer") is None else "answer"
 
 
 def _shown(tables: Tables) -> str:

@@ -1,7 +1,8 @@
 """A user's own file of JSON lines, a JSON list, CSV, TSV or Parquet, with the columns `prompt` and `response`, and
 optionally `id`, `group`, `split`, `choices` (a list of texts, the response among them) and `check` (Python source that
 tests a generated program, the text `PROGRAM`). `dataset.columns` says which columns these are where they have other
-names (`sweeper.tasks.columns`).
+names (`sweeper.tasks.columns`). In place of a response a line may have preferences: `chosen` and `rejected`, or
+`completion` and `label` (`sweeper.tasks.preference`).
 
 A group is what examples that are not independent share: a document, a patient, an author. Examples of one group, and
 near-duplicate prompts, stay on one side, and the analysis resamples whole groups. Splits that the file does not name
@@ -17,7 +18,7 @@ from typing import Any
 
 from sweeper.errors import DataError, unknown
 from sweeper.spec import DatasetSpec
-from sweeper.tasks import columns, metrics, rows
+from sweeper.tasks import columns, metrics, preference, rows
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.split import split_examples
 
@@ -25,7 +26,7 @@ OPTIONS = {"group": "the key that has a line's group; every line is to have it (
 UNIT = "the file's `group`, else the prompt"
 REQUIRED = ("prompt", "response")
 OPTIONAL = ("id", "group", "split", "check")
-COLUMNS = (*REQUIRED, *OPTIONAL, "choices")
+COLUMNS = (*REQUIRED, *OPTIONAL, "choices", *preference.COLUMNS)
 
 
 def check(spec: DatasetSpec) -> None:
@@ -44,6 +45,13 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
         return split_examples(examples, spec, marked=marked)
     except DataError as error:
         raise DataError(f"{spec.path}: {error}") from None
+
+
+def kind(spec: DatasetSpec) -> str:
+    """What the examples are (`sweeper.tasks.preference`), by the first line."""
+    for _, where, values in _rows(spec):
+        return preference.kind_of(preference.unfolded(values, where)[1])
+    return preference.PLAIN
 
 
 def _bytes(spec: DatasetSpec) -> bytes:
@@ -91,7 +99,8 @@ def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
         examples.append(
             Example(
                 example_id, row["prompt"], row["response"], row.get("group", example_id),
-                choices=row.get("choices", ()), check=row.get("check", ""),
+                choices=row.get("choices", ()), check=row.get("check", ""), rejected=row.get("rejected", ""),
+                label=row.get("label"),
             )
         )  # fmt: skip
         if "split" in row:
@@ -112,7 +121,7 @@ def _group_key(spec: DatasetSpec) -> str | None:
 
 def _row(row: Mapping[str, Any], where: str, *, group: str | None = None) -> dict[str, Any]:
     """The fields of an example that a row has, each checked."""
-    row = dict(row)
+    row, preferred = preference.unfolded(row, where)
     missing = [key for key in REQUIRED if key not in row]
     if missing:
         have = ", ".join(map(str, row)) or "none"
@@ -127,6 +136,9 @@ def _row(row: Mapping[str, Any], where: str, *, group: str | None = None) -> dic
         row["group"] = row[group]
     present = [key for key in (*REQUIRED, *OPTIONAL) if key in REQUIRED or row.get(key) is not None]
     found: dict[str, Any] = {key: _text(row[key], key, where) for key in present}
+    if "rejected" in preferred:
+        preferred["rejected"] = _text(preferred["rejected"], "rejected", where)
+    found |= preferred
     if row.get("choices") is not None:
         found["choices"] = _choices(row["choices"], found["response"], where)
     return found
