@@ -132,7 +132,7 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path: Path, monkeypatch: pytest
 
 
 def test_public_layouts(composer: Any, tmp_path: Path) -> None:
-    """Alpaca, chat messages, ShareGPT, unpaired preferences: what a refusal says to type is what reads them."""
+    """Alpaca, chat messages, ShareGPT, completions: what a refusal says to type is what reads them."""
     layouts: dict[str, tuple[dict[str, Any], dict[str, str], str, str]] = {
         "alpaca": (
             {"instruction": "Add one to # .", "input": "#", "output": "y"},
@@ -147,8 +147,8 @@ def test_public_layouts(composer: Any, tmp_path: Path) -> None:
             {"conversations": [{"from": "human", "value": "Say #."}, {"from": "gpt", "value": "it"}]},
             {"prompt": "{conversations[0][value]}", "response": "{conversations[1][value]}"}, "Say 3.", "it",
         ),
-        "unpaired": (
-            {"prompt": "Is # even?", "completion": "yes", "label": True},
+        "completion": (
+            {"prompt": "Is # even?", "completion": "yes"},
             {"response": "completion"}, "Is 3 even?", "yes",
         ),
     }  # fmt: skip
