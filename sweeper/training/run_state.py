@@ -79,6 +79,7 @@ class RunState:
 
     Attributes:
         adapter: what it trains. order: which of its `examples` a forward pass sees.
+        rows: the token rows that each of them becomes; without it, those of the objective.
         mixture: its tasks, where it has several.
         ranks: its modules. splits: its tokenised data. texts: those of its examples, by split (`training.texts`).
         content: digests of its model's and its dataset's files.
@@ -113,8 +114,11 @@ class RunState:
     weights: dict[str, tuple[Tensor, ...]] | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
+    rows: Sequence[Sequence[Tokens]] = ()
 
     def __post_init__(self) -> None:
+        if not self.rows:
+            self.rows = self.objective.rows_of(self.examples)
         self.enter()
 
     def enter(self) -> None:
@@ -149,7 +153,8 @@ class RunState:
     def with_spec(self, **sections: Any) -> "RunState":
         """A copy whose spec has other sections."""
         spec = replace(self.spec, **sections)
-        return replace(self, run=replace(self.run, spec=spec))
+        rows = self.rows if spec.objective == self.spec.objective else ()
+        return replace(self, run=replace(self.run, spec=spec), rows=rows)
 
     @property
     def run_id(self) -> str:
@@ -170,7 +175,7 @@ class RunState:
     @property
     def rows_of_example(self) -> int:
         """Token rows that each example becomes."""
-        return len(self.objective.rows(self.examples[0]))
+        return len(self.rows[0])
 
     @property
     def experts(self) -> int:
@@ -248,7 +253,7 @@ class RunState:
     def shape(self) -> str:
         """Runs of equal shape cost the same alone."""
         trainer = replace(self.spec.trainer, init_from=None, content=None)
-        return repr((self.adapter.shape(), trainer, self.spec.dataset))
+        return repr((self.adapter.shape(), trainer, self.spec.dataset, self.spec.objective))
 
     def resume(self) -> str | None:
         """Takes up the checkpoint of a run that was cut off, if there is one, and clears away what else it left.
