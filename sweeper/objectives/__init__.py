@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sweeper.objectives.objective import Objective
     from sweeper.tasks.example import Encoded, Tokens
 
-__all__ = ["OBJECTIVES", "check", "check_data", "longest", "of"]
+__all__ = ["OBJECTIVES", "check", "check_data", "longest", "of", "score_of"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ def check_data(spec: ObjectiveSpec, dataset: DatasetSpec) -> None:
         if found not in kinds:
             wanted = " or ".join(NEEDS[kind] for kind in kinds)
             raise SpecError(f"objective={spec.name} needs {wanted}, and dataset={part.name} has {HAS[found]}")
+
+
+def score_of(spec: ObjectiveSpec) -> str:
+    """The validation score that runs are judged by where a command does not say; of an unknown objective the NLL."""
+    return of(spec).score if spec.name in OBJECTIVES and spec.name != "nll" else "nll"
 
 
 def longest(example: "Encoded", rows: Sequence["Tokens"]) -> int:

@@ -112,7 +112,7 @@ class Objective(Protocol):
         """The token rows that an example becomes, always as many: one, or several that the loss compares."""
         return (example,)
 
-    def rows_of(self, examples: Sequence[Any]) -> list[Sequence[Tokens]]:
+    def rows_of(self, examples: Sequence[Any]) -> Sequence[Sequence[Tokens]]:
         """The rows of all examples of a split; for a loss that compares an example with others, more than `rows`."""
         return [self.rows(example) for example in examples]
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sweeper import content as contents
@@ -246,7 +247,9 @@ def kind(spec: DatasetSpec) -> str:
     if hasattr(family, "kind"):
         found: str = family.kind(spec)
         return found
-    return preference.kind(load(spec)["train"][0]) if getattr(family, "COLUMNS", ()) else preference.PLAIN
+    if isinstance(family, ModuleType):  # of ours, those that may hold preferences say so
+        return preference.PLAIN
+    return preference.kind(load(spec)["train"][0])
 
 
 def encode(

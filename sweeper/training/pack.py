@@ -343,10 +343,14 @@ class Pack:
         self._gate(batch)
         self.hidden(batch.ids, batch.lengths)
 
-    def _scores(self, batch: Batch) -> Tensor:
+    def target_states(self, batch: Batch) -> Tensor:
+        """Hidden states [L, K, D] that predict the targets; never a captured pass."""
         self._gate(batch)
         hidden = self.hidden(batch.ids, batch.lengths)
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten()).view(*batch.index.shape, -1)
+
+    def _scores(self, batch: Batch) -> Tensor:
+        rows = self.target_states(batch).flatten(0, 1)
         _, found = self.head.scores(rows, batch.targets, batch.weights)
         return torch.stack([found.nll, found.correct.float()])
 

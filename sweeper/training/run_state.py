@@ -90,7 +90,8 @@ class RunState:
         origin: the run that those are of: its `run_id`, and the `digest` of its adapter.
         kept: what was measured when that was taken (`measured`); empty where nothing was.
         noted: steps whose results are known.
-        best: lowest validation NLL and its step, where the run may end early. waited: evaluations since.
+        best: lowest validation NLL (or of a metric its negative) and its step, where the run may end early. waited:
+            evaluations since.
         consolidated: tasks of a sequence whose Fisher information is in its weights' elasticity.
         diverged: a loss was not finite. pruned: its search ended it. stopped: it ran out of patience.
     """
@@ -392,11 +393,16 @@ class RunState:
         """Whether it was scored in a phase."""
         return any(row.get("moment") == phase for row in self.metrics)
 
-    def judge(self, nll: float) -> bool:
-        """Notes a validation NLL of a run that may end early; returns whether it is the lowest so far."""
-        better = math.isfinite(nll) and (self.best is None or nll < self.best[0])
+    def judge(self, score: Score) -> bool:
+        """Notes a validation score of a run that may end early; returns whether it is the best so far.
+
+        It is what the objective is judged by, the NLL or a metric, of which the best is the highest.
+        """
+        name = self.objective.score
+        found = score.nll if name == "nll" else -score.metrics.get(name, math.nan)
+        better = math.isfinite(found) and (self.best is None or found < self.best[0])
         if better:
-            self.best, self.waited = (nll, self.done), 0
+            self.best, self.waited = (found, self.done), 0
         else:
             self.waited += 1
             self.stopped = self._out_of_patience()
