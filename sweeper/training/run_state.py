@@ -169,7 +169,7 @@ class RunState:
     def optim(self) -> OptimSpec:
         return self.run.spec.optim
 
-    @property
+    @cached_property
     def objective(self) -> Objective:
         return objectives.of(self.run.spec.objective)
 

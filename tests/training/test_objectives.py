@@ -106,15 +106,15 @@ def test_the_two_ways_through_the_head_are_one(
     assert_close(train(base, [job])["x"], once)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "place"), [(1, {}), (2, {}), (1, {"head": True})])
 def test_runs_of_different_objectives_share_a_pack(
-    accumulation: int, load: Any, make_job: Any, make_adapter: Any, make_examples: Any,
+    accumulation: int, place: dict[str, Any], load: Any, make_job: Any, make_adapter: Any, make_examples: Any,
     train: Any, assert_close: Any,
 ) -> None:  # fmt: skip
     base = load("llama")
     jobs = [
         make_job(
-            f"{spec.name}-{rank}", make_adapter(base, "full", rank, seed=rank, dropout=0.2),
+            f"{spec.name}-{rank}", make_adapter(base, "full", rank, seed=rank, dropout=0.2, **place),
             make_examples(rank), steps=4 + rank, accumulation=accumulation,
         ).with_spec(objective=spec)
         for rank, spec in enumerate([PAIRED, ObjectiveSpec(), FOCAL, PAIRED, ObjectiveSpec()], start=1)

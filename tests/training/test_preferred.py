@@ -188,3 +188,38 @@ def test_trials_are_judged_by_what_their_objective_is(make_spec: Any) -> None:
     assert search_check.resolved(asked, [arm("dpo")]).directions == ("maximize",)
     with pytest.raises(SpecError, match=r"judged by different scores .nll by validation.nll, dpo by validation.pref"):
         search_check.resolved(asked, [arm("nll"), arm("dpo")])
+
+
+def test_what_trains_alone_is_scored_as_what_packs(
+    closed: dict[str, Any], make_run: Any, run_all: Any, tmp_path: Path
+) -> None:
+    """Full fine-tuning has a model to itself, so the base is another pass."""
+    method = {"name": "full_ft", "options": {"modules": "all", "save": False}}
+    spec = make_run("full", dataset=closed, objective={"name": "dpo"}, method=method, optim={"lr": 1e-3})
+    run_all([spec])
+    record = read_record(tmp_path / "study" / spec.run_id)
+    assert record.status == "completed"
+    after = record.scores["test"]["after"].metrics
+    assert after["kl"] > 0
+    assert after["preference_margin"] != 0
+
+
+def test_tasks_of_preferences_are_a_mixture(
+    closed: dict[str, Any], make_run: Any, run_all: Any, tmp_path: Path
+) -> None:
+    other = Path(closed["path"]).with_name("other.jsonl")
+    other.write_text(Path(closed["path"]).read_text().replace(" is", " was"))
+    parts = [closed, closed | {"name": "other", "path": str(other)}]
+    mixture = {"name": "mixture", "family": "mixture", "parts": parts, "options": {"sampling": "equal"}}
+    specs = [
+        make_run("attn", dataset=mixture, objective={"name": name}, trainer={"batch_size": 4})
+        for name in ("nll", "dpo")
+    ]
+    run_all(specs)
+    for spec in specs:
+        record = read_record(tmp_path / "study" / spec.run_id)
+        assert record.efficiency.pack_runs == 2
+        parted = [record.scores[f"test/{name}"]["after"].metrics for name in ("parity", "other")]
+        for name in NAMES:
+            mean = sum(part[name] for part in parted) / 2
+            assert record.scores["test"]["after"].metrics[name] == pytest.approx(mean)
