@@ -58,9 +58,10 @@ def labelled(seed: int) -> tuple[Encoded, ...]:
 
 def with_references(base: Any, job: RunState) -> RunState:
     """The job with what `training.loaded` fills in."""
-    every = [row for rows in job.rows for row in rows]
+    of_job: Any = job.rows
+    every = [row for rows in of_job for row in rows]
     found = iter(reference.measure(base, every))
-    filled = [tuple(dataclasses.replace(row, reference=next(found)) for row in rows) for rows in job.rows]
+    filled = [tuple(dataclasses.replace(row, reference=next(found)) for row in rows) for rows in of_job]
     return dataclasses.replace(job, rows=filled)
 
 
@@ -214,7 +215,7 @@ def follow(base: Any, job: RunState, begin: plain.Pairs, loss: trl_losses.Loss, 
     twin = Plain(base, job, begin)
     found = []
     for step in range(steps):
-        examples = [job.rows[i] for i in job.order.batch(step)]
+        examples: Any = [job.rows[i] for i in job.order.batch(step)]
         value = loss(twin.model, examples)
         found.append(float(value.detach()))
         twin.descend(value, step, job.steps)
@@ -292,7 +293,7 @@ def test_base_log_likelihoods_are_kept_and_are_the_stock_models(load: Any, tmp_p
 
 def test_a_mismatched_response_is_another_prompts(load: Any) -> None:
     for examples in (pairs(0), labelled(0)):
-        rows = objectives.of(spec("kto")).rows_of(examples)
+        rows: Any = objectives.of(spec("kto")).rows_of(examples)
         for number, own in enumerate(rows):
             *labels, mismatched = own
             assert [row.value for row in labels] == (

@@ -38,7 +38,12 @@ def test_all_objectives_train_in_one_pack_and_are_scored_alike(
 ) -> None:
     asked: list[int] = []
     measure = reference.measure
-    monkeypatch.setattr(reference, "measure", lambda base, rows: asked.append(len(rows)) or measure(base, rows))
+
+    def counted(base: Any, rows: Any) -> list[float]:
+        asked.append(len(rows))
+        return measure(base, rows)
+
+    monkeypatch.setattr(reference, "measure", counted)
     chosen = ("nll", "dpo", "ipo", "kto", "simpo")
     specs = [
         make_run("full", dataset=closed, objective={"name": name}, trainer={"max_steps": 12}, optim={"lr": 2e-2})
