@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt constraints-data.txt
 $(VENV)/.installed-test: $(STAMP) constraints-trackio.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[ray,postgres,mlflow]'
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-trackio.txt
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt bitsandbytes
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt bitsandbytes trl
 	@touch $@
 
 sweep: $(STAMP)  ## train the placement x rank grid on the default model and data, print and save its table

@@ -194,7 +194,7 @@ def _columns(records: Sequence[Record]) -> list[Shown]:
     return columns
 
 
-_TITLES = {"exact_match": "accuracy"}
+_TITLES = {"exact_match": "accuracy", "preference_accuracy": "preference accuracy"}
 
 
 def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[str, Any]:
@@ -261,12 +261,10 @@ def _base_rows(records: Sequence[Record], fields: Sequence[str], metric: str | N
 
 
 def _metric(records: Sequence[Record]) -> str | None:
-    """The task metric to show: the first that any run has on the validation split."""
-    for record in records:
-        for score in record.scores.get(SPLIT, {}).values():
-            for name in score.metrics:
-                return name
-    return None
+    """The metric to show: of preferences their accuracy, else the first that any run has on the validation split."""
+    every = [score for record in records for score in record.scores.get(SPLIT, {}).values()]
+    names = dict.fromkeys(name for score in every for name in score.metrics)
+    return "preference_accuracy" if "preference_accuracy" in names else next(iter(names), None)
 
 
 def _scores(score: Score | None) -> dict[str, float | None]:

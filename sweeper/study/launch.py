@@ -28,6 +28,7 @@ from sweeper.study import chain, forecast, scheduler
 from sweeper.study import plan as planning
 from sweeper.study.plan import Plan
 from sweeper.study.scheduler import Outcome, Scheduler, TrainRuns
+from sweeper.study.search_check import resolved
 from sweeper.study.search_settings import SearchSettings
 from sweeper.training.events import Event, Remark, RunFinished
 
@@ -184,7 +185,7 @@ def carry_out(
         Interrupted: stopped by Ctrl-C.
         ContextLost: this process can use its GPU no more; the same again in a fresh one goes on from what is saved.
     """
-    search = search or SearchSettings()
+    search = resolved(search or SearchSettings(), arms)
     register.load(settings.plugins)
     console = make_console()
     # for seconds: what plans imports what trains

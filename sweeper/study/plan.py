@@ -177,10 +177,11 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     attempt(lambda: _check_writable(settings.folder))
     if settings.device.startswith("cuda"):
         attempt(lambda: device.device_for(settings.device))
-    for dataset in unique(spec.dataset for spec in specs):
-        attempt(partial(tasks.check, dataset))
-    for objective in unique(spec.objective for spec in specs):
-        attempt(partial(objectives.check, objective))
+    readable = {repr(one) for one in unique(spec.dataset for spec in specs) if attempt(partial(tasks.check, one))}
+    known = {repr(one) for one in unique(spec.objective for spec in specs) if attempt(partial(objectives.check, one))}
+    for objective, dataset in unique((spec.objective, spec.dataset) for spec in specs):
+        if repr(objective) in known and repr(dataset) in readable:
+            attempt(partial(objectives.check_data, objective, dataset))
     for dataset, evaluation in unique((spec.dataset, spec.evaluation) for spec in specs):
         attempt(partial(tasks.check_evaluation, dataset, evaluation))
     sound = {text for text, spec in _by_method(specs) if attempt(partial(methods.check, spec))}

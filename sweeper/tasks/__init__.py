@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sweeper import content as contents
@@ -40,6 +41,7 @@ from sweeper.tasks import (
     medmcqa,
     metrics,
     mixture,
+    preference,
     privacy_policy_qa,
     pubmed,
     sequence,
@@ -97,7 +99,10 @@ class Family(Protocol):
 
 
 # Options that every family takes.
-COMMON_OPTIONS = {"stop": "list of texts that end a generated text"}
+COMMON_OPTIONS = {
+    "stop": "list of texts that end a generated text",
+    preference.OPTION: preference.OPTION_MEANING,
+}
 
 FAMILIES: dict[str, Family] = {
     "chain_sum": chain_sum,
@@ -139,6 +144,8 @@ def check(spec: DatasetSpec, *, training: bool = True) -> None:
             f"{installation.program('evaluate')} RUN_FOLDER dataset={spec.name}"
         )
     FAMILIES[spec.family].check(spec)
+    if _of_choices(spec):
+        load(spec)
     for part in spec.parts:
         check(part, training=training)
 
@@ -217,9 +224,34 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
         return mixture.joined({part.name: load(part) for part in spec.parts})
     family: Any = FAMILIES[spec.family]
     splits = family.load(spec)
+    if _of_choices(spec):
+        splits = {split: preference.from_choices(splits[split], spec.name) for split in SPLITS}
     for split in SPLITS:
         metrics.check(spec.metrics, splits[split])
+        preference.check_split(split, splits[split])
     return {split: splits[split] for split in SPLITS}
+
+
+def _of_choices(spec: DatasetSpec) -> bool:
+    """Whether the wrong choices of a task become rejected answers."""
+    return not spec.parts and spec.options.get(preference.OPTION, "none") != "none"
+
+
+def kind(spec: DatasetSpec) -> str:
+    """What the examples of a dataset of one task are (`tasks.preference`), from no more of it than is needed.
+
+    Raises:
+        DataError: as `load`.
+    """
+    if _of_choices(spec):
+        return preference.PAIRS
+    family: Any = FAMILIES[spec.family]
+    if hasattr(family, "kind"):
+        found: str = family.kind(spec)
+        return found
+    if isinstance(family, ModuleType):  # of ours, those that may hold preferences say so
+        return preference.PLAIN
+    return preference.kind(load(spec)["train"][0])
 
 
 def encode(
@@ -354,6 +386,7 @@ def _check_names(spec: DatasetSpec) -> None:
             raise SpecError(unknown("dataset.options", option, choices))
     columns.check(spec, getattr(FAMILIES[spec.family], "COLUMNS", ()))
     stop_strings(spec)
+    preference.check_option(spec.options.get(preference.OPTION, "none"))
 
 
 def _encode_split(
@@ -368,12 +401,14 @@ def _encode_split(
         try:
             tokens = _tokens(example, spec, tokenizer)
             choices = tuple(_choice(example.prompt, text, spec, tokenizer, known, alike) for text in example.choices)
+            rejected = _rejected(example, spec, tokenizer)
         except DataError as error:
             raise DataError(f"{where(spec, example.id)}: {error}") from None
         except Exception as error:
             raise DataError(f"{where(spec, example.id)}: {_refusal(spec, error)}") from error
         prompt, response = tokens.prompt, tokens.response
-        room = spec.max_length - max([len(response), *(len(choice.ids) + 1 for choice in choices)])
+        longest = max([len(response), len(rejected), *(len(choice.ids) + 1 for choice in choices)])
+        room = spec.max_length - longest
         if room <= starts:
             dropped.append(example.id)
             continue
@@ -383,7 +418,10 @@ def _encode_split(
             prompt = prompt[:starts] + prompt[cut + starts :]
         kept = [(start - cut, end - cut) for start, end in tokens.answers if start - cut >= max(starts, 1)]
         first, asides = _asides(kept, len(prompt))
-        encoded.append(Encoded(example.id, (*prompt, *response), first, choices, example.check, unit, asides))
+        ids = (*prompt, *response)
+        encoded.append(
+            Encoded(example.id, ids, first, choices, example.check, unit, rejected, example.label, asides)
+        )
         apart += not tokens.whole
     if examples and not encoded:
         raise DataError(f"dataset.max_length={spec.max_length} is too short for every response of the {name} split")
@@ -448,6 +486,13 @@ def _choice(
         _, response = tokenise(spec.template, prompt, text, spec.system, tokenizer)
         known[key] = Choice(text, tuple(response[:-1]))
     return known[key]
+
+
+def _rejected(example: Example, spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The tokens of the worse response of a pair, its end included; none of any other example."""
+    if not example.rejected:
+        return ()
+    return tuple(tokenise(spec.template, example.prompt, example.rejected, spec.system, tokenizer)[1])
 
 
 def _key(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", model_key: str) -> str:

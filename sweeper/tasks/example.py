@@ -42,7 +42,8 @@ class Example:
 
     `choices` are the answers to choose among, the response one of them; empty where the answer is free. `check` is
     Python source that is run in the sandbox with a generated program as the text `PROGRAM`, and raises where that is
-    wrong.
+    wrong. Of a pair the response is preferred to `rejected`; of an unpaired preference `label` says whether the
+    response is desirable.
 
     Of a conversation, `turns` are all of it, the last of which is the answer; `prompt` is what came before as one text,
     and `tools` is JSON of the tools that its template tells of.
@@ -55,6 +56,8 @@ class Example:
     group: str
     choices: tuple[str, ...] = ()
     check: str = ""
+    rejected: str = ""
+    label: bool | None = None
     turns: tuple[Turn, ...] = ()
     tools: str = ""
 
@@ -71,8 +74,9 @@ class Choice:
 class Encoded:
     """Token ids of one example. The loss is taken on `input_ids[prompt_length:]`, whose last id ends the response.
 
-    `group` is what it shares with examples that it is not independent of (`sweeper.tasks.split.units`).
-    `asides` are the stretches after the prompt that no loss falls on: what others say between several answers.
+    `group` is what it shares with examples that it is not independent of (`sweeper.tasks.split.units`). `rejected` are
+    the ids of the worse response to the same prompt, its end included; `label` is as `Example.label`. `asides` are the
+    stretches after the prompt that no loss falls on: what others say between several answers.
     """
 
     id: str
@@ -81,7 +85,14 @@ class Encoded:
     choices: tuple["Choice", ...] = ()
     check: str = ""
     group: str = ""
+    rejected: tuple[int, ...] = ()
+    label: bool | None = None
     asides: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row, whatever is made of it."""
+        return max(len(self.input_ids), self.prompt_length + len(self.rejected))
 
     @property
     def question(self) -> tuple[int, ...]:

@@ -8,6 +8,9 @@ text that comes out as the number of the right one (from 0), in place of `respon
 a generated program, the text `PROGRAM`. Without `prompt` and `response`, rows have one of the layouts that people
 have: conversations, instructions, running text (`sweeper.tasks.conversation`).
 
+Of preferences, `chosen` and `rejected`, or `completion` and `label`, name columns in place of `response`
+(`sweeper.tasks.preference`); `prompt` may then be left out.
+
 `splits` maps ours to the source's names; those it lacks are cut out of train. Published splits overlap at times: an
 example whose group or near-duplicate prompt is in test is left out of validation and train, and one in validation out
 of train. Rows whose prompt or response comes out empty are left out too. Without `revision` the newest version is read.
@@ -27,7 +30,7 @@ from sweeper import content as contents
 from sweeper.content import COMMIT, Content
 from sweeper.errors import DataError, first_line
 from sweeper.spec import DatasetSpec
-from sweeper.tasks import columns, conversation
+from sweeper.tasks import columns, conversation, preference
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.package import require_extra
 from sweeper.tasks.split import asked, prompt_key, split_examples
@@ -40,12 +43,18 @@ OPTIONS = {
     "answer": "text with {columns} that gives the number of the right choice, from 0",
     "check": "Python source with {columns} that raises where the text PROGRAM is wrong",
     "loss": conversation.OPTION,
+    "chosen": "column of the preferred response, or of the chat that ends with it",
+    "rejected": "column of the other one",
+    "completion": "column of a response that `label` is of",
+    "label": "column that says whether the completion is good",
     "splits": "ours -> the source's, for instance {train: train, test: test}",
     "config": "the source's configuration name",
     "revision": "commit, tag or branch",
 }
 
-COLUMNS = ("prompt", "response", "group", "answer", "check", *conversation.NAMES)
+COLUMNS = (
+    "prompt", "response", "group", "answer", "check", *dict.fromkeys((*preference.COLUMNS, *conversation.NAMES)),
+)  # fmt: skip
 UNIT = "`group` of the options, else the prompt"
 
 # split of ours -> rows; a row is a mapping from column to value
@@ -113,7 +122,34 @@ def _options(spec: DatasetSpec) -> dict[str, Any]:
     return {**spec.options, **columns.templates(spec)}
 
 
+def kind(spec: DatasetSpec) -> str:
+    """What the examples are (`sweeper.tasks.preference`), by what the options name."""
+    return _kind(_options(spec))
+
+
+def _kind(options: Mapping[str, Any]) -> str:
+    given = {key: value for key, value in options.items() if value is not None}
+    return preference.PAIRS if "chosen" in given else preference.kind_of(given)
+
+
+def _preference(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Example:
+    """A row whose columns hold preferences: a column alone is taken as it is, for it may be a chat."""
+    values = {}
+    for key in ("prompt", *preference.COLUMNS):
+        text = options.get(key)
+        if text is not None:
+            alone = re.fullmatch(r"\{([^{}\[\]]+)\}", text)
+            column = text if isinstance(text, columns.Plain) else alone[1] if alone else None
+            values[key] = columns.fill(text, row) if column is None else columns.as_text(row[column])
+    values, fields = preference.unfolded(values, f"row {name}")
+    group = options.get("group")
+    return Example(name, values["prompt"], values["response"], columns.fill(group, row) if group else name, **fields)
+
+
 def _example(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Example:
+    if _kind(options) != preference.PLAIN:
+        return _preference(name, row, options)
+
     def fill(text: str) -> str:
         try:
             return columns.fill(text, row)
@@ -145,7 +181,8 @@ def _example(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> E
 
 def _by_layout(options: Mapping[str, Any]) -> bool:
     """Whether nothing says what prompt and response are made of."""
-    return all(options.get(name) is None for name in ("prompt", "response", "answer", "choices"))
+    said = any(options.get(name) is not None for name in ("prompt", "response", "answer", "choices"))
+    return not said and _kind(options) == preference.PLAIN
 
 
 def _layout(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> conversation.Recognised:
@@ -249,10 +286,8 @@ def _offline_if_unreachable(spec: DatasetSpec) -> Iterator[None]:
 
 def _columns(spec: DatasetSpec, tables: Tables) -> None:
     options, called = _options(spec), {key: f"dataset.columns.{key}" for key in spec.columns}
-    required = ("prompt", "response" if options.get("answer") is None else "answer")
-    if _by_layout(options):
-        required = _known_layout(tables, options)
-    texts = [(key, options.get(key)) for key in (*required, "group", "check")]
+    required = _known_layout(tables, options) if _by_layout(options) else _required(options)
+    texts = [(key, options.get(key)) for key in dict.fromkeys((*required, "prompt", "group", "check"))]
     for key, text in [*texts, *(("choices", text) for text in options.get("choices") or ())]:
         if text is None and key not in required:
             continue
@@ -283,6 +318,15 @@ def _known_layout(tables: Tables, options: Mapping[str, Any]) -> tuple[str, ...]
             if _lacking(_layout(f"{split}-0", row, options)):
                 return "prompt", "response"
     return ()
+
+
+def _required(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options that must name columns."""
+    if (found := _kind(options)) == preference.PAIRS:
+        return preference.PAIRED
+    if found == preference.LABELS:
+        return "prompt", *preference.UNPAIRED
+    return "prompt", "response" if options.get("answer") is None else "answer"
 
 
 def _shown(tables: Tables) -> str:

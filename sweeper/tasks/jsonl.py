@@ -1,7 +1,9 @@
 """A user's own file of JSON lines, a JSON list, CSV, TSV or Parquet, with the columns `prompt` and `response`, or with
 those of another layout that people have (`sweeper.tasks.conversation`), and optionally `id`, `group`, `split`,
 `choices` (a list of texts, the response among them) and `check` (Python source that tests a generated program, the text
-`PROGRAM`). `dataset.columns` says which columns these are where they have other names (`sweeper.tasks.columns`).
+`PROGRAM`). `dataset.columns` says which columns these are where they have other names (`sweeper.tasks.columns`). In
+place of a response a line may have preferences: `chosen` and `rejected`, or `completion` and `label`
+(`sweeper.tasks.preference`).
 
 A group is what examples that are not independent share: a document, a patient, an author. Examples of one group, and
 near-duplicate prompts, stay on one side, and the analysis resamples whole groups. Splits that the file does not name
@@ -17,7 +19,7 @@ from typing import Any
 
 from sweeper.errors import DataError, unknown
 from sweeper.spec import DatasetSpec
-from sweeper.tasks import columns, conversation, metrics, rows
+from sweeper.tasks import columns, conversation, metrics, preference, rows
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.split import split_examples
 
@@ -28,7 +30,7 @@ OPTIONS = {
 UNIT = "the file's `group`, else the prompt"
 REQUIRED = ("prompt", "response")
 OPTIONAL = ("id", "group", "split", "check")
-COLUMNS = (*REQUIRED, *OPTIONAL, "choices", *conversation.NAMES)
+COLUMNS = (*REQUIRED, *OPTIONAL, "choices", *dict.fromkeys((*preference.COLUMNS, *conversation.NAMES)))
 
 
 def check(spec: DatasetSpec) -> None:
@@ -48,6 +50,13 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
         return split_examples(examples, spec, marked=marked)
     except DataError as error:
         raise DataError(f"{spec.path}: {error}") from None
+
+
+def kind(spec: DatasetSpec) -> str:
+    """What the examples are (`sweeper.tasks.preference`), by the first line."""
+    for _, where, values in _rows(spec):
+        return preference.kind_of(preference.unfolded(values, where)[1])
+    return preference.PLAIN
 
 
 def _bytes(spec: DatasetSpec) -> bytes:
@@ -95,7 +104,8 @@ def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
         examples.append(
             Example(
                 example_id, row["prompt"], row["response"], row.get("group", example_id),
-                choices=row.get("choices", ()), check=row.get("check", ""), turns=layout.turns, tools=layout.tools,
+                choices=row.get("choices", ()), check=row.get("check", ""), rejected=row.get("rejected", ""),
+                label=row.get("label"), turns=layout.turns, tools=layout.tools,
             )
         )  # fmt: skip
         if "split" in row:
@@ -118,8 +128,9 @@ def _row(
     values: Mapping[str, Any], where: str, *, group: str | None = None
 ) -> tuple[dict[str, Any], conversation.Recognised]:
     """The fields of an example that a row has, each checked, and the layout that it has."""
+    values, preferred = preference.unfolded(values, where)
     try:
-        layout = conversation.recognised(values)
+        layout = conversation.Recognised(dict(values)) if preferred else conversation.recognised(values)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     row, required = layout.values, REQUIRED[layout.running :]  # running text has no prompt
@@ -137,6 +148,9 @@ def _row(
         row["group"] = row[group]
     present = [key for key in (*required, *OPTIONAL) if key in required or row.get(key) is not None]
     found: dict[str, Any] = {"prompt": ""} | {key: _text(row[key], key, where) for key in present}
+    if "rejected" in preferred:
+        preferred["rejected"] = _text(preferred["rejected"], "rejected", where)
+    found |= preferred
     if row.get("choices") is not None:
         found["choices"] = _choices(row["choices"], found["response"], where)
     return found, layout

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sweeper.objectives.objective import REFERENCE, SHARE, VALUE, Row
 from sweeper.tasks.example import Encoded, Tokens, scored
 
 EMPTY = Encoded(id="", input_ids=(0,), prompt_length=1)  # a row without targets, where a batch has to be filled up
@@ -75,9 +76,9 @@ class Batch:
     """One rectangular batch of a pack.
 
     ids [L*R, T] token ids, each lane R sequences; index [L, K] flat positions (into L*R*T) whose next token is a
-    target; targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step);
+    target; targets [L, K]; weights [L, K] float32, 0 for padding, else the weight of the token (`Outputs.weights`);
     lengths [L*R] tokens of each sequence; tasks [L*R] which task of its run each is of, 0 where there is one;
-    prompts [L*R] tokens of each sequence's prompt.
+    prompts [L*R] tokens of each sequence's prompt; facts [L*R, 3] what a loss must know of each (`Outputs.facts`).
     """
 
     ids: Tensor
@@ -87,6 +88,7 @@ class Batch:
     lengths: Tensor
     tasks: Tensor
     prompts: Tensor
+    facts: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -101,12 +103,18 @@ class Batch:
         first = torch.arange(lanes, device=self.index.device)[:, None] * sequences
         return (self.index // length - first).clamp(min=0)
 
+    @property
+    def positions(self) -> Tensor:
+        """[L, K] place of each target in its sequence, from 0."""
+        return self.index % self.ids.shape[1] + 1
+
     def repeated(self, lanes: int) -> "Batch":
         """This batch of one lane for several."""
         rows = torch.arange(lanes)[:, None] * self.ids.numel()
         return Batch(
             self.ids.repeat(lanes, 1), self.index + rows, self.targets.repeat(lanes, 1), self.weights.repeat(lanes, 1),
             self.lengths.repeat(lanes), self.tasks.repeat(lanes), self.prompts.repeat(lanes),
+            self.facts.repeat(lanes, 1),
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
@@ -121,7 +129,7 @@ class Batch:
             mine.copy_(new, non_blocking=True)
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.ids, self.index, self.targets, self.weights, self.lengths, self.tasks, self.prompts
+        return self.ids, self.index, self.targets, self.weights, self.lengths, self.tasks, self.prompts, self.facts
 
 
 def supervised(examples: Sequence[Tokens]) -> int:
@@ -141,18 +149,19 @@ def mean_weights(examples: Sequence[Tokens]) -> list[float]:
 
 def collate(
     lanes: Sequence[Sequence[Tokens]], weights: Sequence[Sequence[float]], *, fixed: bool, count: int | None = None,
-    tasks: Sequence[Sequence[int]] | None = None,
+    tasks: Sequence[Sequence[int]] | None = None, shares: Sequence[Sequence[float]] | None = None,
 ) -> Batch:  # fmt: skip
-    """Right-padded batch of every lane's examples; causal attention never looks at what follows, so no mask is needed.
+    """Right-padded batch of every lane's rows; causal attention never looks at what follows, so no mask is needed.
 
     Args:
-        lanes: for each lane the same number of examples.
-        weights: for each lane, of each of its examples, the weight of a target token.
+        lanes: the rows of each lane; those that have fewer than others are filled up with empty ones.
+        weights: for each lane, of each of its rows, the weight of a target token.
         fixed: round lengths up to few distinct values, for compiled and captured steps.
         count: lanes of the batch; those beyond the given ones are empty and their loss is 0.
-        tasks: for each lane, which task of its run each of its examples is of.
+        tasks: for each lane, which task of its run each of its rows is of.
+        shares: for each lane, of each of its rows, the weight of the example it is of; without it all alike.
     """
-    rows, lanes_in_all = len(lanes[0]), count or len(lanes)
+    rows, lanes_in_all = max(map(len, lanes)), count or len(lanes)
     length = _round(max(len(e.input_ids) for lane in lanes for e in lane), fixed)
     width = max(supervised(lane) for lane in lanes)
     # a target costs a row of logits and no more, so its number may be rounded coarsely: fewer shapes to capture
@@ -162,23 +171,26 @@ def collate(
     targets = np.zeros((lanes_in_all, width), dtype=np.int64)
     weighed = np.zeros((lanes_in_all, width), dtype=np.float32)
     lengths = np.ones(lanes_in_all * rows, dtype=np.int64)
-    lengths[: len(lanes) * rows] = [len(example.input_ids) for examples in lanes for example in examples]
     prompts = np.ones(lanes_in_all * rows, dtype=np.int64)
-    prompts[: len(lanes) * rows] = [example.prompt_length for examples in lanes for example in examples]
     tasked = np.zeros(lanes_in_all * rows, dtype=np.int64)
-    if tasks is not None:
-        tasked[: len(lanes) * rows] = [task for own in tasks for task in own]
+    facts = np.zeros((lanes_in_all * rows, 3), dtype=np.float32)
     for lane, (examples, heavy) in enumerate(zip(lanes, weights, strict=True)):
-        filled = 0
+        filled, own = 0, slice(lane * rows, lane * rows + len(examples))
+        facts[own, SHARE] = 1 / len(examples) if shares is None else shares[lane]
+        if tasks is not None:
+            tasked[own] = tasks[lane]
         for row, (example, weight) in enumerate(zip(examples, heavy, strict=True), start=lane * rows):
             tokens = example.input_ids
             ids[row, : len(tokens)] = tokens
+            lengths[row], prompts[row] = len(tokens), example.prompt_length
             for start, end in scored(example):
                 part = slice(filled, filled + end - start)
                 index[lane, part] = row * length + np.arange(start - 1, end - 1)
                 targets[lane, part], weighed[lane, part] = tokens[start:end], weight
                 filled = part.stop
-    return Batch(*map(torch.from_numpy, (ids, index, targets, weighed, lengths, tasked, prompts)))
+            if isinstance(example, Row):
+                facts[row, VALUE], facts[row, REFERENCE] = example.value, example.reference
+    return Batch(*map(torch.from_numpy, (ids, index, targets, weighed, lengths, tasked, prompts, facts)))
 
 
 def distinct_lengths(lengths: Sequence[int]) -> int:

@@ -174,7 +174,7 @@ class PackTrainer:
             failed += bad
             for slot, state, result in found:
                 self._note(state, VALIDATION, state.phase, result)
-                if state.adapter.keep_best and state.adapter.saveable(state.done) and state.judge(result.score.nll):
+                if state.adapter.keep_best and state.adapter.saveable(state.done) and state.judge(result.score):
                     self.pack.store.keep_best(slot)
         self._fail(failed)
         self.left = self.left or bool(failed)

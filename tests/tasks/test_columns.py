@@ -132,15 +132,11 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_refusal_says_what_to_type(composer: Any, tmp_path: Path) -> None:
-    """Unpaired preferences, questions and answers: what is typed then reads them."""
+    """Questions and answers: what is typed then reads them."""
     layouts: dict[str, tuple[dict[str, Any], dict[str, str], str, str]] = {
         "questions": (
             {"question": "Is # even?", "answer": "yes"},
             {"prompt": "question", "response": "answer"}, "Is 3 even?", "yes",
-        ),
-        "unpaired": (
-            {"prompt": "Is # even?", "completion": "yes", "label": True},
-            {"response": "completion"}, "Is 3 even?", "yes",
         ),
     }  # fmt: skip
     for name, (row, names, prompt, response) in layouts.items():

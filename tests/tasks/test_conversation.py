@@ -100,7 +100,6 @@ def test_the_layouts_that_people_have(
         ({"messages": [{"role": U, "content": 3}]}, r"my.jsonl:2: messages\[0\].content must be text, got 3"),
         ({"messages": [{"role": U, "content": [{"image": ""}]}]}, r"my.jsonl:2: messages\[0\].content has parts that"),
         ({"conversations": [{"from": "gpt", "value": "x"}]}, r"my.jsonl:2: the conversation has no turn"),
-        ({"prompt": "p", "completion": "c", "label": False}, r"my.jsonl:2: missing response; this line has the keys"),
         ({"text": " "}, r"my.jsonl:2: missing prompt and response; this line has the keys text"),
     ],
 )

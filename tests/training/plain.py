@@ -76,14 +76,18 @@ class Plain:
         """One optimiser step of `steps` in all (from 0); returns the mean NLL before it."""
         total, count = nll(self.model, examples)
         loss = total / count
-        (loss + penalty()).backward()
+        self.descend(loss + penalty(), step, steps)
+        return float(loss.detach())
+
+    def descend(self, loss: Tensor, step: int, steps: int) -> None:
+        """One optimiser step of `steps` in all (from 0) down a loss."""
+        loss.backward()
         optim = self.job.spec.optim
         torch.nn.utils.clip_grad_norm_(self.values, optim.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(optim, step, steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
 
     def fisher(self, examples: Sequence[Tokens]) -> list[Tensor]:
         """Mean over examples of the squared gradient of each one's summed NLL."""
