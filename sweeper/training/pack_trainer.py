@@ -380,6 +380,7 @@ class PackTrainer:
             self.context.writer.write(functools.partial(self._write, state, weights))
             self.pack.remove(slot)
             del self.running[state.run_id]
+        self.context.trim()
 
     def _note(self, state: RunState, split: str, phase: str, found: EvaluatedSplit) -> None:
         for event in state.note_scores(split, phase, found):
