@@ -293,7 +293,7 @@ def conclude(
     chosen = [run for runs in work.chosen().values() for run in runs]
     found: dict[str, Record] = {}
     for run in chosen:
-        if record.status(run.folder) is not None:
+        with contextlib.suppress(FileNotFoundError, ValueError):
             found[run.run_id] = record.read_record(run.folder)
     several = len(work.how.objectives) > 1
     if plan.tuned:
