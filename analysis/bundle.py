@@ -25,7 +25,13 @@ from . import archive
 from .__main__ import main as analyse
 from .__main__ import printable
 
-MANIFEST, STUDY, CONFIGS, VERSIONS, ANALYSIS = "manifest.json", "study.tar.xz", "configs.jsonl", "versions.json", "analysis"
+MANIFEST, STUDY, CONFIGS, VERSIONS, ANALYSIS = (
+    "manifest.json",
+    "study.tar.xz",
+    "configs.jsonl",
+    "versions.json",
+    "analysis",
+)
 SCHEMA = 1
 TOLERANCE = 1e-6  # relative, of a number in a table that another machine or version makes again
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sweeper import installation, record, register, shell
+from sweeper import cache, installation, record, register, shell
 from sweeper.arms import Arm, look_up, number_of_points, single
 from sweeper.errors import Interrupted, RunsFailed, SpecError, SweeperError, gist
 from sweeper.record import Record
@@ -185,6 +185,7 @@ def carry_out(
         ContextLost: this process can use its GPU no more; the same again in a fresh one goes on from what is saved.
     """
     search = search or SearchSettings()
+    cache.limit_bytes()  # one that is no size is told before work starts
     register.load(settings.plugins)
     console = make_console()
     # for seconds: what plans imports what trains
