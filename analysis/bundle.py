@@ -208,7 +208,7 @@ def _digest(data: bytes) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`bundle STUDY [FILE]` and `bundle verify FILE [--out FOLDER]`; returns 0, 1 where tables differ, 2 on bad input."""
+    """`bundle STUDY [FILE]` and `bundle verify FILE [--out FOLDER]`; 0, 1 where tables differ, 2 on bad input."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _verify(words[1:]) if words[:1] == ["verify"] else _create(words)
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _create(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog=installation.program("bundle"), description="A study as one file that can be verified: STUDY.bundle.tar.xz",
+        prog=installation.program("bundle"), description="A study as one file that can be verified.",
         epilog="`verify FILE` checks a bundle, analyses its study again and compares the tables.",
     )  # fmt: skip
     parser.add_argument("study", type=Path, help="its folder, such as outputs/default")

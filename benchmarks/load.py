@@ -50,7 +50,7 @@ def overrides(root: Path, runs: int, steps: int = STEPS) -> list[str]:
 
 def write(root: Path, runs: int) -> int:
     """Writes what a finished study of that grid holds; returns how many runs it has."""
-    from sweeper import config
+    from sweeper import config, device, record
     from sweeper.study import plan as planning
 
     found = config.expand(overrides(root, runs), config.composer_of())
@@ -58,6 +58,7 @@ def write(root: Path, runs: int) -> int:
     known: dict[tuple[str, int], Any] = {}
     for run in plan.runs:
         write_run(run, known)
+    record.write_json(plan.study / device.PRECISION, {"auto": "float32"})
     return len(plan.runs)
 
 

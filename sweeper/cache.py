@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from sweeper.errors import SpecError, SweeperError, unknown
 
@@ -26,7 +25,7 @@ DEFAULT_LIMIT = "100GB"
 FETCHED = ("data", "packages")  # asked for by `lora-atlas fetch`; a limit takes nothing of these
 MODELS = "models"  # what folders of converted weights are called in lists; they lie in the cache folder itself
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_HELD: dict[Path, IO[bytes]] = {}
+_HELD: dict[Path, int] = {}
 
 
 def cache_folder() -> Path:
@@ -80,10 +79,10 @@ def hold(folder: Path) -> None:
     if folder in _HELD:
         return
     with contextlib.suppress(OSError):  # a cache that cannot be written is not cleared either
-        file = _mark(folder).open("ab")
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        mark = os.open(_mark(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # open until the process ends
+        _HELD[folder] = mark
+        fcntl.flock(mark, fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.utime(_mark(folder))
-        _HELD[folder] = file
 
 
 def _mark(path: Path) -> Path:
@@ -167,9 +166,7 @@ def main(arguments: Sequence[str]) -> int:
     """`lora-atlas cache` lists what there is by kind; `cache clean [KIND ...]` removes it, but for what is in use."""
     parser = argparse.ArgumentParser(prog=f"{NAME} cache", description="What the cache folder holds.")
     parser.add_argument("action", nargs="?", choices=["list", "clean"], default="list")
-    parser.add_argument(
-        "kinds", nargs="*", metavar="KIND", help="of what to remove (default: all but what was fetched)"
-    )
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="what to remove (default: all but what was fetched)")
     options = parser.parse_args(arguments)
     root = cache_folder()
     found = list(entries(root))

@@ -1,5 +1,7 @@
 """The resolved, frozen description of one run. Everything behind `train.py` reads this and nothing of Hydra."""
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import dacite
 
@@ -702,7 +704,18 @@ def run_spec(mapping: Mapping[str, Any]) -> RunSpec:
     filled = dict(mapping)
     if filled.get("alpha") is None and isinstance(filled.get("rank"), int):
         filled["alpha"] = 2 * filled["rank"]
+    kinds = get_type_hints(RunSpec)
+    for name, value in filled.items():
+        if isinstance(value, dict) and is_dataclass(kinds.get(name)):
+            with contextlib.suppress(SpecError, ValueError, SyntaxError, RecursionError):  # told of the whole below
+                filled[name] = _section(kinds[name], repr(value))
     return from_mapping(RunSpec, filled)
+
+
+@functools.lru_cache(maxsize=1024)
+def _section(kind: type[Spec], text: str) -> Spec:
+    """A section by its plain data as text: the runs of a study share most of theirs."""
+    return from_mapping(kind, ast.literal_eval(text))
 
 
 def _pairs(value: Any, name: str, kind: Any) -> Any:

@@ -346,9 +346,8 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
     """The dry run: every run (of a tuned arm, the default trial) with what it adapts and costs."""
     from sweeper import methods, naming
 
-    specs = [to_mapping(run.spec) for run in plan.runs]
-    fields = naming.varying(specs)
-    flat = [naming.flat(spec) for spec in specs]
+    flat = [naming.flat(to_mapping(run.spec)) for run in plan.runs]
+    fields, tuned = naming.varying_rows(flat), plan.tuned
     lacking = [methods.lacks(run.spec.method) for run in plan.runs]
     costs = forecast.costs([run.spec for run in plan.runs], settings)
     shown = {
@@ -372,7 +371,7 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
             Column(
                 title="status",
                 cells=[
-                    plan.statuses[run.run_id] or ("default trial" if plan.tuned else _to_train(plan, run))
+                    plan.statuses[run.run_id] or ("default trial" if tuned else _to_train(plan, run))
                     for run in plan.runs
                 ],
                 wraps=True,
