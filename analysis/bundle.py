@@ -173,7 +173,7 @@ def _compare(former: Path, again: Path) -> tuple[int, dict[str, str]]:
 
 
 def _unlike(one: Path, two: Path) -> Iterator[str]:
-    rows = [list(csv.reader(path.open(newline=""))) for path in (one, two)]
+    rows = [list(csv.reader(io.StringIO(path.read_text(), newline=""))) for path in (one, two)]
     if len(rows[0]) != len(rows[1]):
         yield f"{len(rows[0])} rows, now {len(rows[1])}"
         return

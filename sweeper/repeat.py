@@ -1,6 +1,7 @@
 """`train.py --from RECORD`: trains what a record describes once more, in a study of its own, and compares the two."""
 
 import argparse
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,8 +73,17 @@ def main(words: Sequence[str]) -> None:
     lines = [line for former in named for line in told(former, asked, alone=len(formers) == 1)]
     for line in dict.fromkeys(lines):
         print(line, flush=True)
-    _fix_precision(asked, formers)
-    done = launch.carry_out(grouped([former.spec for former in formers]), asked)
+    fixed = _fix_precision(asked, formers)
+    try:
+        done = launch.carry_out(grouped([former.spec for former in formers]), asked)
+    except Problems:  # nothing was trained, so nothing is left
+        if fixed:
+            fixed.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fixed.parent.rmdir()
+        raise
+    if asked.dry_run:
+        return
     new = {bare(run.spec).run_id: done.records.get(run.run_id) for run in done.runs}
     wrong = []
     for former in formers:
@@ -272,14 +282,20 @@ def _here(settings: Settings) -> dict[str, Any]:
     return environment.describe(device.device_for(settings.device), None)
 
 
-def _fix_precision(settings: Settings, formers: Sequence[Former]) -> None:
-    """Has `trainer.precision=auto` be what it was: a busy CPU's measurement would turn it to the other."""
+def _fix_precision(settings: Settings, formers: Sequence[Former]) -> Path | None:
+    """Has `trainer.precision=auto` be what it was: a busy CPU's measurement would turn it to the other.
+
+    Returns the file that says so, where it was written now.
+    """
     auto = [former for former in formers if former.spec.trainer.precision == "auto"]
     known = {str(former.record.environment.get("precision")) for former in auto} - {"None"}
     if len(known) > 1:
         raise SpecError(f"{FLAG}: these runs trained in {' and '.join(sorted(known))}; repeat those of one at a time")
-    for precision in known & TOLERANCES.keys():
-        record.write_first(settings.folder / device.PRECISION, {"auto": precision})
+    path = settings.folder / device.PRECISION
+    if not known or path.exists() or settings.dry_run:
+        return None
+    record.write_first(path, {"auto": known.pop()})
+    return path
 
 
 def _changed(there: Any, here: Any) -> str:
