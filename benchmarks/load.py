@@ -48,8 +48,8 @@ def overrides(root: Path, runs: int, steps: int = STEPS) -> list[str]:
     ]  # fmt: skip
 
 
-def write(root: Path, runs: int) -> int:
-    """Writes what a finished study of that grid holds; returns how many runs it has."""
+def write(root: Path, runs: int, *, records_alone: bool = False) -> int:
+    """Writes what a finished study of that grid holds, or its records alone; returns how many runs it has."""
     from sweeper import config, device, record
     from sweeper.study import plan as planning
 
@@ -57,12 +57,12 @@ def write(root: Path, runs: int) -> int:
     plan = planning.make(found.arms, found.settings)
     known: dict[tuple[str, int], Any] = {}
     for run in plan.runs:
-        write_run(run, known)
+        write_run(run, known, records_alone=records_alone)
     record.write_json(plan.study / device.PRECISION, {"auto": "float32"})
     return len(plan.runs)
 
 
-def write_run(run: Any, known: dict[tuple[str, int], Any]) -> None:
+def write_run(run: Any, known: dict[tuple[str, int], Any], *, records_alone: bool = False) -> None:
     """Record, curve and predictions of one run, in a folder of its own; its scores follow from its spec alone.
 
     `known` keeps the modules of each placement and rank.
@@ -125,7 +125,7 @@ def write_run(run: Any, known: dict[tuple[str, int], Any]) -> None:
         started="2026-01-01T00:00:00+00:00", finished="2026-01-01T00:01:00+00:00",
     )  # fmt: skip
     run.folder.mkdir(parents=True)
-    for name, rows in ((record.PREDICTIONS, lines), (record.METRICS, curve)):
+    for name, rows in () if records_alone else ((record.PREDICTIONS, lines), (record.METRICS, curve)):
         (run.folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (run.folder / record.RECORD).write_text(seal.sealed(dataclasses.asdict(found), indent=1))
 

@@ -20,7 +20,7 @@ RUNS = 1000
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("load")
-    assert load.write(folder, RUNS) == RUNS
+    assert load.write(folder, RUNS, records_alone=True) == RUNS
     return folder
 
 
