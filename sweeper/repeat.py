@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sweeper import config, device, identity, record
+from sweeper import config, device, identity, installation, record
 from sweeper.arms import grouped
 from sweeper.config.grid import is_setting
 from sweeper.errors import DataError, Problems, SpecError, SweeperError, gist
@@ -63,6 +63,12 @@ def main(words: Sequence[str]) -> None:
     Raises:
         SweeperError: a record that cannot be repeated, before anything is trained; `NotRepeated` at the end.
     """
+    if {"-h", "--help"} & set(words):
+        print(
+            f"{installation.program('train')} {FLAG} RECORD [RECORD ...] [{PACK}] [study=... trainer.device=... sweep.*]"
+        )
+        print(f"or {installation.NAME} repeat RECORD ...; {PACK} trains the runs that shared its pack again as well")
+        return
     paths, with_pack, settings = _read_words(words)
     formers = [_read(path) for path in paths]
     chosen = {former.record.run_id for former in formers}
