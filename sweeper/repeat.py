@@ -64,9 +64,7 @@ def main(words: Sequence[str]) -> None:
         SweeperError: a record that cannot be repeated, before anything is trained; `NotRepeated` at the end.
     """
     if {"-h", "--help"} & set(words):
-        print(
-            f"{installation.program('train')} {FLAG} RECORD [RECORD ...] [{PACK}] [study=... trainer.device=... sweep.*]"
-        )
+        print(f"{installation.program('train')} {FLAG} RECORD [RECORD ...] [{PACK}] [study=... sweep.*]")
         print(f"or {installation.NAME} repeat RECORD ...; {PACK} trains the runs that shared its pack again as well")
         return
     paths, with_pack, settings = _read_words(words)
