@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example notebook docs docs-commands models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz wheel-check lint format audit licences clean
+.PHONY: help install sweep paper example notebook docs docs-commands models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz wheel-check lint format audit licences bundle clean-cache clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -125,6 +125,12 @@ audit: $(AUDIT)/bin/pip-audit  ## look up known vulnerabilities of every pinned 
 
 licences: $(STAMP)  ## list the licence of every pinned package that is installed; one without a licence is a failure
 	$(BIN)/python tools/licences.py $(PINS)
+
+bundle: $(STAMP)  ## pack STUDY with its analysis and digests into one file (FILE), which `lora-atlas bundle verify` checks
+	$(BIN)/lora-atlas bundle $(STUDY) $(FILE)
+
+clean-cache: $(STAMP)  ## empty the cache folder, except for what was fetched and what is in use
+	$(BIN)/lora-atlas cache clean
 
 clean:  ## remove the virtual environment and caches; outputs stay
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist

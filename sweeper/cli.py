@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FULL = "HYDRA_FULL_ERROR"
 SEVERAL = "-m"
+FROM = "--from"  # as `sweeper.repeat.FLAG`, which imports more than a start should
 
 
 class NoRoom(SweeperError):
@@ -53,6 +54,8 @@ def put_flags_last() -> None:
     from sweeper import config
 
     sys.argv[1:] = config.unquoted(sys.argv[1:])
+    if FROM in sys.argv[1:]:
+        sys.exit(run(_repeat))
 
     def refuse(message: str) -> NoReturn:
         print(f"error: {message}. Flags: {shell.command('train', '--hydra-help')}", file=sys.stderr)
@@ -147,6 +150,12 @@ def run(main: Callable[[], object]) -> int:
     finally:
         del os.environ[FULL]
     return 0
+
+
+def _repeat() -> None:
+    from sweeper import repeat
+
+    repeat.main(sys.argv[1:])
 
 
 def train(cfg: "DictConfig") -> float | None:

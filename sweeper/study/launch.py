@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sweeper import installation, record, register, shell
+from sweeper import cache, installation, record, register, shell
 from sweeper.arms import Arm, look_up, number_of_points, single
 from sweeper.errors import Interrupted, RunsFailed, SpecError, SweeperError, gist
 from sweeper.record import Record
@@ -186,6 +186,7 @@ def carry_out(
         ContextLost: this process can use its GPU no more; the same again in a fresh one goes on from what is saved.
     """
     search = resolved(search or SearchSettings(), arms)
+    cache.limit_bytes()  # one that is no size is told before work starts
     register.load(settings.plugins)
     console = make_console()
     # for seconds: what plans imports what trains
@@ -294,7 +295,7 @@ def conclude(
     chosen = [run for runs in work.chosen().values() for run in runs]
     found: dict[str, Record] = {}
     for run in chosen:
-        if record.status(run.folder) is not None:
+        with contextlib.suppress(FileNotFoundError, ValueError):
             found[run.run_id] = record.read_record(run.folder)
     several = len(work.how.objectives) > 1
     if plan.tuned:
@@ -346,9 +347,8 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
     """The dry run: every run (of a tuned arm, the default trial) with what it adapts and costs."""
     from sweeper import methods, naming
 
-    specs = [to_mapping(run.spec) for run in plan.runs]
-    fields = naming.varying(specs)
-    flat = [naming.flat(spec) for spec in specs]
+    flat = [naming.flat(to_mapping(run.spec)) for run in plan.runs]
+    fields, tuned = naming.varying_rows(flat), plan.tuned
     lacking = [methods.lacks(run.spec.method) for run in plan.runs]
     costs = forecast.costs([run.spec for run in plan.runs], settings)
     shown = {
@@ -372,7 +372,7 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
             Column(
                 title="status",
                 cells=[
-                    plan.statuses[run.run_id] or ("default trial" if plan.tuned else _to_train(plan, run))
+                    plan.statuses[run.run_id] or ("default trial" if tuned else _to_train(plan, run))
                     for run in plan.runs
                 ],
                 wraps=True,

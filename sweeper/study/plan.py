@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DONE: tuple[record.Status, ...] = ("completed", "pruned", "diverged")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All runs of a command, in grid order; of arms that are tuned, the trials with the default hyperparameters.
 
@@ -45,7 +45,7 @@ class Plan:
     def tuned(self) -> bool:
         return any(arm.space for arm in self.arms)
 
-    @property
+    @cached_property
     def fields(self) -> list[str]:
         """What tells the runs of the command apart, besides placement and rank."""
         varying = naming.varying([to_mapping(run.spec) for run in self.runs])

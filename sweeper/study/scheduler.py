@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from types import FrameType
@@ -59,7 +59,7 @@ class TrainRuns(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """Records of the runs that ended now, by run id, and whether a stop was asked for."""
+    """Records of the runs that ended now, by run id (`lean`), and whether a stop was asked for."""
 
     records: dict[str, Record]
     interrupted: bool = False
@@ -243,7 +243,7 @@ class Scheduler:
                 if self._again(ended):
                     return
                 self.running.pop(ended.run_id, None)
-                self.records[ended.run_id] = self.known[ended.run_id] = ended
+                self.records[ended.run_id] = self.known[ended.run_id] = lean(ended)
                 self.prune.discard(ended.run_id)
                 self.claims.give_back(ended.run_id)
                 lost.note(ended.run_id, failed=ended.status == "failed")
@@ -308,7 +308,7 @@ class Scheduler:
             again = self.settings.retry_failed and run_id not in lost.former().failed
             if status is None or (status == "failed" and again):
                 return None
-            self.known[run_id] = record.read_record(folder)
+            self.known[run_id] = lean(record.read_record(folder))
         return self.known[run_id]
 
     def chosen(self) -> dict[str, list[Run]]:
@@ -536,7 +536,7 @@ class Scheduler:
         for state in self.states.values():
             trial = state.trials.get(ended.run_id)
             if trial is not None:
-                trial.records[ended.run_id] = ended
+                trial.records[ended.run_id] = lean(ended)
                 state.tokens += ended.efficiency.train_tokens
                 self._tell_if_over(state, trial)
 
@@ -589,6 +589,11 @@ class Scheduler:
         run.folder.mkdir(parents=True, exist_ok=True)
         record.write_record(run.folder, failed)
         return failed
+
+
+def lean(found: Record) -> Record:
+    """A record without what only its reader on disk needs: of thousands of runs that is most of what would be held."""
+    return replace(found, modules=(), data={}, environment={}, sharing={}, conflict={})
 
 
 def run(scheduler: Scheduler, *, train: TrainRuns | None = None) -> Outcome:

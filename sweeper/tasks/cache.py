@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sweeper.cache import touch
 from sweeper.record import replacing
 from sweeper.tasks.example import Choice, Encoded, EncodedSplit
 
@@ -54,9 +55,11 @@ def read(path: Path) -> dict[str, EncodedSplit] | None:
 
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {str(name): _split(str(name), arrays) for name in arrays["splits"]}
+            found = {str(name): _split(str(name), arrays) for name in arrays["splits"]}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
         return None
+    touch(path)
+    return found
 
 
 def _split(name: str, arrays: Mapping[str, Any]) -> EncodedSplit:

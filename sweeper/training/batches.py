@@ -1,8 +1,8 @@
 """Which examples a run sees at which step, and how the lanes of a pack become one rectangular batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from sweeper.objectives.objective import REFERENCE, SHARE, VALUE, Row
 from sweeper.tasks.example import Encoded, Tokens, scored
 
+V = TypeVar("V")
 EMPTY = Encoded(id="", input_ids=(0,), prompt_length=1)  # a row without targets, where a batch has to be filled up
 WINDOW = 32  # steps whose examples are sorted by length together
 
@@ -37,8 +38,8 @@ class DataOrder:
         self.batch_size, self.accumulation, self.seed, self.bucketed = batch_size, accumulation, seed, bucketed
         self.counts = np.asarray([batch_size * accumulation] if counts is None else counts, dtype=np.int64)
         self._before = np.concatenate([[0], np.cumsum(self.counts)])
-        self._window = lru_cache(maxsize=2)(self._make_window)
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._windows: dict[int, list[list[int]]] = {}
+        self._epochs: dict[int, np.ndarray] = {}
 
     def batch(self, index: int) -> list[int]:
         """Positions of the examples of the `index`-th forward pass of the run, counted over steps and epochs."""
@@ -48,12 +49,15 @@ class DataOrder:
     def step(self, step: int) -> list[int]:
         """Positions of the examples of a step, from 0."""
         window, place = divmod(step, WINDOW)
-        return self._window(window)[place]
+        return latest(self._windows, window, self._make_window)[place]
 
     def _drawn(self, step: int) -> int:
         """Examples of all steps before one."""
         cycles, place = divmod(step, len(self.counts))
         return int(cycles * self._before[-1] + self._before[place])
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        return latest(self._epochs, epoch, self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
@@ -69,6 +73,20 @@ class DataOrder:
         counts = self.counts[(first + np.argsort(order)) % len(self.counts)]
         parts = np.split(chosen, np.cumsum(counts)[:-1])
         return [parts[place].tolist() for place in order]
+
+
+def latest(found: dict[int, V], key: int, make: Callable[[int], V], most: int = 2) -> V:
+    """`make(key)`, kept in `found` with those of at most so many keys.
+
+    An `lru_cache` of a method holds its object in a cycle, which stays in memory until the collector comes by.
+    """
+    value = found.get(key)
+    if value is None:
+        value = make(key)
+        while len(found) >= most:
+            found.pop(next(iter(found)), None)
+        found[key] = value
+    return value
 
 
 @dataclass

@@ -102,6 +102,8 @@ class Reader:
         flags = [word for word in words if word.startswith("-")]
         if {"--help", "--cfg"} & set(flags):
             return words
+        if "--from" in flags:  # a record says what is trained: that of a run that was small
+            return [self._folder(word) for word in words]
         given = [word for word in words if "=" in word and not word.startswith("-")]
         rest = [word for word in words if word not in given]
         config = self.folder / words[words.index("--config-dir") + 1] if "--config-dir" in words else ROOT / "conf"
