@@ -51,6 +51,24 @@ HOSTILE = {
     "exit as if all were well": "import os; os._exit(0)",
     "exit": "import sys; sys.exit(0)",
     "a signal to itself": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "a signal that stops it": "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
+    "no signal obeyed": (
+        "import signal, time\nfor one in range(1, 65):\n    try: signal.signal(one, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError): pass\nwhile True: pass"
+    ),
+    "a crash": "import ctypes; ctypes.string_at(0)",
+    "pipes full of memory": (
+        "import fcntl, os\nends = [os.pipe() for _ in range(24)]\nfor _, end in ends:\n"
+        "    os.set_blocking(end, False)\n    try: fcntl.fcntl(end, 1031, 1 << 20); os.write(end, bytes(1 << 20))\n"
+        "    except OSError: pass\nwhile True: pass"
+    ),
+    "memory that processes share": (
+        "import mmap\nkept = []\nwhile True: kept.append(mmap.mmap(-1, 64 << 20)); kept[-1].write(bytes(64 << 20))"
+    ),
+    "a file in shared memory": "with open('/dev/shm/x', 'wb') as f:\n    while True: f.write(bytes(1 << 12))",
+    "names without end": "import os\nn = 0\nwhile True:\n    n += 1\n    os.mkdir(str(n))",
+    "a file of holes": "f = open('file', 'wb'); f.truncate(1 << 40)",
+    "questions without end": "class A:\n    def __eq__(self, other): return self == other\nanswer = A\nA() == 1",
     "deep recursion": "def f(): return f()\nf()",
     "a socket": "import socket; socket.create_connection(('127.0.0.1', PORT), timeout=2)",
     "a name": "import socket; socket.getaddrinfo('localhost', 80); socket.create_connection(('localhost', PORT))",
