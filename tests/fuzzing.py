@@ -341,15 +341,19 @@ class Figures:
         self.seen: set[str] = set()
         self.began = time.monotonic()
 
-    def note(self, given: object, *, refused: bool, traceback: bool = False) -> None:
-        """An input, and whether it was refused or ended in a traceback."""
+    def note(self, given: object, *, refused: bool, traceback: str | None = None) -> None:
+        """An input, and whether it was refused or ended in a traceback, which is told at once: a part takes minutes."""
         digest = hashlib.sha256(repr(given).encode("utf-8", "surrogatepass")).hexdigest()[:16]
         if digest in self.seen:
             return
         self.seen.add(digest)
-        self.tracebacks += traceback
-        self.refused += refused and not traceback
-        self.accepted += not refused and not traceback
+        self.tracebacks += traceback is not None
+        self.refused += refused and traceback is None
+        self.accepted += not refused and traceback is None
+        if traceback is not None and (folder := os.environ.get(FIGURES)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with (Path(folder) / f"{self.part}.txt").open("a", encoding="ascii", errors="backslashreplace") as file:
+                file.write(f"{given!r}\n{traceback[-3000:]}\n\n")
 
     def write(self) -> None:
         if folder := os.environ.get(FIGURES):

@@ -26,7 +26,7 @@ SECONDS = 60
 PROCESS_SECONDS = 240
 PROGRAM = "from sweeper.command import main; raise SystemExit(main())"  # of lora-atlas
 PARTS = range(12)
-EACH, PROCESSES = 220, 20  # commands of a part, in this process and as processes of their own
+EACH, PROCESSES = 180, 18  # commands of a part, in this process and as processes of their own
 # what else a command may find when it starts
 AROUND = ({}, {"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "12"}, {"TERM": "dumb", "NO_COLOR": "1"}, {"LC_ALL": "C"})
 
@@ -99,7 +99,7 @@ def tracebacks(
         code, trace = run(root, script, words)
         told = capsys.readouterr()
         trace = trace or wrong(code, told.err)
-        figures.note((script, words), refused=code != 0, traceback=trace is not None)
+        figures.note((script, words), refused=code != 0, traceback=trace)
         if trace is not None:
             found.setdefault(last_line(trace), (trace, [script, *words]))
     return found
@@ -147,7 +147,7 @@ def test_hundreds_of_processes_end_without_a_traceback(part: int, root: Path, pl
         except subprocess.TimeoutExpired:
             code, said = -1, f"no end after {PROCESS_SECONDS} s"
         trace = wrong(code, said)
-        figures.note((script, words, around), refused=code != 0, traceback=trace is not None)
+        figures.note((script, words, around), refused=code != 0, traceback=trace)
         if trace is not None:
             found.setdefault(last_line(trace), (trace, [str(around), script, *words]))
     figures.write()
