@@ -53,6 +53,8 @@ def _bytes(spec: DatasetSpec) -> bytes:
         )
     path = Path(spec.path).expanduser()
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device, which may have no end
+            raise DataError(f"dataset.path={spec.path}: no plain file")
         return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"dataset.path={spec.path}: no such file (looked for {path.absolute()})") from None
@@ -115,12 +117,12 @@ def _row(row: Mapping[str, Any], where: str, *, group: str | None = None) -> dic
     row = dict(row)
     missing = [key for key in REQUIRED if key not in row]
     if missing:
-        have = ", ".join(map(str, row)) or "none"
+        have = _listed(row)
         hint = f"; {columns.suggestion(missing, row)}" if row else ""
         raise DataError(f"{where}: missing {' and '.join(missing)}; this line has the keys {have}{hint}")
     if group is not None:
         if row.get(group) is None:
-            have = ", ".join(map(str, row))
+            have = _listed(row)
             raise DataError(
                 f"{where}: missing {group}, the key of dataset.options.group; this line has the keys {have}"
             )
@@ -130,6 +132,12 @@ def _row(row: Mapping[str, Any], where: str, *, group: str | None = None) -> dic
     if row.get("choices") is not None:
         found["choices"] = _choices(row["choices"], found["response"], where)
     return found
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    """The keys of a row, for a message: a file that is none may have keys of any length."""
+    have = ", ".join(map(str, row)) or "none"
+    return have if len(have) <= 300 else f"{have[:300]}..."
 
 
 def _choices(value: Any, response: str, where: str) -> tuple[str, ...]:
