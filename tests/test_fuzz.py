@@ -26,7 +26,7 @@ SECONDS = 60
 PROCESS_SECONDS = 240
 PROGRAM = "from sweeper.command import main; raise SystemExit(main())"  # of lora-atlas
 PARTS = range(12)
-EACH, PROCESSES = 180, 18  # commands of a part, in this process and as processes of their own
+EACH, PROCESSES = 170, 17  # commands of a part, in this process and as processes of their own
 # what else a command may find when it starts
 AROUND = ({}, {"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "12"}, {"TERM": "dumb", "NO_COLOR": "1"}, {"LC_ALL": "C"})
 

@@ -28,15 +28,12 @@ RUNNERS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")  # what of 
 SHOWN = ("torch", "transformers", "peft", "hydra-core", "optuna", "numpy", "pandas", "scipy", "datasets")
 # each touches a library where its versions differ: a few minutes for a cell
 TESTS = (
-    "tests/test_record.py", "tests/test_seal.py", "tests/test_identity.py", "tests/test_pickles.py",
-    "tests/test_hostile_files.py", "tests/test_properties.py", "tests/test_cli.py", "tests/plugins",
-    "tests/lora/test_forms.py", "tests/lora/test_optimizer.py", "tests/methods", "tests/placement/test_placement.py",
-    "tests/models/test_models.py", "tests/models/test_proof.py", "tests/tasks/test_jsonl.py", "tests/tasks/test_hub.py",
-    "tests/tasks/test_encode.py", "tests/tasks/test_metrics.py", "tests/training/test_packed_equals_solo.py",
-    "tests/training/test_export.py", "tests/training/test_tuners.py", "tests/study/test_search.py",
+    "tests/test_record.py", "tests/test_pickles.py", "tests/test_cli.py", "tests/plugins", "tests/lora/test_forms.py",
+    "tests/lora/test_optimizer.py", "tests/methods", "tests/placement/test_placement.py", "tests/tasks/test_jsonl.py",
+    "tests/tasks/test_hub.py", "tests/tasks/test_encode.py", "tests/tasks/test_metrics.py",
+    "tests/training/test_packed_equals_solo.py", "tests/training/test_export.py", "tests/study/test_search.py",
     "tests/reporting/test_trackers.py", "tests/rescoring", "tests/adapters/test_merge.py",
-    "tests/analysis/test_main.py", "tests/analysis/test_tables.py", "tests/analysis/test_figures.py",
-    "tests/analysis/test_mixed.py", "tests/analysis/test_exchange.py",
+    "tests/analysis/test_tables.py", "tests/analysis/test_figures.py", "tests/analysis/test_mixed.py",
 )  # fmt: skip
 
 
@@ -152,7 +149,10 @@ def tested(cell: Cell, python: Path, tests: Sequence[str], workers: str) -> dict
     report = ROOT / "build" / "matrix" / f"{cell.name}.log"
     places = os.pathsep.join((str(ROOT), str(ROOT / "sweeper" / "plugins")))
     one_thread = {"PYTHONPATH": places, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [str(python), "-m", "pytest", "-n", workers, "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    # an old library under a new one warns of what is none of ours: with the pins a warning is an error, here it is told
+    how = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-n", workers]
+    how += [] if cell.versions == "pins" else ["-W", "default", "--disable-warnings"]
+    command = [str(python), "-m", "pytest", *how, *tests]
     with report.open("w") as file:
         done = subprocess.run(command, cwd=ROOT, env=os.environ | one_thread, stdout=file, stderr=subprocess.STDOUT)
     return {"versions": versions, **counts(report.read_text(errors="replace"), done.returncode)}
