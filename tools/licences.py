@@ -52,7 +52,11 @@ def kind(name: str) -> str:
     def of(part: str) -> str:
         return next((one for one, pattern in KINDS.items() if re.search(pattern, part, re.IGNORECASE)), "unknown")
 
-    choices = re.split(r"\bOR\b", name.replace("(", " ").replace(")", " "))
+    inner = re.search(r"\(([^()]*\b(?:OR|AND)\b[^()]*)\)", name)
+    if inner:  # one of the same kind stands for what is in brackets
+        example = {"permissive": "MIT", "weak copyleft": "MPL-2.0", "forbidden": "GPL-3.0-only", "unknown": "?"}
+        return kind(name[: inner.start()] + example[kind(inner[1])] + name[inner.end() :])
+    choices = re.split(r"\bOR\b", name)
     each = [max(map(of, re.split(r"\bAND\b|;", choice)), key=order.index) for choice in choices]
     return min(each, key=order.index)
 
