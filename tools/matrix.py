@@ -155,7 +155,7 @@ def tested(cell: Cell, python: Path, tests: Sequence[str], workers: str) -> dict
     command = [str(python), "-m", "pytest", *how, *tests]
     with report.open("w") as file:
         done = subprocess.run(command, cwd=ROOT, env=os.environ | one_thread, stdout=file, stderr=subprocess.STDOUT)
-    return {"versions": versions, **counts(report.read_text(errors="replace"), done.returncode)}
+    return {"versions": versions, "files": list(tests), **counts(report.read_text(errors="replace"), done.returncode)}
 
 
 def counts(log: str, code: int) -> dict[str, Any]:

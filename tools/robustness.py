@@ -216,6 +216,7 @@ def versions(cells: Mapping[str, Mapping[str, Any]]) -> str:
             continue
         failed = cell["failed"] + cell["error"]
         said = f"{cell['passed']:,} passed" + (f", {failed} failed" if failed else "")
+        said += f" ({len(cell['files'])} files)"
         rows.append((name, *(cell["versions"][one].partition("+")[0] for one in shown), said))
     return "\n".join(
         (

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from sweeper.models import BaseModel
     from sweeper.spec import Precision, RunSpec
 
+MOST_RANK = 1 << 16
+"""Of an adapter whose weights are no safetensors, and so are not looked at before PEFT makes room for them."""
+
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Of a merged model's logits, relative to the largest: the rounding of the merged weights."""
 
@@ -91,11 +94,12 @@ def _check(folder: Path) -> None:
         raise DataError(
             f"{folder}: megatron_config would have PEFT import {config.get('megatron_core')!r}: take it out"
         )
-    if str(config.get("peft_type")).upper() != "LORA" or not file.is_file():
+    if str(config.get("peft_type")).upper() != "LORA":
         return
     asked = config.get("rank_pattern") or {}
     ranks = [config.get("r"), *(asked.values() if isinstance(asked, Mapping) else ())]
-    highest = max((size for shape in rescore.read_shapes(file).values() for size in shape), default=0)
+    shapes = rescore.read_shapes(file).values() if file.is_file() else [(MOST_RANK,)]
+    highest = max((size for shape in shapes for size in shape), default=0)
     for rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= highest:
             raise DataError(f"{folder}: rank {rank!r} does not fit its weights, whose longest side is {highest}")
