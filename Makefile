@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example notebook docs docs-commands models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz wheel-check lint format audit licences bundle clean-cache clean
+.PHONY: help install sweep paper example notebook docs docs-commands models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz matrix attack wheel-check lint format audit licences bundle clean-cache clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -97,8 +97,17 @@ test: $(VENV)/.installed-test  ## run the test suite
 test-slow: $(VENV)/.installed-test  ## run the tests that take long: simulated studies, clusters, compilers, lost GPUs
 	$(PYTEST) -m "slow and not long" $(TEST)
 
-fuzz: $(VENV)/.installed-test  ## run thousands of random commands, overrides and records (tens of minutes)
-	$(PYTEST) -m long $(TEST)
+fuzz: $(VENV)/.installed-test  ## run thousands of random commands, overrides and records (an hour); writes docs/fuzz.json
+	rm -rf .cache/fuzz
+	SWEEPER_FUZZ_FIGURES=.cache/fuzz $(PYTEST) -m long $(TEST)
+	$(BIN)/python -m tools.robustness fuzz .cache/fuzz
+
+matrix: $(VENV)/.installed-test  ## test the oldest and newest versions that pyproject.toml claims (an hour; ten GB); writes docs/matrix.json
+	$(BIN)/python -m tools.matrix --here
+	$(BIN)/python -m tools.robustness page
+
+attack: $(VENV)/.installed-test  ## attack the sandbox of programs that a model wrote; writes docs/sandbox.json
+	$(BIN)/python -m tools.robustness sandbox
 
 wheel-check: $(STAMP)  ## install the wheel into an environment of its own and use it in an empty folder (minutes)
 	tools/wheel_check.sh $(BIN)/python

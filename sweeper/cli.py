@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from sweeper import lost, shell
+from sweeper import installation, lost, shell
 from sweeper.completion import SCRIPTS
 from sweeper.errors import Interrupted, Problems, SweeperError, unknown
 from sweeper.lost import ContextLost
@@ -53,6 +53,7 @@ def put_flags_last() -> None:
 
     from sweeper import config
 
+    installation.forgive_output()
     sys.argv[1:] = config.unquoted(sys.argv[1:])
     if FROM in sys.argv[1:]:
         sys.exit(run(_repeat))
@@ -114,6 +115,7 @@ def run(main: Callable[[], object]) -> int:
 
     Set HYDRA_FULL_ERROR=1 for tracebacks.
     """
+    installation.forgive_output()
     atexit.register(gc.freeze)  # or the interpreter looks through all that the imports made once more before it goes
     # threads that spin while they wait make a step many times slower on cores that are shared with other work
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -29,6 +29,7 @@ class _Part:
 
 def main() -> int:
     """Runs the part named first in `sys.argv` with what follows it; returns the exit code of the command."""
+    installation.forgive_output()
     try:
         try:
             return _run()

@@ -666,6 +666,8 @@ def from_mapping(kind: type[Spec], mapping: Mapping[str, Any], *, prefix: str = 
     """
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
         value = mapping.get(item.name)
+        if int in (item.type, *get_args(item.type)) and isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+            raise SpecError(field=f"{prefix}{item.name}", wanted="a number that fits in 64 bits", got=value)
         # dacite would take a text letter by letter, a mapping by its keys, and fails at the rest
         if get_origin(item.type) is tuple and item.name in mapping and not isinstance(value, list | tuple):
             name, shown = f"{prefix}{item.name}", _as_typed(value)
@@ -745,6 +747,9 @@ def _pairs(value: Any, name: str, kind: Any) -> Any:
             raise SpecError(f"{name}: {key} is there twice")
         found[key] = int(given) if kind is int and isinstance(given, str) and re.fullmatch("[0-9]+", given) else given
     return found
+
+
+LARGEST_NUMBER = 2**63 - 1  # of a whole number: more is no count of anything, and overflows where costs are worked out
 
 
 @functools.cache

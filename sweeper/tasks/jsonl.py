@@ -66,6 +66,8 @@ def _bytes(spec: DatasetSpec) -> bytes:
         )
     path = Path(spec.path).expanduser()
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device, which may have no end
+            raise DataError(f"dataset.path={spec.path}: no plain file")
         return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"dataset.path={spec.path}: no such file (looked for {path.absolute()})") from None
@@ -136,12 +138,12 @@ def _row(
     row, required = layout.values, REQUIRED[layout.running :]  # running text has no prompt
     missing = [key for key in required if key not in row]
     if missing:
-        have = ", ".join(map(str, row)) or "none"
+        have = _listed(row)
         hint = f"; {columns.suggestion(missing, row)}" if row else ""
         raise DataError(f"{where}: missing {' and '.join(missing)}; this line has the keys {have}{hint}")
     if group is not None:
         if row.get(group) is None:
-            have = ", ".join(map(str, row))
+            have = _listed(row)
             raise DataError(
                 f"{where}: missing {group}, the key of dataset.options.group; this line has the keys {have}"
             )
@@ -154,6 +156,12 @@ def _row(
     if row.get("choices") is not None:
         found["choices"] = _choices(row["choices"], found["response"], where)
     return found, layout
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    """The keys of a row, for a message: a file that is none may have keys of any length."""
+    have = ", ".join(map(str, row)) or "none"
+    return have if len(have) <= 300 else f"{have[:300]}..."
 
 
 def _choices(value: Any, response: str, where: str) -> tuple[str, ...]:
