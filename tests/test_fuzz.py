@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 SECONDS = 60
 PROCESS_SECONDS = 600
 PROGRAM = "from sweeper.command import main; raise SystemExit(main())"  # of lora-atlas
-PARTS = range(12)
+PARTS = range(13)
 EACH, PROCESSES = 170, 17  # commands of a part, in this process and as processes of their own
 # what else a command may find when it starts
 AROUND = ({}, {"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "12"}, {"TERM": "dumb", "NO_COLOR": "1"}, {"LC_ALL": "C"})

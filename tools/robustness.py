@@ -51,7 +51,7 @@ def bad_input(kinds: Mapping[str, Mapping[str, Any]]) -> str:
             "are and are not, values that fit and do not; placements on architectures; records, files of a study and",
             "tables with values of other kinds, missing keys, turned bits. Each is to be carried out or refused in",
             "lines that say why. A traceback, a signal, an end without a word or none within a minute counts as a",
-            "traceback.",
+            "traceback. One that comes up in two parts counts once as distinct.",
             "",
             *table(("input", "distinct", "carried out", "refused", "tracebacks"), rows),
         )

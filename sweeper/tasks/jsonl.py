@@ -67,7 +67,7 @@ def _bytes(spec: DatasetSpec) -> bytes:
     path = Path(spec.path).expanduser()
     try:
         if path.exists() and not path.is_file():  # a pipe or a device, which may have no end
-            raise DataError(f"dataset.path={spec.path}: no plain file")
+            raise DataError(f"dataset.path={spec.path}: cannot be read (no plain file)")
         return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"dataset.path={spec.path}: no such file (looked for {path.absolute()})") from None

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from analysis import analyse, archive, exchange, load
+from analysis import analyse, archive, exchange, figures, load
 from analysis.__main__ import main, printable
 from analysis.tables import latex, markdown, sheets
+from analysis.venues import VENUES
 from sweeper import record
 from sweeper.record import COMMANDS, METRICS, PREDICTIONS, RECORD, SEARCHES
 from tests.analysis.synthetic import write_study
@@ -121,6 +122,18 @@ def test_tables_escape_what_they_show(study: Path) -> None:
 )  # fmt: skip
 def test_a_cell_is_no_formula(value: object, cell: object) -> None:
     assert record.csv_cell(value) == cell
+
+
+def test_costs_that_are_all_zero_have_no_figure(study: Path) -> None:
+    def without_costs(plain: dict[str, Any]) -> None:
+        plain["efficiency"] = {key: 0 for key in plain["efficiency"] if key != "step_seconds_solo"}
+
+    for folder in runs(study):
+        edit(folder, without_costs)
+    found = analyse(load(study), draws=20)
+    drawn = [name for name in figures.makers(found) if name.startswith("pareto")]
+    said = [figures.makers(found)[name](found, VENUES["icml"]) for name in drawn]
+    assert "no run has train_flops above 0" in said
 
 
 def test_what_a_terminal_would_obey_is_not_printed() -> None:
