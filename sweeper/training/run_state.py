@@ -333,7 +333,7 @@ class RunState:
         self.compile_seconds += result.one_off
         self.train_seconds += seconds
         seconds += result.one_off
-        if not math.isfinite(result.loss):
+        if not (math.isfinite(result.loss) and math.isfinite(result.lr)):  # by such a rate it was not updated
             self.diverged = True
         self.noted = result.step
         self.metrics.append({
