@@ -209,6 +209,9 @@ def edit(path: Path, chance: random.Random) -> None:
 
 
 DAMAGES = {"truncated": truncate, "empty": empty, "bit flipped": flip, "edited": edit}
+AGAIN = "^2 arms|ended already|cut off or failed"
+UNREADABLE = "trains again; its record is kept"
+SAID = {"record": UNREADABLE, "checkpoint": "checkpoint is damaged", "journal": "cannot be read", "cache": None}
 FILES = {
     "record": "study:[0-9a-f]*/record.json",
     "checkpoint": "study:*/checkpoint.safetensors",
@@ -217,52 +220,48 @@ FILES = {
 }
 
 FAULTS = (
-    Fault(name="driver killed", signals=(signal.SIGKILL,), kills=True),
-    Fault(name="driver killed in its first second", signals=(signal.SIGKILL,), early=True, kills=True),
-    Fault(name="killed while a file takes its name", plant=in_replace(_die), calls=30, kills=True),
-    Fault(name="killed while a record is written", plant=in_results("write_record", _die), calls=8, kills=True),
+    Fault(name="driver killed", signals=(signal.SIGKILL,), kills=True, says=AGAIN, later=True),
+    Fault(name="driver killed in its first second", signals=(signal.SIGKILL,), early=True, kills=True, says=AGAIN, later=True),
+    Fault(name="killed while a file takes its name", plant=in_replace(_die), calls=30, kills=True, says=AGAIN, later=True),
+    Fault(name="killed while a record is written", plant=in_results("write_record", _die), calls=8, kills=True, says=AGAIN, later=True),
     Fault(
         name="power lost, a record written by half", plant=in_results("write_record", _half_written), calls=8,
-        kills=True,
-    ),
+        kills=True, says=UNREADABLE, later=True, silent=True),
     Fault(
-        name="worker process killed", act=services.worker_killed, overrides=services.JOBS, tuned=False, kills=True
-    ),
+        name="worker process killed", act=services.worker_killed, overrides=services.JOBS, tuned=False, kills=True, says="^error: "),
     Fault(
         name="driver killed, its workers train on", act=services.driver_of_jobs_killed, overrides=services.JOBS,
-        tuned=False, kills=True,
-    ),
+        tuned=False, kills=True, says="done already|to train in", later=True),
     Fault(name="two drivers on one study", act=services.two_drivers),
-    Fault(name="two drivers, one killed", act=services.two_drivers_one_killed, kills=True),
-    Fault(name="SIGTERM", signals=(signal.SIGTERM,)),
-    Fault(name="Ctrl-C", signals=(signal.SIGINT,)),
-    Fault(name="Ctrl-C twice", signals=(signal.SIGINT, signal.SIGINT)),
-    Fault(name="disk full, at any file", plant=in_replace(_raiser(_full)), calls=30),
-    Fault(name="disk full, a small file system", act=services.disk_full),
-    Fault(name="read-only, at any file", plant=in_replace(_raiser(_read_only)), calls=30),
-    Fault(name="read-only file system", act=services.read_only),
+    Fault(name="two drivers, one killed", act=services.two_drivers_one_killed, kills=True, says=AGAIN, later=True),
+    Fault(name="SIGTERM", signals=(signal.SIGTERM,), says="^stopp", silent=True),
+    Fault(name="Ctrl-C", signals=(signal.SIGINT,), says="^stopp"),
+    Fault(name="Ctrl-C twice", signals=(signal.SIGINT, signal.SIGINT), says="^stopp"),
+    Fault(name="disk full, at any file", plant=in_replace(_raiser(_full)), calls=30, says="No space left"),
+    Fault(name="disk full, a small file system", act=services.disk_full, says="^error: .*make room"),
+    Fault(name="read-only, at any file", plant=in_replace(_raiser(_read_only)), calls=30, says="Read-only file system"),
+    Fault(name="read-only file system", act=services.read_only, says="Read-only file system"),
     Fault(name="clock jumps a day", plant=clock, calls=100),
-    Fault(name="out of memory, forward", plant=in_pack("hidden", _raiser(_no_memory)), calls=30),
-    Fault(name="out of memory, backward", plant=in_backward, calls=25),
-    Fault(name="out of memory, evaluation", plant=in_pack("scores", _raiser(_no_memory)), calls=12),
-    Fault(name="out of memory, export", plant=in_results("write_adapter", _raiser(_no_memory)), calls=8),
-    Fault(name="NaN in one slot's weights", plant=not_a_number_in_weights, calls=25, diverges=True),
-    Fault(name="NaN in one slot's data", plant=not_a_number_in_data, calls=25, diverges=True),
-    Fault(name="NaN in one slot's rate", plant=not_a_number_in_rate, calls=60, diverges=True),
-    Fault(name="data changed between starts", act=services.data_changed, kills=True),
-    Fault(name="model changed between starts", act=services.model_changed, kills=True),
+    Fault(name="out of memory, forward", plant=in_pack("hidden", _raiser(_no_memory)), calls=30, says="out of memory|OutOfMemory"),
+    Fault(name="out of memory, backward", plant=in_backward, calls=25, says="out of memory|OutOfMemory"),
+    Fault(name="out of memory, evaluation", plant=in_pack("scores", _raiser(_no_memory)), calls=12, says="out of memory|OutOfMemory"),
+    Fault(name="out of memory, export", plant=in_results("write_adapter", _raiser(_no_memory)), calls=8, says="OutOfMemory"),
+    Fault(name="NaN in one slot's weights", plant=not_a_number_in_weights, calls=25, diverges=True, says="diverged"),
+    Fault(name="NaN in one slot's data", plant=not_a_number_in_data, calls=25, diverges=True, says="diverged"),
+    Fault(name="NaN in one slot's rate", plant=not_a_number_in_rate, calls=60, diverges=True, says="diverged"),
+    Fault(name="data changed between starts", act=services.data_changed, kills=True, says="has changed since", later=True, silent=True),
+    Fault(name="model changed between starts", act=services.model_changed, kills=True, says="has changed since", later=True, silent=True),
     Fault(
-        name="another version of a dependency", signals=(signal.SIGKILL,), again=another_version, kills=True, later=True
-    ),
-    Fault(name="network gone in a download", act=services.network_gone, most=6),
-    Fault(name="TensorBoard fails", plant=services.tracker("tensorboard"), calls=100, overrides=("tracking=tensorboard",)),
-    Fault(name="W&B fails", plant=services.tracker("wandb"), calls=100, overrides=("tracking=wandb",), most=6),
-    Fault(name="MLflow fails", plant=services.tracker("mlflow"), calls=100, overrides=("tracking=mlflow",), most=6),
-    Fault(name="PostgreSQL restarted", act=services.postgres_restarted, most=8),
-    Fault(name="Ray worker killed", act=services.ray_worker_killed, overrides=services.RAY, tuned=False, kills=True, most=5),
-    Fault(name="Ray node lost", act=services.ray_node_lost, overrides=services.RAY, tuned=False, kills=True, most=5),
+        name="another version of a dependency", signals=(signal.SIGKILL,), again=another_version, kills=True, later=True, says="goes on with another", ready="*/checkpoint.safetensors"),
+    Fault(name="network gone in a download", act=services.network_gone, most=6, says=r"^error: \w+: .*hub cannot be reached|cannot be fetched"),
+    Fault(name="TensorBoard fails", plant=services.tracker("tensorboard"), calls=100, overrides=("tracking=tensorboard",), says="not logged from here on"),
+    Fault(name="W&B fails", plant=services.tracker("wandb"), calls=100, overrides=("tracking=wandb",), most=6, says="not logged from here on"),
+    Fault(name="MLflow fails", plant=services.tracker("mlflow"), calls=100, overrides=("tracking=mlflow",), most=6, says="not logged from here on"),
+    Fault(name="PostgreSQL restarted", act=services.postgres_restarted, most=8, says="does not answer", silent=True),
+    Fault(name="Ray worker killed", act=services.ray_worker_killed, overrides=services.RAY, tuned=False, kills=True, most=5, says="died; its"),
+    Fault(name="Ray node lost", act=services.ray_node_lost, overrides=services.RAY, tuned=False, kills=True, most=5, says="died; its"),
     *(
-        Fault(name=f"{file} {how}", signals=(signal.SIGKILL,), damage=damage, what=what, kills=True, later=True)
+        Fault(name=f"{file} {how}", signals=(signal.SIGKILL,), damage=damage, what=what, kills=True, later=True, says=SAID[file], silent=True)
         for file, what in FILES.items()
         for how, damage in DAMAGES.items()
     ),

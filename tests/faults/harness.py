@@ -29,12 +29,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
 
-from tests.faults.outcomes import Result, Verdict, ended, judge, outcome
+from tests.faults.outcomes import Result, ended, judge, outcome
 
 COMMON = (
     "-m", "experiment=smoke", "placement=attn,ff", "rank=4", "seed=0,1", "trainer.max_steps=8",
@@ -45,7 +44,7 @@ TUNED = (
     "optim.lr=tag(log,interval(1e-4,1e-2))", "hydra.sweeper.n_trials=2", "hydra.sweeper.sampler=random",
     "hydra.sweeper.confirm_seeds=[2]",
 )  # fmt: skip
-DETERMINISTIC = "trainer.deterministic=true"
+DETERMINISTIC = ("trainer.deterministic=true", "trainer.precision=bfloat16")  # in which rounding shows soonest
 TRIALS = 2
 WARM = (
     "torch", "torch._dynamo", "optuna", "hydra", "safetensors.torch", "transformers.models.llama.modeling_llama",
@@ -76,7 +75,8 @@ class Fault:
         overrides: what the command has besides; `tuned` whether it is a search.
         kills: whether a real process dies by it. diverges: whether the run that is struck may.
         most: times that it is injected at most, for what takes long.
-        says: what is to be found in what the struck command printed, or with `later` in what its repeat did.
+        says: what is to be found in what the struck command printed, or with `later` in what its repeat did; `silent`
+            where there may be nothing to say. ready: pattern of what must be in the study when it is struck.
     """
 
     name: str
@@ -95,6 +95,8 @@ class Fault:
     most: int | None = None
     says: str | None = None
     later: bool = False
+    silent: bool = False
+    ready: str = ""
 
 
 @dataclass(kw_only=True)
@@ -136,7 +138,7 @@ class Attempt:
         self.output, self.study_name = self.root, "study"
         self.cache = self.root / "cache"
         shutil.copytree(harness.cache, self.cache)
-        self.overrides = [*fault.overrides, *([DETERMINISTIC] if deterministic else [])]
+        self.overrides = [*fault.overrides, *(DETERMINISTIC if deterministic else ())]
         self.stack = contextlib.ExitStack()
         self.mend: Callable[[], None] | None = None
         self.log, self.later = self.root / "struck.log", self.root / "repeated.log"
@@ -178,7 +180,7 @@ class Attempt:
 
     def wait(self, process: ForkProcess, seconds: float | None = None) -> int:
         """How a command ended; 124 where it had to be killed."""
-        process.join(seconds or 60 + 20 * self.harness.seconds)
+        process.join(60 + 20 * self.harness.seconds if seconds is None else seconds)
         code = process.exitcode
         if code is None:
             code = 124
@@ -261,8 +263,9 @@ class Harness:
                 return None
             return len(attempt.expected) - int(attempt.marker.read_text().split()[0])
         process = attempt.start()
-        process.join(self.chance.uniform(0, min(1.0, self.seconds) if fault.early else 0.9 * self.seconds))
-        if not process.is_alive():
+        process.join(self.chance.uniform(0.05, min(1.0, self.seconds) if fault.early else 0.9 * self.seconds))
+        if not process.is_alive() or (fault.ready and not list(attempt.study.glob(fault.ready))):
+            attempt.wait(process, 0)
             return None
         left = attempt.left()
         for number in fault.signals:
@@ -292,15 +295,13 @@ class Harness:
         counted = TRIALS if fault.tuned else None
         spare = {**attempt.kept_spare, **self.spare(attempt)}
         expected = {**attempt.kept, **attempt.expected}
-        verdict = judge(attempt.study, expected, spare, excused=struck, trials=counted)
+        verdict = judge(attempt.study, expected, spare, excused=struck, trials=counted, exact=attempt.deterministic)
         log = f"{_text(attempt.log)}\n-- repeated\n{_text(attempt.later)}"
         message = said(_text(attempt.later if fault.later else attempt.log), fault.says)
-        bad = bool(code or verdict.lost or verdict.duplicated or verdict.corrupted)
-        bad = bad or (fault.says is not None and message is None)
         return Injection(
             fault=fault.name, deterministic=attempt.deterministic, at_stake=at_stake, kills=fault.kills,
             **asdict(verdict), starts=starts, ended=not code, message=message,
-            seconds=round(time.monotonic() - began, 1), log=log[-6000:] if bad else "",
+            seconds=round(time.monotonic() - began, 1), log=log[-8000:],
         )  # fmt: skip
 
 

@@ -52,13 +52,17 @@ def serve(folder: Path, root: Path) -> Iterator[Hub]:
             self._answer(body=True)
 
         def _answer(self, *, body: bool) -> None:
-            path = urlsplit(self.path).path
+            path, files = urlsplit(self.path).path, sorted(folder.iterdir())
             if hub.struck and hub.cut is not None:
                 self.close_connection = True  # no answer at all
                 return
+            if path.startswith("/api/models/") and "/tree/" in path:
+                tree = [{"type": "file", "path": one.name, "size": one.stat().st_size, "oid": "0"} for one in files]
+                self._send(json.dumps(tree).encode(), "application/json", body=body)
+                return
             if path.startswith("/api/models/"):
-                files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
-                told = {"_id": "1", "id": "faults/tiny", "modelId": "faults/tiny", "sha": COMMIT, "siblings": files}
+                names = [{"rfilename": one.name} for one in files]
+                told = {"_id": "1", "id": "faults/tiny", "modelId": "faults/tiny", "sha": COMMIT, "siblings": names}
                 self._send(json.dumps(told).encode(), "application/json", body=body)
                 return
             file = folder / path.rpartition("/")[2]

@@ -102,13 +102,14 @@ class Verdict:
 
 def judge(
     study: Path, expected: Mapping[str, Result], spare: Mapping[str, Result], *,
-    excused: Sequence[str] = (), trials: int | None = None,
+    excused: Sequence[str] = (), trials: int | None = None, exact: bool = False,
 ) -> Verdict:  # fmt: skip
     """Compares a study with what it should be.
 
     Args:
         spare: runs that may be there as well: confirmations of trials that were best for a while.
         excused: runs that the fault itself made diverge; what their trial would have led to need not be there.
+        exact: whether runs are to be the same to the last bit.
         trials: completed trials that each search is to have counted; None where there is none, or one was excused.
     """
     found, verdict = outcome(study), Verdict()
@@ -126,12 +127,12 @@ def judge(
     for run_id, one in found.items():
         if run_id not in known or run_id in excused or one.status not in ENDED:
             continue
-        far = difference(known[run_id], one)
+        far, equal = difference(known[run_id], one), identical(known[run_id], one)
         verdict.compared += 1
-        verdict.identical += identical(known[run_id], one)
+        verdict.identical += equal
         verdict.furthest = max(verdict.furthest, far)
-        if far > TOLERANCE or not one.whole:
-            verdict.corrupted.append(f"{run_id}: {far:.1e} from {known[run_id].nll}, whole: {one.whole}")
+        if far > TOLERANCE or not one.whole or (exact and not equal):
+            verdict.corrupted.append(f"{run_id}: {far:.1e} from {known[run_id].nll}, whole {one.whole}, equal {equal}")
     verdict.corrupted += [f"{run_id}: {found[run_id].status}" for run_id in excused if _hidden(found.get(run_id))]
     return verdict
 

@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
 """Sums up injections as docs/robustness.json, and that as the table of docs/robustness.md.
 
-    python -m tests.faults.report .cache/faults   # writes both
+python -m tests.faults.report .cache/faults   # writes both
 """
 
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.faults.harness import Fault
 
 ROOT = Path(__file__).parents[2]
 FIGURES, PAGE = ROOT / "docs" / "robustness.json", ROOT / "docs" / "robustness.md"
@@ -29,20 +34,25 @@ def summed(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for fault in FAULTS:
         own = [one for one in found if one["fault"] == fault.name]
         if own:
-            messages = [one["message"] for one in own if one["message"]]
+            messages = Counter(plain(one["message"]) for one in own if one["message"])
             faults.append({
                 "fault": fault.name, "times": len(own), "killed": sum(one["kills"] for one in own),
                 "at_stake": sum(one["at_stake"] for one in own),
                 **{key: sum(len(one[key]) for one in own) for key in ("lost", "duplicated", "corrupted")},
                 "not_ended": sum(not one["ended"] for one in own),
-                "unsaid": sum(fault.says is not None and one["message"] is None for one in own),
-                "message": plain(messages[0]) if messages else None,
+                "unsaid": sum(unsaid(fault, one) for one in own),
+                "message": messages.most_common(1)[0][0] if messages else None,
             })  # fmt: skip
     bits = {
         name: _bits([one for one in found if one["deterministic"] is flag])
         for name, flag in (("deterministic", True), ("otherwise", False))
     }
     return {"faults": faults, "bits": bits}
+
+
+def unsaid(fault: "Fault", found: Mapping[str, Any]) -> bool:
+    """Whether a person was not told what had happened."""
+    return fault.says is not None and not fault.silent and found["message"] is None
 
 
 def _bits(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -55,8 +65,6 @@ def _bits(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def plain(message: str) -> str:
     """A message without what differs from one injection to the next."""
-    import re
-
     text = re.sub(r"/\S*/(study|mounted/study)\b", "outputs/study", message)
     text = re.sub(r"\b[0-9a-f]{12}\b", "RUN_ID", text)
     text = re.sub(r"(?<=\w\.)[0-9a-f]{8,16}\b", "…", text)
@@ -108,7 +116,7 @@ def problems(found: Iterable[Mapping[str, Any]]) -> list[str]:
         f"ended {one['ended']}, said {one['message']}\n{one['log']}"
         for one in found
         if one["lost"] or one["duplicated"] or one["corrupted"] or not one["ended"]
-        or (by_name(one["fault"]).says is not None and one["message"] is None)
+        or unsaid(by_name(one["fault"]), one)
     ]  # fmt: skip
 
 
