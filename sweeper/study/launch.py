@@ -255,9 +255,7 @@ def _so_far(ended: int, cut_off: int) -> str:
     """What former commands have done of a search."""
     lines = [f"{ended} trial{' has' if ended == 1 else 's have'} ended already"] if ended else []
     if cut_off:
-        lines.append(
-            f"{cut_off} that {'was' if cut_off == 1 else 'were'} cut off or failed {'goes' if cut_off == 1 else 'go'} on"
-        )
+        lines.append(f"{cut_off} cut off or failed before go{'es' if cut_off == 1 else ''} on")
     return "; ".join(lines)
 
 

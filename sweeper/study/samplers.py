@@ -17,7 +17,7 @@ from sweeper.study.search_settings import SearchSettings
 
 def pointless(trial: FrozenTrial) -> bool:
     """Whether a driver was killed between asking for a trial and noting its point: it stands for nothing."""
-    return trial.state == TrialState.FAIL and not trial.params
+    return trial.state == TrialState.FAIL and not (trial.params or "fixed_params" in trial.system_attrs)
 
 
 class NumberSeeded(BaseSampler):

@@ -15,6 +15,7 @@ injections have `trainer.deterministic=true`.
 import argparse
 import contextlib
 import gc
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -33,6 +34,9 @@ from dataclasses import asdict, dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
+from filelock import FileLock
+
+from sweeper.record import records
 from tests.faults.outcomes import Result, ended, judge, outcome
 
 COMMON = (
@@ -72,7 +76,7 @@ class Fault:
         signals: what the driver is sent, one after another. early: within the first second.
         damage: changes a file that a stopped sweep left. what: pattern of the files, in the study or the cache.
         act: strikes in a way of its own; returns how many runs were unfinished, None where it missed.
-        overrides: what the command has besides; `tuned` whether it is a search.
+        overrides: what the command has besides; `tuned` whether it is a search. aside: overrides that change no result.
         kills: whether a real process dies by it. diverges: whether the run that is struck may.
         most: times that it is injected at most, for what takes long.
         says: what is to be found in what the struck command printed, or with `later` in what its repeat did; `silent`
@@ -89,6 +93,7 @@ class Fault:
     what: str = ""
     act: "Callable[[Attempt], int | None] | None" = None
     overrides: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
     tuned: bool = True
     kills: bool = False
     diverges: bool = False
@@ -144,11 +149,11 @@ class Attempt:
         self.log, self.later = self.root / "struck.log", self.root / "repeated.log"
         self.marker = self.root / STRUCK
         self.environment: dict[str, str] = {}
-        self.aside: list[str] = []  # overrides that change no result
-        self.variant = 0  # of the files that the command reads
+        self.aside = list(fault.aside)
+        self.files = ""  # which of its own the command reads
         self.prepare: Callable[[], None] | None = None
         self.kept: Mapping[str, Result] = {}
-        self.kept_spare: Mapping[str, Result] = {}
+        self.kept_spare: Callable[[], Mapping[str, Result]] = dict
 
     @property
     def study(self) -> Path:
@@ -172,9 +177,13 @@ class Attempt:
         """Runs that are unfinished now."""
         return len(self.expected) - ended(self.study)
 
-    def start(self, plant: Plant | None = None, *, call: int = 1, log: Path | None = None) -> ForkProcess:
+    def start(
+        self, plant: Plant | None = None, *, call: int = 1, log: Path | None = None, command: Sequence[str] = ()
+    ) -> ForkProcess:
         """A process that carries out the command."""
-        process = multiprocessing.get_context("fork").Process(target=_sweep, args=(self, plant, call, log or self.log))
+        process = multiprocessing.get_context("fork").Process(
+            target=_sweep, args=(self, plant, call, log or self.log, command)
+        )
         process.start()
         return process
 
@@ -206,7 +215,8 @@ class Harness:
         self.root, self.chance, self.number = root, random.Random(str(seed)), 0
         self.seconds, self.cache = 60.0, root / "cache"
         self.cache.mkdir(parents=True)
-        self._calm: dict[tuple[str, ...], tuple[Mapping[str, Result], Mapping[str, Result]]] = {}
+        self.shared = root.parent / "alone"  # with other jobs
+        self.shared.mkdir(exist_ok=True)
         plain = Fault(name="none")
         for _ in range(2):
             warm = Attempt(self, plain, deterministic=False)
@@ -220,23 +230,51 @@ class Harness:
 
     def calm(self, attempt: Attempt) -> Mapping[str, Result]:
         """What the attempt's command leaves when nothing strikes it."""
-        return self._known(attempt)[0]
+        return self._once("calm", attempt, self._leave_alone)
 
     def spare(self, attempt: Attempt) -> Mapping[str, Result]:
         """Runs that the command would train if another trial were best: every trial on the seed that confirms."""
-        return self._known(attempt)[1]
+        return self._once("spare", attempt, self._confirm_all)
 
-    def _known(self, attempt: Attempt) -> tuple[Mapping[str, Result], Mapping[str, Result]]:
-        key = (*attempt.overrides, str(attempt.fault.tuned), str(attempt.variant))
-        if key not in self._calm:
-            alone = Attempt(self, attempt.fault, deterministic=attempt.deterministic)
-            alone.overrides, alone.prepare = list(attempt.overrides), attempt.prepare
-            if alone.wait(alone.start()):
-                raise SystemExit(alone.log.read_text()[-3000:])
-            spare = _confirm_all(alone) if attempt.fault.tuned else {}
-            self._calm[key] = outcome(alone.study), spare
-            alone.close()
-        return self._calm[key]
+    def _once(
+        self, name: str, attempt: Attempt, make: Callable[[Attempt], Mapping[str, Result]]
+    ) -> Mapping[str, Result]:
+        fault = attempt.fault
+        key = repr((name, fault.overrides, fault.tuned, attempt.files, attempt.deterministic))
+        path = self.shared / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                path.write_text(json.dumps({run_id: asdict(one) for run_id, one in make(attempt).items()}))
+        return {run_id: Result.of(plain) for run_id, plain in json.loads(path.read_text()).items()}
+
+    def _undisturbed(self, attempt: Attempt) -> Attempt:
+        alone = Attempt(self, attempt.fault, deterministic=attempt.deterministic)
+        alone.overrides, alone.prepare, alone.aside = attempt.overrides, attempt.prepare, []
+        return alone
+
+    def _leave_alone(self, attempt: Attempt) -> Mapping[str, Result]:
+        alone = self._undisturbed(attempt)
+        if alone.wait(alone.start()):
+            raise SystemExit(alone.log.read_text()[-3000:])
+        found = outcome(alone.study)
+        alone.close()
+        return found
+
+    def _confirm_all(self, attempt: Attempt) -> Mapping[str, Result]:
+        """As a plain grid, which gives the same runs."""
+        alone = self._undisturbed(attempt)
+        if alone.wait(alone.start()):
+            raise SystemExit(alone.log.read_text()[-3000:])
+        points = sorted({(one.spec["placement"]["name"], one.spec["optim"]["lr"]) for one in records(alone.study)})
+        again = self._undisturbed(attempt)
+        for place, lr in points:
+            command = again.typed(*again.overrides, f"placement={place}", "seed=2", f"optim.lr={lr!r}")
+            if again.wait(again.start(command=command)):
+                raise SystemExit(again.log.read_text()[-3000:])
+        found = {run_id: one.named("confirm") for run_id, one in outcome(again.study).items()}
+        for one in (alone, again):
+            one.close()
+        return found
 
     def inject(self, fault: Fault, number: int) -> Injection:
         """One injection that counts, and what it left."""
@@ -293,8 +331,11 @@ class Harness:
                 obey(attempt.later.read_text())
         struck = attempt.marker.read_text().split()[1:] if attempt.marker.exists() and fault.diverges else []
         counted = TRIALS if fault.tuned else None
-        spare = {**attempt.kept_spare, **self.spare(attempt)}
         expected = {**attempt.kept, **attempt.expected}
+
+        def spare() -> Mapping[str, Result]:
+            return {**attempt.kept_spare(), **(self.spare(attempt) if fault.tuned else {})}
+
         verdict = judge(attempt.study, expected, spare, excused=struck, trials=counted, exact=attempt.deterministic)
         log = f"{_text(attempt.log)}\n-- repeated\n{_text(attempt.later)}"
         message = said(_text(attempt.later if fault.later else attempt.log), fault.says)
@@ -303,28 +344,6 @@ class Harness:
             **asdict(verdict), starts=starts, ended=not code, message=message,
             seconds=round(time.monotonic() - began, 1), log=log[-8000:],
         )  # fmt: skip
-
-
-def _confirm_all(alone: Attempt) -> dict[str, Result]:
-    """Every trial of a study trained again on the seed that confirms, as a plain grid, which gives the same runs."""
-    from sweeper.record import records
-
-    points = sorted({(one.spec["placement"]["name"], one.spec["optim"]["lr"]) for one in records(alone.study)})
-    attempt = Attempt(alone.harness, alone.fault, deterministic=alone.deterministic)
-    attempt.prepare = alone.prepare
-    found: dict[str, Result] = {}
-    for place, lr in points:
-        command = attempt.typed(*alone.overrides, f"placement={place}", "seed=2", f"optim.lr={lr!r}")
-        process = multiprocessing.get_context("fork").Process(
-            target=_sweep, args=(attempt, None, 1, attempt.log, command)
-        )
-        process.start()
-        if attempt.wait(process):
-            raise SystemExit(attempt.log.read_text()[-3000:])
-    for run_id, one in outcome(attempt.study).items():
-        found[run_id] = Result(**{**vars(one), "place": (place, None, 2, "confirm")})
-    attempt.close()
-    return found
 
 
 def obey(log: str) -> None:

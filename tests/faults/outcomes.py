@@ -1,10 +1,11 @@
 """What a sweep left in its study folder, read as whole as the analysis would, and compared with a sweep left alone."""
 
+import dataclasses
 import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ class Result:
     losses: Sequence[tuple[int, float]]
     weights: str
     whole: bool
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> "Result":
+        """One that was kept as JSON."""
+        losses = tuple((step, loss) for step, loss in plain["losses"])
+        return cls(**{**plain, "place": tuple(plain["place"]), "losses": losses})
+
+    def named(self, purpose: str) -> "Result":
+        """The same for another purpose."""
+        return dataclasses.replace(self, place=(*self.place[:-1], purpose))
 
     @property
     def purpose(self) -> str:
@@ -101,7 +112,7 @@ class Verdict:
 
 
 def judge(
-    study: Path, expected: Mapping[str, Result], spare: Mapping[str, Result], *,
+    study: Path, expected: Mapping[str, Result], spare: Callable[[], Mapping[str, Result]] = dict, *,
     excused: Sequence[str] = (), trials: int | None = None, exact: bool = False,
 ) -> Verdict:  # fmt: skip
     """Compares a study with what it should be.
@@ -113,7 +124,7 @@ def judge(
         trials: completed trials that each search is to have counted; None where there is none, or one was excused.
     """
     found, verdict = outcome(study), Verdict()
-    known = {**spare, **expected}
+    known = dict(expected) if found.keys() <= expected.keys() else {**spare(), **expected}
     confirmed = {one.place[0] for one in found.values() if one.purpose == "confirm" and one.status in ENDED}
     for run_id, one in expected.items():
         replaced = one.purpose == "confirm" and bool(excused) and one.place[0] in confirmed

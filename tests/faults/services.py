@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tests.faults.harness import Attempt, Plant
 
-JOBS = ("optim.lr=0.001", "rank=2,4", "hydra/launcher=forked")
-RAY = ("optim.lr=0.001", "rank=2,4", "hydra/launcher=ray", "hydra.launcher.workers=2")
+GRID = ("optim.lr=0.001", "rank=2,4")
+JOBS = ("hydra/launcher=forked",)
+RAY = ("hydra/launcher=ray", "hydra.launcher.workers=2")
 
 
 # -- processes that train for a driver
@@ -160,6 +161,7 @@ def data_changed(attempt: "Attempt") -> int | None:
     """The file of examples is another one when the command is repeated."""
     path = attempt.harness.root / "data.jsonl"
     _write_examples(path, 1)
+    attempt.files = "data"
     attempt.overrides += ["dataset=jsonl", f"dataset.path={path}"]
     return _changed(attempt, lambda: _write_examples(path, 2))
 
@@ -175,6 +177,7 @@ def model_changed(attempt: "Attempt") -> int | None:
     """The base model's folder has other weights when the command is repeated."""
     folder = attempt.harness.root / "model"
     write_model(folder, 0)
+    attempt.files = "model"
     attempt.overrides += ["model=path", f"model.location={folder}"]
     return _changed(attempt, lambda: write_model(folder, 1))
 
@@ -197,7 +200,7 @@ def write_model(folder: Path, seed: int) -> None:
 
 def _changed(attempt: "Attempt", change: Callable[[], None]) -> int | None:
     """Kills a sweep, changes what it reads, and expects both what it left and what is made of the new."""
-    before, spare = attempt.expected, attempt.harness.spare(attempt)
+    before = attempt.expected
     process = attempt.start()
     alive = attempt.sleep(process)
     left = attempt.left()
@@ -207,7 +210,8 @@ def _changed(attempt: "Attempt", change: Callable[[], None]) -> int | None:
     if not alive or left == 0:
         return None
     change()
-    attempt.kept, attempt.kept_spare, attempt.variant = _ended_runs(attempt, before), {**before, **spare}, 1
+    attempt.kept, attempt.kept_spare = _ended_runs(attempt, before), lambda: before
+    attempt.files += ", changed"
     return left
 
 
@@ -430,6 +434,7 @@ def network_gone(attempt: "Attempt") -> int | None:
     folder = attempt.harness.root / "hub-model"
     if not folder.exists():
         write_model(folder, 0)
+    attempt.files = "hub"
     attempt.overrides += ["model=path", "model.source=hub", "model.location=faults/tiny"]
     hub = attempt.stack.enter_context(serve(folder, attempt.root))
     attempt.prepare = hub.use
