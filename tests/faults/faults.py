@@ -209,7 +209,7 @@ def edit(path: Path, chance: random.Random) -> None:
 
 
 DAMAGES = {"truncated": truncate, "empty": empty, "bit flipped": flip, "edited": edit}
-AGAIN = "^2 arms|ended already|cut off or failed"
+AGAIN = "^2 arms|nothing to train|ended already|cut off or failed"
 UNREADABLE = "trains again; its record is kept"
 SAID = {"record": UNREADABLE, "checkpoint": "checkpoint is damaged", "journal": "cannot be read", "cache": None}
 FILES = {
@@ -256,7 +256,7 @@ FAULTS = (
         aside=services.JOBS,
         tuned=False,
         kills=True,
-        says="^error: ",
+        says="BrokenProcessPool",
     ),
     Fault(
         name="driver killed, its workers train on",

@@ -513,9 +513,7 @@ def test_a_line_of_the_journal_that_was_edited_is_named_and_costs_no_record(
     place = next(n for n, line in enumerate(lines) if "param_value_internal" in line)
     lines[place] = lines[place].replace('"param_value_internal":', '"param_value_internal":1')
     journal.write_text("".join(lines))
-    with pytest.raises(
-        SpecError, match=r"search\.journal cannot be read \(a line of it was edited or damaged\): move it"
-    ):
+    with pytest.raises(SpecError, match=r"cannot be read \(a line of it was edited or damaged\): move it away"):
         go(axes, n_trials=3, sampler="random")
     journal.unlink()
     go(axes, n_trials=3, sampler="random")
