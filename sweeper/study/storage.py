@@ -56,7 +56,8 @@ def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
 
     for last in (False, False, True):
         try:
-            return _patient()(settings.storage, engine_kwargs={"pool_pre_ping": True})
+            opened: BaseStorage = _patient()(settings.storage, engine_kwargs={"pool_pre_ping": True})
+            return opened
         except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError) as error:
             if last:
                 raise _unusable(error) from None
@@ -98,10 +99,8 @@ class _Journal(JournalFileBackend):
     """A journal that goes on after a crash or a full disk in the middle of a line, and knows a line that was changed.
 
     Such a half line was never read by anyone. The library would glue the next one to it, and then read no line any
-    more. Each line has a digest of itself, from the first one on that has: earlier versions wrote none.
+    more. Each line has a digest of itself; those of earlier versions and of other programs have none.
     """
-
-    sealed = False  # whether a line with a digest was read
 
     def check(self) -> None:
         """Raises ValueError where the last whole line is not JSON, which the library finds out a line later."""
@@ -112,8 +111,7 @@ class _Journal(JournalFileBackend):
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         for log in super().read_logs(log_number_from):
             found = log.pop(DIGEST, None)
-            self.sealed = self.sealed or found is not None
-            if self.sealed and found != _digest(log):
+            if found is not None and found != _digest(log):
                 raise ValueError("a line of it was edited or damaged")
             yield log
 
@@ -160,7 +158,7 @@ def _again(call: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return call(*args, **kwargs)
             except (DBAPIError, PoolTimeout, StorageInternalError) as error:
-                cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+                cause = error.__cause__ or error if isinstance(error, StorageInternalError) else error
                 gone = isinstance(cause, OperationalError | PoolTimeout) or getattr(
                     cause, "connection_invalidated", False
                 )

@@ -169,7 +169,7 @@ def another_version(strike: Strike) -> None:
 
 def clock(strike: Strike) -> None:
     """The wall clock jumps by a day, forward or back."""
-    stock, jumped = time.time, []
+    stock, jumped = time.time, list[float]()
 
     def jump() -> float:
         if not jumped and strike():
@@ -235,7 +235,7 @@ FAULTS = (
     Fault(
         name="killed while a record is written",
         plant=in_results("write_record", _die),
-        calls=8,
+        calls=6,
         kills=True,
         says=AGAIN,
         later=True,
@@ -243,7 +243,7 @@ FAULTS = (
     Fault(
         name="power lost, a record written by half",
         plant=in_results("write_record", _half_written),
-        calls=8,
+        calls=6,
         kills=True,
         says=UNREADABLE,
         later=True,
@@ -284,22 +284,22 @@ FAULTS = (
         calls=30,
         says="out of memory|OutOfMemory",
     ),
-    Fault(name="out of memory, backward", plant=in_backward, calls=25, says="out of memory|OutOfMemory"),
+    Fault(name="out of memory, backward", plant=in_backward, calls=16, says="out of memory|OutOfMemory"),
     Fault(
         name="out of memory, evaluation",
         plant=in_pack("scores", _raiser(_no_memory)),
-        calls=12,
+        calls=9,
         says="out of memory|OutOfMemory",
     ),
     Fault(
         name="out of memory, export",
         plant=in_results("write_adapter", _raiser(_no_memory)),
-        calls=8,
+        calls=6,
         says="OutOfMemory",
     ),
-    Fault(name="NaN in one slot's weights", plant=not_a_number_in_weights, calls=25, diverges=True, says="diverged"),
-    Fault(name="NaN in one slot's data", plant=not_a_number_in_data, calls=25, diverges=True, says="diverged"),
-    Fault(name="NaN in one slot's rate", plant=not_a_number_in_rate, calls=60, diverges=True, says="diverged"),
+    Fault(name="NaN in one slot's weights", plant=not_a_number_in_weights, calls=16, diverges=True, says="diverged"),
+    Fault(name="NaN in one slot's data", plant=not_a_number_in_data, calls=16, diverges=True, says="diverged"),
+    Fault(name="NaN in one slot's rate", plant=not_a_number_in_rate, calls=30, diverges=True, says="diverged"),
     Fault(
         name="data changed between starts",
         act=services.data_changed,

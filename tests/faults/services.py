@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tests.faults.harness import Attempt, Plant
 
-GRID = ("optim.lr=0.001", "rank=2,4")
+GRID = ("optim.lr=0.001", "rank=2,4", "seed=0,1")
 JOBS = ("hydra/launcher=forked",)
 RAY = ("hydra/launcher=ray", "hydra.launcher.workers=2")
 
@@ -103,7 +103,7 @@ def _mounted(attempt: "Attempt", size: int) -> Path:
     folder = attempt.root / "mounted"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
-    attempt.stack.callback(subprocess.run, ["umount", "-l", folder], check=True)
+    attempt.stack.callback(lambda: subprocess.run(["umount", "-l", folder], check=True))
     return folder
 
 
@@ -190,7 +190,12 @@ def write_model(folder: Path, seed: int) -> None:
     from sweeper.models.files import byte_tokenizer
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(
         **sizes, num_key_value_heads=2, vocab_size=512, max_position_embeddings=512, tie_word_embeddings=True
     )

@@ -96,7 +96,7 @@ def _serve(pipe: "multiprocessing.connection.Connection", root: Path) -> None:
 
 
 def check(fault: Fault, found: Injection) -> None:
-    assert not (found.lost or found.duplicated or found.corrupted), found.log
+    assert (found.lost, found.duplicated, found.corrupted) == ([], [], []), found.log
     assert found.ended, found.log
     assert found.at_stake > 0
     assert not report.unsaid(fault, vars(found)), found.log

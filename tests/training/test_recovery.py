@@ -152,10 +152,8 @@ def test_a_damaged_checkpoint_is_ignored(
     events = run_all(specs, "stopped")
     identical(tmp_path / "undisturbed", tmp_path / "stopped", specs)
     if damage is not other_modules:
-        told = [
-            event.message for event in events if isinstance(event, Remark) and "checkpoint is damaged" in event.message
-        ]
-        assert len(told) == len(specs)
+        told = [event.message for event in events if isinstance(event, Remark)]
+        assert sum("its checkpoint is damaged" in message for message in told) == len(specs)
 
 
 def test_a_checkpoint_of_more_than_is_trained_now_is_not_gone_on_from(
