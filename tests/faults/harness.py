@@ -121,6 +121,7 @@ class Injection:
     starts: int
     ended: bool
     message: str | None
+    traceback: bool
     seconds: float
     log: str = ""
 
@@ -342,6 +343,7 @@ class Harness:
         return Injection(
             fault=fault.name, deterministic=attempt.deterministic, at_stake=at_stake, kills=fault.kills,
             **asdict(verdict), starts=starts, ended=not code, message=message,
+            traceback="Traceback (most recent call last)" in log,
             seconds=round(time.monotonic() - began, 1), log=log[-8000:],
         )  # fmt: skip
 
@@ -460,7 +462,8 @@ def run(faults: Sequence[Fault], times: int, seed: int, jobs: int, out: Path, ro
 
 
 def _faulty(found: Injection) -> list[str]:
-    told = [f"{name} {getattr(found, name)}" for name in ("lost", "duplicated", "corrupted") if getattr(found, name)]
+    told = ["traceback"] if found.traceback else []
+    told += [f"{name} {getattr(found, name)}" for name in ("lost", "duplicated", "corrupted") if getattr(found, name)]
     return [*told, *([] if found.ended else ["did not end"])]
 
 

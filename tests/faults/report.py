@@ -51,8 +51,8 @@ def summed(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def unsaid(fault: "Fault", found: Mapping[str, Any]) -> bool:
-    """Whether a person was not told what had happened."""
-    return fault.says is not None and not fault.silent and found["message"] is None
+    """Whether a person was not told what had happened, or by a traceback."""
+    return bool(found["traceback"]) or (fault.says is not None and not fault.silent and found["message"] is None)
 
 
 def _bits(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
