@@ -341,7 +341,7 @@ FAULTS = (
     Fault(
         name="W&B fails",
         plant=services.tracker("wandb"),
-        calls=100,
+        calls=14,
         aside=("tracking=wandb",),
         most=6,
         says="not logged from here on",
@@ -349,7 +349,7 @@ FAULTS = (
     Fault(
         name="MLflow fails",
         plant=services.tracker("mlflow"),
-        calls=100,
+        calls=40,
         aside=("tracking=mlflow",),
         most=6,
         says="not logged from here on",

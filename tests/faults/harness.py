@@ -448,7 +448,11 @@ def run(faults: Sequence[Fault], times: int, seed: int, jobs: int, out: Path, ro
                     return
                 fault, n = work[mine]
                 harness.chance = random.Random(f"{seed} {fault.name} {n}")
-                found = harness.inject(fault, n)
+                try:
+                    found = harness.inject(fault, n)
+                except Exception as error:  # one that cannot be injected is missed in the figures
+                    print(f"{mine + 1}/{len(work)} {fault.name}: {type(error).__name__}: {error}", flush=True)
+                    continue
                 lines.write(json.dumps(asdict(found)) + "\n")
                 lines.flush()
                 told = "; ".join(_faulty(found)) or "well"

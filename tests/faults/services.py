@@ -403,7 +403,7 @@ class _Cluster:
     def _start(self, *arguments: str) -> "subprocess.Popen[bytes]":
         ray = str(Path(sys.executable).with_name("ray"))
         return subprocess.Popen(
-            [ray, "start", "--block", "--num-cpus=1", "--object-store-memory=80000000", *arguments],
+            [ray, "start", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", "--object-store-memory=80000000", *arguments],
             env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
