@@ -332,8 +332,9 @@ class ArmSearch:
         """Leaves a trial to the next command, which takes it up again with the same point."""
         self._seen = None
         self.running.pop(trial.number, None)
-        self._void(trial.optuna_trial, "stopped")
+        # in this order: a full disk, or a kill, between the two leaves the point to be taken up
         self.study.enqueue_trial(dict(trial.optuna_trial.params), user_attrs={"repeats": trial.number})
+        self._void(trial.optuna_trial, "stopped")
 
     def widen(self) -> str | None:
         """Widens the range at whose end the best trial lies, if that is asked for; says what it did."""

@@ -150,20 +150,20 @@ def _patient() -> type[Any]:
 def _again(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def patiently(*args: Any, **kwargs: Any) -> Any:
-        from sqlalchemy.exc import DBAPIError, OperationalError
+        from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
         from sqlalchemy.exc import TimeoutError as PoolTimeout
 
         until, told = time.monotonic() + PATIENCE_SECONDS, False
         while True:
             try:
                 return call(*args, **kwargs)
-            except (DBAPIError, PoolTimeout, StorageInternalError) as error:
+            except (DBAPIError, PendingRollbackError, PoolTimeout, StorageInternalError) as error:
                 cause = error.__cause__ or error if isinstance(error, StorageInternalError) else error
-                gone = isinstance(cause, OperationalError | PoolTimeout) or getattr(
-                    cause, "connection_invalidated", False
-                )
-                if not gone:
+                lost = isinstance(cause, InterfaceError | OperationalError | PendingRollbackError | PoolTimeout)
+                if not (lost or getattr(cause, "connection_invalidated", False)):
                     raise
+                if args and hasattr(args[0], "scoped_session"):
+                    args[0].scoped_session.remove()  # its transaction ended with the connection
                 if time.monotonic() > until:
                     raise SpecError(
                         f"hydra.sweeper.storage: the database has not answered for {PATIENCE_SECONDS:g} s "

@@ -115,6 +115,7 @@ class Pack:
             LaneCounts(len(self.states), recording=by_layer * len(decoder_layers(self.model)), token=by_value * values)
             for by_layer, by_value in (STEP_COSTS, SCORE_COSTS)
         )
+        self.store.lanes.apart = self.apart
         self._lengths: Tensor | None = None
         self._noise = self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.model.train()

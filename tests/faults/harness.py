@@ -5,7 +5,7 @@
     python -m tests.faults.harness --fault "disk full" --times 3   # one fault, printed
 
 A sweep is a search of two arms on a tiny random model, on the CPU: two trials each, confirmation on a fresh seed,
-evaluations on the way, checkpoints five times a second. Each start is a fork of a warm process, so that what is struck
+evaluations on the way, checkpoints every other step. Each start is a fork of a warm process, so that what is struck
 is the sweep and not the import of its libraries. An injection counts if it struck while a run was unfinished.
 Afterwards the same command is repeated until it ends well, doing what it says where it asks for something, and then
 every run of the sweep left alone is there once, with its curve, its scores to 1e-5 and its adapter. Half of the
@@ -41,7 +41,7 @@ from tests.faults.outcomes import Result, ended, judge, outcome
 
 COMMON = (
     "-m", "experiment=smoke", "placement=attn,ff", "rank=4", "seed=0", "trainer.max_steps=6",
-    "evaluation.every_steps=3", "dataset.max_length=48", "dataset.train_examples=16", "sweep.checkpoint_seconds=0.2",
+    "evaluation.every_steps=3", "dataset.max_length=48", "dataset.train_examples=16", "sweep.checkpoint_seconds=0.05",
     "sweep.calibrate=false", "sweep.max_pack=3", "trainer.precision=float32",
 )  # fmt: skip
 TUNED = (

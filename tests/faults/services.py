@@ -361,6 +361,7 @@ def _both_train(attempt: "Attempt", process: Any, crew: Callable[[], list[Any]])
 
 def ray_worker_killed(attempt: "Attempt") -> int | None:
     attempt.expected  # noqa: B018
+    attempt.aside.append("hydra.launcher.address=local")  # whatever else runs on this machine
     process = attempt.start()
     if not _both_train(attempt, process, lambda: _workers(process.pid or 0)):
         attempt.wait(process, 240)
@@ -394,16 +395,17 @@ class _Cluster:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.environment = os.environ | {"SWEEPER_CACHE": str(attempt.cache)}
+        # on this machine alone; a token that a former cluster left is of no use to this one
+        attempt.environment["RAY_AUTH_MODE"] = "disabled"
+        self.environment = os.environ | {"SWEEPER_CACHE": str(attempt.cache), **attempt.environment}
         self.nodes = [self._start("--head", f"--port={self.port}", "--include-dashboard=false")]
         time.sleep(8)
         self.nodes.append(self._start(f"--address=127.0.0.1:{self.port}"))
         time.sleep(4)
 
     def _start(self, *arguments: str) -> "subprocess.Popen[bytes]":
-        ray = str(Path(sys.executable).with_name("ray"))
         return subprocess.Popen(
-            [ray, "start", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", "--object-store-memory=80000000", *arguments],
+            [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", "--object-store-memory=80000000", *arguments],
             env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
@@ -417,6 +419,9 @@ class _Cluster:
         for node in reversed(self.nodes):
             _kill_tree(node.pid)
             node.wait()
+        note = Path("/tmp/ray/ray_current_cluster")  # by which the next driver without an address would look for it
+        if note.exists() and note.read_text().endswith(f":{self.port}"):
+            note.unlink()
 
 
 def _kill_tree(pid: int) -> None:
