@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example notebook docs docs-commands models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz matrix attack wheel-check lint format audit licences bundle clean-cache clean
+.PHONY: help install sweep paper example notebook docs docs-commands models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz faults matrix attack wheel-check lint format audit licences bundle clean-cache clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -108,6 +108,12 @@ matrix: $(VENV)/.installed-test  ## test the oldest and newest versions that pyp
 
 attack: $(VENV)/.installed-test  ## attack the sandbox of programs that a model wrote; writes docs/sandbox.json
 	$(BIN)/python -m tools.robustness sandbox
+
+FAULTS ?= .cache/faults
+faults: $(VENV)/.installed-test  ## inject hundreds of faults into real sweeps, then write docs/robustness.md (an hour or more)
+	rm -rf $(FAULTS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.faults.harness --times 12 --jobs 2 --out $(FAULTS)
+	$(BIN)/python -m tests.faults.report $(FAULTS)
 
 wheel-check: $(STAMP)  ## install the wheel into an environment of its own and use it in an empty folder (minutes)
 	tools/wheel_check.sh $(BIN)/python

@@ -28,8 +28,13 @@ SEVERAL = "-m"
 FROM = "--from"  # as `sweeper.repeat.FLAG`, which imports more than a start should
 
 
+_UNWRITABLE = {
+    errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable again",
+}  # fmt: skip
+
+
 class NoRoom(SweeperError):
-    """There is no room to write what was trained."""
+    """What was trained cannot be written: there is no room, or the file system has become read-only."""
 
     exit_code = 1
 
@@ -183,11 +188,12 @@ def train(cfg: "DictConfig") -> float | None:
 
 
 def no_room(error: BaseException) -> NoRoom | None:
-    """The line for a full disk, if that is what an error is; not every library says so by an OSError."""
-    if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+    """The line for a full or read-only disk, if that is what an error is; not every library says so by an OSError."""
+    mend = next((mend for code, mend in _UNWRITABLE.items() if os.strerror(code) in str(error)), None)
+    if mend is None:
         return None
     reason = str(error).strip().splitlines()[-1]  # a worker's error has its traceback before it
-    return NoRoom(f"{reason}: make room; the same command goes on from what is saved")
+    return NoRoom(f"{reason}: {mend}; the same command goes on from what is saved")
 
 
 def from_hydra(error: BaseException) -> bool:

@@ -360,7 +360,8 @@ class TrainerSpec(Stored):
             the two on a CPU, and stays what it was in the study's first run.
         activation_checkpointing: whether activations are computed again in the backward pass: slower, less memory.
         deterministic: whether to do without the kernels of a GPU whose sums are in an order of chance, for 4 to 10%
-            of the speed.
+            of the speed. On a CPU each run of a pack then has passes of its own, and its results are the same to the
+            last bit whoever shares the pack; it trains no faster than alone.
         neftune_alpha: noise on the embedded tokens (Jain et al. 2023 use 5); 0 is none.
         ema_decay: decay of a moving average of the weights, which is then what is evaluated and saved; null is none.
         patience: evaluations without a lower validation NLL after which a run ends and keeps its best weights; null

@@ -199,9 +199,12 @@ def carry_out(
         show_plan(plan, settings, search, console)
         return Finished(study=plan.study, runs=plan.runs, records={})
     early: list[Event] = []
-    work = Scheduler(plan.arms, [run.run_id for run in plan.todo], settings, search, observers=[early.append])
+    todo, planned = ([run.run_id for run in runs] for runs in (plan.todo, plan.runs))
+    work = Scheduler(plan.arms, todo, settings, search, observers=[early.append], planned=planned)
     left = bool(work.pending())
     announce(plan, search, console, left=left)
+    if left and plan.tuned and any(so_far := work.taken_up()):
+        console.print(_so_far(*so_far), markup=False)
     outcome = Outcome(records={})
     if left:
         record.note_command(plan.study, typed or shell.noted())
@@ -248,6 +251,14 @@ def announce(plan: Plan, search: SearchSettings, console: Console, *, left: bool
         console.print(f"{done}; training the other {todo}", markup=False)
     else:
         console.print(f"{runs} run{'s' if runs > 1 else ''} to train in {plan.study}", markup=False)
+
+
+def _so_far(ended: int, cut_off: int) -> str:
+    """What former commands have done of a search."""
+    lines = [f"{ended} trial{' has' if ended == 1 else 's have'} ended already"] if ended else []
+    if cut_off:
+        lines.append(f"{cut_off} cut off or failed before go{'es' if cut_off == 1 else ''} on")
+    return "; ".join(lines)
 
 
 def _left_out(plan: Plan) -> list[str]:

@@ -86,8 +86,8 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
     finished = [run for run in plan.runs if plan.statuses[run.run_id] in plan.done]
     notes = *plan.notes, *_unreadable(plan), *_warnings(specs), *chain.changed(finished, plan.study)
     plan = replace(plan, notes=notes)
-    if plan.todo:
-        plan = replace(plan, notes=(*plan.notes, *identities.changed([run.spec for run in plan.todo])))
+    if left := plan.runs if plan.tuned else plan.todo:
+        plan = replace(plan, notes=(*plan.notes, *identities.changed([run.spec for run in left])))
     return _without_likes(plan)
 
 

@@ -135,6 +135,20 @@ class Batch:
             self.facts.repeat(lanes, 1),
         )  # fmt: skip
 
+    def lane(self, lane: int) -> "Batch":
+        """One lane as a batch of its own, no longer or wider than it would be if the others were not there."""
+        _, sequences, length, _ = self.shape
+        rows = slice(lane * sequences, (lane + 1) * sequences)
+        own = _round(int(self.lengths[rows].max()), False)
+        width = max(1, int((self.lengths[rows] - self.prompts[rows]).sum()))
+        place = self.index[lane, :width] - rows.start * length
+        index = place // length * own + place % length
+        targets, weights = self.targets[lane : lane + 1, :width], self.weights[lane : lane + 1, :width]
+        return Batch(
+            self.ids[rows, :own], index[None].clamp(min=0), targets, weights, self.lengths[rows], self.tasks[rows],
+            self.prompts[rows],
+        )  # fmt: skip
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(t.to(device, non_blocking=True) for t in self._tensors()))
 

@@ -114,6 +114,7 @@ class Pack:
             LaneCounts(len(self.states), recording=by_layer * len(decoder_layers(self.model)), token=by_value * values)
             for by_layer, by_value in (STEP_COSTS, SCORE_COSTS)
         )
+        self.store.lanes.apart = self.apart
         self._lengths: Tensor | None = None
         self._noise = self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.model.train()
@@ -377,6 +378,24 @@ class Pack:
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Losses [L] of one forward pass; their gradients are added to the store's."""
+        slots = self.store.lanes.host_slots
+        if not self.apart or len(slots) == 1:
+            return self._pass(batch)
+        losses = []
+        try:
+            for lane, slot in enumerate(slots):
+                self.use_lanes([slot])
+                losses.append(self._pass(batch.lane(lane)))
+        finally:
+            self.use_lanes(slots)
+        return torch.cat(losses)
+
+    @property
+    def apart(self) -> bool:
+        """Whether each run has passes of its own, whose results are then the same to the last bit in any pack."""
+        return self.config.deterministic and self.device.type == "cpu"
+
+    def _pass(self, batch: Batch) -> Tensor:
         self._lengths = batch.lengths
         with self.store.one_pass(1 / self.config.accumulation):
             with training_kernel(self.device, self.dtype, deterministic=self.config.deterministic):

@@ -259,11 +259,14 @@ class RunState:
     def resume(self) -> str | None:
         """Takes up the checkpoint of a run that was cut off, if there is one, and clears away what else it left.
 
-        Returns why it was not taken up, where it is not of this run.
+        Returns why it was not taken up, where it is damaged or not of this run.
         """
         remove_leftovers(self.run.folder)
         self.suspect = suspects.read(self.run.folder)
-        found = checkpoint.load(self.run.folder)
+        try:
+            found = checkpoint.load(self.run.folder)
+        except checkpoint.Damaged as error:
+            return None if self.done > 0 else f"{self.run_id}: its checkpoint is damaged ({error}); it starts anew"
         if found is None or self.done > 0:
             return None
         weights, kept = found
@@ -339,7 +342,7 @@ class RunState:
         self.compile_seconds += result.one_off
         self.train_seconds += seconds
         seconds += result.one_off
-        if not math.isfinite(result.loss):
+        if not (math.isfinite(result.loss) and math.isfinite(result.lr)):  # by such a rate it was not updated
             self.diverged = True
         self.noted = result.step
         self.metrics.append({

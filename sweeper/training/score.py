@@ -45,6 +45,9 @@ def queue_scores(
     Returns:
         What waits for them and gives the scores for each slot, in the order of the examples.
     """
+    if pack.apart and len(slots) > 1:
+        every = [queue_scores(pack, [slot], examples, budget=budget, tasks=tasks) for slot in slots]
+        return lambda: [scores for found in every for scores in found()]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids), reverse=True)
     lanes = pack.lanes_to_score(len(slots), examples)
     with pack.evaluating():
