@@ -14,7 +14,7 @@ TEST ?= tests
 # Arguments for the sweep, for instance: make sweep ARGS="seed=0,1,2 study=three_seeds"
 ARGS ?=
 
-.PHONY: help install sweep paper example notebook docs docs-commands models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz wheel-check lint format audit licences clean
+.PHONY: help install sweep paper example notebook docs docs-commands models lm-eval qlora mlflow trackio fetch commit-file test test-slow fuzz faults matrix attack wheel-check lint format audit licences bundle clean-cache clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt constraints-data.txt
 $(VENV)/.installed-test: $(STAMP) constraints-trackio.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[ray,postgres,mlflow]'
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-trackio.txt
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt bitsandbytes
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt bitsandbytes trl
 	@touch $@
 
 sweep: $(STAMP)  ## train the placement x rank grid on the default model and data, print and save its table
@@ -97,8 +97,23 @@ test: $(VENV)/.installed-test  ## run the test suite
 test-slow: $(VENV)/.installed-test  ## run the tests that take long: simulated studies, clusters, compilers, lost GPUs
 	$(PYTEST) -m "slow and not long" $(TEST)
 
-fuzz: $(VENV)/.installed-test  ## run thousands of random commands, overrides and records (tens of minutes)
-	$(PYTEST) -m long $(TEST)
+fuzz: $(VENV)/.installed-test  ## run thousands of random commands, overrides and records (an hour); writes docs/fuzz.json
+	rm -rf .cache/fuzz
+	SWEEPER_FUZZ_FIGURES=.cache/fuzz $(PYTEST) -m long $(TEST)
+	$(BIN)/python -m tools.robustness fuzz .cache/fuzz
+
+matrix: $(VENV)/.installed-test  ## test the oldest and newest versions that pyproject.toml claims (an hour; ten GB); writes docs/matrix.json
+	$(BIN)/python -m tools.matrix --here
+	$(BIN)/python -m tools.robustness page
+
+attack: $(VENV)/.installed-test  ## attack the sandbox of programs that a model wrote; writes docs/sandbox.json
+	$(BIN)/python -m tools.robustness sandbox
+
+FAULTS ?= .cache/faults
+faults: $(VENV)/.installed-test  ## inject hundreds of faults into real sweeps, then write docs/robustness.md (an hour or more)
+	rm -rf $(FAULTS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.faults.harness --times 12 --jobs 2 --out $(FAULTS)
+	$(BIN)/python -m tests.faults.report $(FAULTS)
 
 wheel-check: $(STAMP)  ## install the wheel into an environment of its own and use it in an empty folder (minutes)
 	tools/wheel_check.sh $(BIN)/python
@@ -125,6 +140,12 @@ audit: $(AUDIT)/bin/pip-audit  ## look up known vulnerabilities of every pinned 
 
 licences: $(STAMP)  ## list the licence of every pinned package that is installed; one without a licence is a failure
 	$(BIN)/python tools/licences.py $(PINS)
+
+bundle: $(STAMP)  ## pack STUDY with its analysis and digests into one file (FILE), which `lora-atlas bundle verify` checks
+	$(BIN)/lora-atlas bundle $(STUDY) $(FILE)
+
+clean-cache: $(STAMP)  ## empty the cache folder, except for what was fetched and what is in use
+	$(BIN)/lora-atlas cache clean
 
 clean:  ## remove the virtual environment and caches; outputs stay
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist

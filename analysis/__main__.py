@@ -21,6 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis; returns the exit status: 0, or 2 where there was nothing to analyse or a request was wrong."""
+    installation.forgive_output()
     parser = _Parser(prog=installation.program("analyse"), description="Records of a study -> tables, figures, report.")
     parser.add_argument("study", nargs="*", type=Path, help="folders of studies, such as outputs/default")
     parser.add_argument("--out", type=Path, default=Path("paper"), help="where to write (default: paper/)")

@@ -104,7 +104,7 @@ def analyse(
         "hypervolume": hypervolumes(found, draws=sampler, metric=metric),
         "spectra": spectra_table(found),
         "block_spectra": blocks.table(found, draws=sampler),
-        "tuned": tuning.table(found),
+        "tuned": tuning.table(found, study.note),
         "failures": failures(study),
         "checks": checks.check(study, found),
     }

@@ -128,8 +128,8 @@ class Arrangement:
 
 
 def higher_is_better(metric: str) -> bool:
-    """False for NLL, perplexity, loss and forgetting; True for task metrics."""
-    return not any(word in metric for word in ("nll", "perplexity", "loss", "forgetting"))
+    """False for NLL, perplexity, loss, forgetting and the divergence from the base; True for task metrics."""
+    return metric != "kl" and not any(word in metric for word in ("nll", "perplexity", "loss", "forgetting"))
 
 
 def varying(runs: pd.DataFrame, fields: Sequence[str]) -> list[str]:

@@ -58,6 +58,8 @@ def pareto(analysis: Analysis, metric: str, venue: Venue = DEFAULT, cost: str = 
     if cost not in arms or arms[cost].isna().all():
         return f"no run has {cost}" + (" (solo calibration was off)" if "solo" in cost else "")
     arms = arms[arms[cost] > 0]
+    if arms.empty:
+        return f"no run has {cost} above 0"
     if cost != "trainable_parameters":
         arms = shown.front_by(arms, metric, cost)
         costs = arms.groupby("setting")[cost]

@@ -1,7 +1,6 @@
 """How each arm was searched: what was tried, how far, what was chosen, and what the search may have missed."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,12 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special
 
-from sweeper.record import SEARCHES
+from sweeper.record import SEARCHES, read_json, read_text
 
 from .arms import Arm, Arrangement, higher_is_better
+from .load import Problem
+
+Note = Callable[[Problem], None]
 
 RATE = "optim.lr"
 LEAST_RATES = 4
@@ -35,14 +37,14 @@ def judge(found: Arrangement) -> None:
             arm.search_doubts.append(f"a rate near {missed['best_rate']:.2g} may be better")
 
 
-def table(found: Arrangement) -> pd.DataFrame:
+def table(found: Arrangement, note: Note = lambda problem: None) -> pd.DataFrame:
     """One row per arm: the selected values, its trials (`whole`: trained to their end; `followed`: the least steps that
     one of the others was), how often its space was widened, and what weakens the choice (`doubts`).
 
     `miss` is how much better the best learning rate of a parabola through the whole trials is than the chosen one, in
     the metric's units, with a 95% interval; from `LEAST_RATES` rates within a factor of ten of the chosen one on.
     """
-    searches = _searches(found.runs)
+    searches = _searches(found.runs, note)
     by_arm = _by_arm(found)
     rows = [_row(found, arm, by_arm[arm.setting, arm.label], searches) for arm in found.arms]
     columns = [
@@ -66,13 +68,23 @@ def _tried(runs: pd.DataFrame) -> pd.DataFrame:
     return runs if "search.purpose" not in runs else runs[runs["search.purpose"] != "confirm"]
 
 
-def _searches(runs: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """What the studies' searches wrote of themselves, by the arm's key."""
+def _searches(runs: pd.DataFrame, note: Note) -> dict[str, dict[str, Any]]:
+    """What the studies' searches wrote of themselves, by the arm's key; a file that cannot be read is noted."""
     folders = runs["folder"].dropna() if "folder" in runs else []
     found: dict[str, dict[str, Any]] = {}
     for study in sorted({Path(folder).parent for folder in folders if isinstance(folder, str)}):
-        if (study / SEARCHES).is_file():
-            found |= json.loads((study / SEARCHES).read_text(encoding="utf-8"))
+        if not (study / SEARCHES).is_file():
+            continue
+        try:
+            told = read_json(read_text(study / SEARCHES))
+            if not (isinstance(told, dict) and all(isinstance(one, dict) for one in told.values())):
+                raise ValueError("no mapping of arms")
+            if not all(isinstance(one.get("widened", 0), int) for one in told.values()):
+                raise ValueError("widened is no whole number")
+        except (OSError, ValueError) as error:
+            note(Problem(folder=str(study), kind="broken searches", message=f"{SEARCHES}: {error}"))
+            continue
+        found |= told
     return found
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from sweeper import lost, shell
+from sweeper import installation, lost, shell
 from sweeper.completion import SCRIPTS
 from sweeper.errors import Interrupted, Problems, SweeperError, unknown
 from sweeper.lost import ContextLost
@@ -25,10 +25,16 @@ if TYPE_CHECKING:
 
 FULL = "HYDRA_FULL_ERROR"
 SEVERAL = "-m"
+FROM = "--from"  # as `sweeper.repeat.FLAG`, which imports more than a start should
+
+
+_UNWRITABLE = {
+    errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable again",
+}  # fmt: skip
 
 
 class NoRoom(SweeperError):
-    """There is no room to write what was trained."""
+    """What was trained cannot be written: there is no room, or the file system has become read-only."""
 
     exit_code = 1
 
@@ -52,7 +58,10 @@ def put_flags_last() -> None:
 
     from sweeper import config
 
+    installation.forgive_output()
     sys.argv[1:] = config.unquoted(sys.argv[1:])
+    if FROM in sys.argv[1:]:
+        sys.exit(run(_repeat))
 
     def refuse(message: str) -> NoReturn:
         print(f"error: {message}. Flags: {shell.command('train', '--hydra-help')}", file=sys.stderr)
@@ -111,6 +120,7 @@ def run(main: Callable[[], object]) -> int:
 
     Set HYDRA_FULL_ERROR=1 for tracebacks.
     """
+    installation.forgive_output()
     atexit.register(gc.freeze)  # or the interpreter looks through all that the imports made once more before it goes
     # threads that spin while they wait make a step many times slower on cores that are shared with other work
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -149,6 +159,12 @@ def run(main: Callable[[], object]) -> int:
     return 0
 
 
+def _repeat() -> None:
+    from sweeper import repeat
+
+    repeat.main(sys.argv[1:])
+
+
 def train(cfg: "DictConfig") -> float | None:
     """The job of one configuration; returns its objective, the validation NLL after training."""
     from hydra.core.global_hydra import GlobalHydra
@@ -172,11 +188,12 @@ def train(cfg: "DictConfig") -> float | None:
 
 
 def no_room(error: BaseException) -> NoRoom | None:
-    """The line for a full disk, if that is what an error is; not every library says so by an OSError."""
-    if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+    """The line for a full or read-only disk, if that is what an error is; not every library says so by an OSError."""
+    mend = next((mend for code, mend in _UNWRITABLE.items() if os.strerror(code) in str(error)), None)
+    if mend is None:
         return None
     reason = str(error).strip().splitlines()[-1]  # a worker's error has its traceback before it
-    return NoRoom(f"{reason}: make room; the same command goes on from what is saved")
+    return NoRoom(f"{reason}: {mend}; the same command goes on from what is saved")
 
 
 def from_hydra(error: BaseException) -> bool:

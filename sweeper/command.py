@@ -29,6 +29,7 @@ class _Part:
 
 def main() -> int:
     """Runs the part named first in `sys.argv` with what follows it; returns the exit code of the command."""
+    installation.forgive_output()
     try:
         try:
             return _run()
@@ -110,6 +111,25 @@ def _analyse() -> int:
     return code
 
 
+def _repeat() -> int:
+    from sweeper import cli
+
+    sys.argv[1:] = [cli.FROM, *sys.argv[1:]]
+    cli.put_flags_last()
+    return 0
+
+
+def _bundle() -> int:
+    code: int = installation.analysis("bundle").main(sys.argv[1:])
+    return code
+
+
+def _cache() -> int:
+    from sweeper import cache
+
+    return cache.main(sys.argv[1:])
+
+
 def _fetch() -> int:
     from sweeper import fetch
 
@@ -141,6 +161,9 @@ PARTS = {
         about="train a run, or with -m every run of a grid that is still missing", run=_train,
         needs=_TRAINING, extra="train",
     ),
+    "repeat": _Part(
+        about="train the run of a record once more and compare the two", run=_repeat, needs=_TRAINING, extra="train"
+    ),
     "evaluate": _Part(
         about="score saved adapters on any tasks, without training", run=_evaluate, needs=_TRAINING, extra="train"
     ),
@@ -152,5 +175,10 @@ PARTS = {
         about="tables, tests, figures and a report from a study's records", run=_analyse,
         needs=("matplotlib", "moocore", "pandas", "scipy"), extra="analysis",
     ),
+    "bundle": _Part(
+        about="a study as one file with its analysis, and `bundle verify FILE`", run=_bundle,
+        needs=("matplotlib", "moocore", "pandas", "scipy"), extra="analysis",
+    ),
+    "cache": _Part(about="what the cache folder holds, and `cache clean`", run=_cache),
     "fetch": _Part(about="put the default model and data, or others that lie in packages, into the cache", run=_fetch),
 }  # fmt: skip

@@ -4,6 +4,7 @@ Imports nothing of ours and nothing heavy: every part may ask, also the analysis
 """
 
 import importlib
+import io
 import os
 import shlex
 import shutil
@@ -41,6 +42,16 @@ def program_elsewhere(part: str) -> str:
     if is_command():
         return f"{NAME} {part}"
     return f"python {part}.py" if part in SCRIPTS else "python -m analysis"
+
+
+def forgive_output() -> None:
+    """Prints what a stream has no letters for as escapes, in place of a traceback.
+
+    An argument or file name may be no UTF-8, and a terminal or log may take ASCII alone.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
+            stream.reconfigure(errors="backslashreplace")
 
 
 def is_command() -> bool:

@@ -169,7 +169,8 @@ class Record:
     the `seconds` that all of it took.
 
     `environment` is what it was made with; its `git_commit` ends in "+" where tracked files of the source differed from
-    the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`).
+    the commit, and is None where neither git nor a `.commit` file knew it (`sweeper.commit`). `pack` are the runs that
+    were in its pack when it began, by slot; a run that began alone, and former versions, do not have it.
 
     `error` of a failed run: its `class`, its `message`, and as `traceback` the file beside the record that has it all.
 

@@ -1,13 +1,24 @@
 """Commands that nobody should type, made at random: fields that there are and are not, values that fit and do not."""
 
+import hashlib
+import json
+import os
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
-GROUPS = ("placement", "model", "dataset", "method", "allocation", "objective", "evaluation", "experiment", "search")
-OPTIONS = (
+CONF = Path(__file__).parent.parent / "conf"
+GROUPS = (
+    "placement", "model", "dataset", "method", "allocation", "sharing", "objective", "optim", "evaluation",
+    "experiment", "search", "tracking",
+)  # fmt: skip
+USUAL = (
     "attn", "ff", "full", "all", "tiny_llama", "tiny_gpt2", "lora", "dora", "rslora", "full_ft", "uniform", "chain_sum",
     "jsonl", "icd10_chapter", "nll", "default", "smoke", "lr", "atn", "importance", "budget", "lm_eval",
 )  # fmt: skip
+# the usual ones twice as often as all that there are
+OPTIONS = (*USUAL, *USUAL, *sorted({path.stem for group in GROUPS for path in (CONF / group).glob("*.yaml")}))
 FIELDS = (
     "rank", "alpha", "seed", "study", "output_root", "optim.lr", "optim.weight_decay", "optim.schedule", "optim.betas",
     "trainer.max_steps", "trainer.batch_size", "trainer.precision", "trainer.device", "trainer.accumulation",
@@ -127,6 +138,16 @@ VALUES = (
     "x" * 2000,
     "!!python/object:os.system",
     "- a",
+    "\udcff",  # a byte that is no UTF-8, as Python hands it on
+    "\u202e4",
+    "4\u00a0",
+    "٤",
+    "1e-400",
+    "[" * 300,
+    "{a:" * 200,
+    "range(" * 100,
+    "-9223372036854775809",
+    "18446744073709551616",
 )
 FLAGS = (
     "-m",
@@ -275,6 +296,70 @@ def evaluate(rng: random.Random) -> list[str]:
     return [*folders, *words]
 
 
+def atlas(rng: random.Random) -> list[str]:
+    """A command of `lora-atlas`, which fetches nothing that there is."""
+    part = rng.choice(("train", "evaluate", "adapters", "analyse", "fetch", "--version", "-sc", "--help", "trian", ""))
+    made = {"train": train, "evaluate": evaluate, "adapters": adapters, "analyse": analysis}
+    rest = made[part](rng) if part in made else [rng.choice(VALUES) for _ in range(rng.randrange(3))]
+    if part == "fetch" and not any(rest):
+        rest = ["nothing"]
+    return [damaged(part, rng) if part != "fetch" and rng.random() < 0.1 else part, *rest]
+
+
 COMMANDS: dict[str, Callable[[random.Random], list[str]]] = {
-    "train.py": train, "evaluate.py": evaluate, "adapters.py": adapters, "analysis": analysis,
+    "train.py": train, "evaluate.py": evaluate, "adapters.py": adapters, "analysis": analysis, "lora-atlas": atlas,
 }  # fmt: skip
+SHARES = {"train.py": 0.6, "evaluate.py": 0.11, "adapters.py": 0.11, "analysis": 0.11, "lora-atlas": 0.07}
+
+
+def commands(seed: int, count: int) -> Iterable[tuple[str, list[str]]]:
+    """So many random commands, no two alike: the program and its words."""
+    rng, seen = random.Random(seed), set[str]()
+    while len(seen) < count:
+        script = rng.choices(list(SHARES), list(SHARES.values()))[0]
+        words = COMMANDS[script](rng)
+        if (name := repr((script, words))) not in seen:
+            seen.add(name)
+            yield script, words
+
+
+# ---- what came of it, for docs/robustness.md ----
+
+FIGURES = "SWEEPER_FUZZ_FIGURES"
+"""Environment variable: the folder that `make fuzz` gathers figures in (tools/robustness.py)."""
+
+
+class Figures:
+    """Counts what was put in and what came out, and writes that down where `make fuzz` asks for it.
+
+    `kind` is a row of the page, `part` one of the tests that fill it.
+    """
+
+    def __init__(self, kind: str, part: str) -> None:
+        self.kind, self.part = kind, part
+        self.accepted = self.refused = self.tracebacks = 0
+        self.seen: set[str] = set()
+        self.began = time.monotonic()
+
+    def note(self, given: object, *, refused: bool, traceback: str | None = None) -> None:
+        """An input, and whether it was refused or ended in a traceback, which is told at once: a part takes minutes."""
+        digest = hashlib.sha256(repr(given).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        if digest in self.seen:
+            return
+        self.seen.add(digest)
+        self.tracebacks += traceback is not None
+        self.refused += refused and traceback is None
+        self.accepted += not refused and traceback is None
+        if traceback is not None and (folder := os.environ.get(FIGURES)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with (Path(folder) / f"{self.part}.txt").open("a", encoding="ascii", errors="backslashreplace") as file:
+                file.write(f"{given!r}\n{traceback[-3000:]}\n\n")
+
+    def write(self) -> None:
+        if folder := os.environ.get(FIGURES):
+            plain = {
+                "kind": self.kind, "accepted": self.accepted, "refused": self.refused, "tracebacks": self.tracebacks,
+                "seconds": round(time.monotonic() - self.began, 1), "digests": sorted(self.seen),
+            }  # fmt: skip
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / f"{self.part}.json").write_text(json.dumps(plain))

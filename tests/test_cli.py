@@ -157,15 +157,20 @@ def test_the_command_in_an_error_works_as_it_is_printed(arguments: list[str], ro
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ValueError("I/O error: No space left on device")]
+    ("error", "mend"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device: make room"),
+        (ValueError("I/O error: No space left on device"), "No space left on device: make room"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system: make it writable again"),
+    ],
 )
-def test_a_full_disk_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_or_read_only_disk_is_one_line(error: Exception, mend: str, capsys: pytest.CaptureFixture[str]) -> None:
     def write() -> None:
         raise error
 
     assert cli.run(write) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("No space left on device: make room; the same command goes on from what is saved")
+    assert line.endswith(f"{mend}; the same command goes on from what is saved")
 
 
 def test_full_errors_on_request(root: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_help_lists_the_parts_and_loads_none(program: Path, here: Path) -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True).stdout
     assert [name for name in command.PARTS if f"\n  {name} " in out] == list(command.PARTS)
-    assert list(command.PARTS) == ["train", "evaluate", "adapters", "analyse", "fetch"]
+    assert list(command.PARTS) == ["train", "repeat", "evaluate", "adapters", "analyse", "bundle", "cache", "fetch"]
     assert out.splitlines()[-1] == "heavy: set()"
 
 
@@ -69,8 +69,8 @@ def test_the_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_an_unknown_part_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(monkeypatch, "analyze", "outputs/default") == 2
     assert capsys.readouterr().err == (
-        "error: lora-atlas analyze: no such command. Choose from adapters, analyse, evaluate, fetch, train. "
-        "Did you mean analyse?\n"
+        "error: lora-atlas analyze: no such command. Choose from adapters, analyse, bundle, cache, evaluate, "
+        "fetch, repeat, train. Did you mean analyse?\n"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sweeper import config, content, identity, naming, packages, record, tasks
-from sweeper.arms import Arm, grouped, single
+from sweeper.arms import Arm, Dimension, grouped, single
 from sweeper.errors import DataError, Problems
 from sweeper.identity import Identities
 from sweeper.record import Record
@@ -594,3 +594,14 @@ def test_the_order_of_patterns_is_part_of_a_run(make_spec: Callable[..., RunSpec
     specs = [make_spec(allocation={"name": "pattern", "pattern": pattern}) for pattern in patterns]
     assert len({spec.run_id for spec in specs}) == 3
     assert "order" not in canonical_json(specs[0])
+
+
+def test_a_search_says_that_a_file_has_changed(
+    spec: RunSpec, file: Path, study: Settings, engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch.train([single(spec)], study, engine=engine)
+    write(file, "no")
+    (arm,) = grouped([spec])
+    tuned = replace(arm, space=(Dimension(key="optim.lr", kind="float", low=1e-4, high=1e-2, log=True),))
+    notes = plan.make([tuned], study).notes
+    assert f"dataset.path={file} has changed since a run in {study.folder}, kept as they are" in notes

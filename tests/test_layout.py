@@ -9,8 +9,8 @@ import pytest
 
 # from the command down to what all may import: a folder, or a file beside the folders, imports only what stands below
 LAYERS = (
-    "command", "api", "plugins", "adapters", "rescoring", "cli", "config", "study", "reporting", "training", "identity",
-    "register", "methods", "objectives", "lora", "placement", "tasks", "models", "untrusted",
+    "command", "api", "plugins", "adapters", "rescoring", "cli", "repeat", "config", "study", "reporting", "training",
+    "identity", "register", "methods", "objectives", "lora", "placement", "tasks", "models", "untrusted",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Properties over made-up overrides and records: what is valid comes back as it was, what is not is one line."""
 
 import contextlib
+import io
 import json
 import shutil
 import string
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from analysis.__main__ import main
 from analysis.load import load
-from sweeper import config, record
+from sweeper import config, installation, record
 from sweeper.errors import SweeperError
 from sweeper.record import ADAPTER, RECORD, Efficiency, Module, Record, Score
 from sweeper.rescoring import rescore
@@ -113,6 +114,22 @@ def test_a_grid_without_end_is_a_line(axes: list[str], line: str, composer: Any)
 def test_what_is_no_list_is_named(value: str, composer: Any) -> None:
     with pytest.raises(SweeperError, match=r"^dataset\.metrics must be a list, got "):
         config.expand([*BASE, f"dataset.metrics={value}"], composer)
+
+
+@pytest.mark.parametrize("field", ["trainer.max_steps", "rank", "seed", "dataset.train_examples"])
+def test_a_number_that_no_count_has_is_named(field: str, composer: Any) -> None:
+    with pytest.raises(SweeperError, match=rf"{field} must be a number that fits in 64 bits, got 9999"):
+        config.expand([*BASE, f"{field}={'9' * 40}"], composer)
+
+
+def test_what_a_stream_has_no_letters_for_is_printed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", errors="strict"))
+    with pytest.raises(UnicodeEncodeError):
+        print("×", flush=True)
+    installation.forgive_output()
+    print("× \udcff", flush=True)
+    assert raw.getvalue() == b"\\xd7 \\udcff\n"
 
 
 # ---- records ----

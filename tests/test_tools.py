@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,142 @@ def test_every_pinned_package_has_a_licence(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "| rich | " in done.stdout
     assert "| ? |" not in done.stdout
+    assert "| forbidden |" not in done.stdout
+
+
+@pytest.fixture
+def licences(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    return importlib.import_module("licences")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("MIT", "permissive"), ("BSD License", "permissive"), ("MPL-2.0 AND (Apache-2.0 OR MIT)", "weak copyleft"),
+        ("GNU Lesser General Public License v3 (LGPLv3)", "weak copyleft"), ("LGPL-2.1-or-later", "weak copyleft"),
+        ("GPL-3.0-only", "forbidden"), ("GNU Affero General Public License v3", "forbidden"),
+        ("MIT AND GPL-2.0-only", "forbidden"), ("GPL-2.0-only OR MIT", "permissive"), ("CC-BY-NC-4.0", "forbidden"),
+        ("CC-BY-4.0", "permissive"), ("Other/Proprietary License", "forbidden"), ("Custom terms", "unknown"),
+        ("MIT AND Custom", "unknown"), ("SSPL-1.0", "forbidden"), ("CC-BY-SA-4.0", "forbidden"),
+    ],
+)  # fmt: skip
+def test_a_licence_is_of_a_kind(name: str, kind: str, licences: Any) -> None:
+    assert licences.kind(name) == kind
+
+
+@pytest.mark.parametrize(
+    ("says", "line"),
+    [
+        ("License-Expression: GPL-3.0-only", "a-b 1.0: GPL-3.0-only (forbidden)"),
+        ("License: UNKNOWN", "a-b 1.0: no licence named (unknown)"),
+        ("License-Expression: MIT", ""),
+    ],
+)
+def test_a_licence_that_does_not_do_is_a_failure(
+    says: str, line: str, licences: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "a_b-1.0.dist-info").mkdir()
+    (tmp_path / "a_b-1.0.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.4\nName: a-b\nVersion: 1.0\n{says}\n"
+    )
+    (tmp_path / "pins.txt").write_text("a-b==1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert licences.main([str(tmp_path / "pins.txt")]) == bool(line)
+    assert capsys.readouterr().err.strip() == line
+
+
+# ---- docs/robustness.md ----
+
+
+@pytest.fixture
+def robustness(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(root))
+    return importlib.import_module("tools.robustness")
+
+
+def test_the_page_says_what_was_measured(robustness: Any) -> None:
+    page = robustness.PAGE.read_text()
+    made = robustness.sections()
+    assert set(made) == {"Bad input", "The sandbox", "Versions"}
+    for title, body in made.items():
+        assert robustness.with_section(page, title, body) == page, f"{title}: .venv/bin/python -m tools.robustness page"
+
+
+def test_what_was_measured_is_enough(robustness: Any) -> None:
+    fuzzed = json.loads(robustness.FUZZ.read_text())
+    assert not sum(row["tracebacks"] for row in fuzzed.values())
+    assert fuzzed["commands, in one process"]["distinct"] >= 2000
+    assert fuzzed["commands, each a process"]["distinct"] >= 200
+    tried = json.loads(robustness.SANDBOX.read_text())["users"]
+    assert set(tried) == {"root", "not root"}
+    for kinds in tried.values():
+        assert {kind: row["tried"] for kind, row in kinds.items()} == {
+            kind: len(names) for kind, names in robustness.attacks().items()
+        }
+        assert not [name for row in kinds.values() for name in row["not_held"]]
+
+
+def test_a_section_is_put_in_the_place_of_the_former(robustness: Any) -> None:
+    page = "# Top\n\n## A\n\nold\n\n## B\n\nkept\n"
+    assert robustness.with_section(page, "A", "new") == "# Top\n\n## A\n\nnew\n\n## B\n\nkept\n"
+    assert robustness.with_section(page, "B", "new") == "# Top\n\n## A\n\nold\n\n## B\n\nnew\n"
+    assert robustness.with_section("# Top\n", "A", "new") == "# Top\n\n## A\n\nnew\n"
+
+
+def test_figures_of_several_parts_are_added_up(robustness: Any, tmp_path: Path) -> None:
+    part = {"kind": "k", "accepted": 1, "refused": 1, "tracebacks": 0, "seconds": 60.0}
+    for name, digests in (("a", ["x", "y"]), ("b", ["y", "z"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part | {"digests": digests}))
+    found = robustness.gathered(tmp_path)
+    assert found == {"k": {"distinct": 3, "accepted": 2, "refused": 2, "tracebacks": 0, "minutes": 2.0}}
+    assert "| k | 3 | 2 | 2 | 0 |" in robustness.bad_input(found)
+    with pytest.raises(ValueError, match="run make fuzz"):
+        robustness.gathered(tmp_path / "nowhere")
+
+
+# ---- the matrix ----
+
+
+@pytest.fixture
+def matrix(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(root))
+    return importlib.import_module("tools.matrix")
+
+
+def test_every_requirement_has_a_floor(matrix: Any, root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    asked = matrix.requirements(project, matrix.EXTRAS)
+    found = dict(pin.split("==") for pin in matrix.floors(asked))
+    assert {"torch", "transformers", "peft", "optuna", "pandas", "numpy", "tensorboard", "wandb", "pytest"} <= set(
+        found
+    )
+    assert "lora-atlas" not in found
+    with pytest.raises(ValueError, match="x<2 has no lower bound"):
+        matrix.floors(["x<2"])
+
+
+def test_a_cell_that_cannot_run_says_why(matrix: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    monkeypatch.setattr(matrix, "FIGURES", tmp_path / "matrix.json")
+    (tmp_path / "pyproject.toml").write_text((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    (tmp_path / "constraints.txt").write_text("")
+    monkeypatch.setattr(matrix, "CELLS", (matrix.Cell(name="old", python="2.0", versions="pins"),))
+    assert matrix.main([]) == 0
+    cell = json.loads((tmp_path / "matrix.json").read_text())["old"]
+    assert cell["not_run"] == "no Python 2.0 is installed here"
+
+
+@pytest.mark.parametrize(
+    ("log", "found"),
+    [
+        ("x\nFAILED tests/a.py::b - c\n= 1 failed, 9 passed, 2 skipped in 3s =", (9, 1, 2, 0, ["tests/a.py::b"])),
+        ("ERROR tests/a.py\n= 2 errors in 3s =", (0, 0, 0, 2, ["tests/a.py"])),
+        ("", (0, 0, 0, 0, [])),
+    ],
+)
+def test_counts_are_pytests(matrix: Any, log: str, found: tuple[Any, ...]) -> None:
+    assert tuple(matrix.counts(log, 0)[key] for key in (*matrix.KINDS, "failures")) == found
 
 
 def test_both_have_a_target(root: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,9 @@ if TYPE_CHECKING:
 
     from sweeper.models import BaseModel
     from sweeper.spec import Precision, RunSpec
+
+MOST_RANK = 1 << 16
+"""Of an adapter whose weights are no safetensors, and so are not looked at before PEFT makes room for them."""
 
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Of a merged model's logits, relative to the largest: the rounding of the merged weights."""
@@ -42,8 +44,6 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
     Raises:
         DataError: PEFT cannot read one of them, or cannot put them on this model.
     """
-    from safetensors import SafetensorError
-
     with hushed():
         from peft import PeftModel
 
@@ -51,18 +51,58 @@ def adapted(base: "BaseModel", folders: Mapping[str, Path]) -> Any:
     model: Any = None
     for name, folder in folders.items():
         try:
+            _check(folder)
             with hushed():
                 if model is None:
                     model = PeftModel.from_pretrained(base.model, str(folder), adapter_name=name, torch_device=device)
                 else:
                     model.load_adapter(str(folder), adapter_name=name, torch_device=device)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+        except DataError:
+            raise
+        except Exception as error:  # PEFT runs into whatever a configuration of somebody else's makes of its fields
             if model is not None:
                 remove(model)
+            _unwrap(base.model)  # PEFT may have failed halfway through the modules
             for file in sorted(folder.glob("*.safetensors")):
                 rescore.read_tensors(file)  # names the file, where it is that which is damaged
             raise DataError(f"{folder}: PEFT cannot load it: {gist(error)}") from error
     return model.eval()
+
+
+def _unwrap(module: Any) -> None:
+    """Puts back the modules that PEFT has wrapped."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    for name, child in list(module.named_children()):
+        inner = child
+        while isinstance(inner, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            inner = inner.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner.original_module
+        if inner is not child:
+            setattr(module, name, inner)
+        _unwrap(inner)
+
+
+def _check(folder: Path) -> None:
+    """Refuses a configuration that would have PEFT import modules by name or take memory that no weight needs.
+
+    Raises:
+        DataError: it does, or the weights cannot be read.
+    """
+    config, file = rescore.read_config(folder.parent, adapter=folder.name), folder / "adapter_model.safetensors"
+    if config.get("megatron_config"):
+        raise DataError(
+            f"{folder}: megatron_config would have PEFT import {config.get('megatron_core')!r}: take it out"
+        )
+    if str(config.get("peft_type")).upper() != "LORA":
+        return
+    asked = config.get("rank_pattern") or {}
+    ranks = [config.get("r"), *(asked.values() if isinstance(asked, Mapping) else ())]
+    shapes = rescore.read_shapes(file).values() if file.is_file() else [(MOST_RANK,)]
+    highest = max((size for shape in shapes for size in shape), default=0)
+    for rank in ranks:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= highest:
+            raise DataError(f"{folder}: rank {rank!r} does not fit its weights, whose longest side is {highest}")
 
 
 def own_weights(folder: Path) -> "dict[str, torch.Tensor] | None":

@@ -99,8 +99,11 @@ class PackedAdamW:
                 for start, stop in flat.spans[slot]:
                     flat.grads[start:stop].masked_fill_(flat.rates[start:stop] == 0, 0.0)
         blocks = flat.grads.view(-1, BLOCK)
-        squares = torch.linalg.vector_norm(blocks, dim=1).square()
-        self.norms.zero_().index_add_(0, flat.block_clock, squares).sqrt_()
+        # in float64, or where a value lies in its block would show in the last bit
+        squares = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float64).square()
+        self.norms.copy_(
+            torch.zeros_like(self.norms, dtype=torch.float64).index_add_(0, flat.block_clock, squares).sqrt()
+        )
         row = self.table.clone()
         live = torch.isfinite(self.norms) & torch.isfinite(row[:, LR])
         clip = (row[:, MAX_NORM] / (self.norms + 1e-6)).clamp(max=1)

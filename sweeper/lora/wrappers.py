@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sweeper.lora.lowrank import ROW_STRIDE, adapted_linear
+from sweeper.lora.lowrank import RANK, ROW_STRIDE, adapted_linear
 from sweeper.lora.seeds import seed_of
 from sweeper.models.architecture import Target
 
@@ -25,6 +25,7 @@ class Lanes:
     prompts, which `features` [sequences, D] then are; `balanced`: whether one is pulled to use its experts alike, over
     the tokens within `lengths` [sequences], with the `share` of a step that the pass is. `watched` is given what every
     router does, in evaluation.
+    `apart`: whether a pass is of one slot, which is to meet the modules that it would meet if no other were there.
     """
 
     slots: Tensor
@@ -45,6 +46,7 @@ class Lanes:
     lengths: Tensor | None = None
     share: float = 1.0
     watched: list[Any] | None = None
+    apart: bool = False
     host_slots: tuple[int, ...] = field(default=())
 
     @property
@@ -143,6 +145,11 @@ class Group(nn.Module):
             self.input, self.parts = None, ()
         return part
 
+    @property
+    def acts(self) -> bool:
+        """Whether a slot of the present batch has an adapter here."""
+        return any(slot >= 0 and bool(self.table[slot, :, RANK].any()) for slot in self.lanes.host_slots)
+
     def products(self, x: Tensor) -> tuple[Tensor, ...]:
         lanes = self.lanes
         # from the shape where it can be: a plain number would be a constant of the compiled layer, one for each length
@@ -194,7 +201,8 @@ class Adapted(nn.Module):
             lanes.tokens = tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.group(x, self.member)
+        alone = self.group.lanes.apart and not self.group.acts
+        found: Tensor = self.base(x) if alone else self.group(x, self.member)
         return found
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
@@ -324,9 +326,14 @@ def _config(spec: ModelSpec) -> "PretrainedConfig":
     try:
         with quiet():
             config: PretrainedConfig = AutoConfig.from_pretrained(where, **arguments)
-            return config
+            layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     except Exception as error:
         raise _failure(spec, "its config cannot be read", error) from error
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # each is built before a weight is looked for
+        raise ModelError(
+            f"model={spec.name}: its config has {layers:,} layers, more than the {MOST_LAYERS:,} built here"
+        )
+    return config
 
 
 def settle(config: "PretrainedConfig") -> "PretrainedConfig":

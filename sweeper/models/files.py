@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper import content as contents
 from sweeper import installation, packages
-from sweeper.cache import cache_folder
+from sweeper.cache import cache_folder, hold
 from sweeper.content import Content
 from sweeper.errors import ModelError, gist, unknown
-from sweeper.spec import ModelSpec
+from sweeper.record import read_sealed, write_sealed
+from sweeper.spec import OF_FILES, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+WHOLE = ".whole.json"  # in a folder of converted weights: the digest of each file
 _WEIGHTS = ("*.safetensors", "*.bin")
 # what transformers may read of a model's folder: config, weights, tokenizer, generation config, templates, code
 _READ = frozenset(
@@ -209,13 +211,16 @@ def converted(location: str) -> Path:
     from filelock import FileLock
 
     final = converted_folder(location)
-    if final.exists():
+    if _whole(final):
+        hold(final)
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(final.with_name(f".{final.name}.lock")):
-            if not final.exists():
+            if not _whole(final):
+                shutil.rmtree(final, ignore_errors=True)
                 _convert(gguf_file(location), final)
+            hold(final)
     except OSError as error:
         raise ModelError(
             f"model.location={location}: cannot write the converted model to {final.parent} "
@@ -305,10 +310,34 @@ def _convert(source: Path, final: Path) -> None:
                 setattr(model, name, value)
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+        write_whole(temporary)
         os.chmod(temporary, 0o755)
         os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(folder: Path) -> None:
+    """Notes in a folder of converted weights what is in each of its files, so that damage is found."""
+    files = {}
+    for path in sorted(contents.visible(folder)):
+        with path.open("rb") as file:
+            files[path.name] = f"{OF_FILES}{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    write_sealed(folder / WHOLE, {"files": files})
+
+
+def _whole(folder: Path) -> bool:
+    """Whether converted weights are there and are what was written; those of earlier versions do not say.
+
+    A file is read whole once after it has changed (`sweeper.content`).
+    """
+    if not (folder / WHOLE).is_file():
+        return folder.exists()
+    try:
+        files = read_sealed(folder / WHOLE)["files"]
+        return all(contents.of_file(folder / name, cache_folder()).text == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _own_folder(location: str) -> Path:

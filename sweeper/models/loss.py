@@ -168,7 +168,7 @@ class Head:
                 return loss[None], TokenScores(nll.view(targets.shape), correct.view(targets.shape))
             weighted, nll, correct = _FrozenHead.apply(hidden, weight, bias, *flat)
         else:
-            logits = self._target_logits(hidden)
+            logits = self.target_logits(hidden)
             nll = functional.cross_entropy(logits, targets.flatten(), reduction="none")
             correct = logits.argmax(-1) == targets.flatten()
             weighted = torch.where(weights.flatten() == 0, 0.0, weights.flatten() * nll)
@@ -188,10 +188,11 @@ class Head:
                 hidden, self.module.weight, self.module.bias, flat, self.form.softcap, self.form.divisor
             )
         else:
-            found = functional.cross_entropy(self._target_logits(hidden), flat, reduction="none")
+            found = functional.cross_entropy(self.target_logits(hidden), flat, reduction="none")
         return found.view(targets.shape)
 
-    def _target_logits(self, hidden: Tensor) -> Tensor:
+    def target_logits(self, hidden: Tensor) -> Tensor:
+        """`logits` of states [N, D] of target tokens, whatever sequences they are of."""
         with getattr(self.module, "one_sequence", contextlib.nullcontext)():
             return self.logits(hidden)
 

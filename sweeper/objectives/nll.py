@@ -1,19 +1,14 @@
 """The mean negative log-likelihood of the response tokens, as causal language models are fine-tuned by."""
 
-from typing import Any
-
 from torch import Tensor
 
-from sweeper.tasks.example import Tokens
+from sweeper.objectives.objective import Objective, Outputs
 
 
-class NLL:
+class NLL(Objective):
     """Nats a token over all response tokens of a step."""
 
     linear = True
 
-    def rows(self, example: Any) -> tuple[Tokens]:
-        return (example,)
-
-    def losses(self, nll: Tensor, weights: Tensor, rows: Tensor, count: int) -> Tensor:
-        return (weights * nll).sum(1)
+    def losses(self, seen: Outputs) -> Tensor:
+        return (seen.weights * seen.nll).sum(1)

@@ -19,6 +19,7 @@ BASE = "none (base model)"
 MAJORITY = "none (commonest answer)"
 SPLIT = "validation"
 SHORTENED = ("dropped", "truncated")
+Flat = Mapping[str, Any]  # a run's spec by dotted fields, made once for all that a table asks of it
 LENGTH_OF_TRAINING = ("trainer.max_steps", "trainer.batch_size", "trainer.accumulation")
 
 
@@ -38,19 +39,25 @@ def rows(records: Sequence[Record], fields: Sequence[str] | None = None) -> list
 
     `fields` tell the runs apart, besides placement and rank; those that differ, where none are given.
     """
-    fields = naming.varying([record.spec for record in records]) if fields is None else fields
+    return _rows(records, [naming.flat(record.spec) for record in records], fields)
+
+
+def _rows(records: Sequence[Record], flats: Sequence[Flat], fields: Sequence[str] | None) -> list[dict[str, Any]]:
+    fields = naming.varying_rows(flats) if fields is None else fields
     metric = _metric(records)
-    found = [_run_row(record, fields, metric) for record in records]
-    return [*_base_rows(records, fields, metric), *found]
+    found = [_run_row(record, flat, fields, metric) for record, flat in zip(records, flats, strict=True)]
+    return [*_base_rows(records, flats, fields, metric), *found]
 
 
 def show(records: Sequence[Record], console: Console) -> None:
     """Prints the table."""
-    content = rows(records)
+    flats = [naming.flat(record.spec) for record in records]
+    fields = naming.varying_rows(flats)
+    content = _rows(records, flats, fields)
     hidden = print_fitted(
         [
             Column(title=one.title, cells=[_text(one, row) for row in content], spare=one.spare, wraps=one.wraps)
-            for one in _columns(records)
+            for one in _columns(records, fields)
         ],
         console,
     )
@@ -94,12 +101,14 @@ def write(study: Path, records: Sequence[Record], asked: Collection[str] = ()) -
     Args:
         asked: ids of the runs that a command asked for. Their settings are together, and first.
     """
-    parts = by_setting(records, asked)
-    fields = naming.varying([record.spec for record in records])
+    flats = {id(record): naming.flat(record.spec) for record in records}
+    parts = _by_setting(records, flats, asked)
+    of_part = {name: [flats[id(record)] for record in own] for name, own in parts.items()}
+    fields = naming.varying_rows(list(flats.values()))
     content = [
         {**row, **({"setting": name} if len(parts) > 1 else {})}
         for name, own in parts.items()
-        for row in rows(own, fields)
+        for row in _rows(own, of_part[name], fields)
     ]
     buffer = io.StringIO()
     keys = dict.fromkeys(key for row in content for key in row if key != "metric_change")
@@ -107,7 +116,7 @@ def write(study: Path, records: Sequence[Record], asked: Collection[str] = ()) -
     writer.writeheader()
     writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in content)
     tables = [
-        "\n".join([*([f"## {markdown_text(name)}", ""] if len(parts) > 1 else []), *_markdown(own)])
+        "\n".join([*([f"## {markdown_text(name)}", ""] if len(parts) > 1 else []), *_markdown(own, of_part[name])])
         for name, own in parts.items()
     ]
     return write_atomically(study / "summary.csv", buffer.getvalue()), write_atomically(
@@ -117,14 +126,20 @@ def write(study: Path, records: Sequence[Record], asked: Collection[str] = ()) -
 
 def by_setting(records: Sequence[Record], asked: Collection[str] = ()) -> dict[str, list[Record]]:
     """The runs of each setting under what tells it from the others; first, together, the settings of those `asked`."""
+    return _by_setting(records, {id(record): naming.flat(record.spec) for record in records}, asked)
+
+
+def _by_setting(
+    records: Sequence[Record], flats: Mapping[int, Flat], asked: Collection[str] = ()
+) -> dict[str, list[Record]]:  # fmt: skip
     found: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(repr(_setting(record)), []).append(record)
+        found.setdefault(repr(_setting(flats[id(record)])), []).append(record)
     first = [key for key, own in found.items() if any(record.run_id in asked for record in own)] or list(found)[:1]
     fields = [key for key in naming.varying([own[0].spec for own in found.values()]) if _is_of_setting(key)]
 
     def name(keys: Sequence[str]) -> str:
-        every = [naming.flat(found[key][0].spec) for key in keys]
+        every = [flats[id(found[key][0])] for key in keys]
         values = {field: dict.fromkeys(_plain(one.get(field)) for one in every) for field in fields}
         return ", ".join(f"{field}={','.join(own)}" for field, own in values.items()) or "all"
 
@@ -132,8 +147,8 @@ def by_setting(records: Sequence[Record], asked: Collection[str] = ()) -> dict[s
     return {name(keys): [record for key in keys for record in found[key]] for keys in groups if keys}
 
 
-def _setting(record: Record) -> dict[str, Any]:
-    return {key: value for key, value in naming.flat(record.spec).items() if _is_of_setting(key)}
+def _setting(flat: Flat) -> dict[str, Any]:
+    return {key: value for key, value in flat.items() if _is_of_setting(key)}
 
 
 def _is_of_setting(key: str) -> bool:
@@ -141,12 +156,13 @@ def _is_of_setting(key: str) -> bool:
     return key.split(".")[0] in ("model", "dataset", "objective") or key in LENGTH_OF_TRAINING
 
 
-def _markdown(records: Sequence[Record]) -> Iterator[str]:
+def _markdown(records: Sequence[Record], flats: Sequence[Flat]) -> Iterator[str]:
     """Lines of a table and its notes."""
-    columns = _columns(records)
+    fields = naming.varying_rows(flats)
+    columns = _columns(records, fields)
     yield "| " + " | ".join(column.title for column in columns) + " |"
     yield "| " + " | ".join("---" for _ in columns) + " |"
-    for row in rows(records):
+    for row in _rows(records, flats, fields):
         cells = (markdown_text(_text(column, row)).replace("|", "\\|") for column in columns)
         yield "| " + " | ".join(cells) + " |"
     yield ""
@@ -172,8 +188,8 @@ def _shortened(records: Sequence[Record]) -> list[str]:
     return list(found)
 
 
-def _columns(records: Sequence[Record]) -> list[Shown]:
-    fields, metric = naming.varying([record.spec for record in records]), _metric(records)
+def _columns(records: Sequence[Record], fields: Sequence[str]) -> list[Shown]:
+    metric = _metric(records)
     columns = [
         Shown(key="placement", title="placement", wraps=True),
         Shown(key="rank", title="rank"),
@@ -194,13 +210,12 @@ def _columns(records: Sequence[Record]) -> list[Shown]:
     return columns
 
 
-_TITLES = {"exact_match": "accuracy"}
+_TITLES = {"exact_match": "accuracy", "preference_accuracy": "preference accuracy"}
 
 
-def _run_row(record: Record, fields: Sequence[str], metric: str | None) -> dict[str, Any]:
+def _run_row(record: Record, flat: Flat, fields: Sequence[str], metric: str | None) -> dict[str, Any]:
     from sweeper import methods  # imports torch
 
-    flat = naming.flat(record.spec)
     method = MethodSpec(name=flat["method"], options=record.spec["method"].get("options", {}))
     lacking = methods.lacks(method) if method.name in methods.METHODS else []  # a plugin's, not loaded for this command
     phases = record.scores.get(SPLIT, {})
@@ -235,14 +250,15 @@ def _ranks(record: Record, nominal: Any) -> Any:
     return f"{min(found)}–{max(found)}"
 
 
-def _base_rows(records: Sequence[Record], fields: Sequence[str], metric: str | None) -> list[dict[str, Any]]:
+def _base_rows(
+    records: Sequence[Record], flats: Sequence[Flat], fields: Sequence[str], metric: str | None
+) -> list[dict[str, Any]]:
     """Two rows for each model and dataset: the scores before training, and of the commonest answer where it has any."""
     found: dict[str, dict[str, Any]] = {}
-    for record in records:
+    for record, flat in zip(records, flats, strict=True):
         score = record.scores.get(SPLIT, {}).get("before")
         if score is None:
             continue
-        flat = naming.flat(record.spec)
         key = repr((record.spec["model"], record.spec["dataset"]))
         row: dict[str, Any] = {"run_id": None, "status": None, "placement": BASE, "rank": None}
         row |= {name: flat.get(name) if name.split(".")[0] in ("model", "dataset") else None for name in fields}
@@ -261,12 +277,10 @@ def _base_rows(records: Sequence[Record], fields: Sequence[str], metric: str | N
 
 
 def _metric(records: Sequence[Record]) -> str | None:
-    """The task metric to show: the first that any run has on the validation split."""
-    for record in records:
-        for score in record.scores.get(SPLIT, {}).values():
-            for name in score.metrics:
-                return name
-    return None
+    """The metric to show: of preferences their accuracy, else the first that any run has on the validation split."""
+    every = [score for record in records for score in record.scores.get(SPLIT, {}).values()]
+    names = dict.fromkeys(name for score in every for name in score.metrics)
+    return "preference_accuracy" if "preference_accuracy" in names else next(iter(names), None)
 
 
 def _scores(score: Score | None) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sweeper import installation
-from sweeper.errors import SpecError, unknown
+from sweeper.errors import DataError, SpecError, unknown
 from sweeper.spec import DatasetSpec, EvaluationSpec
 from sweeper.tasks import metrics, stop_strings
 from sweeper.tasks.example import Example
@@ -126,6 +126,8 @@ def score(
 
 
 def _document(spec: DatasetSpec, example: Example, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    if example.turns or not example.prompt:
+        raise DataError(f"dataset={spec.name}: lm-eval scores prompts and responses, not conversations or running text")
     context, _ = TEMPLATES[spec.template](example.prompt, spec.system, tokenizer)
     return {"context": context, "choices": list(example.choices), "response": example.response}
 

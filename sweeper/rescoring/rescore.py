@@ -468,13 +468,31 @@ def read_adapter(folder: Path) -> "Loaded":
     return found
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in a safetensors file, of which only the header is read.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+
+
+def read_config(folder: Path, *, adapter: str = ADAPTER) -> dict[str, Any]:
     """PEFT's configuration of a run's saved adapter; empty where there is none.
+
+    Args:
+        adapter: the folder of the adapter in that of the run.
 
     Raises:
         DataError: it is no JSON object.
     """
-    file = folder / ADAPTER / "adapter_config.json"
+    file = folder / adapter / "adapter_config.json"
     if not file.is_file():
         return {}
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sweeper import installation, record, register, shell
+from sweeper import cache, installation, record, register, shell
 from sweeper.arms import Arm, look_up, number_of_points, single
 from sweeper.errors import Interrupted, RunsFailed, SpecError, SweeperError, gist
 from sweeper.record import Record
@@ -28,6 +28,7 @@ from sweeper.study import chain, forecast, scheduler
 from sweeper.study import plan as planning
 from sweeper.study.plan import Plan
 from sweeper.study.scheduler import Outcome, Scheduler, TrainRuns
+from sweeper.study.search_check import resolved
 from sweeper.study.search_settings import SearchSettings
 from sweeper.training.events import Event, Remark, RunFinished
 
@@ -184,7 +185,8 @@ def carry_out(
         Interrupted: stopped by Ctrl-C.
         ContextLost: this process can use its GPU no more; the same again in a fresh one goes on from what is saved.
     """
-    search = search or SearchSettings()
+    search = resolved(search or SearchSettings(), arms)
+    cache.limit_bytes()  # one that is no size is told before work starts
     register.load(settings.plugins)
     console = make_console()
     # for seconds: what plans imports what trains
@@ -197,9 +199,12 @@ def carry_out(
         show_plan(plan, settings, search, console)
         return Finished(study=plan.study, runs=plan.runs, records={})
     early: list[Event] = []
-    work = Scheduler(plan.arms, [run.run_id for run in plan.todo], settings, search, observers=[early.append])
+    todo, planned = ([run.run_id for run in runs] for runs in (plan.todo, plan.runs))
+    work = Scheduler(plan.arms, todo, settings, search, observers=[early.append], planned=planned)
     left = bool(work.pending())
     announce(plan, search, console, left=left)
+    if left and plan.tuned and any(so_far := work.taken_up()):
+        console.print(_so_far(*so_far), markup=False)
     outcome = Outcome(records={})
     if left:
         record.note_command(plan.study, typed or shell.noted())
@@ -248,6 +253,14 @@ def announce(plan: Plan, search: SearchSettings, console: Console, *, left: bool
         console.print(f"{runs} run{'s' if runs > 1 else ''} to train in {plan.study}", markup=False)
 
 
+def _so_far(ended: int, cut_off: int) -> str:
+    """What former commands have done of a search."""
+    lines = [f"{ended} trial{' has' if ended == 1 else 's have'} ended already"] if ended else []
+    if cut_off:
+        lines.append(f"{cut_off} cut off or failed before go{'es' if cut_off == 1 else ''} on")
+    return "; ".join(lines)
+
+
 def _left_out(plan: Plan) -> list[str]:
     """A line for each method that has arms which would train the same."""
     from sweeper import methods
@@ -293,7 +306,7 @@ def conclude(
     chosen = [run for runs in work.chosen().values() for run in runs]
     found: dict[str, Record] = {}
     for run in chosen:
-        if record.status(run.folder) is not None:
+        with contextlib.suppress(FileNotFoundError, ValueError):
             found[run.run_id] = record.read_record(run.folder)
     several = len(work.how.objectives) > 1
     if plan.tuned:
@@ -345,9 +358,8 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
     """The dry run: every run (of a tuned arm, the default trial) with what it adapts and costs."""
     from sweeper import methods, naming
 
-    specs = [to_mapping(run.spec) for run in plan.runs]
-    fields = naming.varying(specs)
-    flat = [naming.flat(spec) for spec in specs]
+    flat = [naming.flat(to_mapping(run.spec)) for run in plan.runs]
+    fields, tuned = naming.varying_rows(flat), plan.tuned
     lacking = [methods.lacks(run.spec.method) for run in plan.runs]
     costs = forecast.costs([run.spec for run in plan.runs], settings)
     shown = {
@@ -371,7 +383,7 @@ def show_plan(plan: Plan, settings: Settings, search: SearchSettings, console: C
             Column(
                 title="status",
                 cells=[
-                    plan.statuses[run.run_id] or ("default trial" if plan.tuned else _to_train(plan, run))
+                    plan.statuses[run.run_id] or ("default trial" if tuned else _to_train(plan, run))
                     for run in plan.runs
                 ],
                 wraps=True,

@@ -113,10 +113,11 @@ def _look(spec: RunSpec, dataset: DatasetSpec) -> _Part:
 
 
 def _of_rows(spec: RunSpec, split: "EncodedSplit", whole: bool) -> _Part:
-    rows = [objectives.of(spec.objective).rows(example) for example in split.examples]
+    rows = objectives.of(spec.objective).rows_of(split.examples)
     lengths = [[len(row.input_ids) for row in own] for own in rows]
+    longest = [objectives.longest(example, own) for example, own in zip(split.examples, rows, strict=True)]
     return _Part(
-        tokens=list(map(sum, lengths)), longest=list(map(max, lengths)), rows=len(lengths[0]),
+        tokens=list(map(sum, lengths)), longest=longest, rows=len(lengths[0]),
         how="counted" if whole else "sampled",
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DONE: tuple[record.Status, ...] = ("completed", "pruned", "diverged")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All runs of a command, in grid order; of arms that are tuned, the trials with the default hyperparameters.
 
@@ -45,7 +45,7 @@ class Plan:
     def tuned(self) -> bool:
         return any(arm.space for arm in self.arms)
 
-    @property
+    @cached_property
     def fields(self) -> list[str]:
         """What tells the runs of the command apart, besides placement and rank."""
         varying = naming.varying([to_mapping(run.spec) for run in self.runs])
@@ -86,8 +86,8 @@ def make(arms: Sequence[Arm], settings: Settings, search: SearchSettings | None 
     finished = [run for run in plan.runs if plan.statuses[run.run_id] in plan.done]
     notes = *plan.notes, *_unreadable(plan), *_warnings(specs), *chain.changed(finished, plan.study)
     plan = replace(plan, notes=notes)
-    if plan.todo:
-        plan = replace(plan, notes=(*plan.notes, *identities.changed([run.spec for run in plan.todo])))
+    if left := plan.runs if plan.tuned else plan.todo:
+        plan = replace(plan, notes=(*plan.notes, *identities.changed([run.spec for run in left])))
     return _without_likes(plan)
 
 
@@ -177,10 +177,11 @@ def check(specs: Sequence[RunSpec], settings: Settings) -> None:
     attempt(lambda: _check_writable(settings.folder))
     if settings.device.startswith("cuda"):
         attempt(lambda: device.device_for(settings.device))
-    for dataset in unique(spec.dataset for spec in specs):
-        attempt(partial(tasks.check, dataset))
-    for objective in unique(spec.objective for spec in specs):
-        attempt(partial(objectives.check, objective))
+    readable = {repr(one) for one in unique(spec.dataset for spec in specs) if attempt(partial(tasks.check, one))}
+    known = {repr(one) for one in unique(spec.objective for spec in specs) if attempt(partial(objectives.check, one))}
+    for objective, dataset in unique((spec.objective, spec.dataset) for spec in specs):
+        if repr(objective) in known and repr(dataset) in readable:
+            attempt(partial(objectives.check_data, objective, dataset))
     for dataset, evaluation in unique((spec.dataset, spec.evaluation) for spec in specs):
         attempt(partial(tasks.check_evaluation, dataset, evaluation))
     sound = {text for text, spec in _by_method(specs) if attempt(partial(methods.check, spec))}

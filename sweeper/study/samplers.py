@@ -15,6 +15,11 @@ from sweeper.study.cmaes import PlainCmaEs
 from sweeper.study.search_settings import SearchSettings
 
 
+def pointless(trial: FrozenTrial) -> bool:
+    """Whether a driver was killed between asking for a trial and noting its point: it stands for nothing."""
+    return trial.state == TrialState.FAIL and not (trial.params or "fixed_params" in trial.system_attrs)
+
+
 class NumberSeeded(BaseSampler):
     """Seeds the sampler anew for every trial, from the arm and the trial's place among those that were not repeated.
 
@@ -29,7 +34,7 @@ class NumberSeeded(BaseSampler):
     def _of(self, study: optuna.Study, trial: FrozenTrial) -> BaseSampler:
         if trial.number not in self._inner:
             earlier = study.get_trials(deepcopy=False)
-            place = sum(t.number < trial.number and "repeats" not in t.user_attrs for t in earlier)
+            place = sum(t.number < trial.number and "repeats" not in t.user_attrs and not pointless(t) for t in earlier)
             salt = self.salt if self.settings.sampler == "qmc" else f"{self.salt}/{place}"  # one sequence for all
             self._inner = {trial.number: make_sampler(self.settings, int(short_hash(salt), 16) % 2**31)}
         return self._inner[trial.number]

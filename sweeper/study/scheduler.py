@@ -14,9 +14,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -59,7 +60,7 @@ class TrainRuns(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """Records of the runs that ended now, by run id, and whether a stop was asked for."""
+    """Records of the runs that ended now, by run id (`lean`), and whether a stop was asked for."""
 
     records: dict[str, Record]
     interrupted: bool = False
@@ -95,11 +96,12 @@ class Scheduler:
     Args:
         todo: runs of arms that are not tuned, in order.
         arms: all arms. search: how tuned ones are searched.
+        planned: runs whose records the plan has looked at.
     """
 
     def __init__(
         self, arms: Sequence[Arm], todo: Collection[str], settings: Settings, search: SearchSettings | None = None,
-        observers: Sequence[Observer] = (),
+        observers: Sequence[Observer] = (), planned: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.settings, self.how = settings, search or SearchSettings()
         self.observers = list(observers)
@@ -110,6 +112,8 @@ class Scheduler:
         self.records: dict[str, Record] = {}
         self.tries: dict[str, int] = {}
         self.lost: dict[str, int] = {}
+        self.recovered = 0
+        self.unreadable = set(planned)
         self.prune: set[str] = set()
         self.known: dict[str, Record] = {}
         self.states = {arm.key: _ArmState(arm=arm, place=place) for place, arm in enumerate(merged(arms))}
@@ -135,7 +139,7 @@ class Scheduler:
         for state in states:
             usable = functools.partial(planning.usable, state.arm, settings=self.settings)
             state.search = search = ArmSearch(state.arm, self.how, storage, self.find, usable)
-            search.recover(retry_failed=self.settings.retry_failed)
+            self.recovered += search.recover(retry_failed=self.settings.retry_failed)
             state.tokens = self._tokens_so_far(state)
             for number, params in search.unfinished():
                 for seed in state.arm.seeds:
@@ -243,7 +247,7 @@ class Scheduler:
                 if self._again(ended):
                     return
                 self.running.pop(ended.run_id, None)
-                self.records[ended.run_id] = self.known[ended.run_id] = ended
+                self.records[ended.run_id] = self.known[ended.run_id] = lean(ended)
                 self.prune.discard(ended.run_id)
                 self.claims.give_back(ended.run_id)
                 lost.note(ended.run_id, failed=ended.status == "failed")
@@ -306,10 +310,29 @@ class Scheduler:
             folder = self.settings.folder / run_id
             status = record.status(folder)
             again = self.settings.retry_failed and run_id not in lost.former().failed
+            if status is None:
+                self._tell_unreadable(folder)
             if status is None or (status == "failed" and again):
                 return None
-            self.known[run_id] = record.read_record(folder)
+            self.known[run_id] = lean(record.read_record(folder))
         return self.known[run_id]
+
+    def _tell_unreadable(self, folder: Path) -> None:
+        """Says of a trial's run, once, that its record is not what was written; of a plain grid the plan does."""
+        if folder.name in self.unreadable or not (folder / record.RECORD).exists():
+            return
+        self.unreadable.add(folder.name)
+        try:
+            record.read_record(folder)
+        except (OSError, ValueError) as error:
+            message = f"{folder.name} trains again; its record is kept beside the new one: {error}"
+            self.notify(Remark(message=message))
+
+    def taken_up(self) -> tuple[int, int]:
+        """Trials that have ended already, of all arms, and those that a former command left unfinished."""
+        searches = [state.search for state in self.states.values() if state.search is not None]
+        counts = [search.counts() for search in searches]
+        return sum(one.get("completed", 0) + one.get("pruned", 0) for one in counts), self.recovered
 
     def chosen(self) -> dict[str, list[Run]]:
         """Arm -> the runs that stand for it: all, or where it is tuned those of its best trial or its confirmation."""
@@ -528,6 +551,7 @@ class Scheduler:
         if ended.status != "failed" or run is None or error in LASTING or tried >= self.settings.retries:
             return False
         self.tries[ended.run_id] = tried + 1
+        self.notify(Remark(message=f"{ended.run_id}: {error}: {(ended.error or {}).get('message', '')}; tried again"))
         del self.running[ended.run_id]
         self.states[run.arm].ready.append(run)
         return True
@@ -536,7 +560,7 @@ class Scheduler:
         for state in self.states.values():
             trial = state.trials.get(ended.run_id)
             if trial is not None:
-                trial.records[ended.run_id] = ended
+                trial.records[ended.run_id] = lean(ended)
                 state.tokens += ended.efficiency.train_tokens
                 self._tell_if_over(state, trial)
 
@@ -589,6 +613,11 @@ class Scheduler:
         run.folder.mkdir(parents=True, exist_ok=True)
         record.write_record(run.folder, failed)
         return failed
+
+
+def lean(found: Record) -> Record:
+    """A record without what only its reader on disk needs: of thousands of runs that is most of what would be held."""
+    return replace(found, modules=(), data={}, environment={}, sharing={}, conflict={})
 
 
 def run(scheduler: Scheduler, *, train: TrainRuns | None = None) -> Outcome:

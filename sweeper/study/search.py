@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.arms import Arm, Dimension, Params, Space, number_of_points, short_hash
 from sweeper.record import COMPLETED, Record
-from sweeper.study.samplers import NumberSeeded, distributions, make_pruner
+from sweeper.study.samplers import NumberSeeded, distributions, make_pruner, pointless
 from sweeper.study.search_settings import SearchSettings
 from sweeper.study.storage import alive, being_signed, this_driver
 
@@ -116,11 +116,12 @@ class ArmSearch:
             sampler=NumberSeeded(settings, f"{self.arm.key}/{settings.seed}"), pruner=make_pruner(settings, self.arm),
         )  # fmt: skip
         if "space" not in self.study.user_attrs:
-            self.study.set_user_attr("space", [str(dimension) for dimension in self.space])
             self.study.set_user_attr("arm", self.arm.key)
             default = replace(self.arm, space=self.space).default_params
             if default is not None and not self.widened:
-                self.study.enqueue_trial(default)
+                self.study.enqueue_trial(default, skip_if_exists=True)
+            # last: a driver that is killed before it leaves all of this to the next one
+            self.study.set_user_attr("space", [str(dimension) for dimension in self.space])
 
     # -- what there is
 
@@ -331,8 +332,9 @@ class ArmSearch:
         """Leaves a trial to the next command, which takes it up again with the same point."""
         self._seen = None
         self.running.pop(trial.number, None)
-        self._void(trial.optuna_trial, "stopped")
+        # in this order: a full disk, or a kill, between the two leaves the point to be taken up
         self.study.enqueue_trial(dict(trial.optuna_trial.params), user_attrs={"repeats": trial.number})
+        self._void(trial.optuna_trial, "stopped")
 
     def widen(self) -> str | None:
         """Widens the range at whose end the best trial lies, if that is asked for; says what it did."""
@@ -411,8 +413,10 @@ class ArmSearch:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             elif trial.state != TrialState.FAIL or outcome == REFUSED or (outcome is not None and not retry_failed):
                 continue
-            self.study.enqueue_trial(dict(trial.params), user_attrs={"repeats": trial.number})
-            again += 1
+            params = dict(trial.params or trial.system_attrs.get("fixed_params", {}))
+            if params:
+                self.study.enqueue_trial(params, user_attrs={"repeats": trial.number})
+                again += 1
         self._seen = None
         return again
 
@@ -438,6 +442,7 @@ class ArmSearch:
         counted = [
             t for t in found
             if t.state != TrialState.WAITING and "void" not in t.user_attrs and t.number not in repeated
+            and not pointless(t)
         ]  # fmt: skip
         self._seen = (time.monotonic(), counted)
         return counted

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from sweeper import installation
 from sweeper.arms import Arm
@@ -22,6 +23,27 @@ def check(arms: Sequence[Arm], search: SearchSettings, *, calibrate: bool = True
     problems = [*(_tuned(arms, search, calibrate) if any(arm.space for arm in arms) else _plain(search))]
     if problems:
         raise Problems(problems)
+
+
+def resolved(search: SearchSettings, arms: Sequence[Arm]) -> SearchSettings:
+    """The settings with what trials are judged by, where a command does not say: what their objective is.
+
+    Raises:
+        SpecError: tuned arms are judged by different scores.
+    """
+    if search.objectives:
+        return search
+    from sweeper import objectives
+
+    tuned = {arm.default.objective.name: arm.default.objective for arm in arms if arm.space}
+    scores = {name: objectives.score_of(spec) for name, spec in tuned.items()}
+    if len(set(scores.values())) > 1:
+        listed = ", ".join(f"{name} by validation.{score}" for name, score in scores.items())
+        raise SpecError(
+            f"hydra.sweeper.objectives: tuned arms of several objectives are judged by different scores ({listed}): "
+            "give one, such as hydra.sweeper.objectives=validation.nll"
+        )
+    return replace(search, objectives=(f"validation.{next(iter(scores.values()), 'nll')}",))
 
 
 def _plain(search: SearchSettings) -> Iterator[str]:
@@ -70,7 +92,7 @@ def _tuned(arms: Sequence[Arm], search: SearchSettings, calibrate: bool) -> Iter
 
 def _unpruned(spec: RunSpec, search: SearchSettings) -> Iterator[str]:
     """A line where the pruner would see no score of an arm's runs before their end."""
-    from sweeper.tasks.metrics import TEACHER_FORCED
+    from sweeper.tasks.metrics import PREFERENCES, TEACHER_FORCED
 
     if search.pruner == "none":
         return
@@ -79,7 +101,7 @@ def _unpruned(spec: RunSpec, search: SearchSettings) -> Iterator[str]:
         yield f"{start}, and trainer.max_steps={spec.trainer.max_steps} is over before one: hydra.sweeper.pruner=none"
     elif not 0 < spec.evaluation.every_steps < spec.trainer.max_steps:
         yield f"{start}: give evaluation.every_steps, from 1 to {spec.trainer.max_steps - 1}"
-    if search.objectives[0].removeprefix("validation.") not in (*NLL, *TEACHER_FORCED):
+    if search.objectives[0].removeprefix("validation.") not in (*NLL, *TEACHER_FORCED, *PREFERENCES):
         yield f"{start}, and {search.objectives[0]} is scored at its end: prune on validation.nll"
 
 
@@ -95,8 +117,21 @@ def _unscored(spec: RunSpec, search: SearchSettings, calibrate: bool) -> Iterato
             continue  # a cost
         if "validation" not in spec.evaluation.splits:
             yield f"{start}: evaluation.splits has no validation, so trials would have no score"
-        elif name not in (*NLL, *spec.dataset.metrics):
-            known = ", ".join(f"validation.{metric}" for metric in (*NLL, *spec.dataset.metrics))
+        elif name not in (every := (*NLL, *spec.dataset.metrics, *_preferences(spec))):
+            known = ", ".join(f"validation.{metric}" for metric in every)
             yield f"{start}: dataset={spec.dataset.name} has no such metric. Choose from {known}."
         elif name in GENERATED and not spec.evaluation.generate:
             yield f"{start} is a score of generated text: give evaluation.generate=true"
+
+
+def _preferences(spec: RunSpec) -> tuple[str, ...]:
+    """The scores that a run has because its dataset is of preferences."""
+    from sweeper import tasks
+    from sweeper.tasks import preference
+    from sweeper.tasks.metrics import PREFERENCES
+
+    try:
+        kinds = [tasks.kind(part) for part in spec.dataset.parts or (spec.dataset,)]
+    except SweeperError:  # which the check of the data tells
+        return PREFERENCES
+    return () if preference.PLAIN in kinds else PREFERENCES

@@ -23,7 +23,8 @@ class SearchSettings:
         sampler_options: arguments of Optuna's class, given whole.
         pruner: what ends hopeless trials: none, median, asha, hyperband or patient. Needs evaluation.every_steps.
         pruner_options: arguments of Optuna's class, given whole.
-        objectives: `validation.nll`, `validation.<metric>` or a cost (`trainable_parameters`, ...).
+        objectives: `validation.nll`, `validation.<metric>` or a cost (`trainable_parameters`, ...). None: what the
+            objective of the runs is judged by (`search_check.resolved`).
         direction: minimize or maximize, one for each objective, to say what each is anyhow: metrics up, NLL and costs
             down.
         parallel: most trials of an arm at once; null is a quarter of its trials, so that each quarter knows the last.
@@ -66,12 +67,10 @@ class SearchSettings:
         for objective in self.objectives:
             if not objective.startswith("validation.") and objective not in COSTS:
                 refuse("objectives", objective, f"choose from validation.nll, validation.<metric>, {', '.join(COSTS)}.")
-        if not self.objectives:
-            refuse("objectives", "[]", "give at least one, such as validation.nll")
         for one in self.direction:
             if one not in ("minimize", "maximize"):
                 refuse("direction", one, "choose minimize or maximize")
-        if self.direction and len(self.direction) != len(self.objectives):
+        if self.direction and self.objectives and len(self.direction) != len(self.objectives):
             refuse("direction", list(self.direction), f"give one for each objective ({len(self.objectives)})")
         for one, objective in zip(self.direction, self.objectives, strict=False):
             if one != _better(objective):
@@ -102,4 +101,6 @@ class SearchSettings:
 
 def _better(objective: str) -> str:
     """Which way an objective is better: losses and costs are to be low, metrics high."""
-    return "minimize" if objective in (*COSTS, "validation.nll", "validation.perplexity") else "maximize"
+    return (
+        "minimize" if objective in (*COSTS, "validation.nll", "validation.perplexity", "validation.kl") else "maximize"
+    )

@@ -1,9 +1,15 @@
 """Where studies are kept, and which driver of several works on a trial."""
 
+import functools
+import hashlib
+import inspect
+import json
 import os
 import socket
+import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +17,7 @@ from typing import Any
 import filelock
 import optuna
 import psutil
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -19,7 +26,9 @@ from sweeper.errors import SpecError, first_line
 from sweeper.study.search_settings import SearchSettings
 
 JOURNAL = "search.journal"
+DIGEST = "digest"  # of a line of it
 GRACE_SECONDS = 600.0  # a trial of a driver on another machine is given up after this long without a sign of life
+PATIENCE_SECONDS = 60.0  # for a database that is restarted
 SIGNING_SECONDS = 5.0  # between asking for a trial and signing it, on a busy machine
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -38,14 +47,17 @@ def open_storage(settings: SearchSettings, study: Path) -> BaseStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             try:
-                return JournalStorage(_Journal(path, lock_obj=_KernelLock(path)))  # type: ignore[arg-type]
+                journal = _Journal(path, lock_obj=_KernelLock(path))  # type: ignore[arg-type]
+                journal.check()
+                return JournalStorage(journal)
             except (ValueError, KeyError) as error:  # what is in it is not JSON, or not what Optuna writes
                 raise SpecError(f"{path} cannot be read ({error}): move it away; what is recorded stays") from None
     import sqlalchemy.exc
 
     for last in (False, False, True):
         try:
-            return optuna.storages.RDBStorage(settings.storage)
+            opened: BaseStorage = _patient()(settings.storage, engine_kwargs={"pool_pre_ping": True})
+            return opened
         except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError) as error:
             if last:
                 raise _unusable(error) from None
@@ -84,12 +96,27 @@ def _unusable(error: Exception) -> SpecError:
 
 
 class _Journal(JournalFileBackend):
-    """A journal that goes on after a crash or a full disk in the middle of a line.
+    """A journal that goes on after a crash or a full disk in the middle of a line, and knows a line that was changed.
 
-    Such a line was never read by anyone. The library would glue the next one to it, and then read no line any more.
+    Such a half line was never read by anyone. The library would glue the next one to it, and then read no line any
+    more. Each line has a digest of itself; those of earlier versions and of other programs have none.
     """
 
+    def check(self) -> None:
+        """Raises ValueError where the last whole line is not JSON, which the library finds out a line later."""
+        lines = Path(self._file_path).read_bytes().rsplit(b"\n", 2)
+        if len(lines) > 1 and lines[-2]:
+            json.loads(lines[-2])
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        for log in super().read_logs(log_number_from):
+            found = log.pop(DIGEST, None)
+            if found is not None and found != _digest(log):
+                raise ValueError("a line of it was edited or damaged")
+            yield log
+
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        logs = [{**log, DIGEST: _digest(log)} for log in logs]
         self._lock.acquire()  # again inside, which it allows
         try:
             with open(self._file_path, "r+b") as file:
@@ -100,6 +127,58 @@ class _Journal(JournalFileBackend):
             super().append_logs(logs)
         finally:
             self._lock.release()
+
+
+def _digest(log: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps(log))
+    return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+@cache
+def _patient() -> type[Any]:
+    """Optuna's database storage, each call of which is made again while the database does not answer."""
+    from optuna.storages import RDBStorage
+
+    calls = {
+        name: _again(call)
+        for name, call in vars(RDBStorage).items()
+        if inspect.isfunction(call) and not name.startswith("__")
+    }
+    return type("Patient", (RDBStorage,), calls)
+
+
+def _again(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def patiently(*args: Any, **kwargs: Any) -> Any:
+        from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
+        from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+        until, told = time.monotonic() + PATIENCE_SECONDS, False
+        while True:
+            try:
+                return call(*args, **kwargs)
+            except (DBAPIError, PendingRollbackError, PoolTimeout, StorageInternalError) as error:
+                cause = error.__cause__ or error if isinstance(error, StorageInternalError) else error
+                lost = isinstance(cause, InterfaceError | OperationalError | PendingRollbackError | PoolTimeout)
+                if not (lost or getattr(cause, "connection_invalidated", False)):
+                    raise
+                if args and hasattr(args[0], "scoped_session"):
+                    args[0].scoped_session.remove()  # its transaction ended with the connection
+                if time.monotonic() > until:
+                    raise SpecError(
+                        f"hydra.sweeper.storage: the database has not answered for {PATIENCE_SECONDS:g} s "
+                        f"({first_line(cause)}); when it does, the same command goes on from what is saved"
+                    ) from None
+                if not told:
+                    told = True
+                    print(
+                        f"hydra.sweeper.storage: the database does not answer ({first_line(cause)}); trying for "
+                        f"{PATIENCE_SECONDS:g} s",
+                        file=sys.stderr,
+                    )
+                time.sleep(0.5)
+
+    return patiently
 
 
 class _KernelLock:

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sweeper import content as contents
@@ -28,6 +29,7 @@ from sweeper.tasks import (
     chain_sum,
     codeio,
     columns,
+    conversation,
     general_text,
     gsm_symbolic,
     hpo_term,
@@ -39,10 +41,12 @@ from sweeper.tasks import (
     medmcqa,
     metrics,
     mixture,
+    preference,
     privacy_policy_qa,
     pubmed,
     sequence,
     template,
+    turns,
 )
 from sweeper.tasks import cache as _cache
 from sweeper.tasks.example import SPLITS, Choice, Encoded, EncodedSplit, Example
@@ -95,7 +99,10 @@ class Family(Protocol):
 
 
 # Options that every family takes.
-COMMON_OPTIONS = {"stop": "list of texts that end a generated text"}
+COMMON_OPTIONS = {
+    "stop": "list of texts that end a generated text",
+    preference.OPTION: preference.OPTION_MEANING,
+}
 
 FAMILIES: dict[str, Family] = {
     "chain_sum": chain_sum,
@@ -137,6 +144,8 @@ def check(spec: DatasetSpec, *, training: bool = True) -> None:
             f"{installation.program('evaluate')} RUN_FOLDER dataset={spec.name}"
         )
     FAMILIES[spec.family].check(spec)
+    if _of_choices(spec):
+        load(spec)
     for part in spec.parts:
         check(part, training=training)
 
@@ -215,9 +224,34 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
         return mixture.joined({part.name: load(part) for part in spec.parts})
     family: Any = FAMILIES[spec.family]
     splits = family.load(spec)
+    if _of_choices(spec):
+        splits = {split: preference.from_choices(splits[split], spec.name) for split in SPLITS}
     for split in SPLITS:
         metrics.check(spec.metrics, splits[split])
+        preference.check_split(split, splits[split])
     return {split: splits[split] for split in SPLITS}
+
+
+def _of_choices(spec: DatasetSpec) -> bool:
+    """Whether the wrong choices of a task become rejected answers."""
+    return not spec.parts and spec.options.get(preference.OPTION, "none") != "none"
+
+
+def kind(spec: DatasetSpec) -> str:
+    """What the examples of a dataset of one task are (`tasks.preference`), from no more of it than is needed.
+
+    Raises:
+        DataError: as `load`.
+    """
+    if _of_choices(spec):
+        return preference.PAIRS
+    family: Any = FAMILIES[spec.family]
+    if hasattr(family, "kind"):
+        found: str = family.kind(spec)
+        return found
+    if isinstance(family, ModuleType):  # of ours, those that may hold preferences say so
+        return preference.PLAIN
+    return preference.kind(load(spec)["train"][0])
 
 
 def encode(
@@ -352,6 +386,7 @@ def _check_names(spec: DatasetSpec) -> None:
             raise SpecError(unknown("dataset.options", option, choices))
     columns.check(spec, getattr(FAMILIES[spec.family], "COLUMNS", ()))
     stop_strings(spec)
+    preference.check_option(spec.options.get(preference.OPTION, "none"))
 
 
 def _encode_split(
@@ -364,25 +399,48 @@ def _encode_split(
     starts, alike = int(adds_start(tokenizer)), not puts_space_first(tokenizer)
     for example, unit in zip(examples, units(examples), strict=True):
         try:
-            tokens = template.encode(spec.template, example.prompt, example.response, spec.system, tokenizer)
+            tokens = _tokens(example, spec, tokenizer)
             choices = tuple(_choice(example.prompt, text, spec, tokenizer, known, alike) for text in example.choices)
-        except DataError:
-            raise
+            rejected = _rejected(example, spec, tokenizer)
+        except DataError as error:
+            raise DataError(f"{where(spec, example.id)}: {error}") from None
         except Exception as error:
             raise DataError(f"{where(spec, example.id)}: {_refusal(spec, error)}") from error
         prompt, response = tokens.prompt, tokens.response
-        room = spec.max_length - max([len(response), *(len(choice.ids) + 1 for choice in choices)])
+        longest = max([len(response), len(rejected), *(len(choice.ids) + 1 for choice in choices)])
+        room = spec.max_length - longest
         if room <= starts:
             dropped.append(example.id)
             continue
-        if len(prompt) > room:
+        cut = max(len(prompt) - room, 0)
+        if cut:
             truncated += 1
-            prompt = prompt[:starts] + prompt[len(prompt) - room + starts :]
-        encoded.append(Encoded(example.id, (*prompt, *response), len(prompt), choices, example.check, unit))
+            prompt = prompt[:starts] + prompt[cut + starts :]
+        kept = [(start - cut, end - cut) for start, end in tokens.answers if start - cut >= max(starts, 1)]
+        first, asides = _asides(kept, len(prompt))
+        ids = (*prompt, *response)
+        encoded.append(
+            Encoded(example.id, ids, first, choices, example.check, unit, rejected, example.label, asides)
+        )
         apart += not tokens.whole
     if examples and not encoded:
         raise DataError(f"dataset.max_length={spec.max_length} is too short for every response of the {name} split")
     return EncodedSplit(tuple(encoded), truncated, tuple(dropped), apart=apart)
+
+
+def _tokens(example: Example, spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase") -> template.Tokens:
+    if example.turns:
+        every = conversation.every_turn(spec)
+        return turns.encode(spec.template, example.turns, spec.system, tokenizer, every=every, tools=example.tools)
+    if not example.prompt:
+        return template.encode_text(example.response, tokenizer)
+    return template.encode(spec.template, example.prompt, example.response, spec.system, tokenizer)
+
+
+def _asides(answers: list[tuple[int, int]], last: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Where the first of several answers begins, and what lies between them; `last` is where the last one begins."""
+    starts = [*(start for start, _ in answers), last]
+    return starts[0], tuple(zip((end for _, end in answers), starts[1:], strict=True))
 
 
 def where(spec: DatasetSpec, example_id: str) -> str:
@@ -428,6 +486,13 @@ def _choice(
         _, response = tokenise(spec.template, prompt, text, spec.system, tokenizer)
         known[key] = Choice(text, tuple(response[:-1]))
     return known[key]
+
+
+def _rejected(example: Example, spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The tokens of the worse response of a pair, its end included; none of any other example."""
+    if not example.rejected:
+        return ()
+    return tuple(tokenise(spec.template, example.prompt, example.rejected, spec.system, tokenizer)[1])
 
 
 def _key(spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", model_key: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sweeper.cache import touch
 from sweeper.record import replacing
 from sweeper.tasks.example import Choice, Encoded, EncodedSplit
 
@@ -26,12 +27,17 @@ def write(path: Path, splits: Mapping[str, EncodedSplit]) -> None:
         arrays[f"{name}/choice_counts"] = np.array([len(e.choices) for e in split.examples], dtype=np.int64)
         arrays[f"{name}/choice_lengths"] = np.array([len(c.ids) for c in choices], dtype=np.int64)
         arrays[f"{name}/choice_tokens"] = np.array([t for c in choices for t in c.ids], dtype=np.int32)
+        if any(e.rejected or e.label is not None for e in split.examples):
+            arrays[f"{name}/rejected_lengths"] = np.array([len(e.rejected) for e in split.examples], dtype=np.int64)
+            arrays[f"{name}/rejected_tokens"] = np.array([t for e in split.examples for t in e.rejected], np.int32)
+            arrays[f"{name}/labels"] = np.array([-1 if e.label is None else e.label for e in split.examples], np.int8)
         # numpy's fixed-width strings would make every text as large as the longest one
         texts = json.dumps(
             {
                 "choices": [c.text for c in choices],
                 "checks": [e.check for e in split.examples],
                 "groups": [e.group for e in split.examples],
+                "asides": {number: e.asides for number, e in enumerate(split.examples) if e.asides},
                 "majority": dict(split.majority),
             }
         )
@@ -49,9 +55,11 @@ def read(path: Path) -> dict[str, EncodedSplit] | None:
 
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {str(name): _split(str(name), arrays) for name in arrays["splits"]}
+            found = {str(name): _split(str(name), arrays) for name in arrays["splits"]}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
         return None
+    touch(path)
+    return found
 
 
 def _split(name: str, arrays: Mapping[str, Any]) -> EncodedSplit:
@@ -61,16 +69,29 @@ def _split(name: str, arrays: Mapping[str, Any]) -> EncodedSplit:
     columns = (arrays[f"{name}/{key}"].tolist() for key in ("ids", "lengths", "prompts", "choice_counts"))
     texts = json.loads(arrays[f"{name}/texts"].tobytes().decode())
     choices = _choices(name, arrays, texts["choices"])
-    written = texts["checks"], texts["groups"]
-    for example_id, length, prompt_length, count, check, group in zip(*columns, *written, strict=True):
+    written, asides = (texts["checks"], texts["groups"], *_preferences(name, arrays)), texts.get("asides", {})
+    for number, row in enumerate(zip(*columns, *written, strict=True)):
+        example_id, length, prompt_length, count, *rest = row
         own = tuple(itertools.islice(choices, count))
-        examples.append(Encoded(example_id, tuple(tokens[start : start + length]), prompt_length, own, check, group))
+        ids, between = tuple(tokens[start : start + length]), tuple(map(tuple, asides.get(str(number), ())))
+        examples.append(Encoded(example_id, ids, prompt_length, own, *rest, asides=between))
         start += length
     if start != len(tokens):
         raise ValueError(f"{name}: lengths and tokens disagree")
     dropped = tuple(map(str, arrays[f"{name}/dropped"].tolist()))
     truncated, apart = (int(arrays[f"{name}/{key}"]) for key in ("truncated", "apart"))
     return EncodedSplit(tuple(examples), truncated, dropped, texts["majority"], apart)
+
+
+def _preferences(name: str, arrays: Mapping[str, Any]) -> tuple[list[tuple[int, ...]], list[bool | None]]:
+    """Rejected responses and labels of a split's examples, where it has any."""
+    if f"{name}/labels" not in arrays:
+        count = len(arrays[f"{name}/lengths"])
+        return [()] * count, [None] * count
+    tokens = iter(arrays[f"{name}/rejected_tokens"].tolist())
+    rejected = [tuple(itertools.islice(tokens, length)) for length in arrays[f"{name}/rejected_lengths"].tolist()]
+    labels = [None if label < 0 else bool(label) for label in arrays[f"{name}/labels"].tolist()]
+    return rejected, labels
 
 
 def _choices(name: str, arrays: Mapping[str, Any], texts: list[str]) -> Iterator[Choice]:

@@ -20,13 +20,6 @@ USUAL = {
 }
 
 
-# column of turns -> the keys of who speaks and of what is said, and what a user is called there
-CONVERSATIONS = {
-    "messages": ("role", "content", ("user",)),
-    "conversations": ("from", "value", ("human", "user")),
-}
-
-
 class Plain(str):
     """The name of one column, taken as it is; any other text is a template."""
 
@@ -136,25 +129,10 @@ def as_text(value: Any) -> Any:
 def suggestion(lacking: Sequence[str], row: Mapping[str, Any]) -> str:
     """What to type where a row lacks some of our names: its own columns in their place, where they are called as usual.
 
-    Of a conversation it is the first question and its answer; of instruction and input, both.
+    Of instruction and input it is both.
     """
     guessed = {key: next((name for name in USUAL[key] if name in row), "...") for key in lacking}
     if guessed.get("prompt") == "instruction" and "input" in row:
         guessed["prompt"] = r'"{instruction}\n\n{input}"'
-    if "..." in guessed.values():
-        guessed |= {key: text for key, text in _first_exchange(row).items() if key in guessed}
     pairs = ", ".join(f"{key}: {name}" for key, name in guessed.items())
     return f"name its columns: 'dataset.columns={{{pairs}}}'"
-
-
-def _first_exchange(row: Mapping[str, Any]) -> dict[str, str]:
-    """Templates for the first turn of a user and the one after it; none where no column has turns as is usual."""
-    for name, (who, said, users) in CONVERSATIONS.items():
-        turns = row.get(name)
-        if not (isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns)):
-            continue
-        first = next((i for i, turn in enumerate(turns[:-1]) if turn.get(who) in users and said in turn), None)
-        if first is not None:
-            places = {"prompt": first, "response": first + 1}
-            return {key: f'"{{{name}[{place}][{said}]}}"' for key, place in places.items()}
-    return {}

@@ -5,7 +5,11 @@
 `prompt`, `response` and `group` are texts with column names in braces: `"{instruction}\\n\\n{input}"`; a list in a
 column is joined by line breaks. A multiple-choice set gives `choices`, a list of such texts, and may give `answer`, a
 text that comes out as the number of the right one (from 0), in place of `response`. `check` is Python source that tests
-a generated program, the text `PROGRAM`.
+a generated program, the text `PROGRAM`. Without `prompt` and `response`, rows have one of the layouts that people
+have: conversations, instructions, running text (`sweeper.tasks.conversation`).
+
+Of preferences, `chosen` and `rejected`, or `completion` and `label`, name columns in place of `response`
+(`sweeper.tasks.preference`); `prompt` may then be left out.
 
 `splits` maps ours to the source's names; those it lacks are cut out of train. Published splits overlap at times: an
 example whose group or near-duplicate prompt is in test is left out of validation and train, and one in validation out
@@ -14,6 +18,7 @@ of train. Rows whose prompt or response comes out empty are left out too. Withou
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import re
@@ -25,10 +30,10 @@ from sweeper import content as contents
 from sweeper.content import COMMIT, Content
 from sweeper.errors import DataError, first_line
 from sweeper.spec import DatasetSpec
-from sweeper.tasks import columns
+from sweeper.tasks import columns, conversation, preference
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.package import require_extra
-from sweeper.tasks.split import prompt_key, split_examples
+from sweeper.tasks.split import asked, prompt_key, split_examples
 
 OPTIONS = {
     "prompt": "text with {columns}",
@@ -37,12 +42,19 @@ OPTIONS = {
     "choices": "list of texts with {columns}, the answers to choose among",
     "answer": "text with {columns} that gives the number of the right choice, from 0",
     "check": "Python source with {columns} that raises where the text PROGRAM is wrong",
+    "loss": conversation.OPTION,
+    "chosen": "column of the preferred response, or of the chat that ends with it",
+    "rejected": "column of the other one",
+    "completion": "column of a response that `label` is of",
+    "label": "column that says whether the completion is good",
     "splits": "ours -> the source's, for instance {train: train, test: test}",
     "config": "the source's configuration name",
     "revision": "commit, tag or branch",
 }
 
-COLUMNS = ("prompt", "response", "group", "answer", "check")
+COLUMNS = (
+    "prompt", "response", "group", "answer", "check", *dict.fromkeys((*preference.COLUMNS, *conversation.NAMES)),
+)  # fmt: skip
 UNIT = "`group` of the options, else the prompt"
 
 # split of ours -> rows; a row is a mapping from column to value
@@ -51,6 +63,7 @@ Tables = Mapping[str, Any]
 
 def check(spec: DatasetSpec) -> None:
     """Reaches the dataset (downloading it the first time) and compares its columns with the mapping."""
+    conversation.every_turn(spec)
     _columns(spec, read(spec))
 
 
@@ -93,7 +106,7 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
     for split, rows in tables.items():
         for index, row in enumerate(rows):
             made = _example(f"{split}-{index}", row, options)
-            if made.prompt and made.response:
+            if made.response and (made.prompt or _by_layout(options)):
                 examples.append(made)
                 if split != "train":
                     marked[made.id] = split
@@ -109,7 +122,34 @@ def _options(spec: DatasetSpec) -> dict[str, Any]:
     return {**spec.options, **columns.templates(spec)}
 
 
+def kind(spec: DatasetSpec) -> str:
+    """What the examples are (`sweeper.tasks.preference`), by what the options name."""
+    return _kind(_options(spec))
+
+
+def _kind(options: Mapping[str, Any]) -> str:
+    given = {key: value for key, value in options.items() if value is not None}
+    return preference.PAIRS if "chosen" in given else preference.kind_of(given)
+
+
+def _preference(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Example:
+    """A row whose columns hold preferences: a column alone is taken as it is, for it may be a chat."""
+    values = {}
+    for key in ("prompt", *preference.COLUMNS):
+        text = options.get(key)
+        if text is not None:
+            alone = re.fullmatch(r"\{([^{}\[\]]+)\}", text)
+            column = text if isinstance(text, columns.Plain) else alone[1] if alone else None
+            values[key] = columns.fill(text, row) if column is None else columns.as_text(row[column])
+    values, fields = preference.unfolded(values, f"row {name}")
+    group = options.get("group")
+    return Example(name, values["prompt"], values["response"], columns.fill(group, row) if group else name, **fields)
+
+
 def _example(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Example:
+    if _kind(options) != preference.PLAIN:
+        return _preference(name, row, options)
+
     def fill(text: str) -> str:
         try:
             return columns.fill(text, row)
@@ -118,6 +158,14 @@ def _example(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> E
 
     choices = tuple(fill(text) for text in options.get("choices") or ())
     group, test = options.get("group"), options.get("check")
+    if _by_layout(options):
+        layout = _layout(name, row, options)
+        if lacking := _lacking(layout):
+            raise DataError(f"row {name}: missing {' and '.join(lacking)}; it has {', '.join(row)}")
+        return Example(
+            name, "" if layout.running else layout.values["prompt"], layout.values["response"],
+            fill(group) if group else name, turns=layout.turns, tools=layout.tools,
+        )  # fmt: skip
     if options.get("answer") is not None:
         number = fill(options["answer"])
         if not number.isdecimal() or int(number) >= len(choices):
@@ -129,6 +177,24 @@ def _example(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> E
         name, fill(options["prompt"]), response, fill(group) if group else name,
         choices=tuple(dict.fromkeys(choices)), check=fill(test) if test else "",
     )  # fmt: skip
+
+
+def _by_layout(options: Mapping[str, Any]) -> bool:
+    """Whether nothing says what prompt and response are made of."""
+    said = any(options.get(name) is not None for name in ("prompt", "response", "answer", "choices"))
+    return not said and _kind(options) == preference.PLAIN
+
+
+def _layout(name: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> conversation.Recognised:
+    named = {key: text for key, text in options.items() if key in conversation.NAMES}
+    try:
+        return conversation.recognised(columns.mapped(row, named))
+    except DataError as error:
+        raise DataError(f"row {name}: {error}") from None
+
+
+def _lacking(found: conversation.Recognised) -> list[str]:
+    return [key for key in ("prompt", "response")[found.running :] if not isinstance(found.values.get(key), str)]
 
 
 def read(spec: DatasetSpec) -> Tables:
@@ -220,8 +286,8 @@ def _offline_if_unreachable(spec: DatasetSpec) -> Iterator[None]:
 
 def _columns(spec: DatasetSpec, tables: Tables) -> None:
     options, called = _options(spec), {key: f"dataset.columns.{key}" for key in spec.columns}
-    required = ("prompt", "response" if options.get("answer") is None else "answer")
-    texts = [(key, options.get(key)) for key in (*required, "group", "check")]
+    required = _known_layout(tables, options) if _by_layout(options) else _required(options)
+    texts = [(key, options.get(key)) for key in dict.fromkeys((*required, "prompt", "group", "check"))]
     for key, text in [*texts, *(("choices", text) for text in options.get("choices") or ())]:
         if text is None and key not in required:
             continue
@@ -241,6 +307,28 @@ def _columns(spec: DatasetSpec, tables: Tables) -> None:
                 )
 
 
+def _known_layout(tables: Tables, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Looks at the first row of each split; what is to be said of a source whose layout is not known.
+
+    Raises:
+        DataError: a conversation that cannot be read.
+    """
+    for split, rows in tables.items():
+        for row in itertools.islice(rows, 1):
+            if _lacking(_layout(f"{split}-0", row, options)):
+                return "prompt", "response"
+    return ()
+
+
+def _required(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options that must name columns."""
+    if (found := _kind(options)) == preference.PAIRS:
+        return preference.PAIRED
+    if found == preference.LABELS:
+        return "prompt", *preference.UNPAIRED
+    return "prompt", "response" if options.get("answer") is None else "answer"
+
+
 def _shown(tables: Tables) -> str:
     """The columns that there are, for a message."""
     names = dict.fromkeys(name for rows in tables.values() for name in rows.column_names)
@@ -257,9 +345,9 @@ def _without_overlap(examples: list[Example], marked: Mapping[str, str]) -> list
             for e in examples
             if marked.get(e.id, "train") == split
             and ("group", e.group) not in seen
-            and ("prompt", prompt_key(e.prompt)) not in seen
+            and ("prompt", prompt_key(asked(e))) not in seen
         ]
         seen.update(("group", e.group) for e in part)
-        seen.update(("prompt", prompt_key(e.prompt)) for e in part)
+        seen.update(("prompt", prompt_key(asked(e))) for e in part)
         kept += part
     return kept

@@ -1,7 +1,9 @@
-"""A user's own file of JSON lines, a JSON list, CSV, TSV or Parquet, with the columns `prompt` and `response`, and
-optionally `id`, `group`, `split`, `choices` (a list of texts, the response among them) and `check` (Python source that
-tests a generated program, the text `PROGRAM`). `dataset.columns` says which columns these are where they have other
-names (`sweeper.tasks.columns`).
+"""A user's own file of JSON lines, a JSON list, CSV, TSV or Parquet, with the columns `prompt` and `response`, or with
+those of another layout that people have (`sweeper.tasks.conversation`), and optionally `id`, `group`, `split`,
+`choices` (a list of texts, the response among them) and `check` (Python source that tests a generated program, the text
+`PROGRAM`). `dataset.columns` says which columns these are where they have other names (`sweeper.tasks.columns`). In
+place of a response a line may have preferences: `chosen` and `rejected`, or `completion` and `label`
+(`sweeper.tasks.preference`).
 
 A group is what examples that are not independent share: a document, a patient, an author. Examples of one group, and
 near-duplicate prompts, stay on one side, and the analysis resamples whole groups. Splits that the file does not name
@@ -17,19 +19,23 @@ from typing import Any
 
 from sweeper.errors import DataError, unknown
 from sweeper.spec import DatasetSpec
-from sweeper.tasks import columns, metrics, rows
+from sweeper.tasks import columns, conversation, metrics, preference, rows
 from sweeper.tasks.example import SPLITS, Example
 from sweeper.tasks.split import split_examples
 
-OPTIONS = {"group": "the key that has a line's group; every line is to have it (group, where a line has it)"}
+OPTIONS = {
+    "group": "the key that has a line's group; every line is to have it (group, where a line has it)",
+    "loss": conversation.OPTION,
+}
 UNIT = "the file's `group`, else the prompt"
 REQUIRED = ("prompt", "response")
 OPTIONAL = ("id", "group", "split", "check")
-COLUMNS = (*REQUIRED, *OPTIONAL, "choices")
+COLUMNS = (*REQUIRED, *OPTIONAL, "choices", *dict.fromkeys((*preference.COLUMNS, *conversation.NAMES)))
 
 
 def check(spec: DatasetSpec) -> None:
     """Reads and splits the whole file, which for a file that trains in hours takes seconds."""
+    conversation.every_turn(spec)
     for examples in load(spec).values():
         metrics.check(spec.metrics, examples)
 
@@ -46,6 +52,13 @@ def load(spec: DatasetSpec) -> dict[str, tuple[Example, ...]]:
         raise DataError(f"{spec.path}: {error}") from None
 
 
+def kind(spec: DatasetSpec) -> str:
+    """What the examples are (`sweeper.tasks.preference`), by the first line."""
+    for _, where, values in _rows(spec):
+        return preference.kind_of(preference.unfolded(values, where)[1])
+    return preference.PLAIN
+
+
 def _bytes(spec: DatasetSpec) -> bytes:
     if spec.path is None:
         raise DataError(
@@ -53,6 +66,8 @@ def _bytes(spec: DatasetSpec) -> bytes:
         )
     path = Path(spec.path).expanduser()
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device, which may have no end
+            raise DataError(f"dataset.path={spec.path}: cannot be read (no plain file)")
         return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"dataset.path={spec.path}: no such file (looked for {path.absolute()})") from None
@@ -83,7 +98,7 @@ def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
     first_place: dict[str, str] = {}
     group = _group_key(spec)
     for name, where, values in _rows(spec):
-        row = _row(values, where, group=group)
+        row, layout = _row(values, where, group=group)
         example_id = row.get("id", name)
         if example_id in first_place:
             raise DataError(f"{where}: id {example_id!r} was already used on {first_place[example_id]}")
@@ -91,7 +106,8 @@ def _read(spec: DatasetSpec) -> tuple[list[Example], dict[str, str]]:
         examples.append(
             Example(
                 example_id, row["prompt"], row["response"], row.get("group", example_id),
-                choices=row.get("choices", ()), check=row.get("check", ""),
+                choices=row.get("choices", ()), check=row.get("check", ""), rejected=row.get("rejected", ""),
+                label=row.get("label"), turns=layout.turns, tools=layout.tools,
             )
         )  # fmt: skip
         if "split" in row:
@@ -110,26 +126,42 @@ def _group_key(spec: DatasetSpec) -> str | None:
     return found
 
 
-def _row(row: Mapping[str, Any], where: str, *, group: str | None = None) -> dict[str, Any]:
-    """The fields of an example that a row has, each checked."""
-    row = dict(row)
-    missing = [key for key in REQUIRED if key not in row]
+def _row(
+    values: Mapping[str, Any], where: str, *, group: str | None = None
+) -> tuple[dict[str, Any], conversation.Recognised]:
+    """The fields of an example that a row has, each checked, and the layout that it has."""
+    values, preferred = preference.unfolded(values, where)
+    try:
+        layout = conversation.Recognised(dict(values)) if preferred else conversation.recognised(values)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    row, required = layout.values, REQUIRED[layout.running :]  # running text has no prompt
+    missing = [key for key in required if key not in row]
     if missing:
-        have = ", ".join(map(str, row)) or "none"
+        have = _listed(row)
         hint = f"; {columns.suggestion(missing, row)}" if row else ""
         raise DataError(f"{where}: missing {' and '.join(missing)}; this line has the keys {have}{hint}")
     if group is not None:
         if row.get(group) is None:
-            have = ", ".join(map(str, row))
+            have = _listed(row)
             raise DataError(
                 f"{where}: missing {group}, the key of dataset.options.group; this line has the keys {have}"
             )
         row["group"] = row[group]
-    present = [key for key in (*REQUIRED, *OPTIONAL) if key in REQUIRED or row.get(key) is not None]
-    found: dict[str, Any] = {key: _text(row[key], key, where) for key in present}
+    present = [key for key in (*required, *OPTIONAL) if key in required or row.get(key) is not None]
+    found: dict[str, Any] = {"prompt": ""} | {key: _text(row[key], key, where) for key in present}
+    if "rejected" in preferred:
+        preferred["rejected"] = _text(preferred["rejected"], "rejected", where)
+    found |= preferred
     if row.get("choices") is not None:
         found["choices"] = _choices(row["choices"], found["response"], where)
-    return found
+    return found, layout
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    """The keys of a row, for a message: a file that is none may have keys of any length."""
+    have = ", ".join(map(str, row)) or "none"
+    return have if len(have) <= 300 else f"{have[:300]}..."
 
 
 def _choices(value: Any, response: str, where: str) -> tuple[str, ...]:
@@ -164,6 +196,6 @@ def _text(value: Any, key: str, where: str) -> str:
 def where(spec: DatasetSpec, example_id: str) -> str:
     """The file and line of an example."""
     for row in _rows(spec):
-        if _row(row.values, "").get("id", row.name) == example_id:
+        if _row(row.values, "")[0].get("id", row.name) == example_id:
             return row.place
     return f"{spec.path}: example {example_id}"

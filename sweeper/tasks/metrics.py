@@ -14,6 +14,10 @@ from typing import Any
 from sweeper.errors import DataError
 from sweeper.tasks.example import Example
 
+PREFERENCE_ACCURACY, MARGIN, KL = "preference_accuracy", "preference_margin", "kl"
+PREFERENCES = (PREFERENCE_ACCURACY, MARGIN, KL)
+"""Scores that every dataset of preferences has, against the base: a share, nats a response and nats a token."""
+
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 FENCED = re.compile(r"```[\w+-]*\n(.*?)(?:```|\Z)", re.DOTALL)
 

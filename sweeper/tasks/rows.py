@@ -60,8 +60,11 @@ def _text(raw: bytes, place: str, whole: str) -> str:
 def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        at = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "too deeply nested"
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            at = f"column {error.colno}: {error.msg}"
+        else:
+            at = "too deeply nested" if isinstance(error, RecursionError) else "a number of thousands of digits"
         raise DataError(f'{place}: not valid JSON ({at}); expected {{"prompt": ..., "response": ...}}') from None
 
 

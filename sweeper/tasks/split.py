@@ -52,6 +52,11 @@ def balanced(queues: Sequence[Sequence[Example]], size: int | None, *key: object
     return tuple(shuffled(chosen, *key, name="id"))
 
 
+def asked(example: Example) -> str:
+    """What tells an example from others: its prompt, or itself where it is running text."""
+    return example.prompt or example.response
+
+
 def prompt_key(prompt: str) -> str:
     """A prompt without case, spacing and sentence punctuation: equal keys are near-duplicates.
 
@@ -133,7 +138,7 @@ def _clusters(examples: Sequence[Example]) -> list[list[Example]]:
 
     first: dict[tuple[str, str], int] = {}
     for index, example in enumerate(examples):
-        for key in (("group", example.group), ("prompt", prompt_key(example.prompt))):
+        for key in (("group", example.group), ("prompt", prompt_key(asked(example)))):
             a, b = root(index), root(first.setdefault(key, index))
             parent[max(a, b)] = min(a, b)
     members: dict[int, list[Example]] = defaultdict(list)
@@ -184,7 +189,7 @@ def without_near_duplicates(
     Validation loses what is that near to test; test is kept whole. Only prompts with a common word among the rarest
     ones of both can be that near (prefix filtering, Chaudhuri et al. 2006), which spares most comparisons.
     """
-    bags = {split: [words(e.prompt) for e in examples] for split, examples in splits.items()}
+    bags = {split: [words(asked(e)) for e in examples] for split, examples in splits.items()}
     counts = Counter(word for part in bags.values() for bag in part for word in bag)
     index: dict[str, list[frozenset[str]]] = defaultdict(list)
 

@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import DataError
 
@@ -32,17 +32,8 @@ def chat(prompt: str, system: str | None, tokenizer: "PreTrainedTokenizerBase") 
     """
     if not tokenizer.chat_template:
         return alpaca(prompt, system, tokenizer)
-    from jinja2.exceptions import TemplateError
-
-    user = {"role": "user", "content": prompt}
-    try:
-        turns = [{"role": "system", "content": system}, user] if system is not None else [user]
-        text = _render(turns, tokenizer)
-    except TemplateError:
-        if system is None:
-            raise
-        text = _render([{"role": "user", "content": f"{system}\n\n{prompt}"}], tokenizer)
-    return text, False
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return render(accepted([*messages, {"role": "user", "content": prompt}], tokenizer), tokenizer), False
 
 
 def alpaca(prompt: str, system: str | None, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, bool]:
@@ -67,12 +58,14 @@ TEMPLATES: dict[str, Callable[[str, str | None, "PreTrainedTokenizerBase"], tupl
 class Tokens:
     """Ids of a templated prompt and of its response, with its end-of-text id.
 
-    `whole` says whether the two are what the tokenizer makes of their text as one.
+    `whole` says whether the two are what the tokenizer makes of their text as one; `answers` are the places
+    (start, end) of earlier answers among the prompt's ids.
     """
 
     prompt: list[int]
     response: list[int]
     whole: bool
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 def encode(
@@ -88,15 +81,43 @@ def encode(
     Raises:
         DataError: the tokenizer has no end-of-text token.
     """
+    return joined(*TEMPLATES[template](prompt, system, tokenizer), response, tokenizer)
+
+
+def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """Tokenises running text, which is trained but for what it starts from: the start token, else its own first.
+
+    Raises:
+        DataError: the tokenizer has no end-of-text token.
+    """
+    ids = [*([tokenizer.bos_token_id] if adds_start(tokenizer) else []), *ids_of(text, tokenizer)]
+    return Tokens(ids[:1], [*ids[1:], end_of_text(tokenizer)], whole=True)
+
+
+def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id that ends a response.
+
+    Raises:
+        DataError: there is none.
+    """
     if tokenizer.eos_token_id is None:
         raise DataError("this model's tokenizer has no end-of-text token (eos_token), so a response could never end")
-    text, starts = TEMPLATES[template](prompt, system, tokenizer)
+    return int(tokenizer.eos_token_id)
+
+
+def joined(text: str, starts: bool, response: str, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """The tokens of a templated text and of the response to it; `starts` puts the start token before them.
+
+    Raises:
+        DataError: the tokenizer has no end-of-text token.
+    """
+    end = end_of_text(tokenizer)
     if not (text[-1:].isspace() or response[:1].isspace()):
         response = f" {response}"
     before = [tokenizer.bos_token_id] if starts and adds_start(tokenizer) else []
-    ids, after = _ids(text, tokenizer), continuation(text, response, tokenizer)
-    whole = [*ids, *after] == _ids(f"{text}{response}", tokenizer)
-    return Tokens([*before, *ids], [*after, tokenizer.eos_token_id], whole)
+    ids, after = ids_of(text, tokenizer), continuation(text, response, tokenizer)
+    whole = [*ids, *after] == ids_of(f"{text}{response}", tokenizer)
+    return Tokens([*before, *ids], [*after, end], whole)
 
 
 def tokenise(
@@ -110,12 +131,12 @@ def tokenise(
 def continuation(before: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of a text that continues another one, whose own ids do not change."""
     if not puts_space_first(tokenizer):
-        return _ids(text, tokenizer)
+        return ids_of(text, tokenizer)
     for context in (before, "\n"):  # the last character and the first of the text may be one token
-        start, joint = _ids(context, tokenizer), _ids(f"{context}{text}", tokenizer)
+        start, joint = ids_of(context, tokenizer), ids_of(f"{context}{text}", tokenizer)
         if joint[: len(start)] == start:
             return joint[len(start) :]
-    return _ids(text, tokenizer)
+    return ids_of(text, tokenizer)
 
 
 def puts_space_first(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -127,8 +148,8 @@ def puts_space_first(tokenizer: "PreTrainedTokenizerBase") -> bool:
     pieces = getattr(backend, "pre_tokenizer", None)
     if pieces is not None and any("Ġ" in piece for piece, _ in pieces.pre_tokenize_str(" a")):
         return False
-    line, joint = _ids("\n", tokenizer), _ids("\na", tokenizer)
-    return joint[: len(line)] == line and joint[len(line) :] != _ids("a", tokenizer)
+    line, joint = ids_of("\n", tokenizer), ids_of("\na", tokenizer)
+    return joint[: len(line)] == line and joint[len(line) :] != ids_of("a", tokenizer)
 
 
 def remark(template: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
@@ -142,8 +163,8 @@ def remark(template: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
     user, answer = {"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}
     try:
-        ours = _render([user], tokenizer)
-        written = _render([user, answer], tokenizer, answered=True)
+        ours = render([user], tokenizer)
+        written = render([user, answer], tokenizer, answered=True)
     except (TemplateError, TypeError, ValueError):
         return None  # a template that cannot hold an answer
     opening = ours.rpartition("QUESTION")[2]
@@ -184,14 +205,44 @@ def adds_start(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def ids_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids of a text alone, without a start token."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def _render(turns: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, answered: bool = False) -> str:
+def accepted(
+    messages: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] = ()
+) -> list[dict[str, Any]]:
+    """The messages; those of the system go into the user's where the template refuses a system turn.
+
+    Raises:
+        jinja2.exceptions.TemplateError: the template refuses the conversation for another reason.
+    """
+    from jinja2.exceptions import TemplateError
+
+    try:
+        render(messages, tokenizer, tools=tools)
+    except TemplateError:
+        if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) != ("system", "user"):
+            raise
+        system, user, *rest = messages
+        return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
+    return list(messages)
+
+
+def render(
+    messages: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", *, answered: bool = False,
+    tools: Sequence[Any] = (),
+) -> str:  # fmt: skip
+    """The chat template's text; not `answered`, up to where the assistant speaks next.
+
+    Raises:
+        jinja2.exceptions.TemplateError: the template refuses the conversation.
+    """
     dated = FIXED_DATE + tokenizer.get_chat_template() if writes_date(tokenizer) else None
     text = tokenizer.apply_chat_template(
-        turns, chat_template=dated, tokenize=False, add_generation_prompt=not answered, enable_thinking=False
-    )
+        list(messages), tools=list(tools) or None, chat_template=dated, tokenize=False,
+        add_generation_prompt=not answered, enable_thinking=False,
+    )  # fmt: skip
     assert isinstance(text, str)
     return text

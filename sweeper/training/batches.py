@@ -1,15 +1,17 @@
 """Which examples a run sees at which step, and how the lanes of a pack become one rectangular batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sweeper.tasks.example import Encoded, Tokens
+from sweeper.objectives.objective import REFERENCE, SHARE, VALUE, Row
+from sweeper.tasks.example import Encoded, Tokens, scored
 
+V = TypeVar("V")
 EMPTY = Encoded(id="", input_ids=(0,), prompt_length=1)  # a row without targets, where a batch has to be filled up
 WINDOW = 32  # steps whose examples are sorted by length together
 
@@ -36,8 +38,8 @@ class DataOrder:
         self.batch_size, self.accumulation, self.seed, self.bucketed = batch_size, accumulation, seed, bucketed
         self.counts = np.asarray([batch_size * accumulation] if counts is None else counts, dtype=np.int64)
         self._before = np.concatenate([[0], np.cumsum(self.counts)])
-        self._window = lru_cache(maxsize=2)(self._make_window)
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._windows: dict[int, list[list[int]]] = {}
+        self._epochs: dict[int, np.ndarray] = {}
 
     def batch(self, index: int) -> list[int]:
         """Positions of the examples of the `index`-th forward pass of the run, counted over steps and epochs."""
@@ -47,12 +49,15 @@ class DataOrder:
     def step(self, step: int) -> list[int]:
         """Positions of the examples of a step, from 0."""
         window, place = divmod(step, WINDOW)
-        return self._window(window)[place]
+        return latest(self._windows, window, self._make_window)[place]
 
     def _drawn(self, step: int) -> int:
         """Examples of all steps before one."""
         cycles, place = divmod(step, len(self.counts))
         return int(cycles * self._before[-1] + self._before[place])
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        return latest(self._epochs, epoch, self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
@@ -70,14 +75,28 @@ class DataOrder:
         return [parts[place].tolist() for place in order]
 
 
+def latest(found: dict[int, V], key: int, make: Callable[[int], V], most: int = 2) -> V:
+    """`make(key)`, kept in `found` with those of at most so many keys.
+
+    An `lru_cache` of a method holds its object in a cycle, which stays in memory until the collector comes by.
+    """
+    value = found.get(key)
+    if value is None:
+        value = make(key)
+        while len(found) >= most:
+            found.pop(next(iter(found)), None)
+        found[key] = value
+    return value
+
+
 @dataclass
 class Batch:
     """One rectangular batch of a pack.
 
     ids [L*R, T] token ids, each lane R sequences; index [L, K] flat positions (into L*R*T) whose next token is a
-    target; targets [L, K]; weights [L, K] float32, 0 for padding, else 1 / (target tokens of the run's whole step);
+    target; targets [L, K]; weights [L, K] float32, 0 for padding, else the weight of the token (`Outputs.weights`);
     lengths [L*R] tokens of each sequence; tasks [L*R] which task of its run each is of, 0 where there is one;
-    prompts [L*R] tokens of each sequence's prompt.
+    prompts [L*R] tokens of each sequence's prompt; facts [L*R, 3] what a loss must know of each (`Outputs.facts`).
     """
 
     ids: Tensor
@@ -87,6 +106,7 @@ class Batch:
     lengths: Tensor
     tasks: Tensor
     prompts: Tensor
+    facts: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -101,12 +121,32 @@ class Batch:
         first = torch.arange(lanes, device=self.index.device)[:, None] * sequences
         return (self.index // length - first).clamp(min=0)
 
+    @property
+    def positions(self) -> Tensor:
+        """[L, K] place of each target in its sequence, from 0."""
+        return self.index % self.ids.shape[1] + 1
+
     def repeated(self, lanes: int) -> "Batch":
         """This batch of one lane for several."""
         rows = torch.arange(lanes)[:, None] * self.ids.numel()
         return Batch(
             self.ids.repeat(lanes, 1), self.index + rows, self.targets.repeat(lanes, 1), self.weights.repeat(lanes, 1),
             self.lengths.repeat(lanes), self.tasks.repeat(lanes), self.prompts.repeat(lanes),
+            self.facts.repeat(lanes, 1),
+        )  # fmt: skip
+
+    def lane(self, lane: int) -> "Batch":
+        """One lane as a batch of its own, no longer or wider than it would be if the others were not there."""
+        _, sequences, length, _ = self.shape
+        rows = slice(lane * sequences, (lane + 1) * sequences)
+        own = _round(int(self.lengths[rows].max()), False)
+        width = max(1, int((self.lengths[rows] - self.prompts[rows]).sum()))
+        place = self.index[lane, :width] - rows.start * length
+        index = place // length * own + place % length
+        targets, weights = self.targets[lane : lane + 1, :width], self.weights[lane : lane + 1, :width]
+        return Batch(
+            self.ids[rows, :own], index[None].clamp(min=0), targets, weights, self.lengths[rows], self.tasks[rows],
+            self.prompts[rows],
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
@@ -121,12 +161,12 @@ class Batch:
             mine.copy_(new, non_blocking=True)
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.ids, self.index, self.targets, self.weights, self.lengths, self.tasks, self.prompts
+        return self.ids, self.index, self.targets, self.weights, self.lengths, self.tasks, self.prompts, self.facts
 
 
 def supervised(examples: Sequence[Tokens]) -> int:
     """Target tokens of some examples."""
-    return sum(len(example.input_ids) - example.prompt_length for example in examples)
+    return sum(end - start for example in examples for start, end in scored(example))
 
 
 def tokens_of(examples: Sequence[Tokens]) -> int:
@@ -141,18 +181,19 @@ def mean_weights(examples: Sequence[Tokens]) -> list[float]:
 
 def collate(
     lanes: Sequence[Sequence[Tokens]], weights: Sequence[Sequence[float]], *, fixed: bool, count: int | None = None,
-    tasks: Sequence[Sequence[int]] | None = None,
+    tasks: Sequence[Sequence[int]] | None = None, shares: Sequence[Sequence[float]] | None = None,
 ) -> Batch:  # fmt: skip
-    """Right-padded batch of every lane's examples; causal attention never looks at what follows, so no mask is needed.
+    """Right-padded batch of every lane's rows; causal attention never looks at what follows, so no mask is needed.
 
     Args:
-        lanes: for each lane the same number of examples.
-        weights: for each lane, of each of its examples, the weight of a target token.
+        lanes: the rows of each lane; those that have fewer than others are filled up with empty ones.
+        weights: for each lane, of each of its rows, the weight of a target token.
         fixed: round lengths up to few distinct values, for compiled and captured steps.
         count: lanes of the batch; those beyond the given ones are empty and their loss is 0.
-        tasks: for each lane, which task of its run each of its examples is of.
+        tasks: for each lane, which task of its run each of its rows is of.
+        shares: for each lane, of each of its rows, the weight of the example it is of; without it all alike.
     """
-    rows, lanes_in_all = len(lanes[0]), count or len(lanes)
+    rows, lanes_in_all = max(map(len, lanes)), count or len(lanes)
     length = _round(max(len(e.input_ids) for lane in lanes for e in lane), fixed)
     width = max(supervised(lane) for lane in lanes)
     # a target costs a row of logits and no more, so its number may be rounded coarsely: fewer shapes to capture
@@ -162,22 +203,26 @@ def collate(
     targets = np.zeros((lanes_in_all, width), dtype=np.int64)
     weighed = np.zeros((lanes_in_all, width), dtype=np.float32)
     lengths = np.ones(lanes_in_all * rows, dtype=np.int64)
-    lengths[: len(lanes) * rows] = [len(example.input_ids) for examples in lanes for example in examples]
     prompts = np.ones(lanes_in_all * rows, dtype=np.int64)
-    prompts[: len(lanes) * rows] = [example.prompt_length for examples in lanes for example in examples]
     tasked = np.zeros(lanes_in_all * rows, dtype=np.int64)
-    if tasks is not None:
-        tasked[: len(lanes) * rows] = [task for own in tasks for task in own]
+    facts = np.zeros((lanes_in_all * rows, 3), dtype=np.float32)
     for lane, (examples, heavy) in enumerate(zip(lanes, weights, strict=True)):
-        filled = 0
+        filled, own = 0, slice(lane * rows, lane * rows + len(examples))
+        facts[own, SHARE] = 1 / len(examples) if shares is None else shares[lane]
+        if tasks is not None:
+            tasked[own] = tasks[lane]
         for row, (example, weight) in enumerate(zip(examples, heavy, strict=True), start=lane * rows):
-            tokens, prompt = example.input_ids, example.prompt_length
+            tokens = example.input_ids
             ids[row, : len(tokens)] = tokens
-            part = slice(filled, filled + len(tokens) - prompt)
-            index[lane, part] = row * length + np.arange(prompt - 1, len(tokens) - 1)
-            targets[lane, part], weighed[lane, part] = tokens[prompt:], weight
-            filled = part.stop
-    return Batch(*map(torch.from_numpy, (ids, index, targets, weighed, lengths, tasked, prompts)))
+            lengths[row], prompts[row] = len(tokens), example.prompt_length
+            for start, end in scored(example):
+                part = slice(filled, filled + end - start)
+                index[lane, part] = row * length + np.arange(start - 1, end - 1)
+                targets[lane, part], weighed[lane, part] = tokens[start:end], weight
+                filled = part.stop
+            if isinstance(example, Row):
+                facts[row, VALUE], facts[row, REFERENCE] = example.value, example.reference
+    return Batch(*map(torch.from_numpy, (ids, index, targets, weighed, lengths, tasked, prompts, facts)))
 
 
 def distinct_lengths(lengths: Sequence[int]) -> int:

@@ -137,7 +137,7 @@ def _activations(pack: Pack, job: RunState) -> int:
     """Bytes that one forward and backward pass of the run's longest batch needs beyond weights and adapter state."""
     size = pack.config.examples
     longest = np.argsort(job.order.lengths, kind="stable")[-size:].tolist()
-    rows = [row for i in (longest * size)[:size] for row in job.objective.rows(job.examples[i])]
+    rows = [row for i in (longest * size)[:size] for row in job.rows[i]]
     pack.use_lanes([0])
     batch = collate([rows], [mean_weights(rows)], fixed=pack.captured is not None).to(pack.device)
     if pack.device.type == "cuda":

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sweeper.errors import gist
 from sweeper.record import CHECKPOINT, read_json, replacing_file
 
 __all__ = ["CHECKPOINT", "load", "remove", "save"]
@@ -29,8 +30,16 @@ def save(folder: Path, state: dict[str, tuple[Tensor, ...]], progress: dict[str,
         save_file(tensors, temporary, metadata={"progress": told, "digest": _digest(tensors, told)})
 
 
+class Damaged(ValueError):
+    """A checkpoint is not what was written."""
+
+
 def load(folder: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]] | None:
-    """State and progress of a run that was cut off, or None where there is no checkpoint, or none that is whole."""
+    """State and progress of a run that was cut off, or None where there is no checkpoint.
+
+    Raises:
+        Damaged: it is not whole.
+    """
     path = folder / CHECKPOINT
     if not path.exists():
         return None
@@ -40,13 +49,13 @@ def load(folder: Path) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Any]] |
             tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
         told = metadata["progress"]
         if "digest" in metadata and metadata["digest"] != _digest(tensors, told):  # an earlier version wrote none
-            return None
+            raise Damaged("its digest is of something else")
         state: dict[str, list[Tensor]] = {}
         for key, tensor in tensors.items():
             state.setdefault(key.rpartition("/")[0], []).append(tensor)
         return {name: tuple(parts) for name, parts in state.items()}, read_json(told)
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise Damaged(gist(error)) from None
 
 
 def remove(folder: Path) -> None:

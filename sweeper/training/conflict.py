@@ -112,7 +112,7 @@ def _gradient(pack: Pack, slot: int, state: RunState, task: int, examples: Seque
     """Module name -> the gradients of its parts, of the mean NLL of some examples of a task."""
     store = pack.store
     assert isinstance(store, AdapterStore)
-    rows = [row for i in examples for row in state.objective.rows(state.examples[i])]
+    rows = [row for i in examples for row in state.rows[i]]
     weights, size = mean_weights(rows), pack.config.batch_size
     pack.use_lanes([slot])
     for start in range(0, len(rows), size):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from sweeper import lost
 from sweeper.cache import cache_folder
-from sweeper.device import device_for, fix_precision, precision_for, precision_name
+from sweeper.device import device_for, fix_precision, precision_for, precision_name, trim
 from sweeper.lost import ContextLost
 from sweeper.run import Run
 from sweeper.spec import RunSpec, Settings
@@ -21,6 +22,8 @@ from sweeper.training.results import write_failure
 from sweeper.training.run_state import RunState, now
 from sweeper.training.timeline import Timeline
 from sweeper.training.writer import Writer
+
+TRIM_SECONDS = 10.0  # at least, between two times that freed memory goes back to the system: each takes about 50 ms
 
 
 class Context:
@@ -34,7 +37,15 @@ class Context:
         self.cache = cache_folder()
         self.timeline = Timeline()
         self.writer = Writer(listen, background=self.device.type == "cuda")
+        self.trimmed = time.monotonic()
         self.bare = environment.describe(self.device, None)  # now: a GPU that is lost says nothing of itself
+
+    def trim(self) -> None:
+        """Gives freed memory of a CPU's training back to the system, where that was not done for some time."""
+        now = time.monotonic()
+        if self.device.type == "cpu" and now - self.trimmed > TRIM_SECONDS:
+            trim()
+            self.trimmed = now
 
     def emit(self, event: Event) -> None:
         """Has an event heard by all that listen."""

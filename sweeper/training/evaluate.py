@@ -11,6 +11,7 @@ from sweeper.spec import DatasetSpec
 from sweeper.tasks import general_text, metrics
 from sweeper.tasks.example import Encoded
 from sweeper.tasks.mixture import unseen
+from sweeper.training import preferred
 from sweeper.training.generate import Generated, cut, generate, rows_together
 from sweeper.training.pack import Pack
 from sweeper.training.routing import routes
@@ -207,6 +208,11 @@ def queue_examples(
         ]
         return lambda: [found for each in begun for found in each()]
     budget = CUDA_TOKENS if pack.device.type == "cuda" else CPU_TOKENS
+    if preferred.asked_of(examples):
+        wanted = preferred.queue(pack, slots, examples, budget=budget)
+        examples = [example for example in examples if example.label is not False]  # no likelihood of bad responses
+    else:
+        wanted = None
     scores = queue_scores(pack, slots, examples, budget=budget)
 
     def found() -> list[EvaluatedSplit]:
@@ -214,6 +220,9 @@ def queue_examples(
         whole: list[dict[str, float]] = [{} for _ in slots]
         if dataset is not None and examples:
             _add_metrics(pack, slots, examples, dataset, rows, whole, generation=generation, budget=budget)
+        for lane, own in enumerate([] if wanted is None else wanted()):
+            rows[lane] = [row | own.rows.get(row["id"], {}) for row in rows[lane]]
+            whole[lane] |= own.whole
         return [_summarise(lane, extra) for lane, extra in zip(rows, whole, strict=True)]
 
     return found
@@ -240,7 +249,7 @@ def _add_metrics(
     if generation and wanted & metrics.GENERATED:
         stops = tasks.stop_strings(dataset)
         texts = generate(
-            pack, slots, [e.input_ids[: e.prompt_length] for e in examples],
+            pack, slots, [e.question for e in examples],
             max_new_tokens=dataset.max_new_tokens, stop_ids=pack.base.stop_ids, stop_strings=stops,
             rows=rows_together(pack, len(slots), dataset.max_length, budget),
         )  # fmt: skip
@@ -263,7 +272,7 @@ def _add_choices(
 
 def label(example: Encoded) -> str:
     """The text of the choice whose tokens the response has."""
-    response = example.input_ids[example.prompt_length : -1]
+    response = example.answer[:-1]
     return next(choice.text for choice in example.choices if choice.ids == response)
 
 
@@ -272,7 +281,7 @@ def _add_texts(
     stops: Sequence[str], wanted: set[str],
 ) -> None:  # fmt: skip
     decode: Any = pack.base.tokenizer.decode
-    responses = [decode(e.input_ids[e.prompt_length :], skip_special_tokens=True) for e in examples]
+    responses = [decode(e.answer, skip_special_tokens=True) for e in examples]
     texts = []
     for row, one in zip(rows, written, strict=True):
         text, stopped = cut(decode(list(one.ids), skip_special_tokens=True), stops)
@@ -300,7 +309,7 @@ def joined(
         responses: the text of each example's response, for metrics of a whole split.
     """
     known = {row["id"]: row for part in parts for row in part.rows}
-    rows = [known[example.id] for example in examples]
+    rows = [known[example.id] for example in examples if example.id in known]
     asked = {name for part in parts for name in part.score.metrics}
     whole = {}
     if "macro_f1" in asked:

@@ -41,7 +41,7 @@ def _check(base: BaseModel, examples: Iterable[Encoded], where: Callable[[Encode
                     f"model={base.spec.name}: its tokenizer has {len(base.tokenizer)} tokens, so it belongs to another "
                     "model, or the embedding was not resized for tokens that were added"
                 )
-        longest = max([len(example.input_ids), *(example.prompt_length + len(c.ids) for c in example.choices)])
+        longest = max([len(example.input_ids), *(len(example.question) + len(c.ids) for c in example.choices)])
         if most is not None and longest > most:
             raise DataError(
                 f"{where(example)}: {longest} tokens, and model={base.spec.name} has learned {most} positions: choose "

@@ -2,21 +2,25 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from sweeper import identity, methods, models, objectives, tasks
 from sweeper.device import precision_name
 from sweeper.errors import ModelError
 from sweeper.models import BaseModel, is_tied
 from sweeper.models.architecture import Target, number_of_layers
+from sweeper.objectives import longest
+from sweeper.objectives.objective import Row
 from sweeper.placement import importance, placement
 from sweeper.run import Run
 from sweeper.spec import RunSpec, alone
 from sweeper.tasks import general_text
+from sweeper.tasks.example import Tokens
 from sweeper.tasks.mixture import Mixing, by_part
-from sweeper.training import export_proof, generate, inputs, probe, texts
+from sweeper.training import export_proof, generate, inputs, probe, reference, texts
 from sweeper.training.batches import DataOrder
 from sweeper.training.context import Context
-from sweeper.training.events import Remark
+from sweeper.training.events import Remark, Stage
 from sweeper.training.mixing import MixedOrder, Mixture
 from sweeper.training.run_state import EvaluatedSplit, ExportProof, RunState
 from sweeper.training.sharing import probe_key
@@ -42,6 +46,8 @@ class Loaded:
         self._mixtures: dict[str, Mixture] = {}
         self._probes: dict[str, probe.Probe] = {}
         self._exports: dict[str, ExportProof] = {}
+        self._rows_of: dict[str, Sequence[Sequence[Tokens]]] = {}
+        self._references: dict[bytes, float] = {}
         self._packed = self._general = False
 
     def prepare(self, run: Run) -> RunState:
@@ -59,7 +65,7 @@ class Loaded:
         examples = splits["train"].examples
         mixture = self._mixture(spec, splits["train"])
         return RunState(
-            run=run, adapter=methods.adapter(spec, ranks), examples=examples,
+            run=run, adapter=methods.adapter(spec, ranks), examples=examples, rows=self._rows(spec, examples),
             order=self._order(spec, examples, mixture), mixture=mixture,
             ranks=methods.trained_ranks(spec, ranks), splits=splits, texts=self._texts[repr(spec.dataset)],
             probe=probed, exported=self._export(spec, ranks), precision=precision_name(base.model.dtype),
@@ -68,7 +74,12 @@ class Loaded:
 
     def must_wait(self, spec: RunSpec) -> bool:
         """Whether a run needs the bare base model, for a probe or a proof, while a pack is on it."""
-        return self._packed and (self.unprobed(spec) or export_proof.key_of(alone(spec)) not in self._exports)
+        unproved = export_proof.key_of(alone(spec)) not in self._exports
+        return self._packed and (self.unprobed(spec) or unproved or self._unscored(spec))
+
+    def _unscored(self, spec: RunSpec) -> bool:
+        """Whether the base model is yet to score the rows that a run's objective compares with it."""
+        return objectives.of(spec.objective).reference and repr((spec.dataset, spec.objective)) not in self._rows_of
 
     def unprobed(self, spec: RunSpec) -> bool:
         """Whether a run needs a probe that there has not been yet."""
@@ -143,12 +154,40 @@ class Loaded:
         return MixedOrder(lengths, mixture, spec.seed, batch_size=trainer.batch_size, accumulation=trainer.accumulation)
 
     def _lengths(self, spec: RunSpec, examples: Sequence[tasks.Encoded]) -> list[int]:
-        """Tokens of the longest row that each training example becomes."""
+        """Tokens of the longest row that each training example may become, so that objectives see the same order."""
         key = repr((spec.dataset, spec.objective))
         if key not in self._lengths_of:
-            rows = objectives.of(spec.objective).rows
-            self._lengths_of[key] = [max(len(row.input_ids) for row in rows(example)) for example in examples]
+            rows = self._rows(spec, examples)
+            self._lengths_of[key] = [longest(example, own) for example, own in zip(examples, rows, strict=True)]
         return self._lengths_of[key]
+
+    def _rows(self, spec: RunSpec, examples: Sequence[tasks.Encoded]) -> Sequence[Sequence[Tokens]]:
+        """The token rows of each training example; runs of one objective on a dataset share them."""
+        key = repr((spec.dataset, spec.objective))
+        if key not in self._rows_of:
+            objective = objectives.of(spec.objective)
+            rows = objective.rows_of(examples)
+            if objective.reference:
+                assert not self._packed  # the base must be bare
+                self.context.emit(Stage(message=f"scoring {spec.dataset.name} with the base model"))
+                with self.context.timeline.span("score the base"):
+                    rows = self._referenced(rows)
+            self._rows_of[key] = rows
+        return self._rows_of[key]
+
+    def _referenced(self, rows: Sequence[Sequence[Tokens]]) -> list[Sequence[Tokens]]:
+        """The rows with the base model's own log-likelihoods filled in; each is worked out once for all objectives."""
+        every = {reference.key_of(row): row for own in rows for row in own}
+        new = {key: row for key, row in every.items() if key not in self._references}
+        if new:
+            identity, cache = f"{self.key} {self.content}", self.context.cache / "references"
+            found = reference.find(self.base, identity, list(new.values()), cache)
+            self._references |= dict(zip(new, found, strict=True))
+        known = self._references
+        return [
+            tuple(replace(row, reference=known[reference.key_of(row)]) for row in own if isinstance(row, Row))
+            for own in rows
+        ]
 
     def _splits(self, spec: RunSpec) -> dict[str, tasks.EncodedSplit]:
         key = repr(spec.dataset)

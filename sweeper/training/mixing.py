@@ -6,13 +6,12 @@ Shapes: P tasks, S steps, N training examples of all tasks.
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from sweeper.errors import SpecError
 from sweeper.tasks.mixture import LEARNT, Mixing
-from sweeper.training.batches import DataOrder
+from sweeper.training.batches import DataOrder, latest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,7 +122,7 @@ class MixedOrder:
             DataOrder(self.lengths[first : first + size], batch_size, seed, counts=mixture.counts[:, task])
             for task, (first, size) in enumerate(zip(self._first, sizes, strict=True))
         ]
-        self._step = lru_cache(maxsize=4)(self._make_step)
+        self._steps: dict[int, list[int]] = {}
 
     def batch(self, index: int) -> list[int]:
         """Positions of the examples of the `index`-th forward pass of the run."""
@@ -132,7 +131,7 @@ class MixedOrder:
 
     def step(self, step: int) -> list[int]:
         """Positions of the examples of a step, from 0."""
-        return self._step(step)
+        return latest(self._steps, step, self._make_step, most=4)
 
     def _make_step(self, step: int) -> list[int]:
         return [

@@ -32,13 +32,13 @@ from sweeper.models.attention import training_kernel
 from sweeper.models.forward import hidden_states
 from sweeper.models.loss import Head
 from sweeper.objectives.nll import NLL
-from sweeper.objectives.objective import Objective
+from sweeper.objectives.objective import Objective, Outputs
 from sweeper.tasks.example import Tokens
 from sweeper.training.batches import Batch, collate, supervised, tokens_of
 from sweeper.training.capture import SCORE_COSTS, STEP_COSTS, CapturedStep, LaneCounts
 from sweeper.training.compilation import compile_layers, decoder_layers, eager, uncompile_layers
 from sweeper.training.pack_config import PackConfig
-from sweeper.training.passes import Pass, passes, token_weights
+from sweeper.training.passes import Pass, passes, weights
 from sweeper.training.run_state import RunState, StepResult
 from sweeper.training.weighing import IDLE as UNSEEN
 from sweeper.training.weighing import STATE, LearntWeights, hyperparameters
@@ -89,7 +89,6 @@ class Pack:
 
     def _set_up(self) -> None:
         config = self.config
-        self.objective: Objective = NLL()
         self.task = 0  # of the runs in slots that tell tasks apart, where a batch does not say
         self.sound = True  # whether every run is where its steps say, so that what it is can be kept
         self.states: list[RunState | None] = [None] * self.store.slots
@@ -115,6 +114,7 @@ class Pack:
             LaneCounts(len(self.states), recording=by_layer * len(decoder_layers(self.model)), token=by_value * values)
             for by_layer, by_value in (STEP_COSTS, SCORE_COSTS)
         )
+        self.store.lanes.apart = self.apart
         self._lengths: Tensor | None = None
         self._noise = self.model.get_input_embeddings().register_forward_hook(self._add_noise)
         self.model.train()
@@ -170,7 +170,6 @@ class Pack:
         self.weighing.assign(slot, state.mixture.learns if state.mixture else 0, variances)
         if self.surgery is not None:
             self.surgery.assign(slot, state.adapter.blocks if isinstance(state.adapter, AdapterSpec) else ())
-        self.objective = state.objective  # one for all: `PackKey` sees to it
         self.states[slot] = state
         return slot
 
@@ -197,14 +196,15 @@ class Pack:
         moving = [(slot, state) for slot, state in self.active if not (state.finished or state.halted)]
         if not moving:
             return
+        moving.sort(key=lambda entry: repr(entry[1].spec.objective))  # lanes of one objective lie side by side
         began = time.perf_counter()
         every = passes([state for _, state in moving], self.config)
         targets = [sum(supervised(one.rows[lane]) for one in every) for lane in range(len(moving))]
         seen = [sum(tokens_of(one.rows[lane]) for one in every) for lane in range(len(moving))]
-        weights = [token_weights(state, lane, every) for lane, (_, state) in enumerate(moving)]
+        weighed = [weights(state, lane, every) for lane, (_, state) in enumerate(moving)]
         count = self._count_lanes([one.rows for one in every])
         self.use_lanes([slot for slot, _ in moving], count)
-        losses = self._losses(moving, every, weights, count)
+        losses = self._losses(moving, every, weighed, count)
         if self.surgery is not None:
             seeds = {slot: (state.seed, state.done) for slot, state in moving}
             self.surgery.combine([
@@ -243,16 +243,18 @@ class Pack:
                 yield StepResult(state, step, losses[lane], lr, norms[slot], tokens, total, share, own)
 
     def _losses(
-        self, moving: Sequence[tuple[int, RunState]], every: Sequence[Pass], weights: Sequence[Sequence[float]],
-        count: int,
+        self, moving: Sequence[tuple[int, RunState]], every: Sequence[Pass],
+        weighed: Sequence[Sequence[tuple[list[float], list[float]]]], count: int,
     ) -> Tensor:  # fmt: skip
         """Losses [L] of the passes of a step; their gradients are in the store, or set aside by task."""
         losses = None
-        for one in every:
+        for number, one in enumerate(every):
             if one.task is None or not one.empty:
                 self._seed_dropout(moving, one.before)
-                heavy = [[weight[task] for task in own] for weight, own in zip(weights, one.tasks, strict=True)]
-                batch = collate(one.rows, heavy, fixed=self.captured is not None, count=count, tasks=one.tasks)
+                heavy, shares = zip(*(own[number] for own in weighed), strict=True)
+                batch = collate(
+                    one.rows, heavy, fixed=self.captured is not None, count=count, tasks=one.tasks, shares=shares
+                )
                 part = self._micro_step(batch)
                 losses = part if losses is None else losses + part
             if self.surgery is not None and one.ends:
@@ -267,7 +269,7 @@ class Pack:
         if self.captured is None:
             return runs
         longest = max(len(example.input_ids) for run in chosen[0] for example in run)
-        tokens = len(chosen) * len(chosen[0][0]) * longest
+        tokens = len(chosen) * max(map(len, chosen[0])) * longest
         return self._step_lanes.choose(runs, tokens, self.captured.shapes)
 
     def lanes_to_score(self, runs: int, examples: Sequence[Tokens]) -> int:
@@ -342,10 +344,14 @@ class Pack:
         self._gate(batch)
         self.hidden(batch.ids, batch.lengths)
 
-    def _scores(self, batch: Batch) -> Tensor:
+    def target_states(self, batch: Batch) -> Tensor:
+        """Hidden states [L, K, D] that predict the targets; never a captured pass."""
         self._gate(batch)
         hidden = self.hidden(batch.ids, batch.lengths)
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten()).view(*batch.index.shape, -1)
+
+    def _scores(self, batch: Batch) -> Tensor:
+        rows = self.target_states(batch).flatten(0, 1)
         _, found = self.head.scores(rows, batch.targets, batch.weights)
         return torch.stack([found.nll, found.correct.float()])
 
@@ -372,15 +378,33 @@ class Pack:
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Losses [L] of one forward pass; their gradients are added to the store's."""
+        slots = self.store.lanes.host_slots
+        if not self.apart or len(slots) == 1:
+            return self._pass(batch)
+        losses = []
+        try:
+            for lane, slot in enumerate(slots):
+                self.use_lanes([slot])
+                losses.append(self._pass(batch.lane(lane)))
+        finally:
+            self.use_lanes(slots)
+        return torch.cat(losses)
+
+    @property
+    def apart(self) -> bool:
+        """Whether each run has passes of its own, whose results are then the same to the last bit in any pack."""
+        return self.config.deterministic and self.device.type == "cpu"
+
+    def _pass(self, batch: Batch) -> Tensor:
         self._lengths = batch.lengths
         with self.store.one_pass(1 / self.config.accumulation):
             with training_kernel(self.device, self.dtype, deterministic=self.config.deterministic):
-                losses = self._forward_backward(batch, weigh=self.weighing.active)
+                losses = self._forward_backward(batch, self._objectives(), weigh=self.weighing.active)
             self._lengths = None
         return losses
 
     def look_at_gradients(self, batch: Batch) -> None:
-        """Adds the gradients of a batch's losses to the store's; nothing is updated, and other slots are not touched.
+        """Adds the gradients of a batch's NLLs to the store's; nothing is updated, and other slots are not touched.
 
         In evaluation mode: no dropout, no noise; no penalties and no learnt weights; never captured or compiled.
         """
@@ -388,7 +412,8 @@ class Pack:
         try:
             kernel = training_kernel(self.device, self.dtype, deterministic=self.config.deterministic)
             with self.store.one_pass(0.0), eager(), kernel:
-                self._forward_backward(batch.to(self.device), weigh=False)
+                lanes = slice(0, len(self.store.lanes.slots))
+                self._forward_backward(batch.to(self.device), [(NLL(), lanes)], weigh=False)
         finally:
             self.model.train()
 
@@ -406,21 +431,72 @@ class Pack:
         if lanes.prompted:
             lanes.features = self.read_prompts(batch.ids, batch.lengths, batch.prompts)
 
-    def _forward_backward(self, batch: Batch, *, weigh: bool) -> Tensor:
+    def _objectives(self) -> list[tuple[Objective, slice]]:
+        """The objectives of the present lanes, each with those that minimise it; lanes without a run join the former.
+
+        Read off the host, so that a captured step knows them.
+        """
+        found: list[tuple[Objective, slice]] = []
+        for lane, slot in enumerate(self.store.lanes.host_slots):
+            state = self.states[slot] if slot >= 0 else None
+            if found and (state is None or state.objective is found[-1][0]):
+                found[-1] = found[-1][0], slice(found[-1][1].start, lane + 1)
+            else:
+                found.append((NLL() if state is None else state.objective, slice(lane, lane + 1)))
+        return found
+
+    def _forward_backward(
+        self, batch: Batch, objectives: Sequence[tuple[Objective, slice]], *, weigh: bool
+    ) -> Tensor:  # fmt: skip
+        """Losses [L] of the lanes of each objective."""
         self._gate(batch)
         slots = self.store.lanes.slots
         weights = self.weighing.weigh(batch, slots) if weigh else batch.weights
         hidden = self.hidden(batch.ids, batch.lengths)
         states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
-        if self.objective.linear:
-            losses, found = self.head.scores(states, batch.targets, weights)
-            if weigh:
-                self.weighing.note(batch, slots, found.nll)
-        else:
-            nll = self.head.nll(states, batch.targets)
-            losses = self.objective.losses(nll, weights, batch.rows, batch.shape[1])
+        parts = []
+        for objective, lanes in objectives:
+            with self._only(lanes):
+                parts.append(self._of_lanes(objective, lanes, states, batch, weights, weigh=weigh))
+        losses = torch.cat(parts)
         losses.sum().backward()
         return losses.detach()
+
+    def _of_lanes(
+        self, objective: Objective, lanes: slice, states: Tensor, batch: Batch, weights: Tensor, *, weigh: bool
+    ) -> Tensor:  # fmt: skip
+        """Losses of the lanes of one objective; all there are, where weights of losses are learnt."""
+        count, rows, _, width = batch.shape
+        own = states.view(count, width, -1)[lanes].flatten(0, 1)
+        if objective.linear:
+            losses, found = self.head.scores(own, batch.targets[lanes], weights[lanes])
+            if weigh:
+                self.weighing.note(batch, self.store.lanes.slots, found.nll)
+            return losses
+        seen = Outputs(
+            head=self.head, states=own, targets=batch.targets[lanes], weights=weights[lanes], rows=batch.rows[lanes],
+            positions=batch.positions[lanes], facts=batch.facts.view(count, rows, -1)[lanes],
+        )  # fmt: skip
+        return objective.losses(seen)
+
+    @contextlib.contextmanager
+    def _only(self, part: slice) -> Iterator[None]:
+        """Within it an adapted head is given the rows of some lanes alone."""
+        lanes = self.store.lanes
+        count = len(lanes.slots)
+        if part == slice(0, count):
+            yield
+            return
+        former = lanes.slots, lanes.gate_rows, lanes.lengths, lanes.features
+        lanes.slots = former[0][part]
+        lanes.gate_rows, lanes.lengths, lanes.features = (
+            None if each is None else each[part.start * len(each) // count : part.stop * len(each) // count]
+            for each in former[1:]
+        )
+        try:
+            yield
+        finally:
+            lanes.slots, lanes.gate_rows, lanes.lengths, lanes.features = former
 
     def _add_noise(self, module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
         lanes = self.store.lanes
@@ -430,18 +506,19 @@ class Pack:
 
     def _micro_step(self, batch: Batch) -> Tensor:
         if self.captured is not None:
-            return self.captured(batch.pinned(), key=(*self.store.lanes.flags, self.weighing.key))
+            shared = tuple((id(objective), lanes.start) for objective, lanes in self._objectives())
+            return self.captured(batch.pinned(), key=(*self.store.lanes.flags, self.weighing.key, shared))
         return self.forward_backward(batch.to(self.device))
 
-    def _seed_dropout(self, moving: Sequence[tuple[int, RunState]], before: int) -> None:
+    def _seed_dropout(self, moving: Sequence[tuple[int, RunState]], before: Sequence[int]) -> None:
         """Seeds a forward pass of a step that has had `before` rows of each run already."""
         if not self.store.lanes.draws:
             return
         seeds = [0] * len(self.states)
-        for slot, state in moving:
+        for (slot, state), had in zip(moving, before, strict=True):
             key = f"{state.seed}/{state.done}/0".encode()  # of the step, whichever pass this is
             drawn = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
-            seeds[slot] = for_rows(drawn, before)
+            seeds[slot] = for_rows(drawn, had)
         self.store.seed(seeds)
 
     def _checkpoint_activations(self, on: bool) -> None:

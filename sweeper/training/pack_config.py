@@ -15,7 +15,9 @@ class PackConfig:
         checkpointing: keep no activations inside layers, and compute them again in the backward pass.
         by_task: tasks of every run, and sequences of one of them in a forward pass, where each has passes of its own:
             `accumulation` a task; `batch_size` says then only how many a step has in all.
-        deterministic: no kernels that add up in an order of chance. It is attention's backward pass that has them.
+        deterministic: no kernels that add up in an order of chance (it is attention's backward pass that has them), and
+            on a CPU no product over the rows of several runs: its shape, and so its rounding, depends on how many
+            there are.
     """
 
     batch_size: int

@@ -106,8 +106,10 @@ class PackTrainer:
                     self.context.fail(state.run, failure, state)
         if arrived:
             self.arrival_seconds = (time.perf_counter() - began) / len(arrived)
+        pack = [state.run_id for _, state in self.pack.active]
         for state in arrived:
-            if (said := state.made_with(self.context.environment(self.pack))) is not None:
+            environment = self.context.environment(self.pack) | ({"pack": pack} if len(pack) > 1 else {})
+            if (said := state.made_with(environment)) is not None:
                 self.context.emit(Remark(message=said))
             self.context.emit(RunStarted(run_id=state.run_id, steps=state.steps))
         failed: list[tuple[RunState, Failure]] = []
@@ -174,7 +176,7 @@ class PackTrainer:
             failed += bad
             for slot, state, result in found:
                 self._note(state, VALIDATION, state.phase, result)
-                if state.adapter.keep_best and state.adapter.saveable(state.done) and state.judge(result.score.nll):
+                if state.adapter.keep_best and state.adapter.saveable(state.done) and state.judge(result.score):
                     self.pack.store.keep_best(slot)
         self._fail(failed)
         self.left = self.left or bool(failed)
@@ -380,6 +382,7 @@ class PackTrainer:
             self.context.writer.write(functools.partial(self._write, state, weights))
             self.pack.remove(slot)
             del self.running[state.run_id]
+        self.context.trim()
 
     def _note(self, state: RunState, split: str, phase: str, found: EvaluatedSplit) -> None:
         for event in state.note_scores(split, phase, found):

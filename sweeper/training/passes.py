@@ -15,13 +15,13 @@ class Pass:
 
     Attributes:
         rows: the token rows of each lane. tasks: of each lane, which task of its run each row is of.
-        before: rows of each lane that the step has had already.
+        before: of each lane, rows that the step has had already.
         task: the one that all rows are of, where passes are by task. ends: whether it is the last of that task.
     """
 
     rows: list[list[Tokens]]
     tasks: list[list[int]]
-    before: int
+    before: list[int]
     task: int | None = None
     ends: bool = False
 
@@ -41,27 +41,45 @@ def passes(states: Sequence[RunState], config: PackConfig) -> list[Pass]:
         for micro in range(micros):
             drawn = [_rows(state, state.order.batch(state.done * micros + micro)) for state in states]
             lanes = [rows for rows, _ in drawn]
-            found.append(Pass(rows=lanes, tasks=[tasks for _, tasks in drawn], before=micro * len(lanes[0])))
+            before = [micro * len(rows) for rows in lanes]
+            found.append(Pass(rows=lanes, tasks=[tasks for _, tasks in drawn], before=before))
         return found
     count, size = config.by_task
     for task in range(count):
         own = [_of_task(state, task, micros) for state in states]
         for micro in range(micros):
             lanes = [[*rows[micro * size : (micro + 1) * size], *[EMPTY] * size][:size] for rows in own]
+            before = [(task * micros + micro) * size] * len(lanes)
             found.append(Pass(
-                rows=lanes, tasks=[[task] * size] * len(lanes), before=(task * micros + micro) * size, task=task,
-                ends=micro == micros - 1,
+                rows=lanes, tasks=[[task] * size] * len(lanes), before=before, task=task, ends=micro == micros - 1,
             ))  # fmt: skip
     return found
 
 
-def token_weights(state: RunState, lane: int, every: Sequence[Pass]) -> list[float]:
-    """Weight of a target token of each task of a run in a step of these passes."""
-    targets = [0] * (1 if state.mixture is None else len(state.mixture.names))
+def weights(state: RunState, lane: int, every: Sequence[Pass]) -> list[tuple[list[float], list[float]]]:
+    """For each pass of a step, of each row of a run's lane: the weight of a target token, and that of its example.
+
+    Where an example is several rows, the tokens of its first, of its second and so on add up to 1 each.
+    """
+    each, tasks = state.rows_of_example, 1 if state.mixture is None else len(state.mixture.names)
+    targets, examples = [[0] * tasks for _ in range(each)], [0] * tasks
     for one in every:
-        for row, task in zip(one.rows[lane], one.tasks[lane], strict=True):
-            targets[task] += len(row.input_ids) - row.prompt_length
-    return [1 / targets[0]] if state.mixture is None else state.mixture.token_weights(targets)
+        for place, (row, task) in enumerate(zip(one.rows[lane], one.tasks[lane], strict=True)):
+            targets[place % each][task] += supervised([row])
+            examples[task] += place % each == 0
+    heavy, shares = [_by_task(state, counts) for counts in targets], _by_task(state, examples)
+    return [
+        (
+            [heavy[place % each][task] for place, task in enumerate(one.tasks[lane])],
+            [shares[task] for task in one.tasks[lane]],
+        )
+        for one in every
+    ]
+
+
+def _by_task(state: RunState, counts: Sequence[int]) -> list[float]:
+    """Weight of one of so many tokens, or examples, of each task."""
+    return [1 / max(counts[0], 1)] if state.mixture is None else state.mixture.token_weights(counts)
 
 
 def _of_task(state: RunState, task: int, micros: int) -> list[Tokens]:
@@ -75,9 +93,8 @@ def _rows(state: RunState, chosen: Sequence[int]) -> tuple[list[Tokens], list[in
     """The token rows of some examples, and which task of its run each is of."""
     rows: list[Tokens] = []
     tasks: list[int] = []
-    objective = state.objective
     for i in chosen:
-        own = objective.rows(state.examples[i])
+        own = state.rows[i]
         rows += own
         tasks += [0 if state.mixture is None else int(state.mixture.task_of[i])] * len(own)
     return rows, tasks

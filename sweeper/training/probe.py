@@ -95,12 +95,17 @@ class Question:
         seen = hashlib.sha256()
         if self.asked.score != "weight":
             for batch in self.batches:
-                seen.update(repr([(example.input_ids, example.prompt_length) for example in batch]).encode())
+                seen.update(repr([_read(example) for example in batch]).encode())
         described = [
             dataclasses.asdict(base.spec), str(base.model.dtype), self.asked.score, seen.hexdigest(),
             sorted(target.name for target in self.targets),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _read(example: Tokens) -> tuple[object, ...]:
+    asides = getattr(example, "asides", ())
+    return (example.input_ids, example.prompt_length, *((asides,) if asides else ()))
 
 
 def probed(base: BaseModel, placed: Sequence[Target]) -> list[Target]:

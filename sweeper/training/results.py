@@ -231,8 +231,7 @@ def _modules(state: RunState, learnt: Learnt | None) -> tuple[Module, ...]:
 
 def _tokens(state: RunState, examples: Sequence[int]) -> tuple[int, int]:
     """Tokens and rows of some training examples."""
-    rows = state.objective.rows
-    seen = [len(row.input_ids) for i in examples for row in rows(state.examples[i])]
+    seen = [len(row.input_ids) for i in examples for row in state.rows[i]]
     return sum(seen), len(seen)
 
 

@@ -79,6 +79,7 @@ class RunState:
 
     Attributes:
         adapter: what it trains. order: which of its `examples` a forward pass sees.
+        rows: the token rows that each of them becomes; without it, those of the objective.
         mixture: its tasks, where it has several.
         ranks: its modules. splits: its tokenised data. texts: those of its examples, by split (`training.texts`).
         content: digests of its model's and its dataset's files.
@@ -89,7 +90,8 @@ class RunState:
         origin: the run that those are of: its `run_id`, and the `digest` of its adapter.
         kept: what was measured when that was taken (`measured`); empty where nothing was.
         noted: steps whose results are known.
-        best: lowest validation NLL and its step, where the run may end early. waited: evaluations since.
+        best: lowest validation NLL (or of a metric its negative) and its step, where the run may end early. waited:
+            evaluations since.
         consolidated: tasks of a sequence whose Fisher information is in its weights' elasticity.
         diverged: a loss was not finite. pruned: its search ended it. stopped: it ran out of patience.
     """
@@ -113,8 +115,11 @@ class RunState:
     weights: dict[str, tuple[Tensor, ...]] | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
+    rows: Sequence[Sequence[Tokens]] = ()
 
     def __post_init__(self) -> None:
+        if not self.rows:
+            self.rows = self.objective.rows_of(self.examples)
         self.enter()
 
     def enter(self) -> None:
@@ -149,7 +154,8 @@ class RunState:
     def with_spec(self, **sections: Any) -> "RunState":
         """A copy whose spec has other sections."""
         spec = replace(self.spec, **sections)
-        return replace(self, run=replace(self.run, spec=spec))
+        rows = self.rows if spec.objective == self.spec.objective else ()
+        return replace(self, run=replace(self.run, spec=spec), rows=rows)
 
     @property
     def run_id(self) -> str:
@@ -163,14 +169,14 @@ class RunState:
     def optim(self) -> OptimSpec:
         return self.run.spec.optim
 
-    @property
+    @cached_property
     def objective(self) -> Objective:
         return objectives.of(self.run.spec.objective)
 
     @property
     def rows_of_example(self) -> int:
         """Token rows that each example becomes."""
-        return len(self.objective.rows(self.examples[0]))
+        return len(self.rows[0])
 
     @property
     def experts(self) -> int:
@@ -248,16 +254,19 @@ class RunState:
     def shape(self) -> str:
         """Runs of equal shape cost the same alone."""
         trainer = replace(self.spec.trainer, init_from=None, content=None)
-        return repr((self.adapter.shape(), trainer, self.spec.dataset))
+        return repr((self.adapter.shape(), trainer, self.spec.dataset, self.spec.objective))
 
     def resume(self) -> str | None:
         """Takes up the checkpoint of a run that was cut off, if there is one, and clears away what else it left.
 
-        Returns why it was not taken up, where it is not of this run.
+        Returns why it was not taken up, where it is damaged or not of this run.
         """
         remove_leftovers(self.run.folder)
         self.suspect = suspects.read(self.run.folder)
-        found = checkpoint.load(self.run.folder)
+        try:
+            found = checkpoint.load(self.run.folder)
+        except checkpoint.Damaged as error:
+            return None if self.done > 0 else f"{self.run_id}: its checkpoint is damaged ({error}); it starts anew"
         if found is None or self.done > 0:
             return None
         weights, kept = found
@@ -333,7 +342,7 @@ class RunState:
         self.compile_seconds += result.one_off
         self.train_seconds += seconds
         seconds += result.one_off
-        if not math.isfinite(result.loss):
+        if not (math.isfinite(result.loss) and math.isfinite(result.lr)):  # by such a rate it was not updated
             self.diverged = True
         self.noted = result.step
         self.metrics.append({
@@ -387,11 +396,16 @@ class RunState:
         """Whether it was scored in a phase."""
         return any(row.get("moment") == phase for row in self.metrics)
 
-    def judge(self, nll: float) -> bool:
-        """Notes a validation NLL of a run that may end early; returns whether it is the lowest so far."""
-        better = math.isfinite(nll) and (self.best is None or nll < self.best[0])
+    def judge(self, score: Score) -> bool:
+        """Notes a validation score of a run that may end early; returns whether it is the best so far.
+
+        It is what the objective is judged by, the NLL or a metric, of which the best is the highest.
+        """
+        name = self.objective.score
+        found = score.nll if name == "nll" else -score.metrics.get(name, math.nan)
+        better = math.isfinite(found) and (self.best is None or found < self.best[0])
         if better:
-            self.best, self.waited = (nll, self.done), 0
+            self.best, self.waited = (found, self.done), 0
         else:
             self.waited += 1
             self.stopped = self._out_of_patience()

@@ -45,6 +45,9 @@ def queue_scores(
     Returns:
         What waits for them and gives the scores for each slot, in the order of the examples.
     """
+    if pack.apart and len(slots) > 1:
+        every = [queue_scores(pack, [slot], examples, budget=budget, tasks=tasks) for slot in slots]
+        return lambda: [scores for found in every for scores in found()]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids), reverse=True)
     lanes = pack.lanes_to_score(len(slots), examples)
     with pack.evaluating():
@@ -85,7 +88,7 @@ def _add(found: list[list[ExampleScore]], positions: Sequence[int], lengths: Seq
 def choose(pack: Pack, slots: Sequence[int], examples: Sequence[Encoded], *, budget: int) -> list[list[int]]:
     """For each of `slots`, the index of every example's likeliest choice, its log-likelihood taken per character."""
     rows = [
-        Encoded(example.id, (*example.input_ids[: example.prompt_length], *choice.ids), example.prompt_length)
+        Encoded(example.id, (*example.question, *choice.ids), len(example.question))
         for example in examples
         for choice in example.choices
     ]

@@ -16,6 +16,7 @@ class PackKey:
         unpacked: of a run that has a model to itself, what those have in common that can follow it on that model;
             empty for runs that pack.
         length: bucket of its examples' lengths in tokens, so that short ones are not padded to another dataset's.
+        objective: of runs whose tasks are weighed or taken apart in a step; empty for others, which mix objectives.
         by_task: of runs whose steps have passes by task, as `PackConfig` has it; (0, 0) of others.
     """
 
@@ -29,8 +30,12 @@ class PackKey:
     by_task: tuple[int, int] = (0, 0)
 
 
-def pack_key(spec: RunSpec, lengths: Sequence[int], by_task: tuple[int, int] | None = None) -> PackKey:
+def pack_key(
+    spec: RunSpec, lengths: Sequence[int], by_task: tuple[int, int] | None = None, *, learns: bool = False
+) -> PackKey:
     """The key of a run whose examples have these lengths, and whose steps may be cut into passes by task.
+
+    `learns`: whether the run learns the weights of its tasks' losses.
 
     The model, its precision and its quantisation are decided before: a trainer holds one base model at a time. The
     bucket is the next power of two of a long example (the 90th percentile).
@@ -44,7 +49,7 @@ def pack_key(spec: RunSpec, lengths: Sequence[int], by_task: tuple[int, int] | N
         checkpointing=spec.trainer.activation_checkpointing,
         deterministic=spec.trainer.deterministic,
         length=1 << (typical - 1).bit_length(),
-        objective=repr(spec.objective),
+        objective=repr(spec.objective) if by_task or learns else "",
         by_task=by_task or (0, 0),
     )
 
@@ -53,7 +58,8 @@ def pack_key_of(state: RunState) -> PackKey:
     """`pack_key` of a run whose examples are known."""
     mixture = state.mixture
     by_task = None if mixture is None else mixture.by_task(state.spec.trainer.accumulation)
-    return pack_key(state.spec, state.order.lengths.tolist(), by_task)
+    learns = mixture is not None and mixture.learns > 0
+    return pack_key(state.spec, state.order.lengths.tolist(), by_task, learns=learns)
 
 
 def model_key(spec: RunSpec) -> str:

@@ -35,9 +35,8 @@ def of_splits(splits: Mapping[str, EncodedSplit], tokenizer: "PreTrainedTokenize
 def _rows(split: EncodedSplit, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Row]:
     decode: Any = tokenizer.decode
     for example in split.examples[:MOST_TEXTS]:
-        prompt, response = example.input_ids[: example.prompt_length], example.input_ids[example.prompt_length :]
-        row = {"id": example.id, "prompt": shortened(decode(list(prompt)))}
-        row["response"] = shortened(decode(list(response), skip_special_tokens=True))
+        row = {"id": example.id, "prompt": shortened(decode(list(example.question)))}
+        row["response"] = shortened(decode(list(example.answer), skip_special_tokens=True))
         yield row | ({"choices": [shortened(one.text) for one in example.choices]} if example.choices else {})
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sweeper import identity, lost, methods, models
+from sweeper import cache, identity, lost, methods, models
 from sweeper.device import precision_for, precision_name
 from sweeper.errors import first_line, gist
 from sweeper.lost import ContextLost
@@ -95,6 +95,7 @@ class Trainer:
             raise error.cause from None
         finally:
             self._close()
+        cache.trim(self.context.cache)
         self.source.report(Remark(message=f"time: {self.context.timeline}", by_worker=True))
 
     def _close(self) -> None:

@@ -29,7 +29,7 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "sethostname": (170, 161), "setdomainname": (171, 162), "syslog": (103, 116), "personality": (135, 92),
     "modify_ldt": (154, None), "iopl": (172, None), "ioperm": (173, None),
 }  # fmt: skip
-CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
+CLONE, CLONE3, SOCKET, PRLIMIT = (56, 220), (435, 435), (41, 198), (302, 261)
 NEW_NAMESPACES = 0x7E020000  # the flags of clone(2) that make any
 DOMAINS = (2, 10)  # IPv4 and IPv6, which the empty network namespace holds
 MACHINES = {
@@ -79,6 +79,10 @@ def instructions(machine: str) -> list[Instruction]:
             made += [(EQUAL, 0, 1, found), refuse]
     # C libraries fall back to clone, whose flags can be read
     made += [(EQUAL, 0, 1, CLONE3[table]), (RETURN, 0, 0, REFUSE | errno.ENOSYS)]
+    # a process may change its own limits, not those of the check
+    made += [
+        (EQUAL, 0, 4, PRLIMIT[table]), (LOAD, 0, 0, FIRST_ARGUMENT), (EQUAL, 1, 0, 0), refuse, (RETURN, 0, 0, ALLOW)
+    ]  # fmt: skip
     made += [
         (EQUAL, 0, 4, CLONE[table]), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 0, 1, NEW_NAMESPACES), refuse,
         (RETURN, 0, 0, ALLOW),

@@ -2,7 +2,9 @@
 belongs.
 """
 
+import bz2
 import csv
+import gzip
 import io
 import json
 import lzma
@@ -16,11 +18,12 @@ from typing import Any
 
 import pytest
 
-from analysis import analyse, archive, exchange, load
+from analysis import analyse, archive, exchange, figures, load
 from analysis.__main__ import main, printable
 from analysis.tables import latex, markdown, sheets
+from analysis.venues import VENUES
 from sweeper import record
-from sweeper.record import COMMANDS, METRICS, PREDICTIONS, RECORD
+from sweeper.record import COMMANDS, METRICS, PREDICTIONS, RECORD, SEARCHES
 from tests.analysis.synthetic import write_study
 
 FORMULA = '=cmd|"/c calc"!A0'
@@ -119,6 +122,18 @@ def test_tables_escape_what_they_show(study: Path) -> None:
 )  # fmt: skip
 def test_a_cell_is_no_formula(value: object, cell: object) -> None:
     assert record.csv_cell(value) == cell
+
+
+def test_costs_that_are_all_zero_have_no_figure(study: Path) -> None:
+    def without_costs(plain: dict[str, Any]) -> None:
+        plain["efficiency"] = {key: 0 for key in plain["efficiency"] if key != "step_seconds_solo"}
+
+    for folder in runs(study):
+        edit(folder, without_costs)
+    found = analyse(load(study), draws=20)
+    drawn = [name for name in figures.makers(found) if name.startswith("pareto")]
+    said = [figures.makers(found)[name](found, VENUES["icml"]) for name in drawn]
+    assert "no run has train_flops above 0" in said
 
 
 def test_what_a_terminal_would_obey_is_not_printed() -> None:
@@ -254,6 +269,60 @@ def test_an_archive_that_is_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Pa
     with pytest.raises(ValueError, match="more than 4,294,967,296 bytes"):
         archive.extract(bomb, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("pack", [lzma.compress, gzip.compress, bz2.compress])
+def test_a_name_that_is_a_bomb_takes_no_memory(
+    kind: bytes, pack: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tarfile.TarInfo("study/x")
+    info.type, info.size = kind, 1 << 33
+    monkeypatch.setattr(archive, "LARGEST_NAME", 1 << 16)
+    (tmp_path / "a.tar").write_bytes(pack(info.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)))
+    with pytest.raises(ValueError, match="a name or header of more than 65,536 bytes"):
+        archive.extract(tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_a_negative_size_does_not_make_room_for_more(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("study/a")
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 12  # -1, as GNU writes it
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(4096))
+    with pytest.raises(ValueError, match="no archive of a study"):
+        archive.extract(tmp_path / "a.tar", tmp_path / "out")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_every_compression_of_a_study_is_read(pack: Callable[[bytes], bytes], study: Path, tmp_path: Path) -> None:
+    made = archive.create(study, tmp_path / "study.tar.xz")
+    (tmp_path / "again.tar").write_bytes(pack(lzma.decompress(made.read_bytes())))
+    found = load(archive.extract(tmp_path / "again.tar", tmp_path / "out"))
+    assert len(found.runs) == len(runs(study))
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '{"a": 1', "[" * 100_000, '{"a": ' + "9" * 10_000 + "}", "\udcff"])
+@pytest.mark.parametrize("name", [PREDICTIONS, METRICS, RECORD])
+def test_a_study_that_cannot_be_packed_is_a_line(
+    name: str, text: str, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs(study)[0] / name).write_text(text, errors="surrogateescape")
+    code = archive.main([str(study), str(tmp_path / "a.tar.xz")])
+    told = capsys.readouterr()
+    assert code in (0, 2)
+    assert told.err.count("\n") == (code == 2)
+    assert (tmp_path / "a.tar.xz").exists() == (code == 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", "[" * 100_000, '{"a": 3}', '{"a": {"widened": "x"}}', '{"a": {"widened": []}}', "\udcff", ""]
+)
+def test_what_a_search_wrote_is_a_line_where_it_cannot_be_read(text: str, study: Path) -> None:
+    (study / SEARCHES).write_text(text, errors="surrogateescape")
+    found = analyse(load(study), draws=20)
+    assert [one.kind for one in found.study.problems] == ["broken searches"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", lzma.compress(b"x" * 4096)[:60]])

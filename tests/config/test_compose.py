@@ -201,8 +201,8 @@ def test_everything_wrong_is_told_at_once(composer: Any) -> None:
         (["model=path"], "model.location is required for model=path"),
         (
             ["experiment=null"],
-            "experiment=null: no such experiment. Choose from continual, lattice, methods, multi_task, paper, placement_grid, "
-            "smoke",
+            "experiment=null: no such experiment. Choose from continual, lattice, methods, multi_task, paper, "
+            "placement_grid, smoke",
         ),
         (["rank=true"], "rank must be a whole number, got true"),
         (["rank=range(3,3)"], "there is no value in this axis. Give a list: rank=a,b,c"),

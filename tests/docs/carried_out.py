@@ -102,6 +102,8 @@ class Reader:
         flags = [word for word in words if word.startswith("-")]
         if {"--help", "--cfg"} & set(flags):
             return words
+        if "--from" in flags:  # a record says what is trained: that of a run that was small
+            return [self._folder(word) for word in words]
         given = [word for word in words if "=" in word and not word.startswith("-")]
         rest = [word for word in words if word not in given]
         config = self.folder / words[words.index("--config-dir") + 1] if "--config-dir" in words else ROOT / "conf"
@@ -259,6 +261,9 @@ def surroundings(folder: Path) -> None:
     with tarfile.open(ROOT / "tests" / "analysis" / "data" / "peft_metamathqa.tar.xz") as tar:
         tar.extractall(folder / "method_comparison", filter="data")
     _write(folder / "tickets.jsonl", [row | {"customer": f"customer-{n // 3}"} for n, row in enumerate(plain)])
+    chats = [[("user", row["prompt"]), ("assistant", row["response"])] * 2 for row in plain]
+    turns = [{"messages": [{"role": who, "content": text} for who, text in chat]} for chat in chats]
+    _write(folder / "chats.jsonl", turns)
     _write(folder / "choices.jsonl", [row | {"choices": ["hardware", "account"]} for row in plain])
 
 

@@ -61,7 +61,7 @@ def test_training_commands_compose(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     for command in of("train.py"):
-        if command.page == page and not {"--help", "-sc"} & set(command.words):
+        if command.page == page and not {"--help", "-sc", "--from"} & set(command.words):
             accepted(command.words[2:], composer)
 
 

@@ -288,6 +288,16 @@ def test_a_job_that_ends_badly_after_its_record_is_told(
     assert "its record is whole, but its job ended with ConnectionError: the tracker is gone" in out
 
 
+def test_a_run_that_is_tried_again_is_told(grid: Any, study: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    def job(overrides: list[str]) -> None:
+        raise RuntimeError("the wind")
+
+    with pytest.raises(RunsFailed):
+        settings = dataclasses.replace(study, retries=1)
+        launch.train(grid.arms, settings, workers=launch.as_jobs(HoldingBack(job)))
+    assert capsys.readouterr().out.count("RuntimeError: the wind; tried again") == 2
+
+
 def test_a_launcher_that_runs_nothing_is_one_line_and_leaves_nothing(grid: Any, study: Settings) -> None:
     class Broken(JobLauncher):
         def launch(self, job_overrides: list[list[str]], initial_job_idx: int) -> None:

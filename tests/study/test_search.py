@@ -500,3 +500,83 @@ def test_a_driver_whose_trial_another_gave_up_for_dead_goes_on(
     assert taken[0].state == "taken over"
     ended = [t for t in one.get_trials() if t.state == optuna.trial.TrialState.COMPLETE]
     assert len(ended) == len(bowl.trained) == 4
+
+
+def test_a_line_of_the_journal_that_was_edited_is_named_and_costs_no_record(
+    go: Any, bowl: BowlEngine, study: Settings
+) -> None:
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR]
+    go(axes, n_trials=3, sampler="random")
+    journal = study.folder / storage.JOURNAL
+    whole = journal.read_text()
+    lines = whole.splitlines(keepends=True)
+    place = next(n for n, line in enumerate(lines) if "param_value_internal" in line)
+    lines[place] = lines[place].replace('"param_value_internal":', '"param_value_internal":1')
+    journal.write_text("".join(lines))
+    with pytest.raises(SpecError, match=r"cannot be read \(a line of it was edited or damaged\): move it away"):
+        go(axes, n_trials=3, sampler="random")
+    journal.unlink()
+    go(axes, n_trials=3, sampler="random")
+    assert len(bowl.trained) == 3
+
+
+@pytest.mark.parametrize("lines", range(1, 12))
+def test_a_driver_killed_between_two_lines_of_its_journal_changes_no_point(
+    lines: int, go: Any, bowl: BowlEngine, study: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the default nor a point that was asked for and not noted is left out or becomes another."""
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR]
+    go(axes, n_trials=3, sampler="random")
+    journal = study.folder / storage.JOURNAL
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:lines]))
+    monkeypatch.setattr("sweeper.study.search.alive", lambda trial: False)
+    monkeypatch.setattr("sweeper.study.search.being_signed", lambda trial: False)
+    go(axes, n_trials=3, sampler="random")
+    assert len(bowl.trained) == 3
+    (one,) = studies(study)
+    assert sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in one.get_trials()) == 3
+
+
+def test_a_database_that_is_restarted_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    gone = OperationalError("SELECT", {}, Exception("server closed the connection"))
+    kept = storage.open_storage(SearchSettings(storage=f"sqlite:///{tmp_path / 'studies.db'}"), tmp_path)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    answers: list[Any] = [gone, gone, []]
+
+    def ask() -> Any:
+        answer = answers.pop(0)
+        if answer is gone:
+            raise answer
+        return answer
+
+    assert storage._again(ask)() == []
+    assert capsys.readouterr().err.count("the database does not answer") == 1
+    assert getattr(kept.get_all_studies, "__wrapped__", None) is not None
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", -1.0)
+    answers.append(gone)
+    with pytest.raises(SpecError, match=r"has not answered for -1 s .*the same command goes on from what is saved"):
+        storage._again(ask)()
+
+
+def test_what_a_repeated_search_takes_up_is_told(
+    go: Any, bowl: BowlEngine, study: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    axes = ["experiment=smoke", "placement=attn", "rank=4", LR]
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "close", lambda self: None)  # a process that is killed closes nothing
+        bowl.stop_after = 2
+        with pytest.raises(SystemExit):
+            go(axes, n_trials=5)
+    monkeypatch.setattr("sweeper.study.search.alive", lambda trial: False)
+    bowl.stop_after = math.inf
+    broken = next(study.folder.glob("*/record.json"))
+    broken.write_text(broken.read_text()[:-9])
+    capsys.readouterr()
+    go(axes, n_trials=5)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 trials have ended already" in out
+    assert f"{broken.parent.name} trains again; its record is kept beside the new one" in out

@@ -131,25 +131,12 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path: Path, monkeypatch: pytest
     assert "mine.parquet needs the package pyarrow: " in refused(spec(tmp_path / "mine.parquet"))
 
 
-def test_public_layouts(composer: Any, tmp_path: Path) -> None:
-    """Alpaca, chat messages, ShareGPT, unpaired preferences: what a refusal says to type is what reads them."""
+def test_a_refusal_says_what_to_type(composer: Any, tmp_path: Path) -> None:
+    """Questions and answers: what is typed then reads them."""
     layouts: dict[str, tuple[dict[str, Any], dict[str, str], str, str]] = {
-        "alpaca": (
-            {"instruction": "Add one to # .", "input": "#", "output": "y"},
-            {"prompt": r"{instruction}\n\n{input}", "response": "output"}, "Add one to 3 .\n\n3", "y",
-        ),
-        "messages": (
-            {"messages": [{"role": who, "content": said} for who, said in (
-                ("system", "Be short."), ("user", "Capital #?"), ("assistant", "City"), ("user", "And?"))]},
-            {"prompt": "{messages[1][content]}", "response": "{messages[2][content]}"}, "Capital 3?", "City",
-        ),
-        "sharegpt": (
-            {"conversations": [{"from": "human", "value": "Say #."}, {"from": "gpt", "value": "it"}]},
-            {"prompt": "{conversations[0][value]}", "response": "{conversations[1][value]}"}, "Say 3.", "it",
-        ),
-        "unpaired": (
-            {"prompt": "Is # even?", "completion": "yes", "label": True},
-            {"response": "completion"}, "Is 3 even?", "yes",
+        "questions": (
+            {"question": "Is # even?", "answer": "yes"},
+            {"prompt": "question", "response": "answer"}, "Is 3 even?", "yes",
         ),
     }  # fmt: skip
     for name, (row, names, prompt, response) in layouts.items():
@@ -186,6 +173,5 @@ def test_a_suggestion_guesses_what_columns_are_usually_called() -> None:
     said = columns.suggestion(["response"], {"prompt": "", "output": ""})
     assert said == "name its columns: 'dataset.columns={response: output}'"
     assert columns.suggestion(["prompt"], {"x": ""}).endswith("'dataset.columns={prompt: ...}'")
-    assert columns.suggestion(["prompt"], {"messages": ["x", {}]}).endswith("'dataset.columns={prompt: ...}'")
     with pytest.raises(DataError, match="cannot be filled in"):
         columns.fill("{a[b]}", {"a": {}})

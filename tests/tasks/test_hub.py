@@ -189,3 +189,32 @@ def test_nothing_in_a_column_is_no_text(tables: Callable[..., None]) -> None:
     tables(train=[{**row, "more": None} for row in rows(0, 40)])
     spec = replace(QA, options={"prompt": "{question} {more}", "response": "{answer}"})
     assert not any("None" in e.prompt for part in tasks.load(spec).values() for e in part)
+
+
+def test_conversations_and_running_text_need_no_columns(tables: Callable[..., None]) -> None:
+    chats = [
+        {"messages": [{"role": who, "content": f"{who} {i}"} for who in ("system", "user", "assistant")], "from": i}
+        for i in range(40)
+    ]
+    spec = replace(QA, options={}, columns={"group": "from"})
+    tables(train=chats)
+    tasks.check(spec)
+    found = tasks.load(spec)["train"][0]
+    assert [turn.role for turn in found.turns] == ["system", "user", "assistant"]
+    assert found.response == f"assistant {found.group}"
+    tables(train=[{"text": f"Once {i} upon"} for i in range(40)], test=[{"text": "Once 7 upon."}])
+    tasks.check(replace(QA, options={}))
+    splits = tasks.load(replace(QA, options={}))
+    assert all(e.prompt == "" for split in splits.values() for e in split)
+    assert sum(map(len, splits.values())) == 40
+
+
+def test_a_row_of_another_layout_is_named(tables: Callable[..., None]) -> None:
+    spec = replace(QA, options={})
+    tables(train=[*({"instruction": f"Say {i}.", "output": "x"} for i in range(40)), {"instruction": "", "output": ""}])
+    tasks.check(spec)
+    with pytest.raises(DataError, match=r"row train-40: missing prompt and response; it has instruction, output"):
+        tasks.load(spec)
+    tables(train=[{"messages": []}])
+    with pytest.raises(DataError, match=r"row train-0: the conversation has no turn of the assistant"):
+        tasks.check(spec)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from sweeper.lora.forms import AdapterSpec
 from sweeper.lora.optimizer import learning_rate
 from sweeper.models import BaseModel
-from sweeper.tasks.example import Tokens
+from sweeper.tasks.example import Tokens, scored
 from sweeper.training.run_state import RunState
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # module name -> A [rank, in], B [rank, out]
@@ -26,10 +26,10 @@ def nll(model: nn.Module, examples: Sequence[Tokens]) -> tuple[Tensor, int]:
     logits = model(input_ids=ids, attention_mask=mask).logits
     total, count = torch.zeros(()), 0
     for row, one in enumerate(examples):
-        targets = torch.tensor(one.input_ids[one.prompt_length :])
-        predicted = logits[row, one.prompt_length - 1 : len(one.input_ids) - 1]
-        total = total + functional.cross_entropy(predicted, targets, reduction="sum")
-        count += len(targets)
+        for start, end in scored(one):
+            targets = torch.tensor(one.input_ids[start:end])
+            total = total + functional.cross_entropy(logits[row, start - 1 : end - 1], targets, reduction="sum")
+            count += end - start
     return total, count
 
 
@@ -76,14 +76,18 @@ class Plain:
         """One optimiser step of `steps` in all (from 0); returns the mean NLL before it."""
         total, count = nll(self.model, examples)
         loss = total / count
-        (loss + penalty()).backward()
+        self.descend(loss + penalty(), step, steps)
+        return float(loss.detach())
+
+    def descend(self, loss: Tensor, step: int, steps: int) -> None:
+        """One optimiser step of `steps` in all (from 0) down a loss."""
+        loss.backward()
         optim = self.job.spec.optim
         torch.nn.utils.clip_grad_norm_(self.values, optim.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(optim, step, steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
 
     def fisher(self, examples: Sequence[Tokens]) -> list[Tensor]:
         """Mean over examples of the squared gradient of each one's summed NLL."""

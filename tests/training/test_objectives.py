@@ -13,6 +13,7 @@ from torch.nn import functional
 from sweeper import objectives
 from sweeper.errors import SpecError
 from sweeper.objectives.nll import NLL
+from sweeper.objectives.objective import Objective, Outputs
 from sweeper.record import read_record
 from sweeper.spec import ObjectiveSpec
 
@@ -20,25 +21,18 @@ PAIRED = ObjectiveSpec(name="margin", options={"beta": 0.5})
 FOCAL = ObjectiveSpec(name="focal", options={"gamma": 1.5})
 
 
-class Focal:
+class Focal(Objective):
     """Mean of (1 - p)^gamma * NLL: no weighted sum of the tokens' NLL."""
-
-    linear = False
 
     def __init__(self, gamma: float = 2.0) -> None:
         self.gamma = gamma
 
-    def rows(self, example: Any) -> tuple[Any]:
-        return (example,)
-
-    def losses(self, nll: Tensor, weights: Tensor, rows: Tensor, count: int) -> Tensor:
-        return (weights * (1 - torch.exp(-nll)).clamp(min=1e-6) ** self.gamma * nll).sum(1)
+    def losses(self, seen: Outputs) -> Tensor:
+        return (seen.weights * (1 - torch.exp(-seen.nll)).clamp(min=1e-6) ** self.gamma * seen.nll).sum(1)
 
 
-class Margin:
+class Margin(Objective):
     """Two rows of an example, its own and one that is cut short, of which the first is to be the likelier one."""
-
-    linear = False
 
     def __init__(self, beta: float = 1.0) -> None:
         self.beta = beta
@@ -47,10 +41,9 @@ class Margin:
         end = max(example.prompt_length + 1, len(example.input_ids) - 2)
         return example, SimpleNamespace(input_ids=example.input_ids[:end][::-1], prompt_length=1)
 
-    def losses(self, nll: Tensor, weights: Tensor, rows: Tensor, count: int) -> Tensor:
-        sums = nll.new_zeros(len(nll), count)
-        sums = sums.scatter_add(1, rows, torch.where(weights > 0, nll, 0.0))
-        return functional.softplus(self.beta * (sums[:, ::2] - sums[:, 1::2])).mean(1)
+    def losses(self, seen: Outputs) -> Tensor:
+        margins = seen.log_likelihoods[:, ::2] - seen.log_likelihoods[:, 1::2]
+        return (seen.shares[:, ::2] * functional.softplus(-self.beta * margins)).sum(1)
 
 
 class Twice(Margin):
@@ -113,11 +106,43 @@ def test_the_two_ways_through_the_head_are_one(
     assert_close(train(base, [job])["x"], once)
 
 
-def test_runs_of_different_objectives_share_no_pack(make_spec: Any) -> None:
+@pytest.mark.parametrize(("accumulation", "place"), [(1, {}), (2, {}), (1, {"head": True})])
+def test_runs_of_different_objectives_share_a_pack(
+    accumulation: int, place: dict[str, Any], load: Any, make_job: Any, make_adapter: Any, make_examples: Any,
+    train: Any, assert_close: Any,
+) -> None:  # fmt: skip
+    base = load("llama")
+    jobs = [
+        make_job(
+            f"{spec.name}-{rank}", make_adapter(base, "full", rank, seed=rank, dropout=0.2, **place),
+            make_examples(rank), steps=4 + rank, accumulation=accumulation,
+        ).with_spec(objective=spec)
+        for rank, spec in enumerate([PAIRED, ObjectiveSpec(), FOCAL, PAIRED, ObjectiveSpec()], start=1)
+    ]  # fmt: skip
+    packed = train(base, jobs, accumulation=accumulation)
+    for job in jobs:
+        assert_close(packed[job.run_id], train(base, [job], accumulation=accumulation)[job.run_id])
+
+
+def test_the_loss_of_a_step_is_its_examples_whatever_its_passes(
+    load: Any, make_job: Any, make_adapter: Any, make_examples: Any, train: Any
+) -> None:
+    base = load("llama")
+    job = make_job("x", make_adapter(base, "full", 4), make_examples(0)).with_spec(objective=PAIRED)
+    halves = make_job("x", make_adapter(base, "full", 4), make_examples(0), batch_size=2, accumulation=2)
+    once = train(base, [job])["x"].losses
+    assert train(base, [halves.with_spec(objective=PAIRED)], batch_size=2, accumulation=2)["x"].losses == pytest.approx(
+        once, rel=1e-5
+    )
+
+
+def test_objectives_share_packs_but_for_those_of_tasks_that_are_weighed(make_spec: Any) -> None:
     from sweeper.training.sharing import pack_key
 
-    specs = [make_spec(), make_spec(objective={"name": "focal"}), make_spec(objective={"name": "margin"})]
-    assert len({pack_key(spec, [30] * 9) for spec in specs}) == 3
+    specs = [make_spec(), make_spec(objective={"name": "focal"})]
+    assert len({pack_key(spec, [30] * 9) for spec in specs}) == 1
+    assert len({pack_key(spec, [30] * 9, learns=True) for spec in specs}) == 2
+    assert len({pack_key(spec, [30] * 9, (2, 4)) for spec in specs}) == 2
 
 
 @pytest.mark.parametrize(
@@ -125,7 +150,8 @@ def test_runs_of_different_objectives_share_no_pack(make_spec: Any) -> None:
     [
         (
             ObjectiveSpec(name="nl"),
-            "objective=nl: no such objective. Choose from focal, margin, nll, twice. Did you mean nll?",
+            "objective=nl: no such objective. Choose from cpo, dpo, focal, ipo, kto, margin, nll, orpo, simpo, twice. "
+            "Did you mean nll?",
         ),
         (ObjectiveSpec(name="nll", options={"beta": 1}), "objective=nll has no such option. Options: none."),
         (ObjectiveSpec(name="focal", options={"beta": 1}), "objective=focal has no such option. Options: gamma."),

@@ -18,6 +18,7 @@ from sweeper.spec import RunSpec
 from sweeper.training import checkpoint, pack_trainer
 from sweeper.training.events import Event, Remark, RunFinished, Step
 from sweeper.training.pack import Pack
+from sweeper.training.run_state import RunState
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -148,8 +149,11 @@ def test_a_damaged_checkpoint_is_ignored(
     run_all(specs, "stopped", stop_after=6)
     for spec in specs:
         damage(tmp_path / "stopped" / spec.run_id / checkpoint.CHECKPOINT)
-    run_all(specs, "stopped")
+    events = run_all(specs, "stopped")
     identical(tmp_path / "undisturbed", tmp_path / "stopped", specs)
+    if damage is not other_modules:
+        told = [event.message for event in events if isinstance(event, Remark)]
+        assert sum("its checkpoint is damaged" in message for message in told) == len(specs)
 
 
 def test_a_checkpoint_of_more_than_is_trained_now_is_not_gone_on_from(
@@ -429,3 +433,37 @@ def test_a_model_whose_head_is_of_its_own_making_trains_through_it(
     for spec in specs:
         ours, other = (one[spec.run_id].scores["test"]["before"].nll for one in (found, plain))
         assert abs(ours - other) > 1e-3
+
+
+def test_runs_are_the_same_to_the_last_bit_in_any_pack_where_that_is_asked_for(
+    make_run: Any, run_all: Any, tmp_path: Path
+) -> None:
+    """In bfloat16 on a CPU, with dropout, clipping, other ranks and examples of other lengths, alone and in packs."""
+    trainer = {"max_steps": 4, "deterministic": True, "precision": "bfloat16", "batch_size": 3}
+    common = {"trainer": trainer, "optim": {"max_grad_norm": 0.05}, "evaluation": {"every_steps": 2}}
+    specs = [
+        make_run("attn", **common), make_run("ff", rank=8, method={"dropout": 0.2}, **common),
+        make_run("full", rank=2, seed=1, **common), make_run("attn", rank=40, seed=2, **common),
+    ]  # fmt: skip
+    for spec in specs:
+        run_all([spec], "alone")
+    for size in (2, 4):
+        run_all(specs, f"packs-of-{size}", max_pack=size)
+        identical(tmp_path / "alone", tmp_path / f"packs-of-{size}", specs)
+
+
+def test_a_run_that_was_not_updated_has_diverged(
+    specs: list[RunSpec], run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learning rate that is no number leaves the run as it is, and the loss finite."""
+    run_all(specs, "tame")
+    original = RunState.hyperparameters
+
+    def rates(state: RunState) -> Any:
+        rows = original(state)
+        return [[math.inf, *row[1:]] for row in rows] if (state.run_id, state.done) == (specs[1].run_id, 2) else rows
+
+    monkeypatch.setattr(RunState, "hyperparameters", rates)
+    run_all(specs, "wild")
+    assert record.read_record(tmp_path / "wild" / specs[1].run_id).status == "diverged"
+    alike(tmp_path / "tame", tmp_path / "wild", [specs[0], specs[2]])

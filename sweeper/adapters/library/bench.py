@@ -210,4 +210,4 @@ class Bench:
 
     def _response(self, example: Encoded) -> str:
         decode: Any = self.base.tokenizer.decode
-        return str(decode(example.input_ids[example.prompt_length :], skip_special_tokens=True))
+        return str(decode(example.answer, skip_special_tokens=True))

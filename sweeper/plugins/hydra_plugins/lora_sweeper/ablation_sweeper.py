@@ -28,7 +28,7 @@ class AblationSweeperConf:
     sampler_options: Any = None
     pruner: str = "none"
     pruner_options: Any = None
-    objectives: Any = "validation.nll"
+    objectives: Any = None
     direction: Any = None
     parallel: int | None = None
     seed: int = 0
