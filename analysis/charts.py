@@ -152,7 +152,7 @@ def _front() -> Spec:
 
 def _labels() -> Spec:
     return {
-        "mark": {"type": "text", "dx": 7, "dy": -7, "align": "left", "fontSize": 11, "aria": False},
+        "mark": {"type": "text", "dx": 7, "dy": -7, "align": "left", "fontSize": 11, "limit": 180, "aria": False},
         "transform": [{"filter": "isValid(datum.text)"}],
         "encoding": {"text": {"field": "text"}, "opacity": _opacity(), "color": {"value": "@ink"}},
     }

@@ -102,6 +102,8 @@ function describe(row) {
 
 // ---- charts: of each its rows, its titles and what of its specification depends on the state ----
 const scored = () => `${data.split} ${titled(data.metric)}`;
+const MANY = 2000; // marks above which a canvas is faster than SVG, and means say more than runs
+const fewer = (found) => (found.length <= MANY ? found : [...new Map(found.map((row) => [`${row.id} ${row.lr}`, { ...row, value: row.mean }])).values()]);
 const CHARTS = {
   pareto: {
     title: () => `${titled(state.y)} against ${titled(state.x)}`,
@@ -112,12 +114,11 @@ const CHARTS = {
     },
     rows: () => {
       const found = state.level === "arms" ? visible() : ofArms("runs");
-      const few = found.length <= 20;
       const placed = found.filter((row) => isNumber(row[state.x]) && isNumber(row[state.y]) && !(state.log && row[state.x] <= 0));
-      const best = front(placed);
+      const best = front(placed), named = state.level === "arms" ? labelled(placed, best) : new Set();
       return placed.map((row) => ({
         id: row.id, kind: row.kind, label: row.arm || row.label, x: row[state.x], y: row[state.y], front: best.has(row), run_id: row.run_id, seed: row.seed, chosen: row.chosen,
-        low: row[`${state.y}_low`] ?? null, high: row[`${state.y}_high`] ?? null, text: few || (state.level === "arms" && best.has(row)) ? rows.arms[row.id].label : null,
+        low: row[`${state.y}_low`] ?? null, high: row[`${state.y}_high`] ?? null, text: named.has(row) ? rows.arms[row.id].label : null,
       }));
     },
   },
@@ -130,7 +131,7 @@ const CHARTS = {
   },
   rates: {
     title: () => "Learning rate (chosen ones ringed)", axes: () => ({ x: "learning rate", y: `validation ${titled(data.metric)}` }),
-    rows: () => ofArms("rates").map((row) => ({ ...row, x: row.lr, y: row.value, about: `seed ${shown(row.seed)}, learning rate ${shown(row.lr)}: ${shown(row.value)}` })),
+    rows: () => fewer(ofArms("rates")).map((row) => ({ ...row, x: row.lr, y: row.value, about: `seed ${shown(row.seed)}, learning rate ${shown(row.lr)}: ${shown(row.value)}` })),
   },
   training: { title: () => "Training loss (mean of seeds; range of the arm under the pointer)", axes: () => ({ x: "step", y: "training loss" }), rows: () => overSteps("training") },
   validation: { title: () => "Validation while training", axes: () => ({ x: "step", y: "validation NLL" }), rows: () => overSteps("validation") },
@@ -179,11 +180,25 @@ function front(found) {
   return kept;
 }
 
+// Rows whose labels do not lie over one another, those of the front first.
+function labelled(found, best) {
+  const place = (row, name, log) => (log ? Math.log(row[name]) : row[name]), kept = [];
+  const scale = (name, log) => {
+    const values = found.map((row) => place(row, name, log)), low = Math.min(...values), high = Math.max(...values);
+    return (row) => (high > low ? (place(row, name, log) - low) / (high - low) : 0);
+  };
+  const x = scale(state.x, state.log), y = scale(state.y, false);
+  const wide = Math.min(0.3, (7 * Math.max(0, ...found.map((row) => row.label.length))) / Math.max(300, byId("chart-pareto").parentElement.clientWidth));
+  for (const row of [...found].filter((one) => best.has(one) || found.length <= 30).sort((a, b) => best.has(b) - best.has(a))) {
+    if (kept.every((other) => Math.abs(x(row) - x(other)) > wide || Math.abs(y(row) - y(other)) > 0.045)) kept.push(row);
+  }
+  return new Set(kept);
+}
+
 function overSteps(name) {
   return ofArms(name).map((row) => ({ ...row, line: row.id, x: row.step, y: row.mean, about: `step ${row.step}: ${shown(row.mean)}` }));
 }
 
-const MANY = 2000; // marks above which a canvas is faster than SVG
 const views = {};
 
 function ready(name, found) {
@@ -230,6 +245,7 @@ async function draw(name) {
   for (const mark of place.querySelectorAll('[class*="brush_brush"]')) mark.setAttribute("aria-hidden", "true"); // Vega gives it no name
   tell(view);
   place.dataset.rows = found.length; // it is drawn
+  performance.mark(name);
   save.addEventListener("click", async () => {
     const link = make("a", { href: await view.toImageURL("svg"), download: `${name}.svg` });
     link.click();
@@ -292,7 +308,20 @@ function step(event, ids) {
   } else if (event.key === "Enter" && event.target === event.currentTarget && lit >= 0) open(lit);
 }
 
-const drawAll = () => { drawLegend(); drawCards(); drawBlocks(); drawArm(); for (const name of Object.keys(CHARTS)) draw(name); drawExamples(true); };
+// The first chart can be used while the others are drawn.
+let round = 0;
+async function drawAll() {
+  const mine = ++round;
+  drawLegend(); drawCards(); drawArm();
+  await draw("pareto");
+  drawBlocks(); drawExamples(true);
+  for (const name of Object.keys(CHARTS).slice(1)) {
+    await new Promise((later) => setTimeout(later));
+    if (mine !== round) return; // begun again meanwhile
+    await draw(name);
+  }
+  performance.mark("drawn");
+}
 
 // ---- kinds ----
 function drawLegend() {

@@ -71,6 +71,6 @@ def opened(browser: Any, path: Path, *, state: str = "", **options: Any) -> Iter
         ),
     )
     found.page.goto(path.as_uri() + state)
-    found.settle("window.atlas && [...document.querySelectorAll('.chart')].every((box) => box.dataset.rows)")
+    found.settle("performance.getEntriesByName('drawn').length > 0")
     yield found
     context.close()

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib import pyplot as plt
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
 from analysis import Analysis, analyse, figures, load, page, report
 from analysis.claims import sentences
-from analysis.style import WHOLE, looks
+from analysis.style import WHOLE, looks, styled
 from sweeper.record import PREDICTIONS, RECORD
 from tests.analysis.browser import chromium, opened
 from tests.analysis.synthetic import Truth, edit, write_study
@@ -205,6 +209,66 @@ def test_placements_light_their_modules(browser: Any, written: Path) -> None:
         assert re.search(r"down \d+%", one.js(texts))  # by the spectra of the updates
 
 
+def close_to(value: float, known: list[float]) -> bool:
+    return min(abs(value - one) for one in known) <= 1e-6 * max(1.0, abs(value))
+
+
+def drawn_by(figure: Figure) -> tuple[list[tuple[float, float]], list[tuple[float, float, float, float]]]:
+    """Points of all panels that have a marker or are on a curve, and bars from end to end."""
+    lines = [
+        line for ax in figure.axes for line in ax.lines if len(line.get_xdata()) != 2 or line.get_marker() != "None"
+    ]
+    points = [
+        (float(x), float(y))
+        for line in lines
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+        if np.isfinite([x, y]).all()
+    ]
+    bars = [
+        (*segment[0], *segment[-1])
+        for ax in figure.axes
+        for collection in ax.collections
+        if isinstance(collection, LineCollection)
+        for segment in collection.get_segments()
+        if len(segment) and np.isfinite(segment).all()
+    ]
+    return points, bars
+
+
+@pytest.mark.parametrize(
+    ("chart", "make", "axes"),
+    [
+        ("pareto", lambda one: figures.pareto(one, "nll"), "xy"),
+        ("rank", lambda one: figures.rank_curves(one, "nll"), "y"),  # points of one rank lie side by side
+        ("rates", figures.learning_rate, "xy"),
+        ("training", figures.training_curves, "xy"),
+        ("forest", figures.forest, "x"),
+    ],
+)
+def test_page_and_paper_have_the_same_numbers(
+    browser: Any, written: Path, analysis: Analysis, chart: str, make: Any, axes: str
+) -> None:
+    with styled():
+        figure = make(analysis)
+    assert isinstance(figure, Figure)
+    points, bars = drawn_by(figure)
+    plt.close(figure)
+    rows = []
+    for task in page.content(analysis)["settings"]:
+        with opened(browser, written, state=f"#task={task}") as one:
+            rows += one.rows(chart)
+    known = {"x": [row["x"] for row in rows], "y": [row["y"] for row in rows if isinstance(row["y"], float | int)]}
+    known["y"] += [row["mean"] for row in rows if "mean" in row]
+    ends = [row[end] for row in rows for end in ("low", "high") if row.get(end) is not None]
+    assert len(points) >= len(rows) / 2
+    for point in points:
+        for axis, value in zip("xy", point, strict=True):
+            assert axis not in axes or close_to(value, known[axis]), (axis, value)
+    for bar in bars:
+        values = bar[::2] if axes == "x" else bar[1::2]
+        assert all(close_to(value, ends) for value in values), bar
+
+
 def test_the_most_differing_examples_come_first(browser: Any, written: Path) -> None:
     with opened(browser, written) as one:
         names = one.page.locator("#first option").all_inner_texts()
@@ -348,6 +412,47 @@ def test_what_a_running_study_sends_is_drawn(browser: Any, written: Path) -> Non
         one.settle("atlas.views.pareto && atlas.views.pareto.data('rows').some((row) => row.y === 0.25)")
         assert one.page.locator("#counts").inner_text() == "1 run training"
         assert one.errors == []
+
+
+@pytest.mark.slow
+def test_ten_thousand_runs_load_and_pan(browser: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "run_id": f"{placement}-{rank}-{lr:g}-{seed}", "study": "many", "status": "completed", "folder": None,
+            "source": "study", "model": "m", "dataset": "d", "method": "lora", "allocation": "uniform",
+            "placement": placement, "rank": rank, "seed": seed, "optim.lr": lr, "trainable_parameters": 1000 * rank,
+            "total_parameters": 10**8, "finished": "", "layout": 0, "git_commit": "c", "test.nll": 1 + 0.1 * rng.random(),
+            "validation.nll": 1 + 0.1 * rng.random(), "train_seconds_solo": 1 + rng.random(),
+        }
+        for placement in ("attn", "ff", "full", "upper", "lower")
+        for rank in (1, 2, 4, 8, 16, 32, 64, 128)
+        for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+        for seed in range(50)
+    ]  # fmt: skip
+    path = report.write(analyse(load(rows=rows), draws=20), tmp_path / "paper")
+    assert path.stat().st_size < 20_000_000
+    taken = []
+    for _ in range(3):
+        with opened(browser, path, state="#level=runs") as one:
+            assert len(one.rows("pareto")) == 10_000
+            assert one.page.locator("#chart-pareto canvas").count() == 1
+            taken.append(one.js("performance.getEntriesByName('pareto')[0].startTime"))
+            one.js(
+                "(() => { window.frames_ = []; let last = performance.now(); const tick = (now) => {"
+                " window.frames_.push(now - last); last = now; requestAnimationFrame(tick); };"
+                " requestAnimationFrame(tick); })()"
+            )
+            box = one.page.locator("#chart-pareto .chart").bounding_box()
+            one.page.mouse.move(box["x"] + 400, box["y"] + 100)
+            one.page.mouse.down()
+            for i in range(60):
+                one.page.mouse.move(box["x"] + 400 + 2 * i, box["y"] + 100 + i)
+            frames = one.js("window.frames_")
+            one.page.mouse.up()
+            assert one.errors == []
+    assert min(taken) < 3000  # milliseconds until the first chart can be used
+    assert np.median(frames) <= 50
 
 
 def test_the_answers_say_which_method_won(tmp_path: Path) -> None:
