@@ -422,7 +422,8 @@ def test_ten_thousand_runs_load_and_pan(browser: Any, tmp_path: Path) -> None:
             "run_id": f"{placement}-{rank}-{lr:g}-{seed}", "study": "many", "status": "completed", "folder": None,
             "source": "study", "model": "m", "dataset": "d", "method": "lora", "allocation": "uniform",
             "placement": placement, "rank": rank, "seed": seed, "optim.lr": lr, "trainable_parameters": 1000 * rank,
-            "total_parameters": 10**8, "finished": "", "layout": 0, "git_commit": "c", "test.nll": 1 + 0.1 * rng.random(),
+            "total_parameters": 10**8, "finished": "", "layout": 0, "git_commit": "c",
+            "test.nll": 1 + 0.1 * rng.random(),
             "validation.nll": 1 + 0.1 * rng.random(), "train_seconds_solo": 1 + rng.random(),
         }
         for placement in ("attn", "ff", "full", "upper", "lower")
