@@ -311,17 +311,16 @@ def learning_rates(
     ax: Axes, trials: pd.DataFrame, looks: Mapping[str, Look], *, rates: pd.Series | None = None
 ) -> None:
     """Validation score against learning rate, a line a placement; each seed a faint point, the chosen rate ringed.
-    Columns: placement, lr, value, chosen, marked. `rates` are those of all panels that share the axis."""
+    Columns: placement, lr, value, mean, chosen, marked. `rates` are those of all panels that share the axis."""
     for placement, group in trials.groupby("placement", sort=False):
         look = looks[str(placement)]
+        means = group.drop_duplicates("lr").set_index("lr")["mean"].sort_index()
         if look == FADED:
-            means = group.groupby("lr")["value"].mean()
             ax.plot(means.index, means, **_line(look))
             continue
         ax.plot(
             group["lr"], group["value"], look.marker, color=look.colour, alpha=0.3, markersize=2.5, markeredgewidth=0
         )
-        means = group.groupby("lr")["value"].mean()
         ax.plot(means.index, means, color=look.colour, linestyle=look.line, marker=look.marker)
         best = group.loc[group["chosen"], "lr"]
         if len(best):
@@ -340,13 +339,10 @@ def learning_rates(
 
 def curves(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> None:
     """Training loss over steps, smoothed; a line a placement (mean of seeds) with the range of seeds as a band.
-    Columns: placement, run_id, step, loss, marked."""
+    Columns: placement, step, mean, low, high, marked."""
     for placement, group in table.groupby("placement", sort=False):
-        wide = group.pivot_table(index="step", columns="run_id", values="loss")
-        smooth = wide.ewm(span=max(2, len(wide) / 15)).mean()
-        means = pd.DataFrame({"mean": smooth.mean(axis=1), "low": smooth.min(axis=1), "high": smooth.max(axis=1)})
-        _curve(ax, means, looks[str(placement)], marked=bool(group["marked"].any()))
-    _over_steps(ax, table["loss"], 20)
+        _curve(ax, group.set_index("step"), looks[str(placement)], marked=bool(group["marked"].any()))
+    _over_steps(ax, table["mean"], 20)
 
 
 def validation(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> None:

@@ -20,9 +20,9 @@ from sweeper import installation
 from . import (
     aggregate,
     captions,
+    charted,
     conflict_figures,
     contrasts,
-    curves,
     draw,
     lattice_figures,
     layout,
@@ -194,16 +194,10 @@ def _holds_numbers(panel: float, columns: int, letters: int) -> bool:
 
 def learning_rate(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     """Sensitivity to the learning rate of each placement (or method), at up to three ranks."""
-    found = analysis.found
-    runs = found.runs
-    if "optim.lr" not in found.tuned or found.select not in runs:
-        return "every run has the same learning rate"
-    runs = runs[(runs["status"] == "completed") & runs[found.select].notna() & (runs["source"] == "study")]
-    runs = shown.of_simplest(analysis, runs)
-    if runs.empty:
-        return f"no run has a score on {found.select.split('.')[0]}"
-    runs, ranks = shown.at_ranks(runs)
-    trials = runs.assign(lr=runs["optim.lr"], value=runs[found.select])
+    trials = charted.learning_rates(analysis)
+    if isinstance(trials, str):
+        return trials
+    trials, ranks = shown.at_ranks(trials)
     look = shown.looks_of(analysis, trials)
     settings = shown.settings(trials)[:3]
     doubted, trials = shown.in_doubt(trials[trials["setting"].isin(settings)], look)
@@ -221,22 +215,19 @@ def learning_rate(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
 
 
 def _on_the_way(analysis: Analysis) -> tuple[pd.DataFrame, list[str], list[float]]:
-    """The chosen runs whose curves are shown, up to five seeds an arm, with their settings and ranks."""
-    runs = analysis.found.runs
-    runs = runs[runs["chosen"] & runs["folder"].notna()] if "folder" in runs else runs.iloc[:0]
-    runs = shown.of_simplest(analysis, runs)
+    """The chosen runs whose curves are shown, with their settings and ranks."""
+    runs = charted.on_the_way(analysis)
     settings = shown.settings(runs)[:3]
     runs, ranks = shown.at_ranks(runs[runs["setting"].isin(settings)])
-    return runs.groupby(["setting", "placement", "rank"], dropna=False).head(5), settings, ranks
+    return runs, settings, ranks
 
 
 def training_curves(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     """Training loss of the chosen trials, at up to three ranks."""
     runs, settings, ranks = _on_the_way(analysis)
-    table = analysis.study.curves(runs["run_id"])
-    if table.empty:
-        return "no run left a training curve"
-    table = table.merge(runs[["run_id", "setting", "placement", "rank", "dagger"]], on="run_id")
+    table = charted.training_curves(analysis, runs)
+    if isinstance(table, str):
+        return table
     unit = "\n(nats/token)" if set(runs["objective"]) == {"nll"} else ""  # each objective has its own
     return _over_steps(analysis, venue, table, settings, ranks, draw.curves, f"training loss{unit}")
 
@@ -244,11 +235,9 @@ def training_curves(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
 def validation_curves(analysis: Analysis, venue: Venue = DEFAULT) -> Figure | str:
     """Validation NLL of the chosen trials on the way, at up to three ranks."""
     runs, settings, ranks = _on_the_way(analysis)
-    table = curves.validation(analysis.study, runs)
-    if table.empty:
-        return "no run was scored on validation while it trained (evaluation.every_steps)"
-    arms = runs.drop_duplicates(["setting", "arm"])[["setting", "arm", "placement", "rank", "dagger"]]
-    table = table.merge(arms, on=["setting", "arm"])
+    table = charted.validation_curves(analysis, runs)
+    if isinstance(table, str):
+        return table
     return _over_steps(analysis, venue, table, settings, ranks, draw.validation, "validation NLL\n(nats/token)")
 
 

@@ -285,7 +285,7 @@ def test_an_interval_that_would_hide_the_rest_is_cut_and_says_so() -> None:
 
 @pytest.mark.parametrize("rates", [(1e-3, 3e-3, 1e-2), (1.2e-3, 5.7e-3, 5.9e-3, 9.25e-3), (3.4e-5, 8.1e-2)])
 def test_learning_rates_are_where_their_labels_say(rates: tuple[float, ...]) -> None:
-    trials = pd.DataFrame({"placement": "ff", "lr": rates, "value": 1.0, "chosen": False, "marked": False})
+    trials = pd.DataFrame({"placement": "ff", "lr": rates, "value": 1.0, "mean": 1.0, "chosen": False, "marked": False})
     figure, ax = plt.subplots()
     draw.learning_rates(ax, trials, looks(["ff"]))
     figure.canvas.draw()
