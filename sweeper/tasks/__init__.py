@@ -419,9 +419,7 @@ def _encode_split(
         kept = [(start - cut, end - cut) for start, end in tokens.answers if start - cut >= max(starts, 1)]
         first, asides = _asides(kept, len(prompt))
         ids = (*prompt, *response)
-        encoded.append(
-            Encoded(example.id, ids, first, choices, example.check, unit, rejected, example.label, asides)
-        )
+        encoded.append(Encoded(example.id, ids, first, choices, example.check, unit, rejected, example.label, asides))
         apart += not tokens.whole
     if examples and not encoded:
         raise DataError(f"dataset.max_length={spec.max_length} is too short for every response of the {name} split")
