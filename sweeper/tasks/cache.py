@@ -69,12 +69,14 @@ def _split(name: str, arrays: Mapping[str, Any]) -> EncodedSplit:
     columns = (arrays[f"{name}/{key}"].tolist() for key in ("ids", "lengths", "prompts", "choice_counts"))
     texts = json.loads(arrays[f"{name}/texts"].tobytes().decode())
     choices = _choices(name, arrays, texts["choices"])
-    written, asides = (texts["checks"], texts["groups"], *_preferences(name, arrays)), texts.get("asides", {})
+    asides: dict[str, list[list[int]]] = texts.get("asides", {})
+    written = texts["checks"], texts["groups"], *_preferences(name, arrays)
     for number, row in enumerate(zip(*columns, *written, strict=True)):
-        example_id, length, prompt_length, count, *rest = row
+        example_id, length, prompt_length, count, check, group, rejected, label = row
         own = tuple(itertools.islice(choices, count))
-        ids, between = tuple(tokens[start : start + length]), tuple(map(tuple, asides.get(str(number), ())))
-        examples.append(Encoded(example_id, ids, prompt_length, own, *rest, asides=between))
+        ids = tuple(tokens[start : start + length])
+        between = tuple((first, last) for first, last in asides.get(str(number), ()))
+        examples.append(Encoded(example_id, ids, prompt_length, own, check, group, rejected, label, between))
         start += length
     if start != len(tokens):
         raise ValueError(f"{name}: lengths and tokens disagree")
