@@ -405,7 +405,10 @@ class _Cluster:
 
     def _start(self, *arguments: str) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", "--object-store-memory=80000000", *arguments],
+            [
+                sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1",
+                "--node-ip-address=127.0.0.1", "--object-store-memory=80000000", *arguments,
+            ],
             env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 

@@ -292,8 +292,8 @@ def test_a_run_that_is_tried_again_is_told(grid: Any, study: Settings, capsys: p
     def job(overrides: list[str]) -> None:
         raise RuntimeError("the wind")
 
+    settings = dataclasses.replace(study, retries=1)
     with pytest.raises(RunsFailed):
-        settings = dataclasses.replace(study, retries=1)
         launch.train(grid.arms, settings, workers=launch.as_jobs(HoldingBack(job)))
     assert capsys.readouterr().out.count("RuntimeError: the wind; tried again") == 2
 
