@@ -109,7 +109,8 @@ def _separable(axes: Sequence[Axis], cell: Callable[[tuple[int, ...]], Cell | No
         if any(one is None or one.live for one in found) or any(rest != rests[0] for rest in rests):
             return None
         parts = {place: one.plain[axis.key] for place, one in zip(composed, found, strict=True) if one is not None}
-        parts |= {place: parts[first] | made for place, made in sums.items() if place != first}
+        if first is not None:
+            parts |= {place: parts[first] | made for place, made in sums.items() if place != first}
         sections[axis.key] = [parts[place] for place in range(len(axis.values))]
     return sections
 

@@ -109,8 +109,8 @@ def load_plugins(overrides: Iterable[str]) -> None:
     for line in overrides:
         key, _, given = line.partition("=")
         if key == "placement":
-            for one in given.split(","):
-                make_known(one.strip())
+            for text in given.split(","):
+                make_known(text.strip())
         if key.lstrip("+") == "plugins":
             with suppress(HydraException):  # which has a line of its own
                 value = OverridesParser.create().parse_overrides([line])[0].value()

@@ -140,13 +140,14 @@ class Batch:
         _, sequences, length, _ = self.shape
         rows = slice(lane * sequences, (lane + 1) * sequences)
         own = _round(int(self.lengths[rows].max()), False)
-        width = max(1, int((self.lengths[rows] - self.prompts[rows]).sum()))
+        weighed = (self.weights[lane] > 0).nonzero()
+        width = int(weighed[-1]) + 1 if len(weighed) else 1
         place = self.index[lane, :width] - rows.start * length
         index = place // length * own + place % length
         targets, weights = self.targets[lane : lane + 1, :width], self.weights[lane : lane + 1, :width]
         return Batch(
             self.ids[rows, :own], index[None].clamp(min=0), targets, weights, self.lengths[rows], self.tasks[rows],
-            self.prompts[rows],
+            self.prompts[rows], self.facts[rows],
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":

@@ -273,9 +273,22 @@ FAULTS = (
     Fault(name="SIGTERM", signals=(signal.SIGTERM,), says="^stopp", silent=True),
     Fault(name="Ctrl-C", signals=(signal.SIGINT,), says="^stopp"),
     Fault(name="Ctrl-C twice", signals=(signal.SIGINT, signal.SIGINT), says="^stopp"),
-    Fault(name="disk full, at any file", plant=in_replace(_raiser(_full)), calls=30, says="No space left"),
+    Fault(
+        # silent where it is a cache that is not written
+        name="disk full, at any file",
+        plant=in_replace(_raiser(_full)),
+        calls=30,
+        says="No space left",
+        silent=True,
+    ),
     Fault(name="disk full, a small file system", act=services.disk_full, says="^error: .*make room"),
-    Fault(name="read-only, at any file", plant=in_replace(_raiser(_read_only)), calls=30, says="Read-only file system"),
+    Fault(
+        name="read-only, at any file",
+        plant=in_replace(_raiser(_read_only)),
+        calls=30,
+        says="Read-only file system",
+        silent=True,
+    ),
     Fault(name="read-only file system", act=services.read_only, says="Read-only file system"),
     Fault(name="clock jumps a day", plant=clock, calls=100),
     Fault(
