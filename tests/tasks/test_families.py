@@ -111,7 +111,7 @@ def test_a_missing_package_is_named(family: str, command: str, monkeypatch: pyte
         ({"template": "chatt"}, r"dataset.template=chatt: .* Choose from alpaca, chat, plain. Did you mean chat\?"),
         ({"metrics": ("accuracy",)}, r"dataset.metrics=accuracy: .* Did you mean choice_accuracy\?"),
         ({"metrics": ("final_number",)}, r"final_number needs generated text: set dataset.max_new_tokens above 0"),
-        ({"options": {"x": 1}}, r"dataset.options=x: no such dataset.options. Choose from stop"),
+        ({"options": {"x": 1}}, r"dataset.options=x: no such dataset.options. Choose from preferences, stop"),
         ({"family": "hub", "options": {"promt": "{a}"}}, r"dataset.options=promt: .* Did you mean prompt\?"),
     ],
 )
