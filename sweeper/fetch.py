@@ -5,13 +5,13 @@ Training downloads no package: it reads what is installed or in the cache, or na
 
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
@@ -122,7 +122,9 @@ def _installed(pin: Pin) -> bool:
 
 def _download(pin: Pin, target: Path) -> Path:
     """The wheel, by this interpreter's pip with the user's own configuration."""
-    if importlib.util.find_spec("pip") is None:
+    if (
+        PathFinder.find_spec("pip") is None
+    ):  # as util.find_spec looks, setuptools gives up its distutils in this process
         raise DataError(f"fetch needs pip, which {sys.prefix} lacks; the extra train has it: {install('train')}")
     asked = target / "asked.txt"
     asked.write_text(f"{pin.name}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
