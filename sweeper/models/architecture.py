@@ -106,8 +106,14 @@ def matches(pattern: str, name: str) -> bool:
 
     >>> matches(r"mlp\\.c_proj", "transformer.h.0.mlp.c_proj"), matches("c_proj", "h.0.attn.xc_proj")
     (True, False)
+
+    Raises:
+        re.error: it is no regular expression.
     """
-    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+    # Python takes flags for the whole only where an expression begins
+    flags, rest = re.fullmatch(r"(?s)(?:\(\?([aimsux]+)\))?(.*)", pattern).groups()  # type: ignore[union-attr]
+    inner = f"(?{flags}:{rest})" if flags else f"(?:{rest})"
+    return re.fullmatch(rf"(?:.*\.)?{inner}", name) is not None
 
 
 def listing(targets: Iterable[Target], most: int = 16) -> str:

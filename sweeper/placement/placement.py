@@ -272,7 +272,7 @@ def report(targets: Sequence[Target], names: Iterable[str] = ("attn", "ff", "ful
 
 def _by_pattern(targets: Sequence[Target], pattern: str, placement: PlacementSpec) -> list[Target]:
     try:
-        re.compile(pattern)
+        matches(pattern, "")
     except re.error as error:
         raise SpecError(f"placement.patterns: {pattern!r} is no regular expression ({error})") from None
     picked = [target for target in targets if target.kind != "experts" and matches(pattern, target.name)]

@@ -78,7 +78,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
 
 
 @pytest.mark.parametrize("page", VENUES.values(), ids=list(VENUES))
-@pytest.mark.parametrize("study", ["many", "tasks"])
+@pytest.mark.parametrize("study", ["many", pytest.param("tasks", marks=pytest.mark.slow)])
 def test_all_text_can_be_read_and_none_is_cut(page: Venue, study: str, request: pytest.FixtureRequest) -> None:
     found: Analysis = request.getfixturevalue(study)
     count = 0

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sweeper.errors import ModelError, SpecError, unknown
-from sweeper.models.architecture import structure
+from sweeper.models.architecture import matches, structure
 from sweeper.placement.lattice import LATTICE
 from sweeper.placement.placement import PLACEMENTS, Target, check_rank, number_of_layers, resolve, select_layers
 from sweeper.spec import PlacementSpec, from_mapping, typed_fields
@@ -403,3 +403,11 @@ def test_where_no_named_placement_is_possible_custom_is_what_is_left() -> None:
 
 def test_a_choice_among_nothing_says_so() -> None:
     assert unknown("metric", "nl", []) == "metric=nl: no such metric; there is none to choose from here."
+
+
+def test_a_pattern_may_begin_with_flags() -> None:
+    name = "model.layers.0.mlp.down_proj"
+    assert matches(r"(?i)MLP\.down_proj", name)
+    assert not matches(r"MLP\.down_proj", name)
+    with pytest.raises(re.error):
+        matches("down(?i)proj", name)

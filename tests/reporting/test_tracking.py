@@ -117,6 +117,7 @@ def test_tensorboard_files_hold_curves_and_summary(
     assert read.Scalars("summary/validation/nll_after")[0].value == 0.25
 
 
+@pytest.mark.slow
 def test_wandb_offline_runs_live_side_by_side(
     plan: Plan, study: Settings, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
