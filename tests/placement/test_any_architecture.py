@@ -154,5 +154,5 @@ def test_many_placements_on_every_architecture() -> None:
         draw()
     finally:
         figures.write()
-    assert figures.accepted > 100
+    assert figures.accepted > 50
     assert figures.refused > 100
