@@ -294,6 +294,11 @@ def run(scheduler: Scheduler, ray_settings: RaySettings) -> Outcome:
                 if replies:
                     ray.get(desk.answer.remote(replies))
                 crew.notice()
+        except RayActorError as error:
+            raise NoWorkers(
+                "the node of the Ray cluster that passed messages between this command and its workers is gone "
+                f"({first_line(error)}): give the same command again, it goes on from what is saved"
+            ) from error
         finally:
             for actor, _ in crew.alive.values():
                 ray.kill(actor)

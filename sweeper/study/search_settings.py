@@ -78,7 +78,7 @@ class SearchSettings:
                 refuse("direction", one, f"{objective} is {worse}; leave direction out")
         if self.pruner != "none" and len(self.objectives) > 1:
             refuse("pruner", self.pruner, "pruning needs a single objective")
-        if self.pruner != "none" and not self.objectives[0].startswith("validation."):
+        if self.pruner != "none" and self.objectives and not self.objectives[0].startswith("validation."):
             refuse("pruner", self.pruner, f"{self.objectives[0]} does not change while a run trains")
         if len(set(self.confirm_seeds)) < len(self.confirm_seeds):
             refuse("confirm_seeds", list(self.confirm_seeds), "give each once")

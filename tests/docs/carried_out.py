@@ -206,7 +206,13 @@ class Reader:
 def _ended(words: list[str]) -> object:
     try:
         if words[0] == "-m":
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            module = words[1] if "." in words[1] else f"{words[1]}.__main__"
+            loaded = sys.modules.pop(module, None)  # by another test; a process of its own would not have it
+            try:
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            finally:
+                if loaded is not None:
+                    sys.modules[module] = loaded
         else:
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     except SystemExit as end:

@@ -580,3 +580,10 @@ def test_what_a_repeated_search_takes_up_is_told(
     out = " ".join(capsys.readouterr().out.split())
     assert "2 trials have ended already" in out
     assert f"{broken.parent.name} trains again; its record is kept beside the new one" in out
+
+
+@pytest.mark.parametrize("pruner", ["asha", "median"])
+def test_a_pruner_needs_no_objective_to_be_named(pruner: str) -> None:
+    assert SearchSettings(pruner=pruner, objectives=()).objectives == ()
+    with pytest.raises(SpecError, match="does not change while a run trains"):
+        SearchSettings(pruner=pruner, objectives=("train_flops",))

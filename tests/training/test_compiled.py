@@ -31,8 +31,8 @@ def test_compiled_layers_are_eager_ones_and_share_their_compilation(
     lengths = set()
     stock = packs.collate
 
-    def fixed(lanes: Any, weights: Any, *, fixed: bool, count: int, tasks: Any) -> Any:
-        batch = stock(lanes, weights, fixed=True, count=count, tasks=tasks)
+    def fixed(lanes: Any, weights: Any, *, fixed: bool, **more: Any) -> Any:
+        batch = stock(lanes, weights, fixed=True, **more)
         lengths.add(batch.shape[2])
         return batch
 
