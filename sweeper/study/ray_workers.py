@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from sweeper import register
-from sweeper.errors import Problems, SweeperError, first_line
+from sweeper.errors import Problems, SweeperError, first_line, gist
 from sweeper.lost import ContextLost
 from sweeper.spec import Settings
 from sweeper.study.scheduler import Outcome, Scheduler, stop_on_signal
@@ -297,7 +297,7 @@ def run(scheduler: Scheduler, ray_settings: RaySettings) -> Outcome:
         except RayActorError as error:
             raise NoWorkers(
                 "the node of the Ray cluster that passed messages between this command and its workers is gone "
-                f"({first_line(error)}): give the same command again, it goes on from what is saved"
+                f"({gist(error, 120)}): give the same command again, it goes on from what is saved"
             ) from error
         finally:
             for actor, _ in crew.alive.values():

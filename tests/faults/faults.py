@@ -386,7 +386,7 @@ FAULTS = (
         tuned=False,
         kills=True,
         most=5,
-        says="died; its",
+        says="died; its|node of the Ray cluster",
     ),
     *(
         Fault(
