@@ -227,6 +227,7 @@ def test_command_line_and_api_meet_in_one_function(trains: FakeEngine, monkeypat
     assert [[arm.key for arm in arms] for arms in met] == [[arm.key for arm in met[0]]] * 2
 
 
+@pytest.mark.slow
 def test_the_page_runs(root: Path, tmp_path: Path) -> None:
     code = "\n".join(blocks(root / "docs/api.md"))
     told = python(root, tmp_path, f"{code}\nprint(type(model).__name__, len(study.runs), len(found))")

@@ -228,6 +228,7 @@ def test_axes_of_overlays_may_be_empty_or_absent(given: list[str], root: Path, t
     assert "1 run, 1 to train" in out.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parts",
     [

@@ -81,6 +81,7 @@ lines = st.one_of(
 )
 
 
+@pytest.mark.slow
 @QUICK
 @given(found=st.lists(lines, min_size=1, max_size=4))
 def test_a_wrong_override_is_a_line(found: list[str], composer: Any) -> None:

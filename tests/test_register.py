@@ -50,6 +50,7 @@ def ids(study: sweeper.Study) -> list[str]:
     return [run.run_id for run in study.runs]
 
 
+@pytest.mark.slow
 def test_the_page_runs(root: Path, mine: Path, tmp_path: Path) -> None:
     page = root / "docs/extending.md"
     assert len(blocks(page)[0].splitlines()) <= 50

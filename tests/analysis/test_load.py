@@ -144,6 +144,7 @@ def test_the_order_of_records_changes_no_table(small: Path, tmp_path: Path) -> N
         assert first[name].equals(second[name]), name
 
 
+@pytest.mark.slow
 def test_the_whole_analysis_runs_without_the_training_side(small: Path, tmp_path: Path) -> None:
     code = """
 import sys

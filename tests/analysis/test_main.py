@@ -100,6 +100,7 @@ def test_a_study_where_all_failed_still_gets_a_report(study_folder: Path, tmp_pa
     assert "E: m" in (tmp_path / "paper" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_venue_sets_the_width_and_an_unknown_one_is_refused(
     study_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,8 +77,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     return analyse(load(study), draws=50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", VENUES.values(), ids=list(VENUES))
-@pytest.mark.parametrize("study", ["many", pytest.param("tasks", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("study", ["many", "tasks"])
 def test_all_text_can_be_read_and_none_is_cut(page: Venue, study: str, request: pytest.FixtureRequest) -> None:
     found: Analysis = request.getfixturevalue(study)
     count = 0

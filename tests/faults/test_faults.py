@@ -14,7 +14,7 @@ from tests.faults.harness import Fault, Harness, Injection, warm
 from tests.faults.outcomes import Result, judge
 from tests.faults.services import PROGRAMS, can_mount
 
-QUICK = ("driver killed", "out of memory, backward", "record bit flipped")
+QUICK = ("driver killed", "out of memory, backward")
 NEEDS_MOUNT = ("disk full, a small file system", "read-only file system")
 
 
