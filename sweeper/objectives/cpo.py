@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from sweeper.errors import SpecError
 from sweeper.objectives.objective import Outputs
-from sweeper.objectives.pairs import Pairs, check_above, check_share, chosen_nll, logistic, margins
+from sweeper.objectives.pairs import Pairs, check_above, check_not_below, check_share, logistic
 
 
 class CPO(Pairs):
@@ -21,15 +20,9 @@ class CPO(Pairs):
     ) -> None:
         check_above("cpo", beta=beta)
         check_share("cpo", label_smoothing)
-        if nll_weight < 0:
-            raise SpecError(field="objective.options.nll_weight", wanted="at least 0", got=nll_weight)
+        check_not_below(nll_weight=nll_weight)
         self.beta, self.nll_weight = beta, nll_weight
         self.label_smoothing, self.length_normalised = label_smoothing, length_normalised
 
-    def losses(self, seen: Outputs) -> Tensor:
-        found = super().losses(seen)
-        return found + self.nll_weight * chosen_nll(seen) if self.nll_weight else found
-
     def of_pairs(self, seen: Outputs) -> Tensor:
-        values = seen.log_likelihoods / seen.counts if self.length_normalised else seen.log_likelihoods
-        return logistic(self.beta * margins(values), self.label_smoothing)
+        return logistic(self.beta * self.margins(seen), self.label_smoothing)

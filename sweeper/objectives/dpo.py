@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from sweeper.objectives.objective import Outputs
-from sweeper.objectives.pairs import Pairs, check_above, check_share, logistic, margins
+from sweeper.objectives.pairs import Pairs, check_above, check_share, logistic
 
 
 class DPO(Pairs):
@@ -23,7 +23,4 @@ class DPO(Pairs):
         self.beta, self.label_smoothing, self.length_normalised = beta, label_smoothing, length_normalised
 
     def of_pairs(self, seen: Outputs) -> Tensor:
-        ratios = seen.log_likelihoods - seen.references
-        if self.length_normalised:
-            ratios = ratios / seen.counts
-        return logistic(self.beta * margins(ratios), self.label_smoothing)
+        return logistic(self.beta * self.margins(seen), self.label_smoothing)

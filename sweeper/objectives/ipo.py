@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from sweeper.objectives.objective import Outputs
-from sweeper.objectives.pairs import Pairs, check_above, check_share, margins
+from sweeper.objectives.pairs import Pairs, check_above, check_share
 
 
 class IPO(Pairs):
@@ -23,9 +23,6 @@ class IPO(Pairs):
         self.beta, self.label_smoothing, self.length_normalised = beta, label_smoothing, length_normalised
 
     def of_pairs(self, seen: Outputs) -> Tensor:
-        ratios = seen.log_likelihoods - seen.references
-        if self.length_normalised:
-            ratios = ratios / seen.counts
-        gap, wanted = margins(ratios), 1 / (2 * self.beta)
+        gap, wanted = self.margins(seen), 1 / (2 * self.beta)
         right, wrong = (gap - wanted).square(), (gap + wanted).square()
         return (1 - self.label_smoothing) * right + self.label_smoothing * wrong

@@ -23,16 +23,30 @@ def rejected(example: Any) -> Row:
 
 
 class Pairs(Objective):
-    """Compares the chosen with the rejected response to a prompt."""
+    """Compares the chosen with the rejected response to a prompt.
+
+    Attributes:
+        length_normalised: whether responses are compared by the mean over their tokens.
+        nll_weight: of the NLL of the chosen responses, a mean over their tokens, beside the comparison.
+    """
 
     kinds = (preference.PAIRS,)
     score = "preference_accuracy"
+    length_normalised: bool = False
+    nll_weight: float = 0.0
 
     def rows(self, example: Any) -> Sequence[Row]:
         return chosen(example), rejected(example)
 
     def losses(self, seen: Outputs) -> Tensor:
-        return (seen.shares[:, ::2] * self.of_pairs(seen)).sum(1)
+        found = (seen.shares[:, ::2] * self.of_pairs(seen)).sum(1)
+        return found + self.nll_weight * chosen_nll(seen) if self.nll_weight else found
+
+    def margins(self, seen: Outputs) -> Tensor:
+        """By how much the log-likelihood of the chosen response is higher, [L, R/2]: where the objective asks for the
+        base's own, the log-ratio to it."""
+        each = seen.log_likelihoods - seen.references if self.reference else seen.log_likelihoods
+        return margins(each / seen.counts if self.length_normalised else each)
 
     def of_pairs(self, seen: Outputs) -> Tensor:
         """Loss of each pair [L, R/2]; pairs that fill up a lane may have any finite one."""
@@ -61,6 +75,13 @@ def check_above(name: str, **values: float) -> None:
     for option, value in values.items():
         if not 0 < value < float("inf"):
             raise SpecError(field=f"objective.options.{option}", wanted=f"above 0 for {name}", got=value)
+
+
+def check_not_below(**values: float) -> None:
+    """Raises SpecError for an option that is below 0."""
+    for option, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise SpecError(field=f"objective.options.{option}", wanted="at least 0", got=value)
 
 
 def check_share(name: str, value: float) -> None:

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from sweeper.errors import SpecError
 from sweeper.objectives.objective import Outputs
-from sweeper.objectives.pairs import Pairs, check_above, check_share, chosen_nll, logistic, margins
+from sweeper.objectives.pairs import Pairs, check_above, check_not_below, check_share, logistic
 
 
 class SimPO(Pairs):
@@ -23,16 +22,9 @@ class SimPO(Pairs):
     ) -> None:  # fmt: skip
         check_above("simpo", beta=beta)
         check_share("simpo", label_smoothing)
-        for name, value in (("gamma", gamma), ("nll_weight", nll_weight)):
-            if value < 0:
-                raise SpecError(field=f"objective.options.{name}", wanted="at least 0", got=value)
+        check_not_below(gamma=gamma, nll_weight=nll_weight)
         self.beta, self.gamma, self.nll_weight = beta, gamma, nll_weight
         self.label_smoothing, self.length_normalised = label_smoothing, length_normalised
 
-    def losses(self, seen: Outputs) -> Tensor:
-        found = super().losses(seen)
-        return found + self.nll_weight * chosen_nll(seen) if self.nll_weight else found
-
     def of_pairs(self, seen: Outputs) -> Tensor:
-        values = seen.log_likelihoods / seen.counts if self.length_normalised else seen.log_likelihoods
-        return logistic(self.beta * margins(values) - self.gamma, self.label_smoothing)
+        return logistic(self.beta * self.margins(seen) - self.gamma, self.label_smoothing)

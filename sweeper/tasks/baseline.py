@@ -11,10 +11,10 @@ def majority(splits: Mapping[str, Sequence[Example]], split: str, wanted: Sequen
     """Scores of the commonest response of train on a split, by metric; empty where there is no training split.
 
     A question whose choices do not have that response counts as a blind choice among them. Programs are not run:
-    `pass_at_1` has no majority baseline.
+    `pass_at_1` has no majority baseline. Conversations have none at all, for runs are scored on several answers of one.
     """
     train, examples = splits["train"], splits[split]
-    if not train or not examples:
+    if not train or not examples or any(example.turns for example in examples):
         return {}
     # of equally common ones the first in order of the alphabet, so that the order of the split does not matter
     answer = min(Counter(e.response for e in train).items(), key=lambda item: (-item[1], item[0]))[0]
