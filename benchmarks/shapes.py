@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.peft_today import PLACEMENTS, SHAPES
+from benchmarks.token_lengths import lengths
 from sweeper.lora.forms import AdapterSpec
 from sweeper.models import BaseModel
 from sweeper.models.architecture import structure
@@ -57,10 +58,23 @@ def adapter(base: BaseModel, placement: str, rank: int, seed: int = 0) -> Adapte
     return AdapterSpec(ranks=dict.fromkeys(names, rank), scales=dict.fromkeys(names, 2.0), dropout=0.0, seed=seed)
 
 
-def job(base: BaseModel, placement: str, rank: int, *, steps: int, batch: int, length: int, seed: int = 0) -> RunState:
+def rows_of(vocabulary: int, length: int, seed: int, task: str | None = None) -> list[Row]:
+    """64 rows of random tokens, of one length; or as many and as long as those of a task are."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, base.model.config.vocab_size, (64, length), generator=generator).tolist()
-    rows = [Row(tuple(row)) for row in tokens]
+    if task is None:
+        return [Row(tuple(row)) for row in torch.randint(0, vocabulary, (64, length), generator=generator).tolist()]
+    return [
+        Row(tuple(torch.randint(0, vocabulary, (total,), generator=generator).tolist()), prompt)
+        for prompt, total in lengths(task)
+    ]
+
+
+def job(
+    base: BaseModel, placement: str, rank: int, *, steps: int, batch: int, length: int, seed: int = 0,
+    rows: list[Row] | None = None,
+) -> RunState:  # fmt: skip
+    """A run on random tokens; on `rows`, if there are any."""
+    rows = rows or rows_of(base.model.config.vocab_size, length, seed)
     spec = RunSpec(
         model=base.spec, dataset=DatasetSpec(name="random", family="jsonl"), method=MethodSpec(name="lora"),
         placement=PlacementSpec(name=placement, patterns=("x",)), allocation=AllocationSpec(name="uniform"), rank=rank,
@@ -70,5 +84,19 @@ def job(base: BaseModel, placement: str, rank: int, *, steps: int, batch: int, l
     run_id = f"{placement}-{rank}-{seed}"
     return RunState(
         run=Run(run_id=run_id, spec=spec, folder=Path(run_id)), adapter=adapter(base, placement, rank, seed),
-        examples=rows, order=DataOrder([length] * len(rows), batch, seed),
+        examples=rows, order=DataOrder([len(row.input_ids) for row in rows], batch, seed),
     )  # fmt: skip
+
+
+def jobs_of(
+    base: BaseModel, runs: list[tuple[str, int]], *, steps: int, batch: int, length: int, rows: str | None = None
+) -> list[RunState]:  # fmt: skip
+    """A run of each placement and rank, each with a seed of its own; on rows as long as a task's, if it is named."""
+    vocabulary = base.model.config.vocab_size
+    return [
+        job(
+            base, placement, rank, steps=steps, batch=batch, length=length, seed=seed,
+            rows=rows_of(vocabulary, length, 0, rows) if rows else None,
+        )
+        for seed, (placement, rank) in enumerate(runs)
+    ]  # fmt: skip

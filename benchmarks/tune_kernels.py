@@ -55,37 +55,20 @@ def problem(fan_in: int, widths: tuple[int, ...], lanes: int, share: int, rank: 
 
 
 def launch(name: str, choice: tuple[int, ...], p: dict) -> None:
-    import triton
-
     from sweeper.lora import kernels as k
 
-    tiles, b_side = k.Tiles(*choice), name.endswith("B")
-    members, count, share, hidden = len(p["widths"]), len(p["lanes"]), p["share"], p["h"].shape[1]
-    fan_in = p["x"].shape[1]
-    zs, widths = (p["ys"], p["widths"]) if b_side else ([p["x"]], [fan_in])
-    _, _, ranks, chunks = k._geometry(p["x"], p["lanes"], hidden, members)
-    tail = {"M": members, "B_SIDE": b_side, "DROP": False, "RANKS": ranks}
-    tables = (p["table"], p["lanes"], *p["chance"])
-    rows, cols = count * triton.cdiv(share, tiles.rows), triton.cdiv(max(widths), tiles.cols)
-    z, w = k._three(zs), k._three(widths)
-    if name == "shared":
-        together = triton.next_power_of_2(members * ranks)
-        k._launch(k._shrink_shared, tiles, (rows,), p["x"], fan_in, p["work"], p["table"], p["scale"], p["lanes"],
-                  p["h"], share, hidden, M=members, RANKS=ranks, ALL=together)  # fmt: skip
-    elif name.startswith("shrink"):
-        k._launch(k._shrink, tiles, (members * rows, chunks), *z, *w, p["work"], p["table"], p["scale"], p["lanes"],
-                  *p["chance"], p["h"], share, share, hidden, **tail)  # fmt: skip
-    elif name.startswith("expand"):
-        hoist = chunks == 1 and (b_side or members == 1)
-        span = k.SPAN if hoist else 1
-        rows = count * triton.cdiv(share, tiles.rows * span)
-        k._launch(k._expand, tiles, (rows, cols, members if b_side else 1), p["h"], p["work"], *tables, *z, *w,
-                  share, share, hidden, HOIST=hoist, SPAN=span, **tail)  # fmt: skip
-    else:
-        del tail["B_SIDE"]
-        cols = triton.cdiv(max(fan_in, *p["widths"]), tiles.cols)
-        k._launch(k._outer, tiles, (cols, 2 * count * members, chunks), p["h"], p["h"], p["x"], *k._three(p["ys"]),
-                  fan_in, *k._three(p["widths"]), p["gradient"], *tables, share, share, hidden, **tail)  # fmt: skip
+    k.SHRINK = k.SHARED = k.EXPAND = k.OUTER = k.Tiles(*choice)
+    own = k.Adapters(
+        p["work"], p["table"], p["scale"], p["lanes"], *p["chance"], p["h"].shape[1], p["share"], p["share"]
+    )  # fmt: skip
+    {
+        "shared": lambda: k.shrink(p["x"], own),
+        "shrink A": lambda: k._shrink_into(p["h"], [p["x"]], own, b_side=False, drop=False),
+        "shrink B": lambda: k.shrink_back(p["ys"], own),
+        "expand A": lambda: k.expand_back(p["h"], p["x"], own),
+        "expand B": lambda: k.expand(p["h"], p["ys"], own),
+        "outer": lambda: k.outer(p["h"], p["h"], p["x"], p["ys"], p["gradient"], own),
+    }[name]()
 
 
 def compile_one(task: tuple) -> None:

@@ -6,7 +6,9 @@ serves whatever runs hold the slots. All three kernels walk tiles that never cro
 Shapes: N rows, I in, O out, M members, J slots, L lanes, H hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -45,7 +47,7 @@ def _pick(member, first, second, third):
 
 @triton.jit
 def _shrink(
-    z0, z1, z2, width0, width1, width2, flat, table, scale, lanes, dropout, seeds, salts, h,
+    z0, z1, z2, width0, width1, width2, stride0, stride1, stride2, flat, table, scale, lanes, dropout, seeds, salts, h,
     share, tokens, h_stride,
     M: tl.constexpr, B_SIDE: tl.constexpr, DROP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
@@ -66,10 +68,12 @@ def _shrink(
     if B_SIDE:
         z = _pick(member, z0, z1, z2)
         width = _pick(member, width0, width1, width2)
+        stride = _pick(member, stride0, stride1, stride2)
         offset = tl.multiple_of(tl.load(entry + 2), 16)
     else:
         z = z0
         width = width0
+        stride = stride0
         offset = tl.multiple_of(tl.load(entry + 1), 16)
     local = tile % tiles * ROWS + tl.arange(0, ROWS)
     inside = local < share
@@ -83,7 +87,7 @@ def _shrink(
     total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
     for start in range(0, width, COLS):
         c = start + tl.arange(0, COLS)
-        values = tl.load(z + row[:, None] * width + c[None, :], mask=inside[:, None] & (c[None, :] < width), other=0.0)
+        values = tl.load(z + row[:, None] * stride + c[None, :], mask=inside[:, None] & (c[None, :] < width), other=0.0)
         if DROP:
             if p > 0:
                 values = tl.where(_keep(seed, salt, index, c, p), values, 0.0)
@@ -144,7 +148,7 @@ def _shrink_shared(
 
 @triton.jit
 def _expand(
-    h, flat, table, lanes, dropout, seeds, salts, y0, y1, y2, width0, width1, width2,
+    h, flat, table, lanes, dropout, seeds, salts, y0, y1, y2, width0, width1, width2, stride0, stride1, stride2,
     share, tokens, h_stride,
     M: tl.constexpr, B_SIDE: tl.constexpr, DROP: tl.constexpr, HOIST: tl.constexpr, SPAN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
@@ -160,11 +164,13 @@ def _expand(
         last_member = first_member + 1
         y = _pick(first_member, y0, y1, y2)
         width = _pick(first_member, width0, width1, width2)
+        stride = _pick(first_member, stride0, stride1, stride2)
     else:
         first_member = 0
         last_member = M
         y = y0
         width = width0
+        stride = stride0
     if tl.program_id(1) * COLS >= width:
         return
     adapted = 0
@@ -192,7 +198,7 @@ def _expand(
             hidden = tl.load(
                 h + row[:, None] * h_stride + where + r[None, :], mask=inside[:, None] & (r[None, :] < rank), other=0.0
             )
-            pointer = y + row[:, None] * width + c[None, :]
+            pointer = y + row[:, None] * stride + c[None, :]
             mask = inside[:, None] & (c[None, :] < width)
             total = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
             total = tl.dot(hidden, matrix, total, input_precision="ieee")
@@ -202,7 +208,7 @@ def _expand(
         inside = local < share
         row = lane.to(tl.int64) * share + local
         c = tl.program_id(1) * COLS + tl.arange(0, COLS)
-        pointer = y + row[:, None] * width + c[None, :]
+        pointer = y + row[:, None] * stride + c[None, :]
         mask = inside[:, None] & (c[None, :] < width)
         total = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
         for member in range(first_member, last_member):
@@ -244,11 +250,14 @@ def _expand(
 
 @triton.jit
 def _outer(
-    h, dh, x, z0, z1, z2, fan_in, width0, width1, width2, dflat, table, lanes, dropout, seeds, salts,
-    share, tokens, h_stride,
-    M: tl.constexpr, DROP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+    h, dh, x, z0, z1, z2, fan_in, width0, width1, width2, stride0, stride1, stride2, dflat, table, lanes,
+    dropout, seeds, salts, share, tokens, h_stride,
+    M: tl.constexpr, DROP: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one slot and member, over the rows of its lane: h^T @ dy for B, or dh^T @ (mask * x) for A."""
+    """Gradients of one slot and member, over the rows of its lane: h^T @ dy for B, or dh^T @ (mask * x) for A.
+
+    ADD: added to what is there; else in its place.
+    """
     b_side = tl.program_id(1) % 2 == 0
     lane = tl.program_id(1) // 2 // M
     member = tl.program_id(1) // 2 % M
@@ -262,11 +271,13 @@ def _outer(
         return
     z = x
     width = fan_in
+    stride = fan_in
     hidden_rows = dh
     place = entry + 1
     if b_side:
         z = _pick(member, z0, z1, z2)
         width = _pick(member, width0, width1, width2)
+        stride = _pick(member, stride0, stride1, stride2)
         hidden_rows = h
         place = entry + 2
     if tl.program_id(0) * COLS >= width:
@@ -291,7 +302,7 @@ def _outer(
             other=0.0,
         )
         values = tl.load(
-            z + row[:, None] * width + c[None, :], mask=(local[:, None] < share) & (c[None, :] < width), other=0.0
+            z + row[:, None] * stride + c[None, :], mask=(local[:, None] < share) & (c[None, :] < width), other=0.0
         )
         if DROP:
             if p > 0:
@@ -299,11 +310,11 @@ def _outer(
         total = tl.dot(tl.trans(hidden), values, total, input_precision="ieee")
     if DROP:
         total = total / (1 - p)
-    tl.store(
-        dflat + offset + r[:, None] * width + c[None, :],
-        total.to(dflat.dtype.element_ty),
-        mask=(r[:, None] < rank) & (c[None, :] < width),
-    )
+    place = dflat + offset + r[:, None] * width + c[None, :]
+    mask = (r[:, None] < rank) & (c[None, :] < width)
+    if ADD:
+        total += tl.load(place, mask=mask, other=0.0)
+    tl.store(place, total.to(dflat.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -472,44 +483,131 @@ def _launch(kernel, tiles: Tiles, grid, *arguments, **constants) -> None:
     )
 
 
-def _three(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(tensors[min(i, len(tensors) - 1)] for i in range(3))
+def three(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Of one to three members three, the last repeated: kernels take as many arguments whatever there is."""
+    return tuple(values[min(i, len(values) - 1)] for i in range(3))
 
 
-def _geometry(x: Tensor, lanes: Tensor, hidden: int, members: int) -> tuple[int, int, int, int]:
-    """Rows of a lane, lanes, ranks of a tile and tiles of ranks."""
-    widest = hidden // members
-    ranks = 16 if widest <= 16 else 32 if widest <= 32 else 64
-    return x.shape[0] // lanes.shape[0], lanes.shape[0], ranks, triton.cdiv(widest, ranks)
+def _matrices(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Three matrices with their widths and the strides of their rows: they may be columns of one that is wider."""
+    return *three(tensors), *three([one.shape[1] for one in tensors]), *three([one.stride(0) for one in tensors])
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """A group's adapters as the kernels read them; `lowrank.adapted_linear` says what each is.
+
+    Attributes:
+        hidden: H. share: rows of a lane. tokens: padded length of a sequence, for dropout.
+    """
+
+    work: Tensor
+    table: Tensor
+    scale: Tensor
+    lanes: Tensor
+    dropout: Tensor
+    seeds: Tensor
+    salts: Tensor
+    hidden: int
+    share: int
+    tokens: int
+
+    @property
+    def members(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def count(self) -> int:
+        """Lanes."""
+        return self.lanes.shape[0]
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of a tile."""
+        widest = self.hidden // self.members
+        return 16 if widest <= 16 else 32 if widest <= 32 else 64
+
+    @property
+    def chunks(self) -> int:
+        """Tiles of ranks."""
+        return triton.cdiv(self.hidden // self.members, self.ranks)
+
+    @property
+    def chance(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.dropout, self.seeds, self.salts
+
+
+def shrink(x: Tensor, own: Adapters, *, drop: bool = False) -> Tensor:
+    """Scaled hidden s (mask * x) A^T [N, H] of x [N, I]; what no adapter has is left as memory was."""
+    h = x.new_empty(x.shape[0], own.hidden)
+    together = triton.next_power_of_2(own.members * own.ranks)
+    if own.members > 1 and own.chunks == 1 and together <= 64 and not drop:
+        _launch(
+            _shrink_shared, SHARED, (own.count * triton.cdiv(own.share, SHARED.rows),),
+            x, x.shape[1], own.work, own.table, own.scale, own.lanes, h, own.share, own.hidden,
+            M=own.members, RANKS=own.ranks, ALL=together,
+        )  # fmt: skip
+    else:
+        _shrink_into(h, [x], own, b_side=False, drop=drop)
+    return h
+
+
+def shrink_back(dys: Sequence[Tensor], own: Adapters) -> Tensor:
+    """Scaled s dy B^T [N, H] of the gradients [N, O] of each member."""
+    dh = dys[0].new_empty(dys[0].shape[0], own.hidden)
+    _shrink_into(dh, dys, own, b_side=True, drop=False)
+    return dh
+
+
+def _shrink_into(h: Tensor, zs: Sequence[Tensor], own: Adapters, *, b_side: bool, drop: bool) -> None:
+    _launch(
+        _shrink, SHRINK, (own.members * own.count * triton.cdiv(own.share, SHRINK.rows), own.chunks),
+        *_matrices(zs), own.work, own.table, own.scale, own.lanes, *own.chance, h, own.share, own.tokens, own.hidden,
+        M=own.members, B_SIDE=b_side, DROP=drop, RANKS=own.ranks,
+    )  # fmt: skip
+
+
+def expand(h: Tensor, ys: Sequence[Tensor], own: Adapters) -> None:
+    """Adds h B to the outputs [N, O] of each member, in place."""
+    _expand_into(h, ys, own, b_side=True, hoist=own.chunks == 1, drop=False)
+
+
+def expand_back(dh: Tensor, dx: Tensor, own: Adapters, *, drop: bool = False) -> None:
+    """Adds the sum over members of mask * (dh A) to dx [N, I], in place."""
+    hoist = own.chunks == 1 and own.members == 1 and not drop
+    _expand_into(dh, [dx], own, b_side=False, hoist=hoist, drop=drop)
+
+
+def _expand_into(h: Tensor, ys: Sequence[Tensor], own: Adapters, *, b_side: bool, hoist: bool, drop: bool) -> None:
+    span = SPAN if hoist else 1
+    rows, cols = own.count * triton.cdiv(own.share, EXPAND.rows * span), max(y.shape[1] for y in ys)
+    _launch(
+        _expand, EXPAND, (rows, triton.cdiv(cols, EXPAND.cols), own.members if b_side else 1),
+        h, own.work, own.table, own.lanes, *own.chance, *_matrices(ys), own.share, own.tokens, own.hidden,
+        M=own.members, B_SIDE=b_side, DROP=drop, HOIST=hoist, SPAN=span, RANKS=own.ranks,
+    )  # fmt: skip
+
+
+def outer(
+    h: Tensor, dh: Tensor, x: Tensor, dys: Sequence[Tensor], gradient: Tensor, own: Adapters, *, drop: bool = False,
+    add: bool = False,
+) -> None:  # fmt: skip
+    """Gradients of A and B into `gradient` [F] float32, in place of what is there or added to it."""
+    widest = max(x.shape[1], *(dy.shape[1] for dy in dys))
+    _launch(
+        _outer, OUTER, (triton.cdiv(widest, OUTER.cols), 2 * own.count * own.members, own.chunks),
+        h, dh, x, *three(dys), x.shape[1], *_matrices(dys)[3:], gradient, own.table, own.lanes, *own.chance,
+        own.share, own.tokens, own.hidden, M=own.members, DROP=drop, ADD=add, RANKS=own.ranks,
+    )  # fmt: skip
 
 
 def forward(x, ys, work, table, scale, lanes, dropout, seeds, salts, gates, gate_rows, hidden, tokens, drop):
     """Adds every lane's low-rank product to the frozen products `ys` in place; returns the scaled hidden [N, H]."""
     x = x.contiguous()
-    h = x.new_empty(x.shape[0], hidden)
-    members, widths = len(ys), [y.shape[1] for y in ys]
-    share, count, ranks, chunks = _geometry(x, lanes, hidden, members)
-    chance = (dropout, seeds, salts)
-    together = triton.next_power_of_2(members * ranks)
-    if members > 1 and chunks == 1 and together <= 64 and not drop:
-        _launch(
-            _shrink_shared, SHARED, (count * triton.cdiv(share, SHARED.rows),),
-            x, x.shape[1], work, table, scale, lanes, h, share, hidden, M=members, RANKS=ranks, ALL=together,
-        )  # fmt: skip
-    else:
-        _launch(
-            _shrink, SHRINK, (members * count * triton.cdiv(share, SHRINK.rows), chunks),
-            *_three([x]), *_three([x.shape[1]]), work, table, scale, lanes, *chance, h, share, tokens, hidden,
-            M=members, B_SIDE=False, DROP=drop, RANKS=ranks,
-        )  # fmt: skip
+    own = Adapters(work, table, scale, lanes, dropout, seeds, salts, hidden, x.shape[0] // lanes.shape[0], tokens)
+    h = shrink(x, own, drop=drop)
     gate(h, gates, gate_rows)
-    span = SPAN if chunks == 1 else 1
-    grid = (count * triton.cdiv(share, EXPAND.rows * span), triton.cdiv(max(widths), EXPAND.cols), members)
-    _launch(
-        _expand, EXPAND, grid,
-        h, work, table, lanes, *chance, *_three(ys), *_three(widths), share, tokens, hidden,
-        M=members, B_SIDE=True, DROP=False, HOIST=chunks == 1, SPAN=span, RANKS=ranks,
-    )  # fmt: skip
+    expand(h, ys, own)
     return h
 
 
@@ -518,27 +616,11 @@ def backward(
 ) -> None:
     """Adds the adapters' share to `dx` in place; fills `dparams`, which must be zero, and `dgates`."""
     x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
-    dh = torch.empty_like(h)
-    members, widths, hidden, fan_in = len(dys), [dy.shape[1] for dy in dys], h.shape[1], x.shape[1]
-    share, count, ranks, chunks = _geometry(x, lanes, hidden, members)
-    chance = (dropout, seeds, salts)
-    _launch(
-        _shrink, SHRINK, (members * count * triton.cdiv(share, SHRINK.rows), chunks),
-        *_three(dys), *_three(widths), work, table, scale, lanes, *chance, dh, share, tokens, hidden,
-        M=members, B_SIDE=True, DROP=False, RANKS=ranks,
-    )  # fmt: skip
+    share = x.shape[0] // lanes.shape[0]
+    own = Adapters(work, table, scale, lanes, dropout, seeds, salts, h.shape[1], share, tokens)
+    dh = shrink_back(dys, own)
     if gates is not None and gate_rows is None:
         dgates.copy_(gate_gradient(h, dh, gates, scale, lanes))
     gate(dh, gates, gate_rows)
-    _launch(
-        _outer, OUTER, (triton.cdiv(max(fan_in, *widths), OUTER.cols), 2 * count * members, chunks),
-        h, dh, x, *_three(dys), fan_in, *_three(widths), dparams, table, lanes, *chance, share, tokens, hidden,
-        M=members, DROP=drop, RANKS=ranks,
-    )  # fmt: skip
-    hoist = chunks == 1 and members == 1 and not drop
-    span = SPAN if hoist else 1
-    _launch(
-        _expand, EXPAND, (count * triton.cdiv(share, EXPAND.rows * span), triton.cdiv(fan_in, EXPAND.cols), 1),
-        dh, work, table, lanes, *chance, *_three([dx]), *_three([fan_in]), share, tokens, hidden,
-        M=members, B_SIDE=False, DROP=drop, HOIST=hoist, SPAN=span, RANKS=ranks,
-    )  # fmt: skip
+    outer(h, dh, x, dys, dparams, own, drop=drop)
+    expand_back(dh, dx, own, drop=drop)

@@ -1,5 +1,6 @@
 """Which examples a run sees at which step, and how the lanes of a pack become one rectangular batch."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sweeper.fused.rows import Rows
 from sweeper.objectives.objective import REFERENCE, SHARE, VALUE, Row
 from sweeper.tasks.example import Encoded, Tokens, scored
 
@@ -91,78 +93,83 @@ def latest(found: dict[int, V], key: int, make: Callable[[int], V], most: int = 
 
 @dataclass
 class Batch:
-    """One rectangular batch of a pack.
+    """One batch of a pack: L lanes of R sequences each.
 
-    ids [L*R, T] token ids, each lane R sequences; index [L, K] flat positions (into L*R*T) whose next token is a
-    target; targets [L, K]; weights [L, K] float32, 0 for padding, else the weight of the token (`Outputs.weights`);
-    lengths [L*R] tokens of each sequence; tasks [L*R] which task of its run each is of, 0 where there is one;
-    prompts [L*R] tokens of each sequence's prompt; facts [L*R, 3] what a loss must know of each (`Outputs.facts`).
+    Rectangular, ids [L*R, T] are padded on the right. Compact, ids [L, S] are the sequences of each lane end to end,
+    and `starts` and `stops` [L*S] say where that of each token begins and ends (`sweeper.fused.rows`).
+
+    index [L, K] flat positions into `ids` whose next token is a target; targets [L, K]; weights [L, K] float32, 0 for
+    padding, else the weight of the token (`Outputs.weights`); rows [L, K] which sequence of its lane a target is of;
+    positions [L, K] its place in there, from 0; lengths [L*R] tokens of each sequence; tasks [L*R] which task of its
+    run each is of, 0 where there is one; prompts [L*R] tokens of each sequence's prompt; facts [L*R, 3] what a loss
+    must know of each (`Outputs.facts`).
     """
 
     ids: Tensor
     index: Tensor
     targets: Tensor
     weights: Tensor
+    rows: Tensor
+    positions: Tensor
     lengths: Tensor
     tasks: Tensor
     prompts: Tensor
     facts: Tensor
+    starts: Tensor | None = None
+    stops: Tensor | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Lanes, sequences a lane, padded length, padded targets a lane."""
+    def compact(self) -> bool:
+        return self.starts is not None
+
+    @property
+    def shape(self) -> tuple[bool, int, int, int, int]:
+        """Whether it is compact, lanes, sequences a lane, padded length of a sequence or a lane, targets a lane."""
         lanes, targets = self.index.shape
-        return lanes, self.ids.shape[0] // lanes, self.ids.shape[1], targets
-
-    @property
-    def rows(self) -> Tensor:
-        """[L, K] which sequence of its lane a target is of; 0 for padding."""
-        lanes, sequences, length, _ = self.shape
-        first = torch.arange(lanes, device=self.index.device)[:, None] * sequences
-        return (self.index // length - first).clamp(min=0)
-
-    @property
-    def positions(self) -> Tensor:
-        """[L, K] place of each target in its sequence, from 0."""
-        return self.index % self.ids.shape[1] + 1
+        return self.compact, lanes, self.lengths.shape[0] // lanes, self.ids.shape[1], targets
 
     def repeated(self, lanes: int) -> "Batch":
         """This batch of one lane for several."""
-        rows = torch.arange(lanes)[:, None] * self.ids.numel()
+        first = torch.arange(lanes)[:, None] * self.ids.numel()
+        moved = [None if one is None else (one + first.int()).flatten() for one in (self.starts, self.stops)]
+        flat = (self.lengths, self.tasks, self.prompts)
         return Batch(
-            self.ids.repeat(lanes, 1), self.index + rows, self.targets.repeat(lanes, 1), self.weights.repeat(lanes, 1),
-            self.lengths.repeat(lanes), self.tasks.repeat(lanes), self.prompts.repeat(lanes),
-            self.facts.repeat(lanes, 1),
+            self.ids.repeat(lanes, 1), self.index + first,
+            *(one.repeat(lanes, 1) for one in (self.targets, self.weights, self.rows, self.positions)),
+            *(one.repeat(lanes) for one in flat), self.facts.repeat(lanes, 1), *moved,
         )  # fmt: skip
 
     def lane(self, lane: int) -> "Batch":
-        """One lane as a batch of its own, no longer or wider than it would be if the others were not there."""
-        _, sequences, length, _ = self.shape
+        """One lane of a rectangular batch, no longer or wider than it would be if the others were not there."""
+        _, _, sequences, length, _ = self.shape
         rows = slice(lane * sequences, (lane + 1) * sequences)
         own = _round(int(self.lengths[rows].max()), False)
         weighed = (self.weights[lane] > 0).nonzero()
         width = int(weighed[-1]) + 1 if len(weighed) else 1
         place = self.index[lane, :width] - rows.start * length
         index = place // length * own + place % length
-        targets, weights = self.targets[lane : lane + 1, :width], self.weights[lane : lane + 1, :width]
+        each = (self.targets, self.weights, self.rows, self.positions)
         return Batch(
-            self.ids[rows, :own], index[None].clamp(min=0), targets, weights, self.lengths[rows], self.tasks[rows],
-            self.prompts[rows], self.facts[rows],
+            self.ids[rows, :own], index[None].clamp(min=0), *(one[lane : lane + 1, :width] for one in each),
+            self.lengths[rows], self.tasks[rows], self.prompts[rows], self.facts[rows],
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in self._tensors()))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
         """In page-locked memory, from where a copy to the GPU does not wait for what the GPU is doing."""
-        return Batch(*(t.pin_memory() for t in self._tensors()))
+        return self._each(lambda tensor: tensor.pin_memory())
 
     def copy_(self, other: "Batch") -> None:
-        for mine, new in zip(self._tensors(), other._tensors(), strict=True):
-            mine.copy_(new, non_blocking=True)
+        for field in dataclasses.fields(self):
+            mine, new = getattr(self, field.name), getattr(other, field.name)
+            if mine is not None:
+                mine.copy_(new, non_blocking=True)
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.ids, self.index, self.targets, self.weights, self.lengths, self.tasks, self.prompts, self.facts
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        found = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Batch(*(None if one is None else change(one) for one in found))
 
 
 def supervised(examples: Sequence[Tokens]) -> int:
@@ -183,8 +190,9 @@ def mean_weights(examples: Sequence[Tokens]) -> list[float]:
 def collate(
     lanes: Sequence[Sequence[Tokens]], weights: Sequence[Sequence[float]], *, fixed: bool, count: int | None = None,
     tasks: Sequence[Sequence[int]] | None = None, shares: Sequence[Sequence[float]] | None = None,
+    compact: bool = False,
 ) -> Batch:  # fmt: skip
-    """Right-padded batch of every lane's rows; causal attention never looks at what follows, so no mask is needed.
+    """Batch of every lane's rows; causal attention never looks at what follows, so padding needs no mask.
 
     Args:
         lanes: the rows of each lane; those that have fewer than others are filled up with empty ones.
@@ -193,15 +201,19 @@ def collate(
         count: lanes of the batch; those beyond the given ones are empty and their loss is 0.
         tasks: for each lane, which task of its run each of its rows is of.
         shares: for each lane, of each of its rows, the weight of the example it is of; without it all alike.
+        compact: sequences end to end, no padding but at the end of a lane.
     """
     rows, lanes_in_all = max(map(len, lanes)), count or len(lanes)
-    length = _round(max(len(e.input_ids) for lane in lanes for e in lane), fixed)
+    if compact:
+        length = _round(max(sum(len(e.input_ids) for e in lane) for lane in lanes), fixed, finer=2)
+    else:
+        length = _round(max(len(e.input_ids) for lane in lanes for e in lane), fixed)
     width = max(supervised(lane) for lane in lanes)
     # a target costs a row of logits and no more, so its number may be rounded coarsely: fewer shapes to capture
     width = max(32, 1 << (width - 1).bit_length()) if fixed else max(width, 1)
-    ids = np.zeros((lanes_in_all * rows, length), dtype=np.int64)
-    index = np.zeros((lanes_in_all, width), dtype=np.int64)
-    targets = np.zeros((lanes_in_all, width), dtype=np.int64)
+    ids = np.zeros((lanes_in_all * (1 if compact else rows), length), dtype=np.int64)
+    flat = ids.reshape(-1)
+    index, targets, numbers, places = np.zeros((4, lanes_in_all, width), dtype=np.int64)
     weighed = np.zeros((lanes_in_all, width), dtype=np.float32)
     lengths = np.ones(lanes_in_all * rows, dtype=np.int64)
     prompts = np.ones(lanes_in_all * rows, dtype=np.int64)
@@ -212,18 +224,27 @@ def collate(
         facts[own, SHARE] = 1 / len(examples) if shares is None else shares[lane]
         if tasks is not None:
             tasked[own] = tasks[lane]
+        first = lane * length
         for row, (example, weight) in enumerate(zip(examples, heavy, strict=True), start=lane * rows):
             tokens = example.input_ids
-            ids[row, : len(tokens)] = tokens
+            first = first if compact else row * length
+            flat[first : first + len(tokens)] = tokens
             lengths[row], prompts[row] = len(tokens), example.prompt_length
             for start, end in scored(example):
                 part = slice(filled, filled + end - start)
-                index[lane, part] = row * length + np.arange(start - 1, end - 1)
+                index[lane, part] = first + np.arange(start - 1, end - 1)
+                numbers[lane, part], places[lane, part] = row - lane * rows, np.arange(start, end)
                 targets[lane, part], weighed[lane, part] = tokens[start:end], weight
                 filled = part.stop
             if isinstance(example, Row):
                 facts[row, VALUE], facts[row, REFERENCE] = example.value, example.reference
-    return Batch(*map(torch.from_numpy, (ids, index, targets, weighed, lengths, tasked, prompts, facts)))
+            first += len(tokens)
+    each = (ids, index, targets, weighed, numbers, places, lengths, tasked, prompts, facts)
+    found = Batch(*map(torch.from_numpy, each))
+    if compact:
+        held = Rows.of([[len(e.input_ids) for e in lane] for lane in lanes], length, lanes_in_all)
+        found.starts, found.stops = held.starts, held.stops
+    return found
 
 
 def distinct_lengths(lengths: Sequence[int]) -> int:
@@ -231,11 +252,11 @@ def distinct_lengths(lengths: Sequence[int]) -> int:
     return len({_round(length, True) for length in lengths})
 
 
-def _round(value: int, fixed: bool) -> int:
+def _round(value: int, fixed: bool, finer: int = 1) -> int:
     # eager: multiples of 8. Fixed: beyond 32 at most a third is padding, and a handful of shapes over a whole sweep
     if not fixed:
         return -(-value // 8) * 8
     step = 16
-    while step * 4 < value:
+    while step * 4 * finer < value:
         step *= 2
     return -(-value // step) * step

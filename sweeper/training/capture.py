@@ -70,14 +70,14 @@ class CapturedStep:
         self.step = step
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
-        self.warm: set[tuple[tuple[int, ...], Hashable]] = set()
+        self.warm: set[tuple[tuple[bool, int, int, int, int], Hashable]] = set()
         self.recordings: dict[Hashable, _Recording] = {}
         self.replayed = False
 
     @property
     def shapes(self) -> int:
         """Kinds of batches there were, whatever their number of lanes."""
-        return len({(shape[1:], key) for shape, key in self.warm})
+        return len({(shape[0], *shape[2:], key) for shape, key in self.warm})
 
     def __call__(self, batch: Batch, *, key: Hashable = None) -> Tensor:
         shape = (batch.shape, key)

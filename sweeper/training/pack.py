@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from sweeper import lost
+from sweeper.fused.decoder import Decoder, known
+from sweeper.fused.rows import Rows
 from sweeper.lora import gating, noise, surgery
 from sweeper.lora.forms import AdapterSpec, Capacity
 from sweeper.lora.optimizer import IDLE, LR
@@ -76,6 +78,9 @@ class Pack:
         self.base, self.config = base, config
         self.device, self.dtype = next(base.model.parameters()).device, next(base.model.parameters()).dtype
         self.store: SlotStore
+        packed = not isinstance(capacities, UnpackedSpec)
+        # before there are adapters: the bare model is what it is compared with
+        fusible = packed and self._may_be_fused and known(base.model)
         if isinstance(capacities, UnpackedSpec):
             self.store = UnpackedStore(base, capacities, self.device)
         else:
@@ -83,6 +88,7 @@ class Pack:
             adapters.install()
         try:
             self._set_up()
+            self.decoder = Decoder(base.model) if fusible and self.store.able.graphs else None
         except BaseException:
             self.store.close()  # or the next pack would be put on top of this one
             raise
@@ -137,6 +143,17 @@ class Pack:
             lost.hold(self, error)
         else:
             self.close()
+
+    @property
+    def _may_be_fused(self) -> bool:
+        return self.config.fused and self.device.type == "cuda" and not self.config.checkpointing
+
+    def compacts(self, rows: Iterable[Tokens]) -> bool:
+        """Whether a batch of these examples can be compact, which only the decoder of our own reads."""
+        lanes = self.store.lanes
+        if self.decoder is None or lanes.forms or lanes.gated or lanes.routed or (self.model.training and lanes.draws):
+            return False
+        return max((len(row.input_ids) for row in rows), default=0) <= self.decoder.longest
 
     @property
     def active(self) -> list[tuple[int, RunState]]:
@@ -252,9 +269,11 @@ class Pack:
             if one.task is None or not one.empty:
                 self._seed_dropout(moving, one.before)
                 heavy, shares = zip(*(own[number] for own in weighed), strict=True)
+                compact = self.compacts(row for lane in one.rows for row in lane)
                 batch = collate(
-                    one.rows, heavy, fixed=self.captured is not None, count=count, tasks=one.tasks, shares=shares
-                )
+                    one.rows, heavy, fixed=self.captured is not None, count=count, tasks=one.tasks, shares=shares,
+                    compact=compact,
+                )  # fmt: skip
                 part = self._micro_step(batch)
                 losses = part if losses is None else losses + part
             if self.surgery is not None and one.ends:
@@ -347,8 +366,16 @@ class Pack:
     def target_states(self, batch: Batch) -> Tensor:
         """Hidden states [L, K, D] that predict the targets; never a captured pass."""
         self._gate(batch)
+        return self._states(batch).view(*batch.index.shape, -1)
+
+    def _states(self, batch: Batch) -> Tensor:
+        """Hidden states [L*K, D] that predict the targets."""
+        index = batch.index.flatten()
+        if batch.starts is not None and batch.stops is not None:
+            assert self.decoder is not None
+            return self.decoder(batch.ids.flatten(), Rows(batch.starts, batch.stops), index, self.store.lanes)
         hidden = self.hidden(batch.ids, batch.lengths)
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten()).view(*batch.index.shape, -1)
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
 
     def _scores(self, batch: Batch) -> Tensor:
         rows = self.target_states(batch).flatten(0, 1)
@@ -452,8 +479,7 @@ class Pack:
         self._gate(batch)
         slots = self.store.lanes.slots
         weights = self.weighing.weigh(batch, slots) if weigh else batch.weights
-        hidden = self.hidden(batch.ids, batch.lengths)
-        states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.index.flatten())
+        states = self._states(batch)
         parts = []
         for objective, lanes in objectives:
             with self._only(lanes):
@@ -466,7 +492,7 @@ class Pack:
         self, objective: Objective, lanes: slice, states: Tensor, batch: Batch, weights: Tensor, *, weigh: bool
     ) -> Tensor:  # fmt: skip
         """Losses of the lanes of one objective; all there are, where weights of losses are learnt."""
-        count, rows, _, width = batch.shape
+        _, count, rows, _, width = batch.shape
         own = states.view(count, width, -1)[lanes].flatten(0, 1)
         if objective.linear:
             losses, found = self.head.scores(own, batch.targets[lanes], weights[lanes])

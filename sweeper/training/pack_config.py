@@ -11,6 +11,7 @@ class PackConfig:
         batch_size: sequences of one run in a forward pass. accumulation: forward passes of a step.
         compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
             nothing without CUDA.
+        fused: on CUDA, run layers that are recognised by kernels of our own, where those do all that the runs ask for.
         lengths_vary: compile once for all lengths, rather than for the first and then once more.
         checkpointing: keep no activations inside layers, and compute them again in the backward pass.
         by_task: tasks of every run, and sequences of one of them in a forward pass, where each has passes of its own:
@@ -24,6 +25,7 @@ class PackConfig:
     accumulation: int = 1
     compiled: bool = False
     captured: bool = False
+    fused: bool = True
     lengths_vary: bool = False
     checkpointing: bool = False
     deterministic: bool = False

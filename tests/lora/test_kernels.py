@@ -319,7 +319,7 @@ def test_dropout_masks_have_the_same_bits(seed: int) -> None:
         torch.zeros(1, dtype=torch.int32), torch.tensor([0.25]), torch.tensor([seed]), torch.tensor([17]),
     ]  # fmt: skip
     there = [[p.to(DEVICE) for p in value] if isinstance(value, list) else value.to(DEVICE) for value in arguments]
-    kernels.forward(*there, size, tokens, True)
+    kernels.forward(*there, None, None, size, tokens, True)
     (y,) = there[1]
     index = lowrank.row_index(rows, tokens, torch.device("cpu"))
     mask = lowrank.keep_mask(seed, 17, index, size, 0.25)

@@ -1,0 +1,216 @@
+"""Triton kernels of a decoder layer: norms, and the low-rank products with what follows them.
+
+Each frozen product is cuBLAS's; one kernel then adds every lane's h B to it and does what comes next on the way:
+turns queries and keys by their positions, multiplies the gate in, adds the residual.
+
+Shapes: N rows, D hidden size, I inner size of the feed-forward part, H hidden columns of a group, L lanes.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm(x, weight, y, inverse, rows, width, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """y = weight * x / rms(x), rounded before it is weighed; keeps 1 / rms [N]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, WIDTH)
+    mask = (row[:, None] < rows) & (c[None, :] < width)
+    values = tl.load(x + row[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 1) / width + eps)
+    normal = (values * scale[:, None]).to(y.dtype.element_ty)
+    gain = tl.load(weight + c, mask=c < width, other=0.0)
+    tl.store(y + row[:, None] * width + c[None, :], (normal * gain[None, :]).to(y.dtype.element_ty), mask=mask)
+    tl.store(inverse + row, scale, mask=row < rows)
+
+
+@triton.jit
+def norm_back(dy, x, inverse, weight, upstream, dx, rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """dx = upstream + the gradient of x from dy."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, WIDTH)
+    mask = (row[:, None] < rows) & (c[None, :] < width)
+    where = row[:, None] * width + c[None, :]
+    scale = tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
+    normal = tl.load(x + where, mask=mask, other=0.0).to(tl.float32) * scale
+    gain = tl.load(weight + c, mask=c < width, other=0.0).to(tl.float32)
+    gradient = tl.load(dy + where, mask=mask, other=0.0).to(tl.float32) * gain[None, :]
+    mean = tl.sum(normal * gradient, 1) / width
+    total = tl.load(upstream + where, mask=mask, other=0.0).to(tl.float32) + scale * (gradient - normal * mean[:, None])
+    tl.store(dx + where, total.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rows(share, lane, tile, ROWS: tl.constexpr):
+    """Rows of a tile of a lane, and which of them the lane has."""
+    local = tile * ROWS + tl.arange(0, ROWS)
+    return lane.to(tl.int64) * share + local, local < share
+
+
+@triton.jit
+def _product(total, h, flat, entry, row, inside, c, width, known, h_stride, B_SIDE: tl.constexpr, RANKS: tl.constexpr):
+    """total [ROWS, COLS] += h [ROWS, rank] @ columns c of A or B."""
+    rank = tl.load(entry)
+    if B_SIDE:
+        offset = tl.multiple_of(tl.load(entry + 2), 16)
+    else:
+        offset = tl.multiple_of(tl.load(entry + 1), 16)
+    where = tl.multiple_of(tl.load(entry + 3), 16)
+    for first in range(0, rank, RANKS):
+        r = first + tl.arange(0, RANKS)
+        hidden = tl.load(
+            h + row[:, None] * h_stride + where + r[None, :], mask=inside[:, None] & (r[None, :] < rank), other=0.0
+        )
+        matrix = tl.load(
+            flat + offset + r[:, None] * width + c[None, :], mask=(r[:, None] < rank) & known[None, :], other=0.0
+        )
+        total = tl.dot(hidden, matrix.to(hidden.dtype), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def turn(
+    h, flat, table, lanes, y, starts, cosines, sines, share, stride, h_stride,
+    ADAPTED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Queries, keys and values [N, heads] += h B, and queries and keys turned by their rows' positions; in place."""
+    tiles = tl.cdiv(share, ROWS)
+    lane = tl.program_id(0) // tiles
+    head = tl.program_id(1)
+    slot = tl.load(lanes + lane)
+    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    low = tl.arange(0, HALF)
+    mask = inside[:, None] & (low[None, :] < HALF)
+    place = y + row[:, None] * stride + head * (2 * HALF) + low[None, :]
+    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
+    if ADAPTED and slot >= 0:
+        member = (head >= HEADS).to(tl.int32) + (head >= HEADS + KV_HEADS).to(tl.int32)
+        width = tl.where(member == 0, HEADS, KV_HEADS) * (2 * HALF)
+        before = tl.where(member == 0, 0, tl.where(member == 1, HEADS, HEADS + KV_HEADS))
+        entry = table + (slot * 3 + member) * 4
+        c = (head - before) * (2 * HALF) + low
+        known = low < HALF
+        first = _product(first, h, flat, entry, row, inside, c, width, known, h_stride, True, RANKS)
+        second = _product(second, h, flat, entry, row, inside, c + HALF, width, known, h_stride, True, RANKS)
+    dtype = y.dtype.element_ty
+    if head < HEADS + KV_HEADS:
+        position = row - tl.load(starts + row, mask=inside, other=0)
+        angle = position[:, None] * HALF + low[None, :]
+        cosine = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
+        sine = tl.load(sines + angle, mask=mask, other=0.0).to(tl.float32)
+        first = first.to(dtype).to(tl.float32)
+        second = second.to(dtype).to(tl.float32)
+        turned = first * cosine - second * sine
+        second = second * cosine + first * sine
+        first = turned
+    tl.store(place, first.to(dtype), mask=mask)
+    tl.store(place + HALF, second.to(dtype), mask=mask)
+
+
+@triton.jit
+def close_gate(
+    h, flat, table, lanes, y, out, share, width, h_stride,
+    ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Gate and up [N, 2 I] += h B, in place; out [N, I] = silu(gate) * up."""
+    tiles = tl.cdiv(share, ROWS)
+    lane = tl.program_id(0) // tiles
+    slot = tl.load(lanes + lane)
+    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = c < width
+    mask = inside[:, None] & known[None, :]
+    place = y + row[:, None] * (2 * width) + c[None, :]
+    gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(place + width, mask=mask, other=0.0).to(tl.float32)
+    dtype = y.dtype.element_ty
+    if ADAPTED and slot >= 0:
+        entry = table + slot * 2 * 4
+        if tl.load(entry) + tl.load(entry + 4) > 0:
+            gate = _product(gate, h, flat, entry, row, inside, c, width, known, h_stride, True, RANKS)
+            up = _product(up, h, flat, entry + 4, row, inside, c, width, known, h_stride, True, RANKS)
+            tl.store(place, gate.to(dtype), mask=mask)
+            tl.store(place + width, up.to(dtype), mask=mask)
+    gate = gate.to(dtype).to(tl.float32)
+    up = up.to(dtype).to(tl.float32)
+    opened = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+    tl.store(out + row[:, None] * width + c[None, :], (opened * up).to(dtype), mask=mask)
+
+
+@triton.jit
+def open_gate(
+    dh, flat, table, lanes, y, dout, dy, share, width, h_stride,
+    ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """dy [N, 2 I], the gradients of gate and up, from that of silu(gate) * up, which is dout [N, I] + dh A."""
+    tiles = tl.cdiv(share, ROWS)
+    lane = tl.program_id(0) // tiles
+    slot = tl.load(lanes + lane)
+    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = c < width
+    mask = inside[:, None] & known[None, :]
+    total = tl.load(dout + row[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if ADAPTED:
+        if slot >= 0:
+            total = _product(total, dh, flat, table + slot * 4, row, inside, c, width, known, h_stride, False, RANKS)
+    place = row[:, None] * (2 * width) + c[None, :]
+    gate = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(y + place + width, mask=mask, other=0.0).to(tl.float32)
+    opened = tl.sigmoid(gate)
+    dtype = dy.dtype.element_ty
+    total = total.to(dtype).to(tl.float32)
+    tl.store(dy + place, (total * up * opened * (1 + gate * (1 - opened))).to(dtype), mask=mask)
+    tl.store(dy + place + width, (total * gate * opened).to(dtype), mask=mask)
+
+
+@triton.jit
+def add_on(
+    h, flat, table, lanes, x, y, out, share, width, h_stride,
+    ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """out [N, D] = x + y + h B."""
+    tiles = tl.cdiv(share, ROWS)
+    lane = tl.program_id(0) // tiles
+    slot = tl.load(lanes + lane)
+    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = c < width
+    mask = inside[:, None] & known[None, :]
+    where = row[:, None] * width + c[None, :]
+    total = tl.load(y + where, mask=mask, other=0.0).to(tl.float32)
+    if ADAPTED:
+        if slot >= 0:
+            total = _product(total, h, flat, table + slot * 4, row, inside, c, width, known, h_stride, True, RANKS)
+    total = total.to(out.dtype.element_ty).to(tl.float32)
+    total += tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + where, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def head_gradients(
+    dh, flat, table, lanes, dout, out, products, rows, share, width, h_stride,
+    ADAPTED: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """dout [N, heads] += dh A, in place; products [heads, N] = the sum over a head of dout * out."""
+    tiles = tl.cdiv(share, ROWS)
+    lane = tl.program_id(0) // tiles
+    head = tl.program_id(1)
+    slot = tl.load(lanes + lane)
+    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    c = head * HEAD + tl.arange(0, HEAD)
+    known = c < width
+    mask = inside[:, None] & known[None, :]
+    where = row[:, None] * width + c[None, :]
+    total = tl.load(dout + where, mask=mask, other=0.0).to(tl.float32)
+    if ADAPTED:
+        if slot >= 0:
+            entry = table + slot * 4
+            if tl.load(entry) > 0:
+                total = _product(total, dh, flat, entry, row, inside, c, width, known, h_stride, False, RANKS)
+                tl.store(dout + where, total.to(dout.dtype.element_ty), mask=mask)
+    found = tl.load(out + where, mask=mask, other=0.0).to(tl.float32)
+    total = total.to(dout.dtype.element_ty).to(tl.float32)
+    tl.store(products + head.to(tl.int64) * rows + row, tl.sum(total * found, 1), mask=inside)
