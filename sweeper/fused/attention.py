@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sweeper.lora.kernels import Tiles
+
 
 @triton.jit
 def _forward(
@@ -70,83 +72,104 @@ def _turned_back(gradient, position, cosines, sines, ROWS: tl.constexpr, HEAD: t
 
 
 @triton.jit
+def _of_keys(
+    qkv, starts, stops, dout, sums, products, dqkv, cosines, sines, rows, stride, scale, natural, tile, kv_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values of one head."""
+    c = tl.arange(0, HEAD)
+    half: tl.constexpr = HEAD // 2
+    group: tl.constexpr = HEADS // KV_HEADS
+    own = tile * TILE + tl.arange(0, TILE)
+    inside = own < rows
+    at = own.to(tl.int64)[:, None] * stride + (HEADS + kv_head) * HEAD
+    k = tl.load(qkv + at + c[None, :], mask=inside[:, None], other=0.0)
+    v = tl.load(qkv + at + KV_HEADS * HEAD + c[None, :], mask=inside[:, None], other=0.0)
+    stop = tl.load(stops + own, mask=inside, other=0)
+    last = tl.max(stop)
+    dk = tl.zeros((TILE, HEAD), dtype=tl.float32)
+    dv = tl.zeros((TILE, HEAD), dtype=tl.float32)
+    for member in range(group):
+        head = kv_head * group + member
+        for first in range(tile * TILE, last, STEP):
+            row = first + tl.arange(0, STEP)
+            known = row < rows
+            wide = row.to(tl.int64)[:, None]
+            q = tl.load(qkv + wide * stride + head * HEAD + c[None, :], mask=known[:, None], other=0.0)
+            upstream = tl.load(
+                dout + wide * (HEADS * HEAD) + head * HEAD + c[None, :], mask=known[:, None], other=0.0
+            )  # fmt: skip
+            log = tl.load(sums + head.to(tl.int64) * rows + row, mask=known, other=0.0)
+            product = tl.load(products + head.to(tl.int64) * rows + row, mask=known, other=0.0)
+            seen = (own[:, None] <= row[None, :]) & (row[None, :] < stop[:, None])
+            score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale - log[None, :]
+            weight = tl.where(seen, tl.exp2(score), 0.0)
+            dv = tl.dot(weight.to(upstream.dtype), upstream, dv, input_precision="ieee")
+            dweight = tl.dot(v, tl.trans(upstream), input_precision="ieee")
+            dscore = weight * (dweight - product[None, :])
+            dk = tl.dot(dscore.to(q.dtype), q, dk, input_precision="ieee")
+    position = tl.where(inside, own - tl.load(starts + own, mask=inside, other=0), 0)
+    lower, upper = _turned_back(dk * natural, position, cosines, sines, TILE, HEAD)
+    low = tl.arange(0, half)
+    tl.store(dqkv + at + low[None, :], lower.to(dqkv.dtype.element_ty), mask=inside[:, None])
+    tl.store(dqkv + at + half + low[None, :], upper.to(dqkv.dtype.element_ty), mask=inside[:, None])
+    tl.store(dqkv + at + KV_HEADS * HEAD + c[None, :], dv.to(dqkv.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _of_queries(
+    qkv, starts, dout, sums, products, dqkv, cosines, sines, rows, stride, scale, natural, tile, head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of queries of one head."""
+    c = tl.arange(0, HEAD)
+    half: tl.constexpr = HEAD // 2
+    own = tile * TILE + tl.arange(0, TILE)
+    inside = own < rows
+    start = tl.load(starts + own, mask=inside, other=rows)
+    wide = own.to(tl.int64)[:, None]
+    at = wide * stride + head * HEAD
+    keys = (HEADS + head // (HEADS // KV_HEADS)) * HEAD
+    q = tl.load(qkv + at + c[None, :], mask=inside[:, None], other=0.0)
+    upstream = tl.load(dout + wide * (HEADS * HEAD) + head * HEAD + c[None, :], mask=inside[:, None], other=0.0)
+    log = tl.load(sums + head.to(tl.int64) * rows + own, mask=inside, other=0.0)
+    product = tl.load(products + head.to(tl.int64) * rows + own, mask=inside, other=0.0)
+    dq = tl.zeros((TILE, HEAD), dtype=tl.float32)
+    for first in range(tl.min(start) // STEP * STEP, tl.minimum((tile + 1) * TILE, rows), STEP):
+        col = first + tl.arange(0, STEP)
+        there = col.to(tl.int64)[:, None] * stride + keys + c[None, :]
+        k = tl.load(qkv + there, mask=col[:, None] < rows, other=0.0)
+        v = tl.load(qkv + there + KV_HEADS * HEAD, mask=col[:, None] < rows, other=0.0)
+        seen = (col[None, :] <= own[:, None]) & (col[None, :] >= start[:, None])
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - log[:, None]
+        weight = tl.where(seen, tl.exp2(score), 0.0)
+        dweight = tl.dot(upstream, tl.trans(v), input_precision="ieee")
+        dscore = weight * (dweight - product[:, None])
+        dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision="ieee")
+    position = tl.where(inside, own - start, 0)
+    lower, upper = _turned_back(dq * natural, position, cosines, sines, TILE, HEAD)
+    low = tl.arange(0, half)
+    tl.store(dqkv + at + low[None, :], lower.to(dqkv.dtype.element_ty), mask=inside[:, None])
+    tl.store(dqkv + at + half + low[None, :], upper.to(dqkv.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
 def _backward(
     qkv, starts, stops, dout, sums, products, dqkv, cosines, sines, rows, stride, scale, natural,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, keys and values, the first two turned back. One program a tile and head of either kind."""
-    tile = tl.program_id(0)
     part = tl.program_id(1)
-    c = tl.arange(0, HEAD)
-    half: tl.constexpr = HEAD // 2
-    low = tl.arange(0, half)
-    own = tile * TILE + tl.arange(0, TILE)
-    inside = own < rows
-    start = tl.load(starts + own, mask=inside, other=rows)
-    at = own.to(tl.int64)[:, None] * stride
-    back = own.to(tl.int64)[:, None] * stride + low[None, :]
-    position = tl.where(inside, own - start, 0)
-    group: tl.constexpr = HEADS // KV_HEADS
     if part < KV_HEADS:
-        keys = (HEADS + part) * HEAD
-        k = tl.load(qkv + at + keys + c[None, :], mask=inside[:, None], other=0.0)
-        v = tl.load(qkv + at + keys + KV_HEADS * HEAD + c[None, :], mask=inside[:, None], other=0.0)
-        stop = tl.load(stops + own, mask=inside, other=0)
-        last = tl.max(stop)
-        dk = tl.zeros((TILE, HEAD), dtype=tl.float32)
-        dv = tl.zeros((TILE, HEAD), dtype=tl.float32)
-        for member in range(group):
-            head = part * group + member
-            for first in range(tile * TILE, last, STEP):
-                row = first + tl.arange(0, STEP)
-                known = row < rows
-                q = tl.load(
-                    qkv + row.to(tl.int64)[:, None] * stride + head * HEAD + c[None, :], mask=known[:, None], other=0.0
-                )
-                upstream = tl.load(
-                    dout + row.to(tl.int64)[:, None] * (HEADS * HEAD) + head * HEAD + c[None, :],
-                    mask=known[:, None], other=0.0,
-                )  # fmt: skip
-                log = tl.load(sums + head.to(tl.int64) * rows + row, mask=known, other=0.0)
-                product = tl.load(products + head.to(tl.int64) * rows + row, mask=known, other=0.0)
-                seen = (own[:, None] <= row[None, :]) & (row[None, :] < stop[:, None])
-                score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale - log[None, :]
-                weight = tl.where(seen, tl.exp2(score), 0.0)
-                dv = tl.dot(weight.to(upstream.dtype), upstream, dv, input_precision="ieee")
-                dweight = tl.dot(v, tl.trans(upstream), input_precision="ieee")
-                dscore = weight * (dweight - product[None, :])
-                dk = tl.dot(dscore.to(q.dtype), q, dk, input_precision="ieee")
-        first, second = _turned_back(dk * natural, position, cosines, sines, TILE, HEAD)
-        dtype = dqkv.dtype.element_ty
-        tl.store(dqkv + back + keys, first.to(dtype), mask=inside[:, None])
-        tl.store(dqkv + back + keys + half, second.to(dtype), mask=inside[:, None])
-        tl.store(dqkv + at + keys + KV_HEADS * HEAD + c[None, :], dv.to(dtype), mask=inside[:, None])
-    else:
-        head = part - KV_HEADS
-        keys = (HEADS + head // group) * HEAD
-        q = tl.load(qkv + at + head * HEAD + c[None, :], mask=inside[:, None], other=0.0)
-        upstream = tl.load(
-            dout + own.to(tl.int64)[:, None] * (HEADS * HEAD) + head * HEAD + c[None, :],
-            mask=inside[:, None], other=0.0,
+        _of_keys(
+            qkv, starts, stops, dout, sums, products, dqkv, cosines, sines, rows, stride, scale, natural,
+            tl.program_id(0), part, HEADS, KV_HEADS, HEAD, TILE, STEP,
         )  # fmt: skip
-        log = tl.load(sums + head.to(tl.int64) * rows + own, mask=inside, other=0.0)
-        product = tl.load(products + head.to(tl.int64) * rows + own, mask=inside, other=0.0)
-        dq = tl.zeros((TILE, HEAD), dtype=tl.float32)
-        for first in range(tl.min(start) // STEP * STEP, tl.minimum((tile + 1) * TILE, rows), STEP):
-            col = first + tl.arange(0, STEP)
-            there = col.to(tl.int64)[:, None] * stride + keys + c[None, :]
-            k = tl.load(qkv + there, mask=col[:, None] < rows, other=0.0)
-            v = tl.load(qkv + there + KV_HEADS * HEAD, mask=col[:, None] < rows, other=0.0)
-            seen = (col[None, :] <= own[:, None]) & (col[None, :] >= start[:, None])
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - log[:, None]
-            weight = tl.where(seen, tl.exp2(score), 0.0)
-            dweight = tl.dot(upstream, tl.trans(v), input_precision="ieee")
-            dscore = weight * (dweight - product[:, None])
-            dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision="ieee")
-        first, second = _turned_back(dq * natural, position, cosines, sines, TILE, HEAD)
-        dtype = dqkv.dtype.element_ty
-        tl.store(dqkv + back + head * HEAD, first.to(dtype), mask=inside[:, None])
-        tl.store(dqkv + back + head * HEAD + half, second.to(dtype), mask=inside[:, None])
+    else:
+        _of_queries(
+            qkv, starts, dout, sums, products, dqkv, cosines, sines, rows, stride, scale, natural,
+            tl.program_id(0), part - KV_HEADS, HEADS, KV_HEADS, HEAD, TILE, STEP,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,18 +183,20 @@ class Heads:
 
 
 LOG2_E = 1.4426950408889634
+# of up to 64 channels a head, and of more
+FORWARD = Tiles(64, 64, 4), Tiles(64, 64, 4)
+BACKWARD = Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)
 
 
 def forward(qkv: Tensor, starts: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
     """Attention's output [N, Q * C] and the log-sum-exp [Q, N], in powers of two, of qkv [N, (Q + 2 K) * C]."""
-    rows, tile = qkv.shape[0], 64 if heads.channels >= 128 else 128
-    if rows <= 8192:
-        tile = 64
+    rows, tile = qkv.shape[0], FORWARD[heads.channels >= 128]
     out = qkv.new_empty(rows, heads.queries * heads.channels)
     sums = torch.empty(heads.queries, rows, dtype=torch.float32, device=qkv.device)
-    _forward[(triton.cdiv(rows, tile) * heads.queries,)](
+    _forward[(triton.cdiv(rows, tile.rows) * heads.queries,)](
         qkv, starts, out, sums, rows, qkv.stride(0), heads.scale * LOG2_E,
-        HEADS=heads.queries, KV_HEADS=heads.keys, HEAD=heads.channels, ROWS=tile, COLS=64, num_warps=4, num_stages=3,
+        HEADS=heads.queries, KV_HEADS=heads.keys, HEAD=heads.channels, ROWS=tile.rows, COLS=tile.cols,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, sums
 
@@ -185,10 +210,10 @@ def backward(
     Args:
         dout: [N, Q * C]. products: [Q, N], the sum over each head of dout * out. cosines, sines: [positions, C / 2].
     """
-    rows, dqkv = qkv.shape[0], torch.empty_like(qkv)
-    _backward[(triton.cdiv(rows, 64), heads.keys + heads.queries)](
+    rows, dqkv, tile = qkv.shape[0], torch.empty_like(qkv), BACKWARD[heads.channels >= 128]
+    _backward[(triton.cdiv(rows, tile.rows), heads.keys + heads.queries)](
         qkv, starts, stops, dout, sums, products, dqkv, cosines, sines, rows, qkv.stride(0), heads.scale * LOG2_E,
-        heads.scale, HEADS=heads.queries, KV_HEADS=heads.keys, HEAD=heads.channels, TILE=64, STEP=64, num_warps=4,
-        num_stages=2,
+        heads.scale, HEADS=heads.queries, KV_HEADS=heads.keys, HEAD=heads.channels, TILE=tile.rows, STEP=tile.cols,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dqkv

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from sweeper.fused import attention, kernels
 from sweeper.fused.attention import Heads
 from sweeper.fused.rows import Rows
-from sweeper.lora.kernels import Adapters, expand_back, outer, shrink, shrink_back
+from sweeper.lora.kernels import Adapters, Tiles, expand_back, outer, shrink, shrink_back
 from sweeper.lora.wrappers import Adapted, Group, Lanes
 
-ROWS, COLS = 64, 64  # of a tile of what is added to a product
+TILE = Tiles(64, 64, 4)  # of what is added to a product
 
 
 class Site:
@@ -202,11 +202,11 @@ class Layer:
 
     def _turn(self, qkv: Tensor, h: Tensor | None, own: Adapters | None, rows: Rows, lanes: Lanes) -> None:
         heads, share = self.heads, qkv.shape[0] // len(lanes.slots)
-        grid = (len(lanes.slots) * triton.cdiv(share, ROWS), heads.queries + 2 * heads.keys)
+        grid = (len(lanes.slots) * triton.cdiv(share, TILE.rows), heads.queries + 2 * heads.keys)
         kernels.turn[grid](
             *_read(h, own, qkv), lanes.slots, qkv, rows.starts, self.turns.cosines, self.turns.sines, share,
             qkv.stride(0), _hidden(own), ADAPTED=own is not None, HEADS=heads.queries, KV_HEADS=heads.keys,
-            HALF=heads.channels // 2, ROWS=ROWS, RANKS=_ranks(own), num_warps=4,
+            HALF=heads.channels // 2, ROWS=TILE.rows, RANKS=_ranks(own), num_warps=TILE.warps,
         )  # fmt: skip
 
     def _head_gradients(
@@ -216,9 +216,9 @@ class Layer:
         (rows, width), heads = d_mixed.shape, self.heads
         share = rows // len(lanes.slots)
         products = torch.empty(heads.queries, rows, dtype=torch.float32, device=d_mixed.device)
-        kernels.head_gradients[(len(lanes.slots) * triton.cdiv(share, ROWS), heads.queries)](
+        kernels.head_gradients[(len(lanes.slots) * triton.cdiv(share, TILE.rows), heads.queries)](
             *_read(dh, own, d_mixed), lanes.slots, d_mixed, mixed, products, rows, share, width, _hidden(own),
-            ADAPTED=own is not None, HEAD=heads.channels, ROWS=ROWS, RANKS=_ranks(own), num_warps=4,
+            ADAPTED=own is not None, HEAD=heads.channels, ROWS=TILE.rows, RANKS=_ranks(own), num_warps=TILE.warps,
         )  # fmt: skip
         return products
 
@@ -240,10 +240,10 @@ def _add_on(x: Tensor, y: Tensor, h: Tensor | None, own: Adapters | None, lanes:
     """x + y + h B [N, D]."""
     (rows, width), out = x.shape, torch.empty_like(x)
     share = rows // len(lanes.slots)
-    grid = (len(lanes.slots) * triton.cdiv(share, ROWS), triton.cdiv(width, COLS))
+    grid = (len(lanes.slots) * triton.cdiv(share, TILE.rows), triton.cdiv(width, TILE.cols))
     kernels.add_on[grid](
         *_read(h, own, x), lanes.slots, x, y, out, share, width, _hidden(own),
-        ADAPTED=own is not None, ROWS=ROWS, COLS=COLS, RANKS=_ranks(own), num_warps=4,
+        ADAPTED=own is not None, ROWS=TILE.rows, COLS=TILE.cols, RANKS=_ranks(own), num_warps=TILE.warps,
     )  # fmt: skip
     return out
 
@@ -252,10 +252,10 @@ def _close_gate(y: Tensor, h: Tensor | None, own: Adapters | None, lanes: Lanes)
     """silu(gate) * up [N, I] of y [N, 2 I], to which h B is added in place."""
     rows, width = y.shape[0], y.shape[1] // 2
     share, out = rows // len(lanes.slots), y.new_empty(rows, width)
-    grid = (len(lanes.slots) * triton.cdiv(share, ROWS), triton.cdiv(width, COLS))
+    grid = (len(lanes.slots) * triton.cdiv(share, TILE.rows), triton.cdiv(width, TILE.cols))
     kernels.close_gate[grid](
         *_read(h, own, y), lanes.slots, y, out, share, width, _hidden(own),
-        ADAPTED=own is not None, ROWS=ROWS, COLS=COLS, RANKS=_ranks(own), num_warps=4,
+        ADAPTED=own is not None, ROWS=TILE.rows, COLS=TILE.cols, RANKS=_ranks(own), num_warps=TILE.warps,
     )  # fmt: skip
     return out
 
@@ -264,10 +264,10 @@ def _open_gate(dout: Tensor, y: Tensor, dh: Tensor | None, own: Adapters | None,
     """Gradients [N, 2 I] of gate and up."""
     (rows, width), dy = dout.shape, torch.empty_like(y)
     share = rows // len(lanes.slots)
-    grid = (len(lanes.slots) * triton.cdiv(share, ROWS), triton.cdiv(width, COLS))
+    grid = (len(lanes.slots) * triton.cdiv(share, TILE.rows), triton.cdiv(width, TILE.cols))
     kernels.open_gate[grid](
         *_read(dh, own, y), lanes.slots, y, dout, dy, share, width, _hidden(own),
-        ADAPTED=own is not None, ROWS=ROWS, COLS=COLS, RANKS=_ranks(own), num_warps=4,
+        ADAPTED=own is not None, ROWS=TILE.rows, COLS=TILE.cols, RANKS=_ranks(own), num_warps=TILE.warps,
     )  # fmt: skip
     return dy
 
