@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sweeper.fused.beside import Beside
 from sweeper.fused.rows import Rows
 from sweeper.lora.wrappers import Adapted, Lanes
 from sweeper.models.forward import inner_model
@@ -47,7 +48,12 @@ class Decoder:
         positions = torch.arange(self.longest, device=weight.device)[None]
         cosines, sines = (turn[0] for turn in inner.rotary_emb(weight[:1], position_ids=positions))
         turns = Turns(*(turn[:, : channels // 2].contiguous() for turn in (cosines, sines)))
-        self.layers = [Layer(layer, heads, turns) for layer in inner.layers]
+        self.beside = Beside(weight.device)
+        self.layers = [Layer(layer, heads, turns, self.beside) for layer in inner.layers]
+
+    def finish(self) -> None:
+        """After a backward pass: the gradients of the adapters are there for what comes next."""
+        self.beside.finish()
 
     def __call__(self, ids: Tensor, rows: Rows, index: Tensor, lanes: Lanes) -> Tensor:
         """Hidden states [len(index), D] of some of the rows, after the last norm.

@@ -48,23 +48,44 @@ def _rows(share, lane, tile, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _product(total, h, flat, entry, row, inside, c, width, known, h_stride, B_SIDE: tl.constexpr, RANKS: tl.constexpr):
-    """total [ROWS, COLS] += h [ROWS, rank] @ columns c of A or B."""
-    rank = tl.load(entry)
+def _matrix(flat, entry, live, first, c, width, known, B_SIDE: tl.constexpr, RANKS: tl.constexpr):
+    """Columns c of ranks from `first` on of A or B [RANKS, COLS]; zeros beyond the rank that there is."""
+    rank = tl.load(entry, mask=live, other=0)
     if B_SIDE:
-        offset = tl.multiple_of(tl.load(entry + 2), 16)
+        offset = tl.multiple_of(tl.load(entry + 2, mask=live, other=0), 16)
     else:
-        offset = tl.multiple_of(tl.load(entry + 1), 16)
-    where = tl.multiple_of(tl.load(entry + 3), 16)
-    for first in range(0, rank, RANKS):
-        r = first + tl.arange(0, RANKS)
-        hidden = tl.load(
-            h + row[:, None] * h_stride + where + r[None, :], mask=inside[:, None] & (r[None, :] < rank), other=0.0
-        )
-        matrix = tl.load(
-            flat + offset + r[:, None] * width + c[None, :], mask=(r[:, None] < rank) & known[None, :], other=0.0
-        )
+        offset = tl.multiple_of(tl.load(entry + 1, mask=live, other=0), 16)
+    r = first + tl.arange(0, RANKS)
+    return tl.load(
+        flat + offset + r[:, None] * width + c[None, :], mask=(r[:, None] < rank) & known[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _hidden(h, entry, live, first, row, inside, h_stride, RANKS: tl.constexpr):
+    """Hidden values of these rows [ROWS, RANKS]; zeros beyond the rank that there is."""
+    rank = tl.load(entry, mask=live, other=0)
+    where = tl.multiple_of(tl.load(entry + 3, mask=live, other=0), 16)
+    r = first + tl.arange(0, RANKS)
+    return tl.load(
+        h + row[:, None] * h_stride + where + r[None, :], mask=inside[:, None] & (r[None, :] < rank), other=0.0
+    )
+
+
+@triton.jit
+def _add(
+    total, matrix, h, flat, entry, live, row, inside, c, width, known, h_stride,
+    B_SIDE: tl.constexpr, RANKS: tl.constexpr, HOIST: tl.constexpr,
+):  # fmt: skip
+    """total [ROWS, COLS] += h times columns c of A or B; where HOIST, `matrix` is all there is of them."""
+    if HOIST:
+        hidden = _hidden(h, entry, live, 0, row, inside, h_stride, RANKS)
         total = tl.dot(hidden, matrix.to(hidden.dtype), total, input_precision="ieee")
+    else:
+        for first in range(0, tl.load(entry, mask=live, other=0), RANKS):
+            hidden = _hidden(h, entry, live, first, row, inside, h_stride, RANKS)
+            other = _matrix(flat, entry, live, first, c, width, known, B_SIDE, RANKS)
+            total = tl.dot(hidden, other.to(hidden.dtype), total, input_precision="ieee")
     return total
 
 
@@ -72,145 +93,200 @@ def _product(total, h, flat, entry, row, inside, c, width, known, h_stride, B_SI
 def turn(
     h, flat, table, lanes, y, starts, cosines, sines, share, stride, h_stride,
     ADAPTED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, RANKS: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values [N, heads] += h B, and queries and keys turned by their rows' positions; in place."""
-    tiles = tl.cdiv(share, ROWS)
+    tiles = tl.cdiv(share, ROWS * SPAN)
     lane = tl.program_id(0) // tiles
     head = tl.program_id(1)
     slot = tl.load(lanes + lane)
-    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    live = slot >= 0
     low = tl.arange(0, HALF)
-    mask = inside[:, None] & (low[None, :] < HALF)
-    place = y + row[:, None] * stride + head * (2 * HALF) + low[None, :]
-    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
-    if ADAPTED and slot >= 0:
-        member = (head >= HEADS).to(tl.int32) + (head >= HEADS + KV_HEADS).to(tl.int32)
-        width = tl.where(member == 0, HEADS, KV_HEADS) * (2 * HALF)
-        before = tl.where(member == 0, 0, tl.where(member == 1, HEADS, HEADS + KV_HEADS))
-        entry = table + (slot * 3 + member) * 4
-        c = (head - before) * (2 * HALF) + low
-        known = low < HALF
-        first = _product(first, h, flat, entry, row, inside, c, width, known, h_stride, True, RANKS)
-        second = _product(second, h, flat, entry, row, inside, c + HALF, width, known, h_stride, True, RANKS)
+    known = low < HALF
+    member = (head >= HEADS).to(tl.int32) + (head >= HEADS + KV_HEADS).to(tl.int32)
+    width = tl.where(member == 0, HEADS, KV_HEADS) * (2 * HALF)
+    before = tl.where(member == 0, 0, tl.where(member == 1, HEADS, HEADS + KV_HEADS))
+    entry = table + (slot * 3 + member) * 4
+    c = (head - before) * (2 * HALF) + low
+    lower = 0
+    upper = 0
+    if ADAPTED and HOIST:
+        lower = _matrix(flat, entry, live, 0, c, width, known, True, RANKS)
+        upper = _matrix(flat, entry, live, 0, c + HALF, width, known, True, RANKS)
+    turned = head < HEADS + KV_HEADS
     dtype = y.dtype.element_ty
-    if head < HEADS + KV_HEADS:
+    for tile in tl.range(0, SPAN, num_stages=3):
+        row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
+        mask = inside[:, None] & known[None, :]
+        place = y + row[:, None] * stride + head * (2 * HALF) + low[None, :]
+        first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
         position = row - tl.load(starts + row, mask=inside, other=0)
+        if ADAPTED:
+            first = _add(
+                first, lower, h, flat, entry, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST
+            )  # fmt: skip
+            second = _add(
+                second, upper, h, flat, entry, live, row, inside, c + HALF, width, known, h_stride, True, RANKS, HOIST
+            )  # fmt: skip
         angle = position[:, None] * HALF + low[None, :]
-        cosine = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
-        sine = tl.load(sines + angle, mask=mask, other=0.0).to(tl.float32)
+        cosine = tl.load(cosines + angle, mask=mask & turned, other=1.0).to(tl.float32)
+        sine = tl.load(sines + angle, mask=mask & turned, other=0.0).to(tl.float32)
         first = first.to(dtype).to(tl.float32)
         second = second.to(dtype).to(tl.float32)
-        turned = first * cosine - second * sine
-        second = second * cosine + first * sine
-        first = turned
-    tl.store(place, first.to(dtype), mask=mask)
-    tl.store(place + HALF, second.to(dtype), mask=mask)
+        tl.store(place, (first * cosine - second * sine).to(dtype), mask=mask)
+        tl.store(place + HALF, (second * cosine + first * sine).to(dtype), mask=mask)
 
 
 @triton.jit
 def close_gate(
     h, flat, table, lanes, y, out, share, width, h_stride,
-    ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+    ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr,
+    HOIST: tl.constexpr,
 ):  # fmt: skip
-    """Gate and up [N, 2 I] += h B, in place; out [N, I] = silu(gate) * up."""
-    tiles = tl.cdiv(share, ROWS)
+    """out [N, I] = silu(gate) * up, of gate and up [N, 2 I] + h B."""
+    tiles = tl.cdiv(share, ROWS * SPAN)
     lane = tl.program_id(0) // tiles
     slot = tl.load(lanes + lane)
-    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    live = slot >= 0
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
     known = c < width
-    mask = inside[:, None] & known[None, :]
-    place = y + row[:, None] * (2 * width) + c[None, :]
-    gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(place + width, mask=mask, other=0.0).to(tl.float32)
+    entry = table + slot * 2 * 4
+    first = 0
+    second = 0
+    if ADAPTED and HOIST:
+        first = _matrix(flat, entry, live, 0, c, width, known, True, RANKS)
+        second = _matrix(flat, entry + 4, live, 0, c, width, known, True, RANKS)
     dtype = y.dtype.element_ty
-    if ADAPTED and slot >= 0:
-        entry = table + slot * 2 * 4
-        if tl.load(entry) + tl.load(entry + 4) > 0:
-            gate = _product(gate, h, flat, entry, row, inside, c, width, known, h_stride, True, RANKS)
-            up = _product(up, h, flat, entry + 4, row, inside, c, width, known, h_stride, True, RANKS)
-            tl.store(place, gate.to(dtype), mask=mask)
-            tl.store(place + width, up.to(dtype), mask=mask)
-    gate = gate.to(dtype).to(tl.float32)
-    up = up.to(dtype).to(tl.float32)
-    opened = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
-    tl.store(out + row[:, None] * width + c[None, :], (opened * up).to(dtype), mask=mask)
+    for tile in tl.range(0, SPAN, num_stages=3):
+        row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
+        mask = inside[:, None] & known[None, :]
+        place = y + row[:, None] * (2 * width) + c[None, :]
+        gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(place + width, mask=mask, other=0.0).to(tl.float32)
+        if ADAPTED:
+            gate = _add(gate, first, h, flat, entry, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST)
+            up = _add(up, second, h, flat, entry + 4, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST)
+            gate = gate.to(dtype).to(tl.float32)
+            up = up.to(dtype).to(tl.float32)
+        opened = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+        tl.store(out + row[:, None] * width + c[None, :], (opened * up).to(dtype), mask=mask)
 
 
 @triton.jit
 def open_gate(
-    dh, flat, table, lanes, y, dout, dy, share, width, h_stride,
-    ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+    dh, down, down_table, h, flat, table, lanes, y, dout, dy, share, width, dh_stride, h_stride,
+    DOWN: tl.constexpr, ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr,
+    DOWN_RANKS: tl.constexpr, RANKS: tl.constexpr, DOWN_HOIST: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    """dy [N, 2 I], the gradients of gate and up, from that of silu(gate) * up, which is dout [N, I] + dh A."""
-    tiles = tl.cdiv(share, ROWS)
+    """dy [N, 2 I], the gradients of gate and up, from that of silu(gate) * up, which is dout [N, I] + dh A.
+
+    Gate and up are y + h B once more.
+    """
+    tiles = tl.cdiv(share, ROWS * SPAN)
     lane = tl.program_id(0) // tiles
     slot = tl.load(lanes + lane)
-    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    live = slot >= 0
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
     known = c < width
-    mask = inside[:, None] & known[None, :]
-    total = tl.load(dout + row[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    if ADAPTED:
-        if slot >= 0:
-            total = _product(total, dh, flat, table + slot * 4, row, inside, c, width, known, h_stride, False, RANKS)
-    place = row[:, None] * (2 * width) + c[None, :]
-    gate = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(y + place + width, mask=mask, other=0.0).to(tl.float32)
-    opened = tl.sigmoid(gate)
+    down_entry = down_table + slot * 4
+    entry = table + slot * 2 * 4
+    matrix = 0
+    first = 0
+    second = 0
+    if DOWN and DOWN_HOIST:
+        matrix = _matrix(down, down_entry, live, 0, c, width, known, False, DOWN_RANKS)
+    if ADAPTED and HOIST:
+        first = _matrix(flat, entry, live, 0, c, width, known, True, RANKS)
+        second = _matrix(flat, entry + 4, live, 0, c, width, known, True, RANKS)
     dtype = dy.dtype.element_ty
-    total = total.to(dtype).to(tl.float32)
-    tl.store(dy + place, (total * up * opened * (1 + gate * (1 - opened))).to(dtype), mask=mask)
-    tl.store(dy + place + width, (total * gate * opened).to(dtype), mask=mask)
+    for tile in tl.range(0, SPAN, num_stages=3):
+        row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
+        mask = inside[:, None] & known[None, :]
+        total = tl.load(dout + row[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        place = row[:, None] * (2 * width) + c[None, :]
+        gate = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(y + place + width, mask=mask, other=0.0).to(tl.float32)
+        if DOWN:
+            total = _add(
+                total, matrix, dh, down, down_entry, live, row, inside, c, width, known, dh_stride, False, DOWN_RANKS,
+                DOWN_HOIST,
+            )  # fmt: skip
+            total = total.to(dtype).to(tl.float32)
+        if ADAPTED:
+            gate = _add(gate, first, h, flat, entry, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST)
+            up = _add(up, second, h, flat, entry + 4, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST)
+            gate = gate.to(dtype).to(tl.float32)
+            up = up.to(dtype).to(tl.float32)
+        opened = tl.sigmoid(gate)
+        tl.store(dy + place, (total * up * opened * (1 + gate * (1 - opened))).to(dtype), mask=mask)
+        tl.store(dy + place + width, (total * gate * opened).to(dtype), mask=mask)
 
 
 @triton.jit
 def add_on(
     h, flat, table, lanes, x, y, out, share, width, h_stride,
-    ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+    ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr,
+    HOIST: tl.constexpr,
 ):  # fmt: skip
     """out [N, D] = x + y + h B."""
-    tiles = tl.cdiv(share, ROWS)
+    tiles = tl.cdiv(share, ROWS * SPAN)
     lane = tl.program_id(0) // tiles
     slot = tl.load(lanes + lane)
-    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    live = slot >= 0
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
     known = c < width
-    mask = inside[:, None] & known[None, :]
-    where = row[:, None] * width + c[None, :]
-    total = tl.load(y + where, mask=mask, other=0.0).to(tl.float32)
-    if ADAPTED:
-        if slot >= 0:
-            total = _product(total, h, flat, table + slot * 4, row, inside, c, width, known, h_stride, True, RANKS)
-    total = total.to(out.dtype.element_ty).to(tl.float32)
-    total += tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + where, total.to(out.dtype.element_ty), mask=mask)
+    entry = table + slot * 4
+    matrix = 0
+    if ADAPTED and HOIST:
+        matrix = _matrix(flat, entry, live, 0, c, width, known, True, RANKS)
+    dtype = out.dtype.element_ty
+    for tile in tl.range(0, SPAN, num_stages=3):
+        row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
+        mask = inside[:, None] & known[None, :]
+        where = row[:, None] * width + c[None, :]
+        total = tl.load(y + where, mask=mask, other=0.0).to(tl.float32)
+        before = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
+        if ADAPTED:
+            total = _add(
+                total, matrix, h, flat, entry, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST
+            )  # fmt: skip
+            total = total.to(dtype).to(tl.float32)
+        tl.store(out + where, (total + before).to(dtype), mask=mask)
 
 
 @triton.jit
 def head_gradients(
     dh, flat, table, lanes, dout, out, products, rows, share, width, h_stride,
-    ADAPTED: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
+    ADAPTED: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr,
+    HOIST: tl.constexpr,
 ):  # fmt: skip
     """dout [N, heads] += dh A, in place; products [heads, N] = the sum over a head of dout * out."""
-    tiles = tl.cdiv(share, ROWS)
+    tiles = tl.cdiv(share, ROWS * SPAN)
     lane = tl.program_id(0) // tiles
     head = tl.program_id(1)
     slot = tl.load(lanes + lane)
-    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    live = slot >= 0
     c = head * HEAD + tl.arange(0, HEAD)
     known = c < width
-    mask = inside[:, None] & known[None, :]
-    where = row[:, None] * width + c[None, :]
-    total = tl.load(dout + where, mask=mask, other=0.0).to(tl.float32)
+    entry = table + slot * 4
+    matrix = 0
+    changed = live
     if ADAPTED:
-        if slot >= 0:
-            entry = table + slot * 4
-            if tl.load(entry) > 0:
-                total = _product(total, dh, flat, entry, row, inside, c, width, known, h_stride, False, RANKS)
-                tl.store(dout + where, total.to(dout.dtype.element_ty), mask=mask)
-    found = tl.load(out + where, mask=mask, other=0.0).to(tl.float32)
-    total = total.to(dout.dtype.element_ty).to(tl.float32)
-    tl.store(products + head.to(tl.int64) * rows + row, tl.sum(total * found, 1), mask=inside)
+        changed = live & (tl.load(entry, mask=live, other=0) > 0)
+        if HOIST:
+            matrix = _matrix(flat, entry, live, 0, c, width, known, False, RANKS)
+    dtype = dout.dtype.element_ty
+    for tile in tl.range(0, SPAN, num_stages=3):
+        row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
+        mask = inside[:, None] & known[None, :]
+        where = row[:, None] * width + c[None, :]
+        total = tl.load(dout + where, mask=mask, other=0.0).to(tl.float32)
+        found = tl.load(out + where, mask=mask, other=0.0).to(tl.float32)
+        if ADAPTED:
+            total = _add(
+                total, matrix, dh, flat, entry, live, row, inside, c, width, known, h_stride, False, RANKS, HOIST
+            )  # fmt: skip
+            total = total.to(dtype).to(tl.float32)
+            tl.store(dout + where, total.to(dtype), mask=mask & changed)
+        tl.store(products + head.to(tl.int64) * rows + row, tl.sum(total * found, 1), mask=inside)

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from sweeper.fused import attention, kernels
 from sweeper.fused.attention import Heads
+from sweeper.fused.beside import Beside
 from sweeper.fused.rows import Rows
 from sweeper.lora.kernels import Adapters, Tiles, expand_back, outer, shrink, shrink_back
 from sweeper.lora.wrappers import Adapted, Group, Lanes
 
-TILE = Tiles(64, 64, 4)  # of what is added to a product
+HEAD_TILE, WIDE_TILE = Tiles(64, 64, 4), Tiles(32, 128, 4)  # of what is added to a product; the first a head wide
+SPAN, FEW = 4, 4096  # tiles of rows that keep their matrix, unless there are so few programs
 
 
 class Site:
@@ -63,19 +65,36 @@ class Site:
             rows // len(lanes.slots), 1,
         )  # fmt: skip
 
-    def shrink(self, x: Tensor, own: Adapters | None) -> Tensor | None:
-        return None if own is None else shrink(x, own)
+    def __call__(self, x: Tensor, own: Adapters | None, beside: Beside) -> tuple[Tensor, Tensor | None]:
+        """The frozen product [N, O] of x [N, I], and the hidden values [N, H]."""
+        if own is None:
+            return self.product(x), None
+        with beside.run():
+            h = shrink(x, own)
+            mark = beside.mark()
+        y = self.product(x)
+        beside.wait(mark)
+        return y, h
 
-    def back(self, dy: Tensor, h: Tensor | None, x: Tensor, own: Adapters | None) -> Tensor | None:
-        """Gradient of the hidden values; those of A and B are added to the store's."""
+    def back(
+        self, dy: Tensor, h: Tensor | None, x: Tensor, own: Adapters | None, beside: Beside, *, further: bool
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Gradients of x [N, I] through the frozen product, if asked for, and of the hidden values [N, H].
+
+        Those of A and B are added to the store's, beside what comes next.
+        """
         if own is None or h is None:
-            return None
+            return dy @ self.weight if further else None, None
         dys = self.parts(dy)
-        dh = shrink_back(dys, own)
         assert self.group is not None
         assert self.group.params.grad is not None
-        outer(h, dh, x, dys, self.group.params.grad, own, add=True)
-        return dh
+        with beside.run():
+            dh = shrink_back(dys, own)
+            mark = beside.mark()
+            outer(h, dh, x, dys, self.group.params.grad, own, add=True)
+        dx = dy @ self.weight if further else None
+        beside.wait(mark)
+        return dx, dh
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -130,9 +149,9 @@ def _norm_tile(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
 class Layer:
     """One decoder layer."""
 
-    def __init__(self, module: Any, heads: Heads, turns: Turns) -> None:
+    def __init__(self, module: Any, heads: Heads, turns: Turns, beside: Beside) -> None:
         attention_part, inner = module.self_attn, module.mlp
-        self.heads, self.turns = heads, turns
+        self.heads, self.turns, self.beside = heads, turns, beside
         self.before, self.between = module.input_layernorm, module.post_attention_layernorm
         self.qkv = Site([attention_part.q_proj, attention_part.k_proj, attention_part.v_proj])
         self.mixed = Site([attention_part.o_proj])
@@ -151,19 +170,18 @@ class Layer:
 
     def forward(self, x: Tensor, rows: Rows, lanes: Lanes) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The result, and what the backward pass needs."""
-        count = x.shape[0]
-        own = [site.adapters(lanes, count) for site in self.sites]
+        own, beside = [site.adapters(lanes, x.shape[0]) for site in self.sites], self.beside
         n, inverse = norm(x, self.before.weight, self.before.variance_epsilon)
-        qkv, h = self.qkv.product(n), self.qkv.shrink(n, own[0])
+        qkv, h = self.qkv(n, own[0], beside)
         self._turn(qkv, h, own[0], rows, lanes)
         mixed, sums = attention.forward(qkv, rows.starts, self.heads)
-        h_mixed = self.mixed.shrink(mixed, own[1])
-        middle = _add_on(x, self.mixed.product(mixed), h_mixed, own[1], lanes)
+        y, h_mixed = self.mixed(mixed, own[1], beside)
+        middle = _add_on(x, y, h_mixed, own[1], lanes)
         m, inverse_m = norm(middle, self.between.weight, self.between.variance_epsilon)
-        gate_up, h_inner = self.gate_up.product(m), self.gate_up.shrink(m, own[2])
+        gate_up, h_inner = self.gate_up(m, own[2], beside)
         gated = _close_gate(gate_up, h_inner, own[2], lanes)
-        h_down = self.down.shrink(gated, own[3])
-        y = _add_on(middle, self.down.product(gated), h_down, own[3], lanes)
+        y, h_down = self.down(gated, own[3], beside)
+        y = _add_on(middle, y, h_down, own[3], lanes)
         kept = (x, inverse, n, h, qkv, mixed, sums, h_mixed, middle, inverse_m, m, h_inner, gate_up, gated, h_down)
         return y, kept
 
@@ -172,41 +190,46 @@ class Layer:
     ) -> Tensor | None:  # fmt: skip
         """Gradient [N, D] of x; None where nothing before the layer is trained (`further`)."""
         x, inverse, n, h, qkv, mixed, sums, h_mixed, middle, inverse_m, m, h_inner, gate_up, gated, h_down = kept
-        own = [site.adapters(lanes, dy.shape[0]) for site in self.sites]
-        dh = self.down.back(dy, h_down, gated, own[3])
-        if not further and own[0] is own[1] is own[2] is None:
-            return None
-        d_gate_up = _open_gate(dy @ self.down.weight, gate_up, dh, own[3], lanes)
-        dh = self.gate_up.back(d_gate_up, h_inner, m, own[2])
-        if not further and own[0] is own[1] is None:
-            return None
-        dm = d_gate_up @ self.gate_up.weight
-        if dh is not None and own[2] is not None:
-            expand_back(dh, dm, own[2])
-        d_middle = norm_back(dm, middle, inverse_m, self.between.weight, dy)
-        dh = self.mixed.back(d_middle, h_mixed, mixed, own[1])
-        if not further and own[0] is None:
-            return None
-        d_mixed = d_middle @ self.mixed.weight
-        products = self._head_gradients(d_mixed, mixed, dh, own[1], lanes)
-        dqkv = attention.backward(
-            qkv, rows.starts, rows.stops, d_mixed, sums, products, self.turns.cosines, self.turns.sines, self.heads
-        )
-        dh = self.qkv.back(dqkv, h, n, own[0])
-        if not further:
-            return None
-        dn = dqkv @ self.qkv.weight
-        if dh is not None and own[0] is not None:
-            expand_back(dh, dn, own[0])
-        return norm_back(dn, x, inverse, self.before.weight, d_middle)
+        own, beside = [site.adapters(lanes, dy.shape[0]) for site in self.sites], self.beside
+        # whether anything is trained before a site: in the layer, or before it
+        past = [further or any(one is not None for one in own[:site]) for site in range(4)]
+        dqkv = d_middle = d_gate_up = dx = None
+        d_gated, dh_down = self.down.back(dy, h_down, gated, own[3], beside, further=past[3])
+        dh_inner = dh_mixed = dh = None
+        if d_gated is not None:
+            d_gate_up = _open_gate(d_gated, gate_up, dh_down, own[3], h_inner, own[2], lanes)
+            dm, dh_inner = self.gate_up.back(d_gate_up, h_inner, m, own[2], beside, further=past[2])
+            if dm is not None:
+                if dh_inner is not None and own[2] is not None:
+                    expand_back(dh_inner, dm, own[2])
+                d_middle = norm_back(dm, middle, inverse_m, self.between.weight, dy)
+        if d_middle is not None:
+            d_mixed, dh_mixed = self.mixed.back(d_middle, h_mixed, mixed, own[1], beside, further=past[1])
+            if d_mixed is not None:
+                products = self._head_gradients(d_mixed, mixed, dh_mixed, own[1], lanes)
+                dqkv = attention.backward(
+                    qkv, rows.starts, rows.stops, d_mixed, sums, products, self.turns.cosines, self.turns.sines,
+                    self.heads,
+                )  # fmt: skip
+        if dqkv is not None and d_middle is not None:
+            dn, dh = self.qkv.back(dqkv, h, n, own[0], beside, further=past[0])
+            if dn is not None:
+                if dh is not None and own[0] is not None:
+                    expand_back(dh, dn, own[0])
+                dx = norm_back(dn, x, inverse, self.before.weight, d_middle)
+        beside.hold(
+            dy, d_gate_up, d_middle, dqkv, gated, m, mixed, n, h, h_mixed, h_inner, h_down, dh, dh_mixed, dh_inner,
+            dh_down,
+        )  # fmt: skip
+        return dx
 
     def _turn(self, qkv: Tensor, h: Tensor | None, own: Adapters | None, rows: Rows, lanes: Lanes) -> None:
         heads, share = self.heads, qkv.shape[0] // len(lanes.slots)
-        grid = (len(lanes.slots) * triton.cdiv(share, TILE.rows), heads.queries + 2 * heads.keys)
+        grid, tile = _grid(lanes, share, heads.queries + 2 * heads.keys, HEAD_TILE)
         kernels.turn[grid](
             *_read(h, own, qkv), lanes.slots, qkv, rows.starts, self.turns.cosines, self.turns.sines, share,
-            qkv.stride(0), _hidden(own), ADAPTED=own is not None, HEADS=heads.queries, KV_HEADS=heads.keys,
-            HALF=heads.channels // 2, ROWS=TILE.rows, RANKS=_ranks(own), num_warps=TILE.warps,
+            qkv.stride(0), _width(own), HEADS=heads.queries, KV_HEADS=heads.keys, HALF=heads.channels // 2,
+            **tile, **_adapted(own),
         )  # fmt: skip
 
     def _head_gradients(
@@ -216,9 +239,10 @@ class Layer:
         (rows, width), heads = d_mixed.shape, self.heads
         share = rows // len(lanes.slots)
         products = torch.empty(heads.queries, rows, dtype=torch.float32, device=d_mixed.device)
-        kernels.head_gradients[(len(lanes.slots) * triton.cdiv(share, TILE.rows), heads.queries)](
-            *_read(dh, own, d_mixed), lanes.slots, d_mixed, mixed, products, rows, share, width, _hidden(own),
-            ADAPTED=own is not None, HEAD=heads.channels, ROWS=TILE.rows, RANKS=_ranks(own), num_warps=TILE.warps,
+        grid, tile = _grid(lanes, share, heads.queries, HEAD_TILE)
+        kernels.head_gradients[grid](
+            *_read(dh, own, d_mixed), lanes.slots, d_mixed, mixed, products, rows, share, width, _width(own),
+            HEAD=heads.channels, **tile, **_adapted(own),
         )  # fmt: skip
         return products
 
@@ -228,46 +252,59 @@ def _read(h: Tensor | None, own: Adapters | None, other: Tensor) -> tuple[Tensor
     return (other, other, other) if own is None or h is None else (h, own.work, own.table)
 
 
-def _hidden(own: Adapters | None) -> int:
+def _width(own: Adapters | None) -> int:
     return 0 if own is None else own.hidden
 
 
-def _ranks(own: Adapters | None) -> int:
-    return 16 if own is None else own.ranks
+def _adapted(own: Adapters | None) -> dict[str, Any]:
+    if own is None:
+        return {"ADAPTED": False, "RANKS": 16, "HOIST": True}
+    return {"ADAPTED": True, "RANKS": own.ranks, "HOIST": own.chunks == 1}
+
+
+def _grid(lanes: Lanes, share: int, columns: int, tile: Tiles) -> tuple[tuple[int, int], dict[str, int]]:
+    """Programs over the rows of each lane and so many tiles of columns, and the constants of a kernel's tile."""
+    count = len(lanes.slots)
+    span = SPAN if count * triton.cdiv(share, tile.rows) * columns >= FEW else 1
+    grid = (count * triton.cdiv(share, tile.rows * span), columns)
+    return grid, {"ROWS": tile.rows, "SPAN": span, "num_warps": tile.warps}
 
 
 def _add_on(x: Tensor, y: Tensor, h: Tensor | None, own: Adapters | None, lanes: Lanes) -> Tensor:
     """x + y + h B [N, D]."""
     (rows, width), out = x.shape, torch.empty_like(x)
     share = rows // len(lanes.slots)
-    grid = (len(lanes.slots) * triton.cdiv(share, TILE.rows), triton.cdiv(width, TILE.cols))
+    grid, tile = _grid(lanes, share, triton.cdiv(width, WIDE_TILE.cols), WIDE_TILE)
     kernels.add_on[grid](
-        *_read(h, own, x), lanes.slots, x, y, out, share, width, _hidden(own),
-        ADAPTED=own is not None, ROWS=TILE.rows, COLS=TILE.cols, RANKS=_ranks(own), num_warps=TILE.warps,
+        *_read(h, own, x), lanes.slots, x, y, out, share, width, _width(own), COLS=WIDE_TILE.cols, **tile,
+        **_adapted(own),
     )  # fmt: skip
     return out
 
 
 def _close_gate(y: Tensor, h: Tensor | None, own: Adapters | None, lanes: Lanes) -> Tensor:
-    """silu(gate) * up [N, I] of y [N, 2 I], to which h B is added in place."""
+    """silu(gate) * up [N, I] of y + h B [N, 2 I]."""
     rows, width = y.shape[0], y.shape[1] // 2
     share, out = rows // len(lanes.slots), y.new_empty(rows, width)
-    grid = (len(lanes.slots) * triton.cdiv(share, TILE.rows), triton.cdiv(width, TILE.cols))
+    grid, tile = _grid(lanes, share, triton.cdiv(width, WIDE_TILE.cols), WIDE_TILE)
     kernels.close_gate[grid](
-        *_read(h, own, y), lanes.slots, y, out, share, width, _hidden(own),
-        ADAPTED=own is not None, ROWS=TILE.rows, COLS=TILE.cols, RANKS=_ranks(own), num_warps=TILE.warps,
-    )  # fmt: skip
+        *_read(h, own, y), lanes.slots, y, out, share, width, _width(own), COLS=WIDE_TILE.cols, **tile, **_adapted(own)
+    )
     return out
 
 
-def _open_gate(dout: Tensor, y: Tensor, dh: Tensor | None, own: Adapters | None, lanes: Lanes) -> Tensor:
-    """Gradients [N, 2 I] of gate and up."""
+def _open_gate(
+    dout: Tensor, y: Tensor, dh: Tensor | None, down: Adapters | None, h: Tensor | None, own: Adapters | None,
+    lanes: Lanes,
+) -> Tensor:  # fmt: skip
+    """Gradients [N, 2 I] of gate and up, of which y + h B are the values, from dout + dh A [N, I]."""
     (rows, width), dy = dout.shape, torch.empty_like(y)
     share = rows // len(lanes.slots)
-    grid = (len(lanes.slots) * triton.cdiv(share, TILE.rows), triton.cdiv(width, TILE.cols))
+    grid, tile = _grid(lanes, share, triton.cdiv(width, WIDE_TILE.cols), WIDE_TILE)
+    below = {{"ADAPTED": "DOWN"}.get(name, f"DOWN_{name}"): value for name, value in _adapted(down).items()}
     kernels.open_gate[grid](
-        *_read(dh, own, y), lanes.slots, y, dout, dy, share, width, _hidden(own),
-        ADAPTED=own is not None, ROWS=TILE.rows, COLS=TILE.cols, RANKS=_ranks(own), num_warps=TILE.warps,
+        *_read(dh, down, y), *_read(h, own, y), lanes.slots, y, dout, dy, share, width, _width(down), _width(own),
+        COLS=WIDE_TILE.cols, **tile, **below, **_adapted(own),
     )  # fmt: skip
     return dy
 

@@ -68,7 +68,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable[[Batch], Tensor]) -> None:
         self.step = step
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream(priority=-1)  # before what a step runs beside it
         self.pool = torch.cuda.graph_pool_handle()
         self.warm: set[tuple[tuple[bool, int, int, int, int], Hashable]] = set()
         self.recordings: dict[Hashable, _Recording] = {}

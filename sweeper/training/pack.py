@@ -486,6 +486,8 @@ class Pack:
                 parts.append(self._of_lanes(objective, lanes, states, batch, weights, weigh=weigh))
         losses = torch.cat(parts)
         losses.sum().backward()
+        if self.decoder is not None:
+            self.decoder.finish()
         return losses.detach()
 
     def _of_lanes(
