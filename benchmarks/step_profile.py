@@ -46,13 +46,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--steps", type=int, default=64, help="that are timed; as many go before")
     parser.add_argument("--stock", action="store_true")
+    parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--most", type=int, default=14, help="kernels that are named, by time")
     args = parser.parse_args()
     batch = args.batch or (8 if args.rows else 4)
     base = base_model(args.model, "cuda", torch.bfloat16)
     runs = (GRID * args.runs)[: args.runs]
     config = PackConfig(
-        batch_size=batch, compiled=True, fused=not args.stock, lengths_vary=args.rows is not None
+        batch_size=batch, compiled=True, fused=not args.stock, fp8=args.fp8, lengths_vary=args.rows is not None
     )  # fmt: skip
     made = [jobs_of(base, runs, steps=10**6, batch=batch, length=args.length, rows=args.rows) for _ in range(3)]
     with Pack(base, [job.adapter.ranks for job in made[0]], config) as pack:
@@ -76,7 +77,8 @@ def main() -> None:
     for name in sorted(times, key=times.__getitem__, reverse=True)[: args.most]:
         print(f"  {times[name]:8.3f} ms {named[name]:5d} x {name}")
     print(json.dumps({
-        "model": args.model, "rows": args.rows or f"{batch}x{args.length}", "runs": args.runs, "fused": not args.stock,
+        "model": args.model, "rows": args.rows or f"{batch}x{args.length}", "runs": args.runs,
+        "fused": not args.stock, "fp8": args.fp8,
         "first_seconds": round(seconds[0], 2), "step_ms": round(seconds[1] / args.steps * 1e3, 3),
         "run_steps_per_second": round(args.runs * args.steps / seconds[1], 1), "kernels": sum(counts.values()),
         "profiled_ms": round(sum(spent.values()), 3), "gib": round(memory / 2**30, 1),

@@ -27,12 +27,16 @@ _KNOWN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 class Decoder:
     """Runs token ids through a model whose layers are recognised, with the adapters of the present lanes.
 
+    Args:
+        coded: train with frozen products in 8-bit floats (`sweeper.fused.fp8`).
+
     Attributes:
         longest: tokens of the longest sequence it can be given.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, coded: bool = False) -> None:
         from sweeper.fused.attention import Heads
+        from sweeper.fused.fp8 import Matrix8
         from sweeper.fused.layer import Layer, Turns
 
         inner: Any = inner_model(model)
@@ -48,12 +52,11 @@ class Decoder:
         positions = torch.arange(self.longest, device=weight.device)[None]
         cosines, sines = (turn[0] for turn in inner.rotary_emb(weight[:1], position_ids=positions))
         turns = Turns(*(turn[:, : channels // 2].contiguous() for turn in (cosines, sines)))
-        self.beside = Beside(weight.device)
-        self.layers = [Layer(layer, heads, turns, self.beside) for layer in inner.layers]
-
-    def finish(self) -> None:
-        """After a backward pass: the gradients of the adapters are there for what comes next."""
-        self.beside.finish()
+        beside = Beside(weight.device)
+        self.layers = [Layer(layer, heads, turns, beside) for layer in inner.layers]
+        self.coded = coded
+        for site in (site for layer in self.layers for site in layer.sites if coded):
+            site.matrix8 = Matrix8(site.weight)
 
     def __call__(self, ids: Tensor, rows: Rows, index: Tensor, lanes: Lanes) -> Tensor:
         """Hidden states [len(index), D] of some of the rows, after the last norm.
@@ -61,11 +64,10 @@ class Decoder:
         Args:
             ids: [N] token ids of the lanes one after another. index: rows that are wanted.
         """
-        from sweeper.fused.layer import last_norm
+        from sweeper.fused.layer import last_norm, through
 
-        hidden = self.inner.embed_tokens(ids)
-        for layer in self.layers:
-            hidden = layer(hidden, rows, lanes)
+        coded = self.coded and bool(self.inner.training)
+        hidden = through(self.layers, self.inner.embed_tokens(ids), rows, lanes, coded=coded)
         return last_norm(hidden.index_select(0, index), self.inner.norm)
 
 

@@ -11,22 +11,60 @@ import triton.language as tl
 
 
 @triton.jit
-def norm(x, weight, y, inverse, rows, width, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """y = weight * x / rms(x), rounded before it is weighed; keeps 1 / rms [N]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, WIDTH)
-    mask = (row[:, None] < rows) & (c[None, :] < width)
-    values = tl.load(x + row[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, 1) / width + eps)
-    normal = (values * scale[:, None]).to(y.dtype.element_ty)
-    gain = tl.load(weight + c, mask=c < width, other=0.0)
-    tl.store(y + row[:, None] * width + c[None, :], (normal * gain[None, :]).to(y.dtype.element_ty), mask=mask)
-    tl.store(inverse + row, scale, mask=row < rows)
+def _codes(values, codes, scales, row, where, mask, inside):
+    """Keeps rows [ROWS, WIDTH] as 8-bit floats with a scale each."""
+    most = tl.maximum(tl.max(tl.abs(values), 1) / 448.0, 1e-12)
+    tl.store(scales + row, most, mask=inside)
+    tl.store(codes + where, (values / most[:, None]).to(codes.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def norm_back(dy, x, inverse, weight, upstream, dx, rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """dx = upstream + the gradient of x from dy."""
+def quantise(x, codes, scales, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows of x [N, I] as 8-bit floats with a scale [N] each: the largest value of a row is the largest code."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    most = tl.zeros((ROWS,), dtype=tl.float32)
+    for start in range(0, width, COLS):
+        c = start + tl.arange(0, COLS)
+        mask = inside[:, None] & (c[None, :] < width)
+        values = tl.load(x + row[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.abs(values), 1))
+    most = tl.maximum(most / 448.0, 1e-12)
+    tl.store(scales + row, most, mask=inside)
+    for start in range(0, width, COLS):
+        c = start + tl.arange(0, COLS)
+        mask = inside[:, None] & (c[None, :] < width)
+        where = row[:, None] * width + c[None, :]
+        values = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
+        tl.store(codes + where, (values / most[:, None]).to(codes.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm(
+    x, weight, y, inverse, codes, scales, rows, width, eps, CODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """y = weight * x / rms(x), rounded before it is weighed; keeps 1 / rms [N], and y as 8-bit floats where CODES."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, WIDTH)
+    mask = (row[:, None] < rows) & (c[None, :] < width)
+    where = row[:, None] * width + c[None, :]
+    values = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 1) / width + eps)
+    normal = (values * scale[:, None]).to(y.dtype.element_ty)
+    gain = tl.load(weight + c, mask=c < width, other=0.0)
+    found = (normal * gain[None, :]).to(y.dtype.element_ty)
+    tl.store(y + where, found, mask=mask)
+    tl.store(inverse + row, scale, mask=row < rows)
+    if CODES:
+        _codes(found.to(tl.float32), codes, scales, row, where, mask, row < rows)
+
+
+@triton.jit
+def norm_back(
+    dy, x, inverse, weight, upstream, dx, codes, scales, rows, width,
+    CODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dx = upstream + the gradient of x from dy; also as 8-bit floats where CODES."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, WIDTH)
     mask = (row[:, None] < rows) & (c[None, :] < width)
@@ -37,7 +75,10 @@ def norm_back(dy, x, inverse, weight, upstream, dx, rows, width, ROWS: tl.conste
     gradient = tl.load(dy + where, mask=mask, other=0.0).to(tl.float32) * gain[None, :]
     mean = tl.sum(normal * gradient, 1) / width
     total = tl.load(upstream + where, mask=mask, other=0.0).to(tl.float32) + scale * (gradient - normal * mean[:, None])
-    tl.store(dx + where, total.to(dx.dtype.element_ty), mask=mask)
+    found = total.to(dx.dtype.element_ty)
+    tl.store(dx + where, found, mask=mask)
+    if CODES:
+        _codes(found.to(tl.float32), codes, scales, row, where, mask, row < rows)
 
 
 @triton.jit

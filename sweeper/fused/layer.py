@@ -1,4 +1,4 @@
-"""A decoder layer as one operation with a backward pass of its own.
+"""Decoder layers as one operation with a backward pass of its own.
 
 Forward, x and the norms' inputs being [N, D]:
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sweeper.fused import attention, kernels
 from sweeper.fused.attention import Heads
 from sweeper.fused.beside import Beside
+from sweeper.fused.fp8 import Matrix8, Rows8
 from sweeper.fused.rows import Rows
 from sweeper.lora.kernels import Adapters, Tiles, expand_back, outer, shrink, shrink_back
 from sweeper.lora.wrappers import Adapted, Group, Lanes
@@ -36,7 +37,7 @@ class Site:
 
     Attributes:
         weight: [O, I]. bias: [O], or None. widths: outputs of each.
-        group: None where no slot has an adapter.
+        group: None where no slot has an adapter. matrix8: the weight in 8-bit floats, if there is any.
     """
 
     def __init__(self, modules: Sequence[Any]) -> None:
@@ -46,11 +47,21 @@ class Site:
         self.bias = None if biases[0] is None else joined(biases)
         self.widths = [module.out_features for module in frozen]
         self.group: Group | None = next((module.group for module in modules if isinstance(module, Adapted)), None)
+        self.matrix8: Matrix8 | None = None
         assert self.group is None or [id(base) for base in self.group.bases] == [id(module) for module in frozen]
 
-    def product(self, x: Tensor) -> Tensor:
-        """[N, O] of x [N, I]."""
+    def product(self, x: Tensor, codes: Rows8 | None = None) -> Tensor:
+        """[N, O] of x [N, I]; in 8-bit floats where `codes` are those of x."""
+        if codes is not None and self.matrix8 is not None:
+            y = self.matrix8.product(codes, x.dtype)
+            return y if self.bias is None else y.add_(self.bias)
         return x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+
+    def product_back(self, dy: Tensor, codes: Rows8 | None = None) -> Tensor:
+        """[N, I] of dy [N, O]."""
+        if codes is not None and self.matrix8 is not None:
+            return self.matrix8.product_back(codes, dy.dtype)
+        return dy @ self.weight
 
     def parts(self, y: Tensor) -> tuple[Tensor, ...]:
         """The columns of each matrix."""
@@ -65,26 +76,29 @@ class Site:
             rows // len(lanes.slots), 1,
         )  # fmt: skip
 
-    def __call__(self, x: Tensor, own: Adapters | None, beside: Beside) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, x: Tensor, codes: Rows8 | None, own: Adapters | None, beside: Beside
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The frozen product [N, O] of x [N, I], and the hidden values [N, H]."""
         if own is None:
-            return self.product(x), None
+            return self.product(x, codes), None
         with beside.run():
             h = shrink(x, own)
             mark = beside.mark()
-        y = self.product(x)
+        y = self.product(x, codes)
         beside.wait(mark)
         return y, h
 
     def back(
-        self, dy: Tensor, h: Tensor | None, x: Tensor, own: Adapters | None, beside: Beside, *, further: bool
+        self, dy: Tensor, codes: Rows8 | None, h: Tensor | None, x: Tensor, own: Adapters | None, beside: Beside, *,
+        further: bool,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Gradients of x [N, I] through the frozen product, if asked for, and of the hidden values [N, H].
 
         Those of A and B are added to the store's, beside what comes next.
         """
         if own is None or h is None:
-            return dy @ self.weight if further else None, None
+            return self.product_back(dy, codes) if further else None, None
         dys = self.parts(dy)
         assert self.group is not None
         assert self.group.params.grad is not None
@@ -92,7 +106,7 @@ class Site:
             dh = shrink_back(dys, own)
             mark = beside.mark()
             outer(h, dh, x, dys, self.group.params.grad, own, add=True)
-        dx = dy @ self.weight if further else None
+        dx = self.product_back(dy, codes) if further else None
         beside.wait(mark)
         return dx, dh
 
@@ -122,22 +136,33 @@ class Turns:
     sines: Tensor
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMS norm [N, D], and 1 / rms [N]."""
+def norm(x: Tensor, module: Any, *, coded: bool = False) -> tuple[Tensor, Tensor, Rows8 | None]:
+    """RMS norm [N, D], 1 / rms [N], and the norm in 8-bit floats if asked for."""
     rows, width = x.shape
     y, inverse = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+    codes = Rows8.empty(x) if coded else None
     grid, tile = _norm_tile(rows, width)
-    kernels.norm[grid](x, weight, y, inverse, rows, width, eps, **tile)
-    return y, inverse
+    kernels.norm[grid](
+        x, module.weight, y, inverse, *_codes(codes, x), rows, width, module.variance_epsilon, CODES=coded, **tile
+    )
+    return y, inverse, codes
 
 
-def norm_back(dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, upstream: Tensor) -> Tensor:
-    """Gradient [N, D] of x, through the norm and past it."""
+def norm_back(
+    dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, upstream: Tensor, *, coded: bool = False
+) -> tuple[Tensor, Rows8 | None]:  # fmt: skip
+    """Gradient [N, D] of x, through the norm and past it; and in 8-bit floats if asked for."""
     rows, width = x.shape
-    dx = torch.empty_like(x)
+    dx, codes = torch.empty_like(x), Rows8.empty(x) if coded else None
     grid, tile = _norm_tile(rows, width)
-    kernels.norm_back[grid](dy, x, inverse, weight, upstream, dx, rows, width, **tile)
-    return dx
+    kernels.norm_back[grid](
+        dy, x, inverse, weight, upstream, dx, *_codes(codes, x), rows, width, CODES=coded, **tile
+    )  # fmt: skip
+    return dx, codes
+
+
+def _codes(codes: Rows8 | None, other: Tensor) -> tuple[Tensor, Tensor]:
+    return (other, other) if codes is None else (codes.codes, codes.scales)
 
 
 def _norm_tile(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
@@ -162,49 +187,51 @@ class Layer:
     def sites(self) -> tuple[Site, ...]:
         return self.qkv, self.mixed, self.gate_up, self.down
 
-    def __call__(self, x: Tensor, rows: Rows, lanes: Lanes) -> Tensor:
-        """Hidden states [N, D] after the layer."""
-        params = [site.group.params for site in self.sites if site.group is not None]
-        found: Tensor = _Apply.apply(x, self, rows, lanes, *params)
-        return found
-
-    def forward(self, x: Tensor, rows: Rows, lanes: Lanes) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The result, and what the backward pass needs."""
+    def forward(
+        self, x: Tensor, rows: Rows, lanes: Lanes, *, coded: bool
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+        """Hidden states [N, D] after the layer, and what the backward pass needs; `coded`: by 8-bit products."""
         own, beside = [site.adapters(lanes, x.shape[0]) for site in self.sites], self.beside
-        n, inverse = norm(x, self.before.weight, self.before.variance_epsilon)
-        qkv, h = self.qkv(n, own[0], beside)
+        n, inverse, codes = norm(x, self.before, coded=coded)
+        qkv, h = self.qkv(n, codes, own[0], beside)
         self._turn(qkv, h, own[0], rows, lanes)
         mixed, sums = attention.forward(qkv, rows.starts, self.heads)
-        y, h_mixed = self.mixed(mixed, own[1], beside)
+        y, h_mixed = self.mixed(mixed, Rows8.of(mixed) if coded else None, own[1], beside)
         middle = _add_on(x, y, h_mixed, own[1], lanes)
-        m, inverse_m = norm(middle, self.between.weight, self.between.variance_epsilon)
-        gate_up, h_inner = self.gate_up(m, own[2], beside)
+        m, inverse_m, codes = norm(middle, self.between, coded=coded)
+        gate_up, h_inner = self.gate_up(m, codes, own[2], beside)
         gated = _close_gate(gate_up, h_inner, own[2], lanes)
-        y, h_down = self.down(gated, own[3], beside)
+        y, h_down = self.down(gated, Rows8.of(gated) if coded else None, own[3], beside)
         y = _add_on(middle, y, h_down, own[3], lanes)
         kept = (x, inverse, n, h, qkv, mixed, sums, h_mixed, middle, inverse_m, m, h_inner, gate_up, gated, h_down)
         return y, kept
 
     def backward(
-        self, dy: Tensor, kept: Sequence[Any], rows: Rows, lanes: Lanes, *, further: bool
-    ) -> Tensor | None:  # fmt: skip
-        """Gradient [N, D] of x; None where nothing before the layer is trained (`further`)."""
+        self, dy: Tensor, codes: Rows8 | None, kept: Sequence[Any], rows: Rows, lanes: Lanes, *, further: bool
+    ) -> tuple[Tensor | None, Rows8 | None]:  # fmt: skip
+        """Gradient [N, D] of x, and its codes if `codes` of dy are given; None where nothing before it is trained.
+
+        Args:
+            further: whether something before the layer is.
+        """
         x, inverse, n, h, qkv, mixed, sums, h_mixed, middle, inverse_m, m, h_inner, gate_up, gated, h_down = kept
         own, beside = [site.adapters(lanes, dy.shape[0]) for site in self.sites], self.beside
+        coded = codes is not None
         # whether anything is trained before a site: in the layer, or before it
         past = [further or any(one is not None for one in own[:site]) for site in range(4)]
-        dqkv = d_middle = d_gate_up = dx = None
-        d_gated, dh_down = self.down.back(dy, h_down, gated, own[3], beside, further=past[3])
+        dqkv = d_middle = d_gate_up = dx = codes_x = None
+        d_gated, dh_down = self.down.back(dy, codes, h_down, gated, own[3], beside, further=past[3])
         dh_inner = dh_mixed = dh = None
         if d_gated is not None:
             d_gate_up = _open_gate(d_gated, gate_up, dh_down, own[3], h_inner, own[2], lanes)
-            dm, dh_inner = self.gate_up.back(d_gate_up, h_inner, m, own[2], beside, further=past[2])
+            codes = Rows8.of(d_gate_up) if coded and past[2] else None
+            dm, dh_inner = self.gate_up.back(d_gate_up, codes, h_inner, m, own[2], beside, further=past[2])
             if dm is not None:
                 if dh_inner is not None and own[2] is not None:
                     expand_back(dh_inner, dm, own[2])
-                d_middle = norm_back(dm, middle, inverse_m, self.between.weight, dy)
+                d_middle, codes = norm_back(dm, middle, inverse_m, self.between.weight, dy, coded=coded)
         if d_middle is not None:
-            d_mixed, dh_mixed = self.mixed.back(d_middle, h_mixed, mixed, own[1], beside, further=past[1])
+            d_mixed, dh_mixed = self.mixed.back(d_middle, codes, h_mixed, mixed, own[1], beside, further=past[1])
             if d_mixed is not None:
                 products = self._head_gradients(d_mixed, mixed, dh_mixed, own[1], lanes)
                 dqkv = attention.backward(
@@ -212,16 +239,14 @@ class Layer:
                     self.heads,
                 )  # fmt: skip
         if dqkv is not None and d_middle is not None:
-            dn, dh = self.qkv.back(dqkv, h, n, own[0], beside, further=past[0])
+            codes = Rows8.of(dqkv) if coded and past[0] else None
+            dn, dh = self.qkv.back(dqkv, codes, h, n, own[0], beside, further=past[0])
             if dn is not None:
                 if dh is not None and own[0] is not None:
                     expand_back(dh, dn, own[0])
-                dx = norm_back(dn, x, inverse, self.before.weight, d_middle)
-        beside.hold(
-            dy, d_gate_up, d_middle, dqkv, gated, m, mixed, n, h, h_mixed, h_inner, h_down, dh, dh_mixed, dh_inner,
-            dh_down,
-        )  # fmt: skip
-        return dx
+                dx, codes_x = norm_back(dn, x, inverse, self.before.weight, d_middle, coded=coded)
+        beside.hold(dy, d_gate_up, d_middle, dqkv, dh, dh_mixed, dh_inner, dh_down)
+        return dx, codes_x
 
     def _turn(self, qkv: Tensor, h: Tensor | None, own: Adapters | None, rows: Rows, lanes: Lanes) -> None:
         heads, share = self.heads, qkv.shape[0] // len(lanes.slots)
@@ -309,39 +334,58 @@ def _open_gate(
     return dy
 
 
-class _Apply(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, rows: Rows, lanes: Lanes, *params: Tensor) -> Tensor:
-        y, kept = layer.forward(x, rows, lanes)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*kept)
-            ctx.layer, ctx.rows, ctx.lanes, ctx.params = layer, rows, lanes, len(params)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        dx = ctx.layer.backward(
-            grads[0].contiguous(), ctx.saved_tensors, ctx.rows, ctx.lanes, further=ctx.needs_input_grad[0]
-        )
-        return (dx, *[None] * (3 + ctx.params))
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
-        eps: Any = module.variance_epsilon
-        weight: Any = module.weight
-        y, inverse = norm(x, weight, eps)
-        ctx.save_for_backward(x, inverse, weight)
+        y, inverse, _ = norm(x, module)
+        ctx.save_for_backward(x, inverse, module.weight)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, inverse, weight = ctx.saved_tensors
-        return norm_back(grads[0].contiguous(), x, inverse, weight, torch.zeros_like(x)), None
+        return norm_back(grads[0].contiguous(), x, inverse, weight, torch.zeros_like(x))[0], None
 
 
 def last_norm(x: Tensor, module: nn.Module) -> Tensor:
     """The norm after the last layer [N, D]."""
-    found: Tensor = _Norm.apply(x, module)
+    found: Tensor = _Norm.apply(x, module)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Layers(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layers: Sequence[Layer], rows: Rows, lanes: Lanes, coded: bool, *params: Tensor
+    ) -> Tensor:  # fmt: skip
+        every = []
+        for layer in layers:
+            x, kept = layer.forward(x, rows, lanes, coded=coded)
+            every += kept if any(ctx.needs_input_grad) else []
+        ctx.save_for_backward(*every)
+        ctx.layers, ctx.rows, ctx.lanes, ctx.coded, ctx.params = layers, rows, lanes, coded, len(params)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        layers, saved = ctx.layers, ctx.saved_tensors
+        each = len(saved) // len(layers)
+        trained = [any(site.group is not None for site in layer.sites) for layer in layers]
+        dx = grads[0].contiguous()
+        codes = Rows8.of(dx) if ctx.coded else None
+        for number in reversed(range(len(layers))):
+            further = ctx.needs_input_grad[0] or any(trained[:number])
+            kept = saved[number * each : (number + 1) * each]
+            dx, codes = layers[number].backward(dx, codes, kept, ctx.rows, ctx.lanes, further=further)
+            if dx is None:
+                break
+        for beside in {layer.beside for layer in layers}:
+            beside.finish()
+        return (dx, *[None] * (4 + ctx.params))
+
+
+def through(layers: Sequence[Layer], x: Tensor, rows: Rows, lanes: Lanes, *, coded: bool) -> Tensor:
+    """Hidden states [N, D] after all layers; the adapters' gradients are added to the store's in the backward pass."""
+    params = [site.group.params for layer in layers for site in layer.sites if site.group is not None]
+    found: Tensor = _Layers.apply(x, layers, rows, lanes, coded, *params)  # type: ignore[no-untyped-call]
     return found

@@ -88,7 +88,7 @@ class Pack:
             adapters.install()
         try:
             self._set_up()
-            self.decoder = Decoder(base.model) if fusible and self.store.able.graphs else None
+            self.decoder = Decoder(base.model, coded=config.fp8) if fusible and self.store.able.graphs else None
         except BaseException:
             self.store.close()  # or the next pack would be put on top of this one
             raise
@@ -486,8 +486,6 @@ class Pack:
                 parts.append(self._of_lanes(objective, lanes, states, batch, weights, weigh=weigh))
         losses = torch.cat(parts)
         losses.sum().backward()
-        if self.decoder is not None:
-            self.decoder.finish()
         return losses.detach()
 
     def _of_lanes(

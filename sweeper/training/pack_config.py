@@ -12,6 +12,7 @@ class PackConfig:
         compiled: compile the layers, and capture whole steps as CUDA graphs. captured: capture them uncompiled. Both do
             nothing without CUDA.
         fused: on CUDA, run layers that are recognised by kernels of our own, where those do all that the runs ask for.
+        fp8: with them, train with frozen products in 8-bit floats (`sweeper.fused.fp8`).
         lengths_vary: compile once for all lengths, rather than for the first and then once more.
         checkpointing: keep no activations inside layers, and compute them again in the backward pass.
         by_task: tasks of every run, and sequences of one of them in a forward pass, where each has passes of its own:
@@ -26,6 +27,7 @@ class PackConfig:
     compiled: bool = False
     captured: bool = False
     fused: bool = True
+    fp8: bool = False
     lengths_vary: bool = False
     checkpointing: bool = False
     deterministic: bool = False

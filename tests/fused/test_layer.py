@@ -91,10 +91,8 @@ def test_rows_without_padding_are_rows_alone(model: Any, dtype: torch.dtype) -> 
     upstream[~inside.to(DEVICE)] = 0
 
     lanes.host_slots, lanes.slots = tuple(slots), torch.tensor(slots, dtype=torch.int32, device=DEVICE)
-    decoder = Decoder(model)
-    found = decoder(ids, rows, torch.arange(len(ids), device=DEVICE), lanes)
+    found = Decoder(model)(ids, rows, torch.arange(len(ids), device=DEVICE), lanes)
     (found.float() * upstream).sum().backward()
-    decoder.finish()
     gradients = store.grads.clone()
     store.grads.zero_()
     for lane, own in enumerate(LENGTHS):
