@@ -185,7 +185,7 @@ def close_gate(
     ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr,
     HOIST: tl.constexpr,
 ):  # fmt: skip
-    """out [N, I] = silu(gate) * up, of gate and up [N, 2 I] + h B."""
+    """Gate and up [N, 2 I] += h B, in place; out [N, I] = silu(gate) * up."""
     tiles = tl.cdiv(share, ROWS * SPAN)
     lane = tl.program_id(0) // tiles
     slot = tl.load(lanes + lane)
@@ -195,9 +195,12 @@ def close_gate(
     entry = table + slot * 2 * 4
     first = 0
     second = 0
-    if ADAPTED and HOIST:
-        first = _matrix(flat, entry, live, 0, c, width, known, True, RANKS)
-        second = _matrix(flat, entry + 4, live, 0, c, width, known, True, RANKS)
+    changed = live
+    if ADAPTED:
+        changed = live & (tl.load(entry, mask=live, other=0) + tl.load(entry + 4, mask=live, other=0) > 0)
+        if HOIST:
+            first = _matrix(flat, entry, live, 0, c, width, known, True, RANKS)
+            second = _matrix(flat, entry + 4, live, 0, c, width, known, True, RANKS)
     dtype = y.dtype.element_ty
     for tile in tl.range(0, SPAN, num_stages=3):
         row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
@@ -208,6 +211,8 @@ def close_gate(
         if ADAPTED:
             gate = _add(gate, first, h, flat, entry, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST)
             up = _add(up, second, h, flat, entry + 4, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST)
+            tl.store(place, gate.to(dtype), mask=mask & changed)
+            tl.store(place + width, up.to(dtype), mask=mask & changed)
             gate = gate.to(dtype).to(tl.float32)
             up = up.to(dtype).to(tl.float32)
         opened = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
@@ -216,30 +221,21 @@ def close_gate(
 
 @triton.jit
 def open_gate(
-    dh, down, down_table, h, flat, table, lanes, y, dout, dy, share, width, dh_stride, h_stride,
-    DOWN: tl.constexpr, ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr,
-    DOWN_RANKS: tl.constexpr, RANKS: tl.constexpr, DOWN_HOIST: tl.constexpr, HOIST: tl.constexpr,
+    dh, flat, table, lanes, y, dout, dy, share, width, h_stride,
+    ADAPTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr,
+    HOIST: tl.constexpr,
 ):  # fmt: skip
-    """dy [N, 2 I], the gradients of gate and up, from that of silu(gate) * up, which is dout [N, I] + dh A.
-
-    Gate and up are y + h B once more.
-    """
+    """dy [N, 2 I], the gradients of gate and up, from that of silu(gate) * up, which is dout [N, I] + dh A."""
     tiles = tl.cdiv(share, ROWS * SPAN)
     lane = tl.program_id(0) // tiles
     slot = tl.load(lanes + lane)
     live = slot >= 0
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
     known = c < width
-    down_entry = down_table + slot * 4
-    entry = table + slot * 2 * 4
+    entry = table + slot * 4
     matrix = 0
-    first = 0
-    second = 0
-    if DOWN and DOWN_HOIST:
-        matrix = _matrix(down, down_entry, live, 0, c, width, known, False, DOWN_RANKS)
     if ADAPTED and HOIST:
-        first = _matrix(flat, entry, live, 0, c, width, known, True, RANKS)
-        second = _matrix(flat, entry + 4, live, 0, c, width, known, True, RANKS)
+        matrix = _matrix(flat, entry, live, 0, c, width, known, False, RANKS)
     dtype = dy.dtype.element_ty
     for tile in tl.range(0, SPAN, num_stages=3):
         row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
@@ -248,20 +244,48 @@ def open_gate(
         place = row[:, None] * (2 * width) + c[None, :]
         gate = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(y + place + width, mask=mask, other=0.0).to(tl.float32)
-        if DOWN:
+        if ADAPTED:
             total = _add(
-                total, matrix, dh, down, down_entry, live, row, inside, c, width, known, dh_stride, False, DOWN_RANKS,
-                DOWN_HOIST,
+                total, matrix, dh, flat, entry, live, row, inside, c, width, known, h_stride, False, RANKS, HOIST
             )  # fmt: skip
             total = total.to(dtype).to(tl.float32)
-        if ADAPTED:
-            gate = _add(gate, first, h, flat, entry, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST)
-            up = _add(up, second, h, flat, entry + 4, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST)
-            gate = gate.to(dtype).to(tl.float32)
-            up = up.to(dtype).to(tl.float32)
         opened = tl.sigmoid(gate)
         tl.store(dy + place, (total * up * opened * (1 + gate * (1 - opened))).to(dtype), mask=mask)
         tl.store(dy + place + width, (total * gate * opened).to(dtype), mask=mask)
+
+
+@triton.jit
+def expand_norm_back(
+    dh, flat, table, lanes, dy, x, inverse, weight, upstream, dx, codes, scales, share, width, h_stride,
+    M: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """`norm_back` of dy + the sum over members of dh A, for rows that fit into a tile."""
+    tiles = tl.cdiv(share, ROWS)
+    lane = tl.program_id(0) // tiles
+    slot = tl.load(lanes + lane)
+    live = slot >= 0
+    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    c = tl.arange(0, WIDTH)
+    known = c < width
+    mask = inside[:, None] & known[None, :]
+    where = row[:, None] * width + c[None, :]
+    gradient = tl.load(dy + where, mask=mask, other=0.0).to(tl.float32)
+    for member in range(M):
+        entry = table + (slot * M + member) * 4
+        for first in range(0, tl.load(entry, mask=live, other=0), RANKS):
+            hidden = _hidden(dh, entry, live, first, row, inside, h_stride, RANKS)
+            matrix = _matrix(flat, entry, live, first, c, width, known, False, RANKS)
+            gradient = tl.dot(hidden, matrix.to(hidden.dtype), gradient, input_precision="ieee")
+    gradient = gradient.to(dy.dtype.element_ty).to(tl.float32)
+    scale = tl.load(inverse + row, mask=inside, other=0.0)[:, None]
+    normal = tl.load(x + where, mask=mask, other=0.0).to(tl.float32) * scale
+    gradient *= tl.load(weight + c, mask=known, other=0.0).to(tl.float32)[None, :]
+    mean = tl.sum(normal * gradient, 1) / width
+    total = tl.load(upstream + where, mask=mask, other=0.0).to(tl.float32) + scale * (gradient - normal * mean[:, None])
+    found = total.to(dx.dtype.element_ty)
+    tl.store(dx + where, found, mask=mask)
+    if CODES:
+        _codes(found.to(tl.float32), codes, scales, row, where, mask, inside)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from sweeper.fused import attention, kernels
+from sweeper.fused import attention, fp8, kernels
 from sweeper.fused.attention import Heads
 from sweeper.fused.beside import Beside
 from sweeper.fused.fp8 import Matrix8, Rows8
@@ -29,6 +29,7 @@ from sweeper.lora.kernels import Adapters, Tiles, expand_back, outer, shrink, sh
 from sweeper.lora.wrappers import Adapted, Group, Lanes
 
 HEAD_TILE, WIDE_TILE = Tiles(64, 64, 4), Tiles(32, 128, 4)  # of what is added to a product; the first a head wide
+NARROW = 1024  # hidden size up to which a row is a tile
 SPAN, FEW = 4, 4096  # tiles of rows that keep their matrix, unless there are so few programs
 
 
@@ -62,6 +63,14 @@ class Site:
         if codes is not None and self.matrix8 is not None:
             return self.matrix8.product_back(codes, dy.dtype)
         return dy @ self.weight
+
+    def codes(self, x: Tensor, wanted: bool) -> Rows8 | None:
+        """x [N, I] in 8-bit floats, where the product gains more by them than they take to make."""
+        return Rows8.of(x) if wanted and self.weight.shape[0] >= fp8.WORTHWHILE else None
+
+    def codes_back(self, dy: Tensor, wanted: bool) -> Rows8 | None:
+        """As `codes`, of dy [N, O]."""
+        return Rows8.of(dy) if wanted and self.weight.shape[1] >= fp8.WORTHWHILE else None
 
     def parts(self, y: Tensor) -> tuple[Tensor, ...]:
         """The columns of each matrix."""
@@ -149,14 +158,29 @@ def norm(x: Tensor, module: Any, *, coded: bool = False) -> tuple[Tensor, Tensor
 
 
 def norm_back(
-    dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, upstream: Tensor, *, coded: bool = False
+    dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, upstream: Tensor, *, coded: bool = False,
+    dh: Tensor | None = None, own: Adapters | None = None,
 ) -> tuple[Tensor, Rows8 | None]:  # fmt: skip
-    """Gradient [N, D] of x, through the norm and past it; and in 8-bit floats if asked for."""
+    """Gradient [N, D] of x, through the norm and past it; and in 8-bit floats if asked for.
+
+    Args:
+        dy: [N, D]; what the adapters after the norm give, dh A, is added to it, maybe in place.
+    """
     rows, width = x.shape
     dx, codes = torch.empty_like(x), Rows8.empty(x) if coded else None
-    grid, tile = _norm_tile(rows, width)
-    kernels.norm_back[grid](
-        dy, x, inverse, weight, upstream, dx, *_codes(codes, x), rows, width, CODES=coded, **tile
+    if own is None or dh is None or width > NARROW:
+        if own is not None and dh is not None:
+            expand_back(dh, dy, own)
+        grid, tile = _norm_tile(rows, width)
+        kernels.norm_back[grid](
+            dy, x, inverse, weight, upstream, dx, *_codes(codes, x), rows, width, CODES=coded, **tile
+        )  # fmt: skip
+        return dx, codes
+    padded = triton.next_power_of_2(width)
+    kernels.expand_norm_back[(own.count * triton.cdiv(own.share, 16),)](
+        dh, own.work, own.table, own.lanes, dy, x, inverse, weight, upstream, dx, *_codes(codes, x), own.share, width,
+        own.hidden, M=own.members, CODES=coded, ROWS=16, WIDTH=padded, RANKS=min(own.ranks, 32),
+        num_warps=max(4, min(16, padded // 64)),
     )  # fmt: skip
     return dx, codes
 
@@ -196,12 +220,12 @@ class Layer:
         qkv, h = self.qkv(n, codes, own[0], beside)
         self._turn(qkv, h, own[0], rows, lanes)
         mixed, sums = attention.forward(qkv, rows.starts, self.heads)
-        y, h_mixed = self.mixed(mixed, Rows8.of(mixed) if coded else None, own[1], beside)
+        y, h_mixed = self.mixed(mixed, self.mixed.codes(mixed, coded), own[1], beside)
         middle = _add_on(x, y, h_mixed, own[1], lanes)
         m, inverse_m, codes = norm(middle, self.between, coded=coded)
         gate_up, h_inner = self.gate_up(m, codes, own[2], beside)
         gated = _close_gate(gate_up, h_inner, own[2], lanes)
-        y, h_down = self.down(gated, Rows8.of(gated) if coded else None, own[3], beside)
+        y, h_down = self.down(gated, self.down.codes(gated, coded), own[3], beside)
         y = _add_on(middle, y, h_down, own[3], lanes)
         kept = (x, inverse, n, h, qkv, mixed, sums, h_mixed, middle, inverse_m, m, h_inner, gate_up, gated, h_down)
         return y, kept
@@ -223,13 +247,13 @@ class Layer:
         d_gated, dh_down = self.down.back(dy, codes, h_down, gated, own[3], beside, further=past[3])
         dh_inner = dh_mixed = dh = None
         if d_gated is not None:
-            d_gate_up = _open_gate(d_gated, gate_up, dh_down, own[3], h_inner, own[2], lanes)
-            codes = Rows8.of(d_gate_up) if coded and past[2] else None
+            d_gate_up = _open_gate(d_gated, gate_up, dh_down, own[3], lanes)
+            codes = self.gate_up.codes_back(d_gate_up, coded and past[2])
             dm, dh_inner = self.gate_up.back(d_gate_up, codes, h_inner, m, own[2], beside, further=past[2])
             if dm is not None:
-                if dh_inner is not None and own[2] is not None:
-                    expand_back(dh_inner, dm, own[2])
-                d_middle, codes = norm_back(dm, middle, inverse_m, self.between.weight, dy, coded=coded)
+                d_middle, codes = norm_back(
+                    dm, middle, inverse_m, self.between.weight, dy, coded=coded, dh=dh_inner, own=own[2]
+                )
         if d_middle is not None:
             d_mixed, dh_mixed = self.mixed.back(d_middle, codes, h_mixed, mixed, own[1], beside, further=past[1])
             if d_mixed is not None:
@@ -239,12 +263,12 @@ class Layer:
                     self.heads,
                 )  # fmt: skip
         if dqkv is not None and d_middle is not None:
-            codes = Rows8.of(dqkv) if coded and past[0] else None
+            codes = self.qkv.codes_back(dqkv, coded and past[0])
             dn, dh = self.qkv.back(dqkv, codes, h, n, own[0], beside, further=past[0])
             if dn is not None:
-                if dh is not None and own[0] is not None:
-                    expand_back(dh, dn, own[0])
-                dx, codes_x = norm_back(dn, x, inverse, self.before.weight, d_middle, coded=coded)
+                dx, codes_x = norm_back(
+                    dn, x, inverse, self.before.weight, d_middle, coded=coded, dh=dh, own=own[0]
+                )  # fmt: skip
         beside.hold(dy, d_gate_up, d_middle, dqkv, dh, dh_mixed, dh_inner, dh_down)
         return dx, codes_x
 
@@ -308,7 +332,7 @@ def _add_on(x: Tensor, y: Tensor, h: Tensor | None, own: Adapters | None, lanes:
 
 
 def _close_gate(y: Tensor, h: Tensor | None, own: Adapters | None, lanes: Lanes) -> Tensor:
-    """silu(gate) * up [N, I] of y + h B [N, 2 I]."""
+    """silu(gate) * up [N, I] of y [N, 2 I], to which h B is added in place."""
     rows, width = y.shape[0], y.shape[1] // 2
     share, out = rows // len(lanes.slots), y.new_empty(rows, width)
     grid, tile = _grid(lanes, share, triton.cdiv(width, WIDE_TILE.cols), WIDE_TILE)
@@ -318,18 +342,14 @@ def _close_gate(y: Tensor, h: Tensor | None, own: Adapters | None, lanes: Lanes)
     return out
 
 
-def _open_gate(
-    dout: Tensor, y: Tensor, dh: Tensor | None, down: Adapters | None, h: Tensor | None, own: Adapters | None,
-    lanes: Lanes,
-) -> Tensor:  # fmt: skip
-    """Gradients [N, 2 I] of gate and up, of which y + h B are the values, from dout + dh A [N, I]."""
+def _open_gate(dout: Tensor, y: Tensor, dh: Tensor | None, own: Adapters | None, lanes: Lanes) -> Tensor:
+    """Gradients [N, 2 I] of gate and up, which are y, from dout + dh A [N, I]."""
     (rows, width), dy = dout.shape, torch.empty_like(y)
     share = rows // len(lanes.slots)
     grid, tile = _grid(lanes, share, triton.cdiv(width, WIDE_TILE.cols), WIDE_TILE)
-    below = {{"ADAPTED": "DOWN"}.get(name, f"DOWN_{name}"): value for name, value in _adapted(down).items()}
     kernels.open_gate[grid](
-        *_read(dh, down, y), *_read(h, own, y), lanes.slots, y, dout, dy, share, width, _width(down), _width(own),
-        COLS=WIDE_TILE.cols, **tile, **below, **_adapted(own),
+        *_read(dh, own, y), lanes.slots, y, dout, dy, share, width, _width(own), COLS=WIDE_TILE.cols, **tile,
+        **_adapted(own),
     )  # fmt: skip
     return dy
 

@@ -205,7 +205,7 @@ def collate(
     """
     rows, lanes_in_all = max(map(len, lanes)), count or len(lanes)
     if compact:
-        length = _round(max(sum(len(e.input_ids) for e in lane) for lane in lanes), fixed, finer=2)
+        length = _round(max(sum(len(e.input_ids) for e in lane) for lane in lanes), fixed, finer=2, most=128)
     else:
         length = _round(max(len(e.input_ids) for lane in lanes for e in lane), fixed)
     width = max(supervised(lane) for lane in lanes)
@@ -252,11 +252,11 @@ def distinct_lengths(lengths: Sequence[int]) -> int:
     return len({_round(length, True) for length in lengths})
 
 
-def _round(value: int, fixed: bool, finer: int = 1) -> int:
+def _round(value: int, fixed: bool, finer: int = 1, most: int | None = None) -> int:
     # eager: multiples of 8. Fixed: beyond 32 at most a third is padding, and a handful of shapes over a whole sweep
     if not fixed:
         return -(-value // 8) * 8
     step = 16
-    while step * 4 * finer < value:
+    while step * 4 * finer < value and (most is None or step < most):
         step *= 2
     return -(-value // step) * step
