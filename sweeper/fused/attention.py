@@ -184,8 +184,8 @@ class Heads:
 
 LOG2_E = 1.4426950408889634
 # of up to 64 channels a head, and of more
-FORWARD = Tiles(64, 64, 4), Tiles(64, 64, 4)
-BACKWARD = Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)
+FORWARD = Tiles(64, 64, 4), Tiles(64, 32, 4)
+BACKWARD = Tiles(64, 64, 4), Tiles(64, 64, 4, 2)
 
 
 def forward(qkv: Tensor, starts: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:

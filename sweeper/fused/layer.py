@@ -29,8 +29,8 @@ from sweeper.lora.kernels import Adapters, Tiles, expand_back, outer, shrink, sh
 from sweeper.lora.wrappers import Adapted, Group, Lanes
 
 HEAD_TILE, WIDE_TILE = Tiles(64, 64, 4), Tiles(32, 128, 4)  # of what is added to a product; the first a head wide
-NARROW = 1024  # hidden size up to which a row is a tile
-SPAN, FEW = 4, 4096  # tiles of rows that keep their matrix, unless there are so few programs
+CLOSE_SPAN, FEW = 4, 8192  # tiles of rows for which `close_gate` keeps its matrix, unless there are so few programs
+NARROW, SHORT = 1024, 4096  # hidden size and rows up to which the adapters join a norm's backward pass
 
 
 class Site:
@@ -168,7 +168,7 @@ def norm_back(
     """
     rows, width = x.shape
     dx, codes = torch.empty_like(x), Rows8.empty(x) if coded else None
-    if own is None or dh is None or width > NARROW:
+    if own is None or dh is None or width > NARROW or rows > SHORT:
         if own is not None and dh is not None:
             expand_back(dh, dy, own)
         grid, tile = _norm_tile(rows, width)
@@ -311,10 +311,12 @@ def _adapted(own: Adapters | None) -> dict[str, Any]:
     return {"ADAPTED": True, "RANKS": own.ranks, "HOIST": own.chunks == 1}
 
 
-def _grid(lanes: Lanes, share: int, columns: int, tile: Tiles) -> tuple[tuple[int, int], dict[str, int]]:
+def _grid(
+    lanes: Lanes, share: int, columns: int, tile: Tiles, span: int = 1
+) -> tuple[tuple[int, int], dict[str, int]]:  # fmt: skip
     """Programs over the rows of each lane and so many tiles of columns, and the constants of a kernel's tile."""
     count = len(lanes.slots)
-    span = SPAN if count * triton.cdiv(share, tile.rows) * columns >= FEW else 1
+    span = span if count * triton.cdiv(share, tile.rows) * columns >= FEW * span else 1
     grid = (count * triton.cdiv(share, tile.rows * span), columns)
     return grid, {"ROWS": tile.rows, "SPAN": span, "num_warps": tile.warps}
 
@@ -335,7 +337,7 @@ def _close_gate(y: Tensor, h: Tensor | None, own: Adapters | None, lanes: Lanes)
     """silu(gate) * up [N, I] of y [N, 2 I], to which h B is added in place."""
     rows, width = y.shape[0], y.shape[1] // 2
     share, out = rows // len(lanes.slots), y.new_empty(rows, width)
-    grid, tile = _grid(lanes, share, triton.cdiv(width, WIDE_TILE.cols), WIDE_TILE)
+    grid, tile = _grid(lanes, share, triton.cdiv(width, WIDE_TILE.cols), WIDE_TILE, CLOSE_SPAN)
     kernels.close_gate[grid](
         *_read(h, own, y), lanes.slots, y, out, share, width, _width(own), COLS=WIDE_TILE.cols, **tile, **_adapted(own)
     )
