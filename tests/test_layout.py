@@ -10,7 +10,7 @@ import pytest
 # from the command down to what all may import: a folder, or a file beside the folders, imports only what stands below
 LAYERS = (
     "command", "api", "plugins", "adapters", "rescoring", "cli", "repeat", "config", "study", "reporting", "training",
-    "identity", "register", "methods", "objectives", "lora", "placement", "tasks", "models", "untrusted",
+    "identity", "register", "methods", "fused", "objectives", "lora", "placement", "tasks", "models", "untrusted",
 )  # fmt: skip
 
 

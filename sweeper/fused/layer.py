@@ -371,7 +371,7 @@ class _Norm(torch.autograd.Function):
 
 def last_norm(x: Tensor, module: nn.Module) -> Tensor:
     """The norm after the last layer [N, D]."""
-    found: Tensor = _Norm.apply(x, module)  # type: ignore[no-untyped-call]
+    found: Tensor = _Norm.apply(x, module)
     return found
 
 
@@ -380,7 +380,7 @@ class _Layers(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, layers: Sequence[Layer], rows: Rows, lanes: Lanes, coded: bool, *params: Tensor
     ) -> Tensor:  # fmt: skip
-        every = []
+        every: list[Tensor | None] = []
         for layer in layers:
             x, kept = layer.forward(x, rows, lanes, coded=coded)
             every += kept if any(ctx.needs_input_grad) else []
@@ -409,5 +409,5 @@ class _Layers(torch.autograd.Function):
 def through(layers: Sequence[Layer], x: Tensor, rows: Rows, lanes: Lanes, *, coded: bool) -> Tensor:
     """Hidden states [N, D] after all layers; the adapters' gradients are added to the store's in the backward pass."""
     params = [site.group.params for layer in layers for site in layer.sites if site.group is not None]
-    found: Tensor = _Layers.apply(x, layers, rows, lanes, coded, *params)  # type: ignore[no-untyped-call]
+    found: Tensor = _Layers.apply(x, layers, rows, lanes, coded, *params)
     return found

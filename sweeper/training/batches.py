@@ -131,12 +131,17 @@ class Batch:
     def repeated(self, lanes: int) -> "Batch":
         """This batch of one lane for several."""
         first = torch.arange(lanes)[:, None] * self.ids.numel()
-        moved = [None if one is None else (one + first.int()).flatten() for one in (self.starts, self.stops)]
+        starts, stops = (
+            None if one is None else (one + first.int()).flatten() for one in (self.starts, self.stops)
+        )  # fmt: skip
         flat = (self.lengths, self.tasks, self.prompts)
+        targets, weights, rows, positions = (
+            one.repeat(lanes, 1) for one in (self.targets, self.weights, self.rows, self.positions)
+        )  # fmt: skip
+        lengths, tasks, prompts = (one.repeat(lanes) for one in flat)
         return Batch(
-            self.ids.repeat(lanes, 1), self.index + first,
-            *(one.repeat(lanes, 1) for one in (self.targets, self.weights, self.rows, self.positions)),
-            *(one.repeat(lanes) for one in flat), self.facts.repeat(lanes, 1), *moved,
+            self.ids.repeat(lanes, 1), self.index + first, targets, weights, rows, positions, lengths, tasks, prompts,
+            self.facts.repeat(lanes, 1), starts, stops,
         )  # fmt: skip
 
     def lane(self, lane: int) -> "Batch":
@@ -149,9 +154,9 @@ class Batch:
         place = self.index[lane, :width] - rows.start * length
         index = place // length * own + place % length
         each = (self.targets, self.weights, self.rows, self.positions)
+        targets, weights, numbers, positions = (one[lane : lane + 1, :width] for one in each)
         return Batch(
-            self.ids[rows, :own], index[None].clamp(min=0), *(one[lane : lane + 1, :width] for one in each),
-            self.lengths[rows], self.tasks[rows], self.prompts[rows], self.facts[rows],
+            self.ids[rows, :own], index[None].clamp(min=0), targets, weights, numbers, positions, self.lengths[rows], self.tasks[rows], self.prompts[rows], self.facts[rows],
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
@@ -168,8 +173,8 @@ class Batch:
                 mine.copy_(new, non_blocking=True)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        found = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Batch(*(None if one is None else change(one) for one in found))
+        held = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return dataclasses.replace(self, **{name: change(one) for name, one in held if one is not None})
 
 
 def supervised(examples: Sequence[Tokens]) -> int:
