@@ -156,7 +156,8 @@ class Batch:
         each = (self.targets, self.weights, self.rows, self.positions)
         targets, weights, numbers, positions = (one[lane : lane + 1, :width] for one in each)
         return Batch(
-            self.ids[rows, :own], index[None].clamp(min=0), targets, weights, numbers, positions, self.lengths[rows], self.tasks[rows], self.prompts[rows], self.facts[rows],
+            self.ids[rows, :own], index[None].clamp(min=0), targets, weights, numbers, positions, self.lengths[rows],
+            self.tasks[rows], self.prompts[rows], self.facts[rows],
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
