@@ -70,7 +70,7 @@ class Context:
         """What runs of a pack are made with, for their records."""
         described = environment.describe(self.device, next(pack.model.parameters()).dtype)
         attention = getattr(pack.base.model.config, "_attn_implementation", None)
-        return described | {"compiled": pack.compiled, "attention": attention}
+        return described | {"compiled": pack.compiled, "attention": attention, "fused": pack.decoder is not None}
 
     def failed(self, run: Run, failure: Failure, *, steps: int, started: str) -> RunFinished:
         """Records that a run failed."""

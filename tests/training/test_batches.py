@@ -89,7 +89,7 @@ FOUR = Encoded("four", (40, 41), 1)
 
 def test_collate_on_a_hand_made_batch() -> None:
     batch = collate([[ONE, TWO], [THREE, FOUR]], [[1 / 8] * 2, [1 / 2] * 2], fixed=False)
-    assert batch.shape == (2, 2, 16, 4)  # 9 tokens are rounded up to a multiple of 8, targets are not
+    assert batch.shape == (False, 2, 2, 16, 4)  # 9 tokens are rounded up to a multiple of 8, targets are not
     rows = torch.zeros(4, 16, dtype=torch.int64)
     for row, example in enumerate((ONE, TWO, THREE, FOUR)):
         rows[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
@@ -100,8 +100,26 @@ def test_collate_on_a_hand_made_batch() -> None:
     assert batch.weights.tolist() == [[1 / 8] * 4, [1 / 2] * 2 + [0] * 2]
 
 
-def test_a_target_is_the_token_after_its_position() -> None:
-    batch = collate([[ONE, TWO], [THREE, FOUR]], [[1 / 4] * 2, [1 / 2] * 2], fixed=True)
+def test_a_compact_batch_has_its_sequences_end_to_end() -> None:
+    batch = collate([[ONE, TWO], [THREE, FOUR]], [[1 / 8] * 2, [1 / 2] * 2], fixed=False, count=3, compact=True)
+    assert batch.shape == (True, 3, 2, 16, 4)  # 11 tokens of the longer lane are rounded up to a multiple of 8
+    first = [*ONE.input_ids, *TWO.input_ids, *[0] * 9]
+    assert batch.ids.tolist() == [first, [*THREE.input_ids, *FOUR.input_ids, *[0] * 5], [0] * 16]
+    assert batch.starts is not None
+    assert batch.stops is not None
+    assert batch.starts.tolist()[:16] == [0] * 4 + [4] * 3 + list(range(7, 16))
+    assert batch.stops.tolist()[16:32] == [25] * 9 + [27] * 2 + list(range(28, 33))
+    padded = collate([[ONE, TWO], [THREE, FOUR]], [[1 / 8] * 2, [1 / 2] * 2], fixed=False, count=3)
+    for name in ("targets", "weights", "rows", "positions", "lengths", "prompts", "facts"):
+        assert torch.equal(getattr(batch, name), getattr(padded, name))
+    twice = collate([[ONE, TWO]], [[1 / 8] * 2], fixed=False, compact=True).repeated(2)
+    assert twice.starts is not None
+    assert twice.starts.tolist() == [*[0] * 4, *[4] * 3, 7, *[8] * 4, *[12] * 3, 15]
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_target_is_the_token_after_its_position(compact: bool) -> None:
+    batch = collate([[ONE, TWO], [THREE, FOUR]], [[1 / 4] * 2, [1 / 2] * 2], fixed=True, compact=compact)
     flat = batch.ids.flatten()
     live = batch.weights > 0
     assert int(live.sum()) == supervised([ONE, TWO, THREE, FOUR]) == 6
