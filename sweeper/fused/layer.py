@@ -378,12 +378,12 @@ def last_norm(x: Tensor, module: nn.Module) -> Tensor:
 class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layers: Sequence[Layer], rows: Rows, lanes: Lanes, coded: bool, *params: Tensor
+        ctx: Any, x: Tensor, layers: Sequence[Layer], rows: Rows, lanes: Lanes, coded: bool, keep: bool, *params: Tensor
     ) -> Tensor:  # fmt: skip
         every: list[Tensor | None] = []
         for layer in layers:
             x, kept = layer.forward(x, rows, lanes, coded=coded)
-            every += kept if any(ctx.needs_input_grad) else []
+            every += kept if keep else []  # without gradients nothing is needed again
         ctx.save_for_backward(*every)
         ctx.layers, ctx.rows, ctx.lanes, ctx.coded, ctx.params = layers, rows, lanes, coded, len(params)
         return x
@@ -403,11 +403,11 @@ class _Layers(torch.autograd.Function):
                 break
         for beside in {layer.beside for layer in layers}:
             beside.finish()
-        return (dx, *[None] * (4 + ctx.params))
+        return (dx, *[None] * (5 + ctx.params))
 
 
 def through(layers: Sequence[Layer], x: Tensor, rows: Rows, lanes: Lanes, *, coded: bool) -> Tensor:
     """Hidden states [N, D] after all layers; the adapters' gradients are added to the store's in the backward pass."""
     params = [site.group.params for layer in layers for site in layer.sites if site.group is not None]
-    found: Tensor = _Layers.apply(x, layers, rows, lanes, coded, *params)
+    found: Tensor = _Layers.apply(x, layers, rows, lanes, coded, torch.is_grad_enabled(), *params)
     return found

@@ -139,7 +139,9 @@ def _activations(pack: Pack, job: RunState) -> int:
     longest = np.argsort(job.order.lengths, kind="stable")[-size:].tolist()
     rows = [row for i in (longest * size)[:size] for row in job.rows[i]]
     pack.use_lanes([0])
-    batch = collate([rows], [mean_weights(rows)], fixed=pack.captured is not None).to(pack.device)
+    batch = collate([rows], [mean_weights(rows)], fixed=pack.captured is not None, compact=pack.compacts(rows)).to(
+        pack.device
+    )  # fmt: skip
     if pack.device.type == "cuda":
         peak = warm_peak(lambda: pack.forward_backward(batch), Requested(pack.device))
     else:
