@@ -165,7 +165,7 @@ class Uncaptured:
         self.pack, self.shapes, self.lanes, self.replayed = pack, shapes, list[int](), True
 
     def __call__(self, batch: Batch, *, key: Any) -> torch.Tensor:
-        self.lanes.append(batch.shape[0])
+        self.lanes.append(batch.shape[1])
         return self.pack.forward_backward(batch)
 
 
