@@ -33,7 +33,7 @@ def test_compiled_layers_are_eager_ones_and_share_their_compilation(
 
     def fixed(lanes: Any, weights: Any, *, fixed: bool, **more: Any) -> Any:
         batch = stock(lanes, weights, fixed=True, **more)
-        lengths.add(batch.shape[2])
+        lengths.add(batch.shape[3])
         return batch
 
     monkeypatch.setattr(packs, "collate", fixed)
