@@ -14,7 +14,7 @@ from sweeper.models.forward import inner_model
 PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+FEED_FORWARD = {"gate_proj", "up_proj", "down_proj"}
 STATIC = {"default", "linear", "llama3", "yarn"}  # ways of turning that are the same whatever a row's length
 CHANNELS = (32, 64, 128)  # of a head, that the kernels are made for
 MOST_POSITIONS = 1 << 17
@@ -64,10 +64,14 @@ class Decoder:
         Args:
             ids: [N] token ids of the lanes one after another. index: rows that are wanted.
         """
+        return self.states(self.inner.embed_tokens(ids), rows, index, lanes)
+
+    def states(self, embedded: Tensor, rows: Rows, index: Tensor, lanes: Lanes) -> Tensor:
+        """As a call, of embedded tokens [N, D]."""
         from sweeper.fused.layer import last_norm, through
 
         coded = self.coded and bool(self.inner.training)
-        hidden = through(self.layers, self.inner.embed_tokens(ids), rows, lanes, coded=coded)
+        hidden = through(self.layers, embedded, rows, lanes, coded=coded)
         return last_norm(hidden.index_select(0, index), self.inner.norm)
 
 
@@ -89,29 +93,33 @@ def recognised(model: Any) -> bool:
         return False
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return False
-    return all(_is_layer(layer) for layer in inner.layers)
+    return all(_is_layer(layer) for layer in inner.layers) and len({_sizes(layer) for layer in inner.layers}) == 1
 
 
 def _is_layer(layer: Any) -> bool:
-    if (
-        _names(layer) != LAYER
-        or _names(layer.self_attn) != ATTENTION
-        or _names(layer.mlp) - {"act_fn"} != (FEED_FORWARD - {"act_fn"})
-    ):
+    if _names(layer) != LAYER or _names(layer.self_attn) != ATTENTION or _names(layer.mlp) - {"act_fn"} != FEED_FORWARD:
         return False
     attention, inner = layer.self_attn, layer.mlp
-    matrices = [_base(getattr(part, name)) for part in (attention, inner) for name in _names(part) - {"act_fn"}]
-    plain = all(type(one) is nn.Linear for one in matrices)
+    plain = all(
+        type(getattr(part, name)) is nn.Linear for part, own in ((attention, ATTENTION), (inner, FEED_FORWARD))
+        for name in own
+    )  # fmt: skip
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     silu = type(inner.act_fn).__name__ in ("SiLU", "SiLUActivation") or getattr(inner.act_fn, "__name__", "") == "silu"
     outputs = (attention.o_proj, inner.gate_proj, inner.up_proj, inner.down_proj)
-    biased = [_base(getattr(attention, name)).bias is None for name in ("q_proj", "k_proj", "v_proj")]
+    biased = [getattr(attention, name).bias is None for name in ("q_proj", "k_proj", "v_proj")]
     return (
         plain and silu and len(set(biased)) == 1
         and all(hasattr(one, "variance_epsilon") and type(one).__name__.endswith("RMSNorm") for one in norms)
-        and all(_base(one).bias is None for one in outputs)
+        and all(one.bias is None for one in outputs)
         and getattr(attention, "head_dim", 0) in CHANNELS and hasattr(attention, "scaling")
     )  # fmt: skip
+
+
+def _sizes(layer: Any) -> tuple[Any, ...]:
+    """What `Decoder` reads off the first layer for all of them."""
+    part = layer.self_attn
+    return part.head_dim, part.scaling, part.q_proj.out_features, part.k_proj.out_features, part.v_proj.out_features
 
 
 def _names(module: nn.Module) -> set[str]:
@@ -122,15 +130,29 @@ def _base(module: Any) -> Any:
     return module.base if isinstance(module, Adapted) else module
 
 
-@torch.no_grad()
 def agrees(model: Any) -> bool:
-    """Whether rows of several lengths come out of a bare model as they do of the stock one, each of them alone."""
-    device, decoder = model.device, Decoder(model)
+    """Whether rows of several lengths, and their gradients, come out of a bare model as they do of the stock one.
+
+    The stock model is given each of them alone. A device that the kernels are too large for says no.
+    """
+    from triton import TritonError
+
+    inner, device = inner_model(model), model.device
     drawn = torch.Generator().manual_seed(0)
-    ids = [torch.randint(0, model.config.vocab_size, (length,), generator=drawn).to(device) for length in TRIED]
-    rows = Rows.of([TRIED], sum(TRIED))
-    rows = Rows(rows.starts.to(device), rows.stops.to(device))
-    index = torch.arange(sum(TRIED), device=device)
-    found = decoder(torch.cat(ids), rows, index, Lanes.of(1, device)).float()
-    wanted = torch.cat([decoder.inner(input_ids=one[None], use_cache=False)[0][0] for one in ids]).float()
-    return bool((found - wanted).norm() <= CLOSE[model.dtype] * wanted.norm())
+    ids = torch.randint(0, model.config.vocab_size, (sum(TRIED),), generator=drawn).to(device)
+    upstream = torch.randn(sum(TRIED), inner.embed_tokens.weight.shape[1], generator=drawn).to(device, model.dtype)
+    held = Rows.of([TRIED], sum(TRIED))
+    rows, index = Rows(held.starts.to(device), held.stops.to(device)), torch.arange(sum(TRIED), device=device)
+    given = [inner.embed_tokens(ids).detach().requires_grad_() for _ in range(2)]
+    with torch.enable_grad():
+        try:
+            found = Decoder(model).states(given[0], rows, index, Lanes.of(1, device))
+            found.backward(upstream)
+        except TritonError:
+            return False
+        wanted = torch.cat([
+            inner(inputs_embeds=one[None], use_cache=False)[0][0] for one in given[1].split(TRIED)
+        ])  # fmt: skip
+        wanted.backward(upstream)
+    pairs = (found, wanted), (given[0].grad, given[1].grad)
+    return all((ours - stock).float().norm() <= CLOSE[model.dtype] * stock.float().norm() for ours, stock in pairs)

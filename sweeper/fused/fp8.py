@@ -14,10 +14,7 @@ from torch import Tensor
 
 from sweeper.fused import kernels
 
-LARGEST = 448.0  # of the format
-SMALLEST = 1e-12  # amount of a row that is taken for zero
 WORTHWHILE = 1024  # outputs of a product from which on making the codes of its input takes less than they spare
-MULTIPLE = 16  # of which the sizes of a product must be
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,13 @@ def norm_back(
 
 
 @triton.jit
+def _place(share, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    """The lane of a program, and how many tiles of rows of it lie before the program's SPAN."""
+    programs = tl.cdiv(share, ROWS * SPAN)
+    return tl.program_id(0) // programs, tl.program_id(0) % programs * SPAN
+
+
+@triton.jit
 def _rows(share, lane, tile, ROWS: tl.constexpr):
     """Rows of a tile of a lane, and which of them the lane has."""
     local = tile * ROWS + tl.arange(0, ROWS)
@@ -137,8 +144,7 @@ def turn(
     ROWS: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values [N, heads] += h B, and queries and keys turned by their rows' positions; in place."""
-    tiles = tl.cdiv(share, ROWS * SPAN)
-    lane = tl.program_id(0) // tiles
+    lane, before = _place(share, ROWS, SPAN)
     head = tl.program_id(1)
     slot = tl.load(lanes + lane)
     live = slot >= 0
@@ -146,9 +152,9 @@ def turn(
     known = low < HALF
     member = (head >= HEADS).to(tl.int32) + (head >= HEADS + KV_HEADS).to(tl.int32)
     width = tl.where(member == 0, HEADS, KV_HEADS) * (2 * HALF)
-    before = tl.where(member == 0, 0, tl.where(member == 1, HEADS, HEADS + KV_HEADS))
+    others = tl.where(member == 0, 0, tl.where(member == 1, HEADS, HEADS + KV_HEADS))
     entry = table + (slot * 3 + member) * 4
-    c = (head - before) * (2 * HALF) + low
+    c = (head - others) * (2 * HALF) + low
     lower = 0
     upper = 0
     if ADAPTED and HOIST:
@@ -157,7 +163,7 @@ def turn(
     turned = head < HEADS + KV_HEADS
     dtype = y.dtype.element_ty
     for tile in tl.range(0, SPAN, num_stages=3):
-        row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
+        row, inside = _rows(share, lane, before + tile, ROWS)
         mask = inside[:, None] & known[None, :]
         place = y + row[:, None] * stride + head * (2 * HALF) + low[None, :]
         first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
@@ -186,8 +192,7 @@ def close_gate(
     HOIST: tl.constexpr,
 ):  # fmt: skip
     """Gate and up [N, 2 I] += h B, in place; out [N, I] = silu(gate) * up."""
-    tiles = tl.cdiv(share, ROWS * SPAN)
-    lane = tl.program_id(0) // tiles
+    lane, before = _place(share, ROWS, SPAN)
     slot = tl.load(lanes + lane)
     live = slot >= 0
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -203,7 +208,7 @@ def close_gate(
             second = _matrix(flat, entry + 4, live, 0, c, width, known, True, RANKS)
     dtype = y.dtype.element_ty
     for tile in tl.range(0, SPAN, num_stages=3):
-        row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
+        row, inside = _rows(share, lane, before + tile, ROWS)
         mask = inside[:, None] & known[None, :]
         place = y + row[:, None] * (2 * width) + c[None, :]
         gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
@@ -226,8 +231,7 @@ def open_gate(
     HOIST: tl.constexpr,
 ):  # fmt: skip
     """dy [N, 2 I], the gradients of gate and up, from that of silu(gate) * up, which is dout [N, I] + dh A."""
-    tiles = tl.cdiv(share, ROWS * SPAN)
-    lane = tl.program_id(0) // tiles
+    lane, before = _place(share, ROWS, SPAN)
     slot = tl.load(lanes + lane)
     live = slot >= 0
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -238,7 +242,7 @@ def open_gate(
         matrix = _matrix(flat, entry, live, 0, c, width, known, False, RANKS)
     dtype = dy.dtype.element_ty
     for tile in tl.range(0, SPAN, num_stages=3):
-        row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
+        row, inside = _rows(share, lane, before + tile, ROWS)
         mask = inside[:, None] & known[None, :]
         total = tl.load(dout + row[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
         place = row[:, None] * (2 * width) + c[None, :]
@@ -260,11 +264,10 @@ def expand_norm_back(
     M: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """`norm_back` of dy + the sum over members of dh A, for rows that fit into a tile."""
-    tiles = tl.cdiv(share, ROWS)
-    lane = tl.program_id(0) // tiles
+    lane, tile = _place(share, ROWS, 1)
     slot = tl.load(lanes + lane)
     live = slot >= 0
-    row, inside = _rows(share, lane, tl.program_id(0) % tiles, ROWS)
+    row, inside = _rows(share, lane, tile, ROWS)
     c = tl.arange(0, WIDTH)
     known = c < width
     mask = inside[:, None] & known[None, :]
@@ -295,8 +298,7 @@ def add_on(
     HOIST: tl.constexpr,
 ):  # fmt: skip
     """out [N, D] = x + y + h B."""
-    tiles = tl.cdiv(share, ROWS * SPAN)
-    lane = tl.program_id(0) // tiles
+    lane, before = _place(share, ROWS, SPAN)
     slot = tl.load(lanes + lane)
     live = slot >= 0
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -307,17 +309,17 @@ def add_on(
         matrix = _matrix(flat, entry, live, 0, c, width, known, True, RANKS)
     dtype = out.dtype.element_ty
     for tile in tl.range(0, SPAN, num_stages=3):
-        row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
+        row, inside = _rows(share, lane, before + tile, ROWS)
         mask = inside[:, None] & known[None, :]
         where = row[:, None] * width + c[None, :]
         total = tl.load(y + where, mask=mask, other=0.0).to(tl.float32)
-        before = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
         if ADAPTED:
             total = _add(
                 total, matrix, h, flat, entry, live, row, inside, c, width, known, h_stride, True, RANKS, HOIST
             )  # fmt: skip
             total = total.to(dtype).to(tl.float32)
-        tl.store(out + where, (total + before).to(dtype), mask=mask)
+        tl.store(out + where, (total + residual).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -327,8 +329,7 @@ def head_gradients(
     HOIST: tl.constexpr,
 ):  # fmt: skip
     """dout [N, heads] += dh A, in place; products [heads, N] = the sum over a head of dout * out."""
-    tiles = tl.cdiv(share, ROWS * SPAN)
-    lane = tl.program_id(0) // tiles
+    lane, before = _place(share, ROWS, SPAN)
     head = tl.program_id(1)
     slot = tl.load(lanes + lane)
     live = slot >= 0
@@ -343,7 +344,7 @@ def head_gradients(
             matrix = _matrix(flat, entry, live, 0, c, width, known, False, RANKS)
     dtype = dout.dtype.element_ty
     for tile in tl.range(0, SPAN, num_stages=3):
-        row, inside = _rows(share, lane, tl.program_id(0) % tiles * SPAN + tile, ROWS)
+        row, inside = _rows(share, lane, before + tile, ROWS)
         mask = inside[:, None] & known[None, :]
         where = row[:, None] * width + c[None, :]
         total = tl.load(dout + where, mask=mask, other=0.0).to(tl.float32)

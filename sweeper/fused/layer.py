@@ -401,8 +401,7 @@ class _Layers(torch.autograd.Function):
             dx, codes = layers[number].backward(dx, codes, kept, ctx.rows, ctx.lanes, further=further)
             if dx is None:
                 break
-        for beside in {layer.beside for layer in layers}:
-            beside.finish()
+        layers[0].beside.finish()  # which all layers share
         return (dx, *[None] * (5 + ctx.params))
 
 

@@ -483,14 +483,14 @@ def _launch(kernel, tiles: Tiles, grid, *arguments, **constants) -> None:
     )
 
 
-def three(values: Sequence[Any]) -> tuple[Any, ...]:
+def _three(values: Sequence[Any]) -> tuple[Any, ...]:
     """Of one to three members three, the last repeated: kernels take as many arguments whatever there is."""
     return tuple(values[min(i, len(values) - 1)] for i in range(3))
 
 
 def _matrices(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Three matrices with their widths and the strides of their rows: they may be columns of one that is wider."""
-    return *three(tensors), *three([one.shape[1] for one in tensors]), *three([one.stride(0) for one in tensors])
+    return *_three(tensors), *_three([one.shape[1] for one in tensors]), *_three([one.stride(0) for one in tensors])
 
 
 @dataclass(frozen=True, slots=True)
@@ -596,7 +596,7 @@ def outer(
     widest = max(x.shape[1], *(dy.shape[1] for dy in dys))
     _launch(
         _outer, OUTER, (triton.cdiv(widest, OUTER.cols), 2 * own.count * own.members, own.chunks),
-        h, dh, x, *three(dys), x.shape[1], *_matrices(dys)[3:], gradient, own.table, own.lanes, *own.chance,
+        h, dh, x, *_three(dys), x.shape[1], *_matrices(dys)[3:], gradient, own.table, own.lanes, *own.chance,
         own.share, own.tokens, own.hidden, M=own.members, DROP=drop, ADD=add, RANKS=own.ranks,
     )  # fmt: skip
 

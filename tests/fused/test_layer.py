@@ -17,6 +17,7 @@ from sweeper.models.architecture import structure
 from sweeper.models.forward import hidden_states, inner_model
 
 pytest.importorskip("triton")
+layer = pytest.importorskip("sweeper.fused.layer")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs CUDA, or TRITON_INTERPRET=1"),
@@ -25,8 +26,8 @@ pytestmark = [
 ]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 ATTN, FF = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-LENGTHS = [[5, 9, 3], [17, 2, 1], [4, 4, 4], [30, 8, 1], [6, 6, 6], [33, 7, 2]]
-SHARE = 48
+LENGTHS = [[5, 9, 3], [17, 2, 1], [4, 4, 4], [30, 8, 1], [6, 6, 6], [201, 7, 2]]
+SHARE = 216
 PRECISIONS = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -37,7 +38,7 @@ def llama(kind: str = "LlamaConfig", **other: Any) -> Any:
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 100, "max_position_embeddings": 64,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 100, "max_position_embeddings": 256,
         "rope_theta": 100.0,
     }  # fmt: skip
     config = getattr(transformers, kind)(**sizes | other)
@@ -63,12 +64,23 @@ def spec(model: Any, modules: tuple[str, ...], rank: int, seed: int, layers: tup
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_rows_without_padding_are_rows_alone(model: Any, dtype: torch.dtype) -> None:
-    """Six lanes of other placements and ranks, and an empty one, against each sequence through the stock model."""
+@pytest.mark.parametrize(
+    ("rank", "many"), [(20, False), (20, True), (70, True)], ids=["few rows", "many rows", "wide ranks"]
+)
+def test_rows_without_padding_are_rows_alone(
+    model: Any, dtype: torch.dtype, rank: int, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six lanes of other placements and ranks, and an empty one, against each sequence through the stock model.
+
+    With `many`, by the kernels that a batch of many rows has: several tiles a program, the norms by themselves.
+    """
+    if many:
+        monkeypatch.setattr(layer, "FEW", 0)
+        monkeypatch.setattr(layer, "SHORT", 0)
     model = model.to(DEVICE, dtype)
     assert known(model)
     specs = [
-        spec(model, ATTN, 4, 0), spec(model, FF, 3, 1), spec(model, (*ATTN, *FF), 20, 2),
+        spec(model, ATTN, 4, 0), spec(model, FF, 3, 1), spec(model, (*ATTN, *FF), rank, 2),
         spec(model, ("q_proj", "v_proj"), 8, 3), spec(model, FF, 8, 4, (1,)), spec(model, ("o_proj",), 1, 5),
     ]  # fmt: skip
     store = AdapterStore(model, structure(model), [one.capacity for one in specs], DEVICE)
